@@ -1,0 +1,81 @@
+# `make` alone prints what there is. Every target does its own set-up.
+SHELL := /usr/bin/env bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NEWEST_FIRST := python3.11 python3.12 python3.13 python3 python
+PYTHON ?= $(shell for p in $(NEWEST_FIRST); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+
+export PATH := $(abspath $(BIN)):$(PATH)
+# Nothing phones home; servers wait long enough on a slow machine; state stays inside the project.
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
+export PREFECT_HOME ?= $(abspath .onediff/prefect)
+export TORCH_EXTENSIONS_DIR ?= $(abspath .onediff/torch_extensions)
+# uv does not read pip's settings: hand them on.
+FIND_LINKS = $(shell echo "$${PIP_FIND_LINKS:-$$($(BIN)/pip config get global.find-links 2>/dev/null)}" | tr -s ' \n' ',' | sed 's/,$$//')
+LOCK_HEAD := '\# Every package and version; written by "make lock" from pyproject.toml.' \
+	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
+UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
+
+.PHONY: help setup run test test-all lint lock backbones report clean
+
+help:  ## this list
+	@echo "OneDiff: two images in, one sentence about what changed out."
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(STAMP)  ## virtual environment with the locked packages (once; again when the lock changes)
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "onediff: Python 3.11 or newer not found: install it, or name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onediff: $(PYTHON) is not Python 3.11 or newer: 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
+	@echo "== installing into $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(UV) install -r requirements.lock || { echo "== uv could not; trying pip, which takes some minutes"; $(BIN)/pip install --disable-pip-version-check -r requirements.lock; }
+	@$(UV) install --quiet --no-deps -e . || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+params.yaml:
+	@onediff preset tiny
+
+run: setup params.yaml  ## the whole pipeline: data, two training phases, scores, registry; then a caption by the champion
+	@python -m flows.retrain
+	@onediff example
+
+test: setup  ## tests that need about a minute each at most, micro pipeline included
+	@HF_HUB_OFFLINE=1 python -m pytest
+
+test-all: setup  ## every test, slow ones included
+	@HF_HUB_OFFLINE=1 python -m pytest -m ""
+
+lint: setup  ## ruff, mypy, and the direction of imports
+	@ruff check onediff flows tests
+	@mypy
+	@lint-imports
+
+lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pins that still fit
+	@$(UV) compile --quiet --no-header --no-annotate --extra dev -o requirements.lock pyproject.toml
+	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
+	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
+	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock
+
+backbones: setup  ## train the tiny pretrained tower and language model of presets/backbones/tiny again
+	@python -m onediff.train.backbones
+
+report: setup  ## open data/report.html
+	@test -f data/report.html || { echo "onediff: data/report.html not found: 'make run' makes it" >&2; exit 1; }
+	@echo "$(abspath data/report.html)"
+	@python -m webbrowser -t "file://$(abspath data/report.html)" > /dev/null 2>&1 || true
+
+clean:  ## remove caches of tools; data, models, runs and .venv stay
+	@find onediff flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

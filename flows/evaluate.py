@@ -1,0 +1,37 @@
+"""`python -m flows.evaluate [MODEL]`: caption and score a registered version again, as after a change in scoring."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.processes import alone, prepare
+from flows.tasks import keep_rescored, publish_scores, score_again
+
+
+@flow(name="evaluate")
+def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
+    """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
+    try:
+        with alone():
+            data = score_again(model)
+            print(publish_scores(data / "metrics.json", "scores-again"))
+            return Completed(message=f"version {keep_rescored(model, data)} has its new scores")
+    except (ValueError, OSError) as error:
+        return Failed(message=str(error))
+
+
+def main() -> None:
+    prepare()
+    state = evaluate(*sys.argv[1:2], return_state=True)
+    if not state.is_completed():
+        sys.exit(f"onediff: {state.message}")
+    print(state.message)
+
+
+if __name__ == "__main__":
+    main()

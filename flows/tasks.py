@@ -1,0 +1,169 @@
+"""The tasks of the flows: one DVC stage each, then registering and promotion."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.processes import stream
+
+if TYPE_CHECKING:
+    from onediff.registry import Verdict
+
+DVC = (sys.executable, "-m", "dvc")
+STAGES = ("synthesize@scenes", "synthesize@edits", "probe", "validate", "build", "align", "tune", "caption", "score",
+          "report")
+SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
+         "swap_consistency", "operation_accuracy")
+
+
+def stale_stages() -> set[str]:
+    """The stages whose deps, parameters or outs differ from dvc.lock now; what follows them may become stale too.
+
+    Raises ValueError in DVC's words if dvc.yaml or the project is not in order.
+    """
+    asked = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ValueError(f"dvc status: {_one_line(asked.stderr)}")
+    return set(json.loads(asked.stdout))
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE)
+def repro(stage: str, *, ask: bool = True) -> State[Any]:
+    """`dvc repro --single-item`. Its state says what happened: Ran, Restored (from DVC's run cache) or UpToDate.
+
+    `ask` False: it is known to be up to date, so DVC is spared. No retries: the same bytes would fail again.
+    """
+    if not ask:
+        return Completed(name="UpToDate", message=f"{stage}: up to date")
+    start = time.time()
+    status, said = stream([*DVC, "repro", "--single-item", stage])
+    if status:
+        return Failed(message=f"{stage} failed{_reason(start)}")
+    if re.search(r"^Stage '.*' is cached - skipping run", said, re.MULTILINE):
+        return Completed(name="Restored", message=f"{stage}: taken from DVC's run cache")
+    if re.search(r"^Running stage '", said, re.MULTILINE):
+        return Completed(name="Ran", message=f"{stage}: ran {time.time() - start:.0f} s")
+    return Completed(name="UpToDate", message=f"{stage}: up to date")
+
+
+def _reason(since: float) -> str:
+    """What a training phase wrote about its end; DVC gives every failure the same exit status."""
+    written = [path for path in Path(".onediff/scratch").glob("*/status.json") if path.stat().st_mtime >= since]
+    if not written:
+        return "; its message stands above"
+    status = json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text())
+    return f": {status['state']} at step {status['step']}" + (f" ({status['reason']})" if status["reason"] else "")
+
+
+def _one_line(text: str) -> str:
+    """DVC's message without the listing of the file below it, whose lines begin with a number."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s+\d+\s", line)]
+    return " ".join(lines).removeprefix("ERROR: ") or "no message"
+
+
+def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
+    """Whether a service may answer the next time; wrong values and missing files will not mend themselves."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, (ConnectionError, TimeoutError)) or "cannot be reached" in str(error)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def keep_scores() -> str:
+    """Scores, report and sample pictures in MLflow; the same ones are kept once."""
+    from onediff.config import load_params
+    from onediff.tracking import log_evaluation
+
+    return log_evaluation(load_params())
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def register() -> str:
+    """The model that stage `tune` left becomes the candidate; the same weights stay the same version."""
+    from onediff import registry
+
+    run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
+    return registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"), run_id=run_id)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def promote(version: str) -> Verdict:
+    """The version becomes champion if mlflow/promotion.yaml lets it; being refused is no failure."""
+    from onediff import registry
+
+    verdict = registry.promote(version)
+    print(f"version {verdict.version}: {'champion' if verdict.promoted else 'refused'}", *verdict.reasons, sep="\n  ")
+    return verdict
+
+
+@task(cache_policy=NO_CACHE)
+def score_again(model: str) -> Path:
+    """Captions and scores a registered version beside the pipeline, whose own results stay; gives the data folder."""
+    from onediff import registry
+
+    folder = Path(".onediff/evaluate").absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/diffcap").symlink_to(Path("data/diffcap").absolute(), target_is_directory=True)
+    for name in ("params.yaml", "runtime.yaml"):
+        if Path(name).exists():
+            shutil.copy(name, folder)
+    weights = str(registry.model_folder(model).absolute())
+    for stage, *arguments in (("caption", weights), ("score",)):
+        status, _ = stream([sys.executable, "-m", f"onediff.stages.{stage}", *arguments], folder)
+        if status:
+            raise ValueError(f"{stage} of {model} failed; its message stands above")
+    return folder / "data"
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def keep_rescored(model: str, data: Path) -> str:
+    """The new scores on the version and in an MLflow run; gives the version's number."""
+    from onediff import registry
+    from onediff.config import load_params
+    from onediff.tracking import log_evaluation
+
+    name = model.removeprefix(f"models:/{registry.NAME}")[1:]
+    version = next(str(row["version"]) for row in registry.list_versions() if name in (row["version"], *row["aliases"]))
+    registry.rescore(version, data / "metrics.json", data / "gate.json")
+    log_evaluation(load_params(), data=data)
+    return version
+
+
+@task(cache_policy=NO_CACHE)
+def publish_scores(scores: Path, key: str) -> str:
+    """The score table as a Markdown artifact in Prefect; gives the table."""
+    table = score_table(json.loads(scores.read_text()))
+    create_markdown_artifact(table, key=key, description=f"Scores in {scores}")
+    return table
+
+
+def score_table(metrics: dict[str, Any]) -> str:
+    """Markdown: one row per benchmark with its floors below, one column per score, aligned for reading as text too."""
+    columns = [name for name in SHOWN if any(name in scores for scores in metrics.values())]
+    rows = [["", "pairs", *columns]]
+    for benchmark, scores in metrics.items():
+        rows.append([benchmark, str(scores["num_pairs"]), *(_cell(scores, name) for name in columns)])
+        for floor, values in scores.get("floor", {}).items():
+            rows.append([f"floor: {floor}", "", *(_cell(values, name) for name in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(scores: dict[str, Any], name: str) -> str:
+    return f"{scores[name]:.3f}" if isinstance(scores.get(name), (int, float)) else ""

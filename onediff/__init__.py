@@ -1,0 +1,1 @@
+"""OneDiff: two images in, what changed in words out."""

@@ -1,0 +1,3 @@
+from onediff.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""The command `onediff`: thin. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CHAMPION = "models:/onediff@champion"
+TRAINED = Path("data/models/tune")
+EXAMPLE = Path(".onediff/example")
+
+app = typer.Typer(help="Two images in, one sentence about what changed out.", no_args_is_help=True,
+                  add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+versions = typer.Typer(help="Versions of the model: list, register, promote, rollback.", no_args_is_help=True)
+app.add_typer(versions, name="registry")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
+
+
+@app.command()
+def caption(before: Path, after: Path, model: Model = CHAMPION, as_json: Json = False) -> None:
+    """Say what changed between two images."""
+    said = _captions([(before, after)], model)[0]
+    _print({"before": str(before), "after": str(after), "caption": said, "model": model}, said, as_json)
+
+
+@app.command()
+def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
+          references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}.')],
+          as_json: Json = False) -> None:
+    """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) by the COCO toolkit."""
+    from onediff.eval.metrics import score_files
+
+    scores = score_files(predictions, references)
+    text = "\n".join(f"{name:<10} {value:.4f}" if isinstance(value, float) else f"{name:<10} {value}"
+                     for name, value in scores.items())
+    _print(scores, text, as_json)
+
+
+@app.command()
+def preset(name: str, force: Annotated[bool, typer.Option("--force", help="Overwrite own values.")] = False) -> None:
+    """Write params.yaml from presets/NAME.yaml, comments included; runtime.yaml too if there is none."""
+    from onediff.config import load_params, load_runtime
+
+    known = {path.stem: path for path in sorted(Path("presets").glob("*.yaml")) if not path.stem.endswith(".runtime")}
+    if name not in known:
+        there = ", ".join(known) or "none here: run this in the project's folder"
+        raise ValueError(f"presets/{name}.yaml not found; there are: {there}")
+    load_params(known[name])
+    target, runtime = Path("params.yaml"), Path("runtime.yaml")
+    if target.exists() and not force and target.read_bytes() not in [path.read_bytes() for path in known.values()]:
+        raise ValueError(f"{target} is no preset's, so it holds your own values: keep a copy, "
+                         f"then 'onediff preset {name} --force'")
+    shutil.copyfile(known[name], target)
+    typer.echo(f"{target}: {name}")
+    beside = Path(f"presets/{name}.runtime.yaml")
+    if beside.exists() and not runtime.exists():
+        load_runtime(beside)
+        shutil.copyfile(beside, runtime)
+        typer.echo(f"{runtime}: {beside}")
+
+
+@app.command()
+def example(as_json: Json = False) -> None:
+    """Caption one pair of the test split, and leave its two images in .onediff/example."""
+    from onediff.data.record import read_records
+
+    record = next(record for record in read_records(Path("data/diffcap"), "test-*.parquet")
+                  if record.source == "scenes" and record.change_type != "none")
+    EXAMPLE.mkdir(parents=True, exist_ok=True)
+    pair = (EXAMPLE / "before.png", EXAMPLE / "after.png")
+    for path, content in zip(pair, (record.before, record.after), strict=True):
+        path.write_bytes(content)
+    model = _champion_or_trained()
+    said = _captions([pair], model)[0]
+    _print({"before": str(pair[0]), "after": str(pair[1]), "caption": said, "references": record.references,
+            "model": model},
+           f"An unseen test pair, captioned by {model}:\n  onediff caption {pair[0]} {pair[1]}"
+           + ("" if model == CHAMPION else f" --model {model}")
+           + f"\n  prediction: {said}\n  reference:  {record.references[0]}", as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, which device, which parts are ready, what to do next."""
+    from onediff.doctor import examine
+
+    findings = examine()
+    lines = []
+    for item in findings:
+        lines.append(f"{'ok' if item.ok else '--'}  {item.name:<10} {item.found}")
+        if not item.ok:
+            lines.append(f"      -> {item.cure}")
+    _print([vars(item) for item in findings], "\n".join(lines), as_json)
+    if any(item.needed and not item.ok for item in findings):
+        raise typer.Exit(1)
+
+
+@versions.command("list")
+def list_versions(as_json: Json = False) -> None:
+    """Every version, newest first, with its aliases and gate scores."""
+    from onediff import registry
+
+    rows = registry.list_versions()
+    _print(rows, "\n".join(_version_text(row) for row in rows) or "no version yet: 'make run' registers one", as_json)
+
+
+@versions.command()
+def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TRAINED) -> None:
+    """Make the trained model a version and the candidate; the same weights stay the same version."""
+    from onediff import registry
+
+    version = registry.register(model, Path("data/metrics.json"), Path("data/gate.json"))
+    typer.echo(f"version {version} is the candidate")
+
+
+@versions.command()
+def promote(version: Annotated[str | None, typer.Argument(help="Default: the candidate.")] = None) -> None:
+    """Make a version champion if mlflow/promotion.yaml lets it."""
+    from onediff import registry
+
+    verdict = registry.promote(version)
+    if not verdict.promoted:
+        raise ValueError("\n  ".join([f"version {verdict.version} is refused:", *verdict.reasons]))
+    was = f"; version {verdict.replaced} was" if verdict.replaced else ""
+    typer.echo(f"version {verdict.version} is champion{was}")
+
+
+@versions.command()
+def rollback() -> None:
+    """Make the previous champion champion again."""
+    from onediff import registry
+
+    typer.echo(f"version {registry.rollback()} is champion again")
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"onediff: {error}")
+
+
+def _captions(pairs: list[tuple[Path, Path]], model: str) -> list[str]:
+    """The images are opened first: a wrong path is told at once, before a model is loaded."""
+    from onediff.inputs.images import open_image
+
+    images = [(open_image(before), open_image(after)) for before, after in pairs]
+    folder = _folder(model)
+    from onediff.model.captioner import Captioner
+
+    return Captioner.load(folder).caption(images)
+
+
+def _folder(model: str) -> Path:
+    if model.startswith("models:/"):
+        from onediff.registry import model_folder
+
+        return model_folder(model)
+    if not (Path(model) / "config.json").exists():
+        raise FileNotFoundError(f"{model} is no model folder (no config.json in it): name one that 'make run' made, "
+                                f"such as {TRAINED}, or {CHAMPION}")
+    return Path(model)
+
+
+def _champion_or_trained() -> str:
+    from onediff.registry import model_folder
+
+    try:
+        model_folder(CHAMPION)
+    except ValueError:  # nothing was promoted yet
+        return str(TRAINED)
+    return CHAMPION
+
+
+def _version_text(row: dict[str, Any]) -> str:
+    scores = "  ".join(f"{name} {value:.3f}" for name, value in row["scores"].items())
+    why = row["history"].get("refused_because") or row["history"].get("reason") or ""
+    return "\n  ".join([f"version {row['version']}  {', '.join(row['aliases']) or '-'}  {row['created']}  "
+                        f"weights {row['weights_digest'][:12]}", *filter(None, [scores, why])])
+
+
+def _print(values: Any, text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""params.yaml -> one frozen tree. Every value is checked here, once, before any work."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Split = Literal["train", "val", "gate", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+T = TypeVar("T", bound="Section")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class SplitCounts(Section):
+    train: Count
+    val: Count
+    gate: Count
+    test: Count
+
+
+class Scenes(Section):
+    num_scenes: SplitCounts
+    num_far: Count
+    jitter: Rate
+    far_jitter: Rate
+    min_objects: Annotated[int, Field(ge=2)]
+    max_objects: Annotated[int, Field(le=8)]
+    min_visible: Share
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_objects > self.max_objects:
+            raise ValueError(f"min_objects {self.min_objects} is above max_objects {self.max_objects}")
+        return self
+
+
+class Edits(Section):
+    num_pairs: SplitCounts
+    canvas_share: Share
+    photos: str | None
+
+
+class Data(Section):
+    sources: Annotated[list[Literal["scenes", "edits"]], Field(min_length=1)]
+    image_px: Annotated[int, Field(ge=32)]
+    scenes: Scenes
+    edits: Edits
+    max_megapixels: Annotated[float, Field(gt=0)]
+    tolerance: Share
+    shard_pairs: Count
+
+
+class Vision(Section):
+    path: str
+    image_px: Count
+    patch_px: Count
+    layers: Count
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image_px % self.patch_px:
+            low = self.image_px // self.patch_px * self.patch_px
+            raise ValueError(f"image_px {self.image_px} is not a multiple of patch_px {self.patch_px}; "
+                             f"nearest are {low} and {low + self.patch_px}")
+        return self
+
+
+class Delta(Section):
+    num_tokens: Count
+    width: Count
+    heads: Count
+    levels: Annotated[list[Count], Field(min_length=1)]
+    cross_attention_every: Literal[1, 2]
+    inputs: Literal["pair", "pair_and_difference"]
+    init: str
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        cross = len(self.levels)
+        if self.levels != sorted(self.levels):
+            raise ValueError(f"levels {self.levels} must not go down")
+        if self.cross_attention_every == 2 and len(set(self.levels)) != cross:
+            raise ValueError(f"levels {self.levels} repeat, but with cross_attention_every 2 each level is read once")
+        return self
+
+
+class Model(Section):
+    vision: Vision
+    language: str
+    reading: Literal["A", "B"]
+    patch_level: int
+    patch_pool: Count
+    delta: Delta
+    template: Literal["plain", "vicuna_v1"]
+    max_length: Count
+    precision: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        deepest = max(self.delta.levels)
+        if deepest > self.vision.layers:
+            raise ValueError(f"delta.levels reads level {deepest}, but vision.layers is {self.vision.layers}")
+        if not -self.vision.layers - 1 <= self.patch_level <= self.vision.layers:
+            raise ValueError(f"patch_level {self.patch_level} is outside the {self.vision.layers} layers of vision")
+        side = self.vision.image_px // self.vision.patch_px
+        if side % self.patch_pool:
+            raise ValueError(f"patch_pool {self.patch_pool} does not divide the {side} patches of a row")
+        if self.reading == "B" and self.patch_pool != 1:
+            raise ValueError("reading B enhances every patch: patch_pool must be 1")
+        return self
+
+
+class Phase(Section):
+    """One training phase. Learning rate 0 = frozen; exactly one of `steps` and `epochs` is set."""
+
+    steps: Count | None
+    epochs: Annotated[float, Field(gt=0)] | None
+    batch_size: Count
+    lr_vision: Rate
+    lr_delta: Rate
+    lr_projector: Rate
+    lr_language: Rate
+    warmup: Share
+    weight_decay: Rate
+    clip_norm: Annotated[float, Field(gt=0)]
+    mask_patches: Share
+    validate_every: Count | None
+    num_val: Count
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs, the other null")
+        if not any((self.lr_vision, self.lr_delta, self.lr_projector, self.lr_language)):
+            raise ValueError("every learning rate is 0: nothing would learn")
+        return self
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        return {"vision": self.lr_vision, "delta": self.lr_delta, "projector": self.lr_projector,
+                "language": self.lr_language}
+
+
+class Align(Phase):
+    source: str
+
+
+class Tune(Phase):
+    mixture: dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Caption(Section):
+    max_new_tokens: Count
+    num_beams: Count
+    batch_size: Count
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0)]
+    data: Data
+    model: Model
+    align: Align
+    tune: Tune
+    caption: Caption
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Self:
+        for name in (*self.tune.mixture, self.align.source):
+            if name not in self.data.sources:
+                raise ValueError(f"source '{name}' is trained on but is not in data.sources {self.data.sources}")
+        return self
+
+
+class Runtime(Section):
+    """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
+
+    launcher: Literal["local", "deepspeed"] = "local"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = 0  # 0: one per core
+    micro_batch_size: Count | None = None  # None: the whole batch at once
+    gpus: Count = 1
+    zero_level: Literal[0, 1, 2, 3] = 0
+    checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
+    scratch: str = ".onediff/scratch"
+    mlflow_uri: str | None = None  # None: SQLite in .onediff
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+def load_params(path: Path = Path("params.yaml")) -> Config:
+    """Raises ValueError with one line per wrong value: where, rule, got, cure."""
+    return _checked(Config, _read(path), path)
+
+
+def load_runtime(path: Path = Path("runtime.yaml")) -> Runtime:
+    """runtime.yaml if it is there, then ONEDIFF_* variables over it. Raises ValueError."""
+    values = _read(path) if path.exists() else {}
+    yaml = YAML(typ="safe")
+    for key in Runtime.model_fields:
+        text = os.environ.get(f"ONEDIFF_{key.upper()}")
+        if text is not None:
+            values[key] = yaml.load(text)
+    return _checked(Runtime, values, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: 1e-3 is a number
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found: write it with 'onediff preset tiny'") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, item, path) for item in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _explain(kind: type[Section], item: Any, path: Path) -> str:
+    """One pydantic error -> `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1]), 1)
+        return f"{path}: {where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
+    if item["type"] == "missing":
+        return f"{path}: {where}: missing; see presets/ for a complete file"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{path}: {where + ': ' if where else ''}{message}"
+    return f"{path}: {where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
+
+
+def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        annotation = kind.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)

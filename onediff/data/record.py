@@ -1,0 +1,100 @@
+"""The DiffCap record: one pair, its references, where it comes from; kept in Parquet shards with the image bytes inside."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP = 64  # pairs decoded together when streaming
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
+             "references": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pair. `before` and `after` are encoded image files; `group_id` is the base scene, photo or video it came from."""
+
+    pair_id: str
+    source: str
+    split: str
+    group_id: str
+    before: bytes
+    after: bytes
+    references: list[str]
+    instruction: str
+    change_type: str
+    provenance: dict[str, Any]
+
+
+_TEXT = [field.name for field in fields(Record) if field.name not in ("before", "after", "references", "provenance")]
+_FEATURES |= {name: {"dtype": "string", "_type": "Value"} for name in (*_TEXT, "provenance")}
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in _TEXT]
+    + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string())],
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},  # datasets.load_dataset decodes the images
+)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    for side in ("before", "after"):
+        row[side] = {"bytes": row[side], "path": f"{record.pair_id}_{side}.png"}
+    row["provenance"] = json.dumps(record.provenance, sort_keys=True)
+    return row
+
+
+def write_shards(records: Iterable[Record], folder: Path, prefix: str, *, shard_pairs: int) -> int:
+    """Writes <folder>/<prefix>-00000.parquet and on; returns the number of pairs. Same records, same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, total = iter(records), 0
+    for shard in itertools.count():
+        part = list(itertools.islice(rows, shard_pairs))
+        if not part:
+            return total
+        table = pa.Table.from_pylist([_row(record) for record in part], schema=SCHEMA)
+        pq.write_table(table, folder / f"{prefix}-{shard:05d}.parquet", row_group_size=ROW_GROUP, compression="zstd")
+        total += len(part)
+    raise AssertionError("unreachable")
+
+
+def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
+    """The shard files in order. Raises FileNotFoundError if there are none."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{folder}/{pattern} not found: 'dvc repro' makes it, or see data/README.md")
+    return found
+
+
+def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
+    """Every record of the matching shards, in order, a row group in memory at a time."""
+    for path in shards(folder, pattern):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+            for row in batch.to_pylist():
+                row["before"], row["after"] = row["before"]["bytes"], row["after"]["bytes"]
+                row["provenance"] = json.loads(row["provenance"])
+                yield Record(**row)
+
+
+def read_table(folder: Path, pattern: str = "*.parquet") -> list[dict[str, Any]]:
+    """Every row without its images: what scoring and reports need."""
+    columns = [name for name in SCHEMA.names if name not in ("before", "after")]
+    rows: list[dict[str, Any]] = []
+    for path in shards(folder, pattern):
+        rows += pq.read_table(path, columns=columns).to_pylist()
+    for row in rows:
+        row["provenance"] = json.loads(row["provenance"])
+    return rows

@@ -1,0 +1,69 @@
+"""How generated changes are put into words: several phrasings for one truth."""
+
+from __future__ import annotations
+
+from numpy.random import Generator
+
+SYNONYMS = {"sphere": ("sphere", "ball"), "cube": ("cube", "block"), "cylinder": ("cylinder",),
+            "small": ("small", "little"), "big": ("big", "large"),
+            "matte": ("matte", "rubber"), "shiny": ("shiny", "metal")}
+DIRECTIONS = {"left": "to the left", "right": "to the right", "front": "to the front", "back": "to the back"}
+
+SCENE_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "color": ("the {old} became {new}", "the {old} turned {new}", "the {old} is now {new}",
+              "the color of the {old} changed to {new}", "someone painted the {old} {new}"),
+    "texture": ("the {old} became {new}", "the {old} turned {new}", "the {old} is now {new}",
+                "the material of the {old} changed to {new}", "the surface of the {old} is {new} now"),
+    "add": ("a {old} was added", "a {old} appeared", "there is a new {old}", "someone placed a {old} on the table",
+            "a {old} has been put there"),
+    "drop": ("the {old} was removed", "the {old} disappeared", "the {old} is gone", "the {old} is missing",
+             "someone took the {old} away"),
+    "move": ("the {old} moved {new}", "the {old} was moved {new}", "the {old} changed its location {new}",
+             "someone pushed the {old} {new}", "the {old} has shifted {new}"),
+    "none": ("nothing has changed", "there is no difference", "the two scenes are the same", "no change was made",
+             "nothing was changed", "the scene is the same as before"),
+}
+
+EDIT_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "brighten": ("brighten the image", "make the photo brighter", "increase the brightness", "lighten the picture"),
+    "darken": ("darken the image", "make the photo darker", "decrease the brightness",
+               "reduce the light in the picture"),
+    "more_contrast": ("increase the contrast", "add more contrast to the image", "make the contrast stronger",
+                      "raise the contrast of the photo"),
+    "less_contrast": ("reduce the contrast", "lower the contrast of the image", "make the contrast weaker",
+                      "decrease the contrast of the photo"),
+    "color_cast": ("add a {new} tint", "make the image more {new}", "give the photo a {new} cast",
+                   "tint the whole picture {new}"),
+    "black_and_white": ("make the image black and white", "convert the photo to black and white",
+                        "remove all the colors", "turn the picture into grayscale"),
+    "blur": ("blur the image", "make the photo blurry", "apply a blur to the picture", "make the image less sharp"),
+    "crop": ("crop the image", "crop the photo to its {new}", "keep only the {new} of the picture",
+             "zoom into the {new} of the image"),
+    "rotate": ("rotate the image {new}", "turn the photo {new}", "rotate the picture by 90 degrees {new}"),
+    "remove": ("remove the object at the {new}", "erase the thing at the {new}", "take out the object at the {new}",
+               "delete what is at the {new}"),
+    "paste": ("add a {old} at the {new}", "paste a {old} at the {new}", "put a {old} at the {new}",
+              "insert a {old} at the {new}"),
+    "none": ("leave the image as it is", "nothing was edited", "no edit was made", "keep the photo unchanged"),
+}
+
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "scenes": ("What changed between the two images?", "Describe the change between the scenes.",
+               "What is different in the second image?"),
+    "edits": ("What edit turns the first image into the second?", "Describe the edit as an instruction.",
+              "How was the image edited?"),
+}
+
+
+def pick(rng: Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def say(rng: Generator, word: str) -> str:
+    """One of the word's synonyms."""
+    return pick(rng, SYNONYMS.get(word, (word,)))
+
+
+def phrasings(rng: Generator, templates: tuple[str, ...], count: int) -> list[str]:
+    """`count` different templates in random order, all of them if there are fewer."""
+    return [templates[int(i)] for i in rng.permutation(len(templates))[:count]]

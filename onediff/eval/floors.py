@@ -1,0 +1,78 @@
+"""What scores are read against: floors that never see an image, and an oracle that says the truth in other words."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, say
+from onediff.data.synthesis.render import Thing
+from onediff.data.synthesis.scenes import describe, noun
+from onediff.eval.behaviour import Row, matching_templates
+from onediff.eval.metrics import METRICS, Meteor, Predictions, References, cider, clean, score
+
+NUM_CANDIDATES = 30
+NUM_FINALISTS = 3
+SAMPLE = 100  # pairs on which the candidates for the constant sentence are compared first
+
+
+def floors(train: Sequence[str], references: References, *, metrics: Sequence[str] = METRICS,
+           meteor: Meteor | None = None, seed: int = 0) -> dict[str, Any]:
+    """Scores of the best constant sentence (it stands under "sentence") and of random captions, both from training."""
+    sentence = best_constant(train, references, seed=seed)
+    constant = score(_always(sentence, references), references, metrics=metrics, meteor=meteor)
+    drawn = score(random_captions(train, references, seed=seed), references, metrics=metrics, meteor=meteor)
+    return {"constant": {**constant.corpus, "sentence": sentence}, "random_train": drawn.corpus}
+
+
+def best_constant(train: Sequence[str], references: References, *, seed: int = 0) -> str:
+    """Of the most frequent training captions the one with the highest CIDEr, so that the floor is as high as it can be.
+
+    All are compared on a sample of the pairs, the best few on all of them. Raises ValueError without training captions.
+    """
+    if not train:
+        raise ValueError("floors need training captions, got none")
+    candidates = [text for text, _ in Counter(clean(text) for text in train).most_common(NUM_CANDIDATES)]
+    keys = list(references)
+    chosen = np.random.default_rng(seed).permutation(len(keys))[:SAMPLE]
+    sample = {keys[i]: references[keys[i]] for i in sorted(chosen)}
+    ranked = sorted(candidates, key=lambda text: -cider(_always(text, sample), sample))
+    return max(ranked[:NUM_FINALISTS], key=lambda text: cider(_always(text, references), references))
+
+
+def _always(sentence: str, references: References) -> Predictions:
+    return dict.fromkeys(references, sentence)
+
+
+def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0) -> Predictions:
+    """A training caption for every key, drawn with replacement. Same seed, same captions."""
+    names = list(keys)
+    drawn = np.random.default_rng(seed).integers(len(train), size=len(names))
+    return {key: train[i] for key, i in zip(names, drawn, strict=True)}
+
+
+def oracle(row: Row) -> str:
+    """The truth about a pair of scenes in a sentence that its references do not use, where there is one."""
+    rng = np.random.default_rng(zlib.crc32(row["pair_id"].encode()))
+    templates = SCENE_TEMPLATES[row["change_type"]]
+    used = {template for text in row["references"] for template in matching_templates(text, row["change_type"])}
+    template = pick(rng, tuple(text for text in templates if text not in used) or templates)
+    if row["change_type"] == "none":
+        return template
+    new = row["provenance"]["new"] or ""
+    return template.format(old=_phrase(rng, row), new=DIRECTIONS.get(new) or say(rng, new))
+
+
+def _phrase(rng: np.random.Generator, row: Row) -> str:
+    """The changed object in words that fit no other object of its scene."""
+    thing = _thing(row["provenance"]["object"])
+    others = [_thing(other) for other in row["provenance"]["objects"] if _thing(other) != thing]
+    return describe(rng, thing, [*others, thing]) or noun(rng, thing, {"size", "material"})
+
+
+def _thing(attributes: dict[str, Any]) -> Thing:
+    return Thing(**{name: attributes[name] for name in ("shape", "color", "size", "material", "x", "y")}, rotation=0.0)

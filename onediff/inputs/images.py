@@ -1,0 +1,69 @@
+"""An image file of any common kind -> one RGB picture, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no format that runs another program, as EPS does
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Image.Image:
+    """File content or path -> RGB: first frame, upright by EXIF, alpha on white, 16 bits scaled to 8.
+
+    One rule for size: above `max_megapixels` it is refused from its header, JPEG too, before any pixel is decoded.
+    Raises FileNotFoundError, or ValueError for a file that is corrupt, truncated, too large or of no known format.
+    """
+    name = "image" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"{name} not found, or not a file: give the path of an image")
+    try:
+        with _header(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+            megapixels = image.width * image.height / 1e6
+            if megapixels <= max_megapixels:
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:  # Pillow's own bound, twice 89 megapixels
+        raise ValueError(f"{name}: more than {max_megapixels:g} megapixels; make it smaller") from None
+    except _BROKEN as error:
+        raise ValueError(f"{name}: {_reason(error)}") from None
+    raise ValueError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; make it smaller")
+
+
+def _header(file: io.BytesIO | Path) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller checks the size itself
+        return Image.open(file, formats=FORMATS)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image, or of no known format ({', '.join(FORMATS)})"
+    return f"corrupt or truncated image ({' '.join(str(error).split())})"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _eight_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("float pixels have no agreed range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8-bit grey, 65535 to 255; Pillow's own conversion clips instead."""
+    values = np.asarray(image)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise ValueError("32-bit grey has no agreed range: save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,0 +1,42 @@
+"""A trained model and its processor, put to work on pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from onediff.inputs.processing import OneDiffProcessor
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.model.onediff import OneDiffForConditionalGeneration
+
+
+class Captioner:
+    def __init__(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "auto") -> Captioner:
+        """A `save_pretrained` folder. Raises FileNotFoundError if it holds no model."""
+        if not (Path(folder) / "config.json").exists():
+            raise FileNotFoundError(f"{folder} holds no OneDiff model (no config.json): train one with 'make run'")
+        model = OneDiffForConditionalGeneration.from_pretrained(folder)
+        return cls(model.to(pick_device(device)), OneDiffProcessor.from_pretrained(folder))
+
+    @torch.inference_mode()
+    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instruction: str = DEFAULT_INSTRUCTION,
+                max_new_tokens: int = 64, num_beams: int = 1) -> list[str]:
+        """What changed from the first to the second image of each pair, greedily unless `num_beams` is above 1."""
+        batch = self.processor(pairs, instruction).to(self.model.device)
+        tokenizer = self.processor.tokenizer
+        ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
+                                  pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Raises ValueError if CUDA is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees none; use device auto or cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)

@@ -1,0 +1,75 @@
+"""OneDiffConfig: what a saved model needs to stand up again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class OneDiffConfig(PreTrainedConfig):
+    """Tower and language model as transformers describes them, plus the Visual Delta Module and how the three are joined.
+
+    `delta_levels` has one entry per cross-attention: the tower's hidden state that it reads (0 = embeddings).
+    `reading` A splices [before][after][delta] before the text, B joins every patch with its delta-enhanced self by channel.
+    """
+
+    model_type = "onediff"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    reading: str = "A"
+    patch_level: int = -2
+    patch_pool: int = 1
+    delta_num_tokens: int = 32
+    delta_width: int = 768
+    delta_heads: int = 12
+    delta_levels: list[int] | None = None
+    delta_cross_attention_every: int = 1
+    delta_inputs: str = "pair"
+    template: str = "vicuna_v1"
+    image_token_id: int = -1
+    delta_token_id: int = -1
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.delta_levels = list(self.delta_levels or [8, 8, 16, 16, 24, 24])
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image as the tower gives them, N."""
+        return self.patches_per_side**2
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patch tokens of one image that the language model reads."""
+        return (self.patches_per_side // self.patch_pool) ** 2
+
+    @property
+    def delta_tokens_read(self) -> int:
+        """Delta tokens of one pair that the language model reads: under reading B they act through the patches."""
+        return self.delta_num_tokens if self.reading == "A" else 0
+
+    @property
+    def patch_state(self) -> int:
+        """`patch_level` counted from the embeddings up."""
+        return self.patch_level if self.patch_level >= 0 else self.vision_config.num_hidden_layers + 1 + self.patch_level
+
+    @property
+    def read_levels(self) -> list[int]:
+        """The hidden states of the tower that anything reads, each once, rising: the L axis of `states`."""
+        return sorted({*self.delta_levels, self.patch_state})
+
+
+AutoConfig.register(OneDiffConfig.model_type, OneDiffConfig, exist_ok=True)  # so that AutoTokenizer knows the folder

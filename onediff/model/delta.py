@@ -1,0 +1,101 @@
+"""The Visual Delta Module: learnable delta tokens read both images and carry away what differs. Two images in, K delta tokens out.
+
+Shapes:  B pairs, L levels, N patches per image, C tower width, K delta tokens, W width of the module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertModel
+
+from onediff.model.configuration import OneDiffConfig
+
+SPREAD = 0.3  # of marks added to normed features: near enough to 1 to be seen from the first step
+
+
+class Attention(nn.Module):
+    """Multi-head attention with BERT's post-layer-norm residual; queries from one sequence, keys and values from another."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """queries (B, Q, W), context (B, S, W) -> (B, Q, W)."""
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  (B, heads, ., W / heads)
+        mixed = functional.scaled_dot_product_attention(split(self.query(queries)), split(self.key(context)), split(self.value(context)))
+        return self.norm(queries + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+class DeltaLayer(nn.Module):
+    """Self-attention among the delta tokens, cross-attention to the images (where the layer has one), feed-forward."""
+
+    def __init__(self, width: int, heads: int, *, cross: bool) -> None:
+        super().__init__()
+        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads) if cross else None
+        self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+
+    def forward(self, delta: Tensor, seen: Tensor) -> Tensor:
+        delta = self.self_attention(delta, delta)
+        if self.cross_attention is not None:
+            delta = self.cross_attention(delta, seen)
+        return self.norm(delta + self.down(functional.gelu(self.up(delta))))
+
+
+class VisualDeltaModule(nn.Module):
+    """FIELD: 6 layers of BERT-base width over three levels of the tower; both images' patch tokens are keys and values.
+
+    With `delta_inputs: pair_and_difference` the cross-attention also reads `after - before` per patch and level.
+    """
+
+    def __init__(self, config: OneDiffConfig) -> None:
+        super().__init__()
+        width, tower = config.delta_width, config.vision_config.hidden_size
+        self.levels = [config.read_levels.index(level) for level in config.delta_levels]
+        self.every, self.difference = config.delta_cross_attention_every, config.delta_inputs == "pair_and_difference"
+        self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
+        self.query_norm = nn.LayerNorm(width)
+        self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower) for level in sorted(set(self.levels))})  # raw norms differ
+        self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
+        self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
+        self.reduce = nn.Linear(tower, width)
+        self.layers = nn.ModuleList([DeltaLayer(width, config.delta_heads, cross=(i + 1) % self.every == 0)
+                                     for i in range(len(self.levels) * self.every)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """before, after (B, L, N, C) -> delta (B, K, W)."""
+        seen = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
+        delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
+        for i, layer in enumerate(self.layers):
+            delta = layer(delta, seen[self.levels[i // self.every]])
+        return self.norm(delta)
+
+    def read(self, before: Tensor, after: Tensor, level: int) -> Tensor:
+        """before, after (B, N, C) -> keys and values (B, 2N or 3N, W): normed, marked by image and place, projected."""
+        norm = self.level_norms[str(level)]
+        views = [norm(before), norm(after)]
+        if self.difference:
+            views.append(views[1] - views[0])
+        return self.reduce(torch.cat([view + self.positions + mark for view, mark in zip(views, self.image_ids, strict=False)], dim=1))
+
+    def copy_bert(self, bert: BertModel) -> None:
+        """Self-attention and feed-forward of every layer from BERT's, in order; cross-attention stays fresh, as in BLIP-2's Q-Former.
+
+        Raises ValueError if BERT has too few layers or another width.
+        """
+        if bert.config.hidden_size != self.tokens.shape[1] or bert.config.num_hidden_layers < len(self.layers):
+            raise ValueError(f"model.delta.init: BERT has {bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, the "
+                             f"delta module {len(self.layers)} of width {self.tokens.shape[1]}; choose another BERT or init: random")
+        for ours, theirs in zip(self.layers, bert.encoder.layer, strict=False):
+            mine, its = ours.self_attention, theirs.attention
+            pairs = [(mine.query, its.self.query), (mine.key, its.self.key), (mine.value, its.self.value), (mine.out, its.output.dense),
+                     (mine.norm, its.output.LayerNorm), (ours.up, theirs.intermediate.dense), (ours.down, theirs.output.dense),
+                     (ours.norm, theirs.output.LayerNorm)]
+            for target, source in pairs:
+                target.load_state_dict(source.state_dict())

@@ -1,0 +1,107 @@
+"""How a registered OneDiff captions pairs as an MLflow model: rows of `before`, `after`, and if wanted `instruction`.
+
+MLflow finds `_load_pyfunc` by this module's name, which the version carries; this file does not import MLflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from onediff.inputs.images import open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COLUMNS = ("before", "after", "instruction")
+_SHORTEST_BASE64 = 64  # no image is smaller; shorter text is a path
+
+
+class Captioner(Protocol):
+    def caption(self, pairs: list[tuple[Image, Image]], *, instruction: str = ...) -> list[str]: ...
+
+
+class PairCaptioner:
+    def __init__(self, captioner: Captioner) -> None:
+        self._captioner = captioner
+
+    def predict(self, rows: Any, params: dict[str, Any] | None = None) -> list[str]:
+        """One caption per row of a DataFrame or list of dicts, in order.
+
+        `before` and `after` are paths, base64 or data URIs. Raises ValueError naming the row that is wrong.
+        """
+        items = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        by_instruction: dict[str | None, list[int]] = {}
+        pairs = []
+        for number, item in enumerate(items):
+            pairs.append(_pair(number, item))
+            by_instruction.setdefault(_instruction(number, item), []).append(number)
+        captions = [""] * len(items)
+        for instruction, numbers in by_instruction.items():
+            how = {} if instruction is None else {"instruction": instruction}
+            said = self._captioner.caption([pairs[number] for number in numbers], **how)
+            for number, caption in zip(numbers, said, strict=True):
+                captions[number] = caption
+        return captions
+
+
+def _load_pyfunc(data_path: str) -> PairCaptioner:
+    from onediff.model.captioner import Captioner as Loaded
+
+    return PairCaptioner(Loaded.load(Path(data_path)))
+
+
+def _pair(number: int, item: Any) -> tuple[Image, Image]:
+    if not isinstance(item, dict):
+        raise ValueError(f"row {number}: must be a mapping with before and after, got {type(item).__name__}")
+    unknown = sorted(str(key) for key in item if key not in COLUMNS)
+    if unknown:
+        raise ValueError(f"row {number}: unknown column '{unknown[0]}'; it has before, after, instruction")
+    return _image(number, "before", item), _image(number, "after", item)
+
+
+def _image(number: int, side: str, item: dict[str, Any]) -> Image:
+    text = item.get(side)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"row {number}: {side}: must be a path or a base64 image, got {text!r}")
+    try:
+        return open_image(_decoded(text))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"row {number}: {side}: {error}") from None
+
+
+def _decoded(text: str) -> bytes | Path:
+    if text.startswith("data:"):
+        header, _, text = text.partition(",")
+        if not header.endswith(";base64"):
+            raise ValueError(f"a data URI must hold base64, got '{header[:40]}'")
+        return _bytes(text)
+    if len(text) < _SHORTEST_BASE64:
+        return Path(text)
+    try:
+        if Path(text).exists():
+            return Path(text)
+    except OSError:  # too long for a file name
+        return _bytes(text)
+    try:
+        return _bytes(text)
+    except ValueError:
+        return Path(text)
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"neither a file nor base64 ({error})") from None
+
+
+def _instruction(number: int, item: dict[str, Any]) -> str | None:
+    text = item.get("instruction")
+    if text is None or text != text or text == "":  # a DataFrame writes a missing cell as NaN
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"row {number}: instruction: must be text, got {text!r}")
+    return text

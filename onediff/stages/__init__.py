@@ -1,0 +1,54 @@
+"""One file per DVC stage: the only place with both I/O and logic."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onediff.tracking import Run
+    from onediff.train.phases import Trained
+
+
+def run(stage: Callable[..., object]) -> None:
+    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1."""
+    try:
+        stage(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"{stage.__name__}: {error}")
+
+
+def quiet() -> None:
+    """Libraries tell errors, not their life."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+    warnings.filterwarnings("ignore", module="torch|transformers|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def finish_phase(phase: str, trained: Trained, noted: Run) -> None:
+    """Rank 0 writes model, curve and run; then the checkpoints may go."""
+    from onediff.model.build import weights_digest
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder = Path("data/models") / phase
+    trained.model.save_pretrained(folder)
+    trained.processor.save_pretrained(folder)
+    for part in ("curves", "runs"):
+        (Path("data") / part).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trained.folder / "curve.jsonl", Path("data/curves") / f"{phase}.jsonl")
+    described = noted.describe(digest=weights_digest(folder)) | trained.summary
+    (Path("data/runs") / f"{phase}.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(trained.folder)

@@ -1,0 +1,39 @@
+"""Stage `caption`: the tuned model says what changed in every pair of every benchmark."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from onediff.config import load_params, load_runtime
+from onediff.data.record import read_records
+from onediff.stages import quiet, run
+
+OUT = Path("data/captions")
+
+
+def caption(model: str = "data/models/tune") -> None:
+    """Writes data/captions/<split>/<benchmark>.jsonl for splits test and gate: every pair once, in the order of the shards."""
+    config, runtime = load_params(), load_runtime()
+    quiet()
+    from onediff.eval.caption import caption_records
+    from onediff.model.captioner import Captioner
+
+    captioner = Captioner.load(Path(model), device=runtime.device)
+    shutil.rmtree(OUT, ignore_errors=True)
+    for split in ("test", "gate"):
+        (OUT / split).mkdir(parents=True)
+        with ExitStack() as stack:
+            files: dict[str, IO[str]] = {}
+            records = read_records(Path("data/diffcap"), f"{split}-*.parquet")
+            for record, text in caption_records(captioner, records, config.caption, progress=f"caption {split}"):
+                if record.source not in files:
+                    files[record.source] = stack.enter_context((OUT / split / f"{record.source}.jsonl").open("w", encoding="utf-8"))
+                files[record.source].write(json.dumps({"pair_id": record.pair_id, "prediction": text}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run(caption)

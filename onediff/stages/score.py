@@ -1,0 +1,81 @@
+"""Stage `score`: captions and references to data/metrics.json (split test) and data/gate.json (split gate)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from onediff.data.record import read_table
+from onediff.eval.metrics import METRICS, Meteor, read_predictions
+from onediff.eval.protocols import evaluate, protocol_of
+from onediff.stages import run
+
+OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
+BEHAVIOUR = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy",
+             "false_alarm_rate", "swap_consistency", "operation_accuracy")
+
+
+def score() -> None:
+    """Writes both files, the same captions the same bytes, and prints the scores beside their floors."""
+    folder = Path("data/diffcap")
+    with Meteor() as meteor:  # loads its tables while the rows are read
+        train = read_table(folder, "train-*.parquet")
+        auc = json.loads((folder / "card.json").read_text(encoding="utf-8")).get("pixel_difference_auc", {})
+        for split, output in OUTPUTS.items():
+            rows = read_table(folder, f"{split}-*.parquet")
+            results = _score_split(split, rows, train=train, meteor=meteor)
+            for name in results:
+                if auc.get(name) is not None:  # None: the source has no unchanged pairs
+                    results[name]["pixel_difference_auc"] = auc[name]
+            output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            _show(f"{split} split, {output}", results)
+
+
+def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
+                 meteor: Meteor) -> dict[str, Any]:
+    results = {}
+    for benchmark in dict.fromkeys(row["source"] for row in rows):
+        predictions = read_predictions(Path(f"data/captions/{split}/{benchmark}.jsonl"))
+        source = protocol_of(benchmark).train_source
+        captions = [text for row in train if row["source"] == source for text in row["references"]]
+        chosen = [row for row in rows if row["source"] == benchmark]
+        results[benchmark] = evaluate(benchmark, predictions, chosen, train=captions, meteor=meteor)
+    return results
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _show(title: str, results: dict[str, Any]) -> None:
+    """Scores times 100, as papers print them."""
+    table = Table("benchmark", "captions", *METRICS, title=f"{title} (times 100)", title_justify="left")
+    for name, result in results.items():
+        floor = result["floor"]
+        for who, scores in ((f"{result['num_pairs']} predictions", result), ("best constant", floor["constant"]),
+                            ("random training", floor["random_train"])):
+            table.add_row(name if scores is result else "", who, *(f"{100 * scores[metric]:.1f}" for metric in METRICS),
+                          end_section=who == "random training")
+    console = Console()
+    console.print(table)
+    for name, result in results.items():
+        shown = [f"{key} {result[key]:.3f} [{result['intervals'][key][0]:.3f}, {result['intervals'][key][1]:.3f}]"
+                 for key in BEHAVIOUR if key in result]
+        if "oracle_ratio" in result.get("changed", {}):
+            told = "changed CIDEr / oracle {CIDEr:.2f} / {oracle_CIDEr:.2f} = {oracle_ratio:.3f}"
+            shown.append(told.format(**result["changed"]))
+        if "pixel_difference_auc" in result:
+            shown.append(f"pixel_difference_auc {result['pixel_difference_auc']:.3f}")
+        console.print(f"{name}: " + " · ".join(shown), highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    run(score)

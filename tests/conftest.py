@@ -1,0 +1,33 @@
+"""Real small parts that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", GX_ANALYTICS_ENABLED="false", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
+                  TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+
+import pytest
+
+from onediff.config import Config, load_params
+from onediff.data.record import Record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def micro() -> Config:
+    """The micro preset, its backbones by absolute path so that a test may stand in any folder."""
+    config = load_params(ROOT / "presets/micro.yaml")
+    vision = config.model.vision.model_copy(update={"path": str(ROOT / config.model.vision.path)})
+    model = config.model.model_copy(update={"vision": vision, "language": str(ROOT / config.model.language)})
+    return config.model_copy(update={"model": model})
+
+
+@pytest.fixture(scope="session")
+def scene_pairs(micro: Config) -> list[Record]:
+    """Train pairs of a few base scenes."""
+    from onediff.data.synthesis.scenes import scene_records
+
+    return [record for index in range(5) for record in scene_records(micro, "train", index)]

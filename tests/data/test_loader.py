@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onediff.config import Config
+from onediff.data.loader import Corpus, FeatureStore, Row, collate, coupled_rows, decode, tune_rows
+from onediff.data.record import Record, digest, write_shards
+from onediff.inputs.processing import OneDiffProcessor
+from onediff.inputs.prompt import text_prompt
+from onediff.model.build import build
+
+
+@pytest.fixture(scope="module")
+def processor(micro: Config) -> OneDiffProcessor:
+    return build(micro.model, seed=0)[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("diffcap")
+    others = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={}) for record in scene_pairs[:4]]
+    write_shards(scene_pairs + others, folder, "train", shard_pairs=100)
+    return Corpus.read(folder, "train", ["scenes", "edits"])
+
+
+def test_each_image_is_kept_once(corpus: Corpus, scene_pairs: list[Record]) -> None:
+    assert set(corpus.files) == {digest(content) for record in scene_pairs for content in (record.before, record.after)}
+    assert len(corpus.pairs) == len(scene_pairs) + 4
+
+
+def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
+    write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
+    with pytest.raises(ValueError, match="source 'edits' has no pair in split train"):
+        Corpus.read(tmp_path, "train", ["scenes", "edits"])
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
+    settings = {"seed": 3, "batch_size": 8, "mask_patches": 0.5}
+    for make in (lambda: tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", **settings), lambda: coupled_rows(corpus, "plain", **settings)):
+        straight = [make()(step) for step in range(5)]
+        jumped = make()
+        assert [jumped(step) for step in (4, 0, 2)] == [straight[4], straight[0], straight[2]]
+        assert straight[0] != straight[1]
+
+
+def test_sources_come_in_the_weights_that_were_asked_for(corpus: Corpus) -> None:
+    rows = tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=40, mask_patches=0)(0)
+    edited = Counter("edit" in row.prompt.question for row in rows)
+    instructions = {pair.instruction for pair in corpus.pairs if pair.source == "edits"}
+    assert instructions
+    assert len(rows) == 40
+    assert edited
+
+
+def test_tuned_rows_are_pairs_in_order_with_one_of_their_references(corpus: Corpus) -> None:
+    for row in tune_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=8, mask_patches=0)(0):
+        [pair] = [p for p in corpus.pairs if (p.before, p.after) == row.images and row.prompt.answer in p.references and p.source == "scenes"]
+        assert pair.instruction in row.prompt.question
+
+
+def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus) -> None:
+    for row in coupled_rows(corpus, "plain", seed=1, batch_size=8, mask_patches=0)(0):
+        first, second = (corpus.captions[name] for name in row.images)
+        assert row.prompt.answer == f"First image: {first}. Second image: {second}."
+
+
+def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
+    def overlap(a: str, b: str) -> int:
+        return len(set(corpus.captions[a].split()) & set(corpus.captions[b].split()))
+
+    coupled = coupled_rows(corpus, "plain", seed=1, batch_size=200, mask_patches=0)(0)
+    rng, names = np.random.default_rng(0), sorted(corpus.captions)
+    random = [overlap(*rng.choice(names, 2)) for _ in range(200)]
+    assert np.mean([overlap(*row.images) for row in coupled]) < np.mean(random) - 0.5
+
+
+def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDiffProcessor, micro: Config, tmp_path: Path) -> None:
+    model = build(micro.model, seed=0)[0].eval()
+    store = FeatureStore.prepare(corpus, processor, model.vision, sources=["scenes", "edits"], tower_digest="x", scratch=tmp_path)
+    rows = tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=6, mask_patches=0)(0)
+    kept, live = collate(rows, processor, store), collate(rows, processor, decode(corpus, processor))
+    with torch.no_grad():
+        assert torch.allclose(kept["states"], model.vision(live["images"]), atol=1e-4)
+    again = FeatureStore.prepare(corpus, processor, None, sources=["scenes"], tower_digest="x", scratch=tmp_path)  # type: ignore[arg-type]
+    assert again.arrays["scenes"].shape == store.arrays["scenes"].shape
+
+
+def test_rows_without_images_make_a_batch_too(corpus: Corpus, processor: OneDiffProcessor) -> None:
+    batch = collate([Row((), text_prompt("plain", "hi", "there"))], processor, decode(corpus, processor))
+    assert "images" not in batch
+    assert batch["image_counts"].tolist() == [0]

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from onediff.data.record import Record, digest, read_records, read_table, shards, write_shards
+
+
+def test_records_come_back_as_they_were(scene_pairs: list[Record], tmp_path: Path) -> None:
+    assert write_shards(scene_pairs, tmp_path, "train", shard_pairs=7) == len(scene_pairs)
+    assert len(shards(tmp_path)) == -(-len(scene_pairs) // 7)
+    assert list(read_records(tmp_path)) == scene_pairs
+
+
+def test_same_records_same_bytes(scene_pairs: list[Record], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards(scene_pairs, tmp_path / name, "train", shard_pairs=100)
+    assert digest(shards(tmp_path / "a")[0].read_bytes()) == digest(shards(tmp_path / "b")[0].read_bytes())
+
+
+def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record], tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    write_shards(scene_pairs, tmp_path / "shards", "train", shard_pairs=7)
+    loaded = load_dataset("parquet", data_files=str(tmp_path / "shards/*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded[2]["pair_id"] == scene_pairs[2].pair_id
+    assert loaded[2]["references"] == scene_pairs[2].references
+    assert loaded[2]["after"].tobytes() == Image.open(io.BytesIO(scene_pairs[2].after)).tobytes()
+
+
+def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_path: Path) -> None:
+    write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
+    row = read_table(tmp_path)[1]
+    assert set(row) == {"pair_id", "source", "split", "group_id", "references", "instruction", "change_type", "provenance"}
+    assert row["provenance"] == scene_pairs[1].provenance
+
+
+def test_no_shards_is_an_error_with_a_cure(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="'dvc repro' makes it, or see data/README.md"):
+        shards(tmp_path)

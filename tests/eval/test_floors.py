@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from onediff.eval.floors import best_constant, floors, oracle, random_captions
+from onediff.eval.metrics import FAST_METRICS, cider, score
+
+REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is gone"] for i, color in
+              enumerate(["red", "red", "red", "red", "blue", "green"])} | {"p6": ["a small ball appeared"]}
+TRAIN = ["the red cube was removed"] * 3 + ["a ball appeared"] * 5 + ["it rained"] * 7 + ["the blue block is gone"]
+
+
+def test_best_constant_is_the_best_of_all_training_captions() -> None:
+    by_hand = {text: cider(dict.fromkeys(REFERENCES, text), REFERENCES) for text in set(TRAIN)}
+    best = max(by_hand, key=lambda text: by_hand[text])
+    assert best_constant(TRAIN, REFERENCES) == best == "the red cube was removed"
+
+
+def test_floors_score_constant_and_random_captions() -> None:
+    got = floors(TRAIN, REFERENCES, metrics=FAST_METRICS, seed=3)
+    sentence = got["constant"].pop("sentence")
+    assert got["constant"] == score(dict.fromkeys(REFERENCES, sentence), REFERENCES, metrics=FAST_METRICS).corpus
+    drawn = random_captions(TRAIN, REFERENCES, seed=3)
+    assert got["random_train"] == score(drawn, REFERENCES, metrics=FAST_METRICS).corpus
+
+
+def test_same_seed_same_random_captions() -> None:
+    assert random_captions(TRAIN, REFERENCES, seed=1) == random_captions(TRAIN, REFERENCES, seed=1)
+    assert random_captions(TRAIN, map(str, range(50)), seed=1) != random_captions(TRAIN, map(str, range(50)), seed=2)
+
+
+def test_no_training_captions_is_refused() -> None:
+    with pytest.raises(ValueError, match="need training captions"):
+        best_constant([], REFERENCES)
+
+
+def test_oracle_uses_a_template_that_the_references_do_not() -> None:
+    thing = {"shape": "cube", "color": "red", "size": "big", "material": "matte", "x": 0.0, "y": 1.0}
+    row = {"pair_id": "a", "change_type": "move",
+           "provenance": {"object": thing, "new": "front", "objects": [thing, thing | {"color": "blue", "x": 2.0}]},
+           "references": ["the red cube moved to the front", "the red cube was moved to the front",
+                          "someone pushed the red block to the front", "the red cube has shifted to the front"]}
+    assert oracle(row).startswith("the ") and oracle(row).endswith("changed its location to the front")

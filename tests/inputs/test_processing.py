@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from onediff.config import Config
+from onediff.inputs.processing import IGNORED, OneDiffProcessor
+from onediff.inputs.prompt import coupled_prompt, expand, pair_prompt, single_prompt, text_prompt
+from onediff.model.build import build
+
+
+@pytest.fixture(scope="module")
+def processor(micro: Config) -> OneDiffProcessor:
+    return build(micro.model, seed=0)[1]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_both_images_get_the_same_transform(processor: OneDiffProcessor) -> None:
+    image = picture(120, 80)
+    batch = processor([(image, image)])
+    assert torch.equal(batch["images"][0], batch["images"][1])
+    assert batch["images"].shape == (2, 3, 96, 96)
+
+
+def test_no_image_is_flipped(processor: OneDiffProcessor) -> None:
+    left = Image.new("RGB", (96, 96), "black")
+    left.paste("white", (0, 0, 48, 96))
+    pixels = processor.pixels([left])[0].mean(0)
+    assert pixels[:, :40].mean() > pixels[:, 56:].mean() + 1
+
+
+def test_a_wide_image_keeps_its_edges_and_its_shape(processor: OneDiffProcessor) -> None:
+    wide = Image.new("RGB", (200, 100), "black")
+    wide.paste("white", (0, 0, 10, 100))
+    wide.paste("white", (190, 0, 200, 100))
+    pixels = processor.pixels([wide])[0].mean(0)
+    assert pixels[48, 1] > pixels[48, 48] + 1
+    assert pixels[48, -2] > pixels[48, 48] + 1
+    assert pixels[2].abs().max() < 0.1  # padded with the mean, which the norm makes 0
+
+
+def test_images_of_unlike_sizes_make_one_batch(processor: OneDiffProcessor) -> None:
+    batch = processor([(picture(64, 48), picture(200, 333)), (picture(5, 5), picture(96, 96))])
+    assert batch["images"].shape == (4, 3, 96, 96)
+
+
+def test_labels_cover_the_answer_and_its_end_only(processor: OneDiffProcessor) -> None:
+    batch = processor.answers([pair_prompt("plain", "What changed?", "the red cube is gone"), text_prompt("plain", "hi", "nothing")])
+    tokenizer = processor.tokenizer
+    for row, answer in zip(batch["labels"], ("the red cube is gone", "nothing"), strict=True):
+        assert tokenizer.decode(row[row != IGNORED]).strip() == answer + "</s>"
+    assert torch.equal(batch["input_ids"][batch["labels"] != IGNORED], batch["labels"][batch["labels"] != IGNORED])
+
+
+def test_questions_are_padded_left_and_answers_right(processor: OneDiffProcessor) -> None:
+    prompts = [pair_prompt("plain", "What changed?", "nothing"), text_prompt("plain", "hi", "nothing")]
+    assert processor.questions(prompts)["attention_mask"][1, 0] == 0
+    assert processor.questions(prompts)["attention_mask"][1, -1] == 1
+    assert processor.answers(prompts)["attention_mask"][1, -1] == 0
+
+
+def test_each_row_has_the_placeholders_its_images_need(processor: OneDiffProcessor) -> None:
+    prompts = [pair_prompt("plain", "a"), single_prompt("plain", "b"), text_prompt("plain", "c")]
+    batch = processor.questions(prompts)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [32, 16, 0]
+    assert (batch["input_ids"] == processor.delta_token_id).sum(1).tolist() == [8, 0, 0]
+    assert batch["image_counts"].tolist() == [2, 1, 0]
+
+
+def test_saving_and_loading_gives_the_same_batch(processor: OneDiffProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = OneDiffProcessor.from_pretrained(tmp_path)
+    pairs = [(picture(50, 70), picture(70, 50, seed=1))]
+    for key, value in processor(pairs).items():
+        assert torch.equal(value, loaded(pairs)[key]), key
+
+
+def test_every_sentence_survives_the_tokenizer(processor: OneDiffProcessor) -> None:
+    for text in ("the small red metal cube moved to the left", "USER: ünïcode 世界!", "First image: a. Second image: b."):
+        assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)).strip() == text
+
+
+def test_a_question_too_long_is_refused_and_an_answer_is_cut(processor: OneDiffProcessor) -> None:
+    with pytest.raises(ValueError, match=r"model.max_length 128 is too short for a question of \d+ tokens"):
+        processor.questions([text_prompt("plain", "cube " * 200)])
+    batch = processor.answers([text_prompt("plain", "hi", "cube " * 300)])
+    assert batch["input_ids"].shape[1] == processor.max_length
+
+
+def test_coupled_captions_stand_in_order() -> None:
+    prompt = coupled_prompt("plain", "a red cube", "a blue ball")
+    assert prompt.answer == "First image: a red cube. Second image: a blue ball."
+    assert prompt.num_images == 2
+
+
+def test_vicuna_template_is_the_published_one() -> None:
+    question = single_prompt("vicuna_v1", "What is this?").question
+    assert question == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+                        "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:")
+    assert expand(question, tokens_per_image=3, delta_tokens=2).count("<image>") == 3

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from onediff.model.delta import Attention, VisualDeltaModule
+
+from parts import CHANNELS, SIDE, TOKENS, WIDTH, small
+
+B, N = 3, SIDE**2
+
+
+def states(seed: int) -> torch.Tensor:
+    """(B, L, N, C) for the levels 1, 3, 4, 5 of `small`."""
+    return torch.randn(B, 4, N, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def test_attention_equals_the_textbook_formula() -> None:
+    torch.manual_seed(1)
+    attention = Attention(12, 3).eval()
+    queries, context = torch.randn(B, 5, 12), torch.randn(B, 7, 12)
+    mixed = torch.zeros(B, 5, 12)
+    q, k, v = attention.query(queries), attention.key(context), attention.value(context)
+    for row in range(B):
+        for head in range(3):
+            part = slice(4 * head, 4 * head + 4)
+            weights = (q[row, :, part] @ k[row, :, part].T / math.sqrt(4)).softmax(-1)
+            mixed[row, :, part] = weights @ v[row, :, part]
+    expected = attention.norm(queries + attention.out(mixed))
+    assert torch.allclose(attention(queries, context), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("every", "layers"), [(1, 3), (2, 6)])
+def test_each_level_is_read_by_one_cross_attention(every: int, layers: int) -> None:
+    delta = small(delta_cross_attention_every=every).delta
+    assert len(delta.layers) == layers
+    assert sum(layer.cross_attention is not None for layer in delta.layers) == 3
+    assert delta(states(1), states(2)).shape == (B, TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("inputs", ["pair", "pair_and_difference"])
+def test_a_pair_alone_gives_what_it_gives_in_a_batch(inputs: str) -> None:
+    delta = small(delta_inputs=inputs).delta
+    before, after = states(1), states(2)
+    together = delta(before, after)
+    for row in range(B):
+        assert torch.allclose(delta(before[row : row + 1], after[row : row + 1])[0], together[row], atol=1e-6)
+
+
+def test_the_order_of_the_images_matters() -> None:
+    delta = small().delta
+    assert not torch.allclose(delta(states(1), states(2)), delta(states(2), states(1)), atol=1e-3)
+
+
+def test_the_difference_reads_a_third_view_per_patch() -> None:
+    pair, both = small().delta, small(delta_inputs="pair_and_difference").delta
+    before, after = states(1)[:, 0], states(2)[:, 0]
+    assert pair.read(before, after, 0).shape == (B, 2 * N, WIDTH)
+    assert both.read(before, after, 0).shape == (B, 3 * N, WIDTH)
+    norm = both.level_norms["0"]
+    by_hand = both.reduce(norm(after) - norm(before) + both.positions + both.image_ids[2])
+    assert torch.allclose(both.read(before, after, 0)[:, 2 * N :], by_hand, atol=1e-6)
+
+
+def test_only_the_levels_that_are_named_are_read() -> None:
+    delta = small(delta_levels=[1, 3, 3]).delta  # the states hold 1, 3, 4: index 2 is the patch level
+    before, after = states(1)[:, :3], states(2)[:, :3]
+    changed = before.clone()
+    changed[:, 2] += 1.0
+    assert torch.equal(delta(before, after), delta(changed, after))
+    changed[:, 1] += torch.randn(N, CHANNELS)
+    assert not torch.allclose(delta(before, after), delta(changed, after))
+
+
+def test_bert_layers_are_copied_and_cross_attention_stays_fresh(tmp_path: Path) -> None:
+    BertModel(BertConfig(vocab_size=17, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=1,
+                         intermediate_size=4 * WIDTH)).save_pretrained(tmp_path)
+    bert = BertModel.from_pretrained(tmp_path)
+    delta: VisualDeltaModule = small().delta
+    fresh = delta.layers[2].cross_attention.query.weight.clone()
+    delta.copy_bert(bert)
+    assert torch.equal(delta.layers[2].self_attention.value.weight, bert.encoder.layer[2].attention.self.value.weight)
+    assert torch.equal(delta.layers[1].down.bias, bert.encoder.layer[1].output.dense.bias)
+    assert torch.equal(delta.layers[2].cross_attention.query.weight, fresh)
+
+
+def test_a_bert_of_another_width_is_refused() -> None:
+    bert = BertModel(BertConfig(vocab_size=17, hidden_size=12, num_hidden_layers=3, num_attention_heads=1, intermediate_size=20))
+    with pytest.raises(ValueError, match=r"model.delta.init: BERT has 3 layers of width 12, the delta module 3 of width 13"):
+        small().delta.copy_bert(bert)

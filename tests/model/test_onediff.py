@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+
+from parts import DELTA_ID, IMAGE_ID, batch_of, small
+
+@pytest.fixture
+def model() -> OneDiffForConditionalGeneration:
+    return small()
+
+
+COUNTS = [2, 0, 1, 2, 1]
+VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"}, {"delta_cross_attention_every": 2}, {"patch_pool": 3},
+            {"delta_levels": [0, 2, 2, 5]}, {"delta_num_tokens": 1}]
+
+
+def one_row(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    first = int(batch["image_counts"][:row].sum())
+    count = int(batch["image_counts"][row])
+    length = int(batch["attention_mask"][row].sum())
+    return {"input_ids": batch["input_ids"][row : row + 1, :length], "attention_mask": batch["attention_mask"][row : row + 1, :length],
+            "image_counts": batch["image_counts"][row : row + 1], "images": batch["images"][first : first + count]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_row_in_a_mixed_batch_equals_the_row_alone(variant: dict) -> None:
+    model = small(**variant)
+    batch = batch_of(model, COUNTS)
+    together = model(**batch).logits
+    for row in range(len(COUNTS)):
+        alone = model(**one_row(batch, row)).logits[0]
+        assert torch.allclose(together[row, : len(alone)], alone, atol=1e-5), f"row {row}"
+
+
+def test_both_images_are_encoded_as_each_would_be_alone(model: OneDiffForConditionalGeneration) -> None:
+    images = batch_of(model, COUNTS)["images"]
+    together = model.vision(images)
+    for k, image in enumerate(images):
+        hidden = model.vision.tower(image[None], output_hidden_states=True).hidden_states
+        for axis, level in enumerate(model.config.read_levels):
+            assert torch.allclose(together[k, axis], hidden[level][0, 1:], atol=1e-6)
+
+
+def test_swapping_before_and_after_swaps_the_patches_and_changes_the_delta(model: OneDiffForConditionalGeneration) -> None:
+    states = model.vision(batch_of(model, [2])["images"])
+    patches, delta = model.look(states, torch.tensor([2]))
+    swapped, other = model.look(states.flip(0), torch.tensor([2]))
+    assert torch.allclose(patches.flip(0), swapped, atol=1e-6)
+    assert not torch.allclose(delta, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("reading", ["A", "B"])
+def test_the_second_image_of_a_pair_reaches_the_caption(reading: str) -> None:
+    model = small(reading=reading)
+    batch = batch_of(model, [2])
+    other = batch | {"images": batch["images"].clone()}
+    other["images"][1] += 0.5
+    assert not torch.allclose(model(**batch).logits[:, -1], model(**other).logits[:, -1], atol=1e-5)
+
+
+def test_kept_states_give_what_the_images_give(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, COUNTS)
+    states = model.vision(batch["images"])
+    kept = {key: value for key, value in batch.items() if key != "images"} | {"states": states}
+    assert torch.equal(model(**batch).logits, model(**kept).logits)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_by_hand(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, [2, 1])
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels[0, -3:-1], labels[1, 12] = torch.tensor([5, 7]), 11
+    logits = model(**batch).logits.log_softmax(-1)
+    by_hand = -(logits[0, -4, 5] + logits[0, -3, 7] + logits[1, 11, 11]) / 3
+    assert torch.allclose(model(**batch, labels=labels).loss, by_hand, atol=1e-6)
+
+
+def test_micro_batches_of_unlike_lengths_add_up_to_the_whole(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, COUNTS)
+    labels = batch["input_ids"].masked_fill((batch["input_ids"] >= IMAGE_ID) | (batch["attention_mask"] == 0), IGNORED)
+    whole = model(**batch, labels=labels).loss
+    count = (labels[:, 1:] != IGNORED).sum()
+    parts = []
+    for row in range(len(COUNTS)):
+        alone = one_row(batch, row)
+        parts.append(model(**alone, labels=labels[row : row + 1, : alone["input_ids"].shape[1]], num_answer_tokens=count).loss)
+    assert torch.allclose(sum(parts), whole, atol=1e-6)
+
+
+def test_masked_patches_cannot_be_read_but_delta_tokens_can(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, [2])
+    mask = torch.tensor([True])
+    changed = torch.where(batch["input_ids"] == IMAGE_ID, 1.0, 0.0)
+    embeds = model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
+    plain = model(**batch, patch_mask=mask).logits[:, -1]
+    attention = batch["attention_mask"] * (batch["input_ids"] != IMAGE_ID)
+    noisy = embeds + 3.0 * changed[..., None] * torch.randn_like(embeds)
+    assert torch.allclose(plain, model.language(inputs_embeds=noisy, attention_mask=attention).logits[:, -1], atol=1e-5)
+    moved = embeds + (batch["input_ids"] == DELTA_ID)[..., None] * 1.0
+    assert not torch.allclose(plain, model.language(inputs_embeds=moved, attention_mask=attention).logits[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_saving_and_loading_gives_the_same_logits(variant: dict, tmp_path: Path) -> None:
+    model = small(**variant)
+    batch = batch_of(model, COUNTS)
+    model.save_pretrained(tmp_path)
+    assert [path.suffix for path in tmp_path.glob("model*")] == [".safetensors"]
+    loaded = OneDiffForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_generate_continues_as_the_greedy_loop_does(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, [2])
+    row, expected = dict(batch), []
+    for _ in range(5):
+        token = model(**row).logits[0, -1].argmax()
+        expected.append(int(token))
+        row["input_ids"] = torch.cat([row["input_ids"], token.view(1, 1)], 1)
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+    assert model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("counts", [[1], [0]])
+def test_images_and_placeholders_must_agree(model: OneDiffForConditionalGeneration, counts: list[int]) -> None:
+    batch = batch_of(model, [2])
+    with pytest.raises(ValueError, match=rf"row 0 has {counts[0]} images and needs {9 * counts[0]} image and 0 delta placeholders"):
+        model(**(batch | {"image_counts": torch.tensor(counts)}))
+
+
+def test_rows_without_a_pair_leave_the_delta_module_alone(model: OneDiffForConditionalGeneration) -> None:
+    batch = batch_of(model, [0, 1])
+    model(**batch, labels=batch["input_ids"].clamp(max=96)).loss.backward()
+    assert all(p.grad is None for p in model.delta.parameters())
+    assert model.projector[0].weight.grad is not None
+
+
+def test_every_parameter_belongs_to_one_part() -> None:
+    for reading in ("A", "B"):
+        model = small(reading=reading)
+        assert {model.part_of(name) for name, _ in model.named_parameters()} == {"vision", "delta", "projector", "language"}

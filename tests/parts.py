@@ -1,0 +1,39 @@
+"""A OneDiff whose every dimension is another number, so that a mixed-up axis cannot pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from onediff.model.configuration import OneDiffConfig
+from onediff.model.onediff import OneDiffForConditionalGeneration
+
+IMAGE_ID, DELTA_ID, VOCAB = 101, 102, 97
+SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # N = 9 patches
+
+
+def small(**changes: Any) -> OneDiffForConditionalGeneration:
+    vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1, image_size=12,
+                              patch_size=4)
+    text = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2, num_attention_heads=17,
+                       max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    settings = {"reading": "A", "patch_level": -2, "patch_pool": 1, "delta_num_tokens": TOKENS, "delta_width": WIDTH, "delta_heads": 1,
+                "delta_levels": [1, 3, 5], "delta_inputs": "pair", "image_token_id": IMAGE_ID, "delta_token_id": DELTA_ID} | changes
+    torch.manual_seed(0)
+    return OneDiffForConditionalGeneration(OneDiffConfig(vision_config=vision, text_config=text, **settings)).eval()
+
+
+def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[str, torch.Tensor]:
+    """Rows with 0, 1 or 2 images: placeholders, then text of unlike lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for count in counts:
+        words = torch.randint(3, VOCAB, (4 + count,), generator=generator).tolist()
+        rows.append([1] + [IMAGE_ID] * model.config.tokens_per_image * count
+                    + [DELTA_ID] * model.config.delta_tokens_read * (count == 2) + words)
+    longest = max(map(len, rows))
+    return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            "image_counts": torch.tensor(counts), "images": torch.randn(sum(counts), 3, 12, 12, generator=generator)}

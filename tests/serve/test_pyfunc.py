@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from onediff.serve.pyfunc import PairCaptioner
+
+RED, GREEN = "#ff0000", "#00ff00"
+
+
+class SaysColours:
+    """Says what it was given, so that a mixed-up row shows."""
+
+    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instruction: str = "what changed?") -> list[str]:
+        return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}" for before, after in pairs]
+
+
+@pytest.fixture
+def model() -> PairCaptioner:
+    return PairCaptioner(SaysColours())
+
+
+def encoded(colour: str) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (11, 7), colour).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def file(folder: Path, colour: str) -> str:
+    path = folder / f"{colour[1:]}.png"
+    Image.new("RGB", (11, 7), colour).save(path)
+    return str(path)
+
+
+def test_paths_base64_and_data_uris_say_the_same(model: PairCaptioner, tmp_path: Path) -> None:
+    folded = encoded(GREEN)[:40] + "\n" + encoded(GREEN)[40:]
+    rows = [{"before": file(tmp_path, RED), "after": file(tmp_path, GREEN)},
+            {"before": encoded(RED), "after": encoded(GREEN)},
+            {"before": f"data:image/png;base64,{encoded(RED)}", "after": folded}]
+    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) what changed?"] * 3
+
+
+def test_captions_keep_the_order_of_rows_with_mixed_instructions(model: PairCaptioner) -> None:
+    rows = pd.DataFrame([{"before": encoded(RED), "after": encoded(GREEN), "instruction": "edit?"},
+                         {"before": encoded(GREEN), "after": encoded(GREEN)},
+                         {"before": encoded(GREEN), "after": encoded(RED), "instruction": "edit?"}])
+    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) edit?", "(0, 255, 0) (0, 255, 0) what changed?",
+                                   "(0, 255, 0) (255, 0, 0) edit?"]
+
+
+def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
+    assert model.predict([]) == []
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"before": "nowhere.png"}, "row 1: before: nowhere.png not found"),
+    ({"before": "/nowhere/" + "a" * 80 + ".png"}, "row 1: before: .*not found"),
+    ({"before": base64.b64encode(b"text, no image" * 9).decode()}, "row 1: before: .*not an image"),
+    ({"before": "data:image/png,raw"}, "row 1: before: a data URI must hold base64"),
+    ({"before": "data:image/png;base64,???"}, "row 1: before: neither a file nor base64"),
+    ({"before": 7}, "row 1: before: must be a path or a base64 image, got 7"),
+    ({"after": None}, "row 1: after: must be a path or a base64 image, got None"),
+    ({"instruction": 3}, "row 1: instruction: must be text, got 3"),
+    ({"befor": "x"}, "row 1: unknown column 'befor'"),
+])
+def test_a_bad_row_is_named(model: PairCaptioner, bad: dict, message: str) -> None:
+    good = {"before": encoded(RED), "after": encoded(GREEN)}
+    with pytest.raises(ValueError, match=message):
+        model.predict([good, {**good, **bad}])
+
+
+def test_a_row_that_is_no_mapping_is_named(model: PairCaptioner) -> None:
+    with pytest.raises(ValueError, match="row 0: must be a mapping with before and after, got str"):
+        model.predict(["a.png"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole OneDiff with random weights, a few thousand numbers large."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+    from onediff.inputs.processing import OneDiffProcessor
+    from onediff.model.configuration import OneDiffConfig
+    from onediff.model.onediff import OneDiffForConditionalGeneration
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.train_from_iterator(["nothing changed"], trainers.BpeTrainer(
+        special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=14, intermediate_size=11, num_hidden_layers=1,
+                       num_attention_heads=7, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision = CLIPVisionConfig(hidden_size=10, intermediate_size=13, num_hidden_layers=1, num_attention_heads=5,
+                              image_size=21, patch_size=7)
+    config = OneDiffConfig(vision_config=vision, text_config=text, patch_level=-1, delta_num_tokens=3, delta_width=22,
+                           delta_heads=11, delta_levels=[1], template="plain")
+    image_processor = CLIPImageProcessorPil(size={"height": 21, "width": 21}, do_center_crop=False)
+    processor = OneDiffProcessor(image_processor, tokenizer, tokens_per_image=9, delta_tokens=3, template="plain")
+    config.image_token_id, config.delta_token_id = processor.image_token_id, processor.delta_token_id
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("trained") / "tune"
+    OneDiffForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    from onediff import registry
+    from onediff.model.captioner import Captioner
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for name in ("test.json", "gate.json"):
+        Path(name).write_text(json.dumps({"scenes": {"CIDEr": 1.0}}))
+    Path("rules.yaml").write_text("minima: {scenes.CIDEr: 0.5}\nmaxima: {}\nbetter_than_champion: null\n")
+    registry.register(trained, Path("test.json"), Path("gate.json"))
+    assert registry.promote(rules=Path("rules.yaml")).promoted
+
+    from mlflow.pyfunc import load_model
+
+    served = load_model(registry.CHAMPION_URI)
+    rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}]
+    direct = Captioner.load(registry.model_folder(), device="cpu")
+    pair = (Image.new("RGB", (11, 7), RED), Image.new("RGB", (11, 7), GREEN))
+    assert served.predict(rows) == served.predict(pd.DataFrame(rows)) == direct.caption([pair])
+    with pytest.raises(ValueError, match=r"row 0: before: nowhere\.png not found"):
+        served.predict([{**rows[0], "before": "nowhere.png"}])

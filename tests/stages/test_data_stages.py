@@ -1,0 +1,89 @@
+"""From generated pairs to DiffCap in an empty folder: each stage reads what the last one wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from onediff.config import SPLITS, Config
+from onediff.data.record import Record, read_records, write_shards
+from onediff.data.synthesis.edits import edit_record
+from onediff.stages.build import build
+from onediff.stages.probe import probe
+from onediff.stages.validate import validate
+
+ROOT = Path(__file__).parents[2]
+NUM_PAIRS = 11
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
+    values["data"] |= {"sources": ["edits"], "tolerance": 0.1}
+    values["align"]["source"], values["tune"]["mixture"] = "edits", {"edits": 1}
+    YAML().dump(values, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDIFF_WORKERS", "1")
+    config = Config.model_validate(values)
+    for split in SPLITS:
+        write_shards(
+            [edit_record(config, split, index) for index in range(NUM_PAIRS)],
+            tmp_path / "data/synthetic/edits",
+            split,
+            shard_pairs=7,
+        )
+    yield tmp_path
+
+
+def change(folder: Path, split: str, index: int, **values: object) -> None:
+    """Rewrites one record of a split's generated shards."""
+    records: list[Record] = list(read_records(folder / "data/synthetic/edits", f"{split}-*.parquet"))
+    records[index] = replace(records[index], **values)  # type: ignore[arg-type]
+    write_shards(records, folder / "data/synthetic/edits", split, shard_pairs=7)
+
+
+def test_bad_pairs_are_quarantined_and_the_rest_is_built_the_same_twice(folder: Path) -> None:
+    change(folder, "train", 2, after=b"\x89PNG\r\n\x1a\nbroken")
+    change(folder, "val", 4, references=["fine", " "])
+    probe()
+    validate()
+    bad = pd.read_parquet(folder / "data/quarantine.parquet")
+    assert list(bad["pair_id"]) == ["edits-train-000002", "edits-val-000004"]
+    assert (folder / "data/reports/validation/index.html").exists()
+    built = []
+    for _ in range(2):
+        build()
+        built.append({path.name: path.read_bytes() for path in (folder / "data/diffcap").iterdir()})
+    assert built[0] == built[1]
+    assert sorted(built[0]) == ["card.json", *(f"{split}-0000{k}.parquet" for split in sorted(SPLITS) for k in (0,))]
+    ids = [record.pair_id for record in read_records(folder / "data/diffcap")]
+    assert len(ids) == len(set(ids)) == 4 * NUM_PAIRS - 2
+    assert not set(ids) & set(bad["pair_id"])
+    assert json.loads(built[0]["card.json"])["num_quarantined"] == 2
+
+
+def test_validation_writes_report_and_quarantine_before_it_stops(folder: Path) -> None:
+    for index in range(6):
+        change(folder, "test", index, references=[])
+    probe()
+    with pytest.raises(
+        ValueError,
+        match=r"6 of 44 pairs are bad .*first: edits-test-000000: no caption\); see data/reports/validation/index",
+    ):
+        validate()
+    assert len(pd.read_parquet(folder / "data/quarantine.parquet")) == 6
+    assert "6 bad" in (folder / "data/reports/validation/index.html").read_text()
+
+
+def test_stages_say_what_is_missing(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found"):
+        validate()
+    (folder / "data/synthetic/edits").rename(folder / "data/synthetic/moved")
+    with pytest.raises(FileNotFoundError, match=r"data/synthetic/edits/\*\.parquet not found"):
+        probe()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from onediff.config import load_params
+from onediff.data.record import Record, write_shards
+from onediff.data.synthesis.scenes import scene_records
+from onediff.stages.report import report
+from onediff.stages.score import score
+
+PRESET = Path("presets/tiny.yaml").resolve()
+
+
+def edit(split: str, number: int) -> Record:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "gray").save(buffer, "PNG")
+    text = ("blur the image", "brighten the image", "darken the image")[number % 3]
+    where = {"new": None, "object": None, "region": [1, 2, 30, 20]}
+    return Record(f"edits-{split}-{number}", "edits", split, f"photo/{number}", buffer.getvalue(), buffer.getvalue(),
+                  [text], "What?", text.split()[0], where)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A few pairs of each split, the second reference of each pair as its caption, and all that the report reads."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_bytes(PRESET.read_bytes())
+    config, folder = load_params(), Path("data/diffcap")
+    for split, sources in {"train": ["scenes"], "gate": ["scenes"], "test": ["scenes", "scenes_far"]}.items():
+        records = [record for source in sources for index in range(2)
+                   for record in scene_records(config, split, index, source=source)]
+        records += [edit(split, i) for i in range(6)]
+        write_shards(records, folder, split, shard_pairs=100)
+        for source in [*sources, "edits"] if split != "train" else []:
+            path = Path(f"data/captions/{split}/{source}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps({"pair_id": record.pair_id, "prediction": record.references[-1]}) + "\n"
+                                    for record in records if record.source == source))
+    card = {"num_pairs": {}, "num_quarantined": 0, "pixel_difference_auc": {"scenes": 0.5, "scenes_far": None},
+            "leaks": {"images": 0, "groups": 0, "near_train_images": {}, "near_bits": 3}}
+    (folder / "card.json").write_text(json.dumps(card))
+    Path("data/curves").mkdir()
+    for phase in ("align", "tune"):
+        Path(f"data/curves/{phase}.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_score_and_report_from_captions_to_page(repository: Path) -> None:
+    score()
+    outputs = [Path("data/metrics.json"), Path("data/gate.json")]
+    first = [path.read_bytes() for path in outputs]
+    metrics, gate = (json.loads(content) for content in first)
+    assert set(metrics) == {"scenes", "scenes_far", "edits"} and set(gate) == {"scenes", "edits"}
+    assert metrics["scenes"]["change_type_accuracy"] == metrics["scenes"]["swap_consistency"] == 1
+    assert metrics["scenes"]["pixel_difference_auc"] == 0.5 and "pixel_difference_auc" not in metrics["scenes_far"]
+    assert metrics["edits"]["BLEU-1"] == pytest.approx(1) and 0 < metrics["edits"]["floor"]["constant"]["BLEU-1"] < 1
+    score()
+    assert [path.read_bytes() for path in outputs] == first
+    report()
+    page = Path("data/report.html").read_text(encoding="utf-8")
+    assert page.count('<article class="pair">') == 8 + 3 * 2 and "scenes-test-000000c" in page
+
+
+def test_score_says_which_captions_are_missing(repository: Path) -> None:
+    path = Path("data/captions/test/scenes.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"1 \(scenes-test-000000c\) missing from the predictions"):
+        score()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"scenes\.jsonl not found"):
+        score()

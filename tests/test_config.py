@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from onediff.config import load_params, load_runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (ROOT / "presets/tiny.yaml").read_text()
+
+
+def _written(folder: Path, old: str, new: str) -> Path:
+    assert old in TINY, f"presets/tiny.yaml no longer holds {old!r}"
+    path = folder / "params.yaml"
+    path.write_text(TINY.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("name", ["micro", "tiny", "paper"])
+def test_every_preset_loads(name: str) -> None:
+    load_params(ROOT / f"presets/{name}.yaml")
+
+
+def test_micro_is_tiny_with_less_of_everything_and_the_same_model() -> None:
+    micro, tiny = (load_params(ROOT / f"presets/{name}.yaml") for name in ("micro", "tiny"))
+    assert micro.model == tiny.model
+    assert micro.data.scenes.num_scenes.train < tiny.data.scenes.num_scenes.train
+
+
+def test_paper_is_the_paper() -> None:
+    paper = load_params(ROOT / "presets/paper.yaml")
+    assert (paper.model.vision.image_px // paper.model.vision.patch_px) ** 2 == 576
+    assert paper.model.delta.inputs == "pair" and paper.model.delta.levels == [8, 8, 16, 16, 24, 24]
+    assert paper.align.learning_rates == {"vision": 0, "delta": 1e-3, "projector": 1e-3, "language": 0}
+    assert all(paper.tune.learning_rates.values())
+    runtime = load_runtime(ROOT / "presets/paper.runtime.yaml")
+    for phase in (paper.align, paper.tune):
+        assert phase.batch_size % (runtime.gpus * (runtime.micro_batch_size or 1)) == 0
+
+
+def test_a_number_written_as_1e_3_is_a_number() -> None:
+    assert load_params(ROOT / "presets/tiny.yaml").align.lr_delta == 0.001
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("lr_vision: 0 ", "lr_vison: 0 ", r"align\.lr_vison: unknown key; did you mean 'lr_vision'\?"),
+    ("seed: 7", "seed: seven", r"params\.yaml: seed: .*got 'seven'"),
+    ("seed: 7", "seed: -1", r"params\.yaml: seed: .*got -1"),
+    ("seed: 7\n", "", r"params\.yaml: seed: missing"),
+    ("    image_px: 96\n    patch_px: 12", "    image_px: 100\n    patch_px: 16",
+     r"image_px 100 is not a multiple of image_px|image_px 100 is not a multiple of patch_px 16; nearest are 96 and 112"),
+    ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels reads level 5, but vision\.layers is 4"),
+    ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must not go down"),
+    ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
+    ("reading: A", "reading: B", r"reading B .*patch_pool must be 1"),
+    ("patch_level: -1", "patch_level: 9", r"patch_level 9 is outside the 4 layers"),
+    ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
+    ("  source: scenes", "  source: edit", r"source 'edit' is trained on but is not in data\.sources"),
+    ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),
+    ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 5"),
+    ("seed: 7", "seed: [7", r"params\.yaml line \d+: not valid YAML"),
+])
+def test_a_wrong_value_is_told_with_where_rule_and_what_was_got(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_params(_written(tmp_path, old, new))
+
+
+def test_every_wrong_value_is_told_at_once(tmp_path: Path) -> None:
+    path = _written(tmp_path, "seed: 7", "seed: x")
+    path.write_text(path.read_text().replace("num_beams: 1", "num_beams: 0"))
+    with pytest.raises(ValueError, match=r"(?s)seed.*\n.*num_beams"):
+        load_params(path)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="onediff preset tiny"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"seed: \xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_params(path)
+
+
+def test_the_environment_wins_over_runtime_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runtime.yaml"
+    path.write_text("workers: 3\ngpus: 5\n")
+    monkeypatch.setenv("ONEDIFF_WORKERS", "7")
+    assert (load_runtime(path).workers, load_runtime(path).gpus) == (7, 5)
+
+
+def test_the_example_names_every_key_of_runtime_with_its_default(tmp_path: Path) -> None:
+    lines = (ROOT / "runtime.example.yaml").read_text().splitlines()
+    path = tmp_path / "runtime.yaml"
+    path.write_text("\n".join(line.removeprefix("# ") for line in lines if line.startswith("# ") and ": " in line[:30]
+                              and line[2].islower() and "Where" not in line))
+    from onediff.config import Runtime
+
+    assert load_runtime(path) == Runtime()
+    assert set(Runtime.model_fields) == {line.split(":")[0] for line in path.read_text().splitlines()}

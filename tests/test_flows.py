@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import processes, tasks
+from flows.processes import alone, end, stream
+
+ROOT = Path(__file__).resolve().parent.parent
+DVC_YAML = """
+stages:
+  copy:
+    cmd: python -c "import shutil; shutil.copy('in.txt', 'out.txt')"
+    deps: [in.txt]
+    outs: [out.txt]
+  broken:
+    cmd: python -c "raise SystemExit(7)"
+    deps: [out.txt]
+    outs: [never.txt]
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([*tasks.DVC, "init", "-q"], check=True)
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("in.txt").write_text("one")
+    return tmp_path
+
+
+def test_a_stage_runs_then_is_up_to_date_then_comes_from_the_run_cache(project: Path) -> None:
+    assert tasks.stale_stages() == {"copy", "broken"}
+    assert tasks.repro.fn("copy").name == "Ran"
+    assert "copy" not in tasks.stale_stages()
+    assert tasks.repro.fn("copy").name == "UpToDate"
+    Path("in.txt").write_text("two")
+    assert tasks.repro.fn("copy").name == "Ran"
+    Path("in.txt").write_text("one")
+    assert tasks.repro.fn("copy").name == "Restored"
+    assert Path("out.txt").read_text() == "one"
+
+
+def test_a_stage_known_to_be_up_to_date_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no DVC project here: asking would fail
+    assert tasks.repro.fn("anything", ask=False).name == "UpToDate"
+
+
+def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -> None:
+    tasks.repro.fn("copy")
+    state = tasks.repro.fn("broken")
+    assert state.is_failed() and state.message == "broken failed; its message stands above"
+    status = Path(".onediff/scratch/abc/status.json")
+    status.parent.mkdir(parents=True)
+    status.write_text(json.dumps({"state": "diverged", "step": 12, "reason": "loss nan"}))
+    os.utime(status, (time.time() + 60,) * 2)
+    assert tasks.repro.fn("broken").message == "broken failed: diverged at step 12 (loss nan)"
+
+
+def test_a_broken_pipeline_file_is_told_in_one_line(project: Path) -> None:
+    Path("dvc.yaml").write_text("stages: [")
+    with pytest.raises(ValueError, match=r"^dvc status: '\./dvc\.yaml' is invalid\. .*line 2") as told:
+        tasks.stale_stages()
+    assert "\n" not in str(told.value)
+
+
+def test_output_is_shown_and_returned(capfd: pytest.CaptureFixture[str]) -> None:
+    assert stream([sys.executable, "-c", "print('é'); raise SystemExit(3)"]) == (3, "é\n")
+    assert capfd.readouterr().out == "é\n"
+
+
+def test_a_second_run_is_refused_while_one_holds_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "from flows.processes import alone\nwith alone(): print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert holder.stdin is not None and holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=rf"another run holds the pipeline \(process {holder.pid}\)"), alone():
+        pass
+    holder.communicate("\n", timeout=30)
+    with alone():
+        pass
+
+
+def test_nothing_a_stage_started_outlives_a_terminated_run(tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
+            "time.sleep(600)"
+    code = ("import signal, sys\nfrom flows import processes\nsignal.signal(signal.SIGTERM, processes._leave)\n"
+            f"processes.stream([sys.executable, '-c', {child!r}])")
+    run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    family = _wait_for_children(run.pid, 2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(processes._runs(process) for process in family)
+
+
+def test_what_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "GRACE_S", 0.5)
+    code = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
+            "time.sleep(600)")
+    stubborn = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert stubborn.stdout is not None and stubborn.stdout.readline() == "ready\n"
+    end(stubborn.pid)
+    assert stubborn.wait(timeout=30) == -signal.SIGKILL
+    stubborn.stdout.close()
+
+
+def test_the_score_table_has_floors_below_each_benchmark() -> None:
+    floor = {"constant": {"CIDEr": 0.25}}
+    metrics = {"scenes": {"CIDEr": 5.0, "num_pairs": 7, "false_alarm_rate": 0.02, "floor": floor},
+               "edits": {"CIDEr": 3.0, "num_pairs": 11, "operation_accuracy": 0.9, "floor": {}}}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tasks.score_table(metrics).splitlines()]
+    assert lines[0] == ["", "pairs", "CIDEr", "false_alarm_rate", "operation_accuracy"]
+    assert lines[2:] == [["scenes", "7", "5.000", "0.020", ""], ["floor: constant", "", "0.250", "", ""],
+                         ["edits", "11", "3.000", "", "0.900"]]
+
+
+def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works() -> None:
+    command = [*tasks.DVC, "stage", "list", "--name-only"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert list(tasks.STAGES) == listed.stdout.split()
+
+
+def _wait_for_children(pid: int, count: int) -> list[psutil.Process]:
+    last = time.monotonic() + 30
+    while time.monotonic() < last:
+        family = psutil.Process(pid).children(recursive=True)
+        if len(family) >= count:
+            return family
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} did not start {count} children")

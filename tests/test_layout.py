@@ -1,0 +1,179 @@
+"""The rules of the house that no type checker knows: what stands where, who may import what, what git may see."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKBONES = ROOT / "presets/backbones/tiny"
+OWNERS = {
+    "mlflow": {"onediff/tracking.py", "onediff/registry.py"},
+    "great_expectations": {"onediff/data/checks.py"},
+    "deepspeed": {"onediff/train/engine.py"},
+    "dvc": set(),
+}
+# Modules that only check or watch: a change in them makes no result stale.
+WATCHERS = {"onediff", "onediff.config", "onediff.tracking", "onediff.stages", "onediff.train.launcher"}
+
+
+def _sources() -> list[Path]:
+    return [path for folder in ("onediff", "flows") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", ["flows", "onediff", "data", "mlflow", "tests", "presets", ".ci/run", "Makefile", "dvc.yaml",
+                                  "params.yaml", "prefect.yaml", "pyproject.toml", "requirements.lock", "README.md",
+                                  "LICENSE", "runtime.example.yaml", ".dvcignore", "data/README.md"])
+def test_the_top_level_holds(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("package", sorted(OWNERS))
+def test_a_tool_is_imported_by_its_owner_only(package: str) -> None:
+    users = {str(path.relative_to(ROOT)) for path in _sources() if package in _imports(path)}
+    assert users == OWNERS[package]
+
+
+def test_the_folder_mlflow_holds_no_python() -> None:
+    assert not list((ROOT / "mlflow").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ["data/README.md", "data/metrics.json", "data/gate.json", "onediff/data/record.py",
+                                  "presets/backbones/tiny/vision/model.safetensors", "dvc.lock"])
+def test_git_sees(path: str) -> None:
+    _need_git()
+    asked = subprocess.run(["git", "check-ignore", "-v", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert asked.returncode == 1, asked.stdout
+
+
+@pytest.mark.parametrize("path", [".onediff/mlflow.db", "runtime.yaml", ".venv/bin/python", "onediff/__pycache__/cli.pyc"])
+def test_git_does_not_see(path: str) -> None:
+    _need_git()
+    assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
+
+
+def _need_git() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+
+
+@pytest.mark.parametrize("module", ["onediff", "onediff.cli"])
+def test_importing_is_cheap(module: str) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "mlflow", "great_expectations", "deepspeed", "pandas", "numpy", "prefect"}
+    assert not heavy & set(done.stdout.split())
+
+
+@functools.cache
+def _graph() -> grimp.ImportGraph:
+    return grimp.build_graph("onediff", cache_dir=None)
+
+
+def _modules(dep: str) -> set[str]:
+    """The modules that a dep of dvc.yaml covers: a file, or a folder with all below it."""
+    if not dep.startswith("onediff/"):
+        return set()
+    name = dep.removesuffix(".py").replace("/", ".")
+    return {name} if dep.endswith(".py") else {module for module in _graph().modules if module.startswith(name)}
+
+
+def _stages() -> dict[str, tuple[str, list[str]]]:
+    """Stage -> its module and its deps; the matrix is written out."""
+    stages = {}
+    for name, stage in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        module = re.findall(r"-m (\S+)", stage["cmd"])[0]
+        for item in stage.get("matrix", {}).get("source", [""]):
+            deps = [dep.replace("${item.source}", item) for dep in stage["deps"]]
+            stages[f"{name}@{item}" if item else name] = (module, deps)
+    return stages
+
+
+@pytest.mark.parametrize("name", ["probe", "validate", "build", "align", "tune", "caption", "score", "report"])
+def test_every_module_that_a_stage_imports_is_a_dep(name: str) -> None:
+    module, deps = _stages()[name]
+    own = {module, *_graph().find_upstream_modules(module)}
+    others = {other for other in own if other.startswith("onediff.stages.") and other != module}  # for their paths only
+    packages = {other for other in own if (ROOT / other.replace(".", "/")).is_dir()}
+    covered = set().union(*(_modules(dep) for dep in deps))
+    reached = {module, *(found for found in own if not _only_through(found, module, others | WATCHERS))}
+    assert reached - packages - others - WATCHERS <= covered
+
+
+def _only_through(found: str, module: str, avoided: set[str]) -> bool:
+    """Whether every chain of imports from the stage to the module passes one that is avoided."""
+    seen, waiting = set(avoided), [module]
+    while waiting:
+        current = waiting.pop()
+        if current == found:
+            return False
+        if current not in seen:
+            seen.add(current)
+            waiting += _graph().find_modules_directly_imported_by(current)
+    return True
+
+
+def test_every_dep_of_the_pipeline_is_a_file_or_made_by_a_stage() -> None:
+    loaded = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    outs = {str(out) for stage in loaded.values() for out in stage.get("outs", [])}
+    outs |= {key for stage in loaded.values() for metric in stage.get("metrics", []) for key in metric}
+    made = {out.replace("${item.source}", item) for out in outs for item in ("scenes", "edits")}
+    deps = {dep for _, needed in _stages().values() for dep in needed}
+    assert [dep for dep in sorted(deps) if dep not in made and not (ROOT / dep).exists()] == []
+
+
+def test_no_stage_depends_on_the_id_of_a_run() -> None:
+    assert not [name for name, (_, deps) in _stages().items() if any(dep.startswith("data/runs") for dep in deps)]
+
+
+def test_backbones_hold_a_tower_and_a_language_model_and_nothing_else() -> None:
+    from safetensors import safe_open
+
+    for part, prefixes in {"vision": ("vision_model.", "embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."),
+                           "language": ("model.", "lm_head.")}.items():
+        with safe_open(BACKBONES / part / "model.safetensors", "pt") as weights:
+            keys = list(weights.keys())
+        assert keys and not [key for key in keys if not key.startswith(prefixes)]
+        assert not [key for key in keys if re.search("delta|projector|cross", key)]
+        named = json.loads((BACKBONES / part / "config.json").read_text())["architectures"]
+        assert named == [{"vision": "CLIPVisionModel", "language": "LlamaForCausalLM"}[part]]
+
+
+def test_backbones_are_small() -> None:
+    assert sum(path.stat().st_size for path in BACKBONES.rglob("*") if path.is_file()) <= 12 * 2**20
+
+
+def test_the_lock_names_no_build_of_torch_and_no_index() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.]+", pin) for pin in pins)
+    assert any(pin.startswith("torch==") for pin in pins)
+
+
+def test_every_direct_dependency_is_locked() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[<>=!~ ]", item, maxsplit=1)[0].lower().replace("_", "-").replace(".", "-") for item in wanted}
+    locked = {line.split("==")[0].replace(".", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert names <= locked

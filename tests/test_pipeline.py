@@ -1,0 +1,115 @@
+"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC alone and then by the flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock")
+MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of its own: code and preset of this one, no data, no cache, no runs."""
+    folder = tmp_path_factory.mktemp("onediff")
+    for name in CODE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    shutil.copy(ROOT / "presets/micro.yaml", folder / "params.yaml")
+    (folder / "data").mkdir()
+    _run(folder, "git", "init", "-q")
+    _run(folder, sys.executable, "-m", "dvc", "init", "-q")
+    return folder
+
+
+def _run(folder: Path, *command: str) -> str:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(MAKERS)}
+    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(folder),
+            "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(copy: Path) -> Path:
+    _run(copy, sys.executable, "-m", "dvc", "repro")
+    return copy
+
+
+def test_one_command_rebuilds_everything(built: Path) -> None:
+    for name in ("report.html", "models/tune/model.safetensors", "diffcap/card.json", "reports/validation/index.html"):
+        assert (built / "data" / name).exists()
+    for name in ("metrics.json", "gate.json"):
+        scores = json.loads((built / "data" / name).read_text())
+        assert {"scenes", "edits"} <= scores.keys()
+        for benchmark in scores.values():
+            assert {"BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "floor", "num_pairs"} <= benchmark.keys()
+    scores = json.loads((built / "data/metrics.json").read_text())
+    assert {"change_type_accuracy", "changed_object_accuracy", "false_alarm_rate"} <= scores["scenes"].keys()
+    assert "operation_accuracy" in scores["edits"]
+
+
+def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
+    from onediff.data.record import read_table
+
+    rows = read_table(built / "data/diffcap", "test-*.parquet")
+    for benchmark in dict.fromkeys(row["source"] for row in rows):
+        lines = (built / f"data/captions/test/{benchmark}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["pair_id"] for line in lines] == [row["pair_id"] for row in rows if row["source"] == benchmark]
+
+
+def test_a_second_repro_does_nothing(built: Path) -> None:
+    before = (built / "dvc.lock").read_bytes()
+    said = _run(built, sys.executable, "-m", "dvc", "repro")
+    assert "Running stage" not in said and "Data and pipelines are up to date" in said
+    assert (built / "dvc.lock").read_bytes() == before
+
+
+def test_other_hardware_makes_nothing_stale(built: Path) -> None:
+    (built / "runtime.yaml").write_text("workers: 1\ncheckpoint_every_s: 3.0\n")
+    try:
+        assert json.loads(_run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
+    finally:
+        (built / "runtime.yaml").unlink()
+
+
+def test_the_trained_model_captions_two_files(built: Path) -> None:
+    said = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
+    assert said["model"] == "data/models/tune" and isinstance(said["caption"], str)
+    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"], "--model", said["model"])
+    assert again.splitlines()[-1] == said["caption"]
+
+
+@pytest.mark.slow
+def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path) -> None:
+    import psutil
+
+    said = _run(built, sys.executable, "-m", "flows.retrain")
+    assert "Running stage" not in said and "refused" in said
+    rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
+    assert [row["aliases"] for row in rows] == [["candidate"]]
+    home = str(built)
+    assert not [process.pid for process in psutil.process_iter() if _belongs(process, home)]
+
+
+def _belongs(process: object, home: str) -> bool:
+    import psutil
+
+    assert isinstance(process, psutil.Process)
+    try:
+        return process.environ().get("PREFECT_HOME", "").startswith(home)
+    except psutil.Error:  # gone, or another user's
+        return False

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parts import batch_of, small
+
+from onediff.config import Phase, Runtime
+from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.train import checkpoint
+from onediff.train.loop import fit, rate_factor
+
+STEPS = 9
+RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
+
+
+def phase(**changes: Any) -> Phase:
+    settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5, "mask_patches": 0.0,
+                "validate_every": None, "num_val": 1} | RATES | changes
+    return Phase(**settings)
+
+
+def rows_of(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
+    batch = batch_of(model, [2, 0, 1, 2, 1, 2])
+    generator = torch.Generator().manual_seed(step)
+    batch["images"] = torch.randn(batch["images"].shape, generator=generator)
+    batch["labels"] = batch["input_ids"].masked_fill((batch["input_ids"] > 96) | (batch["attention_mask"] == 0), IGNORED)
+    return batch
+
+
+def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    size = len(batch["input_ids"]) // parts
+    counts = batch["image_counts"]
+    out = []
+    for start in range(0, len(counts), size):
+        first, last = int(counts[:start].sum()), int(counts[: start + size].sum())
+        out.append({k: v[start : start + size] for k, v in batch.items() if k != "images"} | {"images": batch["images"][first:last]})
+    return out
+
+
+def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+          validate: Callable[[OneDiffForConditionalGeneration], float] | None = None, settings: Phase | None = None,
+          every_s: float = 0.0001) -> tuple[OneDiffForConditionalGeneration, dict[str, Any]]:
+    model = small()
+    folder.mkdir(exist_ok=True)
+    summary = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s), name="test", steps=STEPS, folder=folder,
+                  micro_batches=lambda step, rank, world: split(rows_of(model, step), num_micro), num_micro=num_micro, log=log,
+                  validate=(lambda: validate(model)) if validate else None)
+    return model, summary
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> bool:
+    """With a tolerance, without the biases of attention keys: their gradient is 0 but for rounding, which Adam blows up."""
+    theirs = b.state_dict()
+    return all(torch.allclose(x, theirs[name], atol=atol, rtol=0) for name, x in a.state_dict().items()
+               if not (atol and name.endswith("key.bias")))
+
+
+def by_hand() -> tuple[OneDiffForConditionalGeneration, list[float]]:
+    """The same training without DeepSpeed, in the plainest torch."""
+    model, losses = small().train(), []
+    groups = [{"params": [p for n, p in model.named_parameters() if model.part_of(n) == part], "lr": 0.0, "peak": RATES[f"lr_{part}"]}
+              for part in ("delta", "projector", "language")]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(step, STEPS, 0.2)
+        optimizer.zero_grad()
+        loss = model(**rows_of(model, step)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_fit_equals_plain_torch(tmp_path: Path) -> None:
+    model, losses = by_hand()
+    fitted, _ = train(tmp_path)
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in curve] == pytest.approx(losses, abs=1e-5)
+    assert same_weights(model, fitted, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_micro", [2, 3])
+def test_micro_batches_of_unlike_lengths_train_as_the_whole_batch(num_micro: int, tmp_path: Path) -> None:
+    assert same_weights(train(tmp_path / "whole")[0], train(tmp_path / "parts", num_micro=num_micro)[0], atol=2e-5)
+
+
+def test_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
+    start = small()
+    model, _ = train(tmp_path, settings=phase(lr_language=0.0))
+    for name, value in model.named_parameters():
+        moved = not torch.equal(value, dict(start.named_parameters())[name])
+        assert moved == (model.part_of(name) in ("delta", "projector")) or name == "delta.layers.0.self_attention.key.bias", name
+
+
+@pytest.mark.parametrize("died_at", [1, 4, STEPS - 1])
+def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int, tmp_path: Path) -> None:
+    judge = lambda model: -abs(model.delta.tokens.sum().item())  # noqa: E731
+    settings = phase(validate_every=3)
+    undisturbed, whole = train(tmp_path / "a", validate=judge, settings=settings)
+
+    def power_cut(step: int, values: dict[str, float]) -> None:
+        if step == died_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", validate=judge, settings=settings, log=power_cut)
+    resumed, parts = train(tmp_path / "b", validate=judge, settings=settings)
+    assert same_weights(undisturbed, resumed)
+    assert (whole["best"], whole["best_step"]) == (parts["best"], parts["best_step"])
+    lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "pairs_per_s")} for line in
+              (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
+    assert lines[0] == lines[1]
+
+
+def test_sigterm_writes_a_checkpoint_and_says_so(tmp_path: Path) -> None:
+    def stop(step: int, values: dict[str, float]) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(ValueError, match="stopped by SIGTERM after step 4; the same command goes on from there"):
+        train(tmp_path, log=stop, every_s=1e9)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "preempted", "step": 4, "reason": "SIGTERM"}
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000004"]
+
+
+def test_the_best_on_val_is_kept_not_the_last(tmp_path: Path) -> None:
+    scores = iter([1.0, 3.0, 2.0])
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def judge(model: OneDiffForConditionalGeneration) -> float:
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(scores)
+
+    model, summary = train(tmp_path, validate=judge, settings=phase(validate_every=3))
+    assert (summary["best"], summary["best_step"]) == (3.0, 6)
+    assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    model = small()
+
+    def poisoned(step: int, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+        batch = rows_of(model, step)
+        if step == 2:
+            batch["images"][0] = math.inf
+        return [batch]
+
+    with pytest.raises(ValueError, match="the loss became nan at step 2; lower the learning rates"):
+        fit(model, phase(), Runtime(), name="test", steps=STEPS, folder=tmp_path, micro_batches=poisoned, num_micro=1,
+            log=lambda step, values: None, validate=None)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_half_written_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    undisturbed, _ = train(tmp_path / "a")
+
+    def cut(step: int, values: dict[str, float]) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", log=cut)
+    newest = checkpoint.complete(tmp_path / "b")[-1]
+    (newest / "complete.json").unlink()
+    for file in newest.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert same_weights(undisturbed, train(tmp_path / "b")[0])
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    """The limit on a file's size gives the very error of a full disk, without root."""
+    import resource
+
+    def fill(step: int, values: dict[str, float]) -> None:
+        if step == 4:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    undisturbed, _ = train(tmp_path / "a")
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint could not be written .*; free some space and start again") as caught:
+            train(tmp_path / "b", log=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.__cause__ is not None
+    assert os.strerror(errno.EFBIG)
+    assert checkpoint.complete(tmp_path / "b")
+    assert same_weights(undisturbed, train(tmp_path / "b")[0])
+
+
+def test_old_checkpoints_go_only_after_newer_ones_are_whole(tmp_path: Path) -> None:
+    seen: list[int] = []
+    train(tmp_path, log=lambda step, values: seen.append(len(checkpoint.complete(tmp_path))))
+    assert seen[:2] == [0, 1]
+    assert set(seen[3:]) == {checkpoint.KEEP}
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    factors = [rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
+    assert factors[10] == 1.0
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert factors[-1] < 0.001
