@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -14,6 +14,9 @@ from prefect.states import Completed, Failed
 
 from flows.processes import alone, prepare
 from flows.tasks import STAGES, keep_scores, promote, publish_scores, register, repro, stale_stages
+
+if TYPE_CHECKING:
+    from onediff.tracking import Run
 
 
 @flow(name="retrain")
@@ -28,33 +31,31 @@ def retrain() -> State[Any]:
 
 def _retrain() -> State[Any]:
     stale = stale_stages()
-    with _parent_run() if stale else _no_run():
+    with _parent_run() if stale else nullcontext() as run:
         ran = False
         for stage in STAGES:
             state = repro(stage, ask=ran or stage in stale, return_state=True)
             if not state.is_completed():
+                if run:
+                    run.fail(str(state.message))
                 return Failed(message=state.message)
             ran = ran or state.name != "UpToDate"
         print(publish_scores(Path("data/metrics.json"), "scores"))
         keep_scores()
-        verdict = promote(register())
+        register()
+        verdict = promote()  # the candidate, whichever it is: naming a version would undo a rollback
     return Completed(name="Ran" if ran else "UpToDate", message=f"version {verdict.version} is "
                      + ("champion" if verdict.promoted else "refused: " + "; ".join(verdict.reasons)))
 
 
 @contextmanager
-def _parent_run() -> Iterator[None]:
+def _parent_run() -> Iterator[Run]:
     """The MLflow run that those of the phases and of the evaluation nest under."""
     from onediff.config import load_params
     from onediff.tracking import parent_run
 
-    with parent_run("retrain", load_params()):
-        yield
-
-
-@contextmanager
-def _no_run() -> Iterator[None]:
-    yield
+    with parent_run("retrain", load_params()) as run:
+        yield run
 
 
 def main() -> None:

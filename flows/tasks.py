@@ -99,11 +99,11 @@ def register() -> str:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def promote(version: str) -> Verdict:
-    """The version becomes champion if mlflow/promotion.yaml lets it; being refused is no failure."""
+def promote() -> Verdict:
+    """The candidate becomes champion if mlflow/promotion.yaml lets it; being refused is no failure."""
     from onediff import registry
 
-    verdict = registry.promote(version)
+    verdict = registry.promote()
     print(f"version {verdict.version}: {'champion' if verdict.promoted else 'refused'}", *verdict.reasons, sep="\n  ")
     return verdict
 

@@ -20,13 +20,15 @@ versions = typer.Typer(help="Versions of the model: list, register, promote, rol
 app.add_typer(versions, name="registry")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]
 Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
 
 
 @app.command()
-def caption(before: Path, after: Path, model: Model = CHAMPION, as_json: Json = False) -> None:
+def caption(before: Path, after: Path, model: Model = CHAMPION, instruction: Instruction = None,
+            as_json: Json = False) -> None:
     """Say what changed between two images."""
-    said = _captions([(before, after)], model)[0]
+    said = _captions([(before, after)], model, instruction)[0]
     _print({"before": str(before), "after": str(after), "caption": said, "model": model}, said, as_json)
 
 
@@ -78,7 +80,7 @@ def example(as_json: Json = False) -> None:
     for path, content in zip(pair, (record.before, record.after), strict=True):
         path.write_bytes(content)
     model = _champion_or_trained()
-    said = _captions([pair], model)[0]
+    said = _captions([pair], model, record.instruction)[0]
     _print({"before": str(pair[0]), "after": str(pair[1]), "caption": said, "references": record.references,
             "model": model},
            f"An unseen test pair, captioned by {model}:\n  onediff caption {pair[0]} {pair[1]}"
@@ -147,15 +149,17 @@ def main() -> None:
         sys.exit(f"onediff: {error}")
 
 
-def _captions(pairs: list[tuple[Path, Path]], model: str) -> list[str]:
+def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | None = None) -> list[str]:
     """The images are opened first: a wrong path is told at once, before a model is loaded."""
     from onediff.inputs.images import open_image
+    from onediff.stages import quiet
 
     images = [(open_image(before), open_image(after)) for before, after in pairs]
     folder = _folder(model)
+    quiet()
     from onediff.model.captioner import Captioner
 
-    return Captioner.load(folder).caption(images)
+    return Captioner.load(folder).caption(images, instructions=[instruction] * len(pairs) if instruction else None)
 
 
 def _folder(model: str) -> Path:

@@ -96,13 +96,14 @@ def client() -> MlflowClient:
 def _client(address: str) -> MlflowClient:
     check()
     quiet()
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, set_tracking_uri
     from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it sets its own level when imported
     if address.startswith("sqlite:////"):
         Path(address.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        set_tracking_uri(address)  # logged models go through MLflow's own client, which would open ./mlflow.db
         opened = MlflowClient(address, registry_uri=address)
         opened.search_experiments(max_results=1)  # SQLite makes its tables here, once per process and store
     except MlflowException as error:

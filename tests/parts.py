@@ -15,12 +15,14 @@ SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # N = 9 patches
 
 
 def small(**changes: Any) -> OneDiffForConditionalGeneration:
-    vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1, image_size=12,
-                              patch_size=4)
-    text = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2, num_attention_heads=17,
-                       max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    settings = {"reading": "A", "patch_level": -2, "patch_pool": 1, "delta_num_tokens": TOKENS, "delta_width": WIDTH, "delta_heads": 1,
-                "delta_levels": [1, 3, 5], "delta_inputs": "pair", "image_token_id": IMAGE_ID, "delta_token_id": DELTA_ID} | changes
+    vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1,
+                              image_size=12, patch_size=4)
+    text = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2,
+                       num_attention_heads=17, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+                       eos_token_id=2)
+    settings = {"reading": "A", "patch_level": -2, "patch_pool": 1, "delta_num_tokens": TOKENS, "delta_width": WIDTH,
+                "delta_heads": 1, "delta_levels": [1, 3, 5], "delta_inputs": "pair", "image_token_id": IMAGE_ID,
+                "delta_token_id": DELTA_ID} | changes
     torch.manual_seed(0)
     return OneDiffForConditionalGeneration(OneDiffConfig(vision_config=vision, text_config=text, **settings)).eval()
 

@@ -77,7 +77,8 @@ def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: py
 def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     said, truth = Path("p.jsonl"), Path("r.jsonl")
-    said.write_text('{"pair_id": "a", "prediction": "the red cube moved"}\n{"pair_id": "b", "prediction": "no change"}\n')
+    said.write_text('{"pair_id": "a", "prediction": "the red cube moved"}\n'
+                    '{"pair_id": "b", "prediction": "no change"}\n')
     truth.write_text('{"pair_id": "a", "references": ["the red cube moved"]}\n'
                      '{"pair_id": "b", "references": ["no change"]}\n')
     assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--json") == 0

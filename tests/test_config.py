@@ -49,7 +49,7 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("seed: 7", "seed: -1", r"params\.yaml: seed: .*got -1"),
     ("seed: 7\n", "", r"params\.yaml: seed: missing"),
     ("    image_px: 96\n    patch_px: 12", "    image_px: 100\n    patch_px: 16",
-     r"image_px 100 is not a multiple of image_px|image_px 100 is not a multiple of patch_px 16; nearest are 96 and 112"),
+     r"model\.vision: image_px 100 is not a multiple of patch_px 16; nearest are 96 and 112"),
     ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels reads level 5, but vision\.layers is 4"),
     ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must not go down"),
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
@@ -61,7 +61,7 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 5"),
     ("seed: 7", "seed: [7", r"params\.yaml line \d+: not valid YAML"),
 ])
-def test_a_wrong_value_is_told_with_where_rule_and_what_was_got(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_wrong_value_is_told_with_where_rule_and_got(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_params(_written(tmp_path, old, new))
 

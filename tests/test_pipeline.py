@@ -1,4 +1,4 @@
-"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC alone and then by the flow."""
+"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC, then by the flow."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
     rows = read_table(built / "data/diffcap", "test-*.parquet")
     for benchmark in dict.fromkeys(row["source"] for row in rows):
         lines = (built / f"data/captions/test/{benchmark}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["pair_id"] for line in lines] == [row["pair_id"] for row in rows if row["source"] == benchmark]
+        expected = [row["pair_id"] for row in rows if row["source"] == benchmark]
+        assert [json.loads(line)["pair_id"] for line in lines] == expected
 
 
 def test_a_second_repro_does_nothing(built: Path) -> None:
@@ -89,11 +90,11 @@ def test_other_hardware_makes_nothing_stale(built: Path) -> None:
 def test_the_trained_model_captions_two_files(built: Path) -> None:
     said = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
     assert said["model"] == "data/models/tune" and isinstance(said["caption"], str)
-    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"], "--model", said["model"])
+    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
+                 "--model", said["model"])
     assert again.splitlines()[-1] == said["caption"]
 
 
-@pytest.mark.slow
 def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path) -> None:
     import psutil
 
@@ -101,6 +102,7 @@ def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path
     assert "Running stage" not in said and "refused" in said
     rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
     assert [row["aliases"] for row in rows] == [["candidate"]]
+    assert not (built / "mlflow.db").exists()  # MLflow's own default store, beside ours in .onediff
     home = str(built)
     assert not [process.pid for process in psutil.process_iter() if _belongs(process, home)]
 

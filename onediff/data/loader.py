@@ -1,6 +1,7 @@
 """From DiffCap records to batches: which samples a step sees, and the tower's features of images that no longer change.
 
-Everything is a pure function of (seed, step), so a resumed run sees the very batches that an uninterrupted one would have seen.
+Everything is a pure function of (seed, step), so a resumed run sees the very batches that an uninterrupted one would
+have seen.
 Shapes:  M images in the batch, L levels, N patches, C tower width.
 """
 
@@ -56,7 +57,8 @@ class Corpus:
             if record.source not in wanted:
                 continue
             names = []
-            for content, caption in zip((record.before, record.after), record.provenance.get("captions", (None, None)), strict=True):
+            for content, caption in zip((record.before, record.after), record.provenance.get("captions", (None, None)),
+                                        strict=True):
                 names.append(digest(content))
                 corpus.files[names[-1]] = content
                 corpus.source_of[names[-1]] = record.source
@@ -64,14 +66,15 @@ class Corpus:
                     corpus.captions[names[-1]] = caption
             corpus.pairs.append(PairSample(record.source, names[0], names[1], record.references, record.instruction))
         for source in wanted - {pair.source for pair in corpus.pairs}:
-            raise ValueError(f"{folder}: source '{source}' has no pair in split {split}; raise its number of pairs or leave it out")
+            raise ValueError(f"{folder}: source '{source}' has no pair in split {split}; raise its number of pairs "
+                             "or leave it out")
         return corpus
 
     def images_of(self, source: str) -> list[str]:
         return sorted(name for name, its in self.source_of.items() if its == source)
 
 
-# --- which samples a step sees ---------------------------------------------------------------------------------------------------
+# --- which samples a step sees ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,16 @@ class Row:
     masked: bool = False
 
 
-def tune_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed: int, batch_size: int, mask_patches: float,
-              ) -> Callable[[int], list[Row]]:
-    """Multi-task instruction tuning: sources by weight, each without replacement per epoch, one reference drawn per visit."""
+def tune_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed: int, batch_size: int,
+              mask_patches: float) -> Callable[[int], list[Row]]:
+    """Multi-task instruction tuning: sources by weight, each without replacement per epoch.
+
+    One reference is drawn per visit.
+    """
     by_source: dict[str, list[int]] = {name: [] for name in sorted(weights)}
     for index, pair in enumerate(corpus.pairs):
-        by_source[pair.source].append(index)
+        if pair.source in by_source:
+            by_source[pair.source].append(index)
     mixture = Mixture(by_source, weights, seed)
 
     def rows(step: int) -> list[Row]:
@@ -100,14 +107,16 @@ def tune_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed:
     return rows
 
 
-def coupled_rows(corpus: Corpus, template: str, *, seed: int, batch_size: int, mask_patches: float) -> Callable[[int], list[Row]]:
+def coupled_rows(corpus: Corpus, template: str, *, seed: int, batch_size: int,
+                 mask_patches: float) -> Callable[[int], list[Row]]:
     """Coupled Sample Training: single image-caption samples, two unlike ones made into one pseudo pair.
 
     Raises ValueError if fewer than two images have a caption.
     """
     names = sorted(corpus.captions)
     if len(names) < 2:
-        raise ValueError("params.yaml: align.source has no captions of single images to couple; choose a source that has them")
+        raise ValueError("params.yaml: align.source has no captions of single images to couple; "
+                         "choose a source that has them")
     words = {name: frozenset(corpus.captions[name].replace(",", "").split()) for name in names}
 
     def row(rng: Generator) -> Row:
@@ -127,10 +136,11 @@ def choose(rng: Generator, options: list[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-# --- rows to tensors -------------------------------------------------------------------------------------------------------------
+# --- rows to tensors --------------------------------------------------------------------------------------------------
 
 
-def collate(rows: list[Row], processor: OneDiffProcessor, pixels_of: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(rows: list[Row], processor: OneDiffProcessor,
+            pixels_of: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows -> what the model's `forward` takes."""
     batch = processor.answers([row.prompt for row in rows])
     names = [name for row in rows for name in row.images]
@@ -156,10 +166,11 @@ class FeatureStore:
         return {"states": torch.from_numpy(np.stack([self.arrays[source][row] for source, row in found]))}
 
     @classmethod
-    def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *, sources: list[str],
-                tower_digest: str, scratch: Path) -> FeatureStore:
+    def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
+                sources: list[str], tower_digest: str, scratch: Path) -> FeatureStore:
         """tower maps images (M, 3, H, W) to states (M, L, N, C)."""
-        arrays, rows = {}, {}
+        arrays: dict[str, NDArray[np.float32]] = {}
+        rows: dict[str, tuple[str, int]] = {}
         for source in sources:
             names = corpus.images_of(source)
             key = hashlib.sha256(json.dumps([tower_digest, names]).encode()).hexdigest()[:16]
@@ -171,17 +182,20 @@ class FeatureStore:
         return cls(arrays, rows)
 
 
-def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *, names: list[str]) -> None:
+def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
+                   names: list[str]) -> None:
     """Appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     store = None
-    with torch.inference_mode(), tqdm(total=len(names), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress:
+    with (torch.inference_mode(),
+          tqdm(total=len(names), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
         for start in range(0, len(names), FEATURE_BATCH):
             chunk = names[start : start + FEATURE_BATCH]
             states = tower(processor.pixels([open_image(corpus.files[name]) for name in chunk])).float().cpu().numpy()
             if store is None:
-                store = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(names), *states.shape[1:]))
+                store = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32,
+                                                  shape=(len(names), *states.shape[1:]))
             store[start : start + len(chunk)] = states
             progress.update(len(chunk))
     assert store is not None, "a source in the corpus has images"

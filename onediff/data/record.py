@@ -1,4 +1,4 @@
-"""The DiffCap record: one pair, its references, where it comes from; kept in Parquet shards with the image bytes inside."""
+"""The DiffCap record: one pair, its references and its origin; kept in Parquet shards with the image bytes inside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
 
 @dataclass(frozen=True)
 class Record:
-    """One pair. `before` and `after` are encoded image files; `group_id` is the base scene, photo or video it came from."""
+    """One pair. `before` and `after` are encoded image files; `group_id` names its base scene, photo or video."""
 
     pair_id: str
     source: str

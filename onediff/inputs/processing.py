@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, Prompt, expand, pair_prompt
 
@@ -18,11 +18,15 @@ IGNORED = -100
 
 
 class OneDiffProcessor(ProcessorMixin):
-    """One transform for every image (padded to a square with the mean colour, resized, normed; never flipped), one format for every prompt."""
+    """One transform for every image, one format for every prompt.
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 1, delta_tokens: int = 1,
-                 template: str = "plain", max_length: int = 2048, **kwargs: Any) -> None:
-        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE, DELTA]})  # placeholders: never looked up in the embedding
+    An image is padded to a square with the mean colour, resized and normed; never flipped.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 1,
+                 delta_tokens: int = 1, template: str = "plain", max_length: int = 2048, **kwargs: Any) -> None:
+        # Placeholders: never looked up in the embedding.
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE, DELTA]})
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokens_per_image, self.delta_tokens = tokens_per_image, delta_tokens
@@ -44,10 +48,16 @@ class OneDiffProcessor(ProcessorMixin):
     def delta_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(DELTA)
 
-    def __call__(self, pairs: list[tuple[Image.Image, Image.Image]], instruction: str = DEFAULT_INSTRUCTION) -> BatchFeature:
-        """Pairs to caption -> images (2B, 3, H, W), image_counts (B,), input_ids and attention_mask (B, S), padded on the left."""
-        prompts = [pair_prompt(self.template, instruction) for _ in pairs]
-        return BatchFeature(self.questions(prompts) | {"images": self.pixels([image for pair in pairs for image in pair])})
+    def __call__(self, pairs: list[tuple[Image.Image, Image.Image]],
+                 instructions: list[str] | None = None) -> BatchFeature:
+        """Pairs to caption -> images (2B, 3, H, W), image_counts (B,), input_ids and attention_mask (B, S).
+
+        One instruction per pair, or the default for all; rows are padded on the left.
+        """
+        asked = instructions or [DEFAULT_INSTRUCTION] * len(pairs)
+        prompts = [pair_prompt(self.template, instruction) for _, instruction in zip(pairs, asked, strict=True)]
+        return BatchFeature(self.questions(prompts)
+                            | {"images": self.pixels([image for pair in pairs for image in pair])})
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Images of any size -> (M, 3, H, W)."""
@@ -68,7 +78,8 @@ class OneDiffProcessor(ProcessorMixin):
     def answers(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         """For training: question and answer, padded on the right, labels on the answer and its end alone."""
         questions = [self.encode_question(prompt) for prompt in prompts]
-        answers = [self.encode_answer(prompt, room=self.max_length - len(q)) for prompt, q in zip(prompts, questions, strict=True)]
+        answers = [self.encode_answer(prompt, room=self.max_length - len(q))
+                   for prompt, q in zip(prompts, questions, strict=True)]
         longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
         ids, mask, labels = [], [], []
         for question, answer in zip(questions, answers, strict=True):
@@ -85,7 +96,8 @@ class OneDiffProcessor(ProcessorMixin):
         ids = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         ids += self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) >= self.max_length:
-            raise ValueError(f"params.yaml: model.max_length {self.max_length} is too short for a question of {len(ids)} tokens; raise it")
+            raise ValueError(f"params.yaml: model.max_length {self.max_length} is too short for a question of "
+                             f"{len(ids)} tokens; raise it")
         return ids
 
     def encode_answer(self, prompt: Prompt, *, room: int) -> list[int]:

@@ -15,7 +15,7 @@ _SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 as LLaVA-1.5 was tune
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's text: `question` up to and with "ASSISTANT:", `answer` (None when it is to be generated), and its images."""
+    """One row's text: `question` up to and with "ASSISTANT:", `answer` (None when to be generated), and its images."""
 
     question: str
     answer: str | None

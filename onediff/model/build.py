@@ -1,4 +1,4 @@
-"""From params.yaml to a fresh OneDiff: pretrained tower and language model, everything between them random (or from BERT)."""
+"""From params.yaml to a fresh OneDiff: pretrained tower and language model, all between them random (or from BERT)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
     configuration = configure(model)
     processor = OneDiffProcessor(
         load_image_processor(model.vision.path), AutoTokenizer.from_pretrained(model.language), template=model.template,
-        tokens_per_image=configuration.tokens_per_image, delta_tokens=configuration.delta_tokens_read, max_length=model.max_length)
+        tokens_per_image=configuration.tokens_per_image, delta_tokens=configuration.delta_tokens_read,
+        max_length=model.max_length)
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
     torch.manual_seed(seed)
     made = OneDiffForConditionalGeneration(configuration)
@@ -31,21 +32,33 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
 
 
 def configure(model: params.Model) -> OneDiffConfig:
+    for key, name in (("vision.path", model.vision.path), ("language", model.language)):
+        check_source(key, name)
     vision, language = AutoConfig.from_pretrained(model.vision.path), AutoConfig.from_pretrained(model.language)
     vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP names its tower so
     check_vision(model.vision, vision)
     return OneDiffConfig(
-        vision_config=vision, text_config=language, reading=model.reading, patch_level=model.patch_level, patch_pool=model.patch_pool,
-        delta_num_tokens=model.delta.num_tokens, delta_width=model.delta.width, delta_heads=model.delta.heads,
-        delta_levels=list(model.delta.levels), delta_cross_attention_every=model.delta.cross_attention_every,
-        delta_inputs=model.delta.inputs, template=model.template)
+        vision_config=vision, text_config=language, reading=model.reading, patch_level=model.patch_level,
+        patch_pool=model.patch_pool, delta_num_tokens=model.delta.num_tokens, delta_width=model.delta.width,
+        delta_heads=model.delta.heads, delta_levels=list(model.delta.levels),
+        delta_cross_attention_every=model.delta.cross_attention_every, delta_inputs=model.delta.inputs,
+        template=model.template)
+
+
+def check_source(key: str, name: str) -> None:
+    """Raises FileNotFoundError for a folder that is not there; `owner/name` may be a model of the hub."""
+    if name.count("/") != 1 and not Path(name, "config.json").exists():
+        raise FileNotFoundError(f"params.yaml: model.{key}: {name} holds no model (no config.json); "
+                                "'make backbones' makes those of the tiny preset")
 
 
 def check_vision(wanted: params.Vision, found: PreTrainedConfig) -> None:
-    for key, value, actual in (("image_px", wanted.image_px, found.image_size), ("patch_px", wanted.patch_px, found.patch_size),
+    for key, value, actual in (("image_px", wanted.image_px, found.image_size),
+                               ("patch_px", wanted.patch_px, found.patch_size),
                                ("layers", wanted.layers, found.num_hidden_layers)):
         if value != actual:
-            raise ValueError(f"params.yaml: model.vision.{key} is {value}, but the tower at {wanted.path} has {actual}; write {actual}")
+            raise ValueError(f"params.yaml: model.vision.{key} is {value}, but the tower at {wanted.path} has "
+                             f"{actual}; write {actual}")
 
 
 def vision_part(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from onediff.inputs.processing import OneDiffProcessor
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 
@@ -25,10 +24,13 @@ class Captioner:
         return cls(model.to(pick_device(device)), OneDiffProcessor.from_pretrained(folder))
 
     @torch.inference_mode()
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instruction: str = DEFAULT_INSTRUCTION,
+    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instructions: list[str] | None = None,
                 max_new_tokens: int = 64, num_beams: int = 1) -> list[str]:
-        """What changed from the first to the second image of each pair, greedily unless `num_beams` is above 1."""
-        batch = self.processor(pairs, instruction).to(self.model.device)
+        """What changed from the first to the second image of each pair, greedily unless `num_beams` is above 1.
+
+        One instruction per pair, or "What changed between the two images?" for all.
+        """
+        batch = self.processor(pairs, instructions).to(self.model.device)
         tokenizer = self.processor.tokenizer
         ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
                                   pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import field
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
 class OneDiffConfig(PreTrainedConfig):
-    """Tower and language model as transformers describes them, plus the Visual Delta Module and how the three are joined.
+    """Tower and language model as transformers describes them, plus the Visual Delta Module and how the three join.
 
     `delta_levels` has one entry per cross-attention: the tower's hidden state that it reads (0 = embeddings).
-    `reading` A splices [before][after][delta] before the text, B joins every patch with its delta-enhanced self by channel.
+    `reading` A splices [before][after][delta] before the text, B joins every patch with its delta-enhanced self by
+    channel.
     """
 
     model_type = "onediff"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # given as a dict, a PreTrainedConfig or None; a PreTrainedConfig once made
+    text_config: Any = None  # likewise
     reading: str = "A"
     patch_level: int = -2
     patch_pool: int = 1
     delta_num_tokens: int = 32
     delta_width: int = 768
     delta_heads: int = 12
-    delta_levels: list[int] | None = None
+    delta_levels: list[int] = field(default_factory=list)  # empty: the paper's
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
     template: str = "vicuna_v1"
@@ -64,7 +66,8 @@ class OneDiffConfig(PreTrainedConfig):
     @property
     def patch_state(self) -> int:
         """`patch_level` counted from the embeddings up."""
-        return self.patch_level if self.patch_level >= 0 else self.vision_config.num_hidden_layers + 1 + self.patch_level
+        return (self.patch_level if self.patch_level >= 0
+                else self.vision_config.num_hidden_layers + 1 + self.patch_level)
 
     @property
     def read_levels(self) -> list[int]:

@@ -1,4 +1,6 @@
-"""The Visual Delta Module: learnable delta tokens read both images and carry away what differs. Two images in, K delta tokens out.
+"""The Visual Delta Module: learnable delta tokens read both images and carry away what differs.
+
+Two images in, K delta tokens out.
 
 Shapes:  B pairs, L levels, N patches per image, C tower width, K delta tokens, W width of the module.
 """
@@ -16,7 +18,7 @@ SPREAD = 0.3  # of marks added to normed features: near enough to 1 to be seen f
 
 
 class Attention(nn.Module):
-    """Multi-head attention with BERT's post-layer-norm residual; queries from one sequence, keys and values from another."""
+    """Multi-head attention with BERT's post-norm residual; queries from one sequence, keys and values from another."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,7 +29,8 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """queries (B, Q, W), context (B, S, W) -> (B, Q, W)."""
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  (B, heads, ., W / heads)
-        mixed = functional.scaled_dot_product_attention(split(self.query(queries)), split(self.key(context)), split(self.value(context)))
+        mixed = functional.scaled_dot_product_attention(
+            split(self.query(queries)), split(self.key(context)), split(self.value(context)))
         return self.norm(queries + self.out(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -60,7 +63,8 @@ class VisualDeltaModule(nn.Module):
         self.every, self.difference = config.delta_cross_attention_every, config.delta_inputs == "pair_and_difference"
         self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
         self.query_norm = nn.LayerNorm(width)
-        self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower) for level in sorted(set(self.levels))})  # raw norms differ
+        self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower)  # raw norms differ
+                                          for level in sorted(set(self.levels))})
         self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
         self.reduce = nn.Linear(tower, width)
@@ -82,20 +86,24 @@ class VisualDeltaModule(nn.Module):
         views = [norm(before), norm(after)]
         if self.difference:
             views.append(views[1] - views[0])
-        return self.reduce(torch.cat([view + self.positions + mark for view, mark in zip(views, self.image_ids, strict=False)], dim=1))
+        return self.reduce(torch.cat([view + self.positions + mark
+                                      for view, mark in zip(views, self.image_ids, strict=False)], dim=1))
 
     def copy_bert(self, bert: BertModel) -> None:
-        """Self-attention and feed-forward of every layer from BERT's, in order; cross-attention stays fresh, as in BLIP-2's Q-Former.
+        """Self-attention and feed-forward of every layer from BERT's, in order; cross-attention stays fresh.
 
-        Raises ValueError if BERT has too few layers or another width.
+        As in BLIP-2's Q-Former. Raises ValueError if BERT has too few layers or another width.
         """
         if bert.config.hidden_size != self.tokens.shape[1] or bert.config.num_hidden_layers < len(self.layers):
-            raise ValueError(f"model.delta.init: BERT has {bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, the "
-                             f"delta module {len(self.layers)} of width {self.tokens.shape[1]}; choose another BERT or init: random")
+            raise ValueError(f"model.delta.init: BERT has {bert.config.num_hidden_layers} layers of width "
+                             f"{bert.config.hidden_size}, the delta module {len(self.layers)} of width "
+                             f"{self.tokens.shape[1]}; choose another BERT or init: random")
         for ours, theirs in zip(self.layers, bert.encoder.layer, strict=False):
+            assert isinstance(ours, DeltaLayer), "the module's layers are DeltaLayers"
             mine, its = ours.self_attention, theirs.attention
-            pairs = [(mine.query, its.self.query), (mine.key, its.self.key), (mine.value, its.self.value), (mine.out, its.output.dense),
-                     (mine.norm, its.output.LayerNorm), (ours.up, theirs.intermediate.dense), (ours.down, theirs.output.dense),
+            pairs = [(mine.query, its.self.query), (mine.key, its.self.key), (mine.value, its.self.value),
+                     (mine.out, its.output.dense), (mine.norm, its.output.LayerNorm),
+                     (ours.up, theirs.intermediate.dense), (ours.down, theirs.output.dense),
                      (ours.norm, theirs.output.LayerNorm)]
             for target, source in pairs:
                 target.load_state_dict(source.state_dict())

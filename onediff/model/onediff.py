@@ -1,7 +1,8 @@
-"""OneDiff: before and after become patch tokens and delta tokens, these and the prompt become a caption. Read this file first.
+"""OneDiff: before and after become patch and delta tokens, these and the prompt a caption. Read this file first.
 
-Shapes:  B rows, M images in the batch (0, 1 or 2 per row), P rows with two images, L levels, N patches per image, C tower width,
-         T tokens per image and K delta tokens as the language model reads them, D its width, S sequence length.
+Shapes:  B rows, M images in the batch (0, 1 or 2 per row), P rows with two images, L levels, N patches per image,
+         C tower width, T tokens per image and K delta tokens as the language model reads them, D its width,
+         S sequence length.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                 states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
                 patch_mask: Tensor | None = None) -> OneDiffOutput:
-        """input_ids, attention_mask, labels (B, S), image_counts (B,), and either images (M, 3, H, W) or the tower's states (M, L, N, C).
+        """input_ids, attention_mask, labels (B, S), image_counts (B,); images (M, 3, H, W) or states (M, L, N, C).
 
-        The loss sums over answer tokens and divides by `num_answer_tokens` (default: those of this batch), so that micro-batches and
-        ranks of unlike lengths add up to the loss of the whole. patch_mask (B,) bool: rows whose patches the language model may not read.
+        The loss sums over answer tokens and divides by `num_answer_tokens` (default: those of this batch), so that
+        micro-batches and ranks of unlike lengths add up to the loss of the whole. patch_mask (B,) bool: rows whose
+        patches the language model may not read.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
@@ -75,18 +77,20 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         if labels is None:
             return OneDiffOutput(logits=logits)
         wanted = labels[:, 1:]
-        total = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+        total = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED,
+                                         reduction="sum")
         count = (wanted != IGNORED).sum() if num_answer_tokens is None else num_answer_tokens
         return OneDiffOutput(loss=total / count, logits=logits)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                  states: Tensor | None = None, **options: Any) -> Tensor:
-        """The same inputs, prompts padded on the left -> ids of the answers alone (B, .). Options are transformers' own."""
+        """The same inputs, prompts padded on the left -> ids of the answers alone (B, .); transformers' own options."""
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
-    def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None,
+              states: Tensor | None = None) -> Tensor:
         """Token embeddings with patch and delta tokens spliced in at their placeholders: (B, S, D).
 
         Raises ValueError unless placeholders and image counts agree row by row.
@@ -103,7 +107,10 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return embeds if delta is None else embeds.masked_scatter(is_delta[..., None], delta.to(embeds.dtype))
 
     def look(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """states (M, L, N, C) -> patch tokens (M, T, D), delta tokens (P, K, D) or None where no row has two images or they act inside."""
+        """states (M, L, N, C) -> patch tokens (M, T, D), delta tokens (P, K, D).
+
+        The latter are None where no row has two images, or where they act inside the patches (reading B).
+        """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
         first = (image_counts.cumsum(0) - image_counts)[image_counts == 2]  # each pair's before among the M
         delta = self.delta(states[first], states[first + 1]) if len(first) else None  # (P, K, W)
@@ -131,9 +138,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         wrong = ((found_images != need_images) | (found_delta != need_delta)).nonzero().flatten().tolist()
         if wrong:
             row = wrong[0]
-            raise ValueError(f"row {row} has {int(image_counts[row])} images and needs {int(need_images[row])} image and "
-                             f"{int(need_delta[row])} delta placeholders, got {int(found_images[row])} and {int(found_delta[row])}; "
-                             "build prompts with OneDiffProcessor, and do not truncate them")
+            raise ValueError(f"row {row} has {int(image_counts[row])} images and needs {int(need_images[row])} image "
+                             f"and {int(need_delta[row])} delta placeholders, got {int(found_images[row])} and "
+                             f"{int(found_delta[row])}; build prompts with OneDiffProcessor, and do not truncate them")
 
     def part_of(self, name: str) -> str:
         """Which learning rate a parameter follows: vision, delta, projector or language."""

@@ -1,4 +1,6 @@
-"""The Siamese image encoder: one tower, every image of the batch in one call, so before and after share each weight and statistic.
+"""The Siamese image encoder: one tower, every image of the batch in one call.
+
+So before and after share each weight and statistic.
 
 Shapes:  M images, L levels that are read, N patches per image, C tower width.
 """

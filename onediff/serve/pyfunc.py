@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onediff.inputs.images import open_image
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,7 +21,7 @@ _SHORTEST_BASE64 = 64  # no image is smaller; shorter text is a path
 
 
 class Captioner(Protocol):
-    def caption(self, pairs: list[tuple[Image, Image]], *, instruction: str = ...) -> list[str]: ...
+    def caption(self, pairs: list[tuple[Image, Image]], *, instructions: list[str] | None = None) -> list[str]: ...
 
 
 class PairCaptioner:
@@ -33,18 +34,9 @@ class PairCaptioner:
         `before` and `after` are paths, base64 or data URIs. Raises ValueError naming the row that is wrong.
         """
         items = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        by_instruction: dict[str | None, list[int]] = {}
-        pairs = []
-        for number, item in enumerate(items):
-            pairs.append(_pair(number, item))
-            by_instruction.setdefault(_instruction(number, item), []).append(number)
-        captions = [""] * len(items)
-        for instruction, numbers in by_instruction.items():
-            how = {} if instruction is None else {"instruction": instruction}
-            said = self._captioner.caption([pairs[number] for number in numbers], **how)
-            for number, caption in zip(numbers, said, strict=True):
-                captions[number] = caption
-        return captions
+        pairs = [_pair(number, item) for number, item in enumerate(items)]
+        asked = [_instruction(number, item) for number, item in enumerate(items)]
+        return self._captioner.caption(pairs, instructions=asked) if items else []
 
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
@@ -98,10 +90,10 @@ def _bytes(text: str) -> bytes:
         raise ValueError(f"neither a file nor base64 ({error})") from None
 
 
-def _instruction(number: int, item: dict[str, Any]) -> str | None:
+def _instruction(number: int, item: dict[str, Any]) -> str:
     text = item.get("instruction")
     if text is None or text != text or text == "":  # a DataFrame writes a missing cell as NaN
-        return None
+        return DEFAULT_INSTRUCTION
     if not isinstance(text, str):
         raise ValueError(f"row {number}: instruction: must be text, got {text!r}")
     return text

@@ -16,7 +16,7 @@ OUT = Path("data/captions")
 
 
 def caption(model: str = "data/models/tune") -> None:
-    """Writes data/captions/<split>/<benchmark>.jsonl for splits test and gate: every pair once, in the order of the shards."""
+    """Writes data/captions/<split>/<benchmark>.jsonl for splits test and gate: every pair once, in shard order."""
     config, runtime = load_params(), load_runtime()
     quiet()
     from onediff.eval.caption import caption_records
@@ -31,8 +31,10 @@ def caption(model: str = "data/models/tune") -> None:
             records = read_records(Path("data/diffcap"), f"{split}-*.parquet")
             for record, text in caption_records(captioner, records, config.caption, progress=f"caption {split}"):
                 if record.source not in files:
-                    files[record.source] = stack.enter_context((OUT / split / f"{record.source}.jsonl").open("w", encoding="utf-8"))
-                files[record.source].write(json.dumps({"pair_id": record.pair_id, "prediction": text}, ensure_ascii=False) + "\n")
+                    path = OUT / split / f"{record.source}.jsonl"
+                    files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))
+                line = {"pair_id": record.pair_id, "prediction": text}
+                files[record.source].write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def tune() -> None:
         finish_phase("tune", trained, noted)
 
 
-def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> Callable[[], float]:
+def cider_on_val(config: Config, model: OneDiffForConditionalGeneration,
+                 processor: OneDiffProcessor) -> Callable[[], float]:
     """CIDEr on up to `num_val` pairs of split val, the same at every call, shared evenly between the sources."""
     from onediff.eval.caption import caption_records
     from onediff.eval.metrics import cider

@@ -1,8 +1,9 @@
-"""`make backbones`: pretrains the tiny tower and language model that `presets/tiny.yaml` starts from, as the paper starts from CLIP and Vicuna.
+"""`make backbones`: pretrains the tiny tower and language model that `presets/tiny.yaml` starts from.
 
-Single images only, never a pair: rendered table tops from their own seeds and windows of the train photographs, with dense labels of
-what stands in each patch (object attributes, where its middle is, brightness, contrast, sharpness) and captions that name the objects
-from left to right. Only the tower, the language model and the tokenizer are kept; every head and the projector are thrown away.
+The paper starts from CLIP and Vicuna. Single images only, never a pair: rendered table tops from their own seeds and
+windows of the train photographs, with dense labels of what stands in each patch (object attributes, where its middle
+is, brightness, contrast, sharpness) and captions that name the objects from left to right. Only the tower, the language
+model and the tokenizer are kept; every head and the projector are thrown away.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from onediff.config import load_params, load_runtime
 from onediff.data.synthesis.edits import photo_paths
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
-from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View, render
-from onediff.data.synthesis.scenes import draw_things, draw_view, name_objects, visible
+from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View, render, visible
+from onediff.data.synthesis.scenes import draw_things, draw_view, name_objects
 from onediff.inputs.images import open_image
+from onediff.train import chat
 
 FOLDER = Path("presets/backbones/tiny")
 IMAGE_PX, PATCH_PX, WIDTH, LAYERS, HEADS = 96, 12, 128, 4, 4
-NUM_IMAGES, NUM_CHECK = 32000, 1000
+NUM_IMAGES, NUM_CHECK, CHAT_IMAGES = 32000, 1000, 8000
 STEPS, BATCH, CAPTIONED, LEARNING_RATE = 4000, 64, 16, 1.5e-3
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
@@ -43,7 +45,10 @@ _SIDE = IMAGE_PX // PATCH_PX
 
 @dataclass(frozen=True)
 class Example:
-    """One image and, per patch (N = rows x columns): attribute indices (N, 4), 0/1 object there (N,), offset of its middle (N, 2)."""
+    """One image and what each patch shows (N = rows x columns).
+
+    Attribute indices (N, 4), 0/1 object there (N,), offset of its middle (N, 2).
+    """
 
     image: NDArray[np.uint8]
     attributes: NDArray[np.int64]
@@ -53,8 +58,13 @@ class Example:
 
 
 def make_example(seed: int) -> Example:
-    """Nine in ten a table top, else a window of a photograph; one in three changed in brightness, contrast, colour, sharpness or turned."""
+    """Nine in ten a table top, else a window of a photograph.
+
+    One in three is changed in brightness, contrast, colour, sharpness or turned.
+    """
     rng = np.random.default_rng([20240705, seed])
+    things: list[Thing]
+    caption: str | None
     if rng.random() < 0.1:
         image, things, ids, caption = _photo_window(rng), [], np.full((IMAGE_PX, IMAGE_PX), -1, np.int8), None
     else:
@@ -87,12 +97,13 @@ def _photo_window(rng: Generator) -> NDArray[np.uint8]:
     photo = photos[int(rng.integers(len(photos)))]
     side = int(min(photo.size) * rng.uniform(0.3, 1.0))
     left, top = int(rng.integers(photo.width - side + 1)), int(rng.integers(photo.height - side + 1))
-    return np.asarray(photo.crop((left, top, left + side, top + side)).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX))
+    window = photo.crop((left, top, left + side, top + side))
+    return np.asarray(window.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX))
 
 
 def _disturb(rng: Generator, image: NDArray[np.uint8], attributes: NDArray[np.int64], present: NDArray[np.float32],
              offsets: NDArray[np.float32]) -> tuple:
-    """A photometric change or a quarter turn; labels that it makes unknowable are set to unknown and the caption is dropped."""
+    """A photometric change or a quarter turn; labels it makes unknowable become unknown, the caption is dropped."""
     picture = Image.fromarray(image)
     kind = int(rng.integers(6))
     if kind == 0:
@@ -108,8 +119,8 @@ def _disturb(rng: Generator, image: NDArray[np.uint8], attributes: NDArray[np.in
     else:
         turns = int(rng.integers(1, 4))
         picture = Image.fromarray(np.rot90(image, turns).copy())
-        attributes, present, offsets = (
-            np.rot90(a.reshape(_SIDE, _SIDE, *a.shape[1:]), turns).reshape(a.shape).copy() for a in (attributes, present, offsets))
+        turned = lambda a: np.rot90(a.reshape(_SIDE, _SIDE, *a.shape[1:]), turns).reshape(a.shape).copy()  # noqa: E731
+        attributes, present, offsets = turned(attributes), turned(present), turned(offsets)
         offsets[:] = np.nan
     if kind in (2, 3):
         attributes = attributes.copy()
@@ -118,7 +129,10 @@ def _disturb(rng: Generator, image: NDArray[np.uint8], attributes: NDArray[np.in
 
 
 def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> tuple[NDArray, NDArray, NDArray]:
-    """ids (P, P) -> attributes (N, 4), present (N,), offsets (N, 2) in patches, of the object that fills most of each patch."""
+    """ids (P, P) -> attributes (N, 4), present (N,), offsets (N, 2) in patches.
+
+    All of the object that fills most of each patch.
+    """
     patches = ids.reshape(_SIDE, PATCH_PX, _SIDE, PATCH_PX).transpose(0, 2, 1, 3).reshape(_SIDE * _SIDE, -1)
     attributes = np.full((len(patches), 4), UNKNOWN, np.int64)
     present = np.zeros(len(patches), np.float32)
@@ -151,13 +165,16 @@ def train_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\u2581", " ")])
-    sentences = [s for table in (SCENE_TEMPLATES, EDIT_TEMPLATES, INSTRUCTIONS) for options in table.values() for s in options]
+    sentences = [s for table in (SCENE_TEMPLATES, EDIT_TEMPLATES, INSTRUCTIONS)
+                 for options in table.values() for s in options]
     words = [w for options in SYNONYMS.values() for w in options] + [w + end for w in COLORS for end in ("", ",", ".")]
     text = captions[:5000] + 50 * [s.format(old="red cube", new="blue") for s in sentences] + 50 * words
-    text += 50 * ["USER: ASSISTANT: First image: Second image: Describe the images in order. left of right of in front of behind the"]
+    text += 50 * ["USER: ASSISTANT: First image: Second image: Describe the images in order. "
+                  "left of right of in front of behind the"]
     trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(text, trainer)
@@ -173,10 +190,12 @@ class Pretrainer(nn.Module):
             hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
             image_size=IMAGE_PX, patch_size=PATCH_PX))
         self.language = LlamaForCausalLM(LlamaConfig(
-            vocab_size=vocab_size, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=3, num_attention_heads=HEADS,
-            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True))
+            vocab_size=vocab_size, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=3,
+            num_attention_heads=HEADS, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=True))
         outputs = sum(len(options) for options in ATTRIBUTES.values()) + 1 + 2 + 5
-        self.heads = nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)) for _ in (LAYERS // 2, LAYERS)])
+        self.heads = nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs))
+                                    for _ in (LAYERS // 2, LAYERS)])
         self.projector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def dense_loss(self, hidden: Tensor, batch: dict[str, Tensor], head: nn.Module) -> Tensor:
@@ -199,14 +218,16 @@ class Pretrainer(nn.Module):
         grid = last[batch["captioned"]].transpose(1, 2).unflatten(2, (_SIDE, _SIDE))
         seen = self.projector(functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2))
         embedded = torch.cat([seen, self.language.get_input_embeddings()(batch["tokens"])], 1)
-        labels = functional.pad(batch["tokens"].masked_fill(batch["tokens"] == 0, UNKNOWN), (seen.shape[1], 0), value=UNKNOWN)
+        labels = functional.pad(batch["tokens"].masked_fill(batch["tokens"] == 0, UNKNOWN), (seen.shape[1], 0),
+                                value=UNKNOWN)
         mask = functional.pad((batch["tokens"] != 0).long(), (seen.shape[1], 0), value=1)
         return dense, self.language(inputs_embeds=embedded, attention_mask=mask, labels=labels).loss
 
 
 def collate(examples: list[Example], tokenizer: PreTrainedTokenizerFast, captioned: int) -> dict[str, Tensor]:
     rows = [i for i, example in enumerate(examples) if example.caption][:captioned]
-    tokens = tokenizer([f"<s>{examples[i].caption}</s>" for i in rows], padding=True, return_tensors="pt", add_special_tokens=False)
+    tokens = tokenizer([f"<s>{examples[i].caption}</s>" for i in rows], padding=True, return_tensors="pt",
+                       add_special_tokens=False)
     return {
         "images": torch.from_numpy(np.stack([e.image for e in examples])).permute(0, 3, 1, 2).float() / 255,
         "attributes": torch.from_numpy(np.stack([e.attributes for e in examples])),
@@ -241,7 +262,8 @@ def main() -> None:
     torch.manual_seed(load_params().seed)
     with ProcessPoolExecutor(load_runtime().num_workers) as pool:
         total = NUM_IMAGES + NUM_CHECK
-        examples = list(tqdm(pool.map(make_example, range(total), chunksize=64), total=total, desc="images", unit="image"))
+        examples = list(tqdm(pool.map(make_example, range(total), chunksize=64), total=total, desc="images",
+                             unit="image"))
     train, check = examples[:NUM_IMAGES], examples[NUM_IMAGES:]
     tokenizer = train_tokenizer([e.caption for e in train if e.caption])
     model = Pretrainer(len(tokenizer))
@@ -258,7 +280,13 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         progress.set_postfix(dense=f"{dense.item():.3f}", caption=f"{spoken.item():.3f}")
-    figures = measure(model, check, tokenizer) | {"minutes": round((time.time() - started) / 60, 1), "steps": STEPS, "images": NUM_IMAGES}
+    named = [e for e in train[:CHAT_IMAGES] if e.caption]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    pixels = torch.from_numpy(np.stack([e.image for e in named])).permute(0, 3, 1, 2).float() / 255
+    figures = measure(model, check, tokenizer) | chat.teach(
+        model.tower, model.language, tokenizer, pixels=(pixels - mean) / std, captions=[str(e.caption) for e in named],
+        seed=load_params().seed) | {
+        "minutes": round((time.time() - started) / 60, 1), "steps": STEPS, "images": NUM_IMAGES}
     save(model, tokenizer, figures)
     print(json.dumps(figures, indent=1))
 
@@ -267,7 +295,8 @@ def save(model: Pretrainer, tokenizer: PreTrainedTokenizerFast, figures: dict[st
     from transformers import CLIPImageProcessorPil
 
     model.tower.save_pretrained(FOLDER / "vision")
-    CLIPImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX}, do_center_crop=False).save_pretrained(FOLDER / "vision")
+    images = CLIPImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX}, do_center_crop=False)
+    images.save_pretrained(FOLDER / "vision")
     model.language.save_pretrained(FOLDER / "language")
     tokenizer.save_pretrained(FOLDER / "language")
     (FOLDER / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Rolling checkpoints in scratch, and what became of the run: never a half-written one, never the last good one lost."""
+"""Rolling checkpoints in scratch, and what became of the run: never one half-written, never the last good one lost."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
             write_json(target / "complete.json", {"step": step, **extra})
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(target, ignore_errors=True)
-        raise OSError(f"{target}: the checkpoint could not be written ({str(error).splitlines()[0]}); free some space and start again: "
-                      "training goes on from the checkpoint before") from error
+        raise OSError(f"{target}: the checkpoint could not be written ({str(error).splitlines()[0]}); "
+                      "free some space and start again: training goes on from the checkpoint before") from error
     for old in complete(folder)[:-KEEP]:
         shutil.rmtree(old)
 

@@ -28,7 +28,7 @@ def start_process_group() -> None:
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, and dies without a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, dying without a compiler
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
@@ -47,7 +47,8 @@ def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict
 class Engine:
     """DeepSpeed's engine with an exact loss: the sum over answer tokens divided by the step's count on all ranks."""
 
-    def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, *, micro_batches: int) -> None:
+    def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, *,
+                 micro_batches: int) -> None:
         start_process_group()
         import deepspeed
 
@@ -59,7 +60,8 @@ class Engine:
             "train_batch_size": phase.batch_size,
             "train_micro_batch_size_per_gpu": phase.batch_size // self.world // micro_batches,
             "gradient_accumulation_steps": micro_batches, "gradient_clipping": phase.clip_norm,
-            "zero_optimization": {"stage": runtime.zero_level}, "bf16": {"enabled": half}, "zero_allow_untested_optimizer": True})
+            "zero_optimization": {"stage": runtime.zero_level}, "bf16": {"enabled": half},
+            "zero_allow_untested_optimizer": True})
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
 
     def set_rate(self, factor: float) -> None:

@@ -57,8 +57,9 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
         validate: Callable[[], float] | None) -> dict[str, Any]:
     """Trains `model` in place and leaves it at its best on `validate` (higher is better; None: at its last step).
 
-    micro_batches(step, rank, world) are this rank's tensors of a step. Resumes from `folder` if a run was cut short there.
-    Raises ValueError when the loss is not finite or SIGTERM asked to stop, OSError when a checkpoint cannot be written.
+    micro_batches(step, rank, world) are this rank's tensors of a step. Resumes from `folder` if a run was cut short
+    there. Raises ValueError when the loss is not finite or SIGTERM asked to stop, OSError when a checkpoint cannot be
+    written.
     """
     engine = Engine(model, phase, runtime, micro_batches=num_micro)
     kept = checkpoint.resume(engine, folder) or {"step": 0, "best": None, "best_step": None}
@@ -69,15 +70,18 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
     with Stop() as stop, tqdm(total=steps, initial=step, desc=name, unit="step") as progress:
         for step in range(kept["step"], steps):
             engine.set_rate(rate_factor(step, steps, phase.warmup))
-            batches = [{k: v.to(engine.device) for k, v in batch.items()} for batch in micro_batches(step, engine.rank, engine.world)]
-            answers = engine.count_on_all_ranks(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches))
+            batches = [{k: v.to(engine.device) for k, v in batch.items()}
+                       for batch in micro_batches(step, engine.rank, engine.world)]
+            answers = engine.count_on_all_ranks(
+                sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches))
             total = torch.zeros((), device=engine.device)
             for batch in batches:
                 total += engine.backward(batch, answers)
             loss = engine.sum_on_all_ranks(total)
             if not math.isfinite(loss):
                 checkpoint.write_status(folder, "diverged", step, f"loss {loss} at step {step}")
-                raise ValueError(f"{name}: the loss became {loss} at step {step}; lower the learning rates in params.yaml ({folder})")
+                raise ValueError(f"{name}: the loss became {loss} at step {step}; "
+                                 f"lower the learning rates in params.yaml ({folder})")
             engine.step()
             pairs_done += phase.batch_size
             line = {"loss": loss, "lr": rate_factor(step, steps, phase.warmup), "grad_norm": engine.grad_norm,
@@ -93,7 +97,8 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
                 saved = time.monotonic()
             if stop.asked:
                 checkpoint.write_status(folder, "preempted", step + 1, "SIGTERM")
-                raise ValueError(f"{name}: stopped by SIGTERM after step {step + 1}; the same command goes on from there")
+                raise ValueError(f"{name}: stopped by SIGTERM after step {step + 1}; "
+                                 "the same command goes on from there")
     engine.close()
     if kept["best_step"] is not None:
         model.load_state_dict(load_file(folder / "best" / f"step-{kept['best_step']:07d}.safetensors"), strict=False)
@@ -109,9 +114,12 @@ def judged(model: OneDiffForConditionalGeneration, validate: Callable[[], float]
         model.train()
 
 
-def keep_best(model: OneDiffForConditionalGeneration, folder: Path, kept: dict[str, Any], *, step: int, score: float, log: Log,
-              ) -> dict[str, Any]:
-    """Stores what has learned if it is better than before; the file is named by its step, so a resumed run finds the one it knows."""
+def keep_best(model: OneDiffForConditionalGeneration, folder: Path, kept: dict[str, Any], *, step: int,
+              score: float, log: Log) -> dict[str, Any]:
+    """Stores what has learned if it is better than before.
+
+    The file is named by its step, so a resumed run finds the one it knows.
+    """
     note(folder, step, {"val_CIDEr": score}, log)
     if kept["best"] is not None and score <= kept["best"]:
         return kept
@@ -133,7 +141,8 @@ def note(folder: Path, step: int, values: dict[str, float], log: Log) -> None:
 def rewind(curve: Path, step: int) -> None:
     """Forgets the lines of steps that will be run again."""
     if curve.exists():
-        lines = [line for line in curve.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
+        lines = [line for line in curve.read_text(encoding="utf-8").splitlines()
+                 if line.endswith("}") and json.loads(line)["step"] < step]
         curve.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -24,7 +24,8 @@ def processor(micro: Config) -> OneDiffProcessor:
 @pytest.fixture(scope="module")
 def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("diffcap")
-    others = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={}) for record in scene_pairs[:4]]
+    others = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={})
+              for record in scene_pairs[:4]]
     write_shards(scene_pairs + others, folder, "train", shard_pairs=100)
     return Corpus.read(folder, "train", ["scenes", "edits"])
 
@@ -42,7 +43,8 @@ def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: 
 
 def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
     settings = {"seed": 3, "batch_size": 8, "mask_patches": 0.5}
-    for make in (lambda: tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", **settings), lambda: coupled_rows(corpus, "plain", **settings)):
+    for make in (lambda: tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", **settings),
+                 lambda: coupled_rows(corpus, "plain", **settings)):
         straight = [make()(step) for step in range(5)]
         jumped = make()
         assert [jumped(step) for step in (4, 0, 2)] == [straight[4], straight[0], straight[2]]
@@ -60,7 +62,8 @@ def test_sources_come_in_the_weights_that_were_asked_for(corpus: Corpus) -> None
 
 def test_tuned_rows_are_pairs_in_order_with_one_of_their_references(corpus: Corpus) -> None:
     for row in tune_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=8, mask_patches=0)(0):
-        [pair] = [p for p in corpus.pairs if (p.before, p.after) == row.images and row.prompt.answer in p.references and p.source == "scenes"]
+        [pair] = [p for p in corpus.pairs
+                  if (p.before, p.after) == row.images and row.prompt.answer in p.references and p.source == "scenes"]
         assert pair.instruction in row.prompt.question
 
 
@@ -80,9 +83,11 @@ def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
     assert np.mean([overlap(*row.images) for row in coupled]) < np.mean(random) - 0.5
 
 
-def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDiffProcessor, micro: Config, tmp_path: Path) -> None:
+def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDiffProcessor, micro: Config,
+                                                tmp_path: Path) -> None:
     model = build(micro.model, seed=0)[0].eval()
-    store = FeatureStore.prepare(corpus, processor, model.vision, sources=["scenes", "edits"], tower_digest="x", scratch=tmp_path)
+    store = FeatureStore.prepare(corpus, processor, model.vision, sources=["scenes", "edits"], tower_digest="x",
+                                 scratch=tmp_path)
     rows = tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=6, mask_patches=0)(0)
     kept, live = collate(rows, processor, store), collate(rows, processor, decode(corpus, processor))
     with torch.no_grad():

@@ -25,7 +25,8 @@ def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record]
     from datasets import load_dataset
 
     write_shards(scene_pairs, tmp_path / "shards", "train", shard_pairs=7)
-    loaded = load_dataset("parquet", data_files=str(tmp_path / "shards/*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = load_dataset("parquet", data_files=str(tmp_path / "shards/*.parquet"), split="train",
+                          cache_dir=str(tmp_path / "cache"))
     assert loaded[2]["pair_id"] == scene_pairs[2].pair_id
     assert loaded[2]["references"] == scene_pairs[2].references
     assert loaded[2]["after"].tobytes() == Image.open(io.BytesIO(scene_pairs[2].after)).tobytes()
@@ -34,10 +35,11 @@ def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record]
 def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
     row = read_table(tmp_path)[1]
-    assert set(row) == {"pair_id", "source", "split", "group_id", "references", "instruction", "change_type", "provenance"}
+    assert set(row) == {"pair_id", "source", "split", "group_id", "references", "instruction", "change_type",
+                        "provenance"}
     assert row["provenance"] == scene_pairs[1].provenance
 
 
 def test_no_shards_is_an_error_with_a_cure(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="'dvc repro' makes it, or see data/README.md"):
+    with pytest.raises(FileNotFoundError, match=r"'dvc repro' makes it, or see data/README\.md"):
         shards(tmp_path)

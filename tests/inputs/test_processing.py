@@ -52,7 +52,8 @@ def test_images_of_unlike_sizes_make_one_batch(processor: OneDiffProcessor) -> N
 
 
 def test_labels_cover_the_answer_and_its_end_only(processor: OneDiffProcessor) -> None:
-    batch = processor.answers([pair_prompt("plain", "What changed?", "the red cube is gone"), text_prompt("plain", "hi", "nothing")])
+    batch = processor.answers([pair_prompt("plain", "What changed?", "the red cube is gone"),
+                               text_prompt("plain", "hi", "nothing")])
     tokenizer = processor.tokenizer
     for row, answer in zip(batch["labels"], ("the red cube is gone", "nothing"), strict=True):
         assert tokenizer.decode(row[row != IGNORED]).strip() == answer + "</s>"
@@ -83,7 +84,8 @@ def test_saving_and_loading_gives_the_same_batch(processor: OneDiffProcessor, tm
 
 
 def test_every_sentence_survives_the_tokenizer(processor: OneDiffProcessor) -> None:
-    for text in ("the small red metal cube moved to the left", "USER: ünïcode 世界!", "First image: a. Second image: b."):
+    for text in ("the small red metal cube moved to the left", "USER: ünïcode 世界!",
+                 "First image: a. Second image: b."):
         assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)).strip() == text
 
 
@@ -102,6 +104,7 @@ def test_coupled_captions_stand_in_order() -> None:
 
 def test_vicuna_template_is_the_published_one() -> None:
     question = single_prompt("vicuna_v1", "What is this?").question
-    assert question == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    assert question == ("A chat between a curious user and an artificial intelligence assistant. "
+                        "The assistant gives helpful, detailed, "
                         "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:")
     assert expand(question, tokens_per_image=3, delta_tokens=2).count("<image>") == 3

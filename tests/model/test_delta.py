@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import CHANNELS, SIDE, TOKENS, WIDTH, small
 from transformers import BertConfig, BertModel
 
 from onediff.model.delta import Attention, VisualDeltaModule
-
-from parts import CHANNELS, SIDE, TOKENS, WIDTH, small
 
 B, N = 3, SIDE**2
 
@@ -89,6 +88,8 @@ def test_bert_layers_are_copied_and_cross_attention_stays_fresh(tmp_path: Path) 
 
 
 def test_a_bert_of_another_width_is_refused() -> None:
-    bert = BertModel(BertConfig(vocab_size=17, hidden_size=12, num_hidden_layers=3, num_attention_heads=1, intermediate_size=20))
-    with pytest.raises(ValueError, match=r"model.delta.init: BERT has 3 layers of width 12, the delta module 3 of width 13"):
+    bert = BertModel(BertConfig(vocab_size=17, hidden_size=12, num_hidden_layers=3, num_attention_heads=1,
+                                intermediate_size=20))
+    message = r"model.delta.init: BERT has 3 layers of width 12, the delta module 3 of width 13"
+    with pytest.raises(ValueError, match=message):
         small().delta.copy_bert(bert)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import DELTA_ID, IMAGE_ID, batch_of, small
 
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 
-from parts import DELTA_ID, IMAGE_ID, batch_of, small
 
 @pytest.fixture
 def model() -> OneDiffForConditionalGeneration:
@@ -15,15 +15,16 @@ def model() -> OneDiffForConditionalGeneration:
 
 
 COUNTS = [2, 0, 1, 2, 1]
-VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"}, {"delta_cross_attention_every": 2}, {"patch_pool": 3},
-            {"delta_levels": [0, 2, 2, 5]}, {"delta_num_tokens": 1}]
+VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"}, {"delta_cross_attention_every": 2},
+            {"patch_pool": 3}, {"delta_levels": [0, 2, 2, 5]}, {"delta_num_tokens": 1}]
 
 
 def one_row(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     first = int(batch["image_counts"][:row].sum())
     count = int(batch["image_counts"][row])
     length = int(batch["attention_mask"][row].sum())
-    return {"input_ids": batch["input_ids"][row : row + 1, :length], "attention_mask": batch["attention_mask"][row : row + 1, :length],
+    return {"input_ids": batch["input_ids"][row : row + 1, :length],
+            "attention_mask": batch["attention_mask"][row : row + 1, :length],
             "image_counts": batch["image_counts"][row : row + 1], "images": batch["images"][first : first + count]}
 
 
@@ -46,7 +47,8 @@ def test_both_images_are_encoded_as_each_would_be_alone(model: OneDiffForConditi
             assert torch.allclose(together[k, axis], hidden[level][0, 1:], atol=1e-6)
 
 
-def test_swapping_before_and_after_swaps_the_patches_and_changes_the_delta(model: OneDiffForConditionalGeneration) -> None:
+def test_swapping_before_and_after_swaps_the_patches_and_changes_the_delta(
+        model: OneDiffForConditionalGeneration) -> None:
     states = model.vision(batch_of(model, [2])["images"])
     patches, delta = model.look(states, torch.tensor([2]))
     swapped, other = model.look(states.flip(0), torch.tensor([2]))
@@ -87,7 +89,8 @@ def test_micro_batches_of_unlike_lengths_add_up_to_the_whole(model: OneDiffForCo
     parts = []
     for row in range(len(COUNTS)):
         alone = one_row(batch, row)
-        parts.append(model(**alone, labels=labels[row : row + 1, : alone["input_ids"].shape[1]], num_answer_tokens=count).loss)
+        mine = labels[row : row + 1, : alone["input_ids"].shape[1]]
+        parts.append(model(**alone, labels=mine, num_answer_tokens=count).loss)
     assert torch.allclose(sum(parts), whole, atol=1e-6)
 
 
@@ -101,7 +104,8 @@ def test_masked_patches_cannot_be_read_but_delta_tokens_can(model: OneDiffForCon
     noisy = embeds + 3.0 * changed[..., None] * torch.randn_like(embeds)
     assert torch.allclose(plain, model.language(inputs_embeds=noisy, attention_mask=attention).logits[:, -1], atol=1e-5)
     moved = embeds + (batch["input_ids"] == DELTA_ID)[..., None] * 1.0
-    assert not torch.allclose(plain, model.language(inputs_embeds=moved, attention_mask=attention).logits[:, -1], atol=1e-4)
+    other = model.language(inputs_embeds=moved, attention_mask=attention).logits[:, -1]
+    assert not torch.allclose(plain, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -122,13 +126,15 @@ def test_generate_continues_as_the_greedy_loop_does(model: OneDiffForConditional
         expected.append(int(token))
         row["input_ids"] = torch.cat([row["input_ids"], token.view(1, 1)], 1)
         row["attention_mask"] = torch.ones_like(row["input_ids"])
-    assert model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)[0].tolist() == expected
+    spoken = model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert spoken[0].tolist() == expected
 
 
 @pytest.mark.parametrize("counts", [[1], [0]])
 def test_images_and_placeholders_must_agree(model: OneDiffForConditionalGeneration, counts: list[int]) -> None:
     batch = batch_of(model, [2])
-    with pytest.raises(ValueError, match=rf"row 0 has {counts[0]} images and needs {9 * counts[0]} image and 0 delta placeholders"):
+    message = rf"row 0 has {counts[0]} images and needs {9 * counts[0]} image and 0 delta placeholders"
+    with pytest.raises(ValueError, match=message):
         model(**(batch | {"image_counts": torch.tensor(counts)}))
 
 
@@ -142,4 +148,5 @@ def test_rows_without_a_pair_leave_the_delta_module_alone(model: OneDiffForCondi
 def test_every_parameter_belongs_to_one_part() -> None:
     for reading in ("A", "B"):
         model = small(reading=reading)
-        assert {model.part_of(name) for name, _ in model.named_parameters()} == {"vision", "delta", "projector", "language"}
+        parts = {model.part_of(name) for name, _ in model.named_parameters()}
+        assert parts == {"vision", "delta", "projector", "language"}

@@ -17,8 +17,10 @@ RED, GREEN = "#ff0000", "#00ff00"
 class SaysColours:
     """Says what it was given, so that a mixed-up row shows."""
 
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instruction: str = "what changed?") -> list[str]:
-        return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}" for before, after in pairs]
+    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instructions: list[str] | None = None) -> list[str]:
+        assert instructions is not None
+        return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
+                for (before, after), instruction in zip(pairs, instructions, strict=True)]
 
 
 @pytest.fixture
@@ -43,14 +45,14 @@ def test_paths_base64_and_data_uris_say_the_same(model: PairCaptioner, tmp_path:
     rows = [{"before": file(tmp_path, RED), "after": file(tmp_path, GREEN)},
             {"before": encoded(RED), "after": encoded(GREEN)},
             {"before": f"data:image/png;base64,{encoded(RED)}", "after": folded}]
-    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) what changed?"] * 3
+    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) What changed between the two images?"] * 3
 
 
 def test_captions_keep_the_order_of_rows_with_mixed_instructions(model: PairCaptioner) -> None:
     rows = pd.DataFrame([{"before": encoded(RED), "after": encoded(GREEN), "instruction": "edit?"},
                          {"before": encoded(GREEN), "after": encoded(GREEN)},
                          {"before": encoded(GREEN), "after": encoded(RED), "instruction": "edit?"}])
-    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) edit?", "(0, 255, 0) (0, 255, 0) what changed?",
+    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) edit?", "(0, 255, 0) (0, 255, 0) What changed between the two images?",
                                    "(0, 255, 0) (255, 0, 0) edit?"]
 
 

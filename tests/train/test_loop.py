@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -23,8 +24,8 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 
 def phase(**changes: Any) -> Phase:
-    settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5, "mask_patches": 0.0,
-                "validate_every": None, "num_val": 1} | RATES | changes
+    settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1} | RATES | changes
     return Phase(**settings)
 
 
@@ -32,7 +33,8 @@ def rows_of(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torc
     batch = batch_of(model, [2, 0, 1, 2, 1, 2])
     generator = torch.Generator().manual_seed(step)
     batch["images"] = torch.randn(batch["images"].shape, generator=generator)
-    batch["labels"] = batch["input_ids"].masked_fill((batch["input_ids"] > 96) | (batch["attention_mask"] == 0), IGNORED)
+    ignored = (batch["input_ids"] > 96) | (batch["attention_mask"] == 0)
+    batch["labels"] = batch["input_ids"].masked_fill(ignored, IGNORED)
     return batch
 
 
@@ -42,7 +44,8 @@ def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Te
     out = []
     for start in range(0, len(counts), size):
         first, last = int(counts[:start].sum()), int(counts[: start + size].sum())
-        out.append({k: v[start : start + size] for k, v in batch.items() if k != "images"} | {"images": batch["images"][first:last]})
+        out.append({k: v[start : start + size] for k, v in batch.items() if k != "images"}
+                   | {"images": batch["images"][first:last]})
     return out
 
 
@@ -51,14 +54,15 @@ def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, flo
           every_s: float = 0.0001) -> tuple[OneDiffForConditionalGeneration, dict[str, Any]]:
     model = small()
     folder.mkdir(exist_ok=True)
-    summary = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s), name="test", steps=STEPS, folder=folder,
-                  micro_batches=lambda step, rank, world: split(rows_of(model, step), num_micro), num_micro=num_micro, log=log,
+    summary = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s), name="test", steps=STEPS,
+                  folder=folder, num_micro=num_micro, log=log,
+                  micro_batches=lambda step, rank, world: split(rows_of(model, step), num_micro),
                   validate=(lambda: validate(model)) if validate else None)
     return model, summary
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> bool:
-    """With a tolerance, without the biases of attention keys: their gradient is 0 but for rounding, which Adam blows up."""
+    """With a tolerance, without the biases of attention keys: their gradient is only rounding, which Adam blows up."""
     theirs = b.state_dict()
     return all(torch.allclose(x, theirs[name], atol=atol, rtol=0) for name, x in a.state_dict().items()
                if not (atol and name.endswith("key.bias")))
@@ -67,7 +71,8 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> b
 def by_hand() -> tuple[OneDiffForConditionalGeneration, list[float]]:
     """The same training without DeepSpeed, in the plainest torch."""
     model, losses = small().train(), []
-    groups = [{"params": [p for n, p in model.named_parameters() if model.part_of(n) == part], "lr": 0.0, "peak": RATES[f"lr_{part}"]}
+    groups = [{"params": [p for n, p in model.named_parameters() if model.part_of(n) == part],
+               "lr": 0.0, "peak": RATES[f"lr_{part}"]}
               for part in ("delta", "projector", "language")]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0)
     for step in range(STEPS):
@@ -100,7 +105,8 @@ def test_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
     model, _ = train(tmp_path, settings=phase(lr_language=0.0))
     for name, value in model.named_parameters():
         moved = not torch.equal(value, dict(start.named_parameters())[name])
-        assert moved == (model.part_of(name) in ("delta", "projector")) or name == "delta.layers.0.self_attention.key.bias", name
+        learns = model.part_of(name) in ("delta", "projector")
+        assert moved == learns or name == "delta.layers.0.self_attention.key.bias", name
 
 
 @pytest.mark.parametrize("died_at", [1, 4, STEPS - 1])
@@ -191,7 +197,8 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     undisturbed, _ = train(tmp_path / "a")
     try:
-        with pytest.raises(OSError, match=r"the checkpoint could not be written .*; free some space and start again") as caught:
+        message = r"the checkpoint could not be written .*; free some space and start again"
+        with pytest.raises(OSError, match=message) as caught:
             train(tmp_path / "b", log=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -212,5 +219,5 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     factors = [rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
     assert factors[10] == 1.0
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] < 0.001

@@ -1,7 +1,8 @@
 """A small ray caster: spheres, boxes and cylinders on a table, one hard light, two materials.
 
-Pixel arithmetic is float64 and uses only + - * / sqrt and comparisons, which IEEE 754 rounds exactly, so one seed gives the same
-bytes on any machine. World: z is up, the table is z = 0, lengths are in table units (a big object is 1.6 across).
+Pixel arithmetic is float64 and uses only + - * / sqrt and comparisons, which IEEE 754 rounds exactly, so one seed gives
+the same bytes on any machine. World: z is up, the table is z = 0, lengths are in table units (a big object is 1.6
+across).
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def visible(things: list[Thing], view: View, image_px: int = 48) -> NDArray[np.f
     return np.bincount(ids.ravel() + 1, minlength=len(things) + 1)[1:] / ids.size
 
 
-def render(things: list[Thing], view: View, image_px: int, *, samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+def render(things: list[Thing], view: View, image_px: int, *,
+           samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """-> image (P, P, 3) uint8, and ids (P, P): which object each pixel shows, -1 for the table.
 
     `samples` x `samples` rays per pixel are averaged; ids are those of the first ray.
@@ -232,7 +234,7 @@ def _shade(thing: Thing, view: View, light: Vector, p: tuple, d: tuple, lit: NDA
     if thing.material == "matte":
         return [diffuse * base[i] for i in range(3)]
     cosine = 2.0 * (d[0] * n[0] + d[1] * n[1] + d[2] * n[2])
-    r = tuple(d[i] - cosine * n[i] for i in range(3))  # the mirrored ray meets a bright ceiling, a dark wall or the table
+    r = tuple(d[i] - cosine * n[i] for i in range(3))  # the mirrored ray meets bright ceiling, dark wall or table
     table = 0.75 / (1.0 + 2.0 * p[2] / np.maximum(-r[2], 0.05))
     room = np.where(r[2] > 0.4, 1.3, np.where(r[2] > 0.0, 0.1, table)) * (0.5 + view.ambient)
     glint = np.maximum(r[0] * light[0] + r[1] * light[1] + r[2] * light[2], 0.0)

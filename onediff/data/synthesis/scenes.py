@@ -1,7 +1,7 @@
-"""`scenes`: table tops in the manner of CLEVR-Change, where camera and light move in every pair and at most one object changes.
+"""`scenes`: table tops as in CLEVR-Change: camera and light move in every pair, and at most one object changes.
 
-Each base scene gives four frames (before and after, each from two cameras), hence changed pairs, their reversals with the inverse
-caption, and distractors in which only camera and light moved. Park et al., ICCV 2019 (CLEVR-Change).
+Each base scene gives four frames (before and after, each from two cameras), hence changed pairs, their reversals with
+the inverse caption, and distractors in which only camera and light moved. Park et al., ICCV 2019 (CLEVR-Change).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Frame:
     ids: NDArray[np.int8]
 
 
-# --- drawing scenes -------------------------------------------------------------------------------------------------------------
+# --- drawing scenes ---------------------------------------------------------------------------------------------------
 
 
 def draw_thing(rng: Generator, others: list[Thing]) -> Thing | None:
@@ -91,10 +91,10 @@ def draw_things(rng: Generator, count: int) -> list[Thing] | None:
 def draw_view(rng: Generator, jitter: float) -> View:
     """A camera and a light that wander around their usual places; jitter 0 is the usual place."""
     spread = rng.uniform(-1, 1, 9) * jitter
-    return View(azimuth=0.27 * spread[0], elevation=0.66 + 0.06 * spread[1], distance=11.0 * (1 + 0.08 * spread[2]),
-                target_x=0.65 * spread[3], target_y=0.65 * spread[4], light_azimuth=-0.6 + 0.8 * spread[5],
-                light_elevation=0.9 + 0.15 * spread[6], light_power=0.75 * (1 + 0.3 * spread[7]),
-                ambient=0.35 * (1 + 0.2 * spread[8]))
+    return View(azimuth=0.19 * spread[0], elevation=0.66 + 0.05 * spread[1], distance=11.0 * (1 + 0.06 * spread[2]),
+                target_x=0.45 * spread[3], target_y=0.45 * spread[4], light_azimuth=-0.6 + 0.9 * spread[5],
+                light_elevation=0.9 + 0.18 * spread[6], light_power=0.75 * (1 + 0.45 * spread[7]),
+                ambient=0.35 * (1 + 0.3 * spread[8]))
 
 
 def draw_change(rng: Generator, things: list[Thing], change_type: str) -> Change | None:
@@ -120,12 +120,13 @@ def draw_change(rng: Generator, things: list[Thing], change_type: str) -> Change
     return Change("move", old, moved, direction)
 
 
-# --- words ----------------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def describe(rng: Generator, thing: Thing, scene: list[Thing]) -> str | None:
-    """A noun phrase that fits no other object of the scene: attributes, and a neighbour where they do not suffice; else None."""
-    alike = [other for other in scene if other is not thing and (other.color, other.shape) == (thing.color, thing.shape)]
+    """A noun phrase that fits no other object of the scene: attributes, plus a neighbour where needed; else None."""
+    alike = [other for other in scene
+             if other is not thing and (other.color, other.shape) == (thing.color, thing.shape)]
     options = [set(), {"size"}, {"material"}, {"size", "material"}]
     enough = [extra for extra in options if not any(_same(thing, other, extra) for other in alike)]
     if enough:
@@ -187,21 +188,26 @@ def _known(thing: Thing | None) -> Thing:
     return thing
 
 
-# --- records --------------------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def scene_records(config: Config, split: str, index: int, *, source: str = "scenes") -> list[Record]:
-    """All pairs of one base scene: three for train (changed, reversed, distractor), else four (changed, its exact swap, two distractors)."""
+    """All pairs of one base scene.
+
+    Three for train (changed, reversed, distractor), else four (changed, its exact swap, two distractors).
+    """
     jitter = config.data.scenes.far_jitter if source == "scenes_far" else config.data.scenes.jitter
     for attempt in range(MAX_TRIES):
-        seed = [config.seed, _RNG_TAG[source], SPLITS.index(split), index, attempt]  # type: ignore[arg-type]
+        seed = [config.seed, _RNG_TAG[source], SPLITS.index(split), index, attempt]
         records = _try_scene(config, split, index, source=source, jitter=jitter, seed=seed)
         if records:
             return records
-    raise ValueError(f"params.yaml: data.scenes: no decidable scene in {MAX_TRIES} tries; lower max_objects or min_visible")
+    raise ValueError(f"params.yaml: data.scenes: no decidable scene in {MAX_TRIES} tries; "
+                     "lower max_objects or min_visible")
 
 
-def _try_scene(config: Config, split: str, index: int, *, source: str, jitter: float, seed: list[int]) -> list[Record] | None:
+def _try_scene(config: Config, split: str, index: int, *, source: str, jitter: float,
+               seed: list[int]) -> list[Record] | None:
     rng = np.random.default_rng(seed)
     scenes = config.data.scenes
     before = draw_things(rng, int(rng.integers(scenes.min_objects, scenes.max_objects + 1)))
@@ -218,7 +224,8 @@ def _try_scene(config: Config, split: str, index: int, *, source: str, jitter: f
     same = Change("none", None, None)
     b0, b1, a0, a1 = (_Shot(things, view) for things, view in zip(drawn, views, strict=True))
     if split == "train":
-        plan = [("c", change, b0, a1), ("r", change.inverse, a0, b1), ("n", same, *((b0, b1) if rng.random() < 0.5 else (a1, a0)))]
+        plan = [("c", change, b0, a1), ("r", change.inverse, a0, b1),
+                ("n", same, *((b0, b1) if rng.random() < 0.5 else (a1, a0)))]
     else:
         plan = [("c", change, b0, a1), ("s", change.inverse, a1, b0), ("n", same, b1, b0), ("m", same, a0, a1)]
     told = [caption(rng, what, left.things, right.things, 3) for _, what, left, right in plan]
@@ -232,7 +239,8 @@ def _try_scene(config: Config, split: str, index: int, *, source: str, jitter: f
             pair_id=f"{source}-{split}-{index:06d}{letter}", source=source, split=split, group_id=group,
             before=f0.png, after=f1.png, references=references or [], instruction=pick(rng, INSTRUCTIONS["scenes"]),
             change_type=what.change_type,
-            provenance=_provenance(what, f0, f1, seed) | {"swap_of": f"{source}-{split}-{index:06d}c" if letter == "s" else None,
+            provenance=_provenance(what, f0, f1, seed) | {
+                "swap_of": f"{source}-{split}-{index:06d}c" if letter == "s" else None,
                 "captions": [name_objects(shot.things, shot.view) for shot in (left, right)]}))
     return pairs
 
@@ -284,7 +292,8 @@ def _provenance(change: Change, before: Frame, after: Frame, seed: list[int]) ->
 
 def _attributes(thing: Thing) -> dict[str, Any]:
     keep = asdict(thing)
-    return {name: keep[name] for name in ("shape", "color", "size", "material")} | {"x": round(thing.x, 3), "y": round(thing.y, 3)}
+    return {name: keep[name] for name in ("shape", "color", "size", "material")} | {
+        "x": round(thing.x, 3), "y": round(thing.y, 3)}
 
 
 def scenes(config: Config, split: str, *, source: str = "scenes") -> Iterator[Record]:

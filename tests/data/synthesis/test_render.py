@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Camera, Thing, View, _hit, _normal, render, visible
+from onediff.data.synthesis import render as module
+from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Camera, Thing, View, render, visible
 
 VIEW = View(0.1, 0.66, 11.0, 0.2, -0.1, -0.6, 0.9, 0.75, 0.35)
-THINGS = [Thing("cube", "red", "big", "matte", -1.1, 0.3, 0.4), Thing("sphere", "blue", "small", "shiny", 1.0, -0.7, 0.0),
+THINGS = [Thing("cube", "red", "big", "matte", -1.1, 0.3, 0.4),
+          Thing("sphere", "blue", "small", "shiny", 1.0, -0.7, 0.0),
           Thing("cylinder", "green", "big", "shiny", 0.6, 1.3, 0.0)]
 
 
@@ -34,7 +36,7 @@ def test_a_ray_ends_where_marching_along_it_first_enters_the_solid(thing: Thing)
         target = np.array(thing.centre) + rng.normal(0, 0.5, 3)
         direction = target - np.array(origin)
         direction /= np.linalg.norm(direction)
-        t = float(_hit(thing, origin, tuple(np.array([d]) for d in direction))[0])
+        t = float(module._hit(thing, origin, tuple(np.array([d]) for d in direction))[0])
         steps = np.arange(8.0, 14.0, 0.004)
         entered = next((s for s in steps if inside(thing, *(np.array(origin) + s * direction))), math.inf)
         if math.isinf(entered):
@@ -51,9 +53,9 @@ def test_normals_are_unit_and_point_out(thing: Thing) -> None:
     towards = np.array(thing.centre) - np.array(camera.eye)
     directions = towards / np.linalg.norm(towards) + np.random.default_rng(1).normal(0, 0.02, (40, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    t = _hit(thing, camera.eye, tuple(directions.T))
+    t = module._hit(thing, camera.eye, tuple(directions.T))
     points = (np.array(camera.eye) + t[:, None] * directions)[np.isfinite(t)]
-    normals = np.stack(_normal(thing, tuple(points.T)), axis=1)
+    normals = np.stack(module._normal(thing, tuple(points.T)), axis=1)
     assert len(points) > 20
     assert np.allclose(np.linalg.norm(normals, axis=1), 1, atol=1e-6)
     for point, normal in zip(points, normals, strict=True):
@@ -63,8 +65,6 @@ def test_normals_are_unit_and_point_out(thing: Thing) -> None:
 
 def test_the_window_around_an_object_cuts_nothing_off() -> None:
     alone = [render([thing], VIEW, 64, samples=1)[1] for thing in THINGS]
-    from onediff.data.synthesis import render as module
-
     whole = module._window
     try:
         module._window = lambda thing, camera, side: (slice(0, side), slice(0, side))
@@ -75,7 +75,8 @@ def test_the_window_around_an_object_cuts_nothing_off() -> None:
 
 
 def test_the_nearer_object_hides_the_farther() -> None:
-    front, back = Thing("cube", "red", "big", "matte", 0.0, -1.5, 0.0), Thing("cube", "blue", "small", "matte", 0.0, 0.2, 0.0)
+    front = Thing("cube", "red", "big", "matte", 0.0, -1.5, 0.0)
+    back = Thing("cube", "blue", "small", "matte", 0.0, 0.2, 0.0)
     level = View(0.0, 0.25, 11.0, 0.0, 0.0, -0.6, 0.9, 0.75, 0.35)
     share = visible([front, back], level)
     assert share[1] < 0.2 * visible([back], level)[0]

@@ -72,7 +72,8 @@ def test_references_name_color_and_shape_of_the_changed_object(micro: Config) ->
 
 def fits(phrase: str, thing: Thing) -> bool:
     """Whether the attributes that a phrase without a neighbour names are the thing's."""
-    return all(any(word in SYNONYMS.get(getattr(thing, name), (getattr(thing, name),)) for name in ("shape", "color", "size", "material"))
+    return all(any(word in SYNONYMS.get(getattr(thing, name), (getattr(thing, name),))
+                   for name in ("shape", "color", "size", "material"))
                for word in phrase.split())
 
 
@@ -110,5 +111,6 @@ def test_objects_are_named_from_left_to_right() -> None:
 def test_a_scene_that_cannot_be_drawn_says_so(micro: Config) -> None:
     scenes = micro.data.scenes.model_copy(update={"min_visible": 0.5})
     config = micro.model_copy(update={"data": micro.data.model_copy(update={"scenes": scenes})})
-    with pytest.raises(ValueError, match=r"data.scenes: no decidable scene in \d+ tries; lower max_objects or min_visible"):
+    message = r"data.scenes: no decidable scene in \d+ tries; lower max_objects or min_visible"
+    with pytest.raises(ValueError, match=message):
         scene_records(config, "train", 0)

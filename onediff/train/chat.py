@@ -1,0 +1,112 @@
+"""The second half of `make backbones`: the tiny language model learns to talk, as Vicuna had before LLaVA met it.
+
+Text alone: instructions and sentences of the project's own grammar about made-up objects, in the chat format. And single images
+with their captions through a projector that is thrown away, so that it is used to reading patch tokens. Never a pair.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from onediff.data.synthesis.edits import CASTS, PLACES, TURNS
+from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
+from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
+from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt
+
+STEPS, ROWS, IMAGES, RATE = 1500, 48, 16, 1e-3
+IGNORED = -100
+_NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
+
+
+def sentence(rng: Generator) -> tuple[str, str]:
+    """(instruction, sentence) about nothing that was ever seen."""
+    if rng.random() < 0.6:
+        kind = pick(rng, tuple(SCENE_TEMPLATES))
+        new = {"color": tuple(COLORS), "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",))
+        told = pick(rng, new)
+        words = {"old": noun(rng), "new": DIRECTIONS.get(told) or say(rng, told)}
+        return pick(rng, INSTRUCTIONS["scenes"]), pick(rng, SCENE_TEMPLATES[kind]).format(**words)
+    kind = pick(rng, tuple(EDIT_TEMPLATES))
+    words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}", "new": pick(rng, _NEW.get(kind, tuple(PLACES)))}
+    return pick(rng, INSTRUCTIONS["edits"]), pick(rng, EDIT_TEMPLATES[kind]).format(**words)
+
+
+def noun(rng: Generator) -> str:
+    words = [say(rng, pick(rng, tuple(SIZES)))] if rng.random() < 0.2 else []
+    words.append(pick(rng, tuple(COLORS)))
+    words += [say(rng, pick(rng, MATERIALS))] if rng.random() < 0.2 else []
+    phrase = " ".join([*words, say(rng, pick(rng, SHAPES))])
+    if rng.random() < 0.1:
+        side = pick(rng, ("left of", "right of", "behind", "in front of"))
+        phrase += f" {side} the {pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}"
+    return phrase
+
+
+def text_row(rng: Generator, captions: list[str]) -> Prompt:
+    """A question and its answer in the chat format; a third are two captions one after the other."""
+    if rng.random() < 0.33:
+        first, second = (captions[int(i)] for i in rng.integers(len(captions), size=2))
+        coupled = coupled_prompt("plain", first, second)
+        return Prompt(coupled.question.replace("<image>", "").replace("<delta>", ""), coupled.answer, 0)
+    return text_prompt("plain", *sentence(rng))
+
+
+def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """-> ids (B, S) and labels (B, S) on the answers alone, padded on the right."""
+    rows = []
+    for prompt in prompts:
+        question = [1, *tokenizer.encode(prompt.question, add_special_tokens=False)]
+        rows.append((question, [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]))
+    longest = max(len(question) + len(answer) for question, answer in rows)
+    ids = [question + answer + [0] * (longest - len(question) - len(answer)) for question, answer in rows]
+    labels = [[IGNORED] * len(question) + answer + [IGNORED] * (longest - len(question) - len(answer)) for question, answer in rows]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
+          captions: list[str], seed: int) -> dict[str, float]:
+    """Trains `language` in place. pixels (M, 3, P, P) are normed images, captions theirs; gives the mean loss of the last steps."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 21])
+    width = language.config.hidden_size
+    projector = nn.Sequential(nn.Linear(tower.config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+    optimizer = torch.optim.AdamW([*language.parameters(), *projector.parameters()], lr=RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
+    spoken, seen = [], []
+    language.train()
+    for _ in tqdm(range(STEPS), desc="chat", unit="step"):
+        ids, labels = encode([text_row(rng, captions) for _ in range(ROWS)], tokenizer)
+        text_loss = language(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
+        chosen = [int(i) for i in rng.integers(len(captions), size=IMAGES)]
+        with torch.no_grad():
+            last = tower(pixels[chosen]).last_hidden_state[:, 1:]
+        side = int(last.shape[1] ** 0.5)
+        grid = functional.avg_pool2d(last.transpose(1, 2).unflatten(2, (side, side)), 2)
+        image_loss = caption_loss(language, tokenizer, projector(grid.flatten(2).transpose(1, 2)), [captions[i] for i in chosen])
+        optimizer.zero_grad(set_to_none=True)
+        (text_loss + image_loss).backward()
+        nn.utils.clip_grad_norm_(language.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        spoken.append(text_loss.item())
+        seen.append(image_loss.item())
+    return {"chat_loss_per_token": round(float(np.mean(spoken[-100:])), 4), "chat_caption_loss_per_token": round(float(np.mean(seen[-100:])), 4)}
+
+
+def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor, captions: list[str]) -> Tensor:
+    """patches (B, T, D) stand where a question has its <image>."""
+    question = single_prompt("plain", "Describe the image.").question
+    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
+    ids, labels = encode([Prompt("", caption, 1) for caption in captions], tokenizer)
+    look = language.get_input_embeddings()
+    around = [look(torch.tensor([part] * len(captions))) for part in ([1, *head], tail)]
+    embeds = torch.cat([around[0], patches, around[1], look(ids[:, 1:])], 1)
+    before = embeds.shape[1] - ids.shape[1] + 1
+    mask = functional.pad((ids[:, 1:] != 0).long(), (before, 0), value=1)
+    return language(inputs_embeds=embeds, attention_mask=mask, labels=functional.pad(labels[:, 1:], (before, 0), value=IGNORED)).loss
