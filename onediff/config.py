@@ -83,7 +83,7 @@ class Delta(Section):
     heads: Count
     levels: Annotated[list[Count], Field(min_length=1)]
     cross_attention_every: Literal[1, 2]
-    inputs: Literal["pair", "pair_and_difference"]
+    inputs: Literal["pair", "pair_and_difference", "pair_and_matched_difference"]
     init: str
 
     @model_validator(mode="after")

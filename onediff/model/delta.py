@@ -50,17 +50,36 @@ class DeltaLayer(nn.Module):
         return self.norm(delta + self.down(functional.gelu(self.up(delta))))
 
 
-class VisualDeltaModule(nn.Module):
-    """FIELD: 6 layers of BERT-base width over three levels of the tower; both images' patch tokens are keys and values.
+class Match(nn.Module):
+    """How each patch differs from what matches it in the other image; alike and near patches match. Two learned numbers."""
 
-    With `delta_inputs: pair_and_difference` the cross-attention also reads `after - before` per patch and level.
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.sharpness, self.nearness = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.3))
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+        self.register_buffer("distances", torch.cdist(places, places).square())  # (N, N), in patches
+
+    def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """before, after (B, N, C), normed -> what of each is not in the other, (B, N, C) twice."""
+        alike = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5 - self.nearness * self.distances
+        return before - alike.softmax(-1) @ after, after - alike.transpose(1, 2).softmax(-1) @ before
+
+
+class VisualDeltaModule(nn.Module):
+    """In the paper 6 layers of BERT-base width over three levels of the tower; both images' patch tokens are keys, values.
+
+    Beyond the paper, `delta_inputs` lets the cross-attention also read how the images differ:
+    `pair_and_difference`: `after - before` per patch, as a third set of tokens;
+    `pair_and_matched_difference`: each patch also tells how it differs from its best match in the other image, for
+    pairs whose camera moved, where the same place shows something else.
     """
 
     def __init__(self, config: OneDiffConfig) -> None:
         super().__init__()
         width, tower = config.delta_width, config.vision_config.hidden_size
         self.levels = [config.read_levels.index(level) for level in config.delta_levels]
-        self.every, self.difference = config.delta_cross_attention_every, config.delta_inputs == "pair_and_difference"
+        self.every, self.inputs = config.delta_cross_attention_every, config.delta_inputs
         self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
         self.query_norm = nn.LayerNorm(width)
         self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower)  # raw norms differ
@@ -68,6 +87,9 @@ class VisualDeltaModule(nn.Module):
         self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
         self.reduce = nn.Linear(tower, width)
+        if self.inputs == "pair_and_matched_difference":
+            self.match = nn.ModuleDict({str(level): Match(config.patches_per_side) for level in sorted(set(self.levels))})
+            self.contrast = nn.Sequential(nn.Linear(tower, width), nn.GELU(), nn.Linear(width, width))
         self.layers = nn.ModuleList([DeltaLayer(width, config.delta_heads, cross=(i + 1) % self.every == 0)
                                      for i in range(len(self.levels) * self.every)])
         self.norm = nn.LayerNorm(width)
@@ -84,10 +106,13 @@ class VisualDeltaModule(nn.Module):
         """before, after (B, N, C) -> keys and values (B, 2N or 3N, W): normed, marked by image and place, projected."""
         norm = self.level_norms[str(level)]
         views = [norm(before), norm(after)]
-        if self.difference:
+        if self.inputs == "pair_and_difference":
             views.append(views[1] - views[0])
-        return self.reduce(torch.cat([view + self.positions + mark
+        seen = self.reduce(torch.cat([view + self.positions + mark
                                       for view, mark in zip(views, self.image_ids, strict=False)], dim=1))
+        if self.inputs == "pair_and_matched_difference":
+            seen = seen + self.contrast(torch.cat(self.match[str(level)](*views), dim=1))
+        return seen
 
     def copy_bert(self, bert: BertModel) -> None:
         """Self-attention and feed-forward of every layer from BERT's, in order; cross-attention stays fresh.
