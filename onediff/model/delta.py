@@ -51,23 +51,24 @@ class DeltaLayer(nn.Module):
 
 
 class Match(nn.Module):
-    """How each patch differs from what matches it in the other image; alike and near patches match. Two learned numbers."""
+    """How each patch differs from what matches it in the other image: alike and near patches. Two learned numbers."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
-        self.sharpness, self.nearness = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.3))
+        self.sharpness, self.nearness = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([0.3]))
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
         self.register_buffer("distances", torch.cdist(places, places).square())  # (N, N), in patches
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """before, after (B, N, C), normed -> what of each is not in the other, (B, N, C) twice."""
-        alike = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5 - self.nearness * self.distances
+        alike = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
+        alike = alike - self.nearness * self.distances
         return before - alike.softmax(-1) @ after, after - alike.transpose(1, 2).softmax(-1) @ before
 
 
 class VisualDeltaModule(nn.Module):
-    """In the paper 6 layers of BERT-base width over three levels of the tower; both images' patch tokens are keys, values.
+    """In the paper 6 layers of BERT-base width over three levels of the tower, reading both images' patch tokens.
 
     Beyond the paper, `delta_inputs` lets the cross-attention also read how the images differ:
     `pair_and_difference`: `after - before` per patch, as a third set of tokens;
@@ -88,7 +89,7 @@ class VisualDeltaModule(nn.Module):
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
         self.reduce = nn.Linear(tower, width)
         if self.inputs == "pair_and_matched_difference":
-            self.match = nn.ModuleDict({str(level): Match(config.patches_per_side) for level in sorted(set(self.levels))})
+            self.match = nn.ModuleDict({level: Match(config.patches_per_side) for level in self.level_norms})
             self.contrast = nn.Sequential(nn.Linear(tower, width), nn.GELU(), nn.Linear(width, width))
         self.layers = nn.ModuleList([DeltaLayer(width, config.delta_heads, cross=(i + 1) % self.every == 0)
                                      for i in range(len(self.levels) * self.every)])

@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onediff.config import Config
     from onediff.tracking import Run
     from onediff.train.phases import Trained
 
@@ -37,11 +39,27 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def finish_phase(phase: str, trained: Trained, noted: Run) -> None:
+@contextmanager
+def noted_run(phase: str, config: Config) -> Iterator[Run | None]:
+    """MLflow's run of a phase, on global rank 0 alone; the other ranks have none."""
+    if os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    from onediff import tracking
+
+    with tracking.phase_run(phase, config) as run:
+        yield run
+
+
+def silent(step: int, values: dict[str, float]) -> None:
+    """Where nobody listens."""
+
+
+def finish_phase(phase: str, trained: Trained, noted: Run | None) -> None:
     """Rank 0 writes model, curve and run; then the checkpoints may go."""
     from onediff.model.build import weights_digest
 
-    if os.environ.get("RANK", "0") != "0":
+    if noted is None:
         return
     folder = Path("data/models") / phase
     trained.model.save_pretrained(folder)

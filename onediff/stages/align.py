@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onediff import tracking
 from onediff.config import load_params, load_runtime
-from onediff.stages import finish_phase, quiet, run
+from onediff.stages import finish_phase, noted_run, quiet, run, silent
 from onediff.train import launcher
 
 
@@ -19,8 +19,8 @@ def align() -> None:
 
     if launcher.hand_over("align", runtime):
         return
-    with tracking.phase_run("align", config) as noted:
-        trained = phases.align(config, runtime, data=Path("data/diffcap"), log=noted.log)
+    with noted_run("align", config) as noted:
+        trained = phases.align(config, runtime, data=Path("data/diffcap"), log=noted.log if noted else silent)
         finish_phase("align", trained, noted)
 
 

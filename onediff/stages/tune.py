@@ -11,7 +11,7 @@ from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.onediff import OneDiffForConditionalGeneration
-from onediff.stages import finish_phase, quiet, run
+from onediff.stages import finish_phase, noted_run, quiet, run, silent
 from onediff.train import launcher
 
 DIFFCAP = Path("data/diffcap")
@@ -26,9 +26,10 @@ def tune() -> None:
 
     if launcher.hand_over("tune", runtime):
         return
-    with tracking.phase_run("tune", config) as noted:
+    with noted_run("tune", config) as noted:
         trained = phases.tune(config, runtime, data=DIFFCAP, start=Path("data/models/align"),
-                              validator=lambda model, processor: cider_on_val(config, model, processor), log=noted.log)
+                              validator=lambda model, processor: cider_on_val(config, model, processor),
+                              log=noted.log if noted else silent)
         finish_phase("tune", trained, noted)
 
 

@@ -1,7 +1,8 @@
 """The second half of `make backbones`: the tiny language model learns to talk, as Vicuna had before LLaVA met it.
 
-Text alone: instructions and sentences of the project's own grammar about made-up objects, in the chat format. And single images
-with their captions through a projector that is thrown away, so that it is used to reading patch tokens. Never a pair.
+Text alone: instructions and sentences of the project's own grammar about made-up objects, in the chat format. And
+single images with their captions through a projector that is thrown away, so that it is used to reading patch tokens.
+Never a pair.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def sentence(rng: Generator) -> tuple[str, str]:
         words = {"old": noun(rng), "new": DIRECTIONS.get(told) or say(rng, told)}
         return pick(rng, INSTRUCTIONS["scenes"]), pick(rng, SCENE_TEMPLATES[kind]).format(**words)
     kind = pick(rng, tuple(EDIT_TEMPLATES))
-    words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}", "new": pick(rng, _NEW.get(kind, tuple(PLACES)))}
+    words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}",
+             "new": pick(rng, _NEW.get(kind, tuple(PLACES)))}
     return pick(rng, INSTRUCTIONS["edits"]), pick(rng, EDIT_TEMPLATES[kind]).format(**words)
 
 
@@ -64,14 +66,19 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[T
         question = [1, *tokenizer.encode(prompt.question, add_special_tokens=False)]
         rows.append((question, [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]))
     longest = max(len(question) + len(answer) for question, answer in rows)
-    ids = [question + answer + [0] * (longest - len(question) - len(answer)) for question, answer in rows]
-    labels = [[IGNORED] * len(question) + answer + [IGNORED] * (longest - len(question) - len(answer)) for question, answer in rows]
+    rest = [longest - len(question) - len(answer) for question, answer in rows]
+    ids = [question + answer + [0] * more for (question, answer), more in zip(rows, rest, strict=True)]
+    labels = [[IGNORED] * len(question) + answer + [IGNORED] * more
+              for (question, answer), more in zip(rows, rest, strict=True)]
     return torch.tensor(ids), torch.tensor(labels)
 
 
 def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
           captions: list[str], seed: int) -> dict[str, float]:
-    """Trains `language` in place. pixels (M, 3, P, P) are normed images, captions theirs; gives the mean loss of the last steps."""
+    """Trains `language` in place; gives the mean losses of the last 100 steps.
+
+    pixels (M, 3, P, P) are normed images, captions theirs.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 21])
     width = language.config.hidden_size
@@ -88,7 +95,8 @@ def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrai
             last = tower(pixels[chosen]).last_hidden_state[:, 1:]
         side = int(last.shape[1] ** 0.5)
         grid = functional.avg_pool2d(last.transpose(1, 2).unflatten(2, (side, side)), 2)
-        image_loss = caption_loss(language, tokenizer, projector(grid.flatten(2).transpose(1, 2)), [captions[i] for i in chosen])
+        patches = projector(grid.flatten(2).transpose(1, 2))
+        image_loss = caption_loss(language, tokenizer, patches, [captions[i] for i in chosen])
         optimizer.zero_grad(set_to_none=True)
         (text_loss + image_loss).backward()
         nn.utils.clip_grad_norm_(language.parameters(), 1.0)
@@ -96,10 +104,12 @@ def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrai
         schedule.step()
         spoken.append(text_loss.item())
         seen.append(image_loss.item())
-    return {"chat_loss_per_token": round(float(np.mean(spoken[-100:])), 4), "chat_caption_loss_per_token": round(float(np.mean(seen[-100:])), 4)}
+    return {"chat_loss_per_token": round(float(np.mean(spoken[-100:])), 4),
+            "chat_caption_loss_per_token": round(float(np.mean(seen[-100:])), 4)}
 
 
-def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor, captions: list[str]) -> Tensor:
+def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor,
+                 captions: list[str]) -> Tensor:
     """patches (B, T, D) stand where a question has its <image>."""
     question = single_prompt("plain", "Describe the image.").question
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
@@ -109,4 +119,5 @@ def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     embeds = torch.cat([around[0], patches, around[1], look(ids[:, 1:])], 1)
     before = embeds.shape[1] - ids.shape[1] + 1
     mask = functional.pad((ids[:, 1:] != 0).long(), (before, 0), value=1)
-    return language(inputs_embeds=embeds, attention_mask=mask, labels=functional.pad(labels[:, 1:], (before, 0), value=IGNORED)).loss
+    wanted = functional.pad(labels[:, 1:], (before, 0), value=IGNORED)
+    return language(inputs_embeds=embeds, attention_mask=mask, labels=wanted).loss

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
     """state: running, preempted, failed, diverged or finished. An exit code does not survive DVC; this file does."""
     write_json(folder / "status.json", {"state": state, "step": step, "reason": reason})
+
+
+def close_status(folder: Path) -> None:
+    """A run that leaves by an error nobody foresaw is failed, not running."""
+    known = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    error = sys.exception()
+    if error is not None and known["state"] == "running":
+        write_status(folder, "failed", known["step"], " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def complete(folder: Path) -> list[Path]:

@@ -75,9 +75,8 @@ def _train(name: str, config: Config, runtime: Runtime, phase: Align | Tune, *, 
                       micro_batches=partial(_micro_batches, rows, processor, pixels_of,
                                             num_micro=num_micro(phase, runtime)),
                       num_micro=num_micro(phase, runtime), log=log, validate=validate)
-    except OSError as error:
-        checkpoint.write_status(folder, "failed", 0, str(error))
-        raise
+    finally:
+        checkpoint.close_status(folder)
     checkpoint.write_status(folder, "finished", summary["steps"])
     return Trained(model, processor, summary, folder)
 

@@ -8,7 +8,7 @@ import torch
 from parts import CHANNELS, SIDE, TOKENS, WIDTH, small
 from transformers import BertConfig, BertModel
 
-from onediff.model.delta import Attention, VisualDeltaModule
+from onediff.model.delta import Attention, Match, VisualDeltaModule
 
 B, N = 3, SIDE**2
 
@@ -63,6 +63,27 @@ def test_the_difference_reads_a_third_view_per_patch() -> None:
     norm = both.level_norms["0"]
     by_hand = both.reduce(norm(after) - norm(before) + both.positions + both.image_ids[2])
     assert torch.allclose(both.read(before, after, 0)[:, 2 * N :], by_hand, atol=1e-6)
+
+
+def test_the_matched_difference_equals_the_loop_over_patches() -> None:
+    match = Match(SIDE)
+    before, after = states(1)[:, 0], states(2)[:, 0]
+    lost, found = match(before, after)
+    for row in range(B):
+        for i in range(N):
+            near = torch.tensor([(i // SIDE - j // SIDE) ** 2 + (i % SIDE - j % SIDE) ** 2 for j in range(N)])
+            for here, there, got in ((before, after, lost), (after, before, found)):
+                weights = (there[row] @ here[row, i] / CHANNELS**0.5 - 0.3 * near).softmax(0)
+                assert torch.allclose(got[row, i], here[row, i] - weights @ there[row], atol=1e-5)
+
+
+def test_what_only_shifted_by_a_patch_has_a_small_matched_difference() -> None:
+    noise = torch.randn(1, 8, 8, 64, generator=torch.Generator().manual_seed(0))
+    scene = 4.0 * torch.nn.functional.layer_norm(noise, (64,))
+    shifted = scene.roll(1, dims=2)
+    lost, _ = Match(8)(scene.flatten(1, 2), shifted.flatten(1, 2))
+    inner = lost.view(8, 8, 64)[:, :-1].norm(dim=-1)
+    assert inner.max() < 0.05 * (scene - shifted).norm(dim=-1).mean()
 
 
 def test_only_the_levels_that_are_named_are_read() -> None:

@@ -15,7 +15,8 @@ def model() -> OneDiffForConditionalGeneration:
 
 
 COUNTS = [2, 0, 1, 2, 1]
-VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"}, {"delta_cross_attention_every": 2},
+VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"},
+            {"delta_inputs": "pair_and_matched_difference"}, {"delta_cross_attention_every": 2},
             {"patch_pool": 3}, {"delta_levels": [0, 2, 2, 5]}, {"delta_num_tokens": 1}]
 
 
@@ -150,3 +151,9 @@ def test_every_parameter_belongs_to_one_part() -> None:
         model = small(reading=reading)
         parts = {model.part_of(name) for name, _ in model.named_parameters()}
         assert parts == {"vision", "delta", "projector", "language"}
+
+
+def test_no_parameter_is_a_bare_number() -> None:
+    """DeepSpeed cannot broadcast one."""
+    for variant in VARIANTS:
+        assert all(p.dim() for p in small(**variant).parameters()), variant

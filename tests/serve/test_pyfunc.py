@@ -17,7 +17,8 @@ RED, GREEN = "#ff0000", "#00ff00"
 class SaysColours:
     """Says what it was given, so that a mixed-up row shows."""
 
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instructions: list[str] | None = None) -> list[str]:
+    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *,
+                instructions: list[str] | None = None) -> list[str]:
         assert instructions is not None
         return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
                 for (before, after), instruction in zip(pairs, instructions, strict=True)]
@@ -52,7 +53,8 @@ def test_captions_keep_the_order_of_rows_with_mixed_instructions(model: PairCapt
     rows = pd.DataFrame([{"before": encoded(RED), "after": encoded(GREEN), "instruction": "edit?"},
                          {"before": encoded(GREEN), "after": encoded(GREEN)},
                          {"before": encoded(GREEN), "after": encoded(RED), "instruction": "edit?"}])
-    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) edit?", "(0, 255, 0) (0, 255, 0) What changed between the two images?",
+    assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) edit?",
+                                   "(0, 255, 0) (0, 255, 0) What changed between the two images?",
                                    "(0, 255, 0) (255, 0, 0) edit?"]
 
 
