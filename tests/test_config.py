@@ -40,7 +40,7 @@ def test_paper_is_the_paper() -> None:
 
 
 def test_a_number_written_as_1e_3_is_a_number() -> None:
-    assert load_params(ROOT / "presets/tiny.yaml").align.lr_delta == 0.001
+    assert load_params(ROOT / "presets/tiny.yaml").tune.lr_delta == 0.001
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [

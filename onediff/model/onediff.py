@@ -68,19 +68,21 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
 
         The loss sums over answer tokens and divides by `num_answer_tokens` (default: those of this batch), so that
         micro-batches and ranks of unlike lengths add up to the loss of the whole. patch_mask (B,) bool: rows whose
-        patches the language model may not read.
+        patches the language model may not read. With labels only the loss is given, without them only the logits.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
-        logits = self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits
         if labels is None:
-            return OneDiffOutput(logits=logits)
+            return OneDiffOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
         wanted = labels[:, 1:]
-        total = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED,
-                                         reduction="sum")
+        asked = int((wanted != IGNORED).any(0).long().argmax())  # before the first answer no logits are needed
+        logits = self.language(inputs_embeds=embeds, attention_mask=attention_mask,
+                               logits_to_keep=labels.shape[1] - asked).logits
+        total = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, asked:].flatten(),
+                                         ignore_index=IGNORED, reduction="sum")
         count = (wanted != IGNORED).sum() if num_answer_tokens is None else num_answer_tokens
-        return OneDiffOutput(loss=total / count, logits=logits)
+        return OneDiffOutput(loss=total / count)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,

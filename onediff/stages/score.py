@@ -64,7 +64,7 @@ def _show(title: str, results: dict[str, Any]) -> None:
                             ("random training", floor["random_train"])):
             table.add_row(name if scores is result else "", who, *(f"{100 * scores[metric]:.1f}" for metric in METRICS),
                           end_section=who == "random training")
-    console = Console()
+    console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
     console.print(table)
     for name, result in results.items():
         shown = [f"{key} {result[key]:.3f} [{result['intervals'][key][0]:.3f}, {result['intervals'][key][1]:.3f}]"
