@@ -58,7 +58,7 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
     ("  source: scenes", "  source: edit", r"source 'edit' is trained on but is not in data\.sources"),
     ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),
-    ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 5"),
+    ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 4"),
     ("seed: 7", "seed: [7", r"params\.yaml line \d+: not valid YAML"),
 ])
 def test_a_wrong_value_is_told_with_where_rule_and_got(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -53,6 +53,8 @@ class DeltaLayer(nn.Module):
 class Match(nn.Module):
     """How each patch differs from what matches it in the other image: alike and near patches. Two learned numbers."""
 
+    distances: Tensor
+
     def __init__(self, side: int) -> None:
         super().__init__()
         self.sharpness, self.nearness = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([0.3]))
