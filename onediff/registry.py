@@ -111,7 +111,7 @@ def register(model_dir: Path, scores_test: Path, scores_gate: Path, *, run_id: s
     The same weights are the same version: it gets the new scores and nothing is copied. Does not load the model.
     Raises FileNotFoundError for what is not there, ValueError for scores that cannot be read.
     """
-    digest = _weights_digest(model_dir)
+    digest = weights_digest(model_dir)
     scores = {"scores_test": _read_scores(scores_test), "scores_gate": _read_scores(scores_gate)}
     store = tracking.client()
     _make_registered_model()
@@ -416,7 +416,7 @@ def _tag(version: str, tags: Mapping[str, str]) -> None:
         tracking.client().set_model_version_tag(NAME, version, key, value)
 
 
-def _weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """SHA-256 over the safetensors files in order of name, as in data/runs/*.json."""
     total, shards = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
     if not shards:

@@ -64,13 +64,3 @@ def check_vision(wanted: params.Vision, found: PreTrainedConfig) -> None:
 def vision_part(model: torch.nn.Module) -> torch.nn.Module:
     """The tower of a CLIP-class model, or the model itself where it is a tower."""
     return getattr(model, "vision_model", model)
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a saved model, in order of name."""
-    import hashlib
-
-    total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        total.update(path.read_bytes())
-    return total.hexdigest()

@@ -57,7 +57,7 @@ def silent(step: int, values: dict[str, float]) -> None:
 
 def finish_phase(phase: str, trained: Trained, noted: Run | None) -> None:
     """Rank 0 writes model, curve and run; then the checkpoints may go."""
-    from onediff.model.build import weights_digest
+    from onediff.registry import weights_digest
 
     if noted is None:
         return

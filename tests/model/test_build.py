@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from onediff.config import Config, Model
-from onediff.model.build import build, weights_digest
+from onediff.model.build import build
 from onediff.model.captioner import Captioner, pick_device
+from onediff.registry import weights_digest
 
 TOWER = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 3, "num_attention_heads": 2,
          "image_size": 12, "patch_size": 4}
