@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,11 +37,12 @@ def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
 
 
 def close_status(folder: Path) -> None:
-    """A run that leaves by an error nobody foresaw is failed, not running."""
+    """A run that leaves by an error nobody foresaw is failed, not running; on a full disk the error itself must do."""
     known = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     error = sys.exception()
     if error is not None and known["state"] == "running":
-        write_status(folder, "failed", known["step"], " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        with contextlib.suppress(OSError):
+            write_status(folder, "failed", known["step"], " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def complete(folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -144,8 +143,3 @@ def rewind(curve: Path, step: int) -> None:
         lines = [line for line in curve.read_text(encoding="utf-8").splitlines()
                  if line.endswith("}") and json.loads(line)["step"] < step]
         curve.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def clear(folder: Path) -> None:
-    """A finished run needs no checkpoints."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -221,3 +221,17 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     assert factors[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] < 0.001
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_an_error_is_noted_in_the_status_and_never_hidden_by_it(blocked: bool, tmp_path: Path) -> None:
+    checkpoint.write_status(tmp_path, "running", 4)
+    if blocked:
+        (tmp_path / "status.json.part").mkdir()  # the status cannot be written, as on a full disk
+    try:
+        raise MemoryError("no room")
+    except MemoryError:
+        checkpoint.close_status(tmp_path)
+    expected = ("running", "") if blocked else ("failed", "MemoryError: no room")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == expected
