@@ -16,6 +16,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 T = TypeVar("T", bound="Section")
 
 
@@ -31,6 +33,7 @@ class SplitCounts(Section):
 
 
 class Scenes(Section):
+    renderer: Literal["raytracer", "blender"]
     num_scenes: SplitCounts
     num_far: Count
     jitter: Rate
@@ -52,14 +55,118 @@ class Edits(Section):
     photos: str | None
 
 
+class Writer(Section):
+    """Who writes captions and edit instructions; where it answers and what it costs stands in runtime.yaml."""
+
+    model: str
+    mode: Literal["text", "vision"]
+    prompts: str
+    temperature: Rate
+    max_tokens: Count
+
+
+class Retrieval(Section):
+    """Which neighbours become a pair: cosine of CLIP embeddings, pairs per image."""
+
+    min_similarity: Cosine
+    max_similarity: Cosine
+    max_uses: Count
+    num_neighbors: Count
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.min_similarity >= self.max_similarity:
+            raise ValueError(f"min_similarity {self.min_similarity} is not below max_similarity {self.max_similarity}")
+        return self
+
+
+class Diffusion(Section):
+    """InstructPix2Pix: how images are edited, and which edits are kept (cosines of CLIP embeddings)."""
+
+    pipeline: str
+    image_px: Count
+    steps: Count
+    guidance: Rate
+    image_guidance: Rate
+    num_samples: Count
+    min_image_similarity: Cosine
+    min_caption_similarity: Cosine
+    min_direction_similarity: Cosine
+
+
+class Tolerance(Section):
+    """Share of bad pairs above which validation stops the run."""
+
+    generated: Share
+    raw: Share
+
+
+class Leaks(Section):
+    """What becomes of training pairs that a later split holds too; max_distance: grey levels at which
+    perceptual near-duplicates count as leaks, by source; null only reports them."""
+
+    action: Literal["drop", "stop"]
+    near_bits: Annotated[int, Field(ge=0, le=8)]
+    max_distance: dict[str, Rate | None]
+
+
 class Data(Section):
-    sources: Annotated[list[Literal["scenes", "edits"]], Field(min_length=1)]
+    generated: list[Literal["scenes", "edits"]]
+    raw: list[SourceName]
+    retrieved: list[SourceName]
+    diffused: list[SourceName]
+    written: list[SourceName]
+    partial: list[SourceName]
+    clip: str | None
     image_px: Annotated[int, Field(ge=32)]
     scenes: Scenes
     edits: Edits
+    retrieval: Retrieval | None
+    diffusion: Diffusion | None
+    writer: Writer | None
     max_megapixels: Annotated[float, Field(gt=0)]
-    tolerance: Share
+    tolerance: Tolerance
+    leaks: Leaks
     shard_pairs: Count
+
+    @property
+    def sources(self) -> list[str]:
+        return [*self.generated, *self.raw, *self.retrieved, *self.diffused]
+
+    def folder(self, source: str) -> Path:
+        """Where the last arrow before `probe` leaves the source's records."""
+        if source in self.written:
+            return Path("data/written") / source
+        return self.unwritten_folder(source)
+
+    def unwritten_folder(self, source: str) -> Path:
+        return Path("data") / ("synthetic" if source in self.generated else "pairs") / source
+
+    @model_validator(mode="after")
+    def _each_source_once(self) -> Self:
+        names = self.sources
+        if not names:
+            raise ValueError("no source: name one in generated, raw, retrieved or diffused")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"source '{name}' is named twice in generated, raw, retrieved and diffused")
+        for name in {"scenes", "edits"} & {*self.raw, *self.retrieved, *self.diffused}:
+            raise ValueError(f"'{name}' is a generated source: call your own otherwise")
+        for key, allowed in (("written", names[len(self.generated):]), ("partial", self.raw)):
+            for name in set(getattr(self, key)) - set(allowed):
+                raise ValueError(f"{key} names '{name}', which must be one of {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        for name in (*self.retrieved, *self.diffused):
+            if name not in self.written:
+                raise ValueError(f"source '{name}' has no captions of its own: add it to written")
+        for key, users in (("writer", (*self.written, *self.diffused)), ("retrieval", self.retrieved),
+                           ("diffusion", self.diffused), ("clip", (*self.retrieved, *self.diffused))):
+            if users and getattr(self, key) is None:
+                raise ValueError(f"source '{users[0]}' needs {key}; see presets/paper.yaml")
+        return self
 
 
 class Vision(Section):
@@ -127,6 +234,7 @@ class Model(Section):
 class Phase(Section):
     """One training phase. Learning rate 0 = frozen; exactly one of `steps` and `epochs` is set."""
 
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     steps: Count | None
     epochs: Annotated[float, Field(gt=0)] | None
     batch_size: Count
@@ -155,14 +263,6 @@ class Phase(Section):
                 "language": self.lr_language}
 
 
-class Align(Phase):
-    source: str
-
-
-class Tune(Phase):
-    mixture: dict[str, Annotated[float, Field(gt=0)]]
-
-
 class Caption(Section):
     max_new_tokens: Count
     num_beams: Count
@@ -173,15 +273,16 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)]
     data: Data
     model: Model
-    align: Align
-    tune: Tune
+    align: Phase
+    tune: Phase
     caption: Caption
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:
-        for name in (*self.tune.mixture, self.align.source):
+        for name in (*self.align.mixture, *self.tune.mixture):
             if name not in self.data.sources:
-                raise ValueError(f"source '{name}' is trained on but is not in data.sources {self.data.sources}")
+                raise ValueError(f"source '{name}' is trained on but is not among the sources of data: "
+                                 f"{', '.join(self.data.sources)}")
         return self
 
 
@@ -197,6 +298,15 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None  # None: a cluster of this machine alone
+    writer_url: str | None = None  # an OpenAI-compatible endpoint; None: OpenAI's own
+    writer_concurrency: Count = 8
+    writer_requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    writer_tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    writer_max_usd: Rate = 0.0
+    writer_usd_per_million_input: Rate | None = None  # None: unknown, and nothing is asked
+    writer_usd_per_million_output: Rate | None = None
 
     @property
     def num_workers(self) -> int:

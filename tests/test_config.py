@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from onediff.config import load_params, load_runtime
 
@@ -56,7 +58,16 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("reading: A", "reading: B", r"reading B .*patch_pool must be 1"),
     ("patch_level: -1", "patch_level: 9", r"patch_level 9 is outside the 4 layers"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
-    ("  source: scenes", "  source: edit", r"source 'edit' is trained on but is not in data\.sources"),
+    ("  mixture: {scenes: 1}", "  mixture: {edit: 1}", r"source 'edit' is trained on but is not among the sources"),
+    ("generated: [scenes, edits]", "generated: []", r"no source: name one in generated, raw, retrieved or diffused"),
+    ("raw: []", "raw: [scenes]", r"source 'scenes' is named twice in generated, raw"),
+    ("raw: []", "raw: [My pairs]", r"data\.raw\.0: .*got 'My pairs'"),
+    ("retrieved: []", "retrieved: [coco]", r"source 'coco' has no captions of its own: add it to written"),
+    ("written: []", "written: [coco]", r"written names 'coco', which must be one of \[\]"),
+    ("partial: []", "partial: [edits]", r"partial names 'edits', which must be one of \[\]"),
+    ("tolerance: {generated: 0.01, raw: 0.01}", "tolerance: 0.01", r"data\.tolerance: .*got 0\.01"),
+    ("action: stop", "action: warn", r"data\.leaks\.action: .*'drop' or 'stop'.*got 'warn'"),
+    ("renderer: raytracer", "renderer: povray", r"data\.scenes\.renderer: .*got 'povray'"),
     ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),
     ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 4"),
     ("seed: 7", "seed: [7", r"params\.yaml line \d+: not valid YAML"),
@@ -64,6 +75,24 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
 def test_a_wrong_value_is_told_with_where_rule_and_got(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_params(_written(tmp_path, old, new))
+
+
+@pytest.mark.parametrize(("key", "message"), [
+    ("writer", r"source 'instruct_pix2pix' needs writer; see presets/paper\.yaml"),
+    ("retrieval", r"source 'coco' needs retrieval"), ("clip", r"source 'coco' needs clip")])
+def test_a_source_says_what_it_needs(tmp_path: Path, key: str, message: str) -> None:
+    values = YAML(typ="safe").load((ROOT / "presets/paper.yaml").read_text())
+    values["data"][key] = None
+    YAML().dump(values, tmp_path / "params.yaml")
+    with pytest.raises(ValueError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_each_source_has_one_folder_that_the_probe_reads() -> None:
+    data = load_params(ROOT / "presets/paper.yaml").data
+    assert {name: str(data.folder(name)) for name in ("scenes", "clevr_change", "coco")} == {
+        "scenes": "data/synthetic/scenes", "clevr_change": "data/pairs/clevr_change", "coco": "data/written/coco"}
+    assert str(data.unwritten_folder("coco")) == "data/pairs/coco"
 
 
 def test_every_wrong_value_is_told_at_once(tmp_path: Path) -> None:
@@ -95,8 +124,7 @@ def test_the_environment_wins_over_runtime_yaml(tmp_path: Path, monkeypatch: pyt
 def test_the_example_names_every_key_of_runtime_with_its_default(tmp_path: Path) -> None:
     lines = (ROOT / "runtime.example.yaml").read_text().splitlines()
     path = tmp_path / "runtime.yaml"
-    path.write_text("\n".join(line.removeprefix("# ") for line in lines if line.startswith("# ") and ": " in line[:30]
-                              and line[2].islower() and "Where" not in line))
+    path.write_text("\n".join(line.removeprefix("# ") for line in lines if re.match("# [a-z_]+: ", line)))
     from onediff.config import Runtime
 
     assert load_runtime(path) == Runtime()

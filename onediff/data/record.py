@@ -22,7 +22,10 @@ _FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
 
 @dataclass(frozen=True)
 class Record:
-    """One pair. `before` and `after` are encoded image files; `group_id` names its base scene, photo or video."""
+    """One pair. `before` and `after` are encoded image files; `group_id` names its base scene, photo or video.
+
+    General instruction data has one image (`before`) or none: what is absent is empty, and `num_images` says so.
+    """
 
     pair_id: str
     source: str
@@ -34,13 +37,22 @@ class Record:
     instruction: str
     change_type: str
     provenance: dict[str, Any]
+    num_images: int = 2
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        return (self.before, self.after)[: self.num_images]
 
 
-_TEXT = [field.name for field in fields(Record) if field.name not in ("before", "after", "references", "provenance")]
+_TEXT = [field.name for field in fields(Record)
+         if field.name not in ("before", "after", "references", "provenance", "num_images")]
 _FEATURES |= {name: {"dtype": "string", "_type": "Value"} for name in (*_TEXT, "provenance")}
+_FEATURES |= {"num_images": {"dtype": "int64", "_type": "Value"}}
+_ENDINGS = {b"\xff\xd8": "jpg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in _TEXT]
-    + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string())],
+    + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string()),
+       ("num_images", pa.int64())],
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},  # datasets.load_dataset decodes the images
 )
 
@@ -51,8 +63,10 @@ def digest(content: bytes) -> str:
 
 def _row(record: Record) -> dict[str, Any]:
     row = asdict(record)
-    for side in ("before", "after"):
-        row[side] = {"bytes": row[side], "path": f"{record.pair_id}_{side}.png"}
+    for number, side in enumerate(("before", "after")):
+        ending = next((ending for magic, ending in _ENDINGS.items() if row[side].startswith(magic)), "png")
+        image = {"bytes": row[side], "path": f"{record.pair_id}_{side}.{ending}"}
+        row[side] = image if number < record.num_images else None
     row["provenance"] = json.dumps(record.provenance, sort_keys=True)
     return row
 
@@ -84,7 +98,7 @@ def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
     for path in shards(folder, pattern):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
-                row["before"], row["after"] = row["before"]["bytes"], row["after"]["bytes"]
+                row |= {side: row[side]["bytes"] if row[side] else b"" for side in ("before", "after")}
                 row["provenance"] = json.loads(row["provenance"])
                 yield Record(**row)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,27 @@ def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record]
     assert loaded[2]["after"].tobytes() == Image.open(io.BytesIO(scene_pairs[2].after)).tobytes()
 
 
+def test_records_of_one_image_and_of_none_come_back_and_datasets_reads_them(scene_pairs: list[Record],
+                                                                           tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    pair = scene_pairs[0]
+    records = [pair, replace(pair, pair_id="one", after=b"", num_images=1),
+               replace(pair, pair_id="none", before=b"", after=b"", num_images=0)]
+    write_shards(records, tmp_path / "shards", "train", shard_pairs=7)
+    assert list(read_records(tmp_path / "shards")) == records
+    assert [len(record.images) for record in records] == [2, 1, 0]
+    loaded = load_dataset("parquet", data_files=str(tmp_path / "shards/*.parquet"), split="train",
+                          cache_dir=str(tmp_path / "cache"))
+    assert [(row["before"] is None, row["after"] is None) for row in loaded] == [(False, False), (False, True),
+                                                                                (True, True)]
+
+
 def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
     row = read_table(tmp_path)[1]
     assert set(row) == {"pair_id", "source", "split", "group_id", "references", "instruction", "change_type",
-                        "provenance"}
+                        "provenance", "num_images"}
     assert row["provenance"] == scene_pairs[1].provenance
 
 
