@@ -21,51 +21,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from onediff.data.mixture import Mixture
+from onediff.data.mixture import Mixture, source_turns
 from onediff.data.record import digest, read_records
 from onediff.inputs.images import open_image
 from onediff.inputs.processing import OneDiffProcessor
-from onediff.inputs.prompt import Prompt, coupled_prompt, pair_prompt
+from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt
 
 FEATURE_BATCH = 64
 CANDIDATES = 4  # images among which Coupled Sample Training seeks the least alike
 
 
 @dataclass(frozen=True)
-class PairSample:
+class Sample:
+    """A record without its pixels: images by digest, in order; `turns` are a conversation's, empty for a pair."""
+
     source: str
-    before: str
-    after: str
+    images: tuple[str, ...]
     references: list[str]
     instruction: str
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
 class Corpus:
-    """The records of one split without decoded pixels: samples by source, and each image file once, by digest."""
+    """The records of one split without decoded pixels: samples, and each image file once, by digest."""
 
-    pairs: list[PairSample] = field(default_factory=list)
-    captions: dict[str, str] = field(default_factory=dict)  # image digest -> caption of the single image, where known
+    samples: list[Sample] = field(default_factory=list)
+    captions: dict[str, dict[str, str]] = field(default_factory=dict)  # source -> image digest -> its own caption
     files: dict[str, bytes] = field(default_factory=dict)
     source_of: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, split: str, sources: Iterable[str]) -> Corpus:
-        """Raises ValueError if a source has no pair in the split."""
+        """Raises ValueError if a source has nothing in the split."""
         corpus, wanted = cls(), set(sources)
         for record in read_records(folder, f"{split}-*.parquet"):
             if record.source not in wanted:
                 continue
-            names = []
-            for content, caption in zip((record.before, record.after), record.provenance.get("captions", (None, None)),
-                                        strict=True):
-                names.append(digest(content))
-                corpus.files[names[-1]] = content
-                corpus.source_of[names[-1]] = record.source
+            names = tuple(digest(content) for content in record.images)
+            captions = record.provenance.get("captions", [None] * len(names))
+            for name, content, caption in zip(names, record.images, captions, strict=True):
+                corpus.files[name] = content
+                corpus.source_of[name] = record.source
                 if caption:
-                    corpus.captions[names[-1]] = caption
-            corpus.pairs.append(PairSample(record.source, names[0], names[1], record.references, record.instruction))
-        for source in wanted - {pair.source for pair in corpus.pairs}:
+                    corpus.captions.setdefault(record.source, {})[name] = caption
+            turns = tuple((asked, said) for asked, said in record.provenance.get("conversation", ()))
+            corpus.samples.append(Sample(record.source, names, record.references, record.instruction, turns))
+        for source in sorted(wanted - {sample.source for sample in corpus.samples}):
             raise ValueError(f"{folder}: source '{source}' has no pair in split {split}; raise its number of pairs "
                              "or leave it out")
         return corpus
@@ -90,46 +92,58 @@ def tune_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed:
               mask_patches: float) -> Callable[[int], list[Row]]:
     """Multi-task instruction tuning: sources by weight, each without replacement per epoch.
 
-    One reference is drawn per visit.
+    One reference is drawn per visit of a pair; a conversation is read whole.
     """
     by_source: dict[str, list[int]] = {name: [] for name in sorted(weights)}
-    for index, pair in enumerate(corpus.pairs):
-        if pair.source in by_source:
-            by_source[pair.source].append(index)
+    for index, sample in enumerate(corpus.samples):
+        if sample.source in by_source:
+            by_source[sample.source].append(index)
     mixture = Mixture(by_source, weights, seed)
+
+    def row(sample: Sample, rng: Generator) -> Row:
+        if len(sample.images) == 2:
+            prompt = pair_prompt(template, sample.instruction, choose(rng, sample.references))
+            return Row(sample.images, prompt, bool(rng.random() < mask_patches))
+        turns = list(sample.turns) or [(sample.instruction, choose(rng, sample.references))]
+        return Row(sample.images, conversation_prompt(template, turns, num_images=len(sample.images)))
 
     def rows(step: int) -> list[Row]:
         rng = np.random.default_rng([seed, 11, step])
-        drawn = [corpus.pairs[index] for index in mixture.batch(step, batch_size)]
-        return [Row((pair.before, pair.after), pair_prompt(template, pair.instruction, choose(rng, pair.references)),
-                    bool(rng.random() < mask_patches)) for pair in drawn]
+        return [row(corpus.samples[index], rng) for index in mixture.batch(step, batch_size)]
 
     return rows
 
 
-def coupled_rows(corpus: Corpus, template: str, *, seed: int, batch_size: int,
+def coupled_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed: int, batch_size: int,
                  mask_patches: float) -> Callable[[int], list[Row]]:
-    """Coupled Sample Training: single image-caption samples, two unlike ones made into one pseudo pair.
+    """Coupled Sample Training: single image-caption samples, two unlike ones of a source made into one pseudo pair.
 
-    Raises ValueError if fewer than two images have a caption.
+    Raises ValueError if a source has fewer than two images with a caption of their own.
     """
-    names = sorted(corpus.captions)
-    if len(names) < 2:
-        raise ValueError("params.yaml: align.source has no captions of single images to couple; "
-                         "choose a source that has them")
-    words = {name: frozenset(corpus.captions[name].replace(",", "").split()) for name in names}
+    for source in weights:
+        if len(corpus.captions.get(source, ())) < 2:
+            raise ValueError(f"params.yaml: align.mixture: source '{source}' has no captions of single images "
+                             "to couple; choose a source that has them")
+    names_of = {source: sorted(corpus.captions[source]) for source in weights}
+    turns = source_turns(weights)
 
-    def row(rng: Generator) -> Row:
+    def row(rng: Generator, source: str) -> Row:
+        names, captions = names_of[source], corpus.captions[source]
         first, *others = (names[int(i)] for i in rng.integers(len(names), size=1 + CANDIDATES))
-        second = min(others, key=lambda name: len(words[name] & words[first]))
-        return Row((first, second), coupled_prompt(template, corpus.captions[first], corpus.captions[second]),
+        words = _words(captions[first])
+        second = min(others, key=lambda name: len(_words(captions[name]) & words))
+        return Row((first, second), coupled_prompt(template, captions[first], captions[second]),
                    bool(rng.random() < mask_patches))
 
     def rows(step: int) -> list[Row]:
         rng = np.random.default_rng([seed, 13, step])
-        return [row(rng) for _ in range(batch_size)]
+        return [row(rng, turns[slot % len(turns)]) for slot in range(step * batch_size, (step + 1) * batch_size)]
 
     return rows
+
+
+def _words(caption: str) -> frozenset[str]:
+    return frozenset(caption.replace(",", "").split())
 
 
 def choose(rng: Generator, options: list[str]) -> str:

@@ -29,7 +29,7 @@ class Mixture:
         self.seed = seed
         self.names = list(weights)
         self.indices = [np.array(indices_by_source[name]) for name in self.names]
-        self.turns = _turns(np.array(list(weights.values()), dtype=np.float64))
+        self.turns = _turns(weights)
         taken = self.turns[:, None] == np.arange(len(self.names))
         none_yet = np.zeros(len(self.names), dtype=int)
         self.before = np.vstack(
@@ -47,9 +47,16 @@ class Mixture:
         return int(self.indices[source][_order(self.seed, self.names[source], epoch, len(self.indices[source]))[place]])
 
 
-def _turns(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+def source_turns(weights: dict[str, float]) -> list[str]:
+    """Whose turn it is in each of CYCLE slots."""
+    names = list(weights)
+    return [names[turn] for turn in _turns(weights)]
+
+
+def _turns(weights: dict[str, float]) -> NDArray[np.int64]:
     """CYCLE turns, spread evenly: each goes to the source that is furthest behind its share."""
-    share = weights / weights.sum()
+    parts = np.array(list(weights.values()), dtype=np.float64)
+    share = parts / parts.sum()
     given = np.zeros(len(share))
     turns = np.empty(CYCLE, dtype=np.int64)
     for turn in range(CYCLE):

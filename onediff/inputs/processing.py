@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -60,11 +62,32 @@ class OneDiffProcessor(ProcessorMixin):
                             | {"images": self.pixels([image for pair in pairs for image in pair])})
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Images of any size -> (M, 3, H, W)."""
-        mean = tuple(round(255 * value) for value in self.image_processor.image_mean)
-        squares = [image if image.width == image.height else
-                   ImageOps.pad(image, (max(image.size),) * 2, color=mean) for image in images]
-        return self.image_processor(squares, return_tensors="pt")["pixel_values"]
+        """Images of any size -> (M, 3, H, W), as the image processor would, without its detours through floats."""
+        side, resample = self.image_px, self.image_processor.resample
+        normed = self._normed_levels()
+        batch = np.empty((len(images), 3, side, side), dtype=np.float32)
+        for image, pixels in zip(images, batch, strict=True):
+            square = np.asarray(_squared(image, side, resample, color=self._mean_color()))
+            for channel in range(3):
+                np.take(normed[channel], square[..., channel], out=pixels[channel])
+        return torch.from_numpy(batch)
+
+    @property
+    def image_px(self) -> int:
+        """Width and height of the tower's input; there is no centre crop, which would cut changes off."""
+        settings = self.image_processor
+        size = settings.crop_size if getattr(settings, "do_center_crop", False) else settings.size
+        return int(size["height"] if size.get("height") else size["shortest_edge"])
+
+    def _mean_color(self) -> tuple[int, ...]:
+        return tuple(round(value / self.image_processor.rescale_factor) for value in self.image_processor.image_mean)
+
+    def _normed_levels(self) -> NDArray[np.float32]:
+        """(3, 256): what each grey level of each channel becomes."""
+        settings = self.image_processor
+        levels = np.arange(256) * settings.rescale_factor
+        mean, std = (np.array(values)[:, None] for values in (settings.image_mean, settings.image_std))
+        return ((levels - mean) / std).astype(np.float32)
 
     def questions(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         """For generation: questions alone, padded on the left."""
@@ -76,19 +99,25 @@ class OneDiffProcessor(ProcessorMixin):
                 "image_counts": torch.tensor([prompt.num_images for prompt in prompts])}
 
     def answers(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """For training: question and answer, padded on the right, labels on the answer and its end alone."""
-        questions = [self.encode_question(prompt) for prompt in prompts]
-        answers = [self.encode_answer(prompt, room=self.max_length - len(q))
-                   for prompt, q in zip(prompts, questions, strict=True)]
-        longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
-        ids, mask, labels = [], [], []
-        for question, answer in zip(questions, answers, strict=True):
-            rest = longest - len(question) - len(answer)
-            ids.append(question + answer + [self.tokenizer.pad_token_id] * rest)
-            mask.append([1] * (longest - rest) + [0] * rest)
-            labels.append([IGNORED] * len(question) + answer + [IGNORED] * rest)
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels),
+        """For training: questions and answers, padded on the right, labels on the answers and their ends alone."""
+        rows = [self.encode_turns(prompt) for prompt in prompts]
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        return {"input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
+                "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+                "labels": torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
                 "image_counts": torch.tensor([prompt.num_images for prompt in prompts])}
+
+    def encode_turns(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """Token ids and labels of every turn that fits into max_length; the last one may be cut."""
+        question = self.encode_question(prompt)
+        answer = self.encode_answer(prompt.answer)
+        ids, labels = question + answer, [IGNORED] * len(question) + answer
+        for text, reply in prompt.later:
+            asked = self.tokenizer.encode(text, add_special_tokens=False)
+            answer = self.encode_answer(reply)
+            ids, labels = ids + asked + answer, labels + [IGNORED] * len(asked) + answer
+        return ids[: self.max_length], labels[: self.max_length]
 
     def encode_question(self, prompt: Prompt) -> list[int]:
         """Raises ValueError if the question alone is longer than max_length: cutting it would cut placeholders."""
@@ -100,9 +129,20 @@ class OneDiffProcessor(ProcessorMixin):
                              f"{len(ids)} tokens; raise it")
         return ids
 
-    def encode_answer(self, prompt: Prompt, *, room: int) -> list[int]:
-        return [*self.tokenizer.encode(" ".join((prompt.answer or "").split()), add_special_tokens=False),
-                self.tokenizer.eos_token_id][:room]
+    def encode_answer(self, answer: str | None) -> list[int]:
+        return [*self.tokenizer.encode((answer or "").strip(), add_special_tokens=False), self.tokenizer.eos_token_id]
+
+
+def _squared(image: Image.Image, side: int, resample: int, *, color: tuple[int, ...]) -> Image.Image:
+    """The whole image, its longer side as long as the square's, the rest filled."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resized = image.resize(size, Image.Resampling(resample))
+    if size == (side, side):
+        return resized
+    square = Image.new("RGB", (side, side), color)
+    square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
 
 
 def load_image_processor(folder: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE, DELTA = "<image>", "<delta>"
 DEFAULT_INSTRUCTION = "What changed between the two images?"
@@ -15,11 +15,15 @@ _SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 as LLaVA-1.5 was tune
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's text: `question` up to and with "ASSISTANT:", `answer` (None when to be generated), and its images."""
+    """One row's text: `question` up to and with "ASSISTANT:", `answer` (None when to be generated), and its images.
+
+    `later` holds what follows in a conversation: questions in the same form, with their answers.
+    """
 
     question: str
     answer: str | None
     num_images: int
+    later: tuple[tuple[str, str], ...] = ()
 
 
 def pair_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
@@ -41,6 +45,12 @@ def single_prompt(template: str, instruction: str, answer: str | None = None) ->
 def text_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
     """No image at all."""
     return Prompt(f"{_SYSTEM[template]}USER: {instruction} ASSISTANT:", answer, 0)
+
+
+def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_images: int) -> Prompt:
+    """Question and answer in turn, as LLaVA's instruction data; the image, if any, stands before the first question."""
+    first = {0: text_prompt, 1: single_prompt}[num_images](template, *turns[0])
+    return replace(first, later=tuple((f"USER: {question} ASSISTANT:", answer) for question, answer in turns[1:]))
 
 
 def expand(question: str, *, tokens_per_image: int, delta_tokens: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onediff.config import Align, Config, Phase, Runtime, Tune
+from onediff.config import Config, Phase, Runtime
 from onediff.data.loader import Corpus, FeatureStore, Row, collate, coupled_rows, decode, tune_rows
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.build import build
@@ -38,9 +38,9 @@ def align(config: Config, runtime: Runtime, *, data: Path, log: Log) -> Trained:
     There is nothing to validate on.
     """
     model, processor = build(config.model, seed=config.seed)
-    corpus = Corpus.read(data, "train", [config.align.source])
-    rows = coupled_rows(corpus, config.model.template, seed=config.seed, batch_size=config.align.batch_size,
-                        mask_patches=config.align.mask_patches)
+    corpus = Corpus.read(data, "train", config.align.mixture)
+    rows = coupled_rows(corpus, config.align.mixture, config.model.template, seed=config.seed,
+                        batch_size=config.align.batch_size, mask_patches=config.align.mask_patches)
     return _train("align", config, runtime, config.align, model=model, processor=processor, corpus=corpus, rows=rows,
                   data=data, log=log)
 
@@ -59,7 +59,7 @@ def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, validator
                   data=data, log=log, validator=validator)
 
 
-def _train(name: str, config: Config, runtime: Runtime, phase: Align | Tune, *, model: OneDiffForConditionalGeneration,
+def _train(name: str, config: Config, runtime: Runtime, phase: Phase, *, model: OneDiffForConditionalGeneration,
            processor: OneDiffProcessor, corpus: Corpus, rows: Callable[[int], list[Row]], data: Path, log: Log,
            validator: Validator | None = None) -> Trained:
     # Keyed by what decides the result: a changed parameter, data set or start begins anew, an interrupted run goes on.
@@ -71,7 +71,7 @@ def _train(name: str, config: Config, runtime: Runtime, phase: Align | Tune, *, 
     try:
         pixels_of = _pixels_of(model, processor, corpus, phase=phase, runtime=runtime)
         validate = validator(model, processor) if validator and phase.validate_every else None
-        summary = fit(model, phase, runtime, name=name, steps=steps_of(phase, len(corpus.pairs)), folder=folder,
+        summary = fit(model, phase, runtime, name=name, steps=steps_of(phase, len(corpus.samples)), folder=folder,
                       micro_batches=partial(_micro_batches, rows, processor, pixels_of,
                                             num_micro=num_micro(phase, runtime)),
                       num_micro=num_micro(phase, runtime), log=log, validate=validate)

@@ -32,7 +32,7 @@ def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_each_image_is_kept_once(corpus: Corpus, scene_pairs: list[Record]) -> None:
     assert set(corpus.files) == {digest(content) for record in scene_pairs for content in (record.before, record.after)}
-    assert len(corpus.pairs) == len(scene_pairs) + 4
+    assert len(corpus.samples) == len(scene_pairs) + 4
 
 
 def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: 
 def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
     settings = {"seed": 3, "batch_size": 8, "mask_patches": 0.5}
     for make in (lambda: tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", **settings),
-                 lambda: coupled_rows(corpus, "plain", **settings)):
+                 lambda: coupled_rows(corpus, {"scenes": 1}, "plain", **settings)):
         straight = [make()(step) for step in range(5)]
         jumped = make()
         assert [jumped(step) for step in (4, 0, 2)] == [straight[4], straight[0], straight[2]]
@@ -54,7 +54,7 @@ def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
 def test_sources_come_in_the_weights_that_were_asked_for(corpus: Corpus) -> None:
     rows = tune_rows(corpus, {"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=40, mask_patches=0)(0)
     edited = Counter("edit" in row.prompt.question for row in rows)
-    instructions = {pair.instruction for pair in corpus.pairs if pair.source == "edits"}
+    instructions = {pair.instruction for pair in corpus.samples if pair.source == "edits"}
     assert instructions
     assert len(rows) == 40
     assert edited
@@ -62,25 +62,61 @@ def test_sources_come_in_the_weights_that_were_asked_for(corpus: Corpus) -> None
 
 def test_tuned_rows_are_pairs_in_order_with_one_of_their_references(corpus: Corpus) -> None:
     for row in tune_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=8, mask_patches=0)(0):
-        [pair] = [p for p in corpus.pairs
-                  if (p.before, p.after) == row.images and row.prompt.answer in p.references and p.source == "scenes"]
+        [pair] = [p for p in corpus.samples
+                  if p.images == row.images and row.prompt.answer in p.references and p.source == "scenes"]
         assert pair.instruction in row.prompt.question
 
 
 def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus) -> None:
-    for row in coupled_rows(corpus, "plain", seed=1, batch_size=8, mask_patches=0)(0):
-        first, second = (corpus.captions[name] for name in row.images)
+    for row in coupled_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=8, mask_patches=0)(0):
+        first, second = (corpus.captions["scenes"][name] for name in row.images)
         assert row.prompt.answer == f"First image: {first}. Second image: {second}."
 
 
 def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
-    def overlap(a: str, b: str) -> int:
-        return len(set(corpus.captions[a].split()) & set(corpus.captions[b].split()))
+    captions = corpus.captions["scenes"]
 
-    coupled = coupled_rows(corpus, "plain", seed=1, batch_size=200, mask_patches=0)(0)
-    rng, names = np.random.default_rng(0), sorted(corpus.captions)
+    def overlap(a: str, b: str) -> int:
+        return len(set(captions[a].split()) & set(captions[b].split()))
+
+    coupled = coupled_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=200, mask_patches=0)(0)
+    rng, names = np.random.default_rng(0), sorted(captions)
     random = [overlap(*rng.choice(names, 2)) for _ in range(200)]
     assert np.mean([overlap(*row.images) for row in coupled]) < np.mean(random) - 0.5
+
+
+@pytest.fixture(scope="module")
+def general(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Pairs, captioned single images, conversations with an image and without."""
+    folder = tmp_path_factory.mktemp("general")
+    image = [replace(pair, pair_id=f"i{k}", source="llava_558k", after=b"", num_images=1, references=[f"scene {k}"],
+                     provenance={"captions": [f"scene {k}"]}) for k, pair in enumerate(scene_pairs[:5])]
+    turns = [["What is it?", "a table"], ["Sure?", "yes\nquite"]]
+    chat = [replace(image[k], pair_id=f"c{k}", source="llava_665k", provenance={"conversation": turns}) for k in (0, 1)]
+    text = [replace(chat[0], pair_id=f"t{k}", before=b"", num_images=0) for k in range(3)]
+    write_shards([*scene_pairs, *image, *chat, *text], folder, "train", shard_pairs=7)
+    return Corpus.read(folder, "train", ["scenes", "llava_558k", "llava_665k"])
+
+
+def test_rows_with_two_images_one_and_none_make_one_batch(general: Corpus, processor: OneDiffProcessor) -> None:
+    weights = {"scenes": 1.0, "llava_665k": 2.0}
+    rows = tune_rows(general, weights, "plain", seed=1, batch_size=15, mask_patches=0)(0)
+    counts = [len(row.images) for row in rows]
+    assert {0, 1, 2} == set(counts) and counts.count(2) == 5
+    batch = collate(rows, processor, decode(general, processor))
+    assert batch["image_counts"].tolist() == counts
+    assert len(batch["images"]) == sum(counts)
+    for row in rows:
+        if len(row.images) < 2:
+            assert (row.prompt.answer, row.prompt.later) == ("a table", (("USER: Sure? ASSISTANT:", "yes\nquite"),))
+
+
+def test_coupled_rows_take_each_source_by_its_weight(general: Corpus) -> None:
+    rows = coupled_rows(general, {"llava_558k": 3, "scenes": 1}, "plain", seed=1, batch_size=40, mask_patches=0)(0)
+    told = set(general.captions["llava_558k"].values())
+    assert sum(any(caption in str(row.prompt.answer) for caption in told) for row in rows) == 30
+    with pytest.raises(ValueError, match=r"align.mixture: source 'llava_665k' has no captions of single images"):
+        coupled_rows(general, {"llava_665k": 1}, "plain", seed=1, batch_size=4, mask_patches=0)
 
 
 def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDiffProcessor, micro: Config,

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from onediff.config import Config
 from onediff.inputs.processing import IGNORED, OneDiffProcessor
-from onediff.inputs.prompt import coupled_prompt, expand, pair_prompt, single_prompt, text_prompt
+from onediff.inputs.prompt import conversation_prompt, coupled_prompt, expand, pair_prompt, single_prompt, text_prompt
 from onediff.model.build import build
 
 
@@ -20,6 +22,16 @@ def processor(micro: Config) -> OneDiffProcessor:
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("settings", [
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+    SiglipImageProcessorPil(size={"height": 56, "width": 56})])
+def test_pixels_equal_those_of_the_image_processor(processor: OneDiffProcessor, settings: Any) -> None:
+    images = [picture(120, 120), picture(31, 31, seed=1), picture(56, 56, seed=2)]
+    own = OneDiffProcessor(settings, processor.tokenizer)
+    expected = settings(images, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(own.pixels(images), expected, atol=1e-6)
 
 
 def test_both_images_get_the_same_transform(processor: OneDiffProcessor) -> None:
@@ -94,6 +106,22 @@ def test_a_question_too_long_is_refused_and_an_answer_is_cut(processor: OneDiffP
         processor.questions([text_prompt("plain", "cube " * 200)])
     batch = processor.answers([text_prompt("plain", "hi", "cube " * 300)])
     assert batch["input_ids"].shape[1] == processor.max_length
+
+
+def test_every_answer_of_a_conversation_is_learned_and_no_question(processor: OneDiffProcessor) -> None:
+    turns = [("What is it?", "a cube"), ("Which colour?", "it is red"), ("Sure?", "yes")]
+    prompt = conversation_prompt("plain", turns, num_images=1)
+    batch = processor.answers([prompt, text_prompt("plain", "hi", "there")])
+    tokenizer, ids, labels = processor.tokenizer, batch["input_ids"][0], batch["labels"][0]
+    assert tokenizer.decode(labels[labels != IGNORED]).replace(" ", "") == "acube</s>itisred</s>yes</s>"
+    said = tokenizer.decode(ids[labels == IGNORED]).replace(" ", "")
+    assert "USER:Whichcolour?ASSISTANT:" in said and "USER:Sure?ASSISTANT:" in said
+    assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+
+
+def test_a_long_conversation_is_cut_at_its_end(processor: OneDiffProcessor) -> None:
+    prompt = conversation_prompt("plain", [("What is it?", "a cube")] * 50, num_images=0)
+    assert processor.answers([prompt])["input_ids"].shape[1] == processor.max_length
 
 
 def test_coupled_captions_stand_in_order() -> None:
