@@ -74,7 +74,7 @@ def _template() -> Template:
 
 
 def _ordered(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: results[name] for name in PROTOCOLS if name in results}
+    return {name: results[name] for name in dict.fromkeys((*PROTOCOLS, *results)) if name in results}
 
 
 def _headlines(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:

@@ -14,7 +14,8 @@ from onediff.eval.report import Example, choose, example, render_page
 from onediff.stages import run
 
 PARAMS, CURVES, OUTPUT = Path("params.yaml"), Path("data/curves"), Path("data/report.html")
-PER_TYPE = {"scenes": 4, "edits": 2}  # examples in the gallery; other benchmarks are left out
+PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}  # examples in the gallery
+PER_TYPE_ELSEWHERE = 4
 
 
 def report() -> None:
@@ -41,9 +42,10 @@ def _gallery(folder: Path) -> dict[str, list[Example]]:
     rows = read_table(folder, "test-*.parquet")
     said: dict[str, str] = {}
     chosen: dict[str, list[str]] = {}
-    for benchmark, per_type in PER_TYPE.items():
-        own = [row for row in rows if row["source"] == benchmark]
-        if own:
+    for benchmark in dict.fromkeys(row["source"] for row in rows):
+        per_type = PER_TYPE.get(benchmark, PER_TYPE_ELSEWHERE)
+        if per_type:
+            own = [row for row in rows if row["source"] == benchmark]
             said |= read_predictions(Path(f"data/captions/test/{benchmark}.jsonl"))
             chosen[benchmark] = choose(benchmark, own, said, per_type=per_type)
     wanted = {key for keys in chosen.values() for key in keys}

@@ -18,19 +18,24 @@ OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
 BEHAVIOUR = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy",
              "false_alarm_rate", "swap_consistency", "operation_accuracy")
 
+FLOORS = {"constant": "best constant", "random_train": "random training"}
+
 
 def score() -> None:
     """Writes both files, the same captions the same bytes, and prints the scores beside their floors."""
     folder = Path("data/diffcap")
     with Meteor() as meteor:  # loads its tables while the rows are read
         train = read_table(folder, "train-*.parquet")
-        auc = json.loads((folder / "card.json").read_text(encoding="utf-8")).get("pixel_difference_auc", {})
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
         for split, output in OUTPUTS.items():
             rows = read_table(folder, f"{split}-*.parquet")
             results = _score_split(split, rows, train=train, meteor=meteor)
             for name in results:
                 if auc.get(name) is not None:  # None: the source has no unchanged pairs
                     results[name]["pixel_difference_auc"] = auc[name]
+                if name in incomplete:
+                    results[name]["incomplete"] = incomplete[name]
             output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
             _show(f"{split} split, {output}", results)
 
@@ -59,11 +64,10 @@ def _show(title: str, results: dict[str, Any]) -> None:
     """Scores times 100, as papers print them."""
     table = Table("benchmark", "captions", *METRICS, title=f"{title} (times 100)", title_justify="left")
     for name, result in results.items():
-        floor = result["floor"]
-        for who, scores in ((f"{result['num_pairs']} predictions", result), ("best constant", floor["constant"]),
-                            ("random training", floor["random_train"])):
-            table.add_row(name if scores is result else "", who, *(f"{100 * scores[metric]:.1f}" for metric in METRICS),
-                          end_section=who == "random training")
+        rows = {f"{result['num_pairs']} predictions": result, **result["floor"]}
+        for who, scores in rows.items():
+            table.add_row(name if scores is result else "", FLOORS.get(who, who),
+                          *(f"{100 * scores[metric]:.1f}" for metric in METRICS), end_section=who == list(rows)[-1])
     console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
     console.print(table)
     for name, result in results.items():
@@ -72,6 +76,8 @@ def _show(title: str, results: dict[str, Any]) -> None:
         if "oracle_ratio" in result.get("changed", {}):
             told = "changed CIDEr / oracle {CIDEr:.2f} / {oracle_CIDEr:.2f} = {oracle_ratio:.3f}"
             shown.append(told.format(**result["changed"]))
+        if "incomplete" in result:
+            shown.append(f"INCOMPLETE, not comparable with published scores: {json.dumps(result['incomplete'])}")
         if "pixel_difference_auc" in result:
             shown.append(f"pixel_difference_auc {result['pixel_difference_auc']:.3f}")
         console.print(f"{name}: " + " · ".join(shown), highlight=False, markup=False)

@@ -37,6 +37,7 @@ def test_scores_equal_pycocoevalcap_used_directly(java_on_path: None, meteor: Me
     from pycocoevalcap.rouge.rouge import Rouge
 
     said, truth = captions()
+    truth |= {"p3": [""], "p7": ["", "the ball is gone"]}  # Spot-the-Diff has such references
     ours = score(said, truth, meteor=meteor)
     truths, results = direct_tokens(truth), direct_tokens({key: [text] for key, text in said.items()})
     bleu, bleu_items = Bleu(4).compute_score(truths, results, verbose=0)
@@ -56,6 +57,7 @@ def test_meteor_equals_pycocoevalcap_used_directly(java_on_path: None, meteor: M
     from pycocoevalcap.meteor.meteor import Meteor as Direct
 
     said, truth = captions()
+    truth["p3"] = [""]
     truths, results = direct_tokens(truth), direct_tokens({key: [text] for key, text in said.items()})
     direct = Direct()
     try:
@@ -95,7 +97,6 @@ def test_order_of_predictions_does_not_matter() -> None:
     ({"a": "x", "c": "z"}, {"a": ["x"]}, r"0 missing from the predictions, 1 \(c\) not among"),
     ({}, {}, "no references"),
     ({"a": "x"}, {"a": []}, r"1 \(a\) without references"),
-    ({"a": "x"}, {"a": ["y", "..."]}, r"1 \(a\) with a reference that has no words"),
 ])
 def test_bad_sides_are_refused(said: dict[str, str], truth: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):

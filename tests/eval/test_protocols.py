@@ -44,6 +44,15 @@ def test_digest_of_references_ignores_the_order_of_pairs_only() -> None:
     assert one != references_digest({"a": ["y", "x"], "b": ["z"]})
 
 
-def test_unknown_benchmark_is_refused() -> None:
-    with pytest.raises(ValueError, match="benchmark 'birds' has no protocol; known are scenes, scenes_far, edits"):
-        protocol_of("birds")
+def test_a_benchmark_of_ones_own_is_scored_against_its_own_training_captions() -> None:
+    assert (protocol_of("street").train_source, protocol_of("street").name) == ("street", "coco-caption/v1")
+    assert protocol_of("spot_the_diff").name == "spot_the_diff/single/v1"
+
+
+def test_without_training_captions_there_are_scores_and_no_floors() -> None:
+    rows = [{"pair_id": f"p{k}", "references": ["a red car left", f"the {word} is gone"], "change_type": "unlabelled"}
+            for k, word in enumerate(("van", "tree", "dog"))]
+    with Meteor() as meteor:
+        result = evaluate("street", {f"p{k}": "a red car left" for k in range(3)}, rows, train=[], meteor=meteor)
+    assert (result["floor"], result["num_pairs"]) == ({}, 3)
+    assert result["BLEU-4"] == pytest.approx(1)
