@@ -1,0 +1,53 @@
+"""Stage `retrieve`: pairs of alike images out of a captioned collection; the writer captions them later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from onediff.config import load_params, load_runtime
+from onediff.data.collection import list_collection
+from onediff.data.embedding import embed_collection
+from onediff.data.record import write_shards
+from onediff.data.retrieval import find_pairs, pair_records
+from onediff.stages import quiet, run
+
+
+def retrieve(source: str) -> None:
+    """Reads data/raw/<source>; writes data/pairs/<source>/train-*.parquet and report.json with what was left out.
+
+    Raises ValueError if no two images are alike enough.
+    """
+    config, runtime = load_params(), load_runtime()
+    settings, clip = config.data.retrieval, config.data.clip
+    if settings is None or clip is None:
+        raise ValueError(f"params.yaml: data.retrieval and data.clip are needed to find pairs in '{source}'")
+    quiet()
+    entries = list_collection(Path("data/raw") / source)
+    vectors, names, broken = [], [], dict[str, str]()
+    with tqdm(total=len(entries), desc=f"embed {source}", unit="image") as bar:
+        for part in embed_collection(entries, clip, runtime, max_megapixels=config.data.max_megapixels):
+            bar.update(len(part.names) + len(part.broken))
+            vectors += [part.vectors] if part.names else []
+            names += part.names
+            broken |= part.broken
+    readable = [entry for entry in entries if entry.name not in broken]
+    pairs = find_pairs(np.concatenate(vectors), names, settings) if vectors else []
+    if not pairs:
+        raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
+                         f"{settings.min_similarity} to {settings.max_similarity}; widen data.retrieval's window")
+    folder = config.data.unwritten_folder(source)
+    shutil.rmtree(folder, ignore_errors=True)
+    records = tqdm(pair_records(source, readable, pairs), total=len(pairs), desc=source, unit="pair")
+    write_shards(records, folder, "train", shard_pairs=config.data.shard_pairs)
+    report = {"images": len(entries), "pairs": len(pairs), "unreadable": broken}
+    (folder / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{folder}: {len(pairs):,} pairs of {len(names):,} images; {len(broken):,} images cannot be read")
+
+
+if __name__ == "__main__":
+    run(retrieve)
