@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.processes import alone, prepare
-from flows.tasks import STAGES, keep_scores, promote, publish_scores, register, repro, stale_stages
+from flows.tasks import keep_scores, promote, publish_scores, register, repro, stages, stale_stages
+from onediff.config import load_params
 
 if TYPE_CHECKING:
     from onediff.tracking import Run
@@ -33,7 +34,7 @@ def _retrain() -> State[Any]:
     stale = stale_stages()
     with _parent_run() if stale else nullcontext() as run:
         ran = False
-        for stage in STAGES:
+        for stage in stages(load_params().data):
             state = repro(stage, ask=ran or stage in stale, return_state=True)
             if not state.is_completed():
                 if run:
@@ -51,7 +52,6 @@ def _retrain() -> State[Any]:
 @contextmanager
 def _parent_run() -> Iterator[Run]:
     """The MLflow run that those of the phases and of the evaluation nest under."""
-    from onediff.config import load_params
     from onediff.tracking import parent_run
 
     with parent_run("retrain", load_params()) as run:

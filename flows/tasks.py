@@ -20,13 +20,21 @@ from prefect.states import Completed, Failed
 from flows.processes import stream
 
 if TYPE_CHECKING:
+    from onediff.config import Data
     from onediff.registry import Verdict
 
 DVC = (sys.executable, "-m", "dvc")
-STAGES = ("synthesize@scenes", "synthesize@edits", "probe", "validate", "build", "align", "tune", "caption", "score",
-          "report")
+STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "report")
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
+
+
+def stages(data: Data) -> list[str]:
+    """The stages of dvc.yaml in an order in which each finds what it needs: first those of the sources."""
+    lists: dict[str, list[Any]] = {
+        "synthesize": data.generated, "read": data.raw, "retrieve": data.retrieved, "instruct": data.diffused,
+        "diffuse": data.diffused, "write": data.written}
+    return [f"{stage}@{source}" for stage, sources in lists.items() for source in sources] + list(STAGES)
 
 
 def stale_stages() -> set[str]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from onediff.data_commands import app as data
+
 CHAMPION = "models:/onediff@champion"
 TRAINED = Path("data/models/tune")
 EXAMPLE = Path(".onediff/example")
@@ -18,6 +20,7 @@ app = typer.Typer(help="Two images in, one sentence about what changed out.", no
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 versions = typer.Typer(help="Versions of the model: list, register, promote, rollback.", no_args_is_help=True)
 app.add_typer(versions, name="registry")
+app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]
@@ -73,8 +76,10 @@ def example(as_json: Json = False) -> None:
     """Caption one pair of the test split, and leave its two images in .onediff/example."""
     from onediff.data.record import read_records
 
-    record = next(record for record in read_records(Path("data/diffcap"), "test-*.parquet")
-                  if record.source == "scenes" and record.change_type != "none")
+    record = next((record for record in read_records(Path("data/diffcap"), "test-*.parquet")
+                   if record.change_type != "none"), None)
+    if record is None:
+        raise ValueError("data/diffcap: no changed pair in split test; give your own: 'onediff caption BEFORE AFTER'")
     EXAMPLE.mkdir(parents=True, exist_ok=True)
     pair = (EXAMPLE / "before.png", EXAMPLE / "after.png")
     for path, content in zip(pair, (record.before, record.after), strict=True):

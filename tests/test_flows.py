@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from flows import processes, tasks
 from flows.processes import alone, end, stream
+from onediff.config import load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC_YAML = """
@@ -125,10 +129,25 @@ def test_the_score_table_has_floors_below_each_benchmark() -> None:
                          ["edits", "11", "3.000", "", "0.900"]]
 
 
-def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works() -> None:
+def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_path: Path) -> None:
+    values = YAML(typ="safe").load((ROOT / "presets/paper.yaml").read_text())
+    values["data"] |= {"diffused": ["drawn"], "written": [*values["data"]["written"], "drawn"]}
+    YAML().dump(values, tmp_path / "params.yaml")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    subprocess.run([*tasks.DVC, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    for folder in ("pairs", "written", "synthetic"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
     command = [*tasks.DVC, "stage", "list", "--name-only"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert list(tasks.STAGES) == listed.stdout.split()
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    named = tasks.stages(load_params(tmp_path / "params.yaml").data)
+    assert sorted(named) == sorted(listed)
+    assert {"read@clevr_change", "retrieve@coco", "instruct@drawn", "diffuse@drawn", "write@drawn"} <= set(named)
+    order = {name: place for place, name in enumerate(named)}
+    command = [*tasks.DVC, "dag", "--dot"]
+    edges = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
+    assert len(found) > 20
+    assert all(order[first] < order[then] for first, then in found)
 
 
 def _wait_for_children(pid: int, count: int) -> list[psutil.Process]:

@@ -98,17 +98,13 @@ def _modules(dep: str) -> set[str]:
 
 
 def _stages() -> dict[str, tuple[str, list[str]]]:
-    """Stage -> its module and its deps; the matrix is written out."""
-    stages = {}
-    for name, stage in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        module = re.findall(r"-m (\S+)", stage["cmd"])[0]
-        for item in stage.get("matrix", {}).get("source", [""]):
-            deps = [dep.replace("${item.source}", item) for dep in stage["deps"]]
-            stages[f"{name}@{item}" if item else name] = (module, deps)
-    return stages
+    """Stage -> its module and its deps."""
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    return {name: (re.findall(r"-m (\S+)", stage["cmd"])[0], stage["deps"]) for name, stage in stages.items()}
 
 
-@pytest.mark.parametrize("name", ["probe", "validate", "build", "align", "tune", "caption", "score", "report"])
+@pytest.mark.parametrize("name", ["read", "retrieve", "instruct", "diffuse", "write", "probe", "validate", "build",
+                                  "align", "tune", "caption", "score", "report"])
 def test_every_module_that_a_stage_imports_is_a_dep(name: str) -> None:
     module, deps = _stages()[name]
     own = {module, *_graph().find_upstream_modules(module)}
@@ -134,11 +130,25 @@ def _only_through(found: str, module: str, avoided: set[str]) -> bool:
 
 def test_every_dep_of_the_pipeline_is_a_file_or_made_by_a_stage() -> None:
     loaded = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-    outs = {str(out) for stage in loaded.values() for out in stage.get("outs", [])}
-    outs |= {key for stage in loaded.values() for metric in stage.get("metrics", []) for key in metric}
-    made = {out.replace("${item.source}", item) for out in outs for item in ("scenes", "edits")}
-    deps = {dep for _, needed in _stages().values() for dep in needed}
-    assert [dep for dep in sorted(deps) if dep not in made and not (ROOT / dep).exists()] == []
+    listed = [out for stage in loaded.values() for out in (*stage.get("outs", []), *stage.get("metrics", []))]
+    made = {out if isinstance(out, str) else next(iter(out)) for out in listed}
+    deps = {dep.replace("${item.source}.py", "scenes.py") for _, needed in _stages().values() for dep in needed}
+    given = {"data/raw/${item.source}"}  # by the user
+    assert [dep for dep in sorted(deps - made - given) if not (ROOT / dep).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["data/pairs", "data/written", "data/synthetic"])
+def test_a_folder_that_the_probe_reads_is_there_before_any_source_is(folder: str) -> None:
+    _need_git()
+    listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.split() == [f"{folder}/.gitignore"]
+
+
+def test_raw_data_stays_out_of_git_and_what_tracks_it_does_not() -> None:
+    _need_git()
+    paths = ["data/raw/coco/1.jpg", "data/raw/coco.dvc", "data/raw/a/b.zip", "data/raw/a/b.zip.dvc"]
+    asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert asked.stdout.split() == ["data/raw/coco/1.jpg", "data/raw/a/b.zip"]
 
 
 def test_no_stage_depends_on_the_id_of_a_run() -> None:

@@ -27,7 +27,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(source, folder / name)
     shutil.copy(ROOT / "presets/micro.yaml", folder / "params.yaml")
-    (folder / "data").mkdir()
+    for name in ("pairs", "written", "synthetic"):
+        (folder / "data" / name).mkdir(parents=True)
     _run(folder, "git", "init", "-q")
     _run(folder, sys.executable, "-m", "dvc", "init", "-q")
     return folder
