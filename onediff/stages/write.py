@@ -1,0 +1,58 @@
+"""Stage `write`: the records of a source, with captions by the writer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from onediff.config import Writer, load_params, load_runtime
+from onediff.data.record import Record, read_records, write_shards
+from onediff.data.writer.answer import Answer
+from onediff.data.writer.asking import ask
+from onediff.data.writer.jobs import caption_job, jobs, splits_of, writer_of
+from onediff.data.writer.request import Request
+from onediff.data.writer.store import answers_path, read_answers
+from onediff.stages import run
+
+
+def write(source: str) -> None:
+    """Writes data/written/<source>/<split>-*.parquet and set_aside.jsonl; asks only what data/answers does not hold."""
+    config, runtime = load_params(), load_runtime()
+    writer, answered = writer_of(source, config, "write"), answers_path(source, "write")
+    print(ask((job for job in jobs(source, config, "write") if isinstance(job, Request)), answered, runtime))
+    read, written = config.data.unwritten_folder(source), Path("data/written") / source
+    shutil.rmtree(written, ignore_errors=True)
+    answers, total = read_answers(answered), 0
+    aside: list[dict[str, Any]] = []
+    for split in splits_of(read):
+        records = _captioned(read_records(read, f"{split}-*.parquet"), writer, answers, aside)
+        total += write_shards(records, written, split, shard_pairs=config.data.shard_pairs)
+    lines = "".join(json.dumps(row) + "\n" for row in aside)
+    (written / "set_aside.jsonl").write_text(lines, encoding="utf-8")
+    if not total:
+        raise ValueError(f"{written}: no usable caption for any of {len(aside):,} pairs; the first: "
+                         f"{aside[0]['pair_id']}: {aside[0]['reason']}")
+    print(f"{written}: {total:,} pairs with captions, {len(aside):,} set aside (set_aside.jsonl says why)")
+
+
+def _captioned(records: Iterator[Record], writer: Writer, answers: dict[str, Answer],
+               aside: list[dict[str, Any]]) -> Iterator[Record]:
+    """The records that have a usable answer; the others are noted in `aside`."""
+    for record in records:
+        job = caption_job(record, writer)
+        answer = answers[job.key] if isinstance(job, Request) else None
+        if answer is not None and answer.status == "ok":
+            noted = {"model": writer.model, "mode": writer.mode, "prompts": writer.prompts, "key": answer.key}
+            yield replace(record, references=answer.content("differences")["differences"],
+                          provenance=record.provenance | {"writer": noted})
+        else:
+            reason = f"{answer.status}: {answer.reason}" if answer else getattr(job, "reason", "")
+            aside.append({"pair_id": record.pair_id, "reason": reason})
+
+
+if __name__ == "__main__":
+    run(write)

@@ -1,0 +1,154 @@
+"""A real HTTP server of this machine that speaks the chat-completions protocol, slowly and not always well."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+HTML = b"<!doctype html><html><title>502 Bad Gateway</title></html>"
+KEY = "sk-secret-key-of-a-test-4711"
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Answers differences and edits. It counts every answer it was paid for, by Idempotency-Key and in all.
+
+    `faults` come first, one per request: "429", "500", "html", "hang up", ...; then a share `failing` fails. With
+    `honours_keys` an answer that was paid for is given again for nothing.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *, port: int = 0, seconds: float = 0.0, failing: float = 0.0, honours_keys: bool = True,
+                 seed: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.seconds, self.failing, self.honours_keys = seconds, failing, honours_keys
+        self.faults: list[str] = []
+        self.contents: dict[str, str] = {}  # part of a question -> what is answered instead
+        self.paid: Counter[str] = Counter()
+        self.given: dict[str, bytes] = {}
+        self.seen: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.failures = self.flying = self.most_flying = 0
+        self.lock = threading.Lock()
+        self._random = random.Random(seed)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def next_fault(self) -> str:
+        with self.lock:
+            if self.faults:
+                return self.faults.pop(0)
+            return self._random.choice(["429", "500"]) if self._random.random() < self.failing else ""
+
+    def pay(self, key: str, body: dict[str, Any]) -> bytes:
+        """The answer's bytes; it counts as paid unless it was before and the server honours keys."""
+        with self.lock:
+            if key in self.given and self.honours_keys:
+                return self.given[key]
+            self.paid[key] += 1
+            self.given[key] = json.dumps(self.completion(body)).encode()
+            return self.given[key]
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        question = json.dumps(body["messages"][-1]["content"])
+        form = body.get("response_format", {}).get("json_schema", {}).get("name", "differences")
+        good = {"differences": {"differences": [f"the second image differs in {len(question)} ways"]},
+                "edit": {"edit": "make it snow", "output": "the same in snow"}}[form]
+        content = next((text for part, text in self.contents.items() if part in question), json.dumps(good))
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        finish = "stop"
+        if content in ("refuse", "filter", "length"):
+            finish = {"filter": "content_filter", "length": "length"}.get(content, "stop")
+            refusal = "I cannot help" if content == "refuse" else None
+            message = {"role": "assistant", "content": None, "refusal": refusal}
+        return {"id": "x", "object": "chat.completion", "model": body["model"] + "-dated",
+                "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+                "usage": {"prompt_tokens": 101, "completion_tokens": 11, "total_tokens": 112}}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ChatServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = self.headers.get("Idempotency-Key", "")
+        server = self.server
+        with server.lock:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            server.seen.append({"path": self.path, "body": body, "headers": headers})
+            server.times.append(time.monotonic())
+            server.flying += 1
+            server.most_flying = max(server.most_flying, server.flying)
+        try:
+            self._serve(key, body, server.next_fault())
+        finally:
+            with server.lock:
+                server.flying -= 1
+
+    def _serve(self, key: str, body: dict[str, Any], fault: str) -> None:
+        server = self.server
+        if fault:
+            with server.lock:
+                server.failures += 1
+        if fault == "hang up":
+            self.close_connection = True
+            return
+        if fault == "slow":
+            time.sleep(1.5)
+        if fault == "html":
+            self._reply(200, HTML, "text/html")
+        elif fault == "html 502":
+            self._reply(502, HTML, "text/html")
+        elif fault == "not a completion":
+            self._reply(200, b'{"error": {"message": "provider is busy"}}')
+        elif fault.split()[:1] and fault.split()[0].isdigit():
+            code, _, text = fault.partition(" ")
+            headers = {"Retry-After": text.removeprefix("after=")} if text.startswith("after=") else {}
+            said = {"error": {"message": text or "failed", "code": text}}
+            self._reply(int(code), json.dumps(said).encode(), headers=headers)
+        else:
+            content = server.pay(key, body)  # first: who hangs up early pays all the same
+            time.sleep(server.seconds)
+            self._reply(200, content)
+
+    def _reply(self, status: int, content: bytes, kind: str = "application/json",
+               headers: dict[str, str] | None = None) -> None:
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[ChatServer]:
+    with ChatServer(**settings) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,154 @@
+"""A run: what has no answer is asked once, within the cap, and every answer that was paid for is kept."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chat_server import KEY, ChatServer
+
+from onediff.config import Runtime
+from onediff.data.writer import asking, store
+from onediff.data.writer.asking import ask
+from onediff.data.writer.cost import bound
+from onediff.data.writer.request import Request
+from onediff.data.writer.store import read_answers, spent_usd
+
+Asks = Callable[[int], Request]
+PATH = Path("data/answers/mine/write.jsonl")
+
+
+def test_every_question_is_asked_once(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+    server.failing = 0.1
+    tally = ask([ask_about(number % 23) for number in range(61)], PATH, runtime)
+    answers = read_answers(PATH)
+    assert set(answers) == set(server.paid) == {ask_about(number).key for number in range(23)}
+    assert set(server.paid.values()) == {1}
+    assert tally.counts == {"ok": 23}
+    assert (tally.input_tokens, tally.output_tokens) == (23 * 101, 23 * 11)
+    assert tally.usd == pytest.approx(spent_usd()) == pytest.approx(23 * (101 * 10 + 11 * 100) / 1e6)
+    assert KEY not in PATH.read_text()
+
+
+def test_a_second_run_asks_nothing_and_needs_neither_price_nor_endpoint(server: ChatServer, runtime: Runtime,
+                                                                        ask_about: Asks) -> None:
+    requests = [ask_about(number) for number in range(5)]
+    ask(requests, PATH, runtime)
+    before, asked = PATH.read_bytes(), len(server.seen)
+    assert ask(requests, PATH, Runtime()).counts == {}
+    assert (PATH.read_bytes(), len(server.seen)) == (before, asked)
+
+
+def test_refusals_and_malformed_answers_are_kept_and_not_asked_again(server: ChatServer, runtime: Runtime,
+                                                                     ask_about: Asks) -> None:
+    server.contents = {"room 1": "refuse", "room 2": "filter", "room 3": "no json", "room 4": "length"}
+    requests = [ask_about(number) for number in range(1, 6)]
+    for expected in ({"refused": 2, "malformed": 2, "ok": 1}, {}):
+        assert ask(requests, PATH, runtime).counts == expected
+    assert len(server.seen) == 5
+
+
+def test_unknown_prices_ask_nothing(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+    unknown = runtime.model_copy(update={"writer_usd_per_million_output": None})
+    with pytest.raises(ValueError, match="writer_usd_per_million_output is not set"):
+        ask([ask_about(1)], PATH, unknown)
+    assert not server.seen
+
+
+def test_the_cap_stops_before_it_is_passed_and_keeps_everything(server: ChatServer, runtime: Runtime,
+                                                                ask_about: Asks) -> None:
+    cap = 3.5 * bound(ask_about(1)).usd(runtime)
+    capped = runtime.model_copy(update={"writer_max_usd": cap})
+    with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* USD are spent .*; set it higher"):
+        ask([ask_about(number) for number in range(50)], PATH, capped)
+    kept = len(read_answers(PATH))
+    assert 3 < kept < 50  # what answers cost less than the most leaves room for more of them
+    assert spent_usd() <= cap < spent_usd() + bound(ask_about(1)).usd(runtime)
+    assert len(server.seen) == kept
+    with pytest.raises(ValueError, match="0 new answers"):
+        ask([ask_about(number) for number in range(50)], Path("data/answers/other/write.jsonl"), capped)
+
+
+def test_a_wrong_key_stops_everything_and_keeps_what_came(server: ChatServer, runtime: Runtime,
+                                                          ask_about: Asks) -> None:
+    one = runtime.model_copy(update={"writer_concurrency": 3})
+    server.seconds = 0.1
+    server.faults += ["", "", "", "", "401"]
+    with pytest.raises(ValueError, match="HTTP 401: the key is not accepted"):
+        ask([ask_about(number) for number in range(50)], PATH, one)
+    assert len(read_answers(PATH)) == sum(server.paid.values()) == len(server.seen) - 1
+    assert len(server.seen) <= 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_what_is_in_flight(server: ChatServer, runtime: Runtime, ask_about: Asks, number: int) -> None:
+    server.seconds = 0.3
+    threading.Timer(0.8, os.kill, (os.getpid(), number)).start()
+    handler = signal.getsignal(number)
+    with pytest.raises(InterruptedError, match=rf"{signal.Signals(number).name}: stopped after \d+ new answers"):
+        ask([ask_about(each) for each in range(500)], PATH, runtime)
+    assert signal.getsignal(number) is handler
+    assert 0 < len(read_answers(PATH)) == sum(server.paid.values()) < 500
+
+
+def test_so_many_at_a_time_and_no_more(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+    server.seconds = 0.1
+    started = time.monotonic()
+    ask([ask_about(number) for number in range(40)], PATH, runtime.model_copy(update={"writer_concurrency": 10}))
+    assert server.most_flying == 10
+    assert time.monotonic() - started < 4
+
+
+def test_the_rate_limit_spaces_requests(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+    ask([ask_about(number) for number in range(10)], PATH,
+        runtime.model_copy(update={"writer_requests_per_minute": 1200.0}))
+    gaps = [later - sooner for sooner, later in zip(sorted(server.times), sorted(server.times)[1:], strict=False)]
+    assert sum(gaps) == pytest.approx(9 * 0.05, abs=0.15)
+
+
+def test_without_room_on_the_disk_nothing_is_asked(server: ChatServer, runtime: Runtime, ask_about: Asks,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MIN_FREE_BYTES", 2**62)
+    with pytest.raises(OSError, match="free on its disk, so nothing is asked; make room"):
+        ask([ask_about(1)], PATH, runtime)
+    assert not server.seen
+
+
+def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, runtime: Runtime,
+                                                            ask_about: Asks) -> None:
+    requests = [ask_about(number) for number in range(40)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="an answer could not be kept"):
+            ask(requests, PATH, runtime)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < len(read_answers(PATH)) < 40
+    assert PATH.read_bytes().endswith(b"}\n")
+    ask(requests, PATH, runtime)
+    assert len(read_answers(PATH)) == len(PATH.read_bytes().splitlines()) == 40
+    assert set(server.paid.values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_answers(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+    ray = pytest.importorskip("ray")
+    requests = [ask_about(number) for number in range(97)]
+    ask(requests, PATH, runtime)
+    other = Path("data/answers/mine/ray.jsonl")
+    clustered = runtime.model_copy(update={"engine": "ray", "writer_concurrency": 4})
+    try:
+        tally = ask(requests, other, clustered)
+    finally:
+        ray.shutdown()
+    assert tally.counts == {"ok": 97}
+    assert read_answers(other) == read_answers(PATH)
+    assert set(server.paid.values()) == {1}
+    assert len(requests) > 2 * 2 * asking.ROUND**2  # more than one round
