@@ -72,16 +72,22 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def write_shards(records: Iterable[Record], folder: Path, prefix: str, *, shard_pairs: int) -> int:
-    """Writes <folder>/<prefix>-00000.parquet and on; returns the number of pairs. Same records, same bytes."""
+    """Writes <folder>/<prefix>-00000.parquet and on, a row group in memory; returns the number of pairs.
+
+    Same records, same bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows, total = iter(records), 0
     for shard in itertools.count():
-        part = list(itertools.islice(rows, shard_pairs))
-        if not part:
+        part = itertools.islice(rows, shard_pairs)
+        group = list(itertools.islice(part, ROW_GROUP))
+        if not group:
             return total
-        table = pa.Table.from_pylist([_row(record) for record in part], schema=SCHEMA)
-        pq.write_table(table, folder / f"{prefix}-{shard:05d}.parquet", row_group_size=ROW_GROUP, compression="zstd")
-        total += len(part)
+        with pq.ParquetWriter(folder / f"{prefix}-{shard:05d}.parquet", SCHEMA, compression="zstd") as writer:
+            while group:
+                writer.write_table(pa.Table.from_pylist([_row(record) for record in group], schema=SCHEMA))
+                total += len(group)
+                group = list(itertools.islice(part, ROW_GROUP))
     raise AssertionError("unreachable")
 
 

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+from published_sets import BIRD_COLUMNS, bird_row, bird_table, put
+
+from onediff.data.sources import entries
+from onediff.data.sources.entries import part, read_csv, read_json, read_lines, read_list, read_tsv, sentences
+
+
+@pytest.mark.parametrize("indent", [None, 3])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_a_list_read_in_pieces_is_what_json_reads_at_once(indent: int | None, chunk: int, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "_CHUNK", chunk)
+    rng = random.Random(5)
+    rows = [{"id": k, "text": 'a "b" \\ \u00e9\U0001f600\n,]}' * rng.randrange(3), "more": [k, {"x": [1.5e-3, None]}]}
+            for k in range(23)]
+    path = tmp_path / "rows.json"
+    for ascii_only in (True, False):
+        path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
+        assert [row for _, row in read_list(path)] == rows
+    put(path, "\ufeff [ ]\n")
+    assert list(read_list(path)) == []
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", r"line 1: not valid JSON \(a list \[...\] was expected, got ''\)"),
+    ('{"a": 1}', "a list .* was expected"),
+    ('[\n{"a": 1},\n{"a": }\n]', r"entry 2 \(line 3\): not valid JSON \(Expecting value\); get the file again"),
+    ('[{"a": 1},\n {"a": "cut', r"entry 2 \(line 2\): not valid JSON \(Unterminated string.*the file ends here"),
+    ('[{"a": 1},', r"entry 2 \(line 1\).*the file ends here, so it is not whole"),
+    ('[{"a": 1}', r"',' or '\]' after entry 1 was expected, got ''"),
+    ('[{"a": 1} {"a": 2}]', r"',' or '\]' after entry 1 was expected"),
+    ("[\n\n3]", r"entry 1 \(line 3\): an object .* expected, got 3"),
+])
+def test_a_broken_list_is_answered_with_file_entry_and_line(text: str, message: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "rows.json", text)
+    with pytest.raises(ValueError, match=message) as raised:
+        list(read_list(path))
+    assert str(raised.value).startswith(str(path))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"a": "\xff"}]')
+    for read in (read_list, read_lines):
+        with pytest.raises(ValueError, match=r"rows\.json: not UTF-8 .* get the file again"):
+            list(read(path))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_json(path, list)
+
+
+def test_lines_and_whole_files_name_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 3: not valid JSON"):
+        list(read_lines(put(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a"}\n')))
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        read_json(put(tmp_path / "a.json", "{\n3}"), dict)
+    with pytest.raises(ValueError, match=r"an object \{...\} expected, got \[1\]; take the file as published"):
+        read_json(put(tmp_path / "b.json", "[1]"), dict)
+    with pytest.raises(ValueError, match="there: 'b' is missing; it has a"):
+        part({"a": 1}, "b", str, "there")
+    with pytest.raises(ValueError, match="there, a: text expected, got 1"):
+        part({"a": 1}, "a", str, "there")
+
+
+def test_a_tsv_is_what_the_csv_module_reads(tmp_path: Path) -> None:
+    texts = ['Animal 1 is brown. Animal 2 is "grey".', '"quoted", and so on', 'plain', '5" long', '"a" and "b"']
+    path = tmp_path / "a.tsv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerows([BIRD_COLUMNS, *([str(k)] * 10 + [text] for k, text in enumerate(texts))])
+    assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
+    put(path, bird_table([bird_row(k, "train", 1, text) for k, text in enumerate(texts)]))  # without any quoting
+    assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    (bird_table([bird_row(1, "train", 1, '"opened and never closed')]), "line 2, description: a quote is opened and"),
+    (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]), "line 3: 11 columns expected, got 3: a tab"),
+    (bird_table([bird_row(1, "train", 1, "with a\ttab")]), "line 2: 11 columns expected, got 12"),
+    ("a\tb\n1\t2\n", "line 1: the header lacks img1ObservationURL, .*; got a, b"),
+])
+def test_a_broken_tsv_is_answered_with_the_line(table: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(read_tsv(put(tmp_path / "a.tsv", table), BIRD_COLUMNS))
+
+
+def test_a_broken_csv_is_answered_with_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 2: 2 columns expected, got 3: put a text that holds a comma"):
+        list(read_csv(put(tmp_path / "a.csv", "before,after\na,b,c\n")))
+    with pytest.raises(ValueError, match="broken quoting"):
+        list(read_csv(put(tmp_path / "a.csv", 'before,after\n"a,b\nc,d\n')))
+
+
+def test_sentences_have_single_spaces_and_empty_ones_are_counted() -> None:
+    assert sentences([" a\t b\n", "", "  ", "c"], "there") == (["a b", "c"], 2)
+    assert sentences(["word " * 10_000], "there")[0][0].count(" ") == 9_999
+    assert sentences(["half \ud83d of it"], "there")[0] == ["half \ufffd of it"], "Parquet could not hold it"
+    with pytest.raises(ValueError, match="there: text expected, got 3"):
+        sentences([3], "there")

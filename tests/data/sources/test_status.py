@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from published_sets import picture, put
+
+from onediff.config import Config, load_params
+from onediff.data.sources.catalog import CATALOG, READERS
+from onediff.data.sources.status import as_text, status
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_params(ROOT / "presets/paper.yaml")
+
+
+def test_every_source_is_shown_with_what_it_is_and_what_to_do(config: Config, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = {row["source"]: row for row in status(config)}
+    assert set(rows) == {*CATALOG, "coco"}
+    assert rows["spot_the_diff"]["missing"] == "train.json, val.json, test.json, images"
+    assert rows["spot_the_diff"]["todo"].startswith("onediff data fetch spot_the_diff; put into data/raw/spot_the_diff")
+    assert rows["instruct_pix2pix"]["size"] == "436 GB"
+    assert all(row["used"] and row["todo"] and row["licence"] for row in rows.values())
+    assert "to do: onediff data fetch llava_558k\n" in as_text(list(rows.values())) + "\n"
+    assert not any(row["used"] for row in status(None))
+
+
+def test_what_is_present_is_seen_and_what_the_last_read_missed_is_told(config: Config, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val", "test"):
+        put(tmp_path / f"data/raw/spot_the_diff/annotations/{split}.json", [])
+    row = {row["source"]: row for row in status(config)}["spot_the_diff"]
+    assert (row["missing"], row["todo"][:33]) == ("images", "put into data/raw/spot_the_diff: ")
+    picture(tmp_path / "data/raw/spot_the_diff/images/1.png", 1)
+    row = {row["source"]: row for row in status(config)}["spot_the_diff"]
+    assert (row["present"], row["missing"]) == ("train.json, val.json, test.json, images", "")
+    assert row["todo"] == "nothing; 'onediff data read spot_the_diff data/raw/spot_the_diff' counts what is there"
+    put(tmp_path / "data/pairs/spot_the_diff/report.json", {"splits": {"test": {"missing_images": 1234}}})
+    row = {row["source"]: row for row in status(config)}["spot_the_diff"]
+    assert row["missing"] == "1,234 images by name (data/pairs/spot_the_diff/report.json)"
+
+
+def test_an_archive_may_hold_what_is_not_seen(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "data/raw/clevr_change/clevr_change.tar.gz", "")
+    row = {row["source"]: row for row in status(config)}["clevr_change"]
+    assert (row["present"], row["missing"]) == ("clevr_change.tar.gz", "")
+
+
+def test_the_catalog_has_every_reader_and_no_other() -> None:
+    assert list(CATALOG) == list(READERS)
+    for entry in CATALOG.values():
+        assert entry.addresses or entry.manual
+        assert all(address.startswith("http") for address in entry.addresses.values())
+        assert not any(Path(place).is_absolute() or ".." in place for place in entry.addresses)

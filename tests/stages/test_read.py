@@ -1,0 +1,111 @@
+"""Stage `read` in an empty folder, from published files to shards."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_sets import bird_row, bird_table, picture, put, spot_entries
+from ruamel.yaml import YAML
+
+from onediff.data.record import read_records
+from onediff.stages.read import read
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["spot_the_diff", "birds_to_words", "mine"]
+
+
+def configure(folder: Path, **data: Any) -> None:
+    values = YAML(typ="safe").load((ROOT / "presets/micro.yaml").read_text())
+    values["data"] |= {"raw": SOURCES, "shard_pairs": 3} | data
+    YAML().dump(values, folder / "params.yaml")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    configure(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDIFF_SCRATCH", "scratch")
+    return tmp_path
+
+
+def own_pairs(folder: Path, count: int) -> None:
+    rows = [f"{k}_a.png,{k}_b.png,change {k},{('train', 'test')[k % 2]}" for k in range(count)]
+    put(folder / "pairs.csv", "\n".join(["before,after,reference,split", *rows]) + "\n")
+    for k in range(count):
+        picture(folder / f"{k}_a.png", k)
+        picture(folder / f"{k}_b.png", k + 100)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_own_pairs_become_shards_and_a_report_the_same_twice(project: Path) -> None:
+    own_pairs(project / "data/raw/mine", 11)
+    read("mine")
+    first = shards(project / "data/pairs/mine")
+    assert sorted(first) == ["report.json", "test-00000.parquet", "test-00001.parquet", "train-00000.parquet",
+                             "train-00001.parquet"]
+    read("mine")
+    assert shards(project / "data/pairs/mine") == first
+    found = {record.pair_id: record for record in read_records(project / "data/pairs/mine")}
+    assert len(found) == 11
+    record = found["mine-test-000002"]
+    assert record.after == (project / "data/raw/mine/1_b.png").read_bytes()
+    assert record.references == ["change 1"]
+    report = json.loads(first["report.json"])
+    assert (report["complete"], report["partial"], report["splits"]["test"]["pairs"]) == (True, False, 5)
+
+
+def test_a_missing_image_stops_it_with_a_report_unless_the_config_allows_it(project: Path) -> None:
+    own_pairs(project / "data/raw/mine", 3)
+    (project / "data/raw/mine/1_b.png").unlink()
+    message = (r"data/raw/mine is not as published: test: 1 image missing \(first: 1_b\.png\); "
+               r"data/reports/read/mine\.json names all.* add mine to data\.partial")
+    with pytest.raises(ValueError, match=message):
+        read("mine")
+    assert json.loads((project / "data/reports/read/mine.json").read_text())["missing"] == ["1_b.png"]
+    assert not (project / "data/pairs/mine").exists()
+    configure(project, partial=["mine"])
+    read("mine")
+    assert not (project / "data/reports/read/mine.json").exists()
+    report = json.loads((project / "data/pairs/mine/report.json").read_text())
+    assert (report["complete"], report["partial"], report["missing"]) == (False, True, ["1_b.png"])
+    pairs = list(read_records(project / "data/pairs/mine", "test-*.parquet"))
+    assert len(pairs) == 1, "the test set does not shrink"
+    assert (pairs[0].after, pairs[0].provenance["missing"]) == (b"", ["1_b.png"])
+
+
+def test_counts_that_are_not_the_official_ones_stop_it(project: Path) -> None:
+    folder = project / "data/raw/spot_the_diff"
+    for split in ("train", "val", "test"):
+        put(folder / f"{split}.json", spot_entries(split)[: -10 if split == "test" else None])
+    with pytest.raises(ValueError, match=r"test: 1,394 records where 1,404 are published, .*missing .first: 0\.png"):
+        read("spot_the_diff")
+    report = json.loads((project / "data/reports/read/spot_the_diff.json").read_text())
+    assert len(report["missing"]) == 2 * (8566 + 1493 + 1270), "every missing image is named"
+
+
+def test_archives_in_the_folder_are_read(project: Path) -> None:
+    folder = project / "data/raw/birds_to_words"
+    put(folder / "birds-to-words-v1.0.tsv", bird_table([bird_row(3, split, 1, "x") for split in ("train", "test")]))
+    image = picture(project / "31.jpg", 1)
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        archive.write(image, "photos/31.jpg")
+        archive.write(picture(project / "32.png", 2), "photos/32.png")
+    read("birds_to_words")
+    assert next(read_records(project / "data/pairs/birds_to_words", "test-*")).before == image.read_bytes()
+    assert len(list((project / "scratch/unpacked").iterdir())) == 1
+
+
+def test_a_source_that_is_not_configured_or_not_there_is_named(project: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.raw does not name 'coco'; it names spot_the_diff"):
+        read("coco")
+    with pytest.raises(FileNotFoundError, match=r"data/raw/mine not found, or no folder"):
+        read("mine")
+    with pytest.raises(FileNotFoundError, match=r"data/raw/spot_the_diff not found: run 'onediff data fetch"):
+        read("spot_the_diff")
