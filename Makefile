@@ -26,7 +26,7 @@ LOCK_HEAD := '\# Every package and version; written by "make lock" from pyprojec
 	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
 
-.PHONY: help setup run test test-all lint lock backbones report clean
+.PHONY: help setup run test blender test-all lint lock backbones report clean
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
@@ -54,7 +54,11 @@ run: setup params.yaml  ## the whole pipeline: data, two training phases, scores
 test: setup  ## tests that need about a minute each at most, micro pipeline included
 	@HF_HUB_OFFLINE=1 python -m pytest
 
-test-all: setup  ## every test, slow ones included
+blender: setup  ## Blender for data.scenes.renderer (bpy, 360 MB)
+	@# Without its own wishes: bpy 5 asks for NumPy 1 and runs with NumPy 2.
+	@$(UV) install --quiet --no-deps bpy
+
+test-all: setup blender  ## every test, slow ones included
 	@HF_HUB_OFFLINE=1 python -m pytest -m ""
 
 lint: setup  ## ruff, mypy, and the direction of imports

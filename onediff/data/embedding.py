@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onediff.config import Runtime
-from onediff.data.collection import Entry, load
-from onediff.data.parallel import spread
-from onediff.inputs.images import open_image
-
 Vectors = NDArray[np.float32]
 BATCH = 64
-PART = 512  # images whose vectors are kept together: what a kill can cost
 
 
 class Embedder:
@@ -52,8 +42,9 @@ class Embedder:
 
     @property
     def identity(self) -> str:
-        """Differs when the weights differ."""
-        return f"{float(sum(p.detach().double().abs().sum() for p in self.model.parameters())):.12g}"
+        """Differs when the weights or the preprocessing differ."""
+        weights = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
+        return f"{weights:.12g} {self.processor.to_json_string()}"
 
     def _batched(self, items: list[Any], features: Callable[[list[Any]], Any]) -> Vectors:
         import torch
@@ -65,59 +56,3 @@ class Embedder:
                 found = getattr(found, "pooler_output", found).float()  # older transformers give the tensor itself
                 rows.append(torch.nn.functional.normalize(found, dim=-1).cpu().numpy())
         return np.concatenate(rows)
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Vectors of the images that can be read, in order, and why the others cannot."""
-
-    vectors: Vectors
-    names: list[str]
-    broken: dict[str, str]
-
-
-def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
-                     max_megapixels: float) -> Iterator[Embedded]:
-    """PART images at a time, in order. Kept in scratch by content, so that a stopped run costs one part."""
-    parts = [entries[start : start + PART] for start in range(0, len(entries), PART)]
-    folder = Path(runtime.scratch) / "embeddings"
-    return spread(_Maker(model, runtime.device, folder, max_megapixels), parts, runtime, num_gpus=1)
-
-
-@dataclass(frozen=True)
-class _Maker:
-    model: str
-    device: str
-    folder: Path
-    max_megapixels: float
-
-    def __call__(self) -> Callable[[list[Entry]], Embedded]:
-        embedder = Embedder(self.model, self.device)
-        known = embedder.identity
-        return lambda part: self._embed(embedder, known, part)
-
-    def _embed(self, embedder: Embedder, known: str, part: list[Entry]) -> Embedded:
-        images, names, broken = [], [], {}
-        key = hashlib.sha256(known.encode())
-        for item in load(part):
-            try:
-                images.append(open_image(item.content, max_megapixels=self.max_megapixels))
-                names.append(item.name)
-                key.update(hashlib.sha256(item.content).digest())
-            except ValueError as error:
-                broken[item.name] = str(error)
-        if not images:
-            return Embedded(np.zeros((0, 0), np.float32), [], broken)
-        path = self.folder / f"{key.hexdigest()[:32]}.npy"
-        if not path.exists():
-            _write(path, embedder.images(images))
-        return Embedded(np.load(path), names, broken)
-
-
-def _write(path: Path, vectors: Vectors) -> None:
-    """Appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(f".{os.getpid()}.part")
-    with half.open("wb") as file:
-        np.save(file, vectors)
-    half.rename(path)

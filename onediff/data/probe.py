@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import json
-import unicodedata
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,75 +16,120 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from onediff.config import Runtime
+from onediff.data.parallel import spread
 from onediff.data.record import SCHEMA as RECORD_SCHEMA
 from onediff.data.record import Record, digest, shards
-from onediff.inputs.images import open_image
+from onediff.inputs.images import FORMATS, open_image
 
+if TYPE_CHECKING:
+    from onediff.data.embedding import Embedder
+
+SIDES = ("before", "after")
+_NAMES = ("pair_id", "source", "split", "group_id", "change_type")
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("pair_id", "source", "split", "group_id", "change_type")]
-    + [("decodes", pa.bool_()), ("error", pa.string())]
+    [(name, pa.string()) for name in (*_NAMES, "listed_as", "official_split", "name_before", "name_after")]
+    + [("num_images", pa.int64()), ("decodes", pa.bool_()), ("num_missing_images", pa.int64()), ("error", pa.string())]
     + [(name, pa.int64()) for name in ("width_before", "height_before", "width_after", "height_after")]
     + [(name, pa.string()) for name in ("mode", "hash_before", "hash_after")]
-    + [("phash_before", pa.uint64()), ("phash_after", pa.uint64()), ("distance", pa.float64())]
+    + [("phash_before", pa.uint64()), ("phash_after", pa.uint64())]
+    + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
-    + [("has_bad_text", pa.bool_())])
-_BAD_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, half characters, line and paragraph separators
+    + [("has_bad_text", pa.bool_()), ("language", pa.string()), ("language_score", pa.float64())])
+# Control characters, half characters, line and paragraph separators (Unicode's Cc, Cs, Zl, Zp), and what was no UTF-8.
+_BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
+_LINES = str.maketrans("\n\t", "  ")
+MIN_LANGUAGE_WORDS = 12  # of fewer words py3langid guesses
+_MISSING = " is missing"
+_ROWS = 4096  # rows that are written together
+_EMBEDDED = 16  # pairs whose images are embedded together
+
+Images = Mapping[str, Image.Image]
 
 
-def probe_record(record: Record, *, max_megapixels: float) -> dict[str, Any]:
-    """The pair's row: sizes in pixels, hashes of decoded pixels, `distance` in grey levels; 0 if one cannot be read."""
-    row = {name: getattr(record, name) for name in ("pair_id", "source", "split", "group_id", "change_type")}
-    images, errors = {}, []
-    for side in ("before", "after"):
-        try:
-            images[side] = open_image(getattr(record, side), max_megapixels=max_megapixels)
-        except ValueError as error:
-            errors.append(f"{side} {error}")
-    row |= {"decodes": not errors, "error": "; ".join(errors)}
-    row["mode"] = "|".join(sorted({_mode(getattr(record, side)) for side in images}))
-    for side in ("before", "after"):
-        row |= {f"{name}_{side}": value for name, value in _image_facts(images.get(side)).items()}
-    row["distance"] = 0.0 if errors else _distance(images["before"], images["after"])
-    return row | _text_facts(record)
+def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") -> dict[str, Any]:
+    """The pair's row: sizes in pixels (0 if one cannot be read or is not there), hashes of decoded pixels, `distance`
+    in grey levels (None unless there are two images), the language of its captions.
 
-
-def probe_folder(folder: Path, *, max_megapixels: float, workers: int) -> Iterator[dict[str, Any]]:
-    """A row for every pair of the folder's shards, in order; each process reads one row group at a time.
-
-    Raises FileNotFoundError if there are no shards, ValueError for a shard that is no Parquet file.
+    `listed_as` is what params.yaml calls the source: scenes_far, for one, comes with scenes.
     """
-    parts = [(path, group) for path in shards(folder) for group in range(_open(path).num_row_groups)]
-    with ProcessPoolExecutor(workers) as pool:
-        for rows in pool.map(functools.partial(_probe_part, max_megapixels=max_megapixels), parts):
-            yield from rows
+    return _row(record, *_open_images(record, max_megapixels), listed_as)
+
+
+def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: str | None,
+                  runtime: Runtime) -> Iterator[pa.Table]:
+    """The rows of every pair in the folders' shards, in order, a row group at a time; sources by their listed name.
+
+    Raises FileNotFoundError if a folder has no shards, ValueError for a shard that is broken or no record's.
+    """
+    parts = [(source, path, group) for source, folder in folders.items()
+             for path in shards(folder) for group in range(_open(path).num_row_groups)]
+    make = functools.partial(_Prober, max_megapixels=max_megapixels, clip=clip, device=runtime.device)
+    yield from spread(make, parts, runtime, chunk=4, num_gpus=0.25 if clip else 0)
 
 
 def count_pairs(folder: Path) -> int:
     return sum(_open(path).metadata.num_rows for path in shards(folder))
 
 
-def read_raw(folder: Path) -> Iterator[Record]:
-    """Every record of the folder's shards, like read_records, but bytes that are not UTF-8 become U+FFFD."""
-    for path in shards(folder):
-        for group in range(_open(path).num_row_groups):
-            yield from _read_part(path, group)
+def write_table(tables: Iterable[pa.Table], path: Path) -> int:
+    """The probe table as one Parquet file, a few thousand rows in memory at a time; returns their number.
 
-
-def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> int:
-    """The probe table as one Parquet file, a few thousand rows in memory at a time; returns their number."""
+    The file takes its name at the end: what is half-written is never taken for whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    total, part = 0, []
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for row in rows:
-            part.append(row)
-            if len(part) == 4096:
-                writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
-                total, part = total + len(part), []
-        writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
-    return total + len(part)
+    part, waiting, total = path.with_suffix(".part"), SCHEMA.empty_table(), 0
+    try:
+        with pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
+            for table in tables:
+                total += len(table)
+                waiting = pa.concat_tables([waiting, table])
+                while len(waiting) >= _ROWS:
+                    writer.write_table(waiting.slice(0, _ROWS))
+                    waiting = waiting.slice(_ROWS)
+            writer.write_table(waiting)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return total
 
 
-# --- reading, whatever the bytes ---
+class _Prober:
+    """What a process needs to probe row groups of shards: a CLIP model, where one is named."""
+
+    def __init__(self, *, max_megapixels: float, clip: str | None, device: str) -> None:
+        self.max_megapixels = max_megapixels
+        self.embedder: Embedder | None = None
+        if clip is not None:
+            from onediff.data.embedding import Embedder
+
+            self.embedder = Embedder(clip, device)
+
+    def __call__(self, part: tuple[str, Path, int]) -> pa.Table:
+        listed_as, path, group = part
+        rows: list[dict[str, Any]] = []
+        waiting: list[tuple[dict[str, Any], Images]] = []
+        for record in read_group(path, group):
+            images, errors = _open_images(record, self.max_megapixels)
+            rows.append(_row(record, images, errors, listed_as))
+            if self.embedder is not None and len(images) == 2:
+                waiting.append((rows[-1], images))
+            if len(waiting) == _EMBEDDED:
+                self._embed(waiting)
+                waiting = []
+        self._embed(waiting)
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def _embed(self, waiting: list[tuple[dict[str, Any], Images]]) -> None:
+        """Adds to the rows how far apart their images are for CLIP: 0 the same, 1 unrelated, 2 opposite."""
+        if self.embedder is None or not waiting:
+            return
+        vectors = self.embedder.images([images[side] for _, images in waiting for side in SIDES])
+        for (row, _), before, after in zip(waiting, vectors[::2], vectors[1::2], strict=True):
+            row["clip_distance"] = round(1 - float(before @ after), 5)
+
+
+# --- reading, whatever the bytes --------------------------------------------------------------------------------------
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -93,29 +137,43 @@ def _open(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())}); make it again") from None
-    if sorted(file.schema_arrow.names) != sorted(RECORD_SCHEMA.names):
+    wanted, got = ({field.name: field.type for field in schema} for schema in (RECORD_SCHEMA, file.schema_arrow))
+    if got != wanted:
         raise ValueError(
-            f"{path}: its columns must be {', '.join(RECORD_SCHEMA.names)}; got {', '.join(file.schema_arrow.names)}"
-        )
+            f"{path}: its columns must be {_told(wanted)}; got {_told(got)}; make it again with 'dvc repro'")
     return file
 
 
-def _read_part(path: Path, group: int) -> Iterator[Record]:
-    table = _open(path).read_row_group(group)
+def _told(columns: Mapping[str, pa.DataType]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def read_group(path: Path, group: int) -> Iterator[Record]:
+    """The records of a shard's row group, like read_records, but bytes that are not UTF-8 become U+FFFD.
+
+    Raises ValueError for a shard that is broken or no record's.
+    """
+    file = _open(path)
+    try:
+        table = file.read_row_group(group)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: row group {group} is broken ({reason}); make it again with 'dvc repro'") from None
     # As bytes, because pyarrow would stop at text that is not UTF-8.
     columns = [column.cast(_as_bytes(column.type)) for column in table.columns]
     for row in pa.table(columns, names=table.column_names).to_pylist():
-        values: dict[str, Any] = {side: (row.pop(side) or {}).get("bytes") or b"" for side in ("before", "after")}
+        num_images = row.pop("num_images")
+        values: dict[str, Any] = {side: (row.pop(side) or {}).get("bytes") or b"" for side in SIDES}
         values["references"] = [_text(reference) for reference in row.pop("references") or []]
         values["provenance"] = _provenance(_text(row.pop("provenance")))
         values |= {name: _text(value) for name, value in row.items()}
-        yield Record(**values)
+        yield Record(**values, num_images=2 if num_images is None else num_images)
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_as_bytes(kind.value_type))
-    return pa.binary() if pa.types.is_string(kind) or pa.types.is_large_string(kind) else kind
+    return pa.binary() if pa.types.is_string(kind) else kind
 
 
 def _text(value: bytes | None) -> str:
@@ -130,52 +188,104 @@ def _provenance(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _probe_part(part: tuple[Path, int], *, max_megapixels: float) -> list[dict[str, Any]]:
-    return [probe_record(record, max_megapixels=max_megapixels) for record in _read_part(*part)]
+# --- facts ------------------------------------------------------------------------------------------------------------
 
 
-# --- facts ---
+def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> dict[str, Any]:
+    names = _texts(record.provenance.get("names"))
+    row: dict[str, Any] = {name: getattr(record, name) for name in _NAMES}
+    row |= {"listed_as": listed_as, "official_split": str(record.provenance.get("official_split") or "")}
+    row |= {f"name_{side}": name for side, name in zip(SIDES, (*names, "", ""), strict=False)}
+    row |= {"num_images": record.num_images, "decodes": not errors, "error": "; ".join(errors),
+            "num_missing_images": sum(error.endswith(_MISSING) for error in errors)}
+    row["mode"] = "|".join(sorted({_mode(getattr(record, side)) for side in images}))
+    greys = {side: image.convert("L") for side, image in images.items()}
+    for side in SIDES:
+        row |= {f"{name}_{side}": value for name, value in _image_facts(images.get(side), greys.get(side)).items()}
+    row["distance"] = _distance(greys["before"], greys["after"]) if len(greys) == 2 else None
+    return row | {"clip_distance": None} | _text_facts(record)
 
 
-def _image_facts(image: Image.Image | None) -> dict[str, Any]:
-    if image is None:
+def _open_images(record: Record, max_megapixels: float) -> tuple[dict[str, Image.Image], list[str]]:
+    """The images that can be read, and what is wrong with the others."""
+    images, errors = {}, []
+    gone, names = (_texts(record.provenance.get(key)) for key in ("missing", "names"))
+    for number, side in enumerate(SIDES[: record.num_images]):
+        content = getattr(record, side)
+        if not content and gone:
+            name = names[number] if number < len(names) and names[number] in gone else " or ".join(gone)
+            errors.append(f"{side}: {name}{_MISSING}")
+            continue
+        try:
+            images[side] = open_image(content, max_megapixels=max_megapixels)
+        except ValueError as error:
+            errors.append(f"{side} {error}")
+    return images, errors
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _image_facts(image: Image.Image | None, grey: Image.Image | None) -> dict[str, Any]:
+    if image is None or grey is None:
         return {"width": 0, "height": 0, "hash": "", "phash": 0}
     size = f"{image.width}x{image.height}:".encode()
     return {
         "width": image.width,
         "height": image.height,
         "hash": digest(size + image.tobytes()),
-        "phash": difference_hash(image),
+        "phash": difference_hash(grey),
     }
 
 
 def _mode(content: bytes) -> str:
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return image.mode
 
 
 def difference_hash(image: Image.Image) -> int:
     """64 bits: whether each cell of a grid is darker than its right neighbour. Near pictures differ in few bits."""
-    grey = _grey(image, 9, 8)
-    return int.from_bytes(np.packbits(grey[:, :-1] < grey[:, 1:]).tobytes(), "big")
+    cells = _cells(image.convert("L"), 9, 8)
+    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
 
 def _distance(before: Image.Image, after: Image.Image) -> float:
-    return float(np.abs(_grey(before, 32, 32) - _grey(after, 32, 32)).mean())
+    return float(np.abs(_cells(before, 32, 32) - _cells(after, 32, 32)).mean())
 
 
-def _grey(image: Image.Image, width: int, height: int) -> NDArray[np.int16]:
-    return np.asarray(image.convert("L").resize((width, height), Image.Resampling.BOX)).astype(np.int16)
+def _cells(grey: Image.Image, width: int, height: int) -> NDArray[np.int16]:
+    return np.asarray(grey.resize((width, height), Image.Resampling.BOX)).astype(np.int16)
 
 
 def _text_facts(record: Record) -> dict[str, Any]:
     words = [len(reference.split()) for reference in record.references]
-    texts = [*record.references, record.instruction, record.pair_id, record.group_id]
-    texts += [record.source, record.split, record.change_type]
+    said = [*record.references, record.instruction]
+    if record.num_images < 2:  # general instruction data is written in lines and is never scored
+        said = [text.translate(_LINES) for text in said]
+    texts = [*said, *(getattr(record, name) for name in _NAMES)]
+    # A published test pair whose every sentence is empty: papers score it, so it is no fault of the record.
+    published_so = record.references == [""] and record.provenance.get("empty_references", 0) > 0
+    language, score = _language(" ".join(record.references)) if sum(words) >= MIN_LANGUAGE_WORDS else ("", None)
     return {"num_references": len(words), "min_words": min(words, default=0), "max_words": max(words, default=0),
-            "num_empty_references": words.count(0), "has_bad_text": any(is_bad_text(text) for text in texts)}
+            "num_empty_references": 0 if published_so else words.count(0),
+            "has_bad_text": any(is_bad_text(text) for text in texts), "language": language, "language_score": score}
 
 
 def is_bad_text(text: str) -> bool:
     """Whether it holds U+FFFD, a control character, or a line separator (PTB would shift all later captions)."""
-    return any(char == "\ufffd" or unicodedata.category(char) in _BAD_CATEGORIES for char in text)
+    return _BAD_TEXT.search(text) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _language(text: str) -> tuple[str, float]:
+    """ISO 639-1 code and probability, by py3langid; the score is rounded, since processors add in different orders."""
+    code, score = _identifier().classify(text[:4096])
+    return str(code), round(float(score), 3)
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from onediff.config import Retrieval
+from onediff.config import Retrieval, Runtime
 from onediff.data.collection import Entry, load
-from onediff.data.embedding import Vectors
+from onediff.data.embedding import Embedder, Vectors
+from onediff.data.parallel import spread
 from onediff.data.record import Record, digest
+from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
+PART = 512  # images whose vectors are kept together: what a kill can cost
 EXACT_UP_TO = 200_000  # images; above, an inverted file looks through PROBES of its sqrt(n) lists only
 PROBES = 32
 
@@ -77,3 +83,62 @@ def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
     index.add(rows)
     similarity, neighbour = index.search(rows, min(count, len(rows)))
     return similarity, neighbour
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors of the images that can be read, in order, and why the others cannot."""
+
+    vectors: Vectors
+    names: list[str]
+    broken: dict[str, str]
+
+
+def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
+                     max_megapixels: float) -> Iterator[Embedded]:
+    """PART images at a time, in order. Kept in scratch by content, so that a stopped run costs one part."""
+    parts = [entries[start : start + PART] for start in range(0, len(entries), PART)]
+    folder = Path(runtime.scratch) / "embeddings"
+    return spread(_Maker(model, runtime.device, folder, max_megapixels), parts, runtime, num_gpus=1)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    model: str
+    device: str
+    folder: Path
+    max_megapixels: float
+
+    def __call__(self) -> Callable[[list[Entry]], Embedded]:
+        embedder = Embedder(self.model, self.device)
+        known = embedder.identity
+        return lambda part: self._embed(embedder, known, part)
+
+    def _embed(self, embedder: Embedder, known: str, part: list[Entry]) -> Embedded:
+        images, names, broken = [], [], {}
+        key = hashlib.sha256(known.encode())
+        for item in load(part):
+            try:
+                images.append(open_image(item.content, max_megapixels=self.max_megapixels))
+                names.append(item.name)
+                key.update(hashlib.sha256(item.content).digest())
+            except ValueError as error:
+                broken[item.name] = str(error)
+        if not images:
+            return Embedded(np.zeros((0, 0), np.float32), [], broken)
+        path = self.folder / f"{key.hexdigest()[:32]}.npy"
+        if not path.exists():
+            _write(path, embedder.images(images))
+        return Embedded(np.load(path), names, broken)
+
+
+def _write(path: Path, vectors: Vectors) -> None:
+    """Appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}.part")
+    with half.open("wb") as file:
+        np.save(file, vectors)
+    half.rename(path)

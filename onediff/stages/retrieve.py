@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.collection import list_collection
-from onediff.data.embedding import embed_collection
 from onediff.data.record import write_shards
-from onediff.data.retrieval import find_pairs, pair_records
+from onediff.data.retrieval import embed_collection, find_pairs, pair_records
 from onediff.stages import quiet, run
 
 

@@ -6,43 +6,62 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
 from onediff.config import SPLITS, Config, load_params, load_runtime
+from onediff.data.parallel import spread
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.edits import edit_record
 from onediff.data.synthesis.scenes import scene_records
 from onediff.stages import run
 
-
-def _edit(config: Config, split: str, index: int) -> list[Record]:
-    return [edit_record(config, split, index)]
+Group = tuple[str, str, int]  # shard prefix, split, number within the split
 
 
-def _plan(config: Config, source: str) -> Iterator[tuple[str, str, int, Callable[..., list[Record]]]]:
-    """(shard prefix, split, number of groups, maker) of everything a source makes."""
+def _groups(config: Config, source: str) -> Iterator[Group]:
+    """Everything a source makes, in the order of its shards."""
+    if source not in ("scenes", "edits"):
+        raise ValueError(f"unknown source '{source}'; known are scenes and edits")
+    counts = config.data.scenes.num_scenes if source == "scenes" else config.data.edits.num_pairs
+    for split in SPLITS:
+        yield from ((split, split, index) for index in range(getattr(counts, split)))
+    if source == "scenes":
+        yield from (("far", "test", index) for index in range(config.data.scenes.num_far))
+
+
+def _maker(config: Config, source: str, device: str) -> Callable[[Group], list[Record]]:
+    if _by_blender(config, source):
+        from onediff.data.synthesis import blender
+
+        blender.choose_device(device)  # before the first scene, so that a missing Blender is said at once
+    return functools.partial(_make, config, source)
+
+
+def _by_blender(config: Config, source: str) -> bool:
+    return source == "scenes" and config.data.scenes.renderer == "blender"
+
+
+def _make(config: Config, source: str, group: Group) -> list[Record]:
+    prefix, split, index = group
     if source == "edits":
-        yield from ((split, split, getattr(config.data.edits.num_pairs, split), _edit) for split in SPLITS)
-    elif source == "scenes":
-        yield from ((split, split, getattr(config.data.scenes.num_scenes, split), scene_records) for split in SPLITS)
-        yield "far", "test", config.data.scenes.num_far, functools.partial(scene_records, source="scenes_far")
-    else:
-        raise ValueError(f"synthesize: unknown source '{source}'; known are scenes and edits")
+        return [edit_record(config, split, index)]
+    return scene_records(config, split, index, source="scenes_far" if prefix == "far" else "scenes")
 
 
 def synthesize(source: str) -> None:
-    """Writes data/synthetic/<source>/<split>-*.parquet. The number of processes does not change a byte."""
+    """Writes data/synthetic/<source>/<split>-*.parquet. Neither the engine nor its processes change a byte."""
     config, runtime = load_params(), load_runtime()
+    groups = list(_groups(config, source))
     folder = Path("data/synthetic") / source
     shutil.rmtree(folder, ignore_errors=True)
-    with ProcessPoolExecutor(runtime.num_workers) as pool:
-        for prefix, split, count, maker in _plan(config, source):
-            made = pool.map(functools.partial(maker, config, split), range(count), chunksize=8)
-            shown = tqdm(made, total=count, desc=f"{source} {prefix}", unit="group")
-            write_shards(itertools.chain.from_iterable(shown), folder, prefix, shard_pairs=config.data.shard_pairs)
+    made = spread(functools.partial(_maker, config, source, runtime.device), groups, runtime, chunk=8,
+                  num_gpus=0.25 if _by_blender(config, source) else 0)
+    shown = zip(groups, tqdm(made, total=len(groups), desc=source, unit="group"), strict=True)
+    for prefix, part in itertools.groupby(shown, key=lambda pair: pair[0][0]):
+        records = itertools.chain.from_iterable(records for _, records in part)
+        write_shards(records, folder, prefix, shard_pairs=config.data.shard_pairs)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from onediff.config import load_params
-from onediff.data.checks import find_bad, judged, require, write_report
+from onediff.data.checks import check_suite, complaints, judged, refuse, suites_of, write_report
 from onediff.stages import run
 from onediff.stages.probe import TABLE
 
@@ -15,18 +15,23 @@ QUARANTINE, REPORTS = Path("data/quarantine.parquet"), Path("data/reports/valida
 
 
 def validate() -> None:
-    """Reads data/probe.parquet; writes data/quarantine.parquet and data/reports/validation/.
+    """Reads data/probe.parquet and the shards; writes data/quarantine.parquet and data/reports/validation/.
 
-    Raises ValueError for too many bad pairs or a broken fatal rule, after both are written.
+    Raises ValueError, after both are written, for too many bad pairs, a broken fatal rule, or a published test set that
+    lost pairs while its source is not in data.partial.
     """
-    tolerance = load_params().data.tolerance
+    data = load_params().data
     if not TABLE.exists():
         raise FileNotFoundError(f"{TABLE} not found: 'dvc repro probe' makes it")
-    table = judged(pd.read_parquet(TABLE))
-    bad = find_bad(table)
+    table = pd.read_parquet(TABLE)
+    table = judged(table.assign(suite=suites_of(table, data)))
+    checked = [check_suite(suite, table, tolerance=tolerance, partial=tuple(data.partial))
+               for suite, tolerance in (("raw", data.tolerance.raw), ("generated", data.tolerance.generated))]
+    bad = pd.concat([one.bad for one in checked]).sort_index()
     bad.to_parquet(QUARANTINE, index=False)
-    report = write_report(table, bad, REPORTS, tolerance=tolerance)
-    require(table, bad, tolerance=tolerance, report=report)
+    found = complaints(checked, whole=tuple(source for source in data.raw if source not in data.partial))
+    folders = [data.folder(source) for source in data.sources]
+    refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
 
 
 if __name__ == "__main__":

@@ -199,6 +199,12 @@ def visible(things: list[Thing], view: View, image_px: int = 48) -> NDArray[np.f
     return np.bincount(ids.ravel() + 1, minlength=len(things) + 1)[1:] / ids.size
 
 
+def object_ids(things: list[Thing], view: View, image_px: int, *, samples: int = 2) -> NDArray[np.int8]:
+    """The ids of `render` without the image."""
+    _, _, ids = _trace(things, Camera.of(view), image_px * samples)
+    return np.ascontiguousarray(ids[::samples, ::samples])
+
+
 def render(things: list[Thing], view: View, image_px: int, *,
            samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """-> image (P, P, 3) uint8, and ids (P, P): which object each pixel shows, -1 for the table.

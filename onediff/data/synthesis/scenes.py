@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -234,12 +234,12 @@ def _try_scene(config: Config, split: str, index: int, *, source: str, jitter: f
     group = f"{source}/{split}/{index:06d}"
     pairs = []
     for (letter, what, left, right), references in zip(plan, told, strict=True):
-        f0, f1 = left.frame(config.data.image_px), right.frame(config.data.image_px)
+        f0, f1 = left.frame(config), right.frame(config)
         pairs.append(Record(
             pair_id=f"{source}-{split}-{index:06d}{letter}", source=source, split=split, group_id=group,
             before=f0.png, after=f1.png, references=references or [], instruction=pick(rng, INSTRUCTIONS["scenes"]),
             change_type=what.change_type,
-            provenance=_provenance(what, f0, f1, seed) | {
+            provenance=_provenance(what, f0, f1, seed) | _made_by(config) | {
                 "swap_of": f"{source}-{split}-{index:06d}c" if letter == "s" else None,
                 "captions": [name_objects(shot.things, shot.view) for shot in (left, right)]}))
     return pairs
@@ -252,11 +252,19 @@ class _Shot:
         self.things, self.view = things, view
         self._frame: Frame | None = None
 
-    def frame(self, image_px: int) -> Frame:
+    def frame(self, config: Config) -> Frame:
         if self._frame is None:
-            image, ids = render(self.things, self.view, image_px)
+            image, ids = _renderer(config)(self.things, self.view, config.data.image_px)
             self._frame = Frame(png(image), self.things, ids)
         return self._frame
+
+
+def _renderer(config: Config) -> Callable[[list[Thing], View, int], tuple[NDArray[np.uint8], NDArray[np.int8]]]:
+    if config.data.scenes.renderer == "blender":
+        from onediff.data.synthesis import blender  # heavy, and an extra
+
+        return blender.render
+    return render
 
 
 def _seen_moving(change: Change, views: list[View]) -> bool:
@@ -288,6 +296,12 @@ def _provenance(change: Change, before: Frame, after: Frame, seed: list[int]) ->
     return {"seed": seed, "object": _attributes(thing) if thing else None, "new": change.new,
             "region_before": _region(before, change.before), "region_after": _region(after, change.after),
             "objects": [_attributes(thing) for thing in before.things]}
+
+
+def _made_by(config: Config) -> dict[str, str]:
+    """Said only of the renderer that is not the usual one."""
+    renderer = config.data.scenes.renderer
+    return {} if renderer == "raytracer" else {"renderer": renderer}
 
 
 def _attributes(thing: Thing) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onediff.config import Config, Runtime
+from onediff.data.parallel import AHEAD, spread
+
+ROOT = Path(__file__).parents[2]
+LOCAL = Runtime(workers=3)
+RAY = Runtime(workers=3, engine="ray")
+
+
+def adder(number: int) -> Callable[[int], int]:
+    return functools.partial(operator.add, number)
+
+
+def process_id() -> Callable[[int], int]:
+    mine = os.getpid()
+    return lambda item: mine
+
+
+def reader() -> Callable[[str], str]:
+    return lambda name: Path(name).read_text()
+
+
+def divider() -> Callable[[int], int]:
+    def divide(item: int) -> int:
+        if item == 7:
+            raise ValueError("item 7: not this one; leave it out")
+        return item
+
+    return divide
+
+
+def waiter(folder: str) -> Callable[[int], int]:
+    def wait(item: int) -> int:
+        (Path(folder) / str(item)).touch()
+        return item
+
+    return wait
+
+
+def killer() -> Callable[[int], int]:
+    return lambda item: os.kill(os.getpid(), signal.SIGKILL) or item if item == 3 else item
+
+
+def refuser() -> Callable[[int], int]:
+    raise FileNotFoundError("models/clip not found")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("count", [0, 1, 53])
+def test_results_come_in_order(count: int, chunk: int) -> None:
+    assert list(spread(functools.partial(adder, 5), range(count), LOCAL, chunk=chunk)) == list(range(5, 5 + count))
+
+
+def test_a_worker_is_made_once_in_each_process() -> None:
+    owners = list(spread(process_id, range(60), LOCAL, chunk=2))
+    assert os.getpid() not in owners
+    assert len(set(owners)) <= 3
+
+
+def test_an_error_of_a_worker_arrives_as_it_was_after_the_results_before_it() -> None:
+    results = spread(divider, range(20), LOCAL)
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(ValueError, match=r"^item 7: not this one; leave it out$"):
+        next(results)
+
+
+def test_an_error_in_making_the_worker_arrives_as_it_was() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^models/clip not found$"):
+        list(spread(refuser, range(3), LOCAL))
+
+
+def test_a_killed_process_is_an_error_in_words() -> None:
+    with pytest.raises(ChildProcessError, match=r"killed or could not start: .* set workers below 3 in runtime.yaml"):
+        list(spread(killer, range(20), LOCAL))
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, time\n"
+        "from onediff.config import Runtime\n"
+        "from onediff.data.parallel import spread\n"
+        "def make():\n"
+        "    return lambda item: (time.sleep(0.05), os.getpid())[1]\n"
+        "for number, owner in enumerate(spread(make, range(10_000), Runtime(workers=2))):\n"
+        "    print(owner, flush=True)\n"
+        "    if number == 20:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = subprocess.run([sys.executable, str(program)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    owners = {int(line) for line in done.stdout.split()}
+    assert len(owners) == 2
+    end = time.monotonic() + 10
+    while alive := [owner for owner in owners if Path(f"/proc/{owner}").exists()]:
+        assert time.monotonic() < end, f"still there: {alive}"
+        time.sleep(0.1)
+
+
+def test_on_gpus_each_process_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def seats(num_gpus: float, **runtime: Any) -> list[str]:
+        make = functools.partial(functools.partial, _visible)
+        return list(spread(make, range(40), Runtime(**runtime), num_gpus=num_gpus))
+
+    assert set(seats(1, workers=16, gpus=2)) == {"0", "1"}
+    assert set(seats(0.5, workers=16, gpus=1)) == {"0"}
+    assert set(seats(1, workers=16, gpus=2, device="cpu")) == {""}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert set(seats(0.5, workers=16, gpus=2)) == {"3", "5"}
+
+
+def _visible(item: int) -> str:
+    time.sleep(0.01)
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_no_more_is_worked_ahead_than_a_few_chunks(tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(10_000):
+            drawn.append(item)
+            yield item
+
+    results = spread(functools.partial(waiter, str(tmp_path)), items(), LOCAL, chunk=2)
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert len(drawn) <= 2 * AHEAD * 3
+    assert len(list(tmp_path.iterdir())) <= len(drawn)
+
+
+def test_ray_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r'engine \'ray\' needs Ray: pip install -e "\.\[ray\]"'):
+        list(spread(process_id, [1], RAY))
+
+
+@pytest.mark.parametrize(("address", "reason"), [
+    ("127.0.0.1:{port}", "Connection refused"), ("ray://head:10001", "auto or <host>:<port>"),
+    ("head", "auto or <host>:<port>")])
+def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, reason: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = address.format(port=port)
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"ray_address {address}: no Ray .*{reason}.*ray start"):
+        list(spread(process_id, [1], Runtime(engine="ray", ray_address=address)))
+    assert time.monotonic() - start < 15
+
+
+# --- a Ray cluster ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster of two machines, as far as Ray can tell: two raylets, each with its own workers and store."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: the extra 'ray'")
+    import ray
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_what_this_machine_gives(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.add_node(num_cpus=1)
+    ray = Runtime(engine="ray", ray_address=nodes.address)
+    assert list(spread(functools.partial(adder, 5), range(53), ray, chunk=3)) == list(range(5, 58))
+    assert list(spread(process_id, [], ray)) == []
+    assert len(set(spread(process_id, range(40), ray))) == 2
+    results = spread(divider, range(20), ray, chunk=4)
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(ValueError, match=r"^item 7: not this one; leave it out$"):
+        next(results)
+    with pytest.raises(FileNotFoundError, match="models/clip not found"):
+        list(spread(refuser, range(3), ray))
+    monkeypatch.chdir(tmp_path)
+    Path("relative.txt").write_text("found")
+    assert list(spread(reader, ["relative.txt"], ray)) == ["found"]
+
+
+@pytest.mark.slow
+def test_a_node_killed_midway_changes_no_byte(nodes: Any, micro: Config) -> None:
+    from onediff.data.synthesis.scenes import scene_records
+
+    doomed = nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+
+    def make() -> Callable[[int], list[Any]]:
+        return functools.partial(scene_records, micro, "train")
+
+    got = []
+    for made in spread(make, range(200), Runtime(engine="ray", ray_address=nodes.address), chunk=4):
+        got.append(made)
+        if len(got) == 60:
+            nodes.remove_node(doomed, allow_graceful=False)
+    assert got == [scene_records(micro, "train", index) for index in range(200)]

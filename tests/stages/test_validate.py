@@ -1,0 +1,164 @@
+"""Stages `probe` and `validate` on real shards: raw pairs, general instruction data and generated pairs together."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from onediff.config import SPLITS
+from onediff.data.record import Record, write_shards
+from onediff.stages.probe import probe
+from onediff.stages.validate import validate
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT.parent / "shared/cases/pairs"
+Project = Callable[..., Path]
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(37, 53, 3)).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def records(source: str, num_pairs: int = 11) -> list[Record]:
+    """`num_pairs` of each split, no image twice."""
+    start = 1000 * len(source)
+    return [Record(f"{source}-{split}-{k}", source, split, f"{source}-{split}-{k}", png(start + 200 * number + 2 * k),
+                   png(start + 200 * number + 2 * k + 1), ["the left bird went away"], "What changed?", "unlabelled",
+                   {"names": [f"{k}.png", f"{k}_2.png"], "official_split": split})
+            for number, split in enumerate(SPLITS) for k in range(num_pairs)]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Makes the project with the given data settings and records by source, and stands in it."""
+
+    def make(own: list[Record], generated: list[Record] | None = None, **data: Any) -> Path:
+        values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
+        values["data"] |= {"generated": ["edits"] if generated else [], "raw": ["own"],
+                           "tolerance": {"raw": 0.1, "generated": 0.1}} | data
+        for phase in ("align", "tune"):
+            values[phase]["mixture"] = {"own": 1}
+        YAML().dump(values, tmp_path / "params.yaml")
+        for folder, those in (("pairs/own", own), ("synthetic/edits", generated or [])):
+            for split in SPLITS:
+                write_shards((record for record in those if record.split == split), tmp_path / "data" / folder, split,
+                             shard_pairs=7)
+        return tmp_path
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDIFF_WORKERS", "1")
+    return make
+
+
+def change(those: list[Record], pair_id: str, **values: Any) -> list[Record]:
+    return [replace(record, **values) if record.pair_id == pair_id else record for record in those]
+
+
+def test_every_bad_pair_is_quarantined_with_all_its_reasons(project: Project) -> None:
+    own = change(records("own"), "own-train-2", after=b"\x89PNG\r\n\x1a\nbroken", references=["fine", " "])
+    own = change(own, "own-val-4", references=["w " * 10_000])
+    folder = project(own, change(records("edits"), "edits-gate-3", references=["bell\x07"]))
+    probe()
+    validate()
+    bad = pd.read_parquet(folder / "data/quarantine.parquet").set_index("pair_id")
+    assert sorted(bad.index) == ["edits-gate-3", "own-train-2", "own-val-4"]
+    assert bad.loc["own-train-2", "reasons"] == "an image cannot be read; an empty caption"
+    assert bad.loc["own-val-4", "reasons"] == "a caption of more than 500 words"
+    assert list(bad["suite"]) == ["generated", "raw", "raw"]
+    page = (folder / "data/reports/validation/index.html").read_text()
+    assert "This data may be used" in page
+    assert page.count("data:image/jpeg") == 6  # of the broken pair one image, under either of its reasons
+
+
+def test_a_test_image_that_is_missing_stops_the_run_until_the_config_allows_it(project: Project) -> None:
+    gone = {"after": b"", "provenance": {"names": ["7.png", "7_2.png"], "missing": ["7_2.png"]}}
+    own = change(records("own"), "own-test-7", **gone)
+    folder = project(own)
+    probe()
+    with pytest.raises(ValueError, match=r"^own: 1 test pair is bad \(first: own-test-7: an image is missing \(after: "
+                                         r"7_2\.png is missing\)\), and a test set must not shrink in silence"):
+        validate()
+    assert list(pd.read_parquet(folder / "data/quarantine.parquet")["pair_id"]) == ["own-test-7"]
+    assert "must not shrink" in (folder / "data/reports/validation/index.html").read_text()
+    project(own, partial=["own"], tolerance={"raw": 0, "generated": 0})
+    validate()
+    assert list(pd.read_parquet(folder / "data/quarantine.parquet")["pair_id"]) == ["own-test-7"]
+
+
+def test_a_leak_stops_generated_data_and_is_left_to_build_in_raw_data(project: Project) -> None:
+    own, generated = records("own"), records("edits")
+    project(change(own, "own-train-1", after=own[-1].before), generated)
+    probe()
+    validate()
+    project(own, change(generated, "edits-train-1", after=generated[-1].before))
+    probe()
+    with pytest.raises(ValueError, match=r"^2 pairs: an image occurs in two splits \(first: edits-test-10\); see"):
+        validate()
+
+
+def test_each_suite_has_its_own_tolerance(project: Project) -> None:
+    own = change(records("own"), "own-train-1", references=[])
+    project(own, records("edits"), tolerance={"raw": 0.01, "generated": 1.0})
+    probe()
+    with pytest.raises(ValueError, match=r"1 of 44 raw pairs are bad \(2\.27%, tolerance 1\.00%"):
+        validate()
+
+
+def test_general_instruction_data_passes(project: Project) -> None:
+    own = records("own")
+    own[0] = replace(own[0], after=b"", num_images=1, references=["A long answer.\n" * 200], change_type="general")
+    own[1] = replace(own[1], before=b"", after=b"", num_images=0, change_type="general")
+    folder = project(own)
+    probe()
+    validate()
+    assert pd.read_parquet(folder / "data/quarantine.parquet").empty
+    assert list(pd.read_parquet(folder / "data/probe.parquet")["num_images"].value_counts()) == [42, 1, 1]
+
+
+def test_the_same_data_gives_the_same_files(project: Project) -> None:
+    folder = project(change(records("own"), "own-val-4", references=[" "]), records("edits"))
+    files = []
+    for _ in range(2):
+        probe()
+        validate()
+        files.append([path.read_bytes() for path in sorted((folder / "data").rglob("*"))
+                      if path.name in ("probe.parquet", "quarantine.parquet", "index.html")])
+    assert len(files[0]) == 3
+    assert files[0] == files[1]
+
+
+def test_real_photographs_of_many_kinds_pass(project: Project) -> None:
+    if not PHOTOS.is_dir():
+        pytest.skip(f"{PHOTOS} is not there")
+    own = records("own")
+    photos = [*sorted(PHOTOS.glob("natural_*[1A].*g")), *sorted(PHOTOS.glob("whatsup_*_before.*"))]
+    for number, before in enumerate(photos):
+        own[number] = replace(own[number], before=before.read_bytes())  # unlike in shape: published data is
+    folder = project(own)
+    probe()
+    validate()
+    assert pd.read_parquet(folder / "data/quarantine.parquet").empty
+
+
+def test_what_is_missing_or_broken_is_named(project: Project) -> None:
+    folder = project(records("own"))
+    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found: 'dvc repro probe' makes it"):
+        validate()
+    path = folder / "data/pairs/own/test-00000.parquet"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"^data/pairs/own/test-00000\.parquet: not a whole Parquet file"):
+        probe()
+    (folder / "data/pairs/own").rename(folder / "data/pairs/moved")
+    with pytest.raises(FileNotFoundError, match=r"data/pairs/own/\*\.parquet not found"):
+        probe()
