@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no format that runs another program, as EPS does
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -29,7 +29,7 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
             megapixels = image.width * image.height / 1e6
             if megapixels <= max_megapixels:
                 image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                return _rgb(_upright(image))
     except Image.DecompressionBombError:  # Pillow's own bound, twice 89 megapixels
         raise ValueError(f"{name}: more than {max_megapixels:g} megapixels; make it smaller") from None
     except _BROKEN as error:
@@ -49,6 +49,11 @@ def _reason(error: Exception) -> str:
     return f"corrupt or truncated image ({' '.join(str(error).split())})"
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image  # it would copy an upright image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _eight_bits(image).convert("RGB")
@@ -58,7 +63,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -63,13 +62,16 @@ class OneDiffProcessor(ProcessorMixin):
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Images of any size -> (M, 3, H, W), as the image processor would, without its detours through floats."""
-        side, resample = self.image_px, self.image_processor.resample
-        normed = self._normed_levels()
+        side, settings = self.image_px, self.image_processor
+        mean, std = (np.array(values, dtype=np.float64) for values in (settings.image_mean, settings.image_std))
+        scale, shift = (settings.rescale_factor / std).astype(np.float32), (mean / std).astype(np.float32)
+        color = tuple(round(value) for value in mean / settings.rescale_factor)
         batch = np.empty((len(images), 3, side, side), dtype=np.float32)
         for image, pixels in zip(images, batch, strict=True):
-            square = np.asarray(_squared(image, side, resample, color=self._mean_color()))
+            square = np.asarray(_squared(image, side, settings.resample, color=color))
             for channel in range(3):
-                np.take(normed[channel], square[..., channel], out=pixels[channel])
+                np.multiply(square[..., channel], scale[channel], out=pixels[channel])
+                pixels[channel] -= shift[channel]
         return torch.from_numpy(batch)
 
     @property
@@ -78,16 +80,6 @@ class OneDiffProcessor(ProcessorMixin):
         settings = self.image_processor
         size = settings.crop_size if getattr(settings, "do_center_crop", False) else settings.size
         return int(size["height"] if size.get("height") else size["shortest_edge"])
-
-    def _mean_color(self) -> tuple[int, ...]:
-        return tuple(round(value / self.image_processor.rescale_factor) for value in self.image_processor.image_mean)
-
-    def _normed_levels(self) -> NDArray[np.float32]:
-        """(3, 256): what each grey level of each channel becomes."""
-        settings = self.image_processor
-        levels = np.arange(256) * settings.rescale_factor
-        mean, std = (np.array(values)[:, None] for values in (settings.image_mean, settings.image_std))
-        return ((levels - mean) / std).astype(np.float32)
 
     def questions(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         """For generation: questions alone, padded on the left."""

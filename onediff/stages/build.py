@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from onediff.config import SPLITS, load_params
-from onediff.data.build import card, check_leaks, good_records, good_rows
-from onediff.data.record import Record, read_records, write_shards
+from onediff.config import SPLITS, Config, load_params, load_runtime
+from onediff.data.build import (
+    card,
+    chosen_tables,
+    dataset_card,
+    good_rows,
+    incomplete_tests,
+    leak_card,
+    staying,
+    whole,
+    write_tables,
+)
+from onediff.data.checks import check_suite, complaints, judged, refuse, write_report
+from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
+from onediff.data.record import Record, read_records
 from onediff.data.shortcut import pixel_difference_auc
 from onediff.stages import run
-from onediff.stages.probe import SYNTHETIC, TABLE
+from onediff.stages.probe import TABLE
 from onediff.stages.validate import QUARANTINE
 
-DIFFCAP = Path("data/diffcap")
-AUC_TRAIN_PAIRS = 3000
+DIFFCAP, REPORTS = Path("data/diffcap"), Path("data/reports/diffcap")
+LEAKS = REPORTS / "leaks.parquet"
+AUC_PAIRS = 3000  # of train, and of test
 
 
 def build() -> None:
-    """Reads data/synthetic, the probe table and the quarantine; writes data/diffcap/. ValueError if a split leaks."""
+    """Reads the sources' records, the probe table and the quarantine; writes data/diffcap/ and data/reports/diffcap/.
+
+    Raises ValueError, after the reports are written, if pairs leak and data.leaks.action is stop, or if what would be
+    written breaks a rule of the suite `diffcap`.
+    """
     config = load_params()
-    table, bad = pd.read_parquet(TABLE), pd.read_parquet(QUARANTINE)
-    quarantined = frozenset(bad["pair_id"])
-    rows = good_rows(table, quarantined=quarantined)
-    check_leaks(rows)
-    shutil.rmtree(DIFFCAP, ignore_errors=True)
-    folders = [SYNTHETIC / source for source in config.data.sources]
-    for split in SPLITS:
-        records = tqdm(good_records(folders, split, quarantined=quarantined), total=int((rows["split"] == split).sum()),
-                       desc=f"build {split}", unit="pair")
-        write_shards(records, DIFFCAP, split, shard_pairs=config.data.shard_pairs)
-    auc = {source: _auc(source) for source in ("scenes", "scenes_far") if (rows["source"] == source).any()}
-    text = json.dumps(card(rows, DIFFCAP, num_quarantined=len(bad), auc=auc), indent=2, sort_keys=True)
-    (DIFFCAP / "card.json").write_text(text + "\n", encoding="utf-8")
+    probed, bad = (_read_table(path) for path in (TABLE, QUARANTINE))
+    good = good_rows(probed, quarantined=frozenset(bad["pair_id"]))
+    folders = [config.data.folder(source) for source in config.data.sources]
+    leaks = _leaks(good, folders, config)
+    rows = staying(good, leaks)
+    _check(rows, folders)
+    with whole(DIFFCAP) as folder:
+        for split in SPLITS:
+            tables = chosen_tables(folders, rows, split)
+            with tqdm(tables, desc=f"build {split}", unit="group") as shown:
+                write_tables(shown, folder, split, shard_pairs=config.data.shard_pairs)
+        values = _card(config, folder, probed=probed, rows=rows, leaks=leaks) | {"num_quarantined": len(bad)}
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (folder / "card.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(dataset_card(json.loads(text)), encoding="utf-8")
 
 
-def _auc(source: str) -> float | None:
-    train = itertools.islice(_of("train", "scenes"), AUC_TRAIN_PAIRS)
-    return pixel_difference_auc(train, _of("test", source))
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: 'dvc repro validate' makes it")
+    return pd.read_parquet(path)
 
 
-def _of(split: str, source: str) -> Iterator[Record]:
-    return (record for record in read_records(DIFFCAP, f"{split}-*.parquet") if record.source == source)
+def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFrame:
+    thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
+                                   runtime=load_runtime())
+    leaks = find_leaks(good, config.data.leaks, thumbnails)
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    leaks.to_parquet(LEAKS, index=False)
+    if config.data.leaks.action == "stop":
+        refuse_leaks(leaks, report=LEAKS)
+    return leaks
+
+
+def _check(rows: pd.DataFrame, folders: list[Path]) -> None:
+    checked = [check_suite("diffcap", judged(rows.assign(suite="diffcap")), tolerance=0)]
+    found = complaints(checked)
+    refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
+
+
+def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFrame,
+          leaks: pd.DataFrame) -> dict[str, Any]:
+    bits = config.data.leaks.near_bits
+    told = leak_card(rows, leaks, near_bits=bits, near_train=near_train_images(rows, bits=bits),
+                     names=shared_names(probed))
+    auc = {source: _auc(folder, source) for source in ("scenes", "scenes_far") if (rows["source"] == source).any()}
+    return card(rows, folder, data=config.data, leaks=told, auc=auc,
+                incomplete=incomplete_tests(probed, rows, _read_reports(config)))
+
+
+def _read_reports(config: Config) -> dict[str, Any]:
+    paths = {source: config.data.unwritten_folder(source) / "report.json" for source in config.data.raw}
+    return {source: json.loads(path.read_text(encoding="utf-8")) for source, path in paths.items() if path.exists()}
+
+
+def _auc(folder: Path, source: str) -> float | None:
+    train, test = _of(folder, "train", "scenes"), _of(folder, "test", source)
+    with threadpool_limits(1):  # on a busy machine scikit-learn's threads wait for each other
+        return pixel_difference_auc(itertools.islice(train, AUC_PAIRS), itertools.islice(test, AUC_PAIRS))
+
+
+def _of(folder: Path, split: str, source: str) -> Iterator[Record]:
+    return (record for record in read_records(folder, f"{split}-*.parquet") if record.source == source)
 
 
 if __name__ == "__main__":

@@ -7,93 +7,176 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from onediff.data.build import NEAR_BITS, card, check_leaks, good_records, good_rows, near_duplicates
+from onediff.config import SPLITS, Config
+from onediff.data.build import (
+    card,
+    chosen_tables,
+    dataset_card,
+    good_rows,
+    incomplete_tests,
+    leak_card,
+    num_shared,
+    origin,
+    staying,
+    whole,
+    write_tables,
+)
+from onediff.data.leaks import COLUMNS
 from onediff.data.record import Record, digest, write_shards
 
 
 def record(number: int, split: str, source: str = "edits") -> Record:
-    return Record(
-        f"{source}-{split}-{number}", source, split, f"g{number}", b"before", b"after", ["a"], "?", "blur", {}
-    )
+    one = number % 7 == 3
+    return Record(f"{source}-{split}-{number}", source, split, f"g{number}", b"before%d" % number,
+                  b"" if one else b"after%d" % number, ["a", "b"], "?", "general" if one else "blur", {"n": number},
+                  num_images=1 if one else 2)
 
 
-def table() -> pd.DataFrame:
-    rng = np.random.default_rng(3)
-    return pd.DataFrame(
-        [
-            {
-                "pair_id": f"p{k}",
-                "source": "edits",
-                "split": ("train", "val", "gate", "test")[k % 4],
-                "change_type": "blur",
-                "group_id": f"g{k}",
-                "hash_before": f"b{k}",
-                "hash_after": f"a{k}",
-                "phash_before": rng.integers(2**63),
-                "phash_after": rng.integers(2**63),
-            }
-            for k in range(44)
-        ]
-    )
+def probed(folders: list[Path], records: list[Record]) -> pd.DataFrame:
+    """The columns of the probe table that building reads."""
+    return pd.DataFrame([{
+        "pair_id": one.pair_id, "source": one.source, "split": one.split, "change_type": one.change_type,
+        "group_id": one.group_id, "num_references": len(one.references),
+        "hash_before": digest(one.before), "hash_after": digest(one.after) if one.after else ""} for one in records])
 
 
-def test_good_records_come_in_order_without_the_quarantined(tmp_path: Path) -> None:
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[list[Path], list[Record]]:
+    """Two sources in shards, train before test as the names go."""
+    records = []
     for source in ("scenes", "edits"):
-        for split in ("test", "train"):
-            write_shards((record(k, split, source) for k in range(7)), tmp_path / source, split, shard_pairs=5)
-    folders = [tmp_path / "scenes", tmp_path / "edits"]
-    found = list(good_records(folders, "train", quarantined=frozenset({"scenes-train-3"})))
-    assert found == [
-        record(k, "train", source) for source in ("scenes", "edits") for k in range(7) if (source, k) != ("scenes", 3)
-    ]
+        for split in sorted(SPLITS):
+            part = [record(k, split, source) for k in range(151 if split == "train" else 11)]
+            write_shards(part, tmp_path / source, split, shard_pairs=83)
+            records += part
+    return [tmp_path / "scenes", tmp_path / "edits"], records
 
 
-def test_good_rows_leave_out_the_quarantined_and_unknown_splits() -> None:
-    rows = table()
-    rows.loc[2, "split"] = "dev"
-    assert list(good_rows(rows, quarantined=frozenset({"p0"}))["pair_id"]) == ["p1", *(f"p{k}" for k in range(3, 44))]
+def test_a_copy_of_everything_has_the_bytes_of_writing_the_records(written: tuple[list[Path], list[Record]],
+                                                                   tmp_path: Path) -> None:
+    folders, records = written
+    rows = probed(folders, records)
+    for split in SPLITS:
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        count = write_tables(chosen_tables(folders, rows, split), tmp_path / "copy", split, shard_pairs=151)
+        chosen = (one for one in records if one.split == split)
+        assert count == write_shards(chosen, tmp_path / "direct", split, shard_pairs=151)
+    files = sorted((tmp_path / "direct").iterdir())
+    assert [path.name for path in files] == [path.name for path in sorted((tmp_path / "copy").iterdir())]
+    assert len(files) == 5
+    assert all(path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes() for path in files)
 
 
-def test_leaks_are_refused_and_clean_splits_pass() -> None:
-    rows = table()
-    rows.loc[4, ["hash_before", "group_id"]] = ["a0", "g0"]  # both of split train
-    check_leaks(rows)
-    rows.loc[5, "hash_before"] = "a4"
-    with pytest.raises(
-        ValueError, match=r"data/diffcap: 1 images occur in two splits \(first: a4 in train and val\); see data/reports"
-    ):
-        check_leaks(rows)
-    rows = table()
-    rows.loc[[6, 7], "group_id"] = "g0"
-    with pytest.raises(ValueError, match=r"1 groups occur in two splits \(first: g0 in gate and test and train\)"):
-        check_leaks(rows)
+def test_chosen_pairs_come_in_order_without_the_others(written: tuple[list[Path], list[Record]]) -> None:
+    folders, records = written
+    table = probed(folders, records)
+    table.loc[9, "split"] = "dev"
+    rows = good_rows(table, quarantined=frozenset({"scenes-train-3", "edits-train-70"}))
+    found = [name for part in chosen_tables(folders, rows, "train") for name in part.column("pair_id").to_pylist()]
+    assert found == [one.pair_id for one in records
+                     if one.split == "train" and one.pair_id not in ("scenes-train-3", "edits-train-70")]
+    assert len(rows) == len(records) - 3
 
 
-def test_near_duplicates_equal_a_bit_by_bit_reference() -> None:
-    rows = table()
-    rows.loc[1, "phash_after"] = int(rows.loc[0, "phash_before"]) ^ 0b111
-    rows.loc[2, "phash_before"] = int(rows.loc[0, "phash_before"]) ^ 0b1111
-    rows.loc[7, ["phash_before", "phash_after"]] = [int(rows.loc[4, "phash_after"]) ^ 1] * 2
-    slow = dict.fromkeys(("val", "gate", "test"), 0)
-    train = [
-        value
-        for row in rows.to_dict("records")
-        if row["split"] == "train"
-        for value in (row["phash_before"], row["phash_after"])
-    ]
-    for row in rows.to_dict("records"):
-        if row["split"] != "train":
-            slow[row["split"]] += sum(
-                any((int(row[f"phash_{side}"]) ^ int(other)).bit_count() <= NEAR_BITS for other in train)
-                for side in ("before", "after")
-            )
-    assert near_duplicates(rows) == {"edits": slow} == {"edits": {"val": 1, "gate": 0, "test": 2}}
+def test_shards_that_changed_after_the_probe_are_refused(written: tuple[list[Path], list[Record]]) -> None:
+    folders, records = written
+    table = probed(folders, records)
+    table.loc[30, "pair_id"] = "another"
+    with pytest.raises(ValueError, match=r"parquet: changed since data/probe\.parquet was made; 'dvc repro' makes it"):
+        list(chosen_tables(folders, table, str(table.loc[30, "split"])))
 
 
-def test_the_card_counts_and_digests(tmp_path: Path) -> None:
+def leaking(*pairs: tuple[str, str, str]) -> pd.DataFrame:
+    lines = [{"pair_id": pair, "source": "edits", "split": split, "reason": reason, "partner": "p",
+              "partner_source": "x", "partner_split": "test", "distance": np.nan,
+              "leaks": reason != "near-duplicate image"}
+             for pair, split, reason in pairs]
+    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def test_what_leaks_goes_and_what_is_only_reported_stays() -> None:
+    rows = pd.DataFrame([{"pair_id": f"p{k}", "source": "edits", "split": SPLITS[k % 4], "group_id": f"g{k}",
+                          "hash_before": f"b{k}", "hash_after": ""} for k in range(11)])
+    found = leaking(("p0", "train", "equal image"), ("p0", "train", "equal group"),
+                    ("p4", "train", "near-duplicate image"))
+    left = staying(rows, found)
+    assert list(left["pair_id"]) == [f"p{k}" for k in range(1, 11)]
+    said = leak_card(left, found, near_bits=3, near_train={}, names={})
+    assert (said["num_dropped"], said["num_reported"], said["images"], said["groups"]) == (1, 1, 0, 0)
+    assert said["dropped"] == {"train": {"edits": {"equal image": 1}}}
+    every_gate = leaking(*((f"p{k}", "gate", "equal image") for k in (2, 6, 10)))
+    with pytest.raises(ValueError, match=r"data/diffcap: no pair is left in split gate"):
+        staying(rows, every_gate)
+
+
+def test_shared_values_are_counted_once() -> None:
+    rows = pd.DataFrame({"split": ["train", "test", "val", "val"], "hash_before": ["x", "x", "x", ""],
+                         "hash_after": ["y", "z", "", ""]})
+    assert num_shared(rows, "hash_before", "hash_after") == 1
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with whole(tmp_path / "diffcap") as part:
+        (part / "a").write_text("old")
+    with pytest.raises(OSError, match="disk is full"), whole(tmp_path / "diffcap") as part:
+        (part / "a").write_text("half")
+        raise OSError("disk is full")
+    (tmp_path / "diffcap.part").mkdir()
+    (tmp_path / "diffcap.part" / "left by a kill").touch()
+    assert (tmp_path / "diffcap" / "a").read_text() == "old"
+    with whole(tmp_path / "diffcap") as part:
+        (part / "b").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["diffcap"]
+    assert [path.name for path in (tmp_path / "diffcap").iterdir()] == ["b"]
+
+
+def test_the_card_counts_and_digests(tmp_path: Path, micro: Config) -> None:
     write_shards([record(0, "train")], tmp_path, "train", shard_pairs=5)
-    said = card(table(), tmp_path, num_quarantined=2, auc={"scenes": 0.5})
-    assert said["num_pairs"] == {split: {"edits": {"blur": 11}} for split in ("train", "val", "gate", "test")}
+    rows = pd.DataFrame([{"pair_id": f"p{k}", "source": ("edits", "spot_the_diff")[k % 2], "split": SPLITS[k % 4],
+                          "change_type": "blur", "num_references": 3} for k in range(44)])
+    said = card(rows, tmp_path, data=micro.data, leaks={"images": 0}, incomplete={}, auc={"scenes": 0.5})
+    assert said["num_pairs"]["train"] == {"edits": {"blur": 11}}
+    assert said["num_pairs"]["test"] == {"spot_the_diff": {"blur": 11}}
     assert said["digests"] == {"train-00000.parquet": digest((tmp_path / "train-00000.parquet").read_bytes())}
-    assert (said["num_quarantined"], said["leaks"]["images"], said["pixel_difference_auc"]) == (2, 0, {"scenes": 0.5})
+    assert (said["num_references"], said["pixel_difference_auc"]) == (132, {"scenes": 0.5})
+    assert said["sources"]["spot_the_diff"]["licence"] == "none stated"
     assert json.loads(json.dumps(said)) == said
+
+
+def test_every_kind_of_source_says_where_it_is_from(micro: Config) -> None:
+    sources = {"raw": ["mine", "clevr_change"], "retrieved": ["coco"], "diffused": ["flickr"]}
+    data = micro.data.model_copy(update=sources)
+    told = {source: origin(source, data) for source in ("scenes", "scenes_far", "edits", *data.raw, "coco", "flickr")}
+    assert all(set(its) >= {"what", "licence", "home"} for its in told.values())
+    assert (told["scenes"]["licence"], told["mine"]["home"]) == ("Apache-2.0", "data/raw/mine")
+    assert "data/raw/coco" in told["coco"]["licence"]
+
+
+def test_a_test_split_that_is_not_whole_is_told() -> None:
+    rows = pd.DataFrame({"source": ["a"] * 7 + ["b"] * 5 + ["c"] * 3, "split": "test"})
+    test = {"records": 9, "pairs": 7, "references": 20, "expected": {"records": 9, "pairs": 8}, "complete": False}
+    reports = {"a": {"splits": {"test": {"complete": True}}}, "b": {"splits": {"test": test}},
+               "c": {"splits": {"test": {"complete": True, "expected": None}}}}
+    assert incomplete_tests(rows, rows.iloc[:-1], reports) == {
+        "b": {"test_pairs": 5, "listed_test_pairs": 5, "published": {"records": 9, "pairs": 8},
+              "read": {"records": 9, "pairs": 7}},
+        "c": {"test_pairs": 2, "listed_test_pairs": 3}}
+
+
+def test_the_dataset_card_tells_all_that_the_card_holds(tmp_path: Path, micro: Config) -> None:
+    from ruamel.yaml import YAML
+
+    rows = pd.DataFrame([{"pair_id": f"p{k}", "source": "scenes", "split": SPLITS[k % 4], "change_type": "none",
+                          "group_id": f"g{k}", "hash_before": "", "hash_after": "", "num_references": 3}
+                         for k in range(4444)])
+    names = {"image_editing_request": {"test-val": 55, "train-val": 2, "train-test": 1}}
+    said = leak_card(rows, leaking(("p", "train", "equal image")), near_bits=3, near_train={}, names=names)
+    said = card(rows, tmp_path, data=micro.data, leaks=said, auc={},
+                incomplete={"spot_the_diff": {"test_pairs": 1200, "listed_test_pairs": 1270}}) | {"num_quarantined": 17}
+    page = dataset_card(said)
+    head, body = page.split("---\n", 2)[1:]
+    assert YAML(typ="safe").load(head)["configs"][0]["data_files"][3] == {"split": "test", "path": "test-*.parquet"}
+    assert YAML(typ="safe").load(head)["license"] == "apache-2.0"
+    for line in ("4,444 records", "| scenes | 1,111 | 1,111 | 1,111 | 1,111 |", "| train | edits | equal image | 1 |",
+                 "| image_editing_request | 55 | 2 | 1 |", "| spot_the_diff | 1,200 | 1,270 |", "17 bad pairs"):
+        assert line in body

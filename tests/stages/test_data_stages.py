@@ -25,8 +25,8 @@ NUM_PAIRS = 11
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
-    values["data"] |= {"sources": ["edits"], "tolerance": 0.1}
-    values["align"]["source"], values["tune"]["mixture"] = "edits", {"edits": 1}
+    values["data"] |= {"generated": ["edits"], "tolerance": {"generated": 0.1, "raw": 0.1}}
+    values["align"]["mixture"] = values["tune"]["mixture"] = {"edits": 1}
     YAML().dump(values, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
@@ -61,7 +61,7 @@ def test_bad_pairs_are_quarantined_and_the_rest_is_built_the_same_twice(folder: 
         build()
         built.append({path.name: path.read_bytes() for path in (folder / "data/diffcap").iterdir()})
     assert built[0] == built[1]
-    assert sorted(built[0]) == ["card.json", *(f"{split}-0000{k}.parquet" for split in sorted(SPLITS) for k in (0,))]
+    assert sorted(built[0]) == ["README.md", "card.json", *(f"{split}-00000.parquet" for split in sorted(SPLITS))]
     ids = [record.pair_id for record in read_records(folder / "data/diffcap")]
     assert len(ids) == len(set(ids)) == 4 * NUM_PAIRS - 2
     assert not set(ids) & set(bad["pair_id"])
@@ -74,7 +74,7 @@ def test_validation_writes_report_and_quarantine_before_it_stops(folder: Path) -
     probe()
     with pytest.raises(
         ValueError,
-        match=r"6 of 44 pairs are bad .*first: edits-test-000000: no caption\); see data/reports/validation/index",
+        match=r"6 of 44 generated pairs are bad .*first: edits-test-000000: no caption\); see data/reports/validation",
     ):
         validate()
     assert len(pd.read_parquet(folder / "data/quarantine.parquet")) == 6

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onediff.config import SPLITS
+from onediff.data.browse import THUMBNAIL_PX, browse, choose
+from onediff.data.record import Record, write_shards
+
+
+def png(seed: int, height: int = 229, width: int = 331) -> bytes:
+    file = io.BytesIO()
+    grey = np.full((height, width, 3), seed % 256, dtype=np.uint8)
+    Image.fromarray(grey).save(file, "PNG")
+    return file.getvalue()
+
+
+def record(number: int, source: str = "web", **values: object) -> Record:
+    given = {"pair_id": f"{source}-{number}", "source": source, "split": SPLITS[number % 4], "group_id": f"g{number}",
+             "before": png(number), "after": png(number + 1), "references": [f"the {number}th cup moved"],
+             "instruction": "?", "change_type": ("move", "add", "none")[number % 3], "provenance": {}} | values
+    return Record(**given)  # type: ignore[arg-type]
+
+
+def articles(page: str) -> list[str]:
+    return page.split("<article ")[1:]
+
+
+def test_chosen_members_are_spread_evenly_over_each_group() -> None:
+    groups = [("a",)] * 11 + [("b",)] * 2 + [("a",)] * 2
+    assert choose(groups, per_group=3) == [0, 6, 11, 12, 14]
+    assert choose(groups, per_group=100) == list(range(15))
+
+
+def test_each_group_is_shown_with_its_own_images(tmp_path: Path) -> None:
+    write_shards([record(k) for k in range(150)], tmp_path / "shards", "train", shard_pairs=97)
+    path = browse(tmp_path / "shards", tmp_path / "gallery", per_group=2)
+    page = path.read_text(encoding="utf-8")
+    assert len(articles(page)) == 4 * 3 * 2
+    for article in articles(page):
+        number = int(re.search(r"web-(\d+)", article).group(1))  # type: ignore[union-attr]
+        assert f'data-split="{SPLITS[number % 4]}"' in article
+        assert f"<li>the {number}th cup moved</li>" in article
+        for offset, content in enumerate(re.findall(r"base64,([^\"]+)", article)):
+            with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+                assert max(image.size) == THUMBNAIL_PX
+                assert abs(int(np.asarray(image)[60, 60, 0]) - number - offset) <= 2
+    assert [file.name for file in path.parent.iterdir()] == ["index.html"]
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    write_shards([record(0)], tmp_path / "shards", "train", shard_pairs=9)
+    page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|https?:", page)
+
+
+def test_odd_records_are_shown_and_their_text_is_no_markup(tmp_path: Path) -> None:
+    odd = [record(0, references=["<script>alert(1)</script> & \"so\"", "long " * 10_000]),
+           record(1, after=b"", references=[]), record(2, before=b"no image"),
+           record(3, after=b"", num_images=1), record(4, before=b"", after=b"", num_images=0)]
+    write_shards(odd, tmp_path / "shards", "train", shard_pairs=9)
+    page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
+    first, missing, broken, one, none = articles(page)
+    assert "<script>alert" not in page and "<script>alert(1)</script> & \"so\"" in unescape(first)
+    assert len(page) < 60_000
+    assert "missing" in missing and "no caption" in missing
+    assert "not an image" in broken
+    assert (one.count("<figure>"), none.count("<figure>")) == (1, 0)
+
+
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing/\*\.parquet not found"):
+        browse(tmp_path / "nothing", tmp_path, per_group=1)
