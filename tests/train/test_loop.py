@@ -25,7 +25,7 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 def phase(**changes: Any) -> Phase:
     settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
-                "mask_patches": 0.0, "validate_every": None, "num_val": 1} | RATES | changes
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}} | RATES | changes
     return Phase(**settings)
 
 
