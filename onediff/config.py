@@ -150,11 +150,18 @@ class Data(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"source '{name}' is named twice in generated, raw, retrieved and diffused")
-        for name in {"scenes", "edits"} & {*self.raw, *self.retrieved, *self.diffused}:
+        for name in {"scenes", "scenes_far", "edits"} & {*self.raw, *self.retrieved, *self.diffused}:
             raise ValueError(f"'{name}' is a generated source: call your own otherwise")
         for key, allowed in (("written", names[len(self.generated):]), ("partial", self.raw)):
             for name in set(getattr(self, key)) - set(allowed):
                 raise ValueError(f"{key} names '{name}', which must be one of {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _leaks_name_sources(self) -> Self:
+        for name in self.leaks.max_distance:
+            if name not in self.sources:
+                raise ValueError(f"leaks.max_distance names '{name}', which must be one of {self.sources}")
         return self
 
     @model_validator(mode="after")

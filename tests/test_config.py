@@ -66,6 +66,7 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("written: []", "written: [coco]", r"written names 'coco', which must be one of \[\]"),
     ("partial: []", "partial: [edits]", r"partial names 'edits', which must be one of \[\]"),
     ("tolerance: {generated: 0.01, raw: 0.01}", "tolerance: 0.01", r"data\.tolerance: .*got 0\.01"),
+    ("max_distance: {}", "max_distance: {mnie: 2.0}", r"leaks\.max_distance names 'mnie', which must be one of"),
     ("action: stop", "action: warn", r"data\.leaks\.action: .*'drop' or 'stop'.*got 'warn'"),
     ("renderer: raytracer", "renderer: povray", r"data\.scenes\.renderer: .*got 'povray'"),
     ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),

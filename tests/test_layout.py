@@ -137,6 +137,12 @@ def test_every_dep_of_the_pipeline_is_a_file_or_made_by_a_stage() -> None:
     assert [dep for dep in sorted(deps - made - given) if not (ROOT / dep).exists()] == []
 
 
+@pytest.mark.parametrize("path", ["pairs/coco", "written/coco", "answers/coco/write.jsonl", "instructed/coco.jsonl"])
+def test_images_and_answers_stay_out_of_git_even_if_a_first_run_fails(path: str) -> None:
+    _need_git()
+    assert subprocess.run(["git", "check-ignore", "-q", f"data/{path}"], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("folder", ["data/pairs", "data/written", "data/synthetic"])
 def test_a_folder_that_the_probe_reads_is_there_before_any_source_is(folder: str) -> None:
     _need_git()

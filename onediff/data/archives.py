@@ -47,12 +47,12 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> li
 
 
 def unpack_once(archive: Path, folder: Path) -> Path:
-    """The archive's files below folder/<digest of its name, size and time>, unpacked when first asked for.
+    """The archive's files below folder/<digest of its path, size and time>, unpacked when first asked for.
 
     At most 20 times the archive's size and 1 GiB, and what the disk can hold. Raises ValueError as `unpack`.
     """
     facts = archive.stat()
-    target = folder / digest(f"{archive.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    target = folder / digest(f"{archive.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(folder).free
@@ -77,10 +77,10 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
 
 
 def _copy(source: IO[bytes], path: Path, archive: Path, total: int, max_bytes: int) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("xb")
-    except FileExistsError:
+    except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{archive}: holds '{path.name}' twice; unpack it yourself") from None
     with source, file:
         while content := source.read(_CHUNK):

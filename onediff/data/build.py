@@ -166,17 +166,22 @@ def origin(source: str, data: Data) -> dict[str, str]:
 
 
 def incomplete_tests(probed: pd.DataFrame, rows: pd.DataFrame, reports: Mapping[str, Any]) -> dict[str, Any]:
-    """Published sources whose test split is not whole: pairs in DiffCap, pairs listed, and what the reader reported.
+    """Published sources whose test or gate is not whole: pairs in DiffCap, pairs listed, and what the reader reported.
 
     `probed`: every row of the probe table; `reports`: stage read's report.json by source.
     """
     found: dict[str, Any] = {}
     for source, report in reports.items():
-        listed, present = (len(part[(part["split"] == "test") & (part["source"] == source)]) for part in (probed, rows))
+        counts: dict[str, Any] = {}
+        for split in ("test", "gate"):
+            listed, present = (int(((part["split"] == split) & (part["source"] == source)).sum())
+                               for part in (probed, rows))
+            if split == "test" or present != listed:
+                counts |= {f"{split}_pairs": present, f"listed_{split}_pairs": listed}
         test = report.get("splits", {}).get("test", {})
-        if present == listed and test.get("complete", True):
+        if len(counts) == 2 and counts["test_pairs"] == counts["listed_test_pairs"] and test.get("complete", True):
             continue
-        found[source] = {"test_pairs": present, "listed_test_pairs": listed}
+        found[source] = counts
         if test.get("expected"):
             found[source] |= {"published": test["expected"],
                               "read": {name: test[name] for name in test["expected"] if name in test}}

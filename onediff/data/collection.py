@@ -115,10 +115,11 @@ def _of_table(folder: Path, path: Path) -> Iterator[tuple[str, Entry]]:
 
 def _of_coco(folder: Path, path: Path) -> Iterator[tuple[str, Entry]]:
     told = read_json(path, dict)
-    if not {"images", "annotations"} <= told.keys():
-        return
+    if not {"images", "annotations"} <= told.keys() or not any("caption" in row for row in told["annotations"][:1]):
+        return  # such as the boxes that COCO ships beside its captions
     names = {identity(image, "id", str(path)): part(image, "file_name", str, str(path)) for image in told["images"]}
-    files = {file.name: file for file in folder.rglob("*") if file.name in set(names.values())}
+    wanted = set(names.values())
+    files = {file.name: file for file in folder.rglob("*") if file.name in wanted}
     for number, annotation in enumerate(told["annotations"], 1):
         place = f"{path} annotation {number}"
         name = names.get(identity(annotation, "image_id", place))

@@ -44,7 +44,7 @@ class Embedder:
     def identity(self) -> str:
         """Differs when the weights or the preprocessing differ."""
         weights = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
-        return f"{weights:.12g} {self.processor.to_json_string()}"
+        return f"{weights:.12g} {self.model.dtype} {self.processor.to_json_string()}"
 
     def _batched(self, items: list[Any], features: Callable[[list[Any]], Any]) -> Vectors:
         import torch

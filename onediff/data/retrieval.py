@@ -72,6 +72,7 @@ def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
     """(n, count) cosines and places, nearest first; -1 where there is no more."""
     import faiss
 
+    faiss.omp_set_num_threads(1)  # sums that are split over threads round differently
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     index: faiss.Index = faiss.IndexFlatIP(rows.shape[1])
     if len(rows) > EXACT_UP_TO:

@@ -13,7 +13,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from onediff.config import SPLITS, Config, load_params, load_runtime
+from onediff.config import SPLITS, Config, Data, Leaks, load_params, load_runtime
 from onediff.data.build import (
     card,
     chosen_tables,
@@ -29,6 +29,7 @@ from onediff.data.checks import check_suite, complaints, judged, refuse, write_r
 from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
 from onediff.data.record import Record, read_records
 from onediff.data.shortcut import pixel_difference_auc
+from onediff.data.sources.catalog import CATALOG
 from onediff.stages import run
 from onediff.stages.probe import TABLE
 from onediff.stages.validate import QUARANTINE
@@ -71,12 +72,22 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFrame:
     thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
                                    runtime=load_runtime())
-    leaks = find_leaks(good, config.data.leaks, thumbnails)
+    leaks = find_leaks(good, _measured(config.data), thumbnails)
     REPORTS.mkdir(parents=True, exist_ok=True)
     leaks.to_parquet(LEAKS, index=False)
     if config.data.leaks.action == "stop":
         refuse_leaks(leaks, report=LEAKS)
+    reported = leaks[~leaks["leaks"] & leaks["distance"].notna()]
+    if len(reported):
+        print(f"{reported['pair_id'].nunique():,} pairs have a lookalike in a later split and stay; the nearest "
+              f"{reported['distance'].min():.1f} grey levels away: {LEAKS}, data.leaks.max_distance")
     return leaks
+
+
+def _measured(data: Data) -> Leaks:
+    """Pairs of one's own are measured even where max_distance does not name them."""
+    own = {source: None for source in data.raw if source not in CATALOG}
+    return data.leaks.model_copy(update={"max_distance": own | data.leaks.max_distance})
 
 
 def _check(rows: pd.DataFrame, folders: list[Path]) -> None:

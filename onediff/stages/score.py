@@ -36,6 +36,8 @@ def score() -> None:
                     results[name]["pixel_difference_auc"] = auc[name]
                 if name in incomplete:
                     results[name]["incomplete"] = incomplete[name]
+            for name in sorted(incomplete.keys() - results.keys()):
+                print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
             output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
             _show(f"{split} split, {output}", results)
 

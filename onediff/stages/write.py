@@ -13,7 +13,7 @@ from onediff.config import Writer, load_params, load_runtime
 from onediff.data.record import Record, read_records, write_shards
 from onediff.data.writer.answer import Answer
 from onediff.data.writer.asking import ask
-from onediff.data.writer.jobs import caption_job, jobs, splits_of, writer_of
+from onediff.data.writer.jobs import caption_job, is_captioned, jobs, splits_of, writer_of
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import answers_path, read_answers
 from onediff.stages import run
@@ -41,8 +41,11 @@ def write(source: str) -> None:
 
 def _captioned(records: Iterator[Record], writer: Writer, answers: dict[str, Answer],
                aside: list[dict[str, Any]]) -> Iterator[Record]:
-    """The records that have a usable answer; the others are noted in `aside`."""
+    """The records that have a usable answer, or references already; the others are noted in `aside`."""
     for record in records:
+        if is_captioned(record):
+            yield record
+            continue
         job = caption_job(record, writer)
         answer = answers[job.key] if isinstance(job, Request) else None
         if answer is not None and answer.status == "ok":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -102,6 +103,16 @@ def test_other_files_names_twice_and_folders_that_are_there_are_refused(tmp_path
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="is already there: remove it"):
         unpack(zipped(tmp_path / "z.zip", CONTENT), tmp_path / "out", **LIMITS)
+
+
+def test_archives_of_one_name_size_and_time_are_still_two(tmp_path: Path) -> None:
+    folders = []
+    for name, content in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).mkdir()
+        archive = zipped(tmp_path / name / "images.zip", {"1.jpg": content})
+        os.utime(archive, ns=(5, 5))
+        folders.append(unpack_once(archive, tmp_path / "scratch"))
+    assert [(folder / "1.jpg").read_bytes() for folder in folders] == [b"one", b"two"]
 
 
 def test_an_archive_is_unpacked_once_and_again_when_it_changes(tmp_path: Path) -> None:

@@ -163,6 +163,12 @@ def test_a_test_split_that_is_not_whole_is_told() -> None:
         "c": {"test_pairs": 2, "listed_test_pairs": 3}}
 
 
+def test_a_gate_split_that_is_not_whole_is_told_too() -> None:
+    rows = pd.DataFrame({"source": "a", "split": ["test"] * 3 + ["gate"] * 5})
+    assert incomplete_tests(rows, rows.iloc[:-2], {"a": {"splits": {"test": {"complete": True}}}}) == {
+        "a": {"test_pairs": 3, "listed_test_pairs": 3, "gate_pairs": 3, "listed_gate_pairs": 5}}
+
+
 def test_the_dataset_card_tells_all_that_the_card_holds(tmp_path: Path, micro: Config) -> None:
     from ruamel.yaml import YAML
 

@@ -50,6 +50,15 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path, struct: bool) -> None:
     assert list(load(reversed(list_collection(tmp_path)))) == found[::-1]
 
 
+def test_annotations_without_captions_are_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path, FOUR[:1])
+    images = [{"id": 1, "file_name": "0.jpg"}]
+    for name, told in (("captions", {"caption": "a dog"}), ("instances", {"bbox": [0, 0, 1, 1]})):
+        (tmp_path / f"{name}_train.json").write_text(
+            json.dumps({"images": images, "annotations": [{"image_id": 1} | told]}))
+    assert [image.caption for image in read_collection(tmp_path)] == ["a dog"]
+
+
 def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: Path) -> None:
     write_images(tmp_path)
     write_csv(tmp_path, ["0.jpg, ", "1.jpg,first", "1.jpg,second", "2.jpg,  two\twords "])

@@ -146,10 +146,14 @@ def test_a_source_without_a_distance_only_reports_its_lookalikes(folder: Path) -
     assert not leaks.loc["mine-train-1", "leaks"]
     assert 0 < leaks.loc["mine-train-1", "distance"] < 4
     assert "mine-train-1" in {record.pair_id for record in read_records(folder / "data/diffcap")}
+
+
+def test_pairs_of_ones_own_are_measured_without_being_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_params(max_distance={})
-    build()
-    assert np.isnan(pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet").set_index("pair_id").loc[
-        "mine-train-1", "distance"])
+    run_all()
+    leaks = pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet").set_index("pair_id")
+    assert 0 < leaks.loc["mine-train-1", "distance"] < 4
+    assert "1 pairs have a lookalike in a later split and stay" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_leaves_the_old_shards_and_nothing_half_written(folder: Path) -> None:

@@ -82,8 +82,12 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, row) of a CSV with a header. Raises ValueError: file, line."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        csv.field_size_limit(_LONGEST)
         try:
             header = [name.strip() for name in next(reader, [])]
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise ValueError(f"{path}: the header has '{twice[0]}' twice; call the second one otherwise")
             for cells in reader:
                 place = f"{path} line {reader.line_num}"
                 if cells and len(cells) != len(header):

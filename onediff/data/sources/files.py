@@ -41,6 +41,18 @@ class Files:
         """
         return next((path for path in map(self._match, names) if path), None)
 
+    def at(self, name: str) -> Path | None:
+        """The file of exactly this path below the folder; a bare name may lie anywhere in it.
+
+        Raises ValueError if different files share the bare name.
+        """
+        exact = [root / name for _, root in self._roots if (root / name).is_file()]
+        if exact or len(PurePosixPath(name).parts) > 1:
+            return exact[0] if exact else None
+        places = self._images.get(_unpadded(PurePosixPath(name).stem), [])
+        found = [path for path in map(self._path, places) if path.name == name]
+        return _only(found, name) if found else None
+
     def named(self, *names: str) -> Path | None:
         """The annotation file of the first name that is there. Raises ValueError if unlike files share the name."""
         for name in names:

@@ -39,6 +39,8 @@ def read(files: Files) -> Iterator[PublishedPair]:
                              "give each pair its own")
         seen[pair.official_id] = place
         yield pair
+    if not seen:
+        raise ValueError(f"{path}: no pair in it; below the header each line is one")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,10 +63,11 @@ def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
     if split not in SPLITS:
         raise ValueError(f"{place}: split must be one of {', '.join(SPLITS)} or empty, got '{split}'")
     references, empty = _references(row, place)
-    if split == "test" and not references:
-        raise ValueError(f"{place}: a test pair without references cannot be scored; write one, or change its split")
+    if split != "train" and not references:
+        raise ValueError(f"{place}: a pair of split {split} without references cannot be scored; write one, or change "
+                         "its split")
     return PublishedPair(texts["pair_id"] or f"{number:06d}", split, (before, after), references, group, split=split,
-                         change_type=texts["change_type"] or NO_TYPE, num_empty=empty,
+                         change_type=texts["change_type"] or NO_TYPE, num_empty=empty, exact=True,
                          instruction=texts["instruction"] or DEFAULT_INSTRUCTION)
 
 

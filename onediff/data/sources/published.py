@@ -21,7 +21,7 @@ class PublishedPair:
 
     `names` are its images as published; `sought` names under which each may lie, where those differ. `num_records`
     official entries were merged into it and `num_empty` empty sentences were set aside. `split` is None where only the
-    published one is known.
+    published one is known. `exact`: the images are called as they are named, with no other ending or padding.
     """
 
     official_id: str
@@ -36,9 +36,12 @@ class PublishedPair:
     num_records: int = 1
     num_empty: int = 0
     split: str | None = None
+    exact: bool = False
 
     def locate(self, files: Files) -> list[Path | None]:
         """Where each image lies; None: nowhere."""
+        if self.exact:
+            return [files.at(name) for name in self.names]
         found = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
         if not self.sought and len(found) == 2 and found[0] == found[1] and self.names[0] != self.names[1]:
             # "a.png" is not there and "a.jpg", the other image of the pair, was taken for it.
@@ -77,7 +80,7 @@ def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
         provenance["empty_references"] = pair.num_empty
     split = split_of(source, pair)
     assert split in SPLITS, f"{source}: split '{split}' is none of {SPLITS}"
-    published_so = [""] if pair.num_empty and split != "train" else []
+    published_so = [""] if pair.num_empty and split != "train" and not pair.exact else []
     return Record(pair_id=f"{source}-{pair.official_split}-{pair.official_id}", source=source, split=split,
                   group_id=group_of(source, pair), before=images[0], after=images[1],
                   references=pair.references or published_so, instruction=pair.instruction,

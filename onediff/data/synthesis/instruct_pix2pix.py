@@ -55,12 +55,13 @@ class Editor:
 
     def __call__(self) -> Callable[[Task], tuple[Path, dict[str, int]]]:
         pipeline, embedder = _load_pipeline(self.settings.pipeline, self.device), Embedder(self.clip, self.device)
-        return lambda task: self._finish(pipeline, embedder, task)
+        known = f"{identity(pipeline)} {embedder.identity}"
+        return lambda task: self._finish(pipeline, embedder, task, known=known)
 
-    def _finish(self, pipeline: Any, embedder: Embedder, task: Task) -> tuple[Path, dict[str, int]]:
+    def _finish(self, pipeline: Any, embedder: Embedder, task: Task, *, known: str) -> tuple[Path, dict[str, int]]:
         """Where the kept records are, and how many samples had which fate; done once, then found again."""
         [image] = load([task.entry])
-        told = [self.source, self.settings.model_dump(), self.seed, embedder.identity, task.edit, task.output,
+        told = [self.source, self.settings.model_dump(), self.seed, known, task.edit, task.output,
                 task.entry.name, task.entry.caption, digest(image.content)]
         place = self.folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
         fates = place / "fates.json"
@@ -145,6 +146,13 @@ def verdict(values: dict[str, float], settings: Diffusion) -> str:
     if values["sim_direction"] < settings.min_direction_similarity:
         return "direction unlike the captions'"
     return "kept"
+
+
+def identity(pipeline: Any) -> str:
+    """Differs when the weights or their precision differ."""
+    parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
+    total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
+    return f"{total:.12g} {pipeline.dtype}"
 
 
 def _load_pipeline(path: str, device: str) -> Any:

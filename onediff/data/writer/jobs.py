@@ -51,11 +51,12 @@ def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]
         raise ValueError(f"{source}: the writer can be asked about nothing; {unfit.name}: {unfit.reason}")
 
 
+def is_captioned(record: Record) -> bool:
+    """Whether people wrote its references already: the writer is not asked about it. Published edits are requests."""
+    return bool(record.references) and "edit" not in record.provenance
+
+
 def caption_job(record: Record, writer: Writer) -> Request | Unfit:
-    """Raises ValueError for a pair outside of train that has references: people wrote them, and scores need them."""
-    if record.references and record.split != "train":
-        raise ValueError(f"{record.source}: {record.pair_id} of split {record.split} has references, which the writer "
-                         "would replace; remove the source from data.written")
     if writer.mode == "vision":
         if not (record.before and record.after):
             return Unfit(record.pair_id, f"missing: {', '.join(record.provenance.get('missing', ['an image']))}")
@@ -71,7 +72,7 @@ def caption_job(record: Record, writer: Writer) -> Request | Unfit:
 def _captions(source: str, config: Config, writer: Writer) -> Iterator[Request | Unfit]:
     folder = config.data.unwritten_folder(source)
     records = read_records(folder) if writer.mode == "vision" else _without_images(folder)
-    return (caption_job(record, writer) for record in records)
+    return (caption_job(record, writer) for record in records if not is_captioned(record))
 
 
 def _without_images(folder: Path) -> Iterator[Record]:

@@ -56,7 +56,10 @@ def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -
     ("before,reference\na.png,b\n", "'after' is missing"),
     ("before,after,captoin\na,b,c\n", "unknown column 'captoin'; known are before, after, references"),
     ("before,after,split,reference\na,b,tset,c\n", "split must be one of train, val, gate, test or empty, got 'tset'"),
-    ("before,after,split\na,b,test\n", "line 2: a test pair without references cannot be scored"),
+    ("before,after,split\na,b,test\n", "line 2: a pair of split test without references cannot be scored"),
+    ("before,after,split,reference\na,b,gate, \n", "line 2: a pair of split gate without references cannot be scored"),
+    ("before,after,reference\n", "no pair in it"),
+    ("before,after,reference,reference\na,b,c,d\n", "the header has 'reference' twice"),
     ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is also that of .*line 2"),
 ])
 def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:
@@ -70,6 +73,17 @@ def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
     put(tmp_path / "pairs.jsonl", "")
     with pytest.raises(ValueError, match="which of them"):
         read(tmp_path)
+
+
+def test_another_image_is_never_taken_for_a_missing_one(tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", "before,after,reference\nimages/frame_1.png,b.png,x\n")
+    for name in ("images/frame_001.png", "images/frame_1.jpg", "old/images/frame_1.png", "deep/b.png"):
+        picture(tmp_path / name, 1)
+    [record] = read(tmp_path)
+    assert record.provenance["missing"] == ["images/frame_1.png"]
+    assert (record.before, record.after) == (b"", (tmp_path / "deep/b.png").read_bytes())
+    exact = picture(tmp_path / "images/frame_1.png", 2)
+    assert read(tmp_path)[0].before == exact.read_bytes()
 
 
 def test_a_missing_image_is_named_and_the_pair_stays(tmp_path: Path) -> None:

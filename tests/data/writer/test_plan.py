@@ -97,10 +97,9 @@ def test_a_missing_image_is_named(runtime: Runtime) -> None:
     assert unfit == [Unfit("mine-1", "missing: 7_2.png")]
 
 
-def test_references_that_people_wrote_are_not_replaced(runtime: Runtime) -> None:
-    write([record(1, captions=["a", "b"], split="test", references=["a dog came"])])
-    with pytest.raises(ValueError, match=r"mine: mine-1 of split test has references, which the writer would replace"):
-        plan("mine", config_of("text"), runtime)
+def test_what_people_captioned_is_not_asked_about(runtime: Runtime) -> None:
+    write([record(1, captions=["a", "b"], references=["a dog came"]), record(2, captions=["a", "b"])])
+    assert [job.name for job in jobs("mine", config_of("text"), "write")] == ["mine-2"]
 
 
 def test_no_work_and_no_captions_at_all_are_errors(runtime: Runtime) -> None:
