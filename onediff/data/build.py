@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
 from onediff.config import SPLITS, Data
-from onediff.data.record import ROW_GROUP, SCHEMA, digest, shards
+from onediff.data.probe import row_groups
+from onediff.data.record import ROW_GROUP, SCHEMA, digest
 from onediff.data.sources.catalog import CATALOG
 
 LICENCE = "Apache-2.0"  # this project's, and so that of what it draws
@@ -62,18 +63,13 @@ def chosen_tables(folders: list[Path], rows: pd.DataFrame, split: str) -> Iterat
     """
     rows = rows[rows["split"] == split]
     places, names = rows.index.to_numpy(), rows["pair_id"].to_numpy()
-    start = 0
-    for path in itertools.chain.from_iterable(map(shards, folders)):
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            low, high = np.searchsorted(places, [start, end])
-            if low < high:
-                table = file.read_row_group(group).take(places[low:high] - start)
-                if table.column("pair_id").to_pylist() != list(names[low:high]):
-                    raise ValueError(f"{path}: changed since data/probe.parquet was made; 'dvc repro' makes it anew")
-                yield table.select(SCHEMA.names).cast(SCHEMA)
-            start = end
+    for path, group, start, end in row_groups(folders):
+        low, high = np.searchsorted(places, [start, end])
+        if low < high:
+            table = pq.ParquetFile(path).read_row_group(group).take(places[low:high] - start)
+            if table.column("pair_id").to_pylist() != list(names[low:high]):
+                raise ValueError(f"{path}: changed since data/probe.parquet was made; 'dvc repro' makes it anew")
+            yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard_pairs: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
-from onediff.data.probe import read_group
-from onediff.data.record import Record, shards
+from onediff.data.probe import read_group, row_groups
+from onediff.data.record import Record
 from onediff.inputs.images import open_image
 
 THUMBNAIL_PX = 160
@@ -56,18 +54,14 @@ def offline(expectations: str) -> str:
 def read_offenders(shard_folders: list[Path], wanted: Mapping[int, str]) -> dict[int, Offender]:
     """Pairs by their place in the shards; `wanted` are their pair_ids. Raises ValueError if another pair stands there.
     """
-    places, start, found = np.array(sorted(wanted), dtype=np.int64), 0, {}
-    for path in itertools.chain.from_iterable(map(shards, shard_folders)) if wanted else ():
-        metadata = pq.read_metadata(path)
-        for group in range(metadata.num_row_groups):
-            end = start + metadata.row_group(group).num_rows
-            here = {int(place) for place in places[(places >= start) & (places < end)]}
-            for place, record in enumerate(read_group(path, group) if here else (), start):
-                if place in here and record.pair_id != wanted[place]:
-                    raise ValueError(f"{path}: not what data/probe.parquet was made of; 'dvc repro' makes it again")
-                if place in here:
-                    found[place] = _offender(record)
-            start = end
+    places, found = np.array(sorted(wanted), dtype=np.int64), {}
+    for path, group, start, end in row_groups(shard_folders) if wanted else ():
+        here = {int(place) for place in places[(places >= start) & (places < end)]}
+        for place, record in enumerate(read_group(path, group) if here else (), start):
+            if place in here and record.pair_id != wanted[place]:
+                raise ValueError(f"{path}: not what data/probe.parquet was made of; 'dvc repro' makes it again")
+            if place in here:
+                found[place] = _offender(record)
     return found
 
 

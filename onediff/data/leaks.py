@@ -7,7 +7,6 @@ A near-duplicate is a candidate by its perceptual hash and a leak by the distanc
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from PIL import Image
 
 from onediff.config import SPLITS, Leaks, Runtime
 from onediff.data.parallel import spread
-from onediff.data.record import shards
+from onediff.data.probe import row_groups
 from onediff.inputs.images import open_image
 
 COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "partner": "str",
@@ -251,15 +250,10 @@ def read_thumbnails(folders: list[Path], labels: NDArray[np.int64], sides: NDArr
 
 def _wanted(folders: list[Path], labels: NDArray[np.int64], sides: NDArray[np.int64]) -> Iterator[Any]:
     """(shard, row group, rows in it, their sides) for each row group that holds any of the sorted labels."""
-    start = 0
-    for path in itertools.chain.from_iterable(map(shards, folders)):
-        metadata = pq.read_metadata(path)
-        for group in range(metadata.num_row_groups):
-            end = start + metadata.row_group(group).num_rows
-            low, high = np.searchsorted(labels, [start, end])
-            if low < high:
-                yield path, group, labels[low:high] - start, sides[low:high]
-            start = end
+    for path, group, start, end in row_groups(folders):
+        low, high = np.searchsorted(labels, [start, end])
+        if low < high:
+            yield path, group, labels[low:high] - start, sides[low:high]
 
 
 class _Reader:

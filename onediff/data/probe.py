@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,6 +147,20 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _told(columns: Mapping[str, pa.DataType]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
+    """(shard, row group, place of its first record, of its last + 1), counted over all the folders' shards in order.
+
+    Places are those of the probe table's rows. Raises ValueError for a shard that is broken or no record's.
+    """
+    start = 0
+    for path in itertools.chain.from_iterable(map(shards, folders)):
+        metadata = _open(path).metadata
+        for group in range(metadata.num_row_groups):
+            end = start + metadata.row_group(group).num_rows
+            yield path, group, start, end
+            start = end
 
 
 def read_group(path: Path, group: int) -> Iterator[Record]:
