@@ -192,12 +192,15 @@ class Vision(Section):
 
 
 class Delta(Section):
-    num_tokens: Count
+    """The Visual Delta Module; num_tokens 0: there is none, and the language model reads the patches alone."""
+
+    num_tokens: Annotated[int, Field(ge=0)]
     width: Count
     heads: Count
     levels: Annotated[list[Count], Field(min_length=1)]
     cross_attention_every: Literal[1, 2]
     inputs: Literal["pair", "pair_and_difference", "pair_and_matched_difference"]
+    image_ids: bool
     init: str
 
     @model_validator(mode="after")
@@ -215,7 +218,7 @@ class Delta(Section):
 class Model(Section):
     vision: Vision
     language: str
-    reading: Literal["A", "B"]
+    reading: Literal["A", "B", "C"]
     patch_level: int
     patch_pool: Count
     delta: Delta
@@ -233,9 +236,17 @@ class Model(Section):
         side = self.vision.image_px // self.vision.patch_px
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} does not divide the {side} patches of a row")
-        if self.reading == "B" and self.patch_pool != 1:
-            raise ValueError("reading B enhances every patch: patch_pool must be 1")
+        if self.reading == "B" and (self.patch_pool != 1 or not self.delta.num_tokens):
+            raise ValueError("reading B enhances every patch by the delta tokens: patch_pool must be 1, and "
+                             "delta.num_tokens above 0")
         return self
+
+
+class Lora(Section):
+    """Low-rank adapters on every linear layer of the language model's blocks, which are then all that learns in it."""
+
+    rank: Count
+    alpha: Annotated[float, Field(gt=0)]
 
 
 class Phase(Section):
@@ -249,6 +260,7 @@ class Phase(Section):
     lr_delta: Rate
     lr_projector: Rate
     lr_language: Rate
+    lora: Lora | None
     warmup: Share
     weight_decay: Rate
     clip_norm: Annotated[float, Field(gt=0)]
@@ -262,12 +274,32 @@ class Phase(Section):
             raise ValueError("set exactly one of steps and epochs, the other null")
         if not any((self.lr_vision, self.lr_delta, self.lr_projector, self.lr_language)):
             raise ValueError("every learning rate is 0: nothing would learn")
+        if self.lora and not self.lr_language:
+            raise ValueError("lora adapts the language model, but lr_language is 0: raise it, or set lora to null")
         return self
 
     @property
     def learning_rates(self) -> dict[str, float]:
         return {"vision": self.lr_vision, "delta": self.lr_delta, "projector": self.lr_projector,
                 "language": self.lr_language}
+
+
+class Align(Phase):
+    """samples: coupled, two unlike images and both captions (Coupled Sample Training); single, each image alone."""
+
+    samples: Literal["coupled", "single"]
+
+
+class Task(Section):
+    """How a source is asked and answered, in training and as a benchmark; null: as its records and `caption` say.
+
+    targets: drawn, one reference at each visit of a pair; each, every reference a sample; joined, all in one answer.
+    """
+
+    instruction: str | None
+    targets: Literal["drawn", "each", "joined"]
+    max_new_tokens: Count | None
+    num_beams: Count | None
 
 
 class Caption(Section):
@@ -280,28 +312,57 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)]
     data: Data
     model: Model
-    align: Phase
+    tasks: dict[SourceName, Task]
+    align: Align | None  # None: `tune` starts from the checkpoints as they are
     tune: Phase
     caption: Caption
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:
-        for name in (*self.align.mixture, *self.tune.mixture):
+        for name in (*(self.align.mixture if self.align else ()), *self.tune.mixture):
             if name not in self.data.sources:
                 raise ValueError(f"source '{name}' is trained on but is not among the sources of data: "
                                  f"{', '.join(self.data.sources)}")
+        for name in self.tasks:
+            if name not in (*self.data.sources, "scenes_far"):
+                raise ValueError(f"tasks names '{name}', which must be one of {self.data.sources}")
         return self
+
+    def phase(self, name: str) -> Phase | None:
+        return {"align": self.align, "tune": self.tune}[name]
+
+
+class Slurm(Section):
+    """What sbatch is asked for beside nodes and GPUs; `options` are further lines, such as --qos=long."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    options: list[str] = []
+    poll_s: Annotated[float, Field(gt=0)] = 15.0
 
 
 class Runtime(Section):
     """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
 
-    launcher: Literal["local", "deepspeed"] = "local"
+    launcher: Literal["local", "deepspeed", "slurm"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, Field(ge=0)] = 0  # 0: one per core
+    loader_workers: Annotated[int, Field(ge=0)] | None = None  # None: none on a CPU, else the cores shared by the GPUs
     micro_batch_size: Count | None = None  # None: the whole batch at once
-    gpus: Count = 1
+    nodes: Count = 1
+    gpus: Count = 1  # of each node
+    hostfile: str | None = None  # DeepSpeed's: a line `name slots=8` for each node
+    node_rank: Annotated[int, Field(ge=0)] | None = None  # set: the launcher is started on every node, without ssh
+    master_addr: str | None = None
+    master_port: Count = 29500
+    slurm: Slurm = Slurm()
     zero_level: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU's memory; all: weights too (ZeRO 3)
+    checkpoint_activations: bool = False
+    compile: bool = False
+    feature_cache_gb: Annotated[float, Field(ge=0)] = 20.0  # of a frozen tower's features, on disk; above: none
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one GPU, for MFU; None: known for common ones
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
@@ -315,9 +376,21 @@ class Runtime(Section):
     writer_usd_per_million_input: Rate | None = None  # None: unknown, and nothing is asked
     writer_usd_per_million_output: Rate | None = None
 
+    @model_validator(mode="after")
+    def _offloads(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_level < least:
+            raise ValueError(f"offload '{self.offload}' needs zero_level {least} or more, got {self.zero_level}")
+        return self
+
     @property
     def num_workers(self) -> int:
         return self.workers or len(os.sched_getaffinity(0))
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train together, one per GPU."""
+        return 1 if self.launcher == "local" else self.nodes * self.gpus
 
 
 def load_params(path: Path = Path("params.yaml")) -> Config:
