@@ -33,7 +33,8 @@ def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[
     rows = []
     for count in counts:
         words = torch.randint(3, VOCAB, (4 + count,), generator=generator).tolist()
-        rows.append([1] + [IMAGE_ID] * model.config.tokens_per_image * count
+        shown = min(count, 1) if model.config.reading == "C" else count
+        rows.append([1] + [IMAGE_ID] * model.config.tokens_per_image * shown
                     + [DELTA_ID] * model.config.delta_tokens_read * (count == 2) + words)
     longest = max(map(len, rows))
     return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),

@@ -25,12 +25,13 @@ class OneDiffProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 1,
-                 delta_tokens: int = 1, template: str = "plain", max_length: int = 2048, **kwargs: Any) -> None:
+                 delta_tokens: int = 1, images_joined: bool = False, template: str = "plain", max_length: int = 2048,
+                 **kwargs: Any) -> None:
         # Placeholders: never looked up in the embedding.
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE, DELTA]})
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        self.tokens_per_image, self.delta_tokens = tokens_per_image, delta_tokens
+        self.tokens_per_image, self.delta_tokens, self.images_joined = tokens_per_image, delta_tokens, images_joined
         self.template, self.max_length = template, max_length
         super().__init__(image_processor, tokenizer, **kwargs)
 
@@ -38,7 +39,8 @@ class OneDiffProcessor(ProcessorMixin):
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> OneDiffProcessor:
         """A folder that `save_pretrained` wrote; the image processor on Pillow, so no torchvision is needed."""
         settings = cls.get_processor_dict(folder)[0]
-        keep = {key: settings[key] for key in ("tokens_per_image", "delta_tokens", "template", "max_length")}
+        keys = ("tokens_per_image", "delta_tokens", "images_joined", "template", "max_length")
+        keep = {key: settings[key] for key in keys if key in settings}
         return cls(load_image_processor(folder), AutoTokenizer.from_pretrained(folder), **keep, **kwargs)
 
     @property
@@ -113,7 +115,8 @@ class OneDiffProcessor(ProcessorMixin):
 
     def encode_question(self, prompt: Prompt) -> list[int]:
         """Raises ValueError if the question alone is longer than max_length: cutting it would cut placeholders."""
-        text = expand(prompt.question, tokens_per_image=self.tokens_per_image, delta_tokens=self.delta_tokens)
+        text = expand(prompt.question, tokens_per_image=self.tokens_per_image, delta_tokens=self.delta_tokens,
+                      joined=self.images_joined)
         ids = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         ids += self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) >= self.max_length:

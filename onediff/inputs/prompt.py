@@ -8,6 +8,7 @@ IMAGE, DELTA = "<image>", "<delta>"
 DEFAULT_INSTRUCTION = "What changed between the two images?"
 COUPLED_INSTRUCTION = "Describe the two images in order."  # Coupled Sample Training: one caption after the other
 
+_APART, _JOINED = f"First image: {IMAGE} Second image: {IMAGE}", f"Both images: {IMAGE}"
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 _SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 as LLaVA-1.5 was tuned with, verbatim
@@ -28,7 +29,7 @@ class Prompt:
 
 def pair_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
     """Two images: [before][after][delta] and the instruction."""
-    question = f"{_SYSTEM[template]}USER: First image: {IMAGE} Second image: {IMAGE} {DELTA}\n{instruction} ASSISTANT:"
+    question = f"{_SYSTEM[template]}USER: {_APART} {DELTA}\n{instruction} ASSISTANT:"
     return Prompt(question, answer, 2)
 
 
@@ -53,6 +54,9 @@ def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_imag
     return replace(first, later=tuple((f"USER: {question} ASSISTANT:", answer) for question, answer in turns[1:]))
 
 
-def expand(question: str, *, tokens_per_image: int, delta_tokens: int) -> str:
-    """Each placeholder repeated as often as the model gives it tokens."""
+def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: bool) -> str:
+    """Each placeholder repeated as often as the model gives it tokens; `joined`: both images stand in the same tokens.
+    """
+    if joined:
+        question = question.replace(_APART, _JOINED)
     return question.replace(IMAGE, IMAGE * tokens_per_image).replace(DELTA, DELTA * delta_tokens)

@@ -14,7 +14,8 @@ class OneDiffConfig(PreTrainedConfig):
 
     `delta_levels` has one entry per cross-attention: the tower's hidden state that it reads (0 = embeddings).
     `reading` A splices [before][after][delta] before the text, B joins every patch with its delta-enhanced self by
-    channel.
+    channel, C splices [before; after], joined by channel, and [delta]; a single image is read as [image; image].
+    `delta_num_tokens` 0 leaves the Visual Delta Module out.
     """
 
     model_type = "onediff"
@@ -34,6 +35,7 @@ class OneDiffConfig(PreTrainedConfig):
     delta_levels: list[int] = field(default_factory=list)  # empty: the paper's
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
+    delta_image_ids: bool = True
     template: str = "vicuna_v1"
     image_token_id: int = -1
     delta_token_id: int = -1
@@ -55,13 +57,13 @@ class OneDiffConfig(PreTrainedConfig):
 
     @property
     def tokens_per_image(self) -> int:
-        """Patch tokens of one image that the language model reads."""
+        """Patch tokens of one image that the language model reads; under reading C those of both."""
         return (self.patches_per_side // self.patch_pool) ** 2
 
     @property
     def delta_tokens_read(self) -> int:
         """Delta tokens of one pair that the language model reads: under reading B they act through the patches."""
-        return self.delta_num_tokens if self.reading == "A" else 0
+        return 0 if self.reading == "B" else self.delta_num_tokens
 
     @property
     def patch_state(self) -> int:
@@ -72,7 +74,7 @@ class OneDiffConfig(PreTrainedConfig):
     @property
     def read_levels(self) -> list[int]:
         """The hidden states of the tower that anything reads, each once, rising: the L axis of `states`."""
-        return sorted({*self.delta_levels, self.patch_state})
+        return sorted({*(self.delta_levels if self.delta_num_tokens else ()), self.patch_state})
 
 
 AutoConfig.register(OneDiffConfig.model_type, OneDiffConfig, exist_ok=True)  # so that AutoTokenizer knows the folder

@@ -83,11 +83,13 @@ class VisualDeltaModule(nn.Module):
         width, tower = config.delta_width, config.vision_config.hidden_size
         self.levels = [config.read_levels.index(level) for level in config.delta_levels]
         self.every, self.inputs = config.delta_cross_attention_every, config.delta_inputs
+        self.marked = config.delta_image_ids
         self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
         self.query_norm = nn.LayerNorm(width)
         self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower)  # raw norms differ
                                           for level in sorted(set(self.levels))})
-        self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
+        if self.marked:
+            self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
         self.reduce = nn.Linear(tower, width)
         if self.inputs == "pair_and_matched_difference":
@@ -111,8 +113,9 @@ class VisualDeltaModule(nn.Module):
         views = [norm(before), norm(after)]
         if self.inputs == "pair_and_difference":
             views.append(views[1] - views[0])
+        marks = self.image_ids if self.marked else torch.zeros(3, 1, 1, device=before.device)
         seen = self.reduce(torch.cat([view + self.positions + mark
-                                      for view, mark in zip(views, self.image_ids, strict=False)], dim=1))
+                                      for view, mark in zip(views, marks, strict=False)], dim=1))
         if self.inputs == "pair_and_matched_difference":
             seen = seen + self.contrast(torch.cat(self.match[str(level)](*views), dim=1))
         return seen

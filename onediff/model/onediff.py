@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import Attention, VisualDeltaModule
+from onediff.model.packing import no_mask, use_packing
 from onediff.model.siamese import SiameseEncoder
 
 IGNORED = -100  # a label that no loss counts
@@ -48,18 +49,24 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         tower, width, language = config.vision_config.hidden_size, config.delta_width, config.text_config.hidden_size
         self.vision = SiameseEncoder(config)
-        self.delta = VisualDeltaModule(config)
+        self.delta = VisualDeltaModule(config) if config.delta_num_tokens else None
         self.language = AutoModelForCausalLM.from_config(config.text_config)
-        if config.reading == "A":
-            self.projector = Projector(tower, language)
-            self.delta_projector = nn.Sequential(nn.LayerNorm(width), Projector(width, language))
-        else:
-            self.projector = Projector(2 * tower, language)
+        use_packing(self.language)
+        self.projector = Projector(tower if config.reading == "A" else 2 * tower, language)
+        if config.reading == "B":
             self.enhance = Enhance(tower, width, config.delta_heads)
+        elif self.delta is not None:
+            self.delta_projector = nn.Sequential(nn.LayerNorm(width), Projector(width, language))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every module starts as torch makes it, which unlike one fixed spread fits any width."""
+
+    def adopt(self, *, tower: nn.Module, language: nn.Module) -> None:
+        """Pretrained parts in place of random ones."""
+        use_packing(language)
+        self.vision.tower, self.language = tower, language
+        self.generation_config = language.generation_config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                 states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
@@ -75,14 +82,15 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
             return OneDiffOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
-        wanted = labels[:, 1:]
-        asked = int((wanted != IGNORED).any(0).long().argmax())  # before the first answer no logits are needed
-        logits = self.language(inputs_embeds=embeds, attention_mask=attention_mask,
-                               logits_to_keep=labels.shape[1] - asked).logits
-        total = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, asked:].flatten(),
-                                         ignore_index=IGNORED, reduction="sum")
-        count = (wanted != IGNORED).sum() if num_answer_tokens is None else num_answer_tokens
-        return OneDiffOutput(loss=total / count)
+        kept = attention_mask.bool()
+        wanted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[kept]  # (T,) what each kept token should foretell
+        asked = (wanted != IGNORED).nonzero().flatten()  # elsewhere no logits are needed
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        logits = self.language(inputs_embeds=embeds[kept][None], position_ids=places[kept][None],
+                               attention_mask=no_mask(embeds), lengths=kept.sum(1).tolist(), logits_to_keep=asked,
+                               use_cache=False).logits[0]
+        total = functional.cross_entropy(logits.float(), wanted[asked], reduction="sum")
+        return OneDiffOutput(loss=total / (len(asked) if num_answer_tokens is None else num_answer_tokens))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
@@ -100,6 +108,8 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         self.check_placeholders(input_ids, image_counts)
         is_image, is_delta = input_ids == self.config.image_token_id, input_ids == self.config.delta_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image | is_delta, 0))
+        if self.training and not bool((image_counts == 2).any()):
+            images, states, image_counts = self.with_blank_pair(images, states, image_counts)
         if states is None and images is not None and len(images):
             states = self.vision(images)
         if states is None or not len(states):
@@ -108,21 +118,48 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         embeds = embeds.masked_scatter(is_image[..., None], patches.to(embeds.dtype))
         return embeds if delta is None else embeds.masked_scatter(is_delta[..., None], delta.to(embeds.dtype))
 
-    def look(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """states (M, L, N, C) -> patch tokens (M, T, D), delta tokens (P, K, D).
+    def with_blank_pair(self, images: Tensor | None, states: Tensor | None,
+                        image_counts: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """A blank pair behind the others, whose tokens no placeholder takes: every part runs and has a gradient of 0.
 
-        The latter are None where no row has two images, or where they act inside the patches (reading B).
+        Under ZeRO 3 the other ranks would wait for ever for one whose rows have no pair, and a parameter without a
+        gradient is not updated as one with a gradient of 0 is.
+        """
+        counts = functional.pad(image_counts, (0, 1), value=2)
+        if states is not None:
+            return None, functional.pad(states, (0, 0) * 3 + (0, 2)), counts
+        if images is None:
+            side = self.config.vision_config.image_size
+            images = self.projector[0].weight.new_zeros(0, 3, side, side)
+        return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
+
+    def look(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """states (M, L, N, C) -> patch tokens (M, T, D), delta tokens (P, K, D); under reading C patch tokens
+        (R, T, D) of the R rows that have images.
+
+        Delta tokens are None where no row has two images, where there is no VDM, and where they act inside the patches
+        (reading B).
         """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
-        first = (image_counts.cumsum(0) - image_counts)[image_counts == 2]  # each pair's before among the M
-        delta = self.delta(states[first], states[first + 1]) if len(first) else None  # (P, K, W)
-        if self.config.reading == "A":
-            return self.projector(self.pool(patches)), None if delta is None else self.delta_projector(delta)
-        enhanced = torch.zeros_like(patches)
-        if delta is not None:
-            both = torch.stack([first, first + 1], 1).flatten()
-            enhanced = enhanced.index_copy(0, both, self.enhance(patches[both], delta.repeat_interleave(2, 0)))
-        return self.projector(torch.cat([patches, enhanced], -1)), None
+        starts = image_counts.cumsum(0) - image_counts  # each row's first image among the M
+        first = starts[image_counts == 2]
+        delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
+                 if self.delta is not None and len(first) else None)
+        if self.config.reading == "B":
+            return self.projector(torch.cat([patches, self.enhanced(patches, delta, first)], -1)), None
+        patches = self.pool(patches)
+        if self.config.reading == "C":
+            seen = image_counts > 0
+            patches = torch.cat([patches[starts[seen]], patches[(starts + image_counts - 1)[seen]]], -1)
+        return self.projector(patches), None if delta is None else self.delta_projector(delta)
+
+    def enhanced(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
+        """patches (M, N, C), delta (P, K, W) of the pairs that begin at `first` (P,) -> (M, N, C), 0 outside pairs."""
+        if delta is None:
+            return torch.zeros_like(patches)
+        both = torch.stack([first, first + 1], 1).flatten()
+        return torch.zeros_like(patches).index_copy(
+            0, both, self.enhance(patches[both], delta.repeat_interleave(2, 0)))
 
     def pool(self, patches: Tensor) -> Tensor:
         """(M, N, C) -> (M, T, C): the mean of each patch_pool x patch_pool square."""
@@ -135,7 +172,8 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     def check_placeholders(self, input_ids: Tensor, image_counts: Tensor) -> None:
         found_images = (input_ids == self.config.image_token_id).sum(1)
         found_delta = (input_ids == self.config.delta_token_id).sum(1)
-        need_images = image_counts * self.config.tokens_per_image
+        each = image_counts.clamp(max=1) if self.config.reading == "C" else image_counts
+        need_images = each * self.config.tokens_per_image
         need_delta = (image_counts == 2) * self.config.delta_tokens_read
         wrong = ((found_images != need_images) | (found_delta != need_delta)).nonzero().flatten().tolist()
         if wrong:

@@ -135,4 +135,4 @@ def test_vicuna_template_is_the_published_one() -> None:
     assert question == ("A chat between a curious user and an artificial intelligence assistant. "
                         "The assistant gives helpful, detailed, "
                         "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:")
-    assert expand(question, tokens_per_image=3, delta_tokens=2).count("<image>") == 3
+    assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count("<image>") == 3

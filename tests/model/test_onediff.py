@@ -17,6 +17,7 @@ def model() -> OneDiffForConditionalGeneration:
 COUNTS = [2, 0, 1, 2, 1]
 VARIANTS = [{}, {"reading": "B"}, {"delta_inputs": "pair_and_difference"},
             {"delta_inputs": "pair_and_matched_difference"}, {"delta_cross_attention_every": 2},
+            {"reading": "C"}, {"reading": "C", "patch_pool": 3}, {"delta_num_tokens": 0}, {"delta_image_ids": False},
             {"patch_pool": 3}, {"delta_levels": [0, 2, 2, 5]}, {"delta_num_tokens": 1}]
 
 
@@ -57,7 +58,7 @@ def test_swapping_before_and_after_swaps_the_patches_and_changes_the_delta(
     assert not torch.allclose(delta, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("reading", ["A", "B"])
+@pytest.mark.parametrize("reading", ["A", "B", "C"])
 def test_the_second_image_of_a_pair_reaches_the_caption(reading: str) -> None:
     model = small(reading=reading)
     batch = batch_of(model, [2])
@@ -139,15 +140,49 @@ def test_images_and_placeholders_must_agree(model: OneDiffForConditionalGenerati
         model(**(batch | {"image_counts": torch.tensor(counts)}))
 
 
-def test_rows_without_a_pair_leave_the_delta_module_alone(model: OneDiffForConditionalGeneration) -> None:
-    batch = batch_of(model, [0, 1])
-    model(**batch, labels=batch["input_ids"].clamp(max=96)).loss.backward()
-    assert all(p.grad is None for p in model.delta.parameters())
-    assert model.projector[0].weight.grad is not None
+@pytest.mark.parametrize("counts", [[0, 1], [0]])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("reading", ["A", "B", "C"])
+def test_in_training_rows_without_a_pair_run_every_part_and_change_nothing(counts: list[int], kept: bool,
+                                                                           reading: str) -> None:
+    """Under ZeRO 3 ranks that have pairs would wait for one that has none."""
+    model = small(reading=reading)
+    batch = batch_of(model, counts)
+    if kept:
+        batch["states"] = model.vision(batch.pop("images")).detach() if counts != [0] else torch.zeros(0, 4, 9, 11)
+    labels = batch["input_ids"].clamp(max=96)
+    quiet = model(**batch, labels=labels).loss
+    model.train()(**batch, labels=labels).loss.backward()
+    assert torch.equal(model(**batch, labels=labels).loss, quiet)
+    grads = {name: p.grad for name, p in model.named_parameters() if not name.startswith("vision.")}
+    assert not [name for name, grad in grads.items() if grad is None]
+    assert all(not grad.any() for name, grad in grads.items() if name.startswith("delta."))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_packed_loss_equals_that_of_padded_rows(variant: dict, masked: bool) -> None:
+    model = small(**variant)
+    batch = batch_of(model, COUNTS)
+    labels = batch["input_ids"].masked_fill((batch["input_ids"] >= IMAGE_ID) | (batch["attention_mask"] == 0), IGNORED)
+    labels[:, 1:][batch["input_ids"][:, :-1] >= IMAGE_ID] = IGNORED  # no answer follows a placeholder
+    mask = torch.tensor([masked, False, False, masked, False])
+    padded = model(**batch, patch_mask=mask).logits
+    by_hand = torch.nn.functional.cross_entropy(padded[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                                ignore_index=IGNORED)
+    assert torch.allclose(model(**batch, patch_mask=mask, labels=labels).loss, by_hand, atol=1e-6)
+
+
+def test_under_reading_c_a_single_image_is_read_as_a_pair_of_itself() -> None:
+    model = small(reading="C")
+    states = model.vision(batch_of(model, [1])["images"])
+    alone, _ = model.look(states, torch.tensor([1]))
+    twice, _ = model.look(states.repeat(2, 1, 1, 1), torch.tensor([2]))
+    assert torch.allclose(alone, twice, atol=1e-6)
 
 
 def test_every_parameter_belongs_to_one_part() -> None:
-    for reading in ("A", "B"):
+    for reading in ("A", "B", "C"):
         model = small(reading=reading)
         parts = {model.part_of(name) for name, _ in model.named_parameters()}
         assert parts == {"vision", "delta", "projector", "language"}
