@@ -7,7 +7,6 @@ imports MLflow.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -26,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 
 from onediff import tracking
 from onediff.config import Section
+from onediff.model.digest import weights_digest
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -414,20 +414,3 @@ def _made(folder: Path) -> Path:
 def _tag(version: str, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         tracking.client().set_model_version_tag(NAME, version, key, value)
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors files in order of name, as in data/runs/*.json."""
-    total, shards = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise FileNotFoundError(f"{folder}/model.safetensors not found: 'dvc repro' makes it")
-    for path in shards:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                total.update(block)
-    return total.hexdigest()
-
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

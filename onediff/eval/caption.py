@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
 
 from tqdm import tqdm
 
-from onediff.config import Caption
+from onediff.config import Caption, Task
 from onediff.data.record import Record
 from onediff.inputs.images import open_image
 from onediff.model.captioner import Captioner
 
 
-def caption_records(captioner: Captioner, records: Iterable[Record], settings: Caption, *,
+def caption_records(captioner: Captioner, records: Iterable[Record], settings: Caption, tasks: Mapping[str, Task], *,
                     progress: str | None = None) -> Iterator[tuple[Record, str]]:
-    """Every record with its caption, asked as the record says, decoded a batch at a time."""
-    rows = iter(records)
+    """Every record with its caption, asked and decoded as its task or else the record says, a batch at a time."""
     with tqdm(desc=progress, unit="pair", disable=progress is None) as bar:
-        while batch := list(islice(rows, settings.batch_size)):
-            pairs = [(open_image(record.before), open_image(record.after)) for record in batch]
-            spoken = captioner.caption(pairs, instructions=[record.instruction for record in batch],
-                                       max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams)
-            bar.update(len(batch))
-            yield from zip(batch, spoken, strict=True)
+        for (max_new_tokens, num_beams), rows in groupby(records, key=lambda record: decoding(record, settings, tasks)):
+            while batch := list(islice(rows, settings.batch_size)):
+                pairs = [(open_image(record.before), open_image(record.after)) for record in batch]
+                asked = [tasks[record.source].instruction if record.source in tasks else None for record in batch]
+                spoken = captioner.caption(
+                    pairs, instructions=[own or record.instruction for own, record in zip(asked, batch, strict=True)],
+                    max_new_tokens=max_new_tokens, num_beams=num_beams)
+                bar.update(len(batch))
+                yield from zip(batch, spoken, strict=True)
+
+
+def decoding(record: Record, settings: Caption, tasks: Mapping[str, Task]) -> tuple[int, int]:
+    """max_new_tokens and num_beams of the record's task, or else those of all."""
+    task = tasks.get(record.source)
+    return ((task and task.max_new_tokens) or settings.max_new_tokens,
+            (task and task.num_beams) or settings.num_beams)

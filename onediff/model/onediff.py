@@ -97,7 +97,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
                  states: Tensor | None = None, **options: Any) -> Tensor:
         """The same inputs, prompts padded on the left -> ids of the answers alone (B, .); transformers' own options."""
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
-        return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+        in_step = hasattr(next(self.parameters()), "ds_id")  # ZeRO 3: all ranks go on until the last one is done
+        return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, synced_gpus=in_step,
+                                      **options)
 
     def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None,
               states: Tensor | None = None) -> Tensor:

@@ -16,10 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onediff.model.digest import weights_digest
+
 if TYPE_CHECKING:
-    from onediff.config import Config
+    from onediff.config import Config, Runtime
     from onediff.tracking import Run
-    from onediff.train.phases import Trained
+    from onediff.train.loop import Log
+
+DIFFCAP = Path("data/diffcap")
 
 
 def run(stage: Callable[..., object]) -> None:
@@ -69,18 +73,46 @@ def silent(step: int, values: dict[str, float]) -> None:
     """Where nobody listens."""
 
 
-def finish_phase(phase: str, trained: Trained, noted: Run | None) -> None:
-    """Rank 0 writes model, curve and run; then the checkpoints may go."""
-    from onediff.registry import weights_digest
+def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Path, Log], None]) -> None:
+    """One training phase, wherever runtime.yaml sends it, from DiffCap to data/models/<phase>.
 
-    if noted is None:
+    work(config, runtime, folder, log) trains here, and leaves the model in `folder`, the run's own in scratch. As one of
+    the ranks that a launcher started, that is all; the process that DVC started fetches it from there.
+    """
+    from onediff import tracking
+    from onediff.config import load_params, load_runtime
+
+    config, runtime = load_params(), load_runtime()
+    tracking.check()  # before any work: what is trained must have somewhere to be noted
+    quiet()
+    from onediff.train import checkpoint, launcher, phases
+
+    def here() -> None:
+        with noted_run(phase, config) as noted:
+            work(config, runtime, folder, noted.log if noted else silent)
+            if noted:
+                described = noted.describe(digest=weights_digest(folder / phases.FINAL))
+                summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+                checkpoint.write_json(folder / "run.json", described | summary)
+
+    folder = phases.run_folder(phase, config, runtime, data=DIFFCAP, start=start)
+    if "LOCAL_RANK" in os.environ:
+        here()
         return
-    folder = Path("data/models") / phase
-    trained.model.save_pretrained(folder)
-    trained.processor.save_pretrained(folder)
-    for part in ("curves", "runs"):
+    with checkpoint.alone(folder):
+        if not launcher.hand_over(phase, runtime, folder):
+            here()
+        fetch(phase, folder)
+
+
+def fetch(phase: str, folder: Path) -> None:
+    """Model, curve and run from scratch to where DVC wants them; then the checkpoints may go."""
+    model = Path("data/models") / phase
+    shutil.rmtree(model, ignore_errors=True)
+    for part in ("models", "curves", "runs"):
         (Path("data") / part).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(trained.folder / "curve.jsonl", Path("data/curves") / f"{phase}.jsonl")
-    described = noted.describe(digest=weights_digest(folder)) | trained.summary
-    (Path("data/runs") / f"{phase}.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(trained.folder)
+    shutil.copytree(folder / "final", model)
+    shutil.copyfile(folder / "curve.jsonl", Path("data/curves") / f"{phase}.jsonl")
+    told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (Path("data/runs") / f"{phase}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onediff import tracking
-from onediff.config import load_params, load_runtime
-from onediff.stages import finish_phase, noted_run, quiet, run, silent
-from onediff.train import launcher
+from onediff.config import Config, Runtime
+from onediff.stages import DIFFCAP, run, train
+
+if TYPE_CHECKING:
+    from onediff.train.loop import Log
 
 
 def align() -> None:
     """Writes data/models/align, data/curves/align.jsonl and data/runs/align.json."""
-    config, runtime = load_params(), load_runtime()
-    tracking.check()  # before any work: what is trained must have somewhere to be noted
-    quiet()
+    train("align", start=None, work=_work)
+
+
+def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
     from onediff.train import phases
 
-    if launcher.hand_over("align", runtime):
-        return
-    with noted_run("align", config) as noted:
-        trained = phases.align(config, runtime, data=Path("data/diffcap"), log=noted.log if noted else silent)
-        finish_phase("align", trained, noted)
+    phases.align(config, runtime, data=DIFFCAP, folder=folder, log=log)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def caption(model: str = "data/models/tune") -> None:
         with ExitStack() as stack:
             files: dict[str, IO[str]] = {}
             records = read_records(Path("data/diffcap"), f"{split}-*.parquet")
-            for record, text in caption_records(captioner, records, config.caption, progress=f"caption {split}"):
+            for record, text in caption_records(captioner, records, config.caption, config.tasks,
+                                                progress=f"caption {split}"):
                 if record.source not in files:
                     path = OUT / split / f"{record.source}.jsonl"
                     files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onediff import tracking
-from onediff.config import Config, load_params, load_runtime
+from onediff.config import Config, Runtime
 from onediff.data.record import Record, read_records
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.onediff import OneDiffForConditionalGeneration
-from onediff.stages import finish_phase, noted_run, quiet, run, silent
-from onediff.train import launcher
+from onediff.stages import DIFFCAP, run, train
 
-DIFFCAP = Path("data/diffcap")
+if TYPE_CHECKING:
+    from onediff.train.loop import Judge, Log
+
+ALIGNED = Path("data/models/align")
 
 
 def tune() -> None:
     """Writes data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
-    config, runtime = load_params(), load_runtime()
-    tracking.check()
-    quiet()
+    train("tune", start=ALIGNED, work=_work)
+
+
+def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
     from onediff.train import phases
 
-    if launcher.hand_over("tune", runtime):
-        return
-    with noted_run("tune", config) as noted:
-        trained = phases.tune(config, runtime, data=DIFFCAP, start=Path("data/models/align"),
-                              validator=lambda model, processor: cider_on_val(config, model, processor),
-                              log=noted.log if noted else silent)
-        finish_phase("tune", trained, noted)
+    phases.tune(config, runtime, data=DIFFCAP, start=ALIGNED, folder=folder, log=log,
+                judge_of=lambda model, processor: cider_on_val(config, model, processor))
 
 
-def cider_on_val(config: Config, model: OneDiffForConditionalGeneration,
-                 processor: OneDiffProcessor) -> Callable[[], float]:
+def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> Judge:
     """CIDEr on up to `num_val` pairs of split val, the same at every call, shared evenly between the sources."""
     from onediff.eval.caption import caption_records
     from onediff.eval.metrics import cider
     from onediff.model.captioner import Captioner
+    from onediff.train.loop import Judge
 
     sources = sorted(config.tune.mixture)
     share = -(-config.tune.num_val // len(sources))
@@ -48,11 +45,14 @@ def cider_on_val(config: Config, model: OneDiffForConditionalGeneration,
         pairs += islice(found, share)
     references = {pair.pair_id: pair.references for pair in pairs}
 
-    def validate() -> float:
-        spoken = caption_records(Captioner(model, processor), pairs, config.caption)
-        return cider({pair.pair_id: text for pair, text in spoken}, references)
+    def say(numbers: list[int]) -> list[str]:
+        chosen = [pairs[number] for number in numbers]
+        return [text for _, text in caption_records(Captioner(model, processor), chosen, config.caption, config.tasks)]
 
-    return validate
+    def score(texts: list[str]) -> float:
+        return cider({pair.pair_id: text for pair, text in zip(pairs, texts, strict=True)}, references)
+
+    return Judge(len(pairs), say, score)
 
 
 if __name__ == "__main__":

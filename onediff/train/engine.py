@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from onediff.config import Phase, Runtime
 from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.train import lora
 
 BETAS = (0.9, 0.999)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start_process_group() -> None:
@@ -34,14 +39,30 @@ def start_process_group() -> None:
 
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
     """Freezes what has learning rate 0; parameter groups of the rest, one per part, with its `peak` rate."""
+    if phase.lora:
+        lora.add(model.language, phase.lora)
     groups = []
     for part, rate in phase.learning_rates.items():
-        mine = [p for name, p in model.named_parameters() if model.part_of(name) == part]
-        for parameter in mine:
-            parameter.requires_grad_(rate > 0)
-        if rate > 0 and mine:
-            groups.append({"params": mine, "lr": rate, "peak": rate, "part": part})
+        mine = [(name, p) for name, p in model.named_parameters() if model.part_of(name) == part]
+        for name, parameter in mine:
+            parameter.requires_grad_(rate > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))
+        learning = [p for _, p in mine if p.requires_grad]
+        if learning:
+            groups.append({"params": learning, "lr": rate, "peak": rate, "part": part})
     return groups
+
+
+def settings(model: nn.Module, phase: Phase, runtime: Runtime, *, world: int, micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    zero: dict[str, Any] = {"stage": runtime.zero_level}
+    for what, when in (("optimizer", runtime.offload != "none"), ("param", runtime.offload == "all")):
+        if when:
+            zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {"train_batch_size": phase.batch_size,
+            "train_micro_batch_size_per_gpu": phase.batch_size // world // micro_batches,
+            "gradient_accumulation_steps": micro_batches, "gradient_clipping": phase.clip_norm,
+            "zero_optimization": zero, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 class Engine:
@@ -53,25 +74,40 @@ class Engine:
         import deepspeed
 
         self.model, self.micro_batches = model, micro_batches
-        self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay)
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        half = next(model.parameters()).dtype == torch.bfloat16
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config={
-            "train_batch_size": phase.batch_size,
-            "train_micro_batch_size_per_gpu": phase.batch_size // self.world // micro_batches,
-            "gradient_accumulation_steps": micro_batches, "gradient_clipping": phase.clip_norm,
-            "zero_optimization": {"stage": runtime.zero_level}, "bf16": {"enabled": half},
-            "zero_allow_untested_optimizer": True})
+        self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,
+                                           fused=runtime.offload == "none")
+        if runtime.checkpoint_activations:
+            checkpoint_activations(model, phase, zero_level=runtime.zero_level)
+        if runtime.compile:
+            compile_blocks(model)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer,
+            config=settings(model, phase, runtime, world=self.world, micro_batches=micro_batches))
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
+        self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.zero_level = runtime.zero_level
+        self._set_steps(0)  # ZeRO 3 makes its moments by a first step on gradients of 0, which Adam would count
 
     def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
-    def count_on_all_ranks(self, number: int) -> Tensor:
-        total = torch.tensor(float(number), device=self.device)
-        torch.distributed.all_reduce(total)
-        return total
+    def sums(self, numbers: list[Any]) -> Tensor:
+        """Each number summed over all ranks."""
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(totals)
+        return totals
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Each flag as one of the ranks has it: all must stop, or write a checkpoint, at the same step."""
+        found = torch.tensor([float(flag) for flag in flags], device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        torch.distributed.barrier()
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss on this rank."""
@@ -84,8 +120,9 @@ class Engine:
 
     def step(self) -> None:
         """The update, after the last micro-batch."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._own_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
+        if self._plain:
+            grads = [p.grad for p in self.learning.values() if p.grad is not None]
+            self._own_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
         self._engine.step()
         self._pending = False
 
@@ -99,11 +136,116 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return self._own_norm if norm is None else float(norm)
 
-    def save(self, folder: str, tag: str) -> None:
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    def spread(self, say: Callable[[list[int]], list[str]], num: int) -> list[str]:
+        """say(numbers) -> a text each, for numbers 0 to num, shared between the ranks; all get all texts, in order.
 
-    def load(self, folder: str, tag: str) -> None:
-        self._engine.load_checkpoint(folder, tag=tag, load_module_strict=False)
+        Every rank says as many, so that under ZeRO 3 none waits for another.
+        """
+        each = -(-num // self.world)
+        mine = say([number % num for number in range(self.rank, each * self.world, self.world)])
+        said: list[list[str]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(said, mine)
+        return [said[number % self.world][number // self.world] for number in range(num)]
+
+    # --- what a checkpoint and a model folder hold: whole tensors, however they are shared --------------------------
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the optimizer updates the parameters themselves: no ZeRO, no bfloat16."""
+        return not hasattr(self._engine.optimizer, "optimizer") or self._engine.optimizer is self.optimizer
+
+    def masters(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Of each parameter that learns: its float32 value and both moments, whole, on every rank in turn."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, p in self.learning.items():
+            if self._plain:
+                state = self.optimizer.state[p]
+                yield name, {"value": p.detach(), **{key: state[key] for key in MOMENTS}}
+            else:
+                yield name, {"value": safe_get_full_fp32_param(p),
+                             **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
+
+    def set_masters(self, step: int, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """The reverse of `masters`; `step` updates were made. Every rank reads every parameter and keeps its share."""
+        self._make_moments()
+        for name, p in self.learning.items():
+            for key, value in read(name).items():
+                self._set(p, key, value.to(self.device))
+        self._set_steps(step)
+
+    def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if self._plain:
+            (p.data if key == "value" else self.optimizer.state[p][key]).copy_(value)
+        elif hasattr(p, "ds_tensor"):  # ZeRO 3: this rank's slice, the last one padded
+            size = p.ds_tensor.ds_numel
+            mine = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
+            if key == "value":
+                safe_set_local_fp32_param(p, mine)
+                p.ds_tensor.data.copy_(mine)
+            else:
+                safe_set_local_optimizer_state(p, mine, key)
+        elif key == "value":
+            safe_set_full_fp32_param(p, value)
+            p.data.copy_(value)
+        else:
+            safe_set_full_optimizer_state(p, value, key)
+
+    def _make_moments(self) -> None:
+        """Adam's moments come with its first step; a resumed run needs them before."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                self.optimizer.state.setdefault(p, {})
+                for key in MOMENTS:
+                    self.optimizer.state[p].setdefault(key, torch.zeros_like(p))
+                self.optimizer.state[p].setdefault("step", torch.zeros((), device=p.device))
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link:
+            link()
+
+    def _set_steps(self, step: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+
+    def whole(self, *, only_learned: bool) -> dict[str, Tensor] | None:
+        """The weights in the model's precision, in the CPU's memory of rank 0; None on the others."""
+        import deepspeed
+
+        full: dict[int, Tensor] = {}
+        for p in self.model.parameters():
+            if p.requires_grad or not only_learned:
+                gathered = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else nullcontext()
+                with gathered:
+                    if self.rank == 0:
+                        full[id(p)] = p.detach().to("cpu", copy=True)
+        if self.rank:
+            return None
+        named = {name: full[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in full}
+        if only_learned:
+            return named
+        return {name: named.get(name, value) for name, value in self.model.state_dict().items()}
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def checkpoint_activations(model: OneDiffForConditionalGeneration, phase: Phase, *, zero_level: int) -> None:
+    """Blocks keep their inputs alone and are run again in the backward pass."""
+    # Under ZeRO 3 a block's weights are gone by then, which the other kind takes for a change of shape.
+    how = {"use_reentrant": zero_level == 3}
+    model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if phase.lr_vision:
+        model.vision.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def compile_blocks(model: OneDiffForConditionalGeneration) -> None:
+    """torch.compile of the language model's blocks, one kernel for all of them; row lengths stay dynamic."""
+    for block in model.language.get_decoder().layers:
+        block.compile(dynamic=True)

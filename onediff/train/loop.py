@@ -6,7 +6,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,11 +19,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from onediff.config import Phase, Runtime
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
-from onediff.train import checkpoint
+from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.train import checkpoint, lora
 from onediff.train.engine import Engine
+from onediff.train.speed import Meter, counts_of
 
 Log = Callable[[int, dict[str, float]], None]
+Batches = Callable[[int, int, int], Iterator[list[dict[str, Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What picks the best step: say(numbers) gives a text for each of `num` items, score all texts' worth."""
+
+    num: int
+    say: Callable[[list[int]], list[str]]
+    score: Callable[[list[str]], float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """weights: of the whole model, adapters merged; on rank 0 alone."""
+
+    summary: dict[str, Any]
+    weights: dict[str, Tensor] | None
 
 
 @dataclass
@@ -52,94 +72,134 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, *, name: str, steps: int, folder: Path,
-        micro_batches: Callable[[int, int, int], list[dict[str, Tensor]]], num_micro: int, log: Log,
-        validate: Callable[[], float] | None) -> dict[str, Any]:
-    """Trains `model` in place and leaves it at its best on `validate` (higher is better; None: at its last step).
+        batches: Batches, num_micro: int, log: Log, judge: Judge | None = None, meter: Meter | None = None,
+        names: Callable[[int], list[str]] = lambda step: []) -> Fitted:
+    """Trains `model` in place; gives its weights at their best by `judge` (None: at the last step).
 
-    micro_batches(step, rank, world) are this rank's tensors of a step. Resumes from `folder` if a run was cut short
-    there. Raises ValueError when the loss is not finite or SIGTERM asked to stop, OSError when a checkpoint cannot be
-    written.
+    batches(first, rank, world) yields this rank's micro-batches of step `first` and on; names(step) tells a step's rows.
+    Resumes from `folder` if a run was cut short there. Raises ValueError when the loss is not finite, memory runs out or
+    SIGTERM asked to stop, OSError when a checkpoint cannot be written.
     """
-    engine = Engine(model, phase, runtime, micro_batches=num_micro)
+    engine, meter = Engine(model, phase, runtime, micro_batches=num_micro), meter or Meter()
     kept = checkpoint.resume(engine, folder) or {"step": 0, "best": None, "best_step": None}
-    rewind(folder / "curve.jsonl", kept["step"])
-    started = saved = time.monotonic()
-    pairs_done, step = 0, kept["step"]
+    note = Notes(folder, log, first=kept["step"], writes=engine.rank == 0)
+    coming = batches(kept["step"], engine.rank, engine.world)
+    saved = time.monotonic()
     model.train()
-    with Stop() as stop, tqdm(total=steps, initial=step, desc=name, unit="step") as progress:
+    with Stop() as stop, tqdm(total=steps, initial=kept["step"], desc=name, unit="step", disable=engine.rank > 0) as bar:
         for step in range(kept["step"], steps):
+            waited = time.monotonic()
+            micro = next(coming)
+            waited = time.monotonic() - waited
+            counts = engine.sums(counts_of(micro))
             engine.set_rate(rate_factor(step, steps, phase.warmup))
-            batches = [{k: v.to(engine.device) for k, v in batch.items()}
-                       for batch in micro_batches(step, engine.rank, engine.world)]
-            answers = engine.count_on_all_ranks(
-                sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches))
             total = torch.zeros((), device=engine.device)
-            for batch in batches:
-                total += engine.backward(batch, answers)
-            loss = engine.sum_on_all_ranks(total)
+            with memory_told(name, phase, runtime):
+                for batch in micro:
+                    total += engine.backward({k: v.to(engine.device, non_blocking=True) for k, v in batch.items()},
+                                             counts[-1])
+            loss = float(engine.sums([total]))
             if not math.isfinite(loss):
-                checkpoint.write_status(folder, "diverged", step, f"loss {loss} at step {step}")
-                raise ValueError(f"{name}: the loss became {loss} at step {step}; "
-                                 f"lower the learning rates in params.yaml ({folder})")
+                raise diverged(folder, name, step, loss, names(step))
             engine.step()
-            pairs_done += phase.batch_size
-            line = {"loss": loss, "lr": rate_factor(step, steps, phase.warmup), "grad_norm": engine.grad_norm,
-                    "pairs_per_s": pairs_done / (time.monotonic() - started), "seconds": time.monotonic() - started}
-            note(folder, step, line, log)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            progress.update()
-            if validate and phase.validate_every and ((step + 1) % phase.validate_every == 0 or step + 1 == steps):
-                kept = keep_best(model, folder, kept, step=step, score=judged(model, validate), log=log)
-            if stop.asked or time.monotonic() - saved > runtime.checkpoint_every_s:
+            meter.add(counts, waited)
+            note(step, {"loss": loss, "lr": rate_factor(step, steps, phase.warmup), "grad_norm": engine.grad_norm,
+                        **meter.line(), "seconds": meter.seconds})
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if judge and phase.validate_every and ((step + 1) % phase.validate_every == 0 or step + 1 == steps):
+                kept |= keep_best(engine, folder, kept, step=step, score=judged(engine, judge), note=note)
+            stopped, due = engine.any_rank(stop.asked, time.monotonic() - saved > runtime.checkpoint_every_s)
+            if stopped or due:
                 checkpoint.save(engine, folder, step + 1, {"best": kept["best"], "best_step": kept["best_step"]})
                 checkpoint.write_status(folder, "running", step + 1)
                 saved = time.monotonic()
-            if stop.asked:
+            if stopped:
                 checkpoint.write_status(folder, "preempted", step + 1, "SIGTERM")
                 raise ValueError(f"{name}: stopped by SIGTERM after step {step + 1}; "
                                  "the same command goes on from there")
+    weights = export(engine, phase, folder, kept["best_step"])
     engine.close()
-    if kept["best_step"] is not None:
-        model.load_state_dict(load_file(folder / "best" / f"step-{kept['best_step']:07d}.safetensors"), strict=False)
-    return {"steps": steps, "best": kept["best"], "best_step": kept["best_step"], "seconds": time.monotonic() - started,
-            "pairs_per_s": pairs_done / max(time.monotonic() - started, 1e-9)}
+    return Fitted({"steps": steps, "best": kept["best"], "best_step": kept["best_step"], "seconds": meter.seconds,
+                   **meter.summary()}, weights)
 
 
-def judged(model: OneDiffForConditionalGeneration, validate: Callable[[], float]) -> float:
-    model.eval()
+def judged(engine: Engine, judge: Judge) -> float:
+    engine.model.eval()
     try:
-        return validate()
+        return judge.score(engine.spread(judge.say, judge.num))
     finally:
-        model.train()
+        engine.model.train()
 
 
-def keep_best(model: OneDiffForConditionalGeneration, folder: Path, kept: dict[str, Any], *, step: int,
-              score: float, log: Log) -> dict[str, Any]:
+def diverged(folder: Path, name: str, step: int, loss: float, rows: list[str]) -> ValueError:
+    """The last good state stays; the rows of the batch are named, all of them in a file."""
+    checkpoint.write_status(folder, "diverged", step, f"loss {loss} at step {step}")
+    checkpoint.write_json(folder / "diverged.json", {"step": step, "rows": rows})
+    few = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    return ValueError(f"{name}: the loss became {loss} at step {step}, on rows {few or 'unnamed'} "
+                      f"({folder}/diverged.json); look at them, or lower the learning rates in params.yaml")
+
+
+@contextmanager
+def memory_told(name: str, phase: Phase, runtime: Runtime) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = runtime.micro_batch_size or phase.batch_size // runtime.num_ranks
+        cures = [f"micro_batch_size below {size}"] if size > 1 else []
+        cures += [] if runtime.checkpoint_activations else ["checkpoint_activations: true"]
+        cures += [f"zero_level {runtime.zero_level + 1} on several GPUs"] if runtime.zero_level < 3 else []
+        cures += ["offload: optimizer"] if runtime.offload == "none" else []
+        raise ValueError(f"{name}: out of memory ({str(error).splitlines()[0][:200]}); in runtime.yaml set "
+                         f"{', or '.join(cures) or 'more gpus'}: 'onediff plan' tells what fits") from error
+
+
+def keep_best(engine: Engine, folder: Path, kept: dict[str, Any], *, step: int, score: float,
+              note: Notes) -> dict[str, Any]:
     """Stores what has learned if it is better than before.
 
     The file is named by its step, so a resumed run finds the one it knows.
     """
-    note(folder, step, {"val_CIDEr": score}, log)
+    note(step, {"val_CIDEr": score})
     if kept["best"] is not None and score <= kept["best"]:
-        return kept
-    (folder / "best").mkdir(exist_ok=True)
-    learned = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    path = folder / "best" / f"step-{step + 1:07d}.safetensors"
-    save_file(learned, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    return kept | {"best": score, "best_step": step + 1}
+        return {}
+    learned = engine.whole(only_learned=True)
+    if learned is not None:
+        path = best_file(folder, step + 1)
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: value.contiguous() for name, value in learned.items()}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return {"best": score, "best_step": step + 1}
 
 
-def note(folder: Path, step: int, values: dict[str, float], log: Log) -> None:
-    """One line in the curve on disk, then whoever listens."""
-    with (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
-        curve.write(json.dumps({"step": step} | {key: round(value, 6) for key, value in values.items()}) + "\n")
-    log(step, values)
+def best_file(folder: Path, step: int) -> Path:
+    return folder / "best" / f"step-{step:07d}.safetensors"
 
 
-def rewind(curve: Path, step: int) -> None:
-    """Forgets the lines of steps that will be run again."""
-    if curve.exists():
-        lines = [line for line in curve.read_text(encoding="utf-8").splitlines()
-                 if line.endswith("}") and json.loads(line)["step"] < step]
-        curve.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def export(engine: Engine, phase: Phase, folder: Path, best_step: int | None) -> dict[str, Tensor] | None:
+    """The whole model's weights, those that learned at the best step; on rank 0 alone."""
+    weights = engine.whole(only_learned=False)
+    if weights is not None and best_step is not None:
+        weights |= load_file(best_file(folder, best_step))
+    return lora.merged(weights, phase.lora) if weights is not None and phase.lora else weights
+
+
+class Notes:
+    """One line a step in the curve on disk, then whoever listens; a resumed run forgets the lines it will write again.
+    """
+
+    def __init__(self, folder: Path, log: Log, *, first: int, writes: bool) -> None:
+        self.curve, self.log, self.writes = folder / "curve.jsonl", log, writes
+        if writes:
+            known = self.curve.read_text(encoding="utf-8").splitlines() if self.curve.exists() else []
+            self.curve.write_text("".join(f"{line}\n" for line in known if line.endswith("}")
+                                          and json.loads(line)["step"] < first), encoding="utf-8")
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        if self.writes:
+            with self.curve.open("a", encoding="utf-8") as curve:
+                curve.write(json.dumps({"step": step} | {key: round(value, 6) for key, value in values.items()}) + "\n")
+            self.log(step, values)

@@ -2,100 +2,146 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from onediff.config import Config, Phase, Runtime
-from onediff.data.loader import Corpus, FeatureStore, Row, collate, coupled_rows, decode, tune_rows
+from onediff.config import Align, Config, Phase, Runtime
+from onediff.data.corpus import Corpus
+from onediff.data.features import FeatureStore
+from onediff.data.loader import (
+    Batch,
+    Pixels,
+    Rows,
+    collate,
+    coupled_rows,
+    decode,
+    shared_out,
+    single_rows,
+    stream,
+    tune_entries,
+    tune_rows,
+)
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.build import build
 from onediff.model.captioner import pick_device
+from onediff.model.digest import weights_digest
 from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.model.weights import load_trained
 from onediff.train import checkpoint
-from onediff.train.loop import Log, fit
+from onediff.train.cost import Flops, peak_tflops
+from onediff.train.loop import Fitted, Judge, Log, fit
+from onediff.train.speed import Meter
 
-Validator = Callable[[OneDiffForConditionalGeneration, OneDiffProcessor], Callable[[], float]]
-
-
-@dataclass(frozen=True)
-class Trained:
-    model: OneDiffForConditionalGeneration
-    processor: OneDiffProcessor
-    summary: dict[str, Any]
-    folder: Path
+JudgeOf = Callable[[OneDiffForConditionalGeneration, OneDiffProcessor], Judge]
+FINAL = "final"  # what a finished run leaves in its folder: the model, and summary.json
 
 
-def align(config: Config, runtime: Runtime, *, data: Path, log: Log) -> Trained:
+def run_folder(name: str, config: Config, runtime: Runtime, *, data: Path, start: Path | None = None) -> Path:
+    """The run's folder in scratch, keyed by what decides its result.
+
+    A changed parameter, data set or start begins anew, an interrupted run goes on.
+    """
+    phase = config.phase(name)
+    starts = [str(start)] if start else [config.model.vision.path, config.model.language, config.model.delta.init]
+    return checkpoint.scratch_of(runtime.scratch, name, [
+        config.seed, config.model.model_dump(), phase.model_dump() if phase else None,
+        {key: task.model_dump() for key, task in config.tasks.items()},
+        (data / "card.json").read_text(encoding="utf-8"),
+        [weights_digest(Path(path)) if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) else path
+         for path in starts]])
+
+
+def align(config: Config, runtime: Runtime, *, data: Path, folder: Path, log: Log) -> None:
     """Phase 1, Coupled Sample Training: single images coupled into pseudo pairs, both captions the target.
 
-    There is nothing to validate on.
+    There is nothing to validate on. Without settings of its own the checkpoints go on to `tune` as they are.
     """
     model, processor = build(config.model, seed=config.seed)
-    corpus = Corpus.read(data, "train", config.align.mixture)
-    rows = coupled_rows(corpus, config.align.mixture, config.model.template, seed=config.seed,
-                        batch_size=config.align.batch_size, mask_patches=config.align.mask_patches)
-    return _train("align", config, runtime, config.align, model=model, processor=processor, corpus=corpus, rows=rows,
-                  data=data, log=log)
+    if config.align is None:
+        (folder / "curve.jsonl").touch()
+        leave(folder, model, processor, Fitted({"steps": 0, "seconds": 0.0}, None))
+        return
+    phase: Align = config.align
+    corpus = Corpus.read(data, "train", phase.mixture, store=folder / "corpus")
+    settings = {"seed": config.seed, "batch_size": phase.batch_size}
+    rows = (coupled_rows(corpus, phase.mixture, config.model.template, mask_patches=phase.mask_patches, **settings)
+            if phase.samples == "coupled" else single_rows(corpus, phase.mixture, config.model.template, **settings))
+    _train("align", phase, runtime, model=model, processor=processor, corpus=corpus, rows=rows, folder=folder, log=log,
+           num_samples=len(corpus.samples))
 
 
-def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, validator: Validator, log: Log) -> Trained:
+def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: Path, judge_of: JudgeOf,
+         log: Log) -> None:
     """Phase 2, multi-task instruction tuning over all sources, from the folder that `align` left.
 
     The best on `val` is kept.
     """
-    model = OneDiffForConditionalGeneration.from_pretrained(start)
-    processor = OneDiffProcessor.from_pretrained(start)
-    corpus = Corpus.read(data, "train", config.tune.mixture)
-    rows = tune_rows(corpus, config.tune.mixture, config.model.template, seed=config.seed,
-                     batch_size=config.tune.batch_size, mask_patches=config.tune.mask_patches)
-    return _train("tune", config, runtime, config.tune, model=model, processor=processor, corpus=corpus, rows=rows,
-                  data=data, log=log, validator=validator)
+    model, processor = load_trained(start)
+    phase = config.tune
+    corpus = Corpus.read(data, "train", phase.mixture, store=folder / "corpus")
+    entries = tune_entries(corpus, phase.mixture, config.tasks)
+    rows = tune_rows(entries, phase.mixture, config.tasks, config.model.template, seed=config.seed,
+                     batch_size=phase.batch_size, mask_patches=phase.mask_patches)
+    _train("tune", phase, runtime, model=model, processor=processor, corpus=corpus, rows=rows, folder=folder, log=log,
+           num_samples=len(entries), judge=judge_of(model, processor) if phase.validate_every else None)
 
 
-def _train(name: str, config: Config, runtime: Runtime, phase: Phase, *, model: OneDiffForConditionalGeneration,
-           processor: OneDiffProcessor, corpus: Corpus, rows: Callable[[int], list[Row]], data: Path, log: Log,
-           validator: Validator | None = None) -> Trained:
-    # Keyed by what decides the result: a changed parameter, data set or start begins anew, an interrupted run goes on.
-    folder = checkpoint.scratch_of(runtime.scratch, name, [
-        config.seed, config.model.model_dump(), phase.model_dump(),
-        (data / "card.json").read_text(encoding="utf-8"), _fingerprint(model)])
+def _train(name: str, phase: Phase, runtime: Runtime, *, model: OneDiffForConditionalGeneration,
+           processor: OneDiffProcessor, corpus: Corpus, rows: Rows, folder: Path, log: Log, num_samples: int,
+           judge: Judge | None = None) -> None:
     checkpoint.write_status(folder, "running", 0)
-    model.to(pick_device(runtime.device))
+    device = pick_device(runtime.device)
+    model.to(device)
+    if device.type == "cpu":
+        model.float()  # bfloat16 is far slower there
     try:
         pixels_of = _pixels_of(model, processor, corpus, phase=phase, runtime=runtime)
-        validate = validator(model, processor) if validator and phase.validate_every else None
-        summary = fit(model, phase, runtime, name=name, steps=steps_of(phase, len(corpus.samples)), folder=folder,
-                      micro_batches=partial(_micro_batches, rows, processor, pixels_of,
-                                            num_micro=num_micro(phase, runtime)),
-                      num_micro=num_micro(phase, runtime), log=log, validate=validate)
+        make = partial(micro_batches, rows, processor, pixels_of, runtime=runtime, num_micro=num_micro(phase, runtime))
+        steps = steps_of(phase, num_samples)
+        fitted = fit(model, phase, runtime, name=name, steps=steps, folder=folder, num_micro=num_micro(phase, runtime),
+                     batches=partial(_batches, make, steps=steps, runtime=runtime, device=device), log=log, judge=judge,
+                     meter=_meter(model, phase, runtime, cached=isinstance(pixels_of, FeatureStore), device=device),
+                     names=lambda step: [row.name for row in rows(step)])
+        if fitted.weights is not None:
+            leave(folder, model, processor, fitted)
     finally:
         checkpoint.close_status(folder)
-    checkpoint.write_status(folder, "finished", summary["steps"])
-    return Trained(model, processor, summary, folder)
 
 
-def _fingerprint(model: torch.nn.Module) -> float:
-    """Differs when the weights that training starts from differ."""
-    return float(sum(p.double().abs().sum() for p in model.parameters()))
+def leave(folder: Path, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor, fitted: Fitted) -> None:
+    """The trained model where the stage fetches it, whoever trained it; finished only once it is whole."""
+    final = folder / FINAL
+    model.save_pretrained(final, state_dict=fitted.weights)
+    processor.save_pretrained(final)
+    (folder / "summary.json").write_text(json.dumps(fitted.summary), encoding="utf-8")
+    checkpoint.write_status(folder, "finished", fitted.summary["steps"])
 
 
 def _pixels_of(model: OneDiffForConditionalGeneration, processor: OneDiffProcessor, corpus: Corpus, *, phase: Phase,
-               runtime: Runtime) -> Callable[[list[str]], dict[str, Tensor]]:
-    """A frozen tower sees each image once; one that learns sees it at every step."""
-    if phase.lr_vision:
+               runtime: Runtime) -> Pixels:
+    """A frozen tower sees each image once if its features fit; one that learns sees it at every step."""
+    config = model.config
+    gb = (len(corpus.source_of) * len(config.read_levels) * config.num_patches * config.vision_config.hidden_size
+          * 4 / 1e9)
+    if phase.lr_vision or gb > runtime.feature_cache_gb or not corpus.source_of:
         return decode(corpus, processor)
     device = next(model.parameters()).device
-    tower_digest = str(_fingerprint(model.vision)) + str(model.config.read_levels)
+    tower_digest = f"{sum(p.double().abs().sum().item() for p in model.vision.parameters())} {config.read_levels}"
     return FeatureStore.prepare(corpus, processor, lambda images: model.eval().vision(images.to(device)),
                                 sources=sorted(set(corpus.source_of.values())), tower_digest=tower_digest,
                                 scratch=Path(runtime.scratch))
+
+
+def _meter(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, *, cached: bool,
+           device: torch.device) -> Meter:
+    of_one = runtime.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
+    return Meter(Flops.of(model, phase, cached_tower=cached), of_one and of_one * 1e12 * runtime.num_ranks)
 
 
 def steps_of(phase: Phase, num_samples: int) -> int:
@@ -106,18 +152,27 @@ def steps_of(phase: Phase, num_samples: int) -> int:
 
 def num_micro(phase: Phase, runtime: Runtime) -> int:
     """Micro-batches per step and rank. Raises ValueError unless they divide the batch."""
-    per_rank, left = divmod(phase.batch_size, runtime.gpus)
+    per_rank, left = divmod(phase.batch_size, runtime.num_ranks)
     size = runtime.micro_batch_size or per_rank
-    if left or per_rank % size:
-        raise ValueError(f"runtime.yaml: batch_size {phase.batch_size} does not split over {runtime.gpus} GPUs "
-                         f"in micro-batches of {size}; change gpus or micro_batch_size")
+    if left or not size or per_rank % size:
+        raise ValueError(f"runtime.yaml: batch_size {phase.batch_size} does not split over {runtime.num_ranks} GPUs "
+                         f"in micro-batches of {size}; change gpus, nodes or micro_batch_size")
     return per_rank // size
 
 
-def _micro_batches(rows: Callable[[int], list[Row]], processor: OneDiffProcessor,
-                   pixels_of: Callable[[list[str]], dict[str, Tensor]], step: int, rank: int, world: int, *,
-                   num_micro: int) -> list[dict[str, Tensor]]:
-    """This rank's share of the step's rows, every world-th, in `num_micro` parts."""
-    mine = rows(step)[rank::world]
-    size = len(mine) // num_micro
-    return [collate(mine[start : start + size], processor, pixels_of) for start in range(0, len(mine), size)]
+def micro_batches(rows: Rows, processor: OneDiffProcessor, pixels_of: Pixels, step: int, rank: int, *,
+                  runtime: Runtime, num_micro: int) -> list[Batch]:
+    """This rank's share of the step's rows, in `num_micro` parts."""
+    parts = shared_out(rows(step), runtime.num_ranks * num_micro, tokens_per_image=processor.tokens_per_image)
+    return [collate(part, processor, pixels_of) for part in parts[rank :: runtime.num_ranks]]
+
+
+def _batches(make: Callable[[int, int], list[Batch]], first: int, rank: int, world: int, *, steps: int,
+             runtime: Runtime, device: torch.device) -> Iterator[list[Batch]]:
+    if world != runtime.num_ranks:
+        raise ValueError(f"runtime.yaml: nodes x gpus is {runtime.num_ranks}, but {world} processes were started; make "
+                         "them agree")
+    workers = runtime.loader_workers
+    if workers is None:  # on a CPU they would only take its cores from the training
+        workers = 0 if device.type == "cpu" else max(1, (len(os.sched_getaffinity(0)) - 1) // runtime.gpus)
+    return stream(lambda step: make(step, rank), first, steps, workers=workers, pin=device.type == "cuda")

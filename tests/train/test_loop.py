@@ -17,7 +17,7 @@ from parts import batch_of, small
 from onediff.config import Phase, Runtime
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train import checkpoint
-from onediff.train.loop import fit, rate_factor
+from onediff.train.loop import Fitted, Judge, fit, rate_factor
 
 STEPS = 9
 RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
@@ -25,7 +25,7 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 def phase(**changes: Any) -> Phase:
     settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
-                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}} | RATES | changes
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None} | RATES | changes
     return Phase(**settings)
 
 
@@ -50,15 +50,21 @@ def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Te
 
 
 def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-          validate: Callable[[OneDiffForConditionalGeneration], float] | None = None, settings: Phase | None = None,
-          every_s: float = 0.0001) -> tuple[OneDiffForConditionalGeneration, dict[str, Any]]:
+          judge: Callable[[OneDiffForConditionalGeneration], float] | None = None, settings: Phase | None = None,
+          every_s: float = 0.0001, runtime: dict[str, Any] | None = None,
+          rows: Callable[[OneDiffForConditionalGeneration, int], dict[str, torch.Tensor]] = rows_of,
+          ) -> tuple[OneDiffForConditionalGeneration, Fitted]:
     model = small()
     folder.mkdir(exist_ok=True)
-    summary = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s), name="test", steps=STEPS,
-                  folder=folder, num_micro=num_micro, log=log,
-                  micro_batches=lambda step, rank, world: split(rows_of(model, step), num_micro),
-                  validate=(lambda: validate(model)) if validate else None)
-    return model, summary
+    fitted = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s, **(runtime or {})), name="test",
+                 steps=STEPS, folder=folder, num_micro=num_micro, log=log,
+                 batches=lambda first, rank, world: (split(rows(model, step), num_micro) for step in itertools.count(first)),
+                 judge=Judge(1, lambda numbers: [str(judge(model))], lambda texts: float(texts[0])) if judge else None,
+                 names=lambda step: [f"scenes/{step}-{row}" for row in range(6)])
+    assert fitted.weights is not None
+    best = small()
+    best.load_state_dict(fitted.weights)
+    return best, fitted
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> bool:
@@ -113,18 +119,18 @@ def test_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
 def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int, tmp_path: Path) -> None:
     judge = lambda model: -abs(model.delta.tokens.sum().item())  # noqa: E731
     settings = phase(validate_every=3)
-    undisturbed, whole = train(tmp_path / "a", validate=judge, settings=settings)
+    undisturbed, whole = train(tmp_path / "a", judge=judge, settings=settings)
 
     def power_cut(step: int, values: dict[str, float]) -> None:
         if step == died_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", validate=judge, settings=settings, log=power_cut)
-    resumed, parts = train(tmp_path / "b", validate=judge, settings=settings)
+        train(tmp_path / "b", judge=judge, settings=settings, log=power_cut)
+    resumed, parts = train(tmp_path / "b", judge=judge, settings=settings)
     assert same_weights(undisturbed, resumed)
-    assert (whole["best"], whole["best_step"]) == (parts["best"], parts["best_step"])
-    lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "pairs_per_s")} for line in
+    assert [whole.summary[key] for key in ("best", "best_step")] == [parts.summary[key] for key in ("best", "best_step")]
+    lines = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "grad_norm", "lr", "val_CIDEr")} for line in
               (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
     assert lines[0] == lines[1]
 
@@ -148,25 +154,25 @@ def test_the_best_on_val_is_kept_not_the_last(tmp_path: Path) -> None:
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return next(scores)
 
-    model, summary = train(tmp_path, validate=judge, settings=phase(validate_every=3))
-    assert (summary["best"], summary["best_step"]) == (3.0, 6)
+    model, fitted = train(tmp_path, judge=judge, settings=phase(validate_every=3))
+    assert (fitted.summary["best"], fitted.summary["best_step"]) == (3.0, 6)
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
-    model = small()
-
-    def poisoned(step: int, rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
+    def poisoned(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
         batch = rows_of(model, step)
         if step == 2:
             batch["images"][0] = math.inf
-        return [batch]
+        return batch
 
-    with pytest.raises(ValueError, match="the loss became nan at step 2; lower the learning rates"):
-        fit(model, phase(), Runtime(), name="test", steps=STEPS, folder=tmp_path, micro_batches=poisoned, num_micro=1,
-            log=lambda step, values: None, validate=None)
+    message = (r"the loss became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 more \(.*diverged.json\); "
+               "look at them, or lower the learning rates")
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, rows=poisoned)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(json.loads((tmp_path / "diverged.json").read_text())["rows"]) == 6
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000001", "step-0000002"]
 
 
 def test_a_half_written_checkpoint_is_never_loaded(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What one of several processes runs in the tests of ZeRO: `python ranks.py CASES.json` with RANK and WORLD_SIZE set."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from parts import DELTA_ID, IMAGE_ID, VOCAB, small
+
+from onediff.config import Phase, Runtime
+from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.train.loop import fit
+from onediff.train.speed import Meter
+
+RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
+ROWS = 12
+
+
+def phase(**changes: Any) -> Phase:
+    settings = {"steps": 30, "epochs": None, "batch_size": ROWS, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
+    return Phase(**settings | RATES | changes)
+
+
+def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of a step, each a batch of one: answers of 1 to 40 tokens; in every third step the second half, so one of two
+    ranks, has no pair and no image."""
+    generator = torch.Generator().manual_seed(step)
+    rows = []
+    for number in range(ROWS):
+        count = 0 if step % 3 == 1 and number % 2 else (2, 1, 0, 2)[number % 4]
+        length = int(torch.randint(1, 41, (), generator=generator))
+        words = torch.randint(3, VOCAB, (2 + length,), generator=generator)
+        head = torch.tensor([1] + [IMAGE_ID] * model.config.tokens_per_image * count
+                            + [DELTA_ID] * model.config.delta_tokens_read * (count == 2))
+        ids = torch.cat([head, words])
+        labels = ids.clone()
+        labels[: -length] = IGNORED
+        rows.append({"input_ids": ids[None], "labels": labels[None], "attention_mask": torch.ones_like(ids)[None],
+                     "image_counts": torch.tensor([count]),
+                     "images": torch.randn(count, 3, 12, 12, generator=generator)})
+    return rows
+
+
+def together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+    batch = {key: torch.cat([torch.nn.functional.pad(row[key], (0, longest - row[key].shape[1]), value=value)
+                             for row in rows]) for key, value in fill.items()}
+    return batch | {key: torch.cat([row[key] for row in rows]) for key in ("image_counts", "images")}
+
+
+def run(case: dict[str, Any]) -> None:
+    folder = Path(case["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    model = small().to(getattr(torch, case.get("precision", "float32")))
+    num_micro = case.get("num_micro", 1)
+    world = int(os.environ["WORLD_SIZE"])
+    runtime = Runtime(launcher="deepspeed" if world > 1 else "local", gpus=world, **case["runtime"])
+
+    def batches(first: int, rank: int, world: int) -> Any:
+        for step in range(first, 30):
+            parts = world * num_micro
+            rows = rows_of(model, step)
+            yield [{key: value.to(model.dtype) if key == "images" else value
+                    for key, value in together(rows[part::parts]).items()} for part in range(rank, parts, world)]
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step + 1 == case.get("die_at"):
+            raise KeyboardInterrupt
+
+    try:
+        fitted = fit(model, phase(**case.get("phase", {})), runtime, name="case", steps=30, folder=folder,
+                     num_micro=num_micro, batches=batches, log=log, meter=Meter())
+    except KeyboardInterrupt:
+        os._exit(0)  # as a power cut: nothing is tidied
+    if fitted.weights is not None:
+        torch.save(fitted.weights, folder / "weights.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for item in json.loads(Path(sys.argv[1]).read_text()):
+        run(item)
