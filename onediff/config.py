@@ -450,7 +450,9 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         annotation = kind.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+        sections = [its for its in (annotation, *get_args(annotation))  # of one that may be null, too
+                    if isinstance(its, type) and issubclass(its, Section)]
+        if not sections:
             return []
-        kind = annotation
+        kind = sections[0]
     return list(kind.model_fields)

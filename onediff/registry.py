@@ -414,3 +414,7 @@ def _made(folder: Path) -> Path:
 def _tag(version: str, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         tracking.client().set_model_version_tag(NAME, version, key, value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -76,8 +76,8 @@ def silent(step: int, values: dict[str, float]) -> None:
 def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Path, Log], None]) -> None:
     """One training phase, wherever runtime.yaml sends it, from DiffCap to data/models/<phase>.
 
-    work(config, runtime, folder, log) trains here, and leaves the model in `folder`, the run's own in scratch. As one of
-    the ranks that a launcher started, that is all; the process that DVC started fetches it from there.
+    work(config, runtime, folder, log) trains here, and leaves the model in `folder`, the run's own in scratch. As one
+    of the ranks that a launcher started, that is all; the process that DVC started fetches it from there.
     """
     from onediff import tracking
     from onediff.config import load_params, load_runtime

@@ -46,8 +46,8 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{folder}: another run trains here (process {file.read().strip() or 'unknown'}): two would "
-                             "spoil each other's checkpoints; wait for it or stop it") from None
+            raise ValueError(f"{folder}: another run trains here (process {file.read().strip() or 'unknown'}): two "
+                             "would spoil each other's checkpoints; wait for it or stop it") from None
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -169,6 +169,6 @@ def _check(found: Path, where: dict[str, Any], engine: Engine) -> None:
     shapes = {key: list(file.get_slice(key).get_shape()) for key, file in where.items()}
     wrong = sorted(key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key))
     if wrong:
-        raise ValueError(f"{found}: a checkpoint of another architecture: {wrong[0]} is {shapes.get(wrong[0], 'not in it')}"
-                         f", the model's {wanted.get(wrong[0], 'absent')} ({len(wrong)} differ); remove the folder to "
-                         "begin anew")
+        there, here = shapes.get(wrong[0], "not in it"), wanted.get(wrong[0], "not in the model")
+        raise ValueError(f"{found}: a checkpoint of another architecture: {wrong[0]} is {there}, needs {here} "
+                         f"({len(wrong)} differ); remove the folder to begin anew")

@@ -87,7 +87,6 @@ class Engine:
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.zero_level = runtime.zero_level
-        self._set_steps(0)  # ZeRO 3 makes its moments by a first step on gradients of 0, which Adam would count
 
     def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -172,7 +171,8 @@ class Engine:
         for name, p in self.learning.items():
             for key, value in read(name).items():
                 self._set(p, key, value.to(self.device))
-        self._set_steps(step)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
 
     def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed.utils import (
@@ -200,19 +200,15 @@ class Engine:
 
     def _make_moments(self) -> None:
         """Adam's moments come with its first step; a resumed run needs them before."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                self.optimizer.state.setdefault(p, {})
-                for key in MOMENTS:
-                    self.optimizer.state[p].setdefault(key, torch.zeros_like(p))
-                self.optimizer.state[p].setdefault("step", torch.zeros((), device=p.device))
+        updated = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+        for p in updated or [p for group in self.optimizer.param_groups for p in group["params"]]:
+            state = self.optimizer.state[p]
+            for key in MOMENTS:
+                state.setdefault(key, torch.zeros_like(p))
+            state.setdefault("step", torch.zeros((), device=p.device))
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link:
             link()
-
-    def _set_steps(self, step: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
 
     def whole(self, *, only_learned: bool) -> dict[str, Tensor] | None:
         """The weights in the model's precision, in the CPU's memory of rank 0; None on the others."""
@@ -227,7 +223,9 @@ class Engine:
                         full[id(p)] = p.detach().to("cpu", copy=True)
         if self.rank:
             return None
-        named = {name: full[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in full}
+        # A weight that two layers share has two names in a whole model, and one where only what learned is kept.
+        named = {name: full[id(p)] for name, p in self.model.named_parameters(remove_duplicate=only_learned)
+                 if id(p) in full}
         if only_learned:
             return named
         return {name: named.get(name, value) for name, value in self.model.state_dict().items()}

@@ -76,9 +76,9 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
         names: Callable[[int], list[str]] = lambda step: []) -> Fitted:
     """Trains `model` in place; gives its weights at their best by `judge` (None: at the last step).
 
-    batches(first, rank, world) yields this rank's micro-batches of step `first` and on; names(step) tells a step's rows.
-    Resumes from `folder` if a run was cut short there. Raises ValueError when the loss is not finite, memory runs out or
-    SIGTERM asked to stop, OSError when a checkpoint cannot be written.
+    batches(first, rank, world) yields this rank's micro-batches of step `first` and on; names(step) tells its rows.
+    Resumes from `folder` if a run was cut short there. Raises ValueError when the loss is not finite, memory runs out
+    or SIGTERM asked to stop, OSError when a checkpoint cannot be written.
     """
     engine, meter = Engine(model, phase, runtime, micro_batches=num_micro), meter or Meter()
     kept = checkpoint.resume(engine, folder) or {"step": 0, "best": None, "best_step": None}
@@ -86,7 +86,8 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
     coming = batches(kept["step"], engine.rank, engine.world)
     saved = time.monotonic()
     model.train()
-    with Stop() as stop, tqdm(total=steps, initial=kept["step"], desc=name, unit="step", disable=engine.rank > 0) as bar:
+    with (Stop() as stop,
+          tqdm(total=steps, initial=kept["step"], desc=name, unit="step", disable=engine.rank > 0) as bar):
         for step in range(kept["step"], steps):
             waited = time.monotonic()
             micro = next(coming)
@@ -183,7 +184,9 @@ def export(engine: Engine, phase: Phase, folder: Path, best_step: int | None) ->
     """The whole model's weights, those that learned at the best step; on rank 0 alone."""
     weights = engine.whole(only_learned=False)
     if weights is not None and best_step is not None:
-        weights |= load_file(best_file(folder, best_step))
+        best = load_file(best_file(folder, best_step))
+        instead = {id(weights[name]): value for name, value in best.items()}  # under each name of a shared weight
+        weights = {name: instead.get(id(value), value) for name, value in weights.items()}
     return lora.merged(weights, phase.lora) if weights is not None and phase.lora else weights
 
 

@@ -30,7 +30,7 @@ def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
 
 @dataclass
 class Meter:
-    """What all ranks did; flops_of(counts) gives the FLOPs behind COUNTED, `peak_flops` what all GPUs could do a second.
+    """What all ranks did; flops_of(counts) gives the FLOPs behind COUNTED, `peak_flops` what all GPUs could do in 1 s.
     """
 
     flops_of: Callable[[dict[str, float]], float] | None = None

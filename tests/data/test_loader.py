@@ -3,17 +3,37 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from onediff.config import Config
-from onediff.data.loader import Corpus, FeatureStore, Row, collate, coupled_rows, decode, tune_rows
+from onediff.config import Config, Task
+from onediff.data.corpus import Corpus
+from onediff.data.features import FeatureStore
+from onediff.data.loader import (
+    Row,
+    Rows,
+    collate,
+    coupled_rows,
+    decode,
+    shared_out,
+    single_rows,
+    stream,
+    tune_entries,
+)
+from onediff.data.loader import tune_rows as rows_of_entries
 from onediff.data.record import Record, digest, write_shards
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.inputs.prompt import text_prompt
 from onediff.model.build import build
+
+
+def tune_rows(corpus: Corpus, weights: dict[str, float], template: str, *, tasks: dict[str, Task] | None = None,
+              **settings: Any) -> Rows:
+    entries = tune_entries(corpus, weights, tasks or {})
+    return rows_of_entries(entries, weights, tasks or {}, template, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +47,18 @@ def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) 
     others = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={})
               for record in scene_pairs[:4]]
     write_shards(scene_pairs + others, folder, "train", shard_pairs=100)
-    return Corpus.read(folder, "train", ["scenes", "edits"])
+    return Corpus.read(folder, "train", ["scenes", "edits"], store=folder / "corpus")
 
 
 def test_each_image_is_kept_once(corpus: Corpus, scene_pairs: list[Record]) -> None:
-    assert set(corpus.files) == {digest(content) for record in scene_pairs for content in (record.before, record.after)}
+    assert set(corpus.files.places) == {digest(content) for record in scene_pairs for content in record.images}
     assert len(corpus.samples) == len(scene_pairs) + 4
 
 
 def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
     with pytest.raises(ValueError, match="source 'edits' has no pair in split train"):
-        Corpus.read(tmp_path, "train", ["scenes", "edits"])
+        Corpus.read(tmp_path, "train", ["scenes", "edits"], store=tmp_path / "corpus")
 
 
 def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
@@ -95,7 +115,7 @@ def general(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory)
     chat = [replace(image[k], pair_id=f"c{k}", source="llava_665k", provenance={"conversation": turns}) for k in (0, 1)]
     text = [replace(chat[0], pair_id=f"t{k}", before=b"", num_images=0) for k in range(3)]
     write_shards([*scene_pairs, *image, *chat, *text], folder, "train", shard_pairs=7)
-    return Corpus.read(folder, "train", ["scenes", "llava_558k", "llava_665k"])
+    return Corpus.read(folder, "train", ["scenes", "llava_558k", "llava_665k"], store=folder / "corpus")
 
 
 def test_rows_with_two_images_one_and_none_make_one_batch(general: Corpus, processor: OneDiffProcessor) -> None:
@@ -134,5 +154,51 @@ def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDi
 
 def test_rows_without_images_make_a_batch_too(corpus: Corpus, processor: OneDiffProcessor) -> None:
     batch = collate([Row((), text_prompt("plain", "hi", "there"))], processor, decode(corpus, processor))
-    assert "images" not in batch
+    assert batch["images"].shape == (0, 3, 96, 96)
     assert batch["image_counts"].tolist() == [0]
+
+
+def task(**changes: Any) -> dict[str, Task]:
+    return {"scenes": Task(**{"instruction": None, "targets": "drawn", "max_new_tokens": None, "num_beams": None}
+                           | changes)}
+
+
+def test_each_reference_can_be_a_sample_of_its_own_or_all_be_joined(corpus: Corpus) -> None:
+    pairs = [sample for sample in corpus.samples if sample.source == "scenes"]
+    each = tune_entries(corpus, {"scenes": 1}, task(targets="each"))
+    assert [answer for _, answer in each] == [text for pair in pairs for text in pair.references]
+    joined = tune_rows(corpus, {"scenes": 1}, "plain", tasks=task(targets="joined"), seed=1, batch_size=9,
+                       mask_patches=0)
+    said = {" ".join(pair.references) for pair in pairs}
+    assert {row.prompt.answer for row in joined(0)} <= said
+    drawn = tune_entries(corpus, {"scenes": 1}, task())
+    assert [answer for _, answer in drawn] == [None] * len(pairs)
+
+
+def test_a_task_says_how_its_source_is_asked(corpus: Corpus) -> None:
+    rows = tune_rows(corpus, {"scenes": 1, "edits": 1}, "plain", tasks=task(instruction="One sentence, please."),
+                     seed=1, batch_size=10, mask_patches=0)(0)
+    asked = ["One sentence, please." in row.prompt.question for row in rows]
+    assert asked == [row.name.startswith("scenes/") for row in rows]
+    assert sum(asked) == 5
+
+
+def test_single_rows_hold_an_image_and_its_own_caption(corpus: Corpus) -> None:
+    for row in single_rows(corpus, {"scenes": 1}, "plain", seed=1, batch_size=8)(0):
+        [name] = row.images
+        assert row.prompt.answer == corpus.captions["scenes"][name]
+
+
+def test_rows_are_dealt_out_in_equal_numbers_and_about_equal_lengths() -> None:
+    rows = [Row((), text_prompt("plain", "hi", "x" * length), name=str(length)) for length in range(0, 1200, 50)]
+    parts = shared_out(rows, 4, tokens_per_image=9)
+    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in rows)
+    assert {len(part) for part in parts} == {6}
+    totals = [sum(int(row.name) for row in part) for part in parts]
+    assert max(totals) - min(totals) <= 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_come_in_order_with_and_without_workers(workers: int) -> None:
+    made = list(stream(lambda step: [{"x": torch.tensor([step])}], 3, 8, workers=workers, pin=False))
+    assert [int(batch[0]["x"]) for batch in made] == [3, 4, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""What one of several processes runs in the tests of ZeRO: `python ranks.py CASES.json` with RANK and WORLD_SIZE set."""
+"""What one of several processes runs in the tests of ZeRO: `python ranks.py CASES.json`, RANK and WORLD_SIZE set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from parts import DELTA_ID, IMAGE_ID, VOCAB, small
 
 from onediff.config import Phase, Runtime
@@ -29,8 +27,7 @@ def phase(**changes: Any) -> Phase:
 
 
 def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of a step, each a batch of one: answers of 1 to 40 tokens; in every third step the second half, so one of two
-    ranks, has no pair and no image."""
+    """Rows of a step, each a batch of one: answers of 1 to 40 tokens; in every third step one rank has no image."""
     generator = torch.Generator().manual_seed(step)
     rows = []
     for number in range(ROWS):

@@ -25,7 +25,8 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 def phase(**changes: Any) -> Phase:
     settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
-                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None} | RATES | changes
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0},
+                "lora": None} | RATES | changes
     return Phase(**settings)
 
 
@@ -58,7 +59,8 @@ def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, flo
     folder.mkdir(exist_ok=True)
     fitted = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s, **(runtime or {})), name="test",
                  steps=STEPS, folder=folder, num_micro=num_micro, log=log,
-                 batches=lambda first, rank, world: (split(rows(model, step), num_micro) for step in itertools.count(first)),
+                 batches=lambda first, rank, world: (split(rows(model, step), num_micro)
+                                                     for step in itertools.count(first)),
                  judge=Judge(1, lambda numbers: [str(judge(model))], lambda texts: float(texts[0])) if judge else None,
                  names=lambda step: [f"scenes/{step}-{row}" for row in range(6)])
     assert fitted.weights is not None
@@ -129,8 +131,9 @@ def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int,
         train(tmp_path / "b", judge=judge, settings=settings, log=power_cut)
     resumed, parts = train(tmp_path / "b", judge=judge, settings=settings)
     assert same_weights(undisturbed, resumed)
-    assert [whole.summary[key] for key in ("best", "best_step")] == [parts.summary[key] for key in ("best", "best_step")]
-    lines = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "grad_norm", "lr", "val_CIDEr")} for line in
+    assert all(whole.summary[key] == parts.summary[key] for key in ("best", "best_step"))
+    told = ("step", "loss", "grad_norm", "lr", "val_CIDEr")
+    lines = [[{key: value for key, value in json.loads(line).items() if key in told} for line in
               (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
     assert lines[0] == lines[1]
 
@@ -166,8 +169,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tm
             batch["images"][0] = math.inf
         return batch
 
-    message = (r"the loss became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 more \(.*diverged.json\); "
-               "look at them, or lower the learning rates")
+    message = (r"the loss became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 more "
+               r"\(.*diverged.json\); look at them, or lower the learning rates")
     with pytest.raises(ValueError, match=message):
         train(tmp_path, rows=poisoned)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
