@@ -1,0 +1,215 @@
+"""Memory of one GPU in training: what DeepSpeed keeps for each parameter, and what autograd keeps of a micro-batch.
+
+The states are counted as DeepSpeed 0.19 holds them, with the optimizer that `engine.py` gives it. The activations are
+not modelled but counted: the real model runs forward on tensors without contents, and every storage that autograd
+would save is added up.
+Shapes:  P pairs, N patches per image, L levels, T tokens of all rows together, A answer tokens, D language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onediff.config import Phase
+from onediff.model.configuration import OneDiffConfig
+from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.model.packing import no_mask
+from onediff.train.cost import Size
+from onediff.train.engine import trainable
+
+Offload = Literal["none", "optimizer", "all"]
+BUCKET = 500_000_000  # gradients reduced at once: DeepSpeed's reduce_bucket_size
+GATHERED = 1_000_000_000  # weights that ZeRO 3 holds whole at once: stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # weights that ZeRO 3 updates at once: sub_group_size
+
+
+# --- what is kept for each parameter ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a model's states are shared between the ranks."""
+
+    zero_level: int
+    offload: Offload
+    num_ranks: int
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one GPU; `buffers`: reduction and gathering; `update`: float32 gradients while the optimizer steps;
+    `host`: in the CPU's memory, per GPU.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    update: float
+    host: float
+
+
+def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
+    level, ranks, each = sharing.zero_level, sharing.num_ranks, 2 if bfloat16 else 4
+    learning, everything = size.learning, size.learning + size.frozen
+    master = 4 if bfloat16 or level > 0 else 0  # in float32 only plain training updates the weights themselves
+    weights = each * everything / (ranks if level == 3 else 1)
+    gradients = each * learning / (ranks if level >= 2 else 1)
+    optimizer = (master + 8) * learning / (ranks if level >= 1 else 1)
+    buffers = float(each * BUCKET) if level else 0.0
+    if level == 3:
+        buffers += each * min(GATHERED, everything)
+    update = 4 * learning / (ranks if level else 1) if bfloat16 or level else 0.0
+    host = 0.0
+    if level == 3:
+        update = min(update, 4.0 * SUB_GROUP)
+    if sharing.offload != "none":
+        host, optimizer, update = optimizer + update, 0.0, 0.0
+        if level >= 2:
+            host, gradients = host + gradients, 0.0
+    if sharing.offload == "all":
+        host, weights = host + weights, 0.0
+    return States(weights, gradients, optimizer, buffers, update, host)
+
+
+# --- what autograd keeps of a micro-batch -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of pairs, each row as long as the others."""
+
+    num_pairs: int
+    row_tokens: int
+    row_answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes: all that autograd keeps; with blocks that keep their inputs alone (`runtime.checkpoint_activations`); and
+    what comes on top of either while the backward pass runs.
+    """
+
+    everything: int
+    checkpointed: int
+    working: int
+
+
+def saved(config: OneDiffConfig, phase: Phase, rows: Rows, *, bfloat16: bool, cached_tower: bool) -> Saved:
+    """On a CPU's fused attention, whose output is kept a second time: on a GPU a few percent less."""
+    with _default_type(torch.bfloat16 if bfloat16 else torch.float32):
+        model = hollow(config, phase)
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    with FakeTensorMode(), _default_type(torch.bfloat16 if bfloat16 else torch.float32):
+        _fake(model)
+        counter = _Counter(model, blocks)
+        with saved_tensors_hooks(counter.keep, lambda kept: kept):
+            _loss_of(model, rows, cached_tower=cached_tower)
+    logits = rows.num_pairs * rows.row_answer_tokens * config.text_config.vocab_size
+    within, inputs = sum(counter.within.values()), sum(counter.inputs.values())
+    largest = max(counter.within.values())
+    return Saved(counter.total, counter.total - within + inputs, max(largest, 10 * logits))
+
+
+def hollow(config: OneDiffConfig, phase: Phase) -> OneDiffForConditionalGeneration:
+    """The model as the engine makes it, adapters in and frozen what does not learn, on the device without contents."""
+    with torch.device("meta"):
+        model = OneDiffForConditionalGeneration(config).train()
+        trainable(model, phase)
+    return model
+
+
+def _fake(model: nn.Module) -> None:
+    """In place, from the device without contents to a CPU's tensors without contents, which take its fused attention.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype),
+                                                        requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Counter:
+    """Adds up each storage once, parameters left out; per block what was saved in it, and the size of its input."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+        self.seen = {_storage(p) for p in model.parameters()}
+        self.total = 0
+        self.within: dict[int, int] = {}
+        self.inputs: dict[int, int] = {}
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda _, args, number=number: self._enter(number, args))
+            block.register_forward_hook(lambda _, args, out, number=number: self._leave(number))
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in self.seen:
+            self.seen.add(_storage(tensor))
+            self.total += tensor.untyped_storage().nbytes()
+        return tensor  # and so alive: no later storage can have its address
+
+    def _enter(self, number: int, args: tuple[Any, ...]) -> None:
+        self.inputs[number] = args[0].nbytes if args[0].requires_grad else 0
+        self.within[number] = -self.total
+
+    def _leave(self, number: int) -> None:
+        self.within[number] += self.total
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _loss_of(model: OneDiffForConditionalGeneration, rows: Rows, *, cached_tower: bool) -> Tensor:
+    """`forward` on pairs alone, without its look at the contents of ids and counts, which are not there."""
+    config, pairs = model.config, rows.num_pairs
+    if cached_tower:
+        states = torch.empty(2 * pairs, len(config.read_levels), config.num_patches, config.vision_config.hidden_size)
+    else:
+        side = config.vision_config.image_size
+        states = model.vision(torch.empty(2 * pairs, 3, side, side))
+    views = _look(model, states, torch.arange(0, 2 * pairs, 2))
+    lengths = [rows.row_tokens] * pairs
+    embeds = torch.empty(1, sum(lengths), config.text_config.hidden_size)  # (1, T, D)
+    if any(view.requires_grad for view in views) or model.language.get_input_embeddings().weight.requires_grad:
+        embeds.requires_grad_()
+    asked = torch.empty(pairs * rows.row_answer_tokens, dtype=torch.long)  # (A,)
+    places = torch.empty(1, sum(lengths), dtype=torch.long)
+    logits = model.language(inputs_embeds=embeds, position_ids=places, attention_mask=no_mask(embeds), lengths=lengths,
+                            logits_to_keep=asked, use_cache=False).logits[0]
+    return functional.cross_entropy(logits.float(), torch.empty_like(asked), reduction="sum")
+
+
+def _look(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
+    """As the model's `look`: states (2P, L, N, C), the number of each pair's first image (P,) -> what is spliced."""
+    patches = states[:, model.config.read_levels.index(model.config.patch_state)]
+    delta = None if model.delta is None else model.delta(states[first], states[first + 1])
+    if model.config.reading == "B":
+        return [model.projector(torch.cat([patches, model.enhanced(patches, delta, first)], -1))]
+    patches = model.pool(patches)
+    if model.config.reading == "C":
+        patches = torch.cat([patches[first], patches[first + 1]], -1)
+    views = [model.projector(patches)]
+    return views if delta is None else [*views, model.delta_projector(delta)]
+
+
+@contextmanager
+def _default_type(kind: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
