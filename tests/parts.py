@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from onediff.config import Phase
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
@@ -40,3 +41,12 @@ def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[
     return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
             "image_counts": torch.tensor(counts), "images": torch.randn(sum(counts), 3, 12, 12, generator=generator)}
+
+
+RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
+
+
+def phase(**changes: Any) -> Phase:
+    settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
+                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
+    return Phase(**settings | RATES | changes)

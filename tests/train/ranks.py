@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import DELTA_ID, IMAGE_ID, VOCAB, small
+from parts import DELTA_ID, IMAGE_ID, VOCAB, phase, small
 
-from onediff.config import Phase, Runtime
+from onediff.config import Runtime
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train.loop import fit
 from onediff.train.speed import Meter
 
-RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
 ROWS = 12
-
-
-def phase(**changes: Any) -> Phase:
-    settings = {"steps": 30, "epochs": None, "batch_size": ROWS, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
-                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
-    return Phase(**settings | RATES | changes)
 
 
 def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from parts import batch_of, small
+from parts import RATES, batch_of, small
+from parts import phase as any_phase
 
 from onediff.config import Phase, Runtime
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
@@ -20,14 +21,10 @@ from onediff.train import checkpoint
 from onediff.train.loop import Fitted, Judge, fit, rate_factor
 
 STEPS = 9
-RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
 
 
 def phase(**changes: Any) -> Phase:
-    settings = {"steps": STEPS, "epochs": None, "batch_size": 6, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
-                "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0},
-                "lora": None} | RATES | changes
-    return Phase(**settings)
+    return any_phase(**{"steps": STEPS, "batch_size": 6} | changes)
 
 
 def rows_of(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
