@@ -41,7 +41,8 @@ class OneDiffProcessor(ProcessorMixin):
         settings = cls.get_processor_dict(folder)[0]
         keys = ("tokens_per_image", "delta_tokens", "images_joined", "template", "max_length")
         keep = {key: settings[key] for key in keys if key in settings}
-        return cls(load_image_processor(folder), AutoTokenizer.from_pretrained(folder), **keep, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(load_image_processor(folder), tokenizer, **keep, **kwargs)
 
     @property
     def image_token_id(self) -> int:
@@ -141,4 +142,4 @@ def _squared(image: Image.Image, side: int, resample: int, *, color: tuple[int, 
 
 
 def load_image_processor(folder: Any) -> Any:
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

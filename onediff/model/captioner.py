@@ -9,6 +9,7 @@ from PIL import Image
 
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.model.weights import load_trained
 
 
 class Captioner:
@@ -17,11 +18,9 @@ class Captioner:
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "auto") -> Captioner:
-        """A `save_pretrained` folder. Raises FileNotFoundError if it holds no model."""
-        if not (Path(folder) / "config.json").exists():
-            raise FileNotFoundError(f"{folder} holds no OneDiff model (no config.json): train one with 'make run'")
-        model = OneDiffForConditionalGeneration.from_pretrained(folder)
-        return cls(model.to(pick_device(device)), OneDiffProcessor.from_pretrained(folder))
+        """A `save_pretrained` folder. Raises as `load_trained`."""
+        model, processor = load_trained(folder)
+        return cls(model.to(pick_device(device)), processor)
 
     @torch.inference_mode()
     def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instructions: list[str] | None = None,

@@ -45,12 +45,13 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: OneDiffConfig) -> None:
+    def __init__(self, config: OneDiffConfig, *, pretrained: PreTrainedModel | None = None) -> None:
+        """Random, except for a pretrained language model: no second one of its size is made beside it."""
         super().__init__(config)
         tower, width, language = config.vision_config.hidden_size, config.delta_width, config.text_config.hidden_size
         self.vision = SiameseEncoder(config)
         self.delta = VisualDeltaModule(config) if config.delta_num_tokens else None
-        self.language = AutoModelForCausalLM.from_config(config.text_config)
+        self.language = pretrained or AutoModelForCausalLM.from_config(config.text_config)
         use_packing(self.language)
         self.projector = Projector(tower if config.reading == "A" else 2 * tower, language)
         if config.reading == "B":
@@ -116,7 +117,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             states = self.vision(images)
         if states is None or not len(states):
             return embeds
-        patches, delta = self.look(states, image_counts)
+        patches, delta = self.look(states.to(embeds.dtype), image_counts)
         embeds = embeds.masked_scatter(is_image[..., None], patches.to(embeds.dtype))
         return embeds if delta is None else embeds.masked_scatter(is_delta[..., None], delta.to(embeds.dtype))
 

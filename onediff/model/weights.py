@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.inputs.prompt import DELTA, IMAGE
@@ -36,7 +36,7 @@ def load_model(folder: Path) -> OneDiffForConditionalGeneration:
     """Raises FileNotFoundError if the folder holds no model or lacks a file, ValueError if it holds another one."""
     if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no OneDiff model (no config.json): train one with 'make run'")
-    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+    kind = read_config(folder, where="model").model_type
     if kind != OneDiffForConditionalGeneration.config_class.model_type:
         raise ValueError(f"{folder} must hold a OneDiff model, but its config.json says '{kind}'; give the folder that "
                          "a training phase wrote")
@@ -45,8 +45,17 @@ def load_model(folder: Path) -> OneDiffForConditionalGeneration:
     return model
 
 
+def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
+    """Raises ValueError for a model that only code of its own could make."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name}: its config.json must name a model that transformers has itself, for code "
+                         f"that a checkpoint brings along is not run ({_first_line(error)}); take another") from None
+
+
 def load_strictly(kind: Any, name: str | Path, *, where: str, spare: Iterable[str] = (), **options: Any) -> Any:
-    """`kind.from_pretrained(name)`, where every weight is in the checkpoint and every one of the checkpoint has a place.
+    """`kind.from_pretrained(name)`, but only if the checkpoint has every weight of the model, and no other.
 
     Names that begin with one of `spare` may be absent on either side. Files are safetensors or, where there are none,
     pickles of tensors alone: code in them is not run. Raises FileNotFoundError for a missing file, ValueError else.

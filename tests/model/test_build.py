@@ -1,65 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import checkpoints, settings
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import BertConfig, BertModel, CLIPModel, LlamaForCausalLM
 
-from onediff.config import Config, Model
+from onediff.config import Config
 from onediff.model.build import build
 from onediff.model.captioner import Captioner, pick_device
 from onediff.registry import weights_digest
-
-TOWER = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "image_size": 12, "patch_size": 4}
-TALKER = {"vocab_size": 300, "hidden_size": 34, "intermediate_size": 23, "num_hidden_layers": 2,
-          "num_attention_heads": 17, "num_key_value_heads": 17, "max_position_embeddings": 128}
-
-
-def checkpoints(folder: Path, tower: str, talker: str) -> tuple[str, str]:
-    """Small random checkpoints in the real formats, as a hub would give them."""
-    vision, language = folder / "vision", folder / "language"
-    if tower == "clip":  # a whole CLIP, text tower included
-        text = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "vocab_size": 50}
-        CLIPModel(CLIPConfig(vision_config=TOWER, text_config=text, projection_dim=8)).save_pretrained(vision)
-    else:  # no class token
-        SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(vision)
-    CLIPImageProcessorPil(size={"height": 12, "width": 12}, do_center_crop=False).save_pretrained(vision)
-    kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    configuration, model = kinds[talker]
-    model(configuration(**TALKER)).save_pretrained(language)
-    letters = ["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    marks = {"bos_token": "<s>"} if talker == "llama" else {}  # Qwen has no token for the beginning
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **marks).save_pretrained(language)
-    return str(vision), str(language)
-
-
-def settings(micro: Config, vision: str, language: str, **changes: Any) -> Model:
-    tower = micro.model.vision.model_copy(update={"path": vision, "image_px": 12, "patch_px": 4, "layers": 3})
-    delta = micro.model.delta.model_copy(update={"levels": [1, 3], "width": 13, "heads": 1, "num_tokens": 7} | changes)
-    return micro.model.model_copy(update={"vision": tower, "language": language, "patch_pool": 1, "delta": delta,
-                                          "max_length": 512})
 
 
 @pytest.mark.parametrize(("tower", "talker"), [("clip", "llama"), ("siglip", "qwen2")])
@@ -88,7 +41,8 @@ def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> 
     bert = BertModel(BertConfig(vocab_size=17, hidden_size=13, num_hidden_layers=2, num_attention_heads=1,
                                 intermediate_size=52))
     bert.save_pretrained(tmp_path / "bert")
-    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), init=str(tmp_path / "bert")), seed=3)
+    init = {"init": str(tmp_path / "bert")}
+    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=init), seed=3)
     assert torch.equal(model.delta.layers[1].up.weight, bert.encoder.layer[1].intermediate.dense.weight)
 
 

@@ -1,0 +1,189 @@
+"""OneDiff built from a LLaVA-1.5 checkpoint is that LLaVA until it has learned something else.
+
+Shapes:  B rows, N patches per image, S sequence length.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import IMAGE_ID, PATCHES, TALKER, TOWER, llava_checkpoint, save_image_processor, settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from onediff.config import Config, Model
+from onediff.model.build import build
+from onediff.model.onediff import OneDiffForConditionalGeneration
+
+WORDS = (3, 11, 5)  # tokens after the images, by row: B = 3
+
+
+def settings_of(micro: Config, llava: str, *, tower: str | None = None, num_tokens: int = 0, **changes: Any) -> Model:
+    delta = {"num_tokens": num_tokens}
+    return settings(micro, tower or llava, llava, delta=delta, **{"patch_level": -2} | changes)
+
+
+def batch(num_images: int) -> dict[str, Tensor]:
+    """Rows of unlike length: B = 3, each with its images and then words, padded on the right."""
+    generator = torch.Generator().manual_seed(5)
+    rows = [[0, *[IMAGE_ID] * PATCHES * num_images, *torch.randint(2, 258, (words,), generator=generator).tolist()]
+            for words in WORDS]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [1] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    labels = ids.masked_fill((ids == IMAGE_ID) | (mask == 0), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels,
+            "images": torch.randn(len(rows) * num_images, 3, 12, 12, generator=generator)}
+
+
+def assert_equal_to_llava(model: OneDiffForConditionalGeneration, folder: str, num_images: int) -> None:
+    """Logits on every kept token and the loss, in float32."""
+    llava = LlavaForConditionalGeneration.from_pretrained(folder)
+    rows = batch(num_images)
+    images, kept = rows.pop("images"), rows["attention_mask"].bool()
+    with torch.no_grad():
+        theirs = llava(**rows, pixel_values=images)
+        others = llava(**rows, pixel_values=-images)
+        counts = {"image_counts": torch.full((len(WORDS),), num_images), "images": images}
+        loss = model(**rows, **counts).loss
+        del rows["labels"]
+        ours = model(**rows, **counts)
+    assert not torch.allclose(theirs.logits, others.logits, atol=0.1), "the images must matter for this to say anything"
+    torch.testing.assert_close(ours.logits[kept], theirs.logits[kept], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return llava_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_without_delta_tokens_it_equals_transformers_llava(llava: str, num_images: int, micro: Config) -> None:
+    model, _ = build(settings_of(micro, llava), seed=3)
+    assert model.delta is None
+    assert_equal_to_llava(model.eval(), llava, num_images)
+
+
+@pytest.mark.parametrize(("reading", "num_tokens", "num_images"),
+                         [("A", 7, 1), ("B", 7, 1), ("B", 7, 2), ("C", 0, 1), ("C", 7, 1)])
+def test_every_reading_equals_llava_at_step_0(reading: str, num_tokens: int, num_images: int, llava: str,
+                                              micro: Config) -> None:
+    model, _ = build(settings_of(micro, llava, reading=reading, num_tokens=num_tokens), seed=3)
+    assert_equal_to_llava(model.eval(), llava, num_images)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_it_generates_what_llava_generates(llava: str, num_images: int, micro: Config) -> None:
+    model, _ = build(settings_of(micro, llava), seed=3)
+    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
+    rows = batch(num_images)
+    ids, mask, images = rows["input_ids"][1:2], rows["attention_mask"][1:2], rows["images"][num_images:2 * num_images]
+    options = {"max_new_tokens": 17, "do_sample": False, "pad_token_id": 1}
+    said = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options)[:, ids.shape[1]:]
+    ours = model.eval().generate(ids, mask, torch.tensor([num_images]), images=images, **options)
+    assert torch.equal(ours, said) and len(set(said[0].tolist())) > 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llava_of_another_family_equals_too(tied: bool, micro: Config, tmp_path: Path) -> None:
+    folder = llava_checkpoint(tmp_path / "llava", text=Qwen2Config(**TALKER, tie_word_embeddings=tied))
+    model, _ = build(settings_of(micro, folder), seed=3)
+    assert_equal_to_llava(model.eval(), folder, 1)
+    model.save_pretrained(tmp_path / "out")
+    assert_equal_to_llava(OneDiffForConditionalGeneration.from_pretrained(tmp_path / "out").eval(), folder, 2)
+
+
+def test_a_siglip_tower_without_class_token_is_read_in_full(micro: Config, tmp_path: Path) -> None:
+    folder = llava_checkpoint(tmp_path, vision=SiglipVisionConfig(**TOWER), vision_feature_select_strategy="full")
+    model, _ = build(settings_of(micro, folder), seed=3)
+    assert_equal_to_llava(model.eval(), folder, 1)
+
+
+def test_a_sharded_checkpoint_with_the_hubs_own_names_loads(llava: str, micro: Config, tmp_path: Path) -> None:
+    folder = Path(llava_checkpoint(tmp_path))
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): weight  # as llava-hf/llava-1.5-7b-hf
+               for name, weight in load_file(folder / "model.safetensors").items()}
+    assert "language_model.model.embed_tokens.weight" in weights and "language_model.lm_head.weight" in weights
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(weights), {}
+    for shard in range(3):
+        part = {name: weights[name] for name in names[shard::3]}
+        file = f"model-0000{shard + 1}-of-00003.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    model, _ = build(settings_of(micro, str(folder)), seed=3)
+    assert_equal_to_llava(model.eval(), llava, 2)
+
+
+def test_the_tower_may_be_another_of_the_same_width(llava: str, micro: Config, tmp_path: Path) -> None:
+    tower = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+    tower.save_pretrained(tmp_path)
+    save_image_processor(tmp_path)
+    model, _ = build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
+    mine = model.vision.tower.embeddings.patch_embedding.weight
+    assert torch.equal(mine, tower.embeddings.patch_embedding.weight)
+    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
+    assert torch.equal(model.projector[2].weight, theirs.model.multi_modal_projector.linear_2.weight)
+    assert torch.equal(model.language.lm_head.weight, theirs.lm_head.weight)
+    assert not torch.equal(mine, theirs.model.vision_tower.embeddings.patch_embedding.weight)
+
+
+def test_pooled_patches_keep_the_projector(llava: str, micro: Config) -> None:
+    model, processor = build(settings_of(micro, llava, patch_pool=3, num_tokens=7), seed=3)
+    theirs = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
+    assert torch.equal(model.projector[0].weight, theirs.linear_1.weight) and processor.tokens_per_image == 1
+
+
+def test_the_checkpoints_ids_stay_and_the_embedding_is_not_resized(llava: str, micro: Config) -> None:
+    model, processor = build(settings_of(micro, llava, num_tokens=7), seed=3)
+    assert (processor.image_token_id, processor.delta_token_id) == (IMAGE_ID, IMAGE_ID + 1)
+    assert model.language.get_input_embeddings().num_embeddings == TALKER["vocab_size"]
+    assert model.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"vision_feature_layer": -1}, r"reads level -1 of its tower, but model.patch_level is -2; write -1"),
+    ({"vision_feature_layer": [-2, -1]}, r"reads several levels of its tower, \[-2, -1\], .* one vision_feature_layer"),
+    ({"vision_feature_select_strategy": "full"}, r"vision_feature_select_strategy 'full', but OneDiff .* 'default'"),
+    ({"projector_hidden_act": "relu"}, r"projector_hidden_act 'relu', but OneDiff .* 'gelu'"),
+    ({"multimodal_projector_bias": False}, r"multimodal_projector_bias False, but OneDiff .* True"),
+    ({"image_token_index": 7}, r"placeholder <image> has id 7 in config.json, but 258 in the tokenizer"),
+])
+def test_a_llava_that_onediff_would_read_otherwise_is_refused(changes: dict[str, Any], message: str, llava: str,
+                                                              micro: Config, tmp_path: Path) -> None:
+    for file in Path(llava).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | changes))
+    with pytest.raises(ValueError, match=message):
+        build(settings_of(micro, str(tmp_path)), seed=3)
+
+
+def test_the_same_level_counted_from_below_is_no_other_level(llava: str, micro: Config) -> None:
+    model, _ = build(settings_of(micro, llava, patch_level=2), seed=3)  # of 3 layers, so -2
+    assert_equal_to_llava(model.eval(), llava, 1)
+
+
+def test_a_tower_of_another_width_is_refused(llava: str, micro: Config, tmp_path: Path) -> None:
+    CLIPVisionModel(CLIPVisionConfig(**TOWER | {"hidden_size": 26})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model.vision.path: the tower .* is 26 wide, but the projector .* reads 22"):
+        build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
+
+
+def test_a_llava_as_the_tower_of_another_language_model_is_refused(llava: str, micro: Config) -> None:
+    mixed = settings_of(micro, llava).model_copy(update={"language": micro.model.language})
+    with pytest.raises(ValueError, match=r"model.vision.path .* is a LLaVA.* name the LLaVA in both, or a tower"):
+        build(mixed, seed=3)

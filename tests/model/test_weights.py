@@ -1,0 +1,268 @@
+"""What is refused before it can be trained on, and that no refusal costs a legitimate checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import TALKER, TOWER, checkpoints, save_image_processor, save_tokenizer, settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from onediff.config import Config
+from onediff.model.build import build
+from onediff.model.captioner import Captioner
+from onediff.model.weights import load_model, load_strictly, load_trained
+
+BERT: dict[str, Any] = {"vocab_size": 17, "hidden_size": 13, "num_hidden_layers": 2, "num_attention_heads": 1,
+                        "intermediate_size": 52}
+
+
+class Shell:
+    """What unpickles as a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.fixture
+def language(tmp_path: Path) -> Path:
+    LlamaForCausalLM(LlamaConfig(**TALKER)).save_pretrained(tmp_path / "language")
+    save_tokenizer(tmp_path / "language", bos_token="<s>")
+    return tmp_path / "language"
+
+
+@pytest.fixture
+def trained(micro: Config, tmp_path: Path) -> Path:
+    """A folder as a training phase leaves it."""
+    for part in build(settings(micro, *checkpoints(tmp_path, "clip", "llama")), seed=3):
+        part.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def load(folder: Path) -> Any:
+    return load_strictly(LlamaForCausalLM, folder, where="params.yaml: model.language")
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_pickle(folder: Path, *, extra: Any = None, **options: Any) -> None:
+    """The same weights as an old checkpoint, and whatever else it is to hold."""
+    weights = load_file(folder / "model.safetensors") | ({} if extra is None else {"extra": extra})
+    torch.save(weights, folder / "pytorch_model.bin", **options)
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_whole_checkpoint_loads_sharded_or_not(language: Path, tmp_path: Path) -> None:
+    whole = load(language)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    again = load(tmp_path / "sharded")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_a_pickle_of_tensors_alone_loads(options: dict[str, Any], language: Path) -> None:
+    whole = load(language)
+    as_pickle(language, **options)
+    assert torch.equal(load(language).lm_head.weight, whole.lm_head.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_a_pickle_with_code_is_refused_and_nothing_runs(options: dict[str, Any], language: Path,
+                                                        tmp_path: Path) -> None:
+    as_pickle(language, extra=Shell(f"touch {tmp_path / 'ran'}"), **options)
+    with pytest.raises(ValueError, match=r"model.language: .* this pickle calls (posix|os).system, which was not run; "
+                                         "take the model as safetensors"):
+        load(language)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bare_pickle_with_code_is_refused_and_nothing_runs(language: Path, tmp_path: Path) -> None:
+    (language / "model.safetensors").unlink()
+    held = {"lm_head.weight": Shell(f"touch {tmp_path / 'ran'}")}
+    (language / "pytorch_model.bin").write_bytes(pickle.dumps(held, protocol=2))
+    with pytest.raises(ValueError, match="a weight file must hold tensors alone"):
+        load(language)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_named_by_a_safetensors_index_is_no_way_around(language: Path, tmp_path: Path) -> None:
+    names = list(load_file(language / "model.safetensors"))
+    as_pickle(language, extra=Shell(f"touch {tmp_path / 'ran'}"))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
+    (language / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"this pickle calls (posix|os).system"):
+        load(language)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_a_checkpoint_brings_along_is_not_run(language: Path, tmp_path: Path) -> None:
+    (language / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(language, model_type="own", auto_map={"AutoConfig": "modeling_own.Config",
+                                                        "AutoModelForCausalLM": "modeling_own.Model"})
+    with pytest.raises(ValueError, match=r"must name a model that transformers has itself, for code .* is not run"):
+        load_model(language)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda weights: weights.pop("lm_head.weight"), r"1 missing \(lm_head.weight\): a checkpoint of another arch"),
+    (lambda weights: weights.update({"h.0.attn": torch.zeros(3)}), r"1 unexpected \(h.0.attn\): a checkpoint of ano"),
+    (lambda weights: weights.update({"lm_head.weight": torch.zeros(5, 34)}),
+     r"1 of another shape \(lm_head.weight \[5, 34\] for \[263, 34\]\): a checkpoint of another arch"),
+    (lambda weights: [weights.pop(name) for name in list(weights)] and weights.update({"wte": torch.zeros(3)}),
+     r"21 missing \(lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight, ...\), 1 unex"),
+])
+def test_a_checkpoint_of_another_architecture_is_refused(change: Callable[[dict[str, Tensor]], None], message: str,
+                                                         language: Path) -> None:
+    change_weights(language, change)
+    with pytest.raises(ValueError, match=r"model.language: .* must hold the weights of the LlamaForCausalLM .*"
+                                         + message):
+        load(language)
+
+
+def test_a_missing_shard_is_named(language: Path, tmp_path: Path) -> None:
+    load(language).save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the \d+ files of its weights \({shard.name}\); fetch"):
+        load(tmp_path / "sharded")
+
+
+def test_no_weights_and_a_broken_index_are_said(language: Path) -> None:
+    (language / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no weights \(model.safetensors or .*\); fetch the whole model"):
+        load(language)
+    (language / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ValueError, match=r"index.json must map each weight to its file \(weight_map\); fetch it again"):
+        load(language)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "pickle"])
+def test_a_file_that_was_cut_off_is_said(format: str, language: Path) -> None:
+    if format == "pickle":
+        as_pickle(language)
+    file = language / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
+    file.write_bytes(file.read_bytes()[:-999])
+    with pytest.raises(ValueError, match=r"model.language: .* (cut off or corrupt: fetch it again|must hold tensors)"):
+        load(language)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 251})).save_pretrained(language)
+    with pytest.raises(ValueError, match=r"model.language: .* embeds 251 tokens, but .* ids up to 257 \(.*\): wrong "
+                                         "vocabulary size"):
+        build(settings(micro, vision, language), seed=3)
+
+
+def test_placeholders_need_no_row_in_the_embedding(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 258})).save_pretrained(language)
+    model, processor = build(settings(micro, vision, language), seed=3)
+    assert (processor.image_token_id, model.config.delta_token_id) == (258, 259)
+
+
+@pytest.mark.parametrize(("marks", "message"), [
+    ({"pad_token": "<image>"}, r"placeholder <image> must have a token id of its own, but 258 is also pad_token"),
+    ({"unk_token": "<delta>"}, r"placeholder <delta> must have a token id of its own, but 258 is also unk_token"),
+])
+def test_a_placeholder_that_is_also_another_token_is_refused(marks: dict[str, str], message: str, micro: Config,
+                                                             tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    save_tokenizer(Path(language), bos_token="<s>", **marks)
+    with pytest.raises(ValueError, match=r"params.yaml: model.language: .* " + message):
+        build(settings(micro, vision, language), seed=3)
+
+
+def test_a_trained_model_loads_and_one_beside_another_tokenizer_does_not(trained: Path) -> None:
+    assert load_trained(trained)[0].config.image_token_id == 258
+    change_config(trained, image_token_id=7)
+    with pytest.raises(ValueError, match=r"placeholder <image> has id 7 in config.json, but 258 in the tokenizer"):
+        load_trained(trained)
+
+
+def test_a_trained_folder_that_is_incomplete_or_anothers_is_refused(trained: Path, language: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold a OneDiff model, but its config.json says 'llama'"):
+        load_model(language)
+    change_weights(trained, lambda weights: weights.pop("delta.tokens"))
+    with pytest.raises(ValueError, match=r"1 missing \(delta.tokens\)"):
+        Captioner.load(trained)
+    (trained / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        Captioner.load(trained)
+
+
+def test_tied_embeddings_are_not_missing(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "qwen2")
+    Qwen2ForCausalLM(Qwen2Config(**TALKER, tie_word_embeddings=True)).save_pretrained(language)
+    assert "lm_head.weight" not in load_file(Path(language) / "model.safetensors")
+    for part in build(settings(micro, vision, language), seed=3):
+        part.save_pretrained(tmp_path / "out")
+    loaded = load_model(tmp_path / "out").language
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+def test_bert_may_have_heads_that_nothing_reads(kind: Any, micro: Config, tmp_path: Path) -> None:
+    bert = kind(BertConfig(**BERT))
+    bert.save_pretrained(tmp_path / "bert")
+    delta = {"init": str(tmp_path / "bert")}
+    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=delta), seed=3)
+    layers = getattr(bert, "bert", bert).encoder.layer
+    assert torch.equal(model.delta.layers[1].up.weight, layers[1].intermediate.dense.weight)
+
+
+def test_a_tower_may_have_a_projection_that_nothing_reads(micro: Config, tmp_path: Path) -> None:
+    _, language = checkpoints(tmp_path, "siglip", "llama")
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER, projection_dim=7))
+    tower.save_pretrained(tmp_path / "tower")
+    save_image_processor(tmp_path / "tower")
+    model, _ = build(settings(micro, str(tmp_path / "tower"), language), seed=3)
+    assert torch.equal(model.vision.tower.post_layernorm.weight, tower.vision_model.post_layernorm.weight)
+
+
+def test_a_tower_without_its_last_layer_is_refused(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    change_weights(Path(vision), lambda weights: [weights.pop(name) for name in list(weights)
+                                                  if name.startswith("vision_model.encoder.layers.2")])
+    with pytest.raises(ValueError, match=r"model.vision.path: .* 16 missing \(vision_model.encoder.layers.2"):
+        build(settings(micro, vision, language), seed=3)
+
+
+def test_what_is_no_decoder_or_no_tower_is_refused(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    with pytest.raises(ValueError, match=r"model.language must be a decoder or a LLaVA, but .* is a 'clip'"):
+        build(settings(micro, vision, vision), seed=3)
+    with pytest.raises(ValueError, match=r"model.vision.path must be a CLIP or SigLIP tower, but .* is a 'llama'"):
+        build(settings(micro, language, language), seed=3)
