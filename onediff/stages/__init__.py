@@ -99,6 +99,8 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     if "LOCAL_RANK" in os.environ:
         here()
         return
+    if runtime.node_rank and launcher.hand_over(phase, runtime, folder):
+        return  # node 0 holds the folder, and fetches
     with checkpoint.alone(folder):
         if not launcher.hand_over(phase, runtime, folder):
             here()
