@@ -70,7 +70,7 @@ def test_a_preset_replaces_another_but_not_your_own_values(project: Path, monkey
 
 
 def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("there are: micro, paper, tiny")
+    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("there are: llava_pair, micro, paper, pilot, tiny")
     assert not Path("params.yaml").exists()
 
 

@@ -20,6 +20,9 @@ from onediff.eval.metrics import METRICS, Predictions
 from onediff.eval.protocols import PROTOCOLS, checks
 
 MAX_POINTS = 240  # of a curve
+SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
+         ("padding_share", "padding left out", "{:.1%}"), ("loader_wait_share", "waiting for data", "{:.1%}"),
+         ("memory_gib", "memory, GiB", "{:.2f}"), ("tflops_per_s", "TFLOP/s", "{:.3g}"), ("mfu", "MFU", "{:.1%}"))
 CHART_PX = (560, 200)
 FIGURES = {  # key in metrics.json -> (label, what it counts)
     "change_found_rate": ("change found", "changed pairs for which a change is claimed"),
@@ -152,7 +155,6 @@ def _percent(box: list[int] | None, image: bytes) -> list[float] | None:
 def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
     """The charts and the throughput of one phase."""
     steps = _points(lines, "loss")
-    speed = [line["pairs_per_s"] for line in lines if "pairs_per_s" in line]
     charts = [("loss", line_chart(thin(steps), thin(smooth(steps)), label="loss"))] if steps else []
     val = _points(lines, "val_CIDEr")
     if val:
@@ -160,7 +162,8 @@ def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
     return {"charts": charts, "steps": int(steps[-1][0]) if steps else 0,
             "loss": smooth(steps)[-1][1] if steps else None,
             "seconds": max((line["seconds"] for line in lines if "seconds" in line), default=None),
-            "pairs_per_s": statistics.median(speed) if speed else None}
+            "speed": [(said, form.format(statistics.median(values))) for key, said, form in SPEED
+                      if (values := [line[key] for line in lines if key in line])]}
 
 
 def _points(lines: Iterable[dict[str, float]], key: str) -> list[tuple[float, float]]:

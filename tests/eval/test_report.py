@@ -78,7 +78,7 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     parser.feed(html)
     assert parser.open == [] and parser.outside == []
     assert not re.search(r"<script|@import|url\(|https?://", html)
-    for shown in ("87.6", "80.0 to 90.0", "11 pairs quarantined", "test 13", "17 pairs/s", "reaches 50.0 %",
+    for shown in ("87.6", "80.0 to 90.0", "11 pairs quarantined", "test 13", "<td>17</td>", "reaches 50.0 %",
                   "val CIDEr, last value 150"):
         assert shown in html, shown
 
@@ -127,3 +127,12 @@ def test_smoothing_keeps_a_straight_line_and_thinning_keeps_the_ends() -> None:
     line = [(float(x), 3.0 * x) for x in range(600)]
     assert smooth(line)[300] == pytest.approx(line[300])
     assert thin(line)[0] == line[0] and thin(line)[-1] == line[-1] and len(thin(line)) <= 241
+
+
+def test_page_tells_how_fast_each_phase_was() -> None:
+    lines = [{"step": step, "loss": 1.0, "pairs_per_s": 17.0 + step, "padding_share": 0.125, "seconds": 1.0}
+             for step in range(3)]
+    told = page(curves={"tune": lines})
+    for cell in ("<th>rows/s</th>", "<td>18</td>", "<th>padding left out</th>", "<td>12.5%</td>"):
+        assert cell in told
+    assert "MFU" not in told

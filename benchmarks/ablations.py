@@ -1,0 +1,240 @@
+"""What each part of the model and of the training is worth, on rendered scenes with known changes; one table.
+
+    python -m benchmarks.ablations run --seeds 3          # each variant and seed once, in .onediff/ablations; goes on where it was
+    python -m benchmarks.ablations table                  # docs/ablations.md from what was run
+
+Every variant trains both phases of presets/tiny.yaml with fewer steps on the same scenes, without `edits`, then captions three
+test sets: scenes like those of training, scenes whose changed object has a pair of color and shape that no training scene
+shows, and the first ones again, asked in words that training never used. The seed draws initial weights and batches; the
+scenes stay the same. `--jobs 2` trains two at once, a thread each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import typer
+
+from onediff.config import Config, Runtime, load_params
+from onediff.data.record import Record, read_records, read_table, write_shards
+
+HOME, TABLE = Path(".onediff/ablations"), Path("docs/ablations.md")
+JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
+HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
+ALIGN_STEPS, TUNE_STEPS = 100, 400
+MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
+TESTS = {"test": "as in training", "unseen": "unseen color and shape", "asked": "unseen instruction"}
+
+# Name -> what is changed in presets/tiny.yaml: `align` None or a kind of samples, the rest under `model`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "inputs: pair (the paper)": {"inputs": "pair"},
+    "no VDM, all patches": {"num_tokens": 0, "patch_pool": 1},
+    "pair, no align": {"inputs": "pair", "align": None},
+    "pair, align on single images": {"inputs": "pair", "align": "single"},
+    "no align": {"align": None},
+    "inputs: pair and difference": {"inputs": "pair_and_difference"},
+    "no VDM": {"num_tokens": 0},
+    "K 32": {"num_tokens": 32},
+    "no image ids": {"image_ids": False},
+    "align on single images": {"align": "single"},
+    "K 1": {"num_tokens": 1},
+    "all patches": {"patch_pool": 1},
+    "reading B, all patches": {"reading": "B", "patch_pool": 1},
+    "reading C": {"reading": "C"},
+    "levels 2, 2, 2, 2": {"levels": [2, 2, 2, 2]},
+    "levels 4, 4, 4, 4": {"levels": [4, 4, 4, 4]},
+    "cross-attention every second layer": {"levels": [2, 4], "cross_attention_every": 2},
+    "BERT initialisation": {"init": str(HOME / "bert")},
+}
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def run(seeds: int = 3, jobs: int = 2, only: Annotated[list[str] | None, typer.Option(help="Names of variants.")] = None,
+        scale: Annotated[float, typer.Option(help="Share of the steps.")] = 1.0) -> None:
+    """Trains and scores what is missing in .onediff/ablations/results."""
+    if not (HOME / "diffcap/card.json").exists():
+        make_scenes(HOME / "diffcap")
+    if not (HOME / "bert").exists():
+        make_bert(HOME / "bert")
+    waiting = [(name, seed) for name in only or VARIANTS for seed in range(1, seeds + 1)
+               if not result_file(name, seed).exists()]
+    for first in range(0, len(waiting), jobs):
+        started = [subprocess.Popen([sys.executable, "-m", "benchmarks.ablations", "one", name, str(seed),
+                                     "--scale", str(scale)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+                   for name, seed in waiting[first : first + jobs]]
+        if any(process.wait() for process in started):
+            raise SystemExit("a variant failed; its message stands above")
+    table()
+
+
+@app.command()
+def one(name: str, seed: int, scale: float = 1.0) -> None:
+    """One variant with one seed."""
+    import torch
+
+    from onediff.eval.behaviour import scene_behaviour
+    from onediff.eval.caption import caption_records
+    from onediff.model.captioner import Captioner
+    from onediff.stages import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    config = varied(load_params(Path("presets/tiny.yaml")), VARIANTS[name], seed=seed, scale=scale)
+    with tempfile.TemporaryDirectory(dir=HOME) as scratch:
+        flops = trained(config, Path(scratch))
+        captioner = Captioner.load(Path(scratch) / "tune/final")
+        scores: dict[str, Any] = {}
+        for test in TESTS:
+            records = list(read_records(HOME / "diffcap", f"{test}-*.parquet"))
+            said = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
+            found = scene_behaviour(said, read_table(HOME / "diffcap", f"{test}-*.parquet"))
+            scores[test] = {key: found[key] for key in MEASURED if key in found}
+    (HOME / "results").mkdir(exist_ok=True)
+    part = result_file(name, seed).with_suffix(".part")
+    part.write_text(json.dumps({"variant": name, "seed": seed, "gflops_per_pair": flops, "scores": scores}))
+    part.rename(result_file(name, seed))
+    print(name, seed, json.dumps(scores["test"]), flush=True)
+
+
+@app.command()
+def table() -> None:
+    """docs/ablations.md: means over the seeds, and their spread."""
+    results = [json.loads(path.read_text()) for path in sorted((HOME / "results").glob("*.json"))]
+    lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms | unseen color and shape: object "
+             "| unseen instruction: type |", "|---" * 9 + "|"]
+    for name in VARIANTS:
+        mine = [result for result in results if result["variant"] == name]
+        if mine:
+            cells = [("test", key) for key in MEASURED] + [("unseen", MEASURED[1]), ("asked", MEASURED[0])]
+            shown = [spread([result["scores"][test][key] for result in mine]) for test, key in cells]
+            lines.append(f"| {name} | {len(mine)} | {mine[0]['gflops_per_pair']:.2f} | " + " | ".join(shown) + " |")
+    print("\n".join(lines))
+    head = TABLE.read_text(encoding="utf-8").split("<!-- table -->")[0] if TABLE.exists() else ""
+    TABLE.write_text(f"{head}<!-- table -->\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def result_file(name: str, seed: int) -> Path:
+    return HOME / "results" / f"{''.join(c if c.isalnum() else '-' for c in name)}.{seed}.json"
+
+
+def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
+    """The tiny preset with a variant's changes, checked as any params.yaml is."""
+    values = config.model_dump(mode="json")
+    values |= {"seed": seed}
+    for key, value in changes.items():
+        place = values["model"] if key in values["model"] else values["model"]["delta"]
+        if key == "align":
+            values["align"] = values["align"] | {"samples": value} if value else None
+        else:
+            place[key] = value
+    if values["align"]:
+        values["align"]["steps"] = max(1, round(scale * ALIGN_STEPS))
+    values["tune"] |= {"steps": max(2, round(scale * TUNE_STEPS)), "mixture": {"scenes": 1.0}, "validate_every": None}
+    return Config.model_validate(values)
+
+
+def trained(config: Config, scratch: Path) -> float:
+    """Both phases; gives the GFLOPs of a step of `tune` per pair, the cached tower not counted."""
+    from onediff.train import phases
+
+    gflops: list[float] = []
+
+    def log(step: int, line: dict[str, float]) -> None:
+        gflops.append(1e3 * line["tflops_per_s"] / line["pairs_per_s"])
+
+    runtime = Runtime(device="cpu", scratch=str(HOME / "scratch"), checkpoint_every_s=1e9)
+    (scratch / "align").mkdir()
+    (scratch / "tune").mkdir()
+    phases.align(config, runtime, data=HOME / "diffcap", folder=scratch / "align", log=log)
+    phases.tune(config, runtime, data=HOME / "diffcap", start=scratch / "align/final", folder=scratch / "tune", log=log,
+                judge_of=None)
+    return gflops[-1]
+
+
+def make_scenes(folder: Path) -> None:
+    from onediff.data.synthesis.scenes import scene_records
+    from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+
+    values = load_params(Path("presets/tiny.yaml")).model_dump(mode="json")
+    values["data"]["scenes"] |= {"jitter": JITTER, "min_objects": OBJECTS[0], "max_objects": OBJECTS[1]}
+    config = Config.model_validate(values)
+
+    def scenes(split: str, num: int, *, held_out: bool) -> Iterator[Record]:
+        done = index = 0
+        while done < num:
+            records = scene_records(config, split, index)
+            index += 1
+            if shows_held_out(records[0]) == held_out:
+                done += 1
+                yield from records
+
+    shutil.rmtree(folder, ignore_errors=True)
+    write_shards((replace(record, instruction=DEFAULT_INSTRUCTION) for record in
+                  scenes("train", NUM_TRAIN, held_out=False)), folder, "train", shard_pairs=4000)
+    test = [replace(record, instruction=DEFAULT_INSTRUCTION) for record in scenes("test", NUM_TEST, held_out=False)]
+    write_shards(test, folder, "test", shard_pairs=4000)
+    write_shards((replace(record, instruction="Describe the change between the scenes.") for record in test), folder,
+                 "asked", shard_pairs=4000)
+    unseen = [replace(record, instruction=DEFAULT_INSTRUCTION) for record in scenes("test", NUM_TEST, held_out=True)
+              if record.change_type != "none" and is_held_out(record.provenance["object"])]
+    write_shards(unseen, folder, "unseen", shard_pairs=4000)
+    print(f"{NUM_TRAIN} train scenes, {len(test)} test pairs, {len(unseen)} with an unseen color and shape")
+    (folder / "card.json").write_text(json.dumps({"jitter": JITTER, "held_out": sorted(HELD_OUT)}))
+
+
+def is_held_out(thing: dict[str, Any]) -> bool:
+    return (thing["color"], thing["shape"]) in HELD_OUT
+
+
+def shows_held_out(record: Record) -> bool:
+    """By the captions of both frames, which name every object as color, material and shape."""
+    words = " ".join(record.provenance["captions"]).replace(",", "").split()
+    return any(pair in HELD_OUT for pair in zip(words, words[2:], strict=False))
+
+
+def make_bert(folder: Path) -> None:
+    """A BERT of the VDM's width, taught the project's sentences by masked words: what can stand for BERT-base here."""
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from onediff.train.chat import sentence
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained("presets/backbones/tiny/language")
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer) + 1, hidden_size=128, num_hidden_layers=4,
+                                       num_attention_heads=4, intermediate_size=512, hidden_dropout_prob=0.0,
+                                       attention_probs_dropout_prob=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(600):
+        rows = tokenizer([" ".join(sentence(rng)) for _ in range(32)], padding=True, return_tensors="pt")
+        hidden = (torch.rand(rows["input_ids"].shape) < 0.2) & rows["attention_mask"].bool()
+        loss = model(input_ids=rows["input_ids"].masked_fill(hidden, len(tokenizer)),
+                     attention_mask=rows["attention_mask"], labels=rows["input_ids"].masked_fill(~hidden, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"BERT of width 128: {loss.item():.2f} per masked word")
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    app()
