@@ -246,7 +246,7 @@ class Lora(Section):
     """Low-rank adapters on every linear layer of the language model's blocks, which are then all that learns in it."""
 
     rank: Count
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Count
 
 
 class Phase(Section):

@@ -133,7 +133,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             return None, functional.pad(states, (0, 0) * 3 + (0, 2)), counts
         if images is None:
             side = self.config.vision_config.image_size
-            images = self.projector[0].weight.new_zeros(0, 3, side, side)
+            images = next(self.projector.parameters()).new_zeros(0, 3, side, side)
         return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
 
     def look(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -47,8 +47,9 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], sca
     ends = functional.pad(torch.tensor(lengths, device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32),
                           (1, 0))
     longest = max(lengths)
-    mixed = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), ends, ends, longest, longest,
-                        scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, W)
+    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0),
+                        enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(mixed, Tensor), "no auxiliary output was asked for"
     return mixed[None]
 

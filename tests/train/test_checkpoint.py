@@ -87,7 +87,8 @@ def test_two_runs_cannot_train_in_one_folder(tmp_path: Path) -> None:
 def test_out_of_memory_says_what_to_change() -> None:
     settings = phase(batch_size=12)
     message = (r"tune: out of memory \(.*\); in runtime.yaml set micro_batch_size below 6, or "
-               r"checkpoint_activations: true, or zero_level 2 on several GPUs, or offload: optimizer: 'onediff plan' tells what fits")
+               r"checkpoint_activations: true, or zero_level 2 on several GPUs, or offload: optimizer: 'onediff plan' "
+               "tells what fits")
     with (pytest.raises(ValueError, match=message),
           memory_told("tune", settings, Runtime(micro_batch_size=6, zero_level=1))):
         torch.empty(1 << 46)

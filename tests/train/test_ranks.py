@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 PROGRAM = Path(__file__).with_name("ranks.py")
 OFTEN = {"checkpoint_every_s": 1e-4}
-LORA = {"lora": {"rank": 3, "alpha": 6.0}}
+LORA = {"lora": {"rank": 3, "alpha": 6}}
 
 
 def launch(folder: Path, cases: list[dict[str, Any]], world: int, *, dies: bool = False) -> str:
