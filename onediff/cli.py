@@ -72,6 +72,29 @@ def preset(name: str, force: Annotated[bool, typer.Option("--force", help="Overw
 
 
 @app.command()
+def plan(preset: Annotated[str | None, typer.Option(help="Of presets/; default: params.yaml.")] = None,
+         gpu: Annotated[str, typer.Option(help="Its name, such as h100, a100-40gb or l40s.")] = "h100",
+         gpus: Annotated[int | None, typer.Option(min=1, help="In all; default: what runtime.yaml says.")] = None,
+         utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak.")] = 0.4,
+         as_json: Json = False) -> None:
+    """What a training will take, before any GPU is touched: parameters, steps, memory by ZeRO level, hours."""
+    from dataclasses import asdict
+
+    from onediff.config import load_params, load_runtime
+    from onediff.train import plan as planner
+    from onediff.train.cost import GPUS, find_gpu
+
+    found = find_gpu(gpu)
+    if found is None:
+        raise ValueError(f"--gpu {gpu} is not known; known are {', '.join(known.name for known in GPUS)}")
+    config = load_params(Path(f"presets/{preset}.yaml") if preset else Path("params.yaml"))
+    beside = Path(f"presets/{preset}.runtime.yaml")
+    runtime = load_runtime(beside if beside.exists() else Path("runtime.yaml"))
+    planned = planner.plan(config, runtime, gpu=found, num_gpus=gpus or runtime.num_ranks, utilisation=utilisation)
+    _print(asdict(planned), planner.text(planned), as_json)
+
+
+@app.command()
 def example(as_json: Json = False) -> None:
     """Caption one pair of the test split, and leave its two images in .onediff/example."""
     from onediff.data.record import read_records

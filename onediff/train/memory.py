@@ -57,6 +57,7 @@ class States:
     buffers: float
     update: float
     host: float
+    start: float  # all weights, before they are shared
 
 
 def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
@@ -79,7 +80,7 @@ def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
             host, gradients = host + gradients, 0.0
     if sharing.offload == "all":
         host, weights = host + weights, 0.0
-    return States(weights, gradients, optimizer, buffers, update, host)
+    return States(weights, gradients, optimizer, buffers, update, host, float(each * everything))
 
 
 # --- what autograd keeps of a micro-batch -----------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from parts import small
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from onediff.config import Lora, Phase
+from onediff.config import Lora, Phase, Runtime
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train.cost import Size, sizes
-from onediff.train.engine import checkpoint_activations, trainable
+from onediff.train.engine import Engine, checkpoint_activations, trainable
 from onediff.train.memory import BUCKET, GATHERED, Rows, Sharing, hollow, saved, states
 
 ALIGN = {"lr_vision": 0.0, "lr_delta": 1e-3, "lr_projector": 1e-3, "lr_language": 0.0}
@@ -78,7 +78,7 @@ def test_the_plan_counts_what_autograd_really_saves(rates: dict[str, float], cha
 
 
 def test_the_plan_counts_what_adapters_make_autograd_save() -> None:
-    configuration, settings = config(), phase(**(ALIGN | {"lr_language": 1e-3}), lora=Lora(rank=5, alpha=10.0))
+    configuration, settings = config(), phase(**(ALIGN | {"lr_language": 1e-3}), lora=Lora(rank=5, alpha=10))
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, settings)
     inputs = batch(configuration)
@@ -133,6 +133,28 @@ def test_states_in_bfloat16(level: int, ranks: int, weights: float, gradients: f
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
     assert found.host == 0
     assert found.buffers == (0, 2 * BUCKET, 2 * BUCKET, 2 * BUCKET + 2 * min(110, GATHERED))[level]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_the_plan_counts_the_optimizer_and_the_gradients_that_deepspeed_really_holds(level: int) -> None:
+    """Alignment adds a few numbers for each part that learns."""
+    configuration, settings = config(), phase(**ALIGN)
+    model = OneDiffForConditionalGeneration(configuration).train()
+    learning = sum(part.learning for part in sizes(hollow(configuration, settings)).values())
+    engine = Engine(model, settings, Runtime(zero_level=level), micro_batches=1)
+    gradients: list[int] = []
+    for parameter in engine.learning.values():
+        parameter.register_hook(lambda gradient: gradients.append(gradient.nbytes))
+    engine.backward(batch(configuration), torch.tensor(float(PAIRS * ANSWER)))
+    engine.step()
+    deepspeed = engine._engine.optimizer
+    masters = getattr(deepspeed, {3: "fp32_partitioned_groups_flat"}.get(level, "single_partition_of_fp32_groups"), [])
+    moments = [state[key] for state in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    expected = states(Size(learning, 0), Sharing(level, "none", 1), bfloat16=False)
+    held = sum(tensor.nbytes for tensor in [*masters, *moments])
+    engine.close()
+    assert held == pytest.approx(expected.optimizer, abs=12 * 16)
+    assert sum(gradients) == expected.gradients
 
 
 def test_offload_moves_the_optimizer_and_then_the_weights_to_the_host() -> None:

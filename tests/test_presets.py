@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onediff.config import load_params, load_runtime
+from onediff.model.build import configure
+from onediff.train.phases import num_micro
+from onediff.train.plan import described_model
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNTIMES = sorted(path.name for path in (ROOT / "presets").glob("*.runtime.yaml"))
+NAMES = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml") if path.name not in RUNTIMES)
+BENCHMARKS = {"spot_the_diff", "image_editing_request", "birds_to_words", "clevr_change"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_loads_and_describes_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    configure(described_model(load_params(ROOT / f"presets/{name}.yaml").model)[0])
+
+
+@pytest.mark.parametrize("file", RUNTIMES)
+def test_every_runtime_loads_and_splits_its_preset_s_batches(file: str) -> None:
+    runtime = load_runtime(ROOT / "presets" / file)
+    config = load_params(ROOT / "presets" / file.replace(".runtime", ""))
+    for phase in (config.align, config.tune):
+        if phase is not None:
+            assert num_micro(phase, runtime) >= 1
+
+
+def test_the_pilot_is_the_paper_in_a_twentieth_of_the_epochs() -> None:
+    def shown(name: str) -> dict[str, Any]:
+        return load_params(ROOT / f"presets/{name}.yaml").model_dump()
+
+    pilot, paper = shown("pilot"), shown("paper")
+    for phase in ("align", "tune"):
+        assert pilot[phase].pop("epochs") == pytest.approx(paper[phase].pop("epochs") / 20)
+    assert pilot == paper
+
+
+def test_llava_pair_is_llava_alone_on_two_benchmarks() -> None:
+    config, paper = (load_params(ROOT / f"presets/{name}.yaml") for name in ("llava_pair", "paper"))
+    assert config.model.delta.num_tokens == 0 and config.align is None and config.model.reading == "A"
+    assert config.model.vision.path == config.model.language == "llava-hf/llava-1.5-7b-hf"
+    assert set(config.tune.mixture) == set(config.data.sources) == {"spot_the_diff", "image_editing_request"}
+    assert config.tasks == {name: paper.tasks[name] for name in config.tasks}
+    assert config.tune.learning_rates == {"vision": 0, "delta": 0, "projector": 2e-5, "language": 2e-5}
+
+
+def test_paper_says_how_every_published_benchmark_is_asked() -> None:
+    tasks = load_params(ROOT / "presets/paper.yaml").tasks
+    assert set(tasks) == BENCHMARKS
+    assert all(task.instruction and task.max_new_tokens and task.num_beams for task in tasks.values())
+
+
+def test_one_sentence_is_asked_for_where_one_sentence_is_the_target() -> None:
+    task = load_params(ROOT / "presets/paper.yaml").tasks["spot_the_diff"]
+    assert task.targets == "each" and task.instruction and "one short sentence" in task.instruction

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parts import CHANNELS, LANGUAGE, SIDE, TOKENS, VOCAB, WIDTH, small
+from torch import nn
+
+from onediff.config import Lora, Phase
+from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.train.cost import Flops, find_gpu, peak_tflops, sizes
+from onediff.train.engine import trainable
+
+ALIGN = {"lr_vision": 0.0, "lr_delta": 1e-3, "lr_projector": 1e-3, "lr_language": 0.0}
+TUNE = dict.fromkeys(ALIGN, 1e-3)
+COUNTS = {"images": 11.0, "pairs": 5.0, "tokens": 257.0, "answer_tokens": 31.0}
+PATCHES = SIDE * SIDE
+
+
+def phase(**changes: Any) -> Phase:
+    settings = {"mixture": {"scenes": 1.0}, "steps": 5, "epochs": None, "batch_size": 6, "lora": None, "warmup": 0.0,
+                "weight_decay": 0.0, "clip_norm": 1.0, "mask_patches": 0.0, "validate_every": None, "num_val": 1}
+    return Phase(**(settings | TUNE | changes))
+
+
+def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int:
+    """The slow, obvious count: every linear or convolution layer of a part, its weights times the places it made."""
+    found = 0
+
+    def count(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        nonlocal found
+        places = out.numel() // (out.shape[1] if isinstance(module, nn.Conv2d) else out.shape[-1])
+        found += module.weight.numel() * places  # type: ignore[operator,union-attr]
+
+    handles = [module.register_forward_hook(count) for name, module in model.named_modules()
+               if isinstance(module, nn.Linear | nn.Conv2d) and name.startswith(part)]
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
+def test_a_pair_costs_what_its_linear_layers_multiply(inputs: str) -> None:
+    model = small(delta_inputs=inputs)
+    before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
+    module = products(model, "delta.", lambda: model.delta(before, after))
+    projector = WIDTH * LANGUAGE + LANGUAGE * LANGUAGE
+    flops = Flops.of(model, phase(), cached_tower=False)
+    assert flops.pair == 6 * (module + projector * TOKENS)
+    assert Flops.of(model, phase(**(ALIGN | {"lr_delta": 0.0})), cached_tower=False).pair == \
+        2 * module + 6 * projector * TOKENS
+
+
+def test_an_image_costs_what_the_tower_and_the_projector_multiply() -> None:
+    model = small()
+    flops = Flops.of(model, phase(), cached_tower=False)
+    assert flops.image == 6 * products(model, "vision.", lambda: model.vision(torch.randn(1, 3, 12, 12)))
+    assert flops.view == 6 * (CHANNELS * LANGUAGE + LANGUAGE * LANGUAGE) * PATCHES
+
+
+def test_reading_b_costs_its_enhancement_too() -> None:
+    model = small(reading="B")
+    patches, delta = torch.randn(2, PATCHES, CHANNELS), torch.randn(1, TOKENS, WIDTH)
+    enhancing = products(model, "enhance.", lambda: model.enhanced(patches, delta, torch.tensor([0])))
+    before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
+    module = products(model, "delta.", lambda: model.delta(before, after))
+    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + enhancing)
+
+
+def test_what_is_frozen_costs_less_and_what_nothing_learns_before_least() -> None:
+    model = small()
+    blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
+    learns, passed, forward = (Flops.of(model, phase(**rates), cached_tower=False) for rates in (
+        TUNE, ALIGN, {"lr_vision": 0.0, "lr_delta": 0.0, "lr_projector": 0.0}))
+    assert (learns.token, passed.token) == (6 * blocks, 4 * blocks)
+    assert (learns.answer_token, passed.answer_token) == (6 * VOCAB * LANGUAGE, 4 * VOCAB * LANGUAGE)
+    assert learns.image == 3 * passed.image and forward.view == learns.view / 3
+    assert Flops.of(model, phase(**ALIGN), cached_tower=True).image == 0
+
+
+def test_adapters_cost_their_own_weights_whether_they_are_in_yet_or_not() -> None:
+    model, settings = small(), phase(lora=Lora(rank=3, alpha=6))
+    blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
+    early = Flops.of(model, settings, cached_tower=False)
+    trainable(model, settings)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert early == Flops.of(model, settings, cached_tower=False)
+    assert early.token == 4 * blocks + 6 * adapters
+    assert sizes(model)["language"].learning == adapters
+
+
+def test_images_that_are_read_jointly_are_projected_once() -> None:
+    one, two = (Flops.of(small(reading=reading), phase(), cached_tower=True) for reading in ("A", "C"))
+    assert one({**COUNTS, "pairs": 0}) < one(COUNTS)
+    assert two(COUNTS) == two.view * 6 + two.pair * 5 + two.token * 257 + two.answer_token * 31
+    assert one(COUNTS) == one.view * 11 + one.pair * 5 + one.token * 257 + one.answer_token * 31
+
+
+def test_a_part_that_learns_and_one_that_does_not_are_counted_apart() -> None:
+    model = small()
+    trainable(model, phase(**ALIGN))
+    found = sizes(model)
+    assert found["vision"].learning == found["language"].learning == found["delta"].frozen == 0
+    assert sum(size.learning + size.frozen for size in found.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "tflops", "memory"), [
+    ("NVIDIA H100 80GB HBM3", 989, 79.1), ("NVIDIA H100 PCIe", 756, 79.1), ("NVIDIA H200", 989, 139.8),
+    ("h100", 989, 79.1), ("NVIDIA GH200 480GB", 989, 94.5), ("NVIDIA A100-SXM4-40GB", 312, 39.4),
+    ("NVIDIA A100-SXM4-80GB", 312, 79.2), ("NVIDIA L40S", 362, 44.4), ("NVIDIA L4", 121, 22.0),
+    ("NVIDIA A10", 125, 22.1), ("NVIDIA RTX A6000", 155, 47.4), ("NVIDIA GeForce RTX 4090", 165, 23.5),
+    ("rtx4090", 165, 23.5), ("Tesla V100-SXM2-16GB", 125, 15.8)])
+def test_a_gpu_is_known_by_its_own_name_and_a_short_one(name: str, tflops: float, memory: float) -> None:
+    gpu = find_gpu(name)
+    assert gpu is not None and (gpu.tflops, gpu.memory_gib) == (tflops, memory)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA GeForce GTX 1080", "cpu"])
+def test_of_an_unknown_gpu_no_peak_is_guessed(name: str) -> None:
+    assert peak_tflops(name) is None

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from onediff import cli
+from onediff.config import Config, load_params, load_runtime
+from onediff.model.build import configure
+from onediff.train.cost import find_gpu, sizes
+from onediff.train.memory import Rows, States, hollow, saved
+from onediff.train.plan import (
+    GIB,
+    Plan,
+    count_samples,
+    described_model,
+    mean_sample,
+    plan,
+    text,
+    total_bytes,
+    usable_gib,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def preset(name: str) -> Config:
+    return load_params(ROOT / f"presets/{name}.yaml")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The presets without any data."""
+    (tmp_path / "presets").symlink_to(ROOT / "presets")
+    monkeypatch.chdir(tmp_path)
+
+
+def planned(config: Config, gpu: str, num_gpus: int) -> Plan:
+    found = find_gpu(gpu)
+    assert found is not None
+    return plan(config, load_runtime(ROOT / "presets/paper.runtime.yaml"), gpu=found, num_gpus=num_gpus,
+                utilisation=0.4)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("paper")
+    (folder / "presets").symlink_to(ROOT / "presets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return planned(preset("paper"), "h100", 8)
+
+
+def test_published_sizes_are_the_known_ones(paper: Plan) -> None:
+    tune = paper.phases[1].sizes
+    assert 303e6 < tune["vision"].learning < 304e6  # CLIP ViT-L/14 at 336 px
+    assert tune["language"].learning == 6_738_415_616  # Llama 2 7B, and so Vicuna 1.5
+    llava = preset("llava_pair")
+    projector = sizes(hollow(configure(described_model(llava.model)[0]), llava.tune))["projector"]
+    assert projector.learning == 20_979_712  # LLaVA-1.5's
+
+
+def test_steps_are_epochs_of_the_official_counts(paper: Plan) -> None:
+    align, tune = paper.phases
+    assert align.num_samples == {"llava_558k": (558128, "official count")}
+    assert align.steps == 2181  # LLaVA-1.5's own, for the same data at the same batch
+    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # every sentence a sample
+    assert tune.num_samples["image_editing_request"] == (3061, "official count")
+    assert tune.num_samples["birds_to_words"][1] == "guess from its weight"
+
+
+def test_a_card_on_disk_is_believed_before_official_counts() -> None:
+    config = preset("paper")
+    Path("data/diffcap").mkdir(parents=True)
+    card = {"num_pairs": {"train": {"clevr_change": {"add": 1000, "none": 17}}}}
+    Path("data/diffcap/card.json").write_text(json.dumps(card))
+    assert count_samples("clevr_change", config, config.tune) == (1017, "data/diffcap/card.json")
+    assert count_samples("llava_665k", config, config.tune) == (665298, "official count")
+
+
+def test_the_whole_of_the_paper_does_not_fit_without_sharing_and_fits_with_it(paper: Plan) -> None:
+    tune = paper.phases[1]
+    plain = next(layout for layout in tune.layouts if layout.sharing.zero_level == 0)
+    assert plain.micro_batch_size == 0 and plain.total / GIB > 79
+    assert tune.chosen is not None and tune.chosen.sharing.offload == "none"
+    assert tune.chosen.total / GIB <= usable_gib(paper.gpu)
+
+
+def test_a_higher_zero_level_never_holds_more(paper: Plan) -> None:
+    """But for the buffers."""
+    for phase in paper.phases:
+        for one in phase.layouts:
+            for other in phase.layouts:
+                if other.sharing.zero_level >= one.sharing.zero_level and other.sharing.offload == one.sharing.offload:
+                    assert _bare(other.states) <= _bare(one.states)
+            assert one.activations > 0
+
+
+def _bare(kept: States) -> float:
+    return kept.weights + kept.gradients + kept.optimizer
+
+
+def test_what_does_not_fit_is_said_with_what_helps() -> None:
+    config = preset("paper")
+    found = planned(config.model_copy(update={"align": None}), "t4", 1)
+    assert found.phases[0].chosen is None
+    told = text(found)
+    assert "does not fit, not even with one row" in told and "lora" in told and "it has no bfloat16" in told
+
+
+def test_what_a_micro_batch_takes_grows_in_line_with_its_rows() -> None:
+    config = preset("tiny")
+    model = configure(config.model)
+    sample = mean_sample(config, model, config.tune)
+    found = planned(config, "l4", 1).phases[1]
+    assert found.chosen is not None and found.chosen.micro_batch_size == config.tune.batch_size
+    one, two, five = (saved(model, config.tune, Rows(rows, sample.longest_tokens, 16), bfloat16=False,
+                            cached_tower=True) for rows in (1, 2, 5))
+    free = States(0, 0, 0, 0, 0, 0, 0)
+    assert total_bytes(free, one, two, 5, again=False) == pytest.approx(five.everything + five.working, rel=0.01)
+
+
+def test_a_batch_that_does_not_split_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"align\.batch_size 32 does not split over 7 GPUs"):
+        planned(preset("tiny"), "h100", 7)
+
+
+def test_the_command_prints_tables_for_people_and_json_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "l4", "--gpus", "1"])
+    assert shown.exit_code == 0, shown.output
+    assert "tune\n  parameters" in shown.output and "runtime.yaml: zero_level: 0" in shown.output
+    read = json.loads(CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpus", "1", "--json"]).output)
+    assert [phase["name"] for phase in read["phases"]] == ["align", "tune"]
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+    told = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "abacus"])
+    assert isinstance(told.exception, ValueError) and "--gpu abacus is not known; known are" in str(told.exception)
