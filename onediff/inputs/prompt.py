@@ -59,4 +59,6 @@ def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: b
     """
     if joined:
         question = question.replace(_APART, _JOINED)
+    if not delta_tokens:
+        question = question.replace(f" {DELTA}", "")
     return question.replace(IMAGE, IMAGE * tokens_per_image).replace(DELTA, DELTA * delta_tokens)

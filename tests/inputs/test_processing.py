@@ -136,3 +136,11 @@ def test_vicuna_template_is_the_published_one() -> None:
                         "The assistant gives helpful, detailed, "
                         "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:")
     assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count("<image>") == 3
+
+
+def test_without_delta_tokens_a_question_ends_as_llava_puts_it() -> None:
+    question = pair_prompt("plain", "What?").question
+    assert expand(question, tokens_per_image=1, delta_tokens=0, joined=False) == (
+        "USER: First image: <image> Second image: <image>\nWhat? ASSISTANT:")
+    assert expand(question, tokens_per_image=2, delta_tokens=1, joined=True) == (
+        "USER: Both images: <image><image> <delta>\nWhat? ASSISTANT:")
