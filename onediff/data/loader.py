@@ -6,6 +6,7 @@ have seen, on whatever number of processes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -195,5 +196,11 @@ def stream(make: Callable[[int], list[Batch]], first: int, last: int, *, workers
         list[Batch]]:
     """make(step) for each step in order; with workers, ahead of time and beside the training."""
     loader = DataLoader(Steps(make, first, last), batch_size=None, num_workers=workers, pin_memory=pin,
-                        prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None)
+                        prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,
+                        worker_init_fn=_deaf)
     return iter(loader)
+
+
+def _deaf(worker: int) -> None:
+    """SIGTERM to every process of a job must leave the rank its batches until its checkpoint; workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

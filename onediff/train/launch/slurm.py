@@ -31,7 +31,7 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
                *([] if cpu else [f"--gpus-per-node={runtime.gpus}"]),
                *([f"--partition={asked.partition}"] if asked.partition else []),
                *([f"--account={asked.account}"] if asked.account else []),
-               f"--time={asked.time}", f"--signal=B:TERM@{GRACE_S:.0f}", "--requeue", "--open-mode=append",
+               f"--time={asked.time}", f"--signal=TERM@{GRACE_S:.0f}", "--requeue", "--open-mode=append",
                f"--output={folder.absolute()}/slurm-%j.out", f"--chdir={Path.cwd()}", *asked.options]
     template = files("onediff.train.launch").joinpath("job.sh.j2").read_text(encoding="utf-8")
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(template)
@@ -80,7 +80,7 @@ class Job:
     def end(self) -> None:
         """One that runs writes its checkpoint first; one that waits goes."""
         if self.state() == "RUNNING":
-            _ask("scancel", "--signal=TERM", "--batch", self.number)
+            _ask("scancel", "--signal=TERM", self.number)
         else:
             _ask("scancel", self.number)
 

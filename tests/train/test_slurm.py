@@ -1,0 +1,269 @@
+"""A Slurm of one machine, real and of its own: jobs submitted, found again, stopped, cut short by their time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onediff.config import Runtime
+from onediff.train import launcher
+from onediff.train.launch import slurm
+from onediff.train.launch.status import read_status
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
+RANK = '''
+"""A rank of ten steps. FOLDER/plan: a number is the seconds a step takes; SIGTERM makes it write its checkpoint."""
+import json, os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(os.environ["FOLDER"]), int(os.environ["RANK"])
+KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+(folder / f"rank-{rank}.json").write_text(json.dumps({key: os.environ.get(key) for key in KEYS}))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+def tell(state, step, reason=""):
+    if rank == 0:
+        (folder / "part").write_text(json.dumps({"state": state, "step": step, "reason": reason}))
+        os.replace(folder / "part", folder / "status.json")
+plan = (folder / "plan").read_text()
+kept = folder / f"checkpoint-{rank}"
+first = int(kept.read_text()) if kept.exists() else 0
+tell("running", first)
+if plan == "fail":
+    print("the last words of a rank", flush=True)
+    tell("failed", first, "ValueError: no such thing")
+    sys.exit(1)
+for step in range(first, 10):
+    time.sleep(float(plan))
+    print("step", step, flush=True)
+    if asked:
+        kept.write_text(str(step + 1))
+        tell("preempted", step + 1, "SIGTERM")
+        sys.exit(1)
+tell("finished", 10)
+if rank == 0:
+    (folder / "run.json").write_text("{}")
+'''
+STAGE = '''
+import sys
+from pathlib import Path
+from onediff.config import Runtime, Slurm
+from onediff.train import launcher
+runtime = Runtime(launcher="slurm", gpus=2, device="cpu", slurm=Slurm(poll_s=0.5, time="5", options=["--overcommit"]))
+try:
+    print(launcher.hand_over("align", runtime, Path("scratch"), module="rank"))
+except ValueError as error:
+    sys.exit(str(error))
+'''
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """munged, slurmctld and slurmd by hand, with sockets, keys and state in a folder that goes away."""
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
+    if missing or os.getuid():
+        pytest.skip(f"needs {', '.join(missing) or 'root'}: apt-get install slurm-wlm munge, as root")
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "key").write_bytes(os.urandom(1024))
+    (folder / "key").chmod(0o400)
+    (folder / "slurm.conf").write_text(_configuration(folder))
+    daemons = [["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/key",
+                f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed"],
+               ["slurmctld", "-D", "-f", f"{folder}/slurm.conf"], ["slurmd", "-D", "-f", f"{folder}/slurm.conf"]]
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        try:
+            for command in daemons:
+                log = (folder / f"{command[0]}.out").open("wb")
+                started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+                time.sleep(1)
+            wait_for(lambda: "idle" in _said("sinfo", "--noheader", "--format=%T"), 60)
+            yield
+        finally:
+            _said("scancel", "--me", "--full", "--signal=KILL")
+            for process in reversed(started):
+                process.terminate()
+                process.wait(30)
+
+
+def _configuration(folder: Path) -> str:
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    host = socket.gethostname()
+    return f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SchedulerType=sched/builtin
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+KillWait=5
+OverTimeLimit=0
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmdSpoolDir={folder}/spool
+StateSaveLocation={folder}/state
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture
+def folder(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    (tmp_path / "rank.py").write_text(RANK)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("FOLDER", str(scratch))
+    monkeypatch.setattr(slurm, "GRACE_S", 20.0)
+    monkeypatch.chdir(tmp_path)
+    return scratch
+
+
+def wait_for(true: Callable[[], object], timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def start_stage() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", STAGE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def asked_for(**changes: object) -> Runtime:
+    settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | dict(changes.pop("slurm", {}))  # type: ignore
+    return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings} | changes)
+
+
+def running(folder: Path) -> bool:
+    return read_status(folder)["state"] == "running" and (folder / "rank-1.json").exists()
+
+
+def job_number(folder: Path) -> str:
+    return str(json.loads((folder / "job.json").read_text())["job"])
+
+
+def test_the_script_asks_for_what_runtime_says(tmp_path: Path) -> None:
+    runtime = Runtime.model_validate({"launcher": "slurm", "nodes": 4, "gpus": 8, "slurm": {
+        "partition": "gpu", "account": "lab", "time": "2-00:00:00", "options": ["--qos=long", "--mem=0"]}})
+    lines = slurm.script(runtime, "onediff.stages.tune", tmp_path / "tune-0123").splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert {f"#SBATCH {option}" for option in (
+        "--job-name=tune-0123", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu",
+        "--account=lab", "--time=2-00:00:00", "--signal=TERM@120", "--requeue", "--qos=long", "--mem=0",
+        f"--output={tmp_path}/tune-0123/slurm-%j.out")} <= set(lines)
+    assert f"{sys.executable} -u -m onediff.stages.tune" in "\n".join(lines)
+    assert "unset DS_ACCELERATOR" in "\n".join(lines)
+    assert "--gpus-per-node" not in slurm.script(Runtime(device="cpu"), "onediff.stages.tune", tmp_path / "tune")
+
+
+def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="launcher is slurm, but sbatch is not found; run this where jobs"):
+        launcher.hand_over("align", asked_for(), tmp_path, module="rank")
+
+
+@pytest.mark.slow
+def test_a_job_runs_a_rank_for_each_task_and_the_stage_waits(folder: Path) -> None:
+    (folder / "plan").write_text("0.05")
+    assert launcher.hand_over("align", asked_for(), folder, module="rank")
+    told = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, values in enumerate(told):
+        assert values["RANK"] == values["LOCAL_RANK"] == str(rank) and values["WORLD_SIZE"] == "2"
+        assert values["MASTER_ADDR"] == socket.gethostname() and values["MASTER_PORT"] == "29500"
+    assert "step 9" in (folder / f"slurm-{job_number(folder)}.out").read_text()
+
+
+@pytest.mark.slow
+def test_a_failed_job_shows_its_last_lines_and_the_reason(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "plan").write_text("fail")
+    with pytest.raises(ValueError, match="align: failed at step 0: ValueError: no such thing; the same command"):
+        launcher.hand_over("align", asked_for(), folder, module="rank")
+    assert "the last words of a rank" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_refuses_is_told_in_its_words(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition specified: no_such"):
+        launcher.hand_over("align", asked_for(slurm={"partition": "no_such"}), folder, module="rank")
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_finds_its_job_again(folder: Path) -> None:
+    (folder / "plan").write_text("0.8")
+    first = start_stage()
+    wait_for(lambda: running(folder))
+    number = job_number(folder)
+    first.kill()
+    first.communicate()
+    (folder / "job.json").unlink()  # as if it had died before the number was kept: the name tells it
+    said, _ = start_stage().communicate(timeout=120)
+    assert f"job {number} of this run is still there: watching it" in said and said.endswith("True\n")
+    assert "submitted" not in said
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_stage_makes_the_job_write_its_checkpoint_and_the_next_goes_on(folder: Path) -> None:
+    (folder / "plan").write_text("0.8")
+    stage = start_stage()
+    wait_for(lambda: running(folder))
+    stage.send_signal(signal.SIGTERM)
+    said, _ = stage.communicate(timeout=60)
+    assert "align: preempted at step" in said and "the same command goes on from the last checkpoint" in said
+    first, step = job_number(folder), read_status(folder)["step"]
+    assert 0 < step < 10 and (folder / "checkpoint-1").exists()
+    (folder / "plan").write_text("0.05")
+    assert launcher.hand_over("align", asked_for(), folder, module="rank")
+    assert f"step {step - 1}\n" not in (folder / f"slurm-{job_number(folder)}.out").read_text()
+    assert job_number(folder) != first
+
+
+@pytest.mark.slow
+def test_the_time_limit_gives_a_checkpoint_and_the_next_job_goes_on_by_itself(folder: Path) -> None:
+    """Slurm counts limits in minutes and looks twice a minute: SIGTERM comes up to a minute before the end."""
+    (folder / "plan").write_text("7.5")  # ten steps take longer than a minute
+    assert launcher.hand_over("align", asked_for(slurm={"time": "1"}), folder, module="rank")
+    outputs = sorted(folder.glob("slurm-*.out"))
+    assert len(outputs) > 1 and "step 9" in outputs[-1].read_text()
+    steps = [line for path in outputs for line in path.read_text().splitlines() if line.startswith("step")]
+    assert len(steps) == 20  # two ranks, each step once
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_not_submitted_again(folder: Path) -> None:
+    (folder / "plan").write_text("0.8")
+    stage = start_stage()
+    wait_for(lambda: running(folder))
+    _said("scancel", job_number(folder))
+    said, _ = stage.communicate(timeout=90)
+    assert stage.returncode == 1 and said.count("submitted job") == 1 and "CANCELLED" in said
