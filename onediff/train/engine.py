@@ -125,10 +125,6 @@ class Engine:
         self._engine.step()
         self._pending = False
 
-    def sum_on_all_ranks(self, value: Tensor) -> float:
-        torch.distributed.all_reduce(value)
-        return float(value)
-
     @property
     def grad_norm(self) -> float:
         """Of the last step, before clipping. Under ZeRO the gradients are DeepSpeed's, and so is the norm."""
