@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]
+Phase = Literal["align", "tune"]
 Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
 
 
@@ -114,6 +115,16 @@ def example(as_json: Json = False) -> None:
            f"An unseen test pair, captioned by {model}:\n  onediff caption {pair[0]} {pair[1]}"
            + ("" if model == CHAMPION else f" --model {model}")
            + f"\n  prediction: {said}\n  reference:  {record.references[0]}", as_json)
+
+
+@app.command()
+def manifest(phase: Annotated[Phase, typer.Argument(help="align or tune.")],
+             image: Annotated[str, typer.Option(help="With this project installed.")] = "onediff:latest") -> None:
+    """Print a Kubernetes Job that trains a phase on the nodes and GPUs of runtime.yaml; see docs/cluster.md."""
+    from onediff.config import load_runtime
+    from onediff.train.launch.manifest import manifest as rendered
+
+    typer.echo(rendered(phase, load_runtime(), image=image), nl=False)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from onediff.train.launch.status import is_finished, settled, stamp
 
 PATIENCE_S = 30.0  # until what rank 0 wrote on another node shows on shared storage
 AGAIN = "the same command goes on from the last checkpoint"
+LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)  # gloo's and NCCL's words
 
 
 def hand_over(phase: str, runtime: Runtime, folder: Path, *, module: str | None = None) -> bool:
@@ -46,11 +48,14 @@ def hand_over(phase: str, runtime: Runtime, folder: Path, *, module: str | None 
 
 def _explanation(phase: str, folder: Path, status: dict[str, Any], *, ended: str, stopped: bool, fresh: bool) -> str:
     """The ranks' own reason if they left one in this run; else how they ended, which is then noted as the reason."""
-    if fresh and status["state"] in ("failed", "diverged", "preempted"):
-        cure = "" if status["state"] == "diverged" else f"; {AGAIN}"
-        return f"{phase}: {status['state']} at step {status['step']}: {status['reason']}{cure} ({folder})"
     from onediff.train.checkpoint import write_status
 
+    if fresh and status["state"] in ("failed", "diverged", "preempted"):
+        reason, cure = str(status["reason"]), "" if status["state"] == "diverged" else f"; {AGAIN}"
+        if LOST.search(reason):
+            reason = f"a rank or its node was lost ({' '.join(reason.split()[:20])} ...)"
+            write_status(folder, "failed", status["step"], reason)
+        return f"{phase}: {status['state']} at step {status['step']}: {reason}{cure} ({folder})"
     state, reason = ("preempted", f"stopped by SIGTERM, {ended}") if stopped else ("failed", ended)
     write_status(folder, state, status["step"], reason)
     return f"{phase}: {reason}; what they said stands above; {AGAIN} ({folder})"

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from onediff.cli import app
 from onediff.config import Runtime, Slurm
 from onediff.train import launcher
 from onediff.train.launch import nodes, processes
@@ -210,6 +212,14 @@ def test_no_signal_is_named_where_there_was_none(code: int) -> None:
     assert f"code {code} before" in launcher._cause(code)
 
 
+def test_a_broken_connection_is_told_as_a_lost_node(tmp_path: Path) -> None:
+    reason = "RuntimeError: [pair.cc:537] Read error [10.0.0.2]:37082: Connection reset by peer. This is typically"
+    said = launcher._explanation("tune", tmp_path, {"state": "failed", "step": 7, "reason": reason}, ended="code 1",
+                                 stopped=False, fresh=True)
+    assert said.startswith("tune: failed at step 7: a rank or its node was lost (RuntimeError: ")
+    assert "10.0.0.2" in said and read_status(tmp_path)["reason"].startswith("a rank or its node was lost")
+
+
 HOSTS = "one slots=2\n# spare\n\ntwo slots=2\n"
 
 
@@ -275,6 +285,13 @@ def test_the_kubernetes_job_has_a_pod_for_each_node_which_find_node_0() -> None:
 def test_pods_on_cpus_ask_for_no_gpu() -> None:
     pages = list(YAML(typ="safe").load_all(manifest("align", Runtime(device="cpu"), image="onediff")))
     assert "resources" not in pages[1]["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_the_command_prints_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDIFF_NODES", "2")
+    said = CliRunner().invoke(app, ["manifest", "tune", "--image", "mine:1"]).stdout
+    assert said == manifest("tune", Runtime(nodes=2), image="mine:1")
 
 
 def test_scratch_that_pods_do_not_share_is_refused() -> None:
