@@ -1,12 +1,12 @@
 """What each part of the model and of the training is worth, on rendered scenes with known changes; one table.
 
-    python -m benchmarks.ablations run --seeds 3          # each variant and seed once, in .onediff/ablations; goes on where it was
-    python -m benchmarks.ablations table                  # docs/ablations.md from what was run
+    python -m benchmarks.ablations run --seeds 3   # each variant and seed once, in .onediff/ablations; goes on
+    python -m benchmarks.ablations table           # docs/ablations.md from what was run
 
-Every variant trains both phases of presets/tiny.yaml with fewer steps on the same scenes, without `edits`, then captions three
-test sets: scenes like those of training, scenes whose changed object has a pair of color and shape that no training scene
-shows, and the first ones again, asked in words that training never used. The seed draws initial weights and batches; the
-scenes stay the same. `--jobs 2` trains two at once, a thread each.
+Every variant trains both phases of presets/tiny.yaml with fewer steps on the same scenes, without `edits`, then
+captions three test sets: scenes like those of training, scenes whose changed object has a pair of color and shape that
+no training scene shows, and the first ones again, asked in words that training never used. The seed draws initial
+weights and batches; the scenes stay the same. `--jobs 2` trains two at once, a thread each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 
 @app.command()
-def run(seeds: int = 3, jobs: int = 2, only: Annotated[list[str] | None, typer.Option(help="Names of variants.")] = None,
+def run(seeds: int = 3, jobs: int = 2,
+        only: Annotated[list[str] | None, typer.Option(help="Names of variants.")] = None,
         scale: Annotated[float, typer.Option(help="Share of the steps.")] = 1.0) -> None:
     """Trains and scores what is missing in .onediff/ablations/results."""
     if not (HOME / "diffcap/card.json").exists():
@@ -113,8 +114,8 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
 def table() -> None:
     """docs/ablations.md: means over the seeds, and their spread."""
     results = [json.loads(path.read_text()) for path in sorted((HOME / "results").glob("*.json"))]
-    lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms | unseen color and shape: object "
-             "| unseen instruction: type |", "|---" * 9 + "|"]
+    lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
+             "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
     for name in VARIANTS:
         mine = [result for result in results if result["variant"] == name]
         if mine:
@@ -138,6 +139,7 @@ def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) 
     """The tiny preset with a variant's changes, checked as any params.yaml is."""
     values = config.model_dump(mode="json")
     values |= {"seed": seed}
+    values["model"]["max_length"] = 256  # room for all patches of both images
     for key, value in changes.items():
         place = values["model"] if key in values["model"] else values["model"]["delta"]
         if key == "align":

@@ -141,11 +141,17 @@ def loader(folder: Path) -> Iterator[Row]:
     """
     import torch
 
-    from onediff.data.loader import Corpus, decode
+    from onediff.data.corpus import Corpus
+    from onediff.data.loader import decode
 
     torch.set_num_threads(1)
     shards = _stored_pairs(folder)
-    reading, corpus = min((_processor_time(lambda: Corpus.read(shards, "train", ["edits"])) for _ in range(3)),
+
+    def read() -> Corpus:
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
+        return Corpus.read(shards, "train", ["edits"], store=folder / "corpus")
+
+    reading, corpus = min((_processor_time(read) for _ in range(3)),
                           key=lambda timed: timed[0])  # the first also starts pyarrow
     pixels_of = decode(corpus, _processor())
     names = [name for sample in corpus.samples for name in sample.images]

@@ -1,0 +1,124 @@
+"""Captions per second against transformers' LLaVA that reads both images; one table.
+
+    python -m benchmarks.captioning                                    # tiny, 32 pairs a batch, 30 new tokens each
+    python -m benchmarks.captioning --preset small --batch 8
+    python -m benchmarks.captioning --preset paper --device cuda       # real sizes in bfloat16; not run here
+
+Ours is Captioner.caption as the stage `caption` calls it, the peer LlavaForConditionalGeneration.generate with SDPA;
+both from images in memory to text, greedily, every row exactly 30 new tokens long, the images made ready by the same
+processor. LLaVA reads all patches of both images, as does "all patches" (patch_pool 1), whose delta tokens come on top.
+A unit is one batch; the contenders take turns (benchmarks/turns.py), on a GPU one after the other. Weights are random:
+they decide which tokens come, not how fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from benchmarks import models, rows, turns
+from benchmarks.turns import Contender, Turn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Pairs = list[tuple[Image.Image, Image.Image]]
+
+NEW_TOKENS = 30
+KINDS: dict[str, dict[str, Any]] = {
+    "LLaVA, generate": {"peer": True},
+    "OneDiff, all patches": {"model": {"patch_pool": 1}},
+    "OneDiff, as preset": {"model": {}},
+}
+BATCH = {"tiny": 32, "small": 8, "paper": 32}
+
+
+def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         batch: Annotated[int | None, typer.Option(help="Pairs.")] = None, rounds: int = 5,
+         units: Annotated[int, typer.Option(help="Batches of each in a round.")] = 2, device: str = "cpu",
+         threads: int = 1) -> None:
+    """Times of captioning, ours and the peer's."""
+    models.settings(preset)
+    shared = {"preset": preset, "batch": batch or BATCH[preset], "device": device, "threads": threads, "units": units}
+    contenders = [Contender(kind, "benchmarks.captioning", shared | case) for kind, case in KINDS.items()]
+    turns.race(contenders, rounds=rounds, units=units, threads=threads, together=device == "cpu")
+    table = Table("contender", "pairs/s", "new tokens/s", "peak GiB", "times the peer",
+                  title=f"{preset}, {shared['batch']} pairs, {NEW_TOKENS} new tokens each, {device}, {threads} threads")
+    for contender in contenders:
+        pairs = contender.facts["rows"] / turns.median(contender.rounds)
+        table.add_row(contender.name, f"{pairs:.2f}", f"{NEW_TOKENS * pairs:.0f}",
+                      f"{contender.facts['memory_gib']:.2f}", "1" if contender is contenders[0] else
+                      turns.with_range(turns.ratios(contender, contenders[0])))
+    turns.show(table)
+
+
+def contender(case: dict[str, Any], turn: Turn) -> None:
+    import torch
+
+    if case["device"] == "cpu":
+        torch.set_num_threads(case["threads"])
+    turn.facts["rows"] = case["batch"] * case["units"]
+    say, pairs = (llava if case.get("peer") else onediff)(case), pairs_of(case)
+    while True:
+        said = say(pairs)
+        assert len(said) == len(pairs), "a caption for each pair"
+        if not turn():
+            return
+
+
+def pairs_of(case: dict[str, Any]) -> Pairs:
+    from onediff.data.record import read_records
+    from onediff.inputs.images import open_image
+
+    records = (record for record in read_records(rows.shards_of(models.settings(case["preset"])), "train-*.parquet")
+               if record.num_images == 2)
+    return [(open_image(record.before), open_image(record.after)) for record in islice(records, case["batch"])]
+
+
+def onediff(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
+    from onediff.model.captioner import Captioner
+
+    model, processor = models.onediff(models.settings(case["preset"], **case["model"]), case["device"])
+    model.language.generation_config.min_new_tokens = NEW_TOKENS
+    captioner = Captioner(model, processor)
+    return lambda pairs: captioner.caption(pairs, max_new_tokens=NEW_TOKENS)
+
+
+def llava(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
+    import torch
+
+    from onediff.inputs.prompt import DEFAULT_INSTRUCTION, pair_prompt
+
+    config = models.settings(case["preset"])
+    model, processor = models.llava(config, case["device"])
+    tokenizer = processor.tokenizer
+    prompt = pair_prompt(config.model.template, DEFAULT_INSTRUCTION)
+    model.eval()
+
+    @torch.inference_mode()
+    def say(pairs: Pairs) -> list[str]:
+        batch = processor.questions([prompt] * len(pairs))
+        del batch["image_counts"]
+        batch["pixel_values"] = processor.pixels([image for pair in pairs for image in pair]).to(model.dtype)
+        ids = model.generate(**{name: value.to(model.device) for name, value in batch.items()}, do_sample=False,
+                             max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id,
+                             eos_token_id=tokenizer.eos_token_id)
+        return list(tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return say
+
+
+if __name__ == "__main__":
+    if turns.CASE in os.environ:
+        turns.contend(contender)
+    else:
+        try:
+            typer.run(main)
+        except (ValueError, OSError) as error:
+            sys.exit(f"benchmarks.captioning: {error}")

@@ -1,0 +1,100 @@
+"""Steps per second on one process and on two, through DeepSpeed's launcher, at ZeRO 0 to 3; one table.
+
+    python -m benchmarks.scaling                       # tiny, tune on pairs, 32 rows a step whatever the processes
+    python -m benchmarks.scaling --processes 1 --processes 4 --zero 2
+
+Each case is a run of `fit` started as a stage is (onediff.train.launcher), one thread a process, over gloo on a CPU and
+NCCL on GPUs. The global batch stays, so two processes share its rows: efficiency is steps/s over those of one process
+with ZeRO 0, divided by the number of processes. The cases take turns, step by step (benchmarks/turns.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from benchmarks import models, turns
+from benchmarks.turns import CASE, Contender, Turn
+from onediff.config import Runtime
+
+
+def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         processes: Annotated[list[int] | None, typer.Option(help="Numbers of processes; 1 and 2 without.")] = None,
+         zero: Annotated[list[int] | None, typer.Option(help="ZeRO levels of several processes; all without.")] = None,
+         batch: int = 32, rounds: int = 4, units: Annotated[int, typer.Option(help="Steps in a round.")] = 3,
+         device: str = "cpu") -> None:
+    """Speeds of one process and of several."""
+    models.settings(preset)
+    shared = {"preset": preset, "batch": batch, "device": device, "steps": 1 + rounds * units, "units": units,
+              "work": "pairs", "lora": False, "micro": None, "checkpoint_activations": False, "threads": 1,
+              "model": {}, "cached": True, "masked": True}
+    contenders = [Contender(f"{number} process{'es' * (number > 1)}, ZeRO {level}", "benchmarks.scaling",
+                            shared | {"processes": number, "zero": level})
+                  for number in processes or (1, 2) for level in ((0,) if number == 1 else zero or (0, 1, 2, 3))]
+    turns.race(contenders, rounds=rounds, units=units, threads=1, together=device == "cpu")
+    table = Table("contender", "steps/s", "rank 0's peak GiB", "times one process", "efficiency",
+                  title=f"{preset}, {batch} rows a step, {device}, a thread each, {len(os.sched_getaffinity(0))} cores")
+    for contender in contenders:
+        faster = turns.ratios(contender, contenders[0])
+        table.add_row(contender.name, f"{units / turns.median(contender.rounds):.2f}",
+                      f"{contender.facts['memory_gib']:.2f}", turns.with_range(faster),
+                      f"{turns.median(faster) / contender.case['processes']:.0%}")
+    turns.show(table)
+
+
+def contender(case: dict[str, Any], turn: Turn) -> None:
+    """The process that a stage would be, or, started by the launcher, one of its ranks."""
+    from benchmarks.train_step import Bench
+    from onediff.train import launcher
+
+    bench = Bench(case)
+    if "LOCAL_RANK" in os.environ or case["processes"] == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            train(bench, turn, Path(os.environ.get("BENCHMARK_FOLDER", folder)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["BENCHMARK_FOLDER"] = folder
+        launcher.hand_over(bench.name, runtime_of(bench), Path(folder), module="benchmarks.scaling")
+
+
+def runtime_of(bench: Any) -> Runtime:
+    number = bench.case["processes"]
+    return Runtime.model_validate(bench.runtime.model_dump() | {
+        "launcher": "local" if number == 1 else "deepspeed", "gpus": number, "zero_level": bench.case["zero"]})
+
+
+def train(bench: Any, turn: Turn, folder: Path) -> None:
+    """Exactly as many steps as there are turns, so that all ranks end together."""
+    import torch
+
+    from benchmarks import rows
+    from onediff.train import phases
+
+    torch.set_num_threads(1)
+    model, processor = models.onediff(bench.config, bench.case["device"])
+    turn.facts["rows"] = bench.case["batch"] * bench.case["units"]
+    phases._train(bench.name, bench.phase.model_copy(update={"steps": bench.case["steps"]}), runtime_of(bench),
+                  model=model, processor=processor, corpus=bench.corpus, rows=rows.shuffled(bench.batches),
+                  folder=folder, log=partial(_told, turn), num_samples=1)
+    (folder / "run.json").write_text("{}")  # by which the launcher knows the run as finished
+
+
+def _told(turn: Turn, step: int, values: dict[str, float]) -> None:
+    turn()
+
+
+if __name__ == "__main__":
+    if CASE in os.environ:
+        turns.contend(contender)
+    else:
+        try:
+            typer.run(main)
+        except (ValueError, OSError) as error:
+            sys.exit(f"benchmarks.scaling: {error}")
