@@ -37,6 +37,15 @@ def start_process_group() -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
+def limit_waits() -> None:
+    """DeepSpeed's further groups would wait half an hour (gloo) for a node that is gone; now as long as its first."""
+    from deepspeed.constants import default_pg_timeout
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(default_pg_timeout, group)
+
+
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
     """Freezes what has learning rate 0; parameter groups of the rest, one per part, with its `peak` rate."""
     if phase.lora:
@@ -84,6 +93,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer,
             config=settings(model, phase, runtime, world=self.world, micro_batches=micro_batches))
+        limit_waits()
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.zero_level = runtime.zero_level
