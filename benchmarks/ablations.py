@@ -1,6 +1,6 @@
 """What each part of the model and of the training is worth, on rendered scenes with known changes; one table.
 
-    python -m benchmarks.ablations run --seeds 3   # each variant and seed once, in .onediff/ablations; goes on
+    python -m benchmarks.ablations run --seeds 3   # each variant and seed once, to docs/ablations; goes on
     python -m benchmarks.ablations table           # docs/ablations.md from what was run
 
 Every variant trains both phases of presets/tiny.yaml with fewer steps on the same scenes, without `edits`, then
@@ -28,7 +28,7 @@ import typer
 from onediff.config import Config, Runtime, load_params
 from onediff.data.record import Record, read_records, read_table, write_shards
 
-HOME, TABLE = Path(".onediff/ablations"), Path("docs/ablations.md")
+HOME, RESULTS, TABLE = Path(".onediff/ablations"), Path("docs/ablations"), Path("docs/ablations.md")
 JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
 HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
 ALIGN_STEPS, TUNE_STEPS = 100, 400
@@ -65,7 +65,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 def run(seeds: int = 3, jobs: int = 2,
         only: Annotated[list[str] | None, typer.Option(help="Names of variants.")] = None,
         scale: Annotated[float, typer.Option(help="Share of the steps.")] = 1.0) -> None:
-    """Trains and scores what is missing in .onediff/ablations/results."""
+    """Trains and scores what is missing in docs/ablations."""
     if not (HOME / "diffcap/card.json").exists():
         make_scenes(HOME / "diffcap")
     if not (HOME / "bert").exists():
@@ -103,9 +103,9 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
             said = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
             found = scene_behaviour(said, read_table(HOME / "diffcap", f"{test}-*.parquet"))
             scores[test] = {key: found[key] for key in MEASURED if key in found}
-    (HOME / "results").mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     part = result_file(name, seed).with_suffix(".part")
-    part.write_text(json.dumps({"variant": name, "seed": seed, "gflops_per_pair": flops, "scores": scores}))
+    part.write_text(json.dumps({"variant": name, "seed": seed, "gflops_per_pair": flops, "scores": scores}) + "\n")
     part.rename(result_file(name, seed))
     print(name, seed, json.dumps(scores["test"]), flush=True)
 
@@ -113,7 +113,7 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
 @app.command()
 def table() -> None:
     """docs/ablations.md: means over the seeds, and their spread."""
-    results = [json.loads(path.read_text()) for path in sorted((HOME / "results").glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
              "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
     for name in VARIANTS:
@@ -132,7 +132,7 @@ def spread(values: list[float]) -> str:
 
 
 def result_file(name: str, seed: int) -> Path:
-    return HOME / "results" / f"{''.join(c if c.isalnum() else '-' for c in name)}.{seed}.json"
+    return RESULTS / f"{''.join(c if c.isalnum() else '-' for c in name)}.{seed}.json"
 
 
 def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
