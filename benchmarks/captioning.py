@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import islice
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,7 +52,7 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
     table = Table("contender", "pairs/s", "new tokens/s", "peak GiB", "times the peer",
                   title=f"{preset}, {shared['batch']} pairs, {NEW_TOKENS} new tokens each, {device}, {threads} threads")
     for contender in contenders:
-        pairs = contender.facts["rows"] / turns.median(contender.rounds)
+        pairs = contender.facts["rows"] / median(contender.rounds)
         table.add_row(contender.name, f"{pairs:.2f}", f"{NEW_TOKENS * pairs:.0f}",
                       f"{contender.facts['memory_gib']:.2f}", "1" if contender is contenders[0] else
                       turns.with_range(turns.ratios(contender, contenders[0])))

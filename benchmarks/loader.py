@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,8 +51,8 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
     table = Table("loader", "workers", "s a step", "s waiting", "share",
                   title=f"{preset}, {batch} rows a step, {work}, {device}, {len(os.sched_getaffinity(0))} cores")
     for contender in contenders:
-        waited = turns.median(contender.facts["waited_s"])  # a round each
-        took = turns.median(contender.rounds)
+        waited = median(contender.facts["waited_s"])  # a round each
+        took = median(contender.rounds)
         table.add_row(contender.name, str(contender.case["workers"]), f"{took / steps:.3f}", f"{waited / steps:.4f}",
                       f"{waited / took:.1%}" if contender.case["trains"] else "")
     turns.show(table)
@@ -70,13 +71,14 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
     import torch
 
     from benchmarks.train_step import Bench
+    from onediff.data.loader import stream
     from onediff.train import phases
 
     torch.set_num_threads(case["threads"])
     bench = Bench(case)
     model, processor = models.onediff(bench.config, case["device"])
     count = Steps(turn, case["steps"])
-    phases.stream = partial(waiting, phases.stream, count, trains=case["trains"])  # type: ignore[assignment]
+    setattr(phases, "stream", partial(waiting, stream, count, trains=case["trains"]))  # noqa: B010
     runtime = bench.runtime.model_copy(update={"loader_workers": case["workers"]})
     with tempfile.TemporaryDirectory() as folder:
         phases._train(bench.name, bench.phase, runtime, model=model, processor=processor, corpus=bench.corpus,

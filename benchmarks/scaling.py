@@ -15,6 +15,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -43,9 +44,9 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
                   title=f"{preset}, {batch} rows a step, {device}, a thread each, {len(os.sched_getaffinity(0))} cores")
     for contender in contenders:
         faster = turns.ratios(contender, contenders[0])
-        table.add_row(contender.name, f"{units / turns.median(contender.rounds):.2f}",
+        table.add_row(contender.name, f"{units / median(contender.rounds):.2f}",
                       f"{contender.facts['memory_gib']:.2f}", turns.with_range(faster),
-                      f"{turns.median(faster) / contender.case['processes']:.0%}")
+                      f"{median(faster) / contender.case['processes']:.0%}")
     turns.show(table)
 
 

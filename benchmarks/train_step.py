@@ -23,12 +23,14 @@ in float32).
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,7 +101,7 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
 
 
 def _figures(contender: Contender, peer: Contender) -> list[str]:
-    facts, seconds = contender.facts, turns.median(contender.rounds)
+    facts, seconds = contender.facts, median(contender.rounds)
     flops = facts["flops"] / seconds
     return [f"{facts['rows'] / seconds:.2f}", f"{facts['tokens'] / seconds:.0f}", f"{flops / 1e9:.1f}",
             f"{flops / facts['peak_flops']:.1%}" if facts["peak_flops"] else "",
@@ -286,7 +288,7 @@ def overhead(bench: Bench, turn: Turn) -> None:
         go_on(turn)
         began[0], spent[0] = time.perf_counter(), 0.0
 
-    loop.Engine = Timed  # type: ignore[misc]
+    setattr(loop, "Engine", Timed)  # noqa: B010
     with tempfile.TemporaryDirectory() as folder:
         loop.fit(model, bench.phase, bench.runtime, name=bench.name, steps=FOREVER, folder=Path(folder),
                  batches=lambda first, rank, world: _over_and_over(ready), num_micro=1, log=log)
@@ -416,7 +418,7 @@ def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[i
 
 
 if __name__ == "__main__":
-    if turns.CASE in turns.os.environ:
+    if turns.CASE in os.environ:
         turns.contend(contender)
     else:
         try:
