@@ -51,11 +51,13 @@ def _explanation(phase: str, folder: Path, status: dict[str, Any], *, ended: str
     from onediff.train.checkpoint import write_status
 
     if fresh and status["state"] in ("failed", "diverged", "preempted"):
-        reason, cure = str(status["reason"]), "" if status["state"] == "diverged" else f"; {AGAIN}"
+        state, reason = status["state"], str(status["reason"])
+        cure = "" if status["state"] == "diverged" else f"; {AGAIN}"
         if LOST.search(reason):
-            reason = f"a rank or its node was lost ({' '.join(reason.split()[:20])} ...)"
-            write_status(folder, "failed", status["step"], reason)
-        return f"{phase}: {status['state']} at step {status['step']}: {reason}{cure} ({folder})"
+            state, why = ("preempted", "stopped by SIGTERM") if stopped else ("failed", "a rank or its node was lost")
+            reason = f"{why} ({' '.join(reason.split()[:20])} ...)"
+            write_status(folder, state, status["step"], reason)
+        return f"{phase}: {state} at step {status['step']}: {reason}{cure} ({folder})"
     state, reason = ("preempted", f"stopped by SIGTERM, {ended}") if stopped else ("failed", ended)
     write_status(folder, state, status["step"], reason)
     return f"{phase}: {reason}; what they said stands above; {AGAIN} ({folder})"

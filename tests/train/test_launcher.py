@@ -220,6 +220,14 @@ def test_a_broken_connection_is_told_as_a_lost_node(tmp_path: Path) -> None:
     assert "10.0.0.2" in said and read_status(tmp_path)["reason"].startswith("a rank or its node was lost")
 
 
+def test_a_connection_that_broke_because_we_were_stopped_is_no_lost_node(tmp_path: Path) -> None:
+    """Over ssh DeepSpeed ends pdsh first, and the ranks have nowhere to write."""
+    status = {"state": "failed", "step": 3, "reason": "BrokenPipeError: [Errno 32] Broken pipe"}
+    said = launcher._explanation("align", tmp_path, status, ended="code 1", stopped=True, fresh=True)
+    assert said.startswith("align: preempted at step 3: stopped by SIGTERM (BrokenPipeError")
+    assert read_status(tmp_path)["state"] == "preempted"
+
+
 HOSTS = "one slots=2\n# spare\n\ntwo slots=2\n"
 
 
