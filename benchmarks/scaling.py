@@ -16,7 +16,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,6 +24,9 @@ from rich.table import Table
 from benchmarks import models, turns
 from benchmarks.turns import CASE, Contender, Turn
 from onediff.config import Runtime
+
+if TYPE_CHECKING:
+    from benchmarks.train_step import Bench
 
 
 def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
@@ -65,13 +68,13 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
         launcher.hand_over(bench.name, runtime_of(bench), Path(folder), module="benchmarks.scaling")
 
 
-def runtime_of(bench: Any) -> Runtime:
+def runtime_of(bench: Bench) -> Runtime:
     number = bench.case["processes"]
-    return Runtime.model_validate(bench.runtime.model_dump() | {
+    return bench.runtime.model_copy(update={  # what is not set stays so: the launcher takes a free port
         "launcher": "local" if number == 1 else "deepspeed", "gpus": number, "zero_level": bench.case["zero"]})
 
 
-def train(bench: Any, turn: Turn, folder: Path) -> None:
+def train(bench: Bench, turn: Turn, folder: Path) -> None:
     """Exactly as many steps as there are turns, so that all ranks end together."""
     import torch
 
