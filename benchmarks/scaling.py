@@ -16,7 +16,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,9 +24,6 @@ from rich.table import Table
 from benchmarks import models, turns
 from benchmarks.turns import CASE, Contender, Turn
 from onediff.config import Runtime
-
-if TYPE_CHECKING:
-    from benchmarks.train_step import Bench
 
 
 def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
@@ -55,38 +52,37 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
     """The process that a stage would be, or, started by the launcher, one of its ranks."""
-    from benchmarks.train_step import Bench
     from onediff.train import launcher
 
-    bench = Bench(case)
-    if "LOCAL_RANK" in os.environ or case["processes"] == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            train(bench, turn, Path(os.environ.get("BENCHMARK_FOLDER", folder)))
-        return
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["BENCHMARK_FOLDER"] = folder
-        launcher.hand_over(bench.name, runtime_of(bench), Path(folder), module="benchmarks.scaling")
+        if "LOCAL_RANK" in os.environ or case["processes"] == 1:
+            train(case, turn, Path(os.environ.get("BENCHMARK_FOLDER", folder)))
+        else:
+            os.environ["BENCHMARK_FOLDER"] = folder
+            launcher.hand_over("tune", runtime_of(case, Runtime()), Path(folder), module="benchmarks.scaling")
 
 
-def runtime_of(bench: Bench) -> Runtime:
-    number = bench.case["processes"]
-    return bench.runtime.model_copy(update={  # what is not set stays so: the launcher takes a free port
-        "launcher": "local" if number == 1 else "deepspeed", "gpus": number, "zero_level": bench.case["zero"]})
+def runtime_of(case: dict[str, Any], runtime: Runtime) -> Runtime:
+    number = case["processes"]
+    return runtime.model_copy(update={"launcher": "local" if number == 1 else "deepspeed", "gpus": number,
+                                      "zero_level": case["zero"], "device": case["device"]})
 
 
-def train(bench: Bench, turn: Turn, folder: Path) -> None:
+def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     """Exactly as many steps as there are turns, so that all ranks end together."""
     import torch
 
     from benchmarks import rows
+    from benchmarks.train_step import Bench
     from onediff.train import phases
 
     torch.set_num_threads(1)
-    model, processor = models.onediff(bench.config, bench.case["device"])
-    turn.facts["rows"] = bench.case["batch"] * bench.case["units"]
-    phases._train(bench.name, bench.phase.model_copy(update={"steps": bench.case["steps"]}), runtime_of(bench),
-                  model=model, processor=processor, corpus=bench.corpus, rows=rows.shuffled(bench.batches),
-                  folder=folder, log=partial(_told, turn), num_samples=1)
+    bench = Bench(case)
+    model, processor = models.onediff(bench.config, case["device"])
+    turn.facts["rows"] = case["batch"] * case["units"]
+    phases._train(bench.name, bench.phase.model_copy(update={"steps": case["steps"]}),
+                  runtime_of(case, bench.runtime), model=model, processor=processor, corpus=bench.corpus,
+                  rows=rows.shuffled(bench.batches), folder=folder, log=partial(_told, turn), num_samples=1)
     (folder / "run.json").write_text("{}")  # by which the launcher knows the run as finished
 
 

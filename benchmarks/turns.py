@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -92,17 +92,23 @@ class Contender:
     rounds: list[float] = field(default_factory=list)  # seconds of each
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, listener: socket.socket, threads: int) -> None:
-        environment = os.environ | {SOCKET: listener.getsockname(), CASE: json.dumps(self.case),
+    def start(self, folder: Path, threads: int) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(folder / f"turns-{len(list(folder.iterdir()))}"))
+        self.listener.listen()
+        environment = os.environ | {SOCKET: self.listener.getsockname(), CASE: json.dumps(self.case),
                                     "OMP_NUM_THREADS": str(threads)}
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         self.process = subprocess.Popen([sys.executable, "-m", self.module], env=environment, stdout=self.said,
                                         stderr=self.said)
-        listener.settimeout(1.0)
+
+    def warm_up(self) -> None:
+        """Waits until it has done its first unit. Raises ValueError if it has died."""
+        self.listener.settimeout(1.0)
         end = time.monotonic() + PATIENCE_S
         while True:
             try:
-                connection = listener.accept()[0]
+                connection = self.listener.accept()[0]
                 break
             except TimeoutError:
                 if self.process.poll() is not None or time.monotonic() > end:
@@ -133,43 +139,35 @@ class Contender:
         self.tell("end")
         self.process.wait(PATIENCE_S)
 
+    def kill(self) -> None:
+        self.listener.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def failure(self) -> ValueError:
         self.said.seek(0)
         said = self.said.read().decode(errors="replace").strip()
         return ValueError(f"{self.name}: the process ended with code {self.process.poll()}; it said: {said[-1500:]}")
 
 
-@contextmanager
-def meeting_point() -> Iterator[socket.socket]:
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(Path(folder) / "turns"))
-        listener.listen()
-        yield listener
-
-
 def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, together: bool = True) -> None:
     """`rounds` rounds of `units` units for each: unit by unit in turn, or one contender after the other (where all
-    would not fit into a GPU's memory). Raises ValueError if one dies.
+    would not fit into a GPU's memory). They start and warm up at once. Raises ValueError if one dies.
     """
-    groups = [contenders] if together else [[contender] for contender in contenders]
-    for group in groups:
-        started: list[Contender] = []
-        try:
-            with meeting_point() as listener:
-                for contender in group:
-                    started.append(contender)
-                    contender.start(listener, threads)
-                for _ in range(rounds):
-                    took = [[contender.go() for contender in group] for _ in range(units)]
-                    for contender, seconds in zip(group, zip(*took, strict=True), strict=True):
-                        contender.rounds.append(sum(seconds))
-                for contender in group:
-                    contender.end()
-        finally:
-            for contender in started:
-                if hasattr(contender, "process") and contender.process.poll() is None:
-                    contender.process.kill()
-                    contender.process.wait()
+    for group in [contenders] if together else [[contender] for contender in contenders]:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
+            for contender in group:
+                contender.start(Path(folder), threads)
+                started.callback(contender.kill)
+            for contender in group:
+                contender.warm_up()
+            for _ in range(rounds):
+                took = [[contender.go() for contender in group] for _ in range(units)]
+                for contender, seconds in zip(group, zip(*took, strict=True), strict=True):
+                    contender.rounds.append(sum(seconds))
+            for contender in group:
+                contender.end()
 
 
 def ratios(contender: Contender, peer: Contender, per: str = "rows") -> list[float]:
