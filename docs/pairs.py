@@ -1,4 +1,7 @@
-"""docs/pairs.png: `python docs/pairs.py` after `make run`. The first test pair of each change type and of six edits, none picked."""
+"""docs/pairs.png: `python docs/pairs.py` after `make run`.
+
+The first test pair of each change type and of six edits, none picked.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from PIL import Image, ImageDraw
 from onediff.data.record import Record, read_records
 
 SIDE, TEXT, COLUMNS = 150, 64, 3
-WANTED = ("color", "texture", "add", "drop", "move", "none", "darken", "color_cast", "crop", "rotate", "remove", "paste")
+WANTED = ("color", "texture", "add", "drop", "move", "none",
+          "darken", "color_cast", "crop", "rotate", "remove", "paste")
 
 
 def tile(record: Record, prediction: str) -> Image.Image:
