@@ -3,10 +3,10 @@
     python -m benchmarks.loader                        # tiny, 0, 1 and 2 workers
     python -m benchmarks.loader --preset small --steps 6
 
-"alone": seconds from one step's tensors to the next one's where nobody trains; "in a run": the same while `fit` trains,
-that is how long it waits, and the share of the run that this is. "pixels": images are decoded at every step,
-"features": the frozen tower's come from the store. The runs follow one another, for workers make batches ahead while
-others have their turn. The first table is that of `python -m benchmarks.data --step loader`.
+From asking for a step's tensors to having them: "alone" where nobody trains, "in a run" while `fit` trains, with the
+share of the run that it waits. "pixels": images are decoded at every step, "features": the frozen tower's come from the
+store. The runs follow one another, for workers make batches ahead while others have their turn. The first table is that
+of `python -m benchmarks.data --step loader`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from benchmarks import data, models, rows, turns
 from benchmarks.turns import Contender, Ended, Turn
 
 if TYPE_CHECKING:
+    from benchmarks.train_step import Bench
     from onediff.data.loader import Batch
 
 WORKERS = (0, 1, 2)
@@ -35,7 +37,7 @@ PAIRS = 1000  # of the project for the first table, which makes its own pairs at
 
 
 def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         work: Annotated[str, typer.Option(help="pairs or mixed.")] = "pairs", batch: int = 32, rounds: int = 2,
+         work: Annotated[str, typer.Option(help="pairs or mixed.")] = "pairs", batch: int = 32, rounds: int = 1,
          steps: Annotated[int, typer.Option(help="Of a round.")] = 10, device: str = "cpu", threads: int = 1,
          shards: Annotated[bool, typer.Option(help="The first table, too.")] = True) -> None:
     """Times of the loader."""
@@ -44,17 +46,18 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
         _show_shards(models.HOME / "data")
     shared = {"preset": preset, "batch": batch, "device": device, "threads": threads, "work": work, "units": 2,
               "steps": steps, "lora": False, "micro": None, "checkpoint_activations": False, "model": {}}
-    contenders = [Contender(f"{'features' if cached else 'pixels'}, {'in a run' if trains else 'alone'}",
-                            "benchmarks.loader", shared | {"cached": cached, "trains": trains, "workers": workers})
-                  for cached in (False, True) for trains in (False, True) for workers in WORKERS]
-    turns.race(contenders, rounds=rounds, units=1, threads=threads, together=False)
-    table = Table("loader", "workers", "s a step", "s waiting", "share",
+    kinds = [{"cached": cached, "workers": workers} for cached in (False, True) for workers in WORKERS]
+    alone = Contender("alone", "benchmarks.loader", shared | {"kinds": kinds})
+    runs = [Contender("in a run", "benchmarks.loader", shared | kind | {"kinds": [kind], "trains": True})
+            for kind in kinds]
+    turns.race([alone], rounds=1, units=len(kinds) - 1, threads=threads)
+    turns.race(runs, rounds=rounds, units=1, threads=threads, together=False)
+    table = Table("loader", "workers", "ms, alone", "ms, in a run", "ms, the run's step", "share of the run",
                   title=f"{preset}, {batch} rows a step, {work}, {device}, {len(os.sched_getaffinity(0))} cores")
-    for contender in contenders:
-        waited = median(contender.facts["waited_s"])  # a round each
-        took = median(contender.rounds)
-        table.add_row(contender.name, str(contender.case["workers"]), f"{took / steps:.3f}", f"{waited / steps:.4f}",
-                      f"{waited / took:.1%}" if contender.case["trains"] else "")
+    for run, bare in zip(runs, alone.facts["waited_s"], strict=True):
+        waited, took = median(run.facts["waited_s"]), median(run.rounds)
+        table.add_row("features" if run.case["cached"] else "pixels", str(run.case["workers"]),
+                      *(f"{1e3 * seconds / steps:.1f}" for seconds in (bare, waited, took)), f"{waited / took:.1%}")
     turns.show(table)
 
 
@@ -71,14 +74,22 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
     import torch
 
     from benchmarks.train_step import Bench
+
+    torch.set_num_threads(case["threads"])
+    turn.facts["waited_s"] = []
+    for kind in case["kinds"]:
+        with suppress(Ended):
+            load(Bench(case | kind), turn)
+
+
+def load(bench: Bench, turn: Turn) -> None:
     from onediff.data.loader import stream
     from onediff.train import phases
 
-    torch.set_num_threads(case["threads"])
-    bench = Bench(case)
+    case = bench.case
     model, processor = models.onediff(bench.config, case["device"])
-    count = Steps(turn, case["steps"])
-    setattr(phases, "stream", partial(waiting, stream, count, trains=case["trains"]))  # noqa: B010
+    count = Steps(turn, case["steps"], trains=case.get("trains", False))
+    setattr(phases, "stream", partial(waiting, stream, count))  # noqa: B010
     runtime = bench.runtime.model_copy(update={"loader_workers": case["workers"]})
     with tempfile.TemporaryDirectory() as folder:
         phases._train(bench.name, bench.phase, runtime, model=model, processor=processor, corpus=bench.corpus,
@@ -88,22 +99,21 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 class Steps:
     """Called after every step: each `num` of them are a unit, the first unit the warm-up."""
 
-    def __init__(self, turn: Turn, num: int) -> None:
-        self.turn, self.num, self.done, self.waited_s = turn, num, 0, 0.0
+    def __init__(self, turn: Turn, num: int, *, trains: bool) -> None:
+        self.turn, self.num, self.trains, self.done, self.waited_s = turn, num, trains, 0, 0.0
 
     def __call__(self, *_: Any) -> None:
         self.done += 1
         if self.done % self.num:
             return
-        told: list[float] = self.turn.facts.setdefault("waited_s", [])
         if self.done > self.num:
-            told.append(self.waited_s)
-        if not self.turn():
+            self.turn.facts["waited_s"].append(self.waited_s)
+        if (self.trains or self.done > self.num) and (not self.turn() or not self.trains):
             raise Ended
         self.waited_s = 0.0
 
 
-def waiting(stream: Callable[..., Iterator[list[Batch]]], count: Steps, *given: Any, trains: bool,
+def waiting(stream: Callable[..., Iterator[list[Batch]]], count: Steps, *given: Any,
             **named: Any) -> Iterator[list[Batch]]:
     """The stream with its waits added up; with nobody training, the steps end here."""
     coming = stream(*given, **named)
@@ -111,7 +121,7 @@ def waiting(stream: Callable[..., Iterator[list[Batch]]], count: Steps, *given: 
         start = time.perf_counter()
         batches = next(coming)
         count.waited_s += time.perf_counter() - start
-        if trains:
+        if count.trains:
             yield batches
         else:
             count()
