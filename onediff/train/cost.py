@@ -160,8 +160,9 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:
+    made = queries if attention.few(queries, keys) else keys  # of keys and values
     return (queries * (_weights(attention.query) + _weights(attention.out))
-            + keys * (_weights(attention.key) + _weights(attention.value)))
+            + made * (_weights(attention.key) + _weights(attention.value)))
 
 
 def _delta_projector_weights(model: OneDiffForConditionalGeneration) -> int:

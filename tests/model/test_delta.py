@@ -18,11 +18,13 @@ def states(seed: int) -> torch.Tensor:
     return torch.randn(B, 4, N, CHANNELS, generator=torch.Generator().manual_seed(seed))
 
 
-def test_attention_equals_the_textbook_formula() -> None:
+@pytest.mark.parametrize(("num_queries", "few"), [(3, True), (5, False)])
+def test_attention_equals_the_textbook_formula(num_queries: int, few: bool) -> None:
     torch.manual_seed(1)
     attention = Attention(12, 3).eval()
-    queries, context = torch.randn(B, 5, 12), torch.randn(B, 7, 12)
-    mixed = torch.zeros(B, 5, 12)
+    assert attention.few(num_queries, 7) == few
+    queries, context = torch.randn(B, num_queries, 12), torch.randn(B, 7, 12)
+    mixed = torch.zeros(B, num_queries, 12)
     q, k, v = attention.query(queries), attention.key(context), attention.value(context)
     for row in range(B):
         for head in range(3):

@@ -8,6 +8,7 @@ from parts import CHANNELS, LANGUAGE, SIDE, TOKENS, VOCAB, WIDTH, small
 from torch import nn
 
 from onediff.config import Lora, Phase
+from onediff.model.delta import Attention
 from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train.cost import Flops, find_gpu, peak_tflops, sizes
 from onediff.train.engine import trainable
@@ -25,7 +26,9 @@ def phase(**changes: Any) -> Phase:
 
 
 def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int:
-    """The slow, obvious count: every linear or convolution layer of a part, its weights times the places it made."""
+    """The slow, obvious count: every linear or convolution layer of a part, its weights times the places it made; key
+    and value weights that attention took to its queries, times those.
+    """
     found = 0
 
     def count(module: nn.Module, args: Any, out: torch.Tensor) -> None:
@@ -33,8 +36,15 @@ def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int
         places = out.numel() // (out.shape[1] if isinstance(module, nn.Conv2d) else out.shape[-1])
         found += module.weight.numel() * places  # type: ignore[operator,union-attr]
 
-    handles = [module.register_forward_hook(count) for name, module in model.named_modules()
-               if isinstance(module, nn.Linear | nn.Conv2d) and name.startswith(part)]
+    def count_folded(module: Attention, args: Any, out: torch.Tensor) -> None:
+        nonlocal found
+        queries, context = args
+        if module.few(queries.shape[1], context.shape[1]):
+            found += (module.key.weight.numel() + module.value.weight.numel()) * queries[..., 0].numel()
+
+    handles = [module.register_forward_hook(count_folded if isinstance(module, Attention) else count)
+               for name, module in model.named_modules()
+               if isinstance(module, nn.Linear | nn.Conv2d | Attention) and name.startswith(part)]
     with torch.no_grad():
         run()
     for handle in handles:
