@@ -60,7 +60,7 @@ ATTENTIONS = ("row by row", "padded inside attention", "alike rows inside attent
               "padded rows, grouped")
 WORKS = ("align", "pairs", "mixed")
 BATCH = {"tiny": 32, "small": 8, "paper": 16}
-UNITS = {"align": 2, "pairs": 2, "mixed": 4}
+UNITS = {"align": 1, "pairs": 1, "mixed": 2}
 FOREVER = 10**6
 ALIKE = 0.8  # of a group's longest row
 
@@ -68,7 +68,7 @@ ALIKE = 0.8  # of a group's longest row
 def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
          work: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(WORKS)}; all without.")] = None,
          only: Annotated[list[str] | None, typer.Option(help="Names of contenders; all without.")] = None,
-         rounds: int = 3, units: Annotated[int | None, typer.Option(help="Steps of each in a round.")] = None,
+         rounds: int = 2, units: Annotated[int | None, typer.Option(help="Steps of each in a round.")] = None,
          batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None, device: str = "cpu",
          lora: bool = False, checkpoint_activations: bool = False,
          micro: Annotated[int | None, typer.Option(help="Rows of a micro-batch; the whole batch without.")] = None,

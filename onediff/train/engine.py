@@ -244,9 +244,9 @@ def checkpoint_activations(model: OneDiffForConditionalGeneration, phase: Phase,
     """Blocks keep their inputs alone and are run again in the backward pass."""
     # Under ZeRO 3 a block's weights are gone by then, which the other kind takes for a change of shape.
     how = {"use_reentrant": zero_level == 3}
-    model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    model.language.activation_checkpointing_enable(how)
     if phase.lr_vision:
-        model.vision.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        model.vision.tower.activation_checkpointing_enable(how)
 
 
 def compile_blocks(model: OneDiffForConditionalGeneration) -> None:
