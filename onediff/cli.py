@@ -50,6 +50,25 @@ def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id"
 
 
 @app.command()
+def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", "prediction"}.')], second: Path,
+            references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]} and, for pairs '
+                                                     'of one scene or photograph, the same "group_id".')],
+            as_json: Json = False) -> None:
+    """Whether one system's captions score higher than another's: differences with 95 % intervals, by bootstrap."""
+    from onediff.eval.metrics import METRICS
+    from onediff.eval.resample import compare_files
+
+    found = compare_files(first, second, references)
+    lines = [f"{'':<10} {'first':>8} {'second':>8} {'difference and its 95 % interval':>36}        p"]
+    for name in METRICS:
+        m = found[name]
+        shown = f"{m['first'] - m['second']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}]"
+        lines.append(f"{name:<10} {m['first']:>8.4f} {m['second']:>8.4f} {shown:>36} {m['p']:>8.4f}")
+    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them")
+    _print(found, "\n".join(lines), as_json)
+
+
+@app.command()
 def preset(name: str, force: Annotated[bool, typer.Option("--force", help="Overwrite own values.")] = False) -> None:
     """Write params.yaml from presets/NAME.yaml, comments included; runtime.yaml too if there is none."""
     from onediff.config import load_params, load_runtime

@@ -86,6 +86,24 @@ def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pyt
     assert scores["num_pairs"] == 2 and scores["ROUGE-L"] == pytest.approx(1)
 
 
+def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"pair_id": f"p{i}", "group_id": f"g{i // 2}", "references": [f"the {word} was removed"]}
+             for i, word in enumerate(["cube", "ball", "car", "man", "dog", "tree", "hat", "bus"])]
+    said = {"good": [pair["references"][0] for pair in pairs], "bad": ["nothing has changed at all"] * 8}
+    Path("r.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    for name, texts in said.items():
+        Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"pair_id": f"p{i}", "prediction": text})
+                                                   for i, text in enumerate(texts)))
+    assert _onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "8 pairs in 4 groups, 10000 resamples of them"
+    assert lines[7].split()[0] == "CIDEr" and lines[7].split()[3].startswith("+")
+    Path("bad.jsonl").write_text(Path("bad.jsonl").read_text().replace("p7", "p9"))
+    message = str(_onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))
+    assert "1 (p7) missing from the predictions, 1 (p9) not among the references" in message
+
+
 def test_a_folder_without_a_model_is_told_with_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (17, 13)).save("a.png")
     message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "presets"))

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 FAST_METRICS = tuple(name for name in METRICS if name != "METEOR")
 _JAVA_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8",
@@ -29,10 +32,13 @@ References = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Scores:
-    """`corpus`: one number per metric; `items`: one per pair, in the order of the references."""
+    """`corpus`: one number per metric; `items`: one per pair, in the order of the references; `statistics` of BLEU and
+    METEOR: a row per pair, whose sums over any pairs decide the corpus score of these (onediff/eval/resample.py).
+    """
 
     corpus: dict[str, float]
     items: dict[str, list[float]]
+    statistics: dict[str, NDArray[np.float64]]
 
 
 def score(predictions: Predictions, references: References, *, metrics: Sequence[str] = METRICS,
@@ -53,15 +59,18 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
             return score(predictions, references, metrics=metrics, meteor=started)
     results, truths = _tokenized(predictions, references)
     found: dict[str, tuple[float, list[float]]] = {}
+    statistics = {}
     if any(name.startswith("BLEU") for name in metrics):
-        found |= _bleu(results, truths)
+        bleu, statistics["BLEU"] = _bleu(results, truths)
+        found |= bleu
     if "ROUGE-L" in metrics:
         found["ROUGE-L"] = _rouge(results, truths)
     if "CIDEr" in metrics:
         found["CIDEr"] = _cider(results, truths)
     if "METEOR" in metrics and meteor is not None:
-        found["METEOR"] = meteor.score([(results[key][0], truths[key]) for key in truths])
-    return Scores({name: found[name][0] for name in metrics}, {name: found[name][1] for name in metrics})
+        whole, each, statistics["METEOR"] = meteor.score([(results[key][0], truths[key]) for key in truths])
+        found["METEOR"] = (whole, each)
+    return Scores({name: found[name][0] for name in metrics}, {name: found[name][1] for name in metrics}, statistics)
 
 
 def cider(predictions: Predictions, references: References) -> float:
@@ -78,14 +87,24 @@ def score_files(predictions: Path, references: Path) -> dict[str, Any]:
     Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}. Raises ValueError naming file and line, or
     the ids that only one file has.
     """
-    said = read_predictions(predictions)
-    truth = _read_jsonl(references, "references")
+    said, truth = read_predictions(predictions), read_references(references)
+    return {**score(said, truth).corpus, "num_pairs": len(truth)}
+
+
+def read_references(path: Path) -> References:
+    """The references of a JSONL file by pair_id. Raises ValueError naming file and line, or for an empty file."""
+    truth = _read_jsonl(path, "references")
     for key, texts in truth.items():
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(f"{references}: 'references' of {key!r} must be a list of strings, got {texts!r}")
+            raise ValueError(f"{path}: 'references' of {key!r} must be a list of strings, got {texts!r}")
     if not truth:
-        raise ValueError(f"{references}: no line; one per pair is needed")
-    return {**score(said, truth).corpus, "num_pairs": len(truth)}
+        raise ValueError(f"{path}: no line; one per pair is needed")
+    return truth
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """pair_id -> `group_id` of a JSONL file of references; pairs without one are groups of their own."""
+    return {key: str(row.get("group_id", key)) for key, row in _read_rows(path, "references").items()}
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -98,14 +117,18 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def _read_jsonl(path: Path, field: str) -> dict[str, Any]:
-    """pair_id -> the field's value, in the order of the lines; blank lines are skipped."""
+    return {key: row[field] for key, row in _read_rows(path, field).items()}
+
+
+def _read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
+    """pair_id -> the line, which has the field, in the order of the lines; blank lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    rows: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -120,7 +143,7 @@ def _read_jsonl(path: Path, field: str) -> dict[str, Any]:
             raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
         if row["pair_id"] in rows:
             raise ValueError(f"{path} line {number}: duplicate pair_id {row['pair_id']!r}")
-        rows[row["pair_id"]] = row[field]
+        rows[row["pair_id"]] = row
     return rows
 
 
@@ -187,11 +210,19 @@ def _tokenized(predictions: Predictions, references: References) -> tuple[Refere
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def _bleu(results: References, truths: References) -> dict[str, tuple[float, list[float]]]:
-    from pycocoevalcap.bleu.bleu import Bleu
+def _bleu(results: References,
+          truths: References) -> tuple[dict[str, tuple[float, list[float]]], NDArray[np.float64]]:
+    """BLEU-1..4; of each pair its length, the closest reference's, n-grams said and those that are right: (n, 10)."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
-    corpus, items = Bleu(4).compute_score(truths, results, verbose=0)
-    return {f"BLEU-{n}": (float(corpus[n - 1]), [float(value) for value in items[n - 1]]) for n in (1, 2, 3, 4)}
+    scorer = BleuScorer(n=4)
+    for key, texts in truths.items():
+        scorer += (results[key][0], texts)
+    corpus, items = scorer.compute_score(option="closest")
+    statistics = np.array([[said["testlen"], scorer._single_reflen(said["reflen"], "closest", said["testlen"]),
+                            *said["guess"], *said["correct"]] for said in scorer.ctest], dtype=float)
+    found = {f"BLEU-{n + 1}": (float(corpus[n]), [float(value) for value in items[n]]) for n in range(4)}
+    return found, statistics
 
 
 def _rouge(results: References, truths: References) -> tuple[float, list[float]]:
@@ -232,8 +263,8 @@ class Meteor:
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             _close(stream)
 
-    def score(self, pairs: Sequence[tuple[str, list[str]]]) -> tuple[float, list[float]]:
-        """Corpus and item scores of tokenized (prediction, references) pairs.
+    def score(self, pairs: Sequence[tuple[str, list[str]]]) -> tuple[float, list[float], NDArray[np.float64]]:
+        """Corpus and item scores, and statistics (n, 23), of tokenized (prediction, references) pairs.
 
         Raises ValueError, and ends the process, if Java fails or gives no answer in time.
         """
@@ -255,7 +286,7 @@ class Meteor:
             raise
         finally:
             watch.cancel()
-        return values[-1], values[:-1]
+        return values[-1], values[:-1], np.array([line.split() for line in stats], dtype=float)
 
     def _ask(self, lines: list[str], num_answers: int | None = None) -> list[str]:
         source, sink = self._process.stdin, self._process.stdout

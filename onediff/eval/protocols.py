@@ -11,6 +11,7 @@ from onediff.data.record import digest
 from onediff.eval.behaviour import Row, edit_behaviour, edit_checks, scene_behaviour, scene_checks
 from onediff.eval.floors import floors, oracle
 from onediff.eval.metrics import METRICS, Meteor, Predictions, Scores, score
+from onediff.eval.resample import intervals
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def evaluate(benchmark: str, predictions: Predictions, rows: Sequence[Row], *, t
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     scores = score(predictions, references, metrics=protocol.metrics, meteor=meteor)
     result: dict[str, Any] = {
-        **scores.corpus, "num_pairs": len(rows), "protocol": protocol.name, "references": references_digest(references),
+        **scores.corpus, "score_intervals": {
+            name: list(bounds) for name, bounds in intervals(scores, [row["group_id"] for row in rows]).items()},
+        "num_pairs": len(rows), "protocol": protocol.name, "references": references_digest(references),
         "floor": floors(train, references, metrics=protocol.metrics, meteor=meteor) if train else {},
         "by_change_type": _by_change_type(scores, rows)}
     if protocol.grammar == "scenes":

@@ -70,6 +70,9 @@ def _show(title: str, results: dict[str, Any]) -> None:
         for who, scores in rows.items():
             table.add_row(name if scores is result else "", FLOORS.get(who, who),
                           *(f"{100 * scores[metric]:.1f}" for metric in METRICS), end_section=who == list(rows)[-1])
+            if scores is result:
+                table.add_row("", "95 % interval", *("{:.1f}-{:.1f}".format(*(100 * bound for bound in bounds))
+                                                     for bounds in result["score_intervals"].values()))
     console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
     console.print(table)
     for name, result in results.items():

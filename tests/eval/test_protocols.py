@@ -25,6 +25,7 @@ def test_evaluate_tells_everything_about_scenes(meteor: Meteor) -> None:
     assert 0 < got["changed"]["CIDEr"] < got["changed"]["oracle_CIDEr"]
     mean = sum(kind["CIDEr"] * kind["num_pairs"] for kind in got["by_change_type"].values()) / 20
     assert mean == pytest.approx(got["CIDEr"])
+    assert all(got["score_intervals"][name][0] < got[name] < got["score_intervals"][name][1] for name in METRICS)
 
 
 def test_evaluate_reads_operations_of_edits(meteor: Meteor) -> None:
@@ -50,8 +51,8 @@ def test_a_benchmark_of_ones_own_is_scored_against_its_own_training_captions() -
 
 
 def test_without_training_captions_there_are_scores_and_no_floors() -> None:
-    rows = [{"pair_id": f"p{k}", "references": ["a red car left", f"the {word} is gone"], "change_type": "unlabelled"}
-            for k, word in enumerate(("van", "tree", "dog"))]
+    rows = [{"pair_id": f"p{k}", "group_id": f"p{k}", "references": ["a red car left", f"the {word} is gone"],
+             "change_type": "unlabelled"} for k, word in enumerate(("van", "tree", "dog"))]
     with Meteor() as meteor:
         result = evaluate("street", {f"p{k}": "a red car left" for k in range(3)}, rows, train=[], meteor=meteor)
     assert (result["floor"], result["num_pairs"]) == ({}, 3)
