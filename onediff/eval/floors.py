@@ -17,6 +17,7 @@ from onediff.eval.metrics import METRICS, Meteor, Predictions, References, cider
 
 NUM_CANDIDATES = 30
 NUM_FINALISTS = 3
+LEFT_OUT = 3  # references at most that take their turn as a prediction
 SAMPLE = 100  # pairs on which the candidates for the constant sentence are compared first
 
 
@@ -53,6 +54,22 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
     names = list(keys)
     drawn = np.random.default_rng(seed).integers(len(train), size=len(names))
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
+
+
+def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS,
+                  meteor: Meteor | None = None) -> dict[str, float]:
+    """How far the references agree: each of the first ones scored against the others of its pair, the mean of these
+    scores; what people reach, where people wrote them. Beside it `num_pairs`, those with two references or more; empty
+    where there are fewer than two.
+    """
+    several = {key: texts for key, texts in references.items() if len(texts) > 1}
+    if len(several) < 2:  # one pair alone has no document frequencies
+        return {}
+    turns = min(LEFT_OUT, *map(len, several.values()))
+    found = [score({key: texts[out] for key, texts in several.items()},
+                   {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
+                   metrics=metrics, meteor=meteor).corpus for out in range(turns)]
+    return {"num_pairs": len(several), **{name: sum(each[name] for each in found) / turns for name in metrics}}
 
 
 def oracle(row: Row) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from onediff.data.record import digest
 from onediff.eval.behaviour import Row, edit_behaviour, edit_checks, scene_behaviour, scene_checks
-from onediff.eval.floors import floors, oracle
+from onediff.eval.floors import floors, leave_one_out, oracle
 from onediff.eval.metrics import METRICS, Meteor, Predictions, Scores, score
 from onediff.eval.resample import intervals
 
@@ -62,6 +62,7 @@ def evaluate(benchmark: str, predictions: Predictions, rows: Sequence[Row], *, t
             name: list(bounds) for name, bounds in intervals(scores, [row["group_id"] for row in rows]).items()},
         "num_pairs": len(rows), "protocol": protocol.name, "references": references_digest(references),
         "floor": floors(train, references, metrics=protocol.metrics, meteor=meteor) if train else {},
+        "leave_one_out": leave_one_out(references, metrics=protocol.metrics, meteor=meteor),
         "by_change_type": _by_change_type(scores, rows)}
     if protocol.grammar == "scenes":
         result |= scene_behaviour(predictions, rows)

@@ -67,6 +67,8 @@ def _show(title: str, results: dict[str, Any]) -> None:
     table = Table("benchmark", "captions", *METRICS, title=f"{title} (times 100)", title_justify="left")
     for name, result in results.items():
         rows = {f"{result['num_pairs']} predictions": result, **result["floor"]}
+        if result["leave_one_out"]:
+            rows[f"a reference of {result['leave_one_out']['num_pairs']}"] = result["leave_one_out"]
         for who, scores in rows.items():
             table.add_row(name if scores is result else "", FLOORS.get(who, who),
                           *(f"{100 * scores[metric]:.1f}" for metric in METRICS), end_section=who == list(rows)[-1])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from onediff.eval.floors import best_constant, floors, oracle, random_captions
+from onediff.eval.floors import best_constant, floors, leave_one_out, oracle, random_captions
 from onediff.eval.metrics import FAST_METRICS, cider, score
 
 REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is gone"] for i, color in
@@ -22,6 +22,19 @@ def test_floors_score_constant_and_random_captions() -> None:
     assert got["constant"] == score(dict.fromkeys(REFERENCES, sentence), REFERENCES, metrics=FAST_METRICS).corpus
     drawn = random_captions(TRAIN, REFERENCES, seed=3)
     assert got["random_train"] == score(drawn, REFERENCES, metrics=FAST_METRICS).corpus
+
+
+def test_a_reference_is_scored_against_the_others_of_its_pair() -> None:
+    got = leave_one_out(REFERENCES, metrics=FAST_METRICS)
+    pairs = [key for key, texts in REFERENCES.items() if len(texts) > 1]
+    there, back = (score({key: REFERENCES[key][out] for key in pairs},
+                         {key: [REFERENCES[key][1 - out]] for key in pairs}, metrics=FAST_METRICS).corpus
+                   for out in (0, 1))
+    assert got.pop("num_pairs") == len(pairs) == 6
+    assert got == {name: pytest.approx((there[name] + back[name]) / 2) for name in FAST_METRICS}
+    assert leave_one_out({"a": ["x"], "b": ["y"]}, metrics=FAST_METRICS) == {}
+    same = {key: [key, key, key, "other words"] for key in ("the red cube left", "a blue ball came in")}
+    assert leave_one_out(same, metrics=["ROUGE-L"])["ROUGE-L"] == pytest.approx(1)
 
 
 def test_same_seed_same_random_captions() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from onediff.config import load_params
 from onediff.data.synthesis.scenes import scene_records
-from onediff.eval.floors import oracle
+from onediff.eval.floors import leave_one_out, oracle
 from onediff.eval.metrics import METRICS, Meteor, score
 from onediff.eval.protocols import checks, evaluate, protocol_of, references_digest
 
@@ -19,6 +19,7 @@ def test_evaluate_tells_everything_about_scenes(meteor: Meteor) -> None:
     references = {row["pair_id"]: row["references"] for row in rows}
     assert {name: got[name] for name in METRICS} == score(said, references, meteor=meteor).corpus
     assert set(got["floor"]["random_train"]) == set(METRICS)
+    assert got["leave_one_out"] == leave_one_out(references, meteor=meteor)
     assert got["num_pairs"] == 20 and got["by_change_type"]["none"]["num_pairs"] == 10
     assert got["change_type_accuracy"] == 0.8 and got["change_type_accuracy_by_type"]["move"] == 0
     assert (got["false_alarm_rate"], got["swap_consistency"]) == (0, 0.8)

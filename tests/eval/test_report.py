@@ -53,7 +53,7 @@ def record(pair_id: str = "a", change_type: str = "add", source: str = "scenes")
 def result() -> dict[str, Any]:
     scores = dict.fromkeys(METRICS, 0.5)
     return {**scores, "score_intervals": {name: [0.41, 0.59] for name in METRICS}, "num_pairs": 3,
-            "protocol": "coco-caption/v1", "references": "0f",
+            "protocol": "coco-caption/v1", "references": "0f", "leave_one_out": {**scores, "num_pairs": 2},
             "floor": {"constant": {**scores, "sentence": "no <change>"}, "random_train": scores},
             "by_change_type": {"add": {"num_pairs": 3, "CIDEr": 1.0, "ROUGE-L": 0.4}}, "change_type_accuracy": 0.8765,
             "false_alarm_rate": 0.0, "change_type_accuracy_by_type": {"add": 0.8765},
