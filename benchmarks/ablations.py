@@ -35,7 +35,8 @@ ALIGN_STEPS, TUNE_STEPS = 100, 400
 MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
 TESTS = {"test": "as in training", "unseen": "unseen color and shape", "asked": "unseen instruction"}
 
-# Name -> what is changed in presets/tiny.yaml: `align` None or a kind of samples, the rest under `model`.
+BASE = {"reading": "A"}  # beside presets/tiny.yaml: what was its default when these were run
+# Name -> what is changed in it: `align` None or a kind of samples, the rest under `model`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "inputs: pair (the paper)": {"inputs": "pair"},
@@ -136,11 +137,11 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
-    """The tiny preset with a variant's changes, checked as any params.yaml is."""
+    """The tiny preset with the base's and a variant's changes, checked as any params.yaml is."""
     values = config.model_dump(mode="json")
     values |= {"seed": seed}
     values["model"]["max_length"] = 256  # room for all patches of both images
-    for key, value in changes.items():
+    for key, value in (BASE | changes).items():
         place = values["model"] if key in values["model"] else values["model"]["delta"]
         if key == "align":
             values["align"] = values["align"] | {"samples": value} if value else None

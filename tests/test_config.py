@@ -55,7 +55,7 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels reads level 5, but vision\.layers is 4"),
     ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must not go down"),
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
-    ("reading: A", "reading: B", r"reading B .*patch_pool must be 1"),
+    ("reading: C", "reading: B", r"reading B .*patch_pool must be 1"),
     ("patch_level: -1", "patch_level: 9", r"patch_level 9 is outside the 4 layers"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
     ("  mixture: {scenes: 1}", "  mixture: {edit: 1}", r"source 'edit' is trained on but is not among the sources"),
