@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 30
 KINDS: dict[str, dict[str, Any]] = {
     "LLaVA, generate": {"peer": True},
-    "OneDiff, all patches": {"model": {"patch_pool": 1}},
+    "OneDiff, all patches": {"model": models.ALL_PATCHES},
     "OneDiff, as preset": {"model": {}},
 }
 BATCH = {"tiny": 32, "small": 8, "paper": 32}

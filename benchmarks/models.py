@@ -30,6 +30,7 @@ PRESETS = ("tiny", "small", "paper")
 HOME = Path(".onediff/benchmarks")
 BACKBONES, ARCHITECTURES = Path("presets/backbones/tiny"), Path("presets/architectures")
 MAX_LENGTH = 2048
+ALL_PATCHES: dict[str, Any] = {"patch_pool": 1, "reading": "A"}  # every patch of both images, as LLaVA reads them
 SMALL_TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6,
                "image_size": 112, "patch_size": 14}
 SMALL_LANGUAGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -119,7 +120,7 @@ def settings_without_delta(config: Config) -> Config:
     """OneDiff with all patches and no VDM: what LLaVA computes."""
     model = config.model
     return config.model_copy(update={"model": model.model_copy(update={
-        "patch_pool": 1, "reading": "A", "delta": model.delta.model_copy(update={"num_tokens": 0})})})
+        **ALL_PATCHES, "delta": model.delta.model_copy(update={"num_tokens": 0})})})
 
 
 def _made_on(device: str, config: Config) -> ExitStack:

@@ -9,9 +9,10 @@
 OneDiff is what a phase runs: corpus, loader, packed rows, engine with clipping and fused AdamW, all inside `fit`. The
 peer is LlavaForConditionalGeneration under transformers' Trainer at its best: rows grouped by length, padded on the
 right, SDPA, fused AdamW, clipping, no logging, no saving; what is frozen in ours is frozen in it. It reads every patch
-of both images, so "all patches" (patch_pool 1) is the like-for-like row, the VDM's work coming on top; "cached" has the
-frozen tower's features from the store, as `fit` has them by default, and "as preset" its pooling, and its masked rows,
-too. All contenders see the same rows, images and texts (benchmarks/rows.py); sizes stand in benchmarks/models.py.
+of both images, so "all patches" (patch_pool 1, reading A) is the like-for-like row, the VDM's work coming on top;
+"cached" has the frozen tower's features from the store, as `fit` has them by default, and "as preset" its pooling,
+reading and masked rows, too. All contenders see the same rows, images and texts (benchmarks/rows.py); sizes stand in
+benchmarks/models.py.
 
 A step runs from the end of the one before to its own end, so loading counts. A round is `--units` steps of each
 contender, step by step in turn, in processes of their own; the ratio is taken round by round: its median, lowest and
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 PEER = "LLaVA, Trainer"
 KINDS: dict[str, dict[str, Any]] = {
     PEER: {"peer": True},
-    "OneDiff, all patches": {"model": {"patch_pool": 1}, "cached": False},
-    "OneDiff, all patches, cached": {"model": {"patch_pool": 1}, "cached": True},
+    "OneDiff, all patches": {"model": models.ALL_PATCHES, "cached": False},
+    "OneDiff, all patches, cached": {"model": models.ALL_PATCHES, "cached": True},
     "OneDiff, as preset": {"model": {}, "cached": True, "masked": True},
 }
 ATTENTIONS = ("row by row", "padded inside attention", "alike rows inside attention", "padded rows",
@@ -90,7 +91,7 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
                   title=title)
     for name in work or (WORKS if not attention else ("pairs", "mixed")):
         each = units or UNITS[name]
-        kinds = {kind: {"attention": kind, "model": {"patch_pool": 1}} for kind in ATTENTIONS} if attention else KINDS
+        kinds = {kind: {"attention": kind, "model": models.ALL_PATCHES} for kind in ATTENTIONS} if attention else KINDS
         contenders = [Contender(kind, "benchmarks.train_step", shared | case | {"work": name, "units": each})
                       for kind, case in kinds.items() if not only or kind in only or kind == next(iter(kinds))]
         turns.race(contenders, units=each, **how)  # type: ignore[arg-type]
@@ -112,7 +113,7 @@ def _figures(contender: Contender, peer: Contender) -> list[str]:
 def _show_overhead(title: str, cases: dict[str, dict[str, Any]], how: dict[str, Any]) -> None:
     table = Table("work", "seconds a step", "in DeepSpeed's forward, backward, step", "our loop's share", title=title)
     for name, case in cases.items():
-        contender = Contender("fit", "benchmarks.train_step", case | {"overhead": True, "model": {"patch_pool": 1}})
+        contender = Contender("fit", "benchmarks.train_step", case | {"overhead": True, "model": models.ALL_PATCHES})
         turns.race([contender], units=case["units"], **how)
         total, inside = sum(contender.facts["total_s"]), sum(contender.facts["engine_s"])
         each = [1 - ours / whole for ours, whole in
