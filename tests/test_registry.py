@@ -103,7 +103,7 @@ def test_a_refused_candidate_hears_every_reason_and_the_champion_stays() -> None
     verdict = registry.promote()
     assert not verdict.promoted
     assert verdict.reasons == ["scenes.change_type_accuracy is 0.6, must be at least 0.7",
-                               "scenes.false_alarm_rate is 0.3, must be at most 0.1",
+                               "scenes.false_alarm_rate is 0.3, must be at most 0.2",
                                "scenes.CIDEr is 3, must be above the champion's 3"]
     assert history("2")["refused_because"] == "; ".join(verdict.reasons)
     assert aliases() == {"1": ["champion"], "2": ["candidate"]}
@@ -203,4 +203,4 @@ def test_wrong_rules_are_refused(text: str, message: str) -> None:
 
 def test_the_rules_in_the_repository_are_valid() -> None:
     rules = registry.load_rules(REPO / "mlflow/promotion.yaml")
-    assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] == 0.1
+    assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] == 0.2
