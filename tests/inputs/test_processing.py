@@ -79,10 +79,12 @@ def test_questions_are_padded_left_and_answers_right(processor: OneDiffProcessor
     assert processor.answers(prompts)["attention_mask"][1, -1] == 0
 
 
-def test_each_row_has_the_placeholders_its_images_need(processor: OneDiffProcessor) -> None:
+@pytest.mark.parametrize(("reading", "needed"), [("A", [32, 16, 0]), ("C", [16, 16, 0])])
+def test_each_row_has_the_placeholders_its_images_need(reading: str, needed: list[int], micro: Config) -> None:
+    processor = build(micro.model.model_copy(update={"reading": reading}), seed=0)[1]
     prompts = [pair_prompt("plain", "a"), single_prompt("plain", "b"), text_prompt("plain", "c")]
     batch = processor.questions(prompts)
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [32, 16, 0]
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == needed
     assert (batch["input_ids"] == processor.delta_token_id).sum(1).tolist() == [8, 0, 0]
     assert batch["image_counts"].tolist() == [2, 1, 0]
 
