@@ -259,7 +259,13 @@ def test_a_version_on_a_server_is_fetched_once(server: Server) -> None:
     (folder / "model.safetensors").write_bytes(b"w")
     for name in ("test.json", "gate.json"):
         Path(name).write_text('{"scenes": {"CIDEr": 1.0}}')
-    registry.register(folder, Path("test.json"), Path("gate.json"))
+    Path("scored").mkdir()
+    Path("scored/gate.json").write_text('{"scenes": {}}')
+    version = registry.register(folder, Path("test.json"), Path("gate.json"), Path("scored"))
+    assert registry._scored(registry._get(version)) == {"scenes": {}}
+    Path("scored/gate.json").write_text('{"edits": {}}')
+    registry.rescore(version, Path("test.json"), Path("gate.json"), Path("scored"))
+    assert registry._scored(registry._get(version)) == {"edits": {}}
     fetched = registry.model_folder("models:/onediff@candidate")
     assert (fetched / "model.safetensors").read_bytes() == b"w" and ".onediff" in fetched.parts
     (fetched / "mark").touch()

@@ -81,32 +81,6 @@ def cider(predictions: Predictions, references: References) -> float:
     return _cider(*_tokenized(predictions, references))[0]
 
 
-def score_files(predictions: Path, references: Path) -> dict[str, Any]:
-    """All metrics of two JSONL files and `num_pairs`.
-
-    Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}. Raises ValueError naming file and line, or
-    the ids that only one file has.
-    """
-    said, truth = read_predictions(predictions), read_references(references)
-    return {**score(said, truth).corpus, "num_pairs": len(truth)}
-
-
-def read_references(path: Path) -> References:
-    """The references of a JSONL file by pair_id. Raises ValueError naming file and line, or for an empty file."""
-    truth = _read_jsonl(path, "references")
-    for key, texts in truth.items():
-        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(f"{path}: 'references' of {key!r} must be a list of strings, got {texts!r}")
-    if not truth:
-        raise ValueError(f"{path}: no line; one per pair is needed")
-    return truth
-
-
-def read_groups(path: Path) -> dict[str, str]:
-    """pair_id -> `group_id` of a JSONL file of references; pairs without one are groups of their own."""
-    return {key: str(row.get("group_id", key)) for key, row in _read_rows(path, "references").items()}
-
-
 def read_predictions(path: Path) -> Predictions:
     """The predictions of a JSONL file by pair_id. Raises ValueError naming file and line."""
     said = _read_jsonl(path, "prediction")
@@ -117,10 +91,10 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def _read_jsonl(path: Path, field: str) -> dict[str, Any]:
-    return {key: row[field] for key, row in _read_rows(path, field).items()}
+    return {key: row[field] for key, row in read_rows(path, field).items()}
 
 
-def _read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
+def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
     """pair_id -> the line, which has the field, in the order of the lines; blank lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string

@@ -7,14 +7,12 @@ Shapes:  n pairs, G groups (pairs of one scene or photograph, which are drawn to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onediff.eval.metrics import Meteor, Scores, read_groups, read_predictions, read_references, score
+from onediff.eval.metrics import Scores
 
 Numbers = NDArray[np.float64]
 RESAMPLES = 10_000
@@ -37,6 +35,17 @@ class Compared:
     p: float
 
 
+def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
+    """The scores of some pairs, which share the document frequencies of all that were scored."""
+    if len(chosen) == len(next(iter(scores.items.values()))):
+        return scores
+    places = np.asarray(chosen, dtype=int)
+    corpus = {name: float(corpus_score(name, shares_of(scores, name)[places].sum(0)[None])[0])
+              for name in scores.corpus}
+    return Scores(corpus, {name: [values[place] for place in places] for name, values in scores.items.items()},
+                  {name: rows[places] for name, rows in scores.statistics.items()})
+
+
 def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
               seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of the corpus scores. CIDEr's document frequencies stay those of all pairs."""
@@ -55,20 +64,6 @@ def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: 
     ours, theirs = (resampled(scores, groups, resamples=resamples, seed=seed) for scores in (first, second))
     return {name: Compared(first.corpus[name], second.corpus[name], *_middle(ours[name] - theirs[name]),
                            _two_sided(ours[name] - theirs[name])) for name in first.corpus}
-
-
-def compare_files(first: Path, second: Path, references: Path) -> dict[str, Any]:
-    """Two JSONL files of predictions against one of references, whose pairs are drawn by `group_id` where they have it.
-
-    Raises ValueError naming file and line, or the ids that only one file has.
-    """
-    truth, groups = read_references(references), read_groups(references)
-    said = [read_predictions(path) for path in (first, second)]
-    with Meteor() as meteor:
-        scores = [score(texts, truth, meteor=meteor) for texts in said]
-    found = compare(scores[0], scores[1], list(groups.values()))
-    return {**{name: asdict(metric) for name, metric in found.items()}, "num_pairs": len(truth),
-            "num_groups": len(set(groups.values())), "resamples": RESAMPLES}
 
 
 def resampled(scores: Scores, groups: Sequence[str], *, resamples: int, seed: int) -> dict[str, Numbers]:

