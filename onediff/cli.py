@@ -208,6 +208,9 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"onediff: this needs the package {error.name}, which scoring alone does not: "
+                 "pip install 'onediff-idc[full]', or 'make setup' in a clone")
 
 
 def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | None = None) -> list[str]:

@@ -292,9 +292,9 @@ def _signature() -> Any:
 def _requirement() -> str:
     """Said, so that MLflow infers nothing. The code is not copied: a version loads where OneDiff is installed."""
     try:
-        return f"onediff-idc=={installed_version('onediff-idc')}"
+        return f"onediff-idc[full]=={installed_version('onediff-idc')}"
     except PackageNotFoundError:  # run from a checkout
-        return "onediff-idc"
+        return "onediff-idc[full]"
 
 
 def _crown(version: str, old: str | None, reason: str) -> None:
