@@ -10,7 +10,7 @@ from typing import Any
 from onediff.data.record import digest
 from onediff.eval.behaviour import Row, edit_behaviour, edit_checks, scene_behaviour, scene_checks
 from onediff.eval.floors import floors, leave_one_out, oracle
-from onediff.eval.metrics import METRICS, Meteor, Predictions, Scores, score
+from onediff.eval.metrics import METRICS, Predictions, Scores, score
 from onediff.eval.resample import intervals
 
 
@@ -48,21 +48,20 @@ def references_digest(references: Mapping[str, Sequence[str]]) -> str:
     return digest(json.dumps({key: list(texts) for key, texts in references.items()}, sort_keys=True).encode())
 
 
-def evaluate(benchmark: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[str],
-             meteor: Meteor) -> dict[str, Any]:
+def evaluate(benchmark: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[str]) -> dict[str, Any]:
     """Scores, floors and behaviour of one benchmark; `train`: the training captions that the floors may use.
 
     Raises ValueError if predictions and rows do not match.
     """
     protocol = protocol_of(benchmark)
     references = {row["pair_id"]: list(row["references"]) for row in rows}
-    scores = score(predictions, references, metrics=protocol.metrics, meteor=meteor)
+    scores = score(predictions, references, metrics=protocol.metrics)
     result: dict[str, Any] = {
         **scores.corpus, "score_intervals": {
             name: list(bounds) for name, bounds in intervals(scores, [row["group_id"] for row in rows]).items()},
         "num_pairs": len(rows), "protocol": protocol.name, "references": references_digest(references),
-        "floor": floors(train, references, metrics=protocol.metrics, meteor=meteor) if train else {},
-        "leave_one_out": leave_one_out(references, metrics=protocol.metrics, meteor=meteor),
+        "floor": floors(train, references, metrics=protocol.metrics) if train else {},
+        "leave_one_out": leave_one_out(references, metrics=protocol.metrics),
         "by_change_type": _by_change_type(scores, rows)}
     if protocol.grammar == "scenes":
         result |= scene_behaviour(predictions, rows)

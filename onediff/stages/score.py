@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onediff.data.record import read_table
-from onediff.eval.metrics import METRICS, Meteor, read_predictions
+from onediff.eval.metrics import METRICS, read_predictions, start
 from onediff.eval.protocols import evaluate, protocol_of
 from onediff.stages import run
 
@@ -24,33 +24,32 @@ FLOORS = {"constant": "best constant", "random_train": "random training"}
 def score() -> None:
     """Writes both files, the same captions the same bytes, and prints the scores beside their floors."""
     folder = Path("data/diffcap")
-    with Meteor() as meteor:  # loads its tables while the rows are read
-        train = read_table(folder, "train-*.parquet")
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
-        for split, output in OUTPUTS.items():
-            rows = read_table(folder, f"{split}-*.parquet")
-            results = _score_split(split, rows, train=train, meteor=meteor)
-            for name in results:
-                if auc.get(name) is not None:  # None: the source has no unchanged pairs
-                    results[name]["pixel_difference_auc"] = auc[name]
-                if name in incomplete:
-                    results[name]["incomplete"] = incomplete[name]
-            for name in sorted(incomplete.keys() - results.keys()):
-                print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
-            output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            _show(f"{split} split, {output}", results)
+    start()  # METEOR loads its tables while the rows are read
+    train = read_table(folder, "train-*.parquet")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
+    for split, output in OUTPUTS.items():
+        rows = read_table(folder, f"{split}-*.parquet")
+        results = _score_split(split, rows, train=train)
+        for name in results:
+            if auc.get(name) is not None:  # None: the source has no unchanged pairs
+                results[name]["pixel_difference_auc"] = auc[name]
+            if name in incomplete:
+                results[name]["incomplete"] = incomplete[name]
+        for name in sorted(incomplete.keys() - results.keys()):
+            print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
+        output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        _show(f"{split} split, {output}", results)
 
 
-def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
-                 meteor: Meteor) -> dict[str, Any]:
+def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]]) -> dict[str, Any]:
     results = {}
     for benchmark in dict.fromkeys(row["source"] for row in rows):
         predictions = read_predictions(Path(f"data/captions/{split}/{benchmark}.jsonl"))
         source = protocol_of(benchmark).train_source
         captions = [text for row in train if row["source"] == source for text in row["references"]]
         chosen = [row for row in rows if row["source"] == benchmark]
-        results[benchmark] = evaluate(benchmark, predictions, chosen, train=captions, meteor=meteor)
+        results[benchmark] = evaluate(benchmark, predictions, chosen, train=captions)
     return results
 
 
