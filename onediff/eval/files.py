@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-Predictions = dict[str, str]
-References = dict[str, list[str]]
+from onediff.eval.pairs import Predictions, References
 
 
 def read_references(path: Path) -> References:

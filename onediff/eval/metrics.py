@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onediff.eval import ngrams, spice, words
-from onediff.eval.files import Predictions, References, read_groups, read_predictions, read_references
+from onediff.eval.files import read_groups, read_predictions, read_references
 from onediff.eval.java import stop
 from onediff.eval.meteor import Meteor
+from onediff.eval.pairs import Predictions, References, check_keys, cider, tokenized
 from onediff.eval.words import clean, tokenize
 
 __all__ = ["FAST_METRICS", "METRICS", "OPTIONAL", "Meteor", "Predictions", "References", "Scores", "check_keys",
@@ -28,7 +29,6 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 FAST_METRICS = tuple(name for name in METRICS if name != "METEOR")
 OPTIONAL = ("SPICE",)  # needs a download of 384 MB
 Numbers = NDArray[np.float64]
-Pair = tuple[str, list[str]]
 
 _meteor = Meteor()  # no Java before it is asked
 
@@ -54,11 +54,10 @@ def start(metrics: Sequence[str] = METRICS) -> None:
 def score(predictions: Predictions, references: References, *, metrics: Sequence[str] = METRICS) -> Scores:
     """BLEU, METEOR, ROUGE-L and SPICE from 0 to 1, CIDEr-D from 0 to 10 (papers print all of them times 100).
 
-    METEOR takes some seconds to start, once in a process: the others are computed meanwhile.
-    SPICE downloads what it needs once, and takes long. Raises ValueError if the keys differ, a Java program fails or a
-    download does. An empty prediction scores 0, and so does whatever is
-    said of a pair whose only reference is empty: seven test pairs of Spot-the-Diff are published so, and papers score
-    them.
+    METEOR takes some seconds to start, once in a process: the others are computed meanwhile. SPICE takes minutes, and
+    downloads what it needs once. An empty prediction scores 0, and so does whatever is said of a pair whose only
+    reference is empty: seven test pairs of Spot-the-Diff are published so, and papers score them.
+    Raises ValueError if the keys differ, or if a Java program or a download fails; then nothing is scored.
     """
     unknown = [name for name in metrics if name not in METRICS + OPTIONAL]
     if unknown:
@@ -67,7 +66,7 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
     if "SPICE" in metrics:
         spice.fetch()
     start(metrics)
-    pairs = _tokenized(predictions, references)
+    pairs = tokenized(predictions, references)
     statistics: dict[str, Numbers] = {}
     found: dict[str, tuple[float, list[float]]] = {}
     sentences = ngrams.read(pairs)
@@ -86,15 +85,6 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
     return Scores({name: found[name][0] for name in metrics}, {name: found[name][1] for name in metrics}, statistics)
 
 
-def cider(predictions: Predictions, references: References) -> float:
-    """Corpus CIDEr-D, 0 to 10 (papers print it times 100).
-
-    Raises ValueError if the keys differ or no reference has a word. Vedantam et al., CVPR 2015.
-    """
-    check_keys(predictions, references)
-    return _mean(ngrams.cider(ngrams.read(_tokenized(predictions, references))))[0]
-
-
 def score_files(predictions: Path, references: Path, *, metrics: Sequence[str] = METRICS) -> dict[str, Any]:
     """The metrics of two JSONL files and `num_pairs`.
 
@@ -103,32 +93,6 @@ def score_files(predictions: Path, references: Path, *, metrics: Sequence[str] =
     """
     said, truth = read_predictions(predictions), read_references(references)
     return {**score(said, truth, metrics=metrics).corpus, "num_pairs": len(truth)}
-
-
-def check_keys(predictions: Predictions, references: References) -> None:
-    """Raises ValueError unless both sides have the same pairs and every pair at least one reference."""
-    missing = [key for key in references if key not in predictions]
-    extra = [key for key in predictions if key not in references]
-    if missing or extra:
-        raise ValueError("predictions and references must have the same pair_ids: "
-                         f"{_some(missing)} missing from the predictions, {_some(extra)} not among the references")
-    if not references:
-        raise ValueError("nothing to score: no references")
-    bare = [key for key, texts in references.items() if not texts]
-    if bare:
-        raise ValueError(f"{_some(bare)} without references: every pair needs at least one")
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-    return f"{len(keys)} ({shown})" if keys else "0"
-
-
-def _tokenized(predictions: Predictions, references: References) -> list[Pair]:
-    """Tokens of each pair's prediction and references; all references are one text, all predictions another."""
-    truths = iter(tokenize(text for texts in references.values() for text in texts))
-    said = tokenize(predictions[key] for key in references)
-    return [(text, [next(truths) for _ in texts]) for text, texts in zip(said, references.values(), strict=True)]
 
 
 def _bleu(counts: Numbers) -> dict[str, tuple[float, list[float]]]:

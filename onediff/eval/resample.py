@@ -51,7 +51,7 @@ def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: 
     """
     if list(first.corpus) != list(second.corpus):
         raise ValueError(f"both must have the same metrics, got {list(first.corpus)} and {list(second.corpus)}")
-    ours, theirs = (resampled(scores, groups, resamples=resamples, seed=seed) for scores in (first, second))
+    ours, theirs = _resampled([first, second], groups, resamples, seed)
     return {name: Compared(first.corpus[name], second.corpus[name], *_middle(ours[name] - theirs[name]),
                            _two_sided(ours[name] - theirs[name])) for name in first.corpus}
 
@@ -74,20 +74,31 @@ def resampled(scores: Scores, groups: Sequence[str], *, resamples: int, seed: in
 
     Raises ValueError unless there is a group for each pair.
     """
-    shares = {name: shares_of(scores, name) for name in scores.corpus}
-    if any(len(share) != len(groups) for share in shares.values()):
-        raise ValueError(f"one group for each pair is needed, got {len(groups)} for "
-                         f"{', '.join(str(len(share)) for share in shares.values())} pairs")
+    return _resampled([scores], groups, resamples, seed)[0]
+
+
+def _resampled(systems: Sequence[Scores], groups: Sequence[str], resamples: int, seed: int) -> list[dict[str, Numbers]]:
+    """Of each system; all get the same draws, which take most of the time."""
     names, place = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-    sums = {name: _by_group(share, place, len(names)) for name, share in shares.items()}  # (G, k)
+    sums = {(number, name): _by_group(share, place, len(names)) for number, scores in enumerate(systems)
+            for name, share in _shares(scores, len(groups)).items()}  # (G, k)
     rng = np.random.default_rng(seed)
-    found: dict[str, list[Numbers]] = {name: [] for name in shares}
+    found: dict[tuple[int, str], list[Numbers]] = {key: [] for key in sums}
     for start in range(0, resamples, CHUNK):
         times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)),
                                 size=min(CHUNK, resamples - start)).astype(float)  # (R, G)
-        for name, each in sums.items():
-            found[name].append(corpus_score(name, times @ each))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        for key, each in sums.items():
+            found[key].append(corpus_score(key[1], times @ each))
+    return [{name: np.concatenate(found[number, name]) for name in scores.corpus}
+            for number, scores in enumerate(systems)]
+
+
+def _shares(scores: Scores, num_groups: int) -> dict[str, Numbers]:
+    shares = {name: shares_of(scores, name) for name in scores.corpus}
+    if any(len(share) != num_groups for share in shares.values()):
+        raise ValueError(f"one group for each pair is needed, got {num_groups} for "
+                         f"{', '.join(str(len(share)) for share in shares.values())} pairs")
+    return shares
 
 
 def corpus_score(name: str, sums: Numbers) -> Numbers:
