@@ -42,11 +42,15 @@ def caption(before: Path, after: Path, model: Model = CHAMPION, instruction: Ins
 def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
           references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '
                                                    'also the benchmark\'s annotation file as published.')],
-          protocol: Protocol = None, as_json: Json = False) -> None:
+          protocol: Protocol = None,
+          spice: Annotated[bool, typer.Option("--spice", help="SPICE, too: slow, and at first use it downloads "
+                                              "Stanford CoreNLP (384 MB) to ~/.cache/onediff/spice.")] = False,
+          as_json: Json = False) -> None:
     """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) by the COCO toolkit."""
+    from onediff.eval.metrics import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
 
-    scores = score_files(predictions, references, key=protocol)
+    scores = score_files(predictions, references, key=protocol, metrics=METRICS + OPTIONAL if spice else METRICS)
     text = "\n".join(f"{name:<10} {value:.4f}" if isinstance(value, float) else f"{name:<10} {value}"
                      for name, value in scores.items())
     _print(scores, text, as_json)

@@ -9,7 +9,7 @@ from typing import Any
 from onediff.eval.behaviour import edit_behaviour, edit_checks, scene_behaviour, scene_checks
 from onediff.eval.floors import floor_captions, leave_one_out, oracle
 from onediff.eval.language import language
-from onediff.eval.metrics import Meteor, Predictions, References, Scores, score
+from onediff.eval.metrics import Predictions, References, Scores, score
 from onediff.eval.protocols import (
     PROTOCOLS,
     Protocol,
@@ -30,7 +30,7 @@ def checks(source: str, prediction: str, row: Row) -> dict[str, bool]:
     return {"scenes": scene_checks, "edits": edit_checks}[grammar](prediction, row) if grammar else {}
 
 
-def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[Row], meteor: Meteor,
+def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[Row],
              nearest: Mapping[str, Row] | None = None) -> dict[str, dict[str, Any]]:
     """benchmark -> scores, floors and behaviour, and under "pairs" what each pair scored.
 
@@ -43,18 +43,18 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, trai
     for joined, same in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
         references = {row["pair_id"]: texts_of(row, joined=joined) for row in rows}
         said = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
-        scores = {who: score(texts, references, meteor=meteor) for who, texts in said.items()}
+        scores = {who: score(texts, references) for who, texts in said.items()}
         for key, protocol in same:
             if not chosen_rows(protocol, rows):
                 continue  # a gate split, for one, need not hold unchanged pairs
-            found[key] = _table(protocol, rows, references, scores, said, meteor)
+            found[key] = _table(protocol, rows, references, scores, said)
     for key in found:
         found[key]["language"] = language(predictions.values(), [text for row in train for text in row["references"]])
     return found
 
 
 def _table(protocol: Protocol, rows: Sequence[Row], references: References, scores: Mapping[str, Scores],
-           said: Mapping[str, Predictions], meteor: Meteor) -> dict[str, Any]:
+           said: Mapping[str, Predictions]) -> dict[str, Any]:
     chosen = chosen_rows(protocol, rows)
     own, part = [rows[place] for place in chosen], {who: restricted(all_, chosen) for who, all_ in scores.items()}
     floors: dict[str, dict[str, Any]] = {who: dict(part[who].corpus) for who in part if who}
@@ -64,7 +64,7 @@ def _table(protocol: Protocol, rows: Sequence[Row], references: References, scor
     result: dict[str, Any] = {
         **part[""].corpus, "score_intervals": {name: list(both) for name, both in bounds.items()},
         "num_pairs": len(own), "protocol": protocol.name, "references": references_digest(references), "floor": floors,
-        "leave_one_out": {} if protocol.only else leave_one_out(references, metrics=protocol.metrics, meteor=meteor),
+        "leave_one_out": {} if protocol.only else leave_one_out(references, metrics=protocol.metrics),
         "by_change_type": _by_change_type(part[""], own)}
     result["pairs"] = {**{key: result[key] for key in ("protocol", "references")},
                        **{key: [row[key] for row in own] for key in ("pair_id", "group_id")},

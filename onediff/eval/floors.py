@@ -13,7 +13,7 @@ from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, sa
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes import describe, noun
 from onediff.eval.behaviour import Row, matching_templates
-from onediff.eval.metrics import METRICS, Meteor, Predictions, References, cider, clean, score
+from onediff.eval.metrics import METRICS, Predictions, References, cider, clean, score
 from onediff.eval.protocols import texts_of
 
 NUM_CANDIDATES = 30
@@ -65,8 +65,7 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
 
 
-def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS,
-                  meteor: Meteor | None = None) -> dict[str, float]:
+def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """How far the references agree: each of the first ones scored against the others of its pair, the mean of these
     scores; what people reach, where people wrote them. Beside it `num_pairs`, those with two references or more; empty
     where there are fewer than two.
@@ -77,7 +76,7 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS,
     turns = min(LEFT_OUT, *map(len, several.values()))
     found = [score({key: texts[out] for key, texts in several.items()},
                    {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
-                   metrics=metrics, meteor=meteor).corpus for out in range(turns)]
+                   metrics=metrics).corpus for out in range(turns)]
     return {"num_pairs": len(several), **{name: sum(each[name] for each in found) / turns for name in metrics}}
 
 

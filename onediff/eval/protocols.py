@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onediff.eval.metrics import METRICS, Meteor, References, Scores, read_predictions, read_rows, score
+from onediff.eval.files import read_predictions, read_rows
+from onediff.eval.metrics import METRICS, References, Scores, score
 from onediff.eval.resample import RESAMPLES, compare, restricted
 
 Row = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
@@ -147,14 +148,15 @@ def _published(path: Path, protocol: Protocol) -> list[Row]:
     return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
 
 
-def score_files(predictions: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
-    """All metrics of a JSONL file of predictions, `num_pairs`, the protocol's name and the digest of the references.
+def score_files(predictions: Path, references: Path, *, key: str | None = None,
+                metrics: Sequence[str] = METRICS) -> dict[str, Any]:
+    """The metrics of a JSONL file of predictions, `num_pairs`, the protocol's name and the digest of the references.
 
     Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}; see read_benchmark for other references.
     Raises ValueError naming file and line, or the ids that only one file has.
     """
     truth = _Truth.read(references, key)
-    return {**truth.scores(predictions).corpus, **truth.told}
+    return {**truth.scores(predictions, metrics).corpus, **truth.told}
 
 
 def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
@@ -163,8 +165,7 @@ def compare_files(first: Path, second: Path, references: Path, *, key: str | Non
     Raises as score_files.
     """
     truth = _Truth.read(references, key)
-    with Meteor() as meteor:
-        scores = [truth.scores(path, meteor) for path in (first, second)]
+    scores = [truth.scores(path) for path in (first, second)]
     groups = [str(row.get("group_id", row["pair_id"])) for row in truth.chosen_rows]
     found = compare(scores[0], scores[1], groups)
     return {**{name: asdict(metric) for name, metric in found.items()}, **truth.told, "num_groups": len(set(groups)),
@@ -191,5 +192,5 @@ class _Truth:
         return {"num_pairs": len(self.chosen), "protocol": self.protocol,
                 "references": references_digest(self.references)}
 
-    def scores(self, predictions: Path, meteor: Meteor | None = None) -> Scores:
-        return restricted(score(read_predictions(predictions), self.references, meteor=meteor), self.chosen)
+    def scores(self, predictions: Path, metrics: Sequence[str] = METRICS) -> Scores:
+        return restricted(score(read_predictions(predictions), self.references, metrics=metrics), self.chosen)

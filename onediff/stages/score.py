@@ -14,7 +14,8 @@ from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.evaluation import evaluate
-from onediff.eval.metrics import METRICS, Meteor, read_predictions
+from onediff.eval.files import read_predictions
+from onediff.eval.metrics import METRICS, start
 from onediff.eval.nearest import nearest_rows
 from onediff.eval.protocols import check_counts, protocols_of
 from onediff.stages import run
@@ -30,32 +31,32 @@ FLOORS = {"constant": "best constant", "random_train": "random training", "neare
 def score() -> None:
     """Writes them, the same captions the same bytes, and prints the scores beside their floors."""
     folder = Path("data/diffcap")
-    with Meteor() as meteor:  # loads its tables while the rows are read
-        train = read_table(folder, "train-*.parquet")
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
-        for split, output in OUTPUTS.items():
-            rows = read_table(folder, f"{split}-*.parquet")
-            sources = {row["source"] for row in rows}
-            results = _score_split(split, rows, train=train, meteor=meteor,
-                                   whole=sources - incomplete.keys() if split == "test" else ())
-            for name, result in results.items():
-                source = name.split("/")[0]
-                if auc.get(source) is not None:  # None: the source has no unchanged pairs
-                    result["pixel_difference_auc"] = auc[source]
-                if source in incomplete:
-                    result["incomplete"] = incomplete[source]
-            for name in sorted(incomplete.keys() - sources):
-                print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
-            SCORED.mkdir(parents=True, exist_ok=True)
-            pairs = {name: result.pop("pairs") for name, result in results.items()}
-            (SCORED / f"{split}.json").write_text(json.dumps(_rounded(pairs)) + "\n", encoding="utf-8")
-            output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            _show(f"{split} split, {output}", results)
+    start()  # METEOR loads its tables while the rows are read
+    train = read_table(folder, "train-*.parquet")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
+    for split, output in OUTPUTS.items():
+        rows = read_table(folder, f"{split}-*.parquet")
+        sources = {row["source"] for row in rows}
+        results = _score_split(split, rows, train=train,
+                               whole=sources - incomplete.keys() if split == "test" else ())
+        for name, result in results.items():
+            source = name.split("/")[0]
+            if auc.get(source) is not None:  # None: the source has no unchanged pairs
+                result["pixel_difference_auc"] = auc[source]
+            if source in incomplete:
+                result["incomplete"] = incomplete[source]
+        for name in sorted(incomplete.keys() - sources):
+            print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
+        SCORED.mkdir(parents=True, exist_ok=True)
+        pairs = {name: result.pop("pairs") for name, result in results.items()}
+        (SCORED / f"{split}.json").write_text(json.dumps(_rounded(pairs)) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        _show(f"{split} split, {output}", results)
 
 
-def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]], whole: Container[str],
-                 meteor: Meteor) -> dict[str, Any]:
+def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
+                 whole: Container[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for source in dict.fromkeys(row["source"] for row in rows):
         predictions = read_predictions(Path(f"data/captions/{split}/{source}.jsonl"))
@@ -66,7 +67,7 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
         floor_source = next(iter(protocols)).train_source
         own = [row for row in train if row["source"] == floor_source]
         nearest = nearest_rows(own, _reader({"train": floor_source, split: source}), split) if own else None
-        results |= evaluate(source, predictions, chosen, train=own, meteor=meteor, nearest=nearest)
+        results |= evaluate(source, predictions, chosen, train=own, nearest=nearest)
     return results
 
 
