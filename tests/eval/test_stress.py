@@ -286,7 +286,7 @@ def test_each_curve_begins_with_the_figures_of_the_plain_captions(micro: Config,
     cider = score(said["plain"], {row["pair_id"]: row["references"] for row in rows}, metrics=["CIDEr"]).corpus["CIDEr"]
     assert set(got) == set(NUISANCES)
     for curve in got.values():
-        assert list(curve)[0] == "none" and len(curve) == 2
+        assert next(iter(curve)) == "none" and len(curve) == 2
         assert curve["none"]["CIDEr"] == cider
         assert curve["none"]["false_alarm_rate"] == plain["false_alarm_rate"] == 0
         assert curve["none"]["changed_object_accuracy"] == plain["changed_object_accuracy"] == 1
