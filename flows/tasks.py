@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onediff.registry import Verdict
 
 DVC = (sys.executable, "-m", "dvc")
-STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "report")
+STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "stress", "report")
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
 

@@ -11,10 +11,10 @@ from onediff.eval.floors import floor_captions, leave_one_out, oracle
 from onediff.eval.language import language
 from onediff.eval.metrics import Predictions, References, Scores, score
 from onediff.eval.protocols import (
-    PROTOCOLS,
     Protocol,
     Row,
     chosen_rows,
+    protocol_of,
     protocols_of,
     references_digest,
     texts_of,
@@ -26,7 +26,7 @@ PAIR_METRICS = ("CIDEr", "ROUGE-L")  # whose corpus score is the mean of the pai
 
 def checks(source: str, prediction: str, row: Row) -> dict[str, bool]:
     """What the source's parser says about one prediction; empty where no parser reads the captions."""
-    grammar = PROTOCOLS[source].grammar if source in PROTOCOLS else None
+    grammar = protocol_of(source).grammar
     return {"scenes": scene_checks, "edits": edit_checks}[grammar](prediction, row) if grammar else {}
 
 

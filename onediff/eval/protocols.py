@@ -71,6 +71,11 @@ def protocols_of(source: str) -> dict[str, Protocol]:
     return {key: protocol for key, protocol in PROTOCOLS.items() if protocol.source == source} or own
 
 
+def protocol_of(source: str) -> Protocol:
+    """The first of them, which says how its captions are read and whose training captions are its own."""
+    return next(iter(protocols_of(source).values()))
+
+
 def protocol_named(key: str) -> Protocol:
     """Raises ValueError for a benchmark that there is not."""
     if key not in PROTOCOLS:
@@ -181,7 +186,7 @@ class _Truth:
 
     @classmethod
     def read(cls, path: Path, key: str | None) -> _Truth:
-        protocol = protocol_named(key) if key else next(iter(protocols_of("").values()))
+        protocol = protocol_named(key) if key else protocol_of("")
         rows = read_benchmark(path, protocol)
         chosen = chosen_rows(protocol, rows)
         return cls({row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}, chosen,

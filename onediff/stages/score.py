@@ -17,7 +17,7 @@ from onediff.eval.evaluation import evaluate
 from onediff.eval.files import read_predictions
 from onediff.eval.metrics import METRICS, start
 from onediff.eval.nearest import nearest_rows
-from onediff.eval.protocols import check_counts, protocols_of
+from onediff.eval.protocols import check_counts, protocol_of, protocols_of
 from onediff.stages import run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
@@ -60,11 +60,10 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
     results: dict[str, Any] = {}
     for source in dict.fromkeys(row["source"] for row in rows):
         predictions = read_predictions(Path(f"data/captions/{split}/{source}.jsonl"))
-        protocols = protocols_of(source).values()
         chosen = [row for row in rows if row["source"] == source]
-        for protocol in protocols if source in whole else ():
+        for protocol in protocols_of(source).values() if source in whole else ():
             check_counts(protocol, chosen)
-        floor_source = next(iter(protocols)).train_source
+        floor_source = protocol_of(source).train_source
         own = [row for row in train if row["source"] == floor_source]
         nearest = nearest_rows(own, _reader({"train": floor_source, split: source}), split) if own else None
         results |= evaluate(source, predictions, chosen, train=own, nearest=nearest)
