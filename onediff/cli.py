@@ -39,21 +39,34 @@ def caption(before: Path, after: Path, model: Model = CHAMPION, instruction: Ins
 
 
 @app.command()
-def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
+def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pair_id", "prediction"}. Given more than '
+                                                          'once, one for each seed: mean and spread.')],
           references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '
                                                    'also the benchmark\'s annotation file as published.')],
           protocol: Protocol = None,
           spice: Annotated[bool, typer.Option("--spice", help="SPICE, too: slow, and at first use it downloads "
                                               "Stanford CoreNLP (384 MB) to ~/.cache/onediff/spice.")] = False,
           as_json: Json = False) -> None:
-    """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) by the COCO toolkit."""
+    """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) as by the COCO toolkit, with 95 % intervals by bootstrap."""
     from onediff.eval.metrics import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
 
-    scores = score_files(predictions, references, key=protocol, metrics=METRICS + OPTIONAL if spice else METRICS)
-    text = "\n".join(f"{name:<10} {value:.4f}" if isinstance(value, float) else f"{name:<10} {value}"
-                     for name, value in scores.items())
-    _print(scores, text, as_json)
+    metrics = METRICS + OPTIONAL if spice else METRICS
+    found = score_files(predictions, references, key=protocol, metrics=metrics)
+    lines = [f"{name:<10} {found[name]:.4f}  "
+             + ("[{:.4f}, {:.4f}]".format(*found["intervals"][name]) if "intervals" in found
+                else f"+- {found['spread'][name]:.4f}, {found['num_runs']} runs") for name in metrics]
+    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['protocol']}")
+    _print(found, "\n".join([*lines, *(_peers(protocol) if protocol else [])]), as_json)
+
+
+def _peers(benchmark: str) -> list[str]:
+    """Published numbers of the same protocol, in the scale of ours."""
+    from onediff.eval.published import doubts, published
+
+    told = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}"
+            + (f" ({doubts(row)})" if doubts(row) else "") for row in published(benchmark)]
+    return ["published, not run here:", *told] if told else []
 
 
 @app.command()
@@ -71,7 +84,8 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
         m = found[name]
         shown = f"{m['first'] - m['second']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}]"
         lines.append(f"{name:<10} {m['first']:>8.4f} {m['second']:>8.4f} {shown:>36} {m['p']:>8.4f}")
-    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them")
+    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them, "
+                 f"{found['protocol']}")
     _print(found, "\n".join(lines), as_json)
 
 

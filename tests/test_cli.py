@@ -86,6 +86,21 @@ def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pyt
     assert scores["num_pairs"] == 2 and scores["ROUGE-L"] == pytest.approx(1)
 
 
+def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.jsonl").write_text("".join(f'{{"pair_id": "{k}", "prediction": "car {k} left"}}\n' for k in range(3)))
+    Path("r.jsonl").write_text("".join(f'{{"pair_id": "{k}", "references": ["car {k} left"]}}\n' for k in range(3)))
+    assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "BLEU-1     1.0000  [1.0000, 1.0000]" and lines[-1] == "3 pairs in 3 groups, coco-caption/v1"
+    twice = ("--predictions", "p.jsonl") * 2
+    assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
+    message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
+    assert message == ("onediff: clevr_change/total/v1 scores the official test split with its 7,970 pairs, got 3: take "
+                       "that split whole, or score without a protocol")
+
+
 def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [{"pair_id": f"p{i}", "group_id": f"g{i // 2}", "references": [f"the {word} was removed"]}
@@ -97,7 +112,7 @@ def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: 
                                                    for i, text in enumerate(texts)))
     assert _onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "8 pairs in 4 groups, 10000 resamples of them"
+    assert lines[-1] == "8 pairs in 4 groups, 10000 resamples of them, coco-caption/v1"
     assert lines[7].split()[0] == "CIDEr" and lines[7].split()[3].startswith("+")
     Path("bad.jsonl").write_text(Path("bad.jsonl").read_text().replace("p7", "p9"))
     message = str(_onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from onediff.eval.files import read_predictions, read_rows
 from onediff.eval.metrics import METRICS, References, Scores, score
-from onediff.eval.resample import RESAMPLES, compare, restricted
+from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 
 Row = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
 
@@ -153,15 +154,24 @@ def _published(path: Path, protocol: Protocol) -> list[Row]:
     return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
 
 
-def score_files(predictions: Path, references: Path, *, key: str | None = None,
+def score_files(predictions: Sequence[Path], references: Path, *, key: str | None = None,
                 metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """The metrics of a JSONL file of predictions, `num_pairs`, the protocol's name and the digest of the references.
+    """The metrics of a JSONL file of predictions with their 95 % "intervals", `num_pairs`, the protocol's name and the
+    digest of the references. Of several files, one for each seed of a system: the means, the standard deviation of
+    one run as "spread", and `num_runs`.
 
     Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}; see read_benchmark for other references.
     Raises ValueError naming file and line, or the ids that only one file has.
     """
     truth = _Truth.read(references, key)
-    return {**truth.scores(predictions, metrics).corpus, **truth.told}
+    runs = [truth.scores(path, metrics) for path in predictions]
+    if len(runs) == 1:
+        bounds = intervals(runs[0], truth.groups)
+        return {**runs[0].corpus, "intervals": {name: list(both) for name, both in bounds.items()}, **truth.told}
+    values = {name: [run.corpus[name] for run in runs] for name in metrics}
+    return {**{name: statistics.fmean(each) for name, each in values.items()},
+            "spread": {name: statistics.stdev(each) for name, each in values.items()}, "num_runs": len(runs),
+            **truth.told}
 
 
 def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
@@ -171,17 +181,15 @@ def compare_files(first: Path, second: Path, references: Path, *, key: str | Non
     """
     truth = _Truth.read(references, key)
     scores = [truth.scores(path) for path in (first, second)]
-    groups = [str(row.get("group_id", row["pair_id"])) for row in truth.chosen_rows]
-    found = compare(scores[0], scores[1], groups)
-    return {**{name: asdict(metric) for name, metric in found.items()}, **truth.told, "num_groups": len(set(groups)),
-            "resamples": RESAMPLES}
+    found = compare(scores[0], scores[1], truth.groups)
+    return {**{name: asdict(metric) for name, metric in found.items()}, **truth.told, "resamples": RESAMPLES}
 
 
 @dataclass(frozen=True)
 class _Truth:
     references: References
     chosen: list[int]
-    chosen_rows: list[Row]
+    groups: list[str]
     protocol: str
 
     @classmethod
@@ -189,12 +197,13 @@ class _Truth:
         protocol = protocol_named(key) if key else protocol_of("")
         rows = read_benchmark(path, protocol)
         chosen = chosen_rows(protocol, rows)
-        return cls({row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}, chosen,
-                   [rows[place] for place in chosen], protocol.name)
+        groups = [str(rows[place].get("group_id", rows[place]["pair_id"])) for place in chosen]
+        return cls({row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}, chosen, groups,
+                   protocol.name)
 
     @property
     def told(self) -> dict[str, Any]:
-        return {"num_pairs": len(self.chosen), "protocol": self.protocol,
+        return {"num_pairs": len(self.chosen), "num_groups": len(set(self.groups)), "protocol": self.protocol,
                 "references": references_digest(self.references)}
 
     def scores(self, predictions: Path, metrics: Sequence[str] = METRICS) -> Scores:

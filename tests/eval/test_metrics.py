@@ -154,8 +154,11 @@ def test_score_files_gives_every_metric(tmp_path: Path) -> None:
     said, truth = captions()
     p = write_lines(tmp_path / "p.jsonl", [{"pair_id": key, "prediction": text} for key, text in said.items()] + [""])
     r = write_lines(tmp_path / "r.jsonl", [{"pair_id": key, "references": texts} for key, texts in truth.items()])
-    assert score_files(p, r) == {**score(said, truth).corpus, "num_pairs": 20, "protocol": "coco-caption/v1",
-                                 "references": references_digest(truth)}
+    got = score_files([p], r)
+    bounds = got.pop("intervals")
+    assert got == {**score(said, truth).corpus, "num_pairs": 20, "num_groups": 20, "protocol": "coco-caption/v1",
+                   "references": references_digest(truth)}
+    assert all(bounds[name][0] <= got[name] <= bounds[name][1] for name in METRICS)
 
 
 GOOD = {"pair_id": "a", "prediction": "x"}
@@ -174,15 +177,15 @@ GOOD = {"pair_id": "a", "prediction": "x"}
 def test_bad_prediction_files_are_refused(tmp_path: Path, rows: list[object], message: str) -> None:
     truth = write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": ["x"]}])
     with pytest.raises(ValueError, match=message):
-        score_files(write_lines(tmp_path / "p.jsonl", rows), truth)
+        score_files([write_lines(tmp_path / "p.jsonl", rows)], truth)
 
 
 def test_bad_reference_files_are_refused(tmp_path: Path) -> None:
     said = write_lines(tmp_path / "p.jsonl", [GOOD])
     with pytest.raises(ValueError, match="must be a list of strings, got 'x'"):
-        score_files(said, write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": "x"}]))
+        score_files([said], write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": "x"}]))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl not found"):
-        score_files(said, tmp_path / "none.jsonl")
+        score_files([said], tmp_path / "none.jsonl")
     (tmp_path / "l.jsonl").write_bytes(b'{"pair_id": "a", "references": ["caf\xe9"]}')
     with pytest.raises(ValueError, match=r"l\.jsonl: not UTF-8"):
-        score_files(said, tmp_path / "l.jsonl")
+        score_files([said], tmp_path / "l.jsonl")

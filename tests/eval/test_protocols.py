@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onediff.eval.metrics import METRICS, score
@@ -46,7 +47,7 @@ def test_the_published_annotations_are_references_and_entries_of_a_pair_are_merg
 
 def test_single_and_multi_change_score_the_same_predictions_otherwise(official: Path, tmp_path: Path) -> None:
     said = jsonl(tmp_path / "said.jsonl", [{"pair_id": str(k), "prediction": f"the {k} car"} for k in range(1270)])
-    single, multi = (score_files(said, official, key=f"spot_the_diff/{kind}") for kind in ("single", "multi"))
+    single, multi = (score_files([said], official, key=f"spot_the_diff/{kind}") for kind in ("single", "multi"))
     assert (single["protocol"], multi["protocol"]) == ("spot_the_diff/single/v1", "spot_the_diff/multi/v1")
     assert single["num_pairs"] == multi["num_pairs"] == 1270 and single["references"] != multi["references"]
     assert single["BLEU-1"] > multi["BLEU-1"]
@@ -65,7 +66,7 @@ def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_p
     with pytest.raises(ValueError, match=r"test\.json entry 0: needs 'img_id' and 'sentences'"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     with pytest.raises(ValueError, match=r"--protocol spot_the_diff is not known; known are scenes, .*/single"):
-        score_files(official, official, key="spot_the_diff")
+        score_files([official], official, key="spot_the_diff")
 
 
 def test_a_part_of_clevr_change_needs_to_know_which_pairs_changed(tmp_path: Path) -> None:
@@ -81,7 +82,20 @@ def test_a_part_of_clevr_change_needs_to_know_which_pairs_changed(tmp_path: Path
 def test_without_a_protocol_any_pairs_are_scored_against_all_their_references(tmp_path: Path) -> None:
     truth = {"a": ["the red cube is gone", "the cube left"], "b": ["nothing changed"]}
     said = {"a": "the red cube left", "b": "nothing"}
-    got = score_files(jsonl(tmp_path / "p", [{"pair_id": key, "prediction": text} for key, text in said.items()]),
+    got = score_files([jsonl(tmp_path / "p", [{"pair_id": key, "prediction": text} for key, text in said.items()])],
                       jsonl(tmp_path / "r", [{"pair_id": key, "references": texts} for key, texts in truth.items()]))
     assert {name: got[name] for name in METRICS} == score(said, truth).corpus
     assert got["references"] == references_digest(truth) and got["protocol"] == "coco-caption/v1"
+
+
+def test_several_runs_give_a_mean_and_their_spread(tmp_path: Path) -> None:
+    truth = jsonl(tmp_path / "r", [{"pair_id": key, "references": ["the red cube is gone"]} for key in "ab"])
+    runs = [jsonl(tmp_path / f"p{k}", [{"pair_id": key, "prediction": text} for key in "ab"])
+            for k, text in enumerate(["the red cube is gone", "the red", "the red cube is gone"])]
+    single = [score_files([path], truth) for path in runs]
+    got = score_files(runs, truth)
+    assert (got["num_runs"], got["num_pairs"]) == (3, 2) and "intervals" not in got
+    for name in METRICS:
+        values = [scores[name] for scores in single]
+        assert got[name] == pytest.approx(np.mean(values))
+        assert got["spread"][name] == pytest.approx(np.std(values, ddof=1))
