@@ -97,8 +97,8 @@ def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypa
     assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
     assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
     message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
-    assert message == ("onediff: clevr_change/total/v1 scores the official test split with its 7,970 pairs, got 3: take "
-                       "that split whole, or score without a protocol")
+    assert message == ("onediff: clevr_change/total/v1 scores the official test split with its 7,970 pairs, got 3: "
+                       "take that split whole, or score without a protocol")
 
 
 def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
