@@ -18,6 +18,7 @@ from onediff.train import lora
 
 BETAS = (0.9, 0.999)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LINK = "_lazy_init_hp_params_optimizer_state"  # of ZeRO 1 and 2: where each parameter finds its moments
 
 
 def start_process_group() -> None:
@@ -97,6 +98,8 @@ class Engine:
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.zero_level = runtime.zero_level
+        if hasattr(self._engine.optimizer, LINK):
+            self._make_moments()  # at its first update DeepSpeed would link those of the first part alone
 
     def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -212,9 +215,8 @@ class Engine:
             for key in MOMENTS:
                 state.setdefault(key, torch.zeros_like(p))
             state.setdefault("step", torch.zeros((), device=p.device))
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link:
-            link()
+        if hasattr(self._engine.optimizer, LINK):
+            getattr(self._engine.optimizer, LINK)()
 
     def whole(self, *, only_learned: bool) -> dict[str, Tensor] | None:
         """The weights in the model's precision, in the CPU's memory of rank 0; None on the others."""

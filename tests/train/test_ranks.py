@@ -127,7 +127,7 @@ def test_adapters_are_merged_into_the_weights_of_a_plain_model(alone: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "precision"), [(3, "float32"), (1, "bfloat16")])
+@pytest.mark.parametrize(("level", "precision"), [(3, "float32"), (2, "float32"), (1, "bfloat16")])
 def test_killed_on_two_processes_goes_on_with_the_same_bits_and_on_one_too(
         level: int, precision: str, tmp_path: Path, alone: Path) -> None:
     case = {"runtime": OFTEN | {"zero_level": level}, "precision": precision}
