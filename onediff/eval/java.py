@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Self
 
 SPEECH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
-FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")  # soon there, and little left
+FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:-UsePerfData")
 IN_FLIGHT = 64  # lines that a copy has before it: enough never to wait for us, few enough to share the work
 PIECE = 65_536  # bytes written or read at once
 NUDGE_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more

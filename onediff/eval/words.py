@@ -74,7 +74,7 @@ def _remember(tokens: dict[Text, str]) -> None:
 def _command() -> Command:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
-    return Command(("-Xmx512m", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
+    return Command(("-XX:TieredStopAtLevel=1", "-Xmx512m", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
                     "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"),
                    Path(ptbtokenizer.__file__).parent, push=_PUSH)
 
