@@ -101,6 +101,17 @@ def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypa
                        "take that split whole, or score without a protocol")
 
 
+def test_spice_that_cannot_be_downloaded_is_told_with_address_and_cure(project: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "no change"}\n')
+    Path("r.jsonl").write_text('{"pair_id": "a", "references": ["no change"]}\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    told = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
+    assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in told
+    assert str(project / "cache/onediff/spice") in told and told.endswith("or leave SPICE out")
+
+
 def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [{"pair_id": f"p{i}", "group_id": f"g{i // 2}", "references": [f"the {word} was removed"]}

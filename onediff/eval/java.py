@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Self
 
 SPEECH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
-FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")  # soon there, and little left
+FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:-UsePerfData")
 IN_FLIGHT = 64  # lines that a copy has before it: enough never to wait for us, few enough to share the work
 PIECE = 65_536  # bytes written or read at once
 NUDGE_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more
@@ -101,17 +101,14 @@ class Program:
             self.start()
             try:
                 return self._exchange(lines)
-            except (EOFError, OSError):
-                copy = next((copy for copy in self._copies if copy.ended()), self._copies[0])
-                raise ValueError(f"{self.name}: Java ended with code {copy.process.poll()} before all of {len(lines)} "
-                                 f"lines were answered, so nothing is scored: {copy.last_words()}; the next call "
-                                 "starts it anew") from None
+            except EOFError as end:
+                told = end.args[0].ending()
             except BaseException:  # between question and answer: the next answer would be the wrong one
-                self.kill()
+                self.close()
                 raise
-            finally:
-                if any(copy.ended() for copy in self._copies):
-                    self.close()
+            self.close()
+            raise ValueError(f"{self.name}: Java ended {told} before all of {len(lines)} lines were answered, so "
+                             "nothing is scored; the next call starts it anew")
 
     def kill(self) -> None:
         """Ends the copies without waiting for whoever is being served."""
@@ -194,20 +191,28 @@ class _Copy:
             self.put(None, self.command.push)
 
     def send(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        """Sends what fits. Raises EOFError if the program has ended."""
+        try:
             del self.unsent[: os.write(self.sink, self.unsent[:PIECE])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            raise EOFError(self) from None
 
     def receive(self) -> list[tuple[int | None, str]]:
         """The answers that have come, with their places. Raises EOFError if the program has ended."""
         data = os.read(self.source, PIECE)
         if not data:
-            raise EOFError
+            raise EOFError(self)
         *lines, self.received = (self.received + data).split(b"\n")
         self.ready = self.ready or bool(lines)
         return [(self.asked.popleft(), line.decode(errors="replace")) for line in lines]
 
-    def ended(self) -> bool:
-        return self.process.poll() is not None
+    def ending(self) -> str:
+        """With which code, and what it said; an end that is seen may have to be waited for."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        return f"with code {self.process.returncode} ({self.last_words()})"
 
     def last_words(self) -> str:
         self.errors.seek(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,6 @@ _REMEMBERED = 50_000  # captions; references come back at every validation
 Text = tuple[str, str]  # a caption, and the next one where that may decide the tokens of this one
 
 _tokens: dict[Text, str] = {}
-_lock = threading.Lock()
 
 
 def clean(caption: str) -> str:
@@ -68,16 +66,15 @@ def _run(texts: list[Text]) -> list[str]:
 
 
 def _remember(tokens: dict[Text, str]) -> None:
-    with _lock:
-        _tokens.update(tokens)
-        for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
-            del _tokens[text]
+    _tokens.update(tokens)
+    for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
+        _tokens.pop(text, None)  # another thread may have been here
 
 
 def _command() -> Command:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
-    return Command(("-Xmx512m", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
+    return Command(("-XX:TieredStopAtLevel=1", "-Xmx512m", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
                     "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"),
                    Path(ptbtokenizer.__file__).parent, push=_PUSH)
 

@@ -85,7 +85,7 @@ def test_a_program_killed_midway_is_told_and_the_next_call_starts_another() -> N
         first = program.pids
         lines = [f"a red cat no {i}" for i in range(300_000)]
         threading.Timer(0.2, lambda: os.kill(first[0], signal.SIGKILL)).start()
-        with pytest.raises(ValueError, match=r"the PTB tokenizer: Java ended with code -9 before all of 300000 lines"):
+        with pytest.raises(ValueError, match=r"the PTB tokenizer: Java ended with code -9 .*all of 300000 lines"):
             program.ask(lines)
         assert gone(first, 1)
         assert program.ask(["A dog"]) == ["a dog"]
