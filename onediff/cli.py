@@ -69,6 +69,35 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
 
 
 @app.command()
+def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a folder as published or of your own pairs, "
+                                                     "or a JSON list of LLaVA's rows.")],
+          benchmark: Annotated[Path, typer.Argument(help="A folder of shards, or one as published.")],
+          images: Annotated[Path | None, typer.Option(help="Where the images of LLaVA's rows are; default: beside the "
+                                                           "file.")] = None,
+          split: Annotated[str, typer.Option(help="Of the benchmark: test, gate or val.")] = "test",
+          train_split: Annotated[str, typer.Option(help="Of a training set that has splits.")] = "train",
+          source: Annotated[str | None, typer.Option(help="The benchmark's published set, if its folder is not called "
+                                                          "so.")] = None,
+          train_source: Annotated[str | None, typer.Option(help="The same of the training set.")] = None,
+          max_distance: Annotated[float, typer.Option(min=0, help="Grey levels up to which images are near.")] = 2.0,
+          out: Annotated[Path | None, typer.Option(help="JSONL with every finding.")] = None,
+          fail: Annotated[bool, typer.Option("--fail", help="Exit code 1 if a pair leaks.")] = False,
+          as_json: Json = False) -> None:
+    """Whether a training set, ours or others', holds images or captions of a benchmark's test pairs."""
+    from onediff.config import load_runtime
+    from onediff.data import audit as auditing
+    from onediff.data.audited import rows_of
+
+    runtime = load_runtime()
+    trained = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
+    tested = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    result = auditing.audit_to(out, trained, tested, max_distance=max_distance, runtime=runtime)
+    _print(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
+    if fail and result["leaks"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def preset(name: str, force: Annotated[bool, typer.Option("--force", help="Overwrite own values.")] = False) -> None:
     """Write params.yaml from presets/NAME.yaml, comments included; runtime.yaml too if there is none."""
     from onediff.config import load_params, load_runtime

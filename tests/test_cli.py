@@ -129,3 +129,23 @@ def test_the_doctor_tells_a_wrong_params_file_and_its_cure(project: Path) -> Non
     Path("params.yaml").write_text("seed: x\n")
     (finding,) = doctor._project()
     assert finding.needed and not finding.ok and "seed" in finding.found and "preset" in finding.cure
+
+
+def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ONEDIFF_WORKERS", "1")
+    with Image.open(ROOT / "examples/folder/images/5_before.png") as image:
+        image.convert("RGB").resize((image.width * 2, image.height * 2)).save("copy.jpg")
+    rows = [{"id": "a", "image": ["copy.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "a disc"}]}]
+    Path("rows.json").write_text(json.dumps(rows))
+    asked = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "found.jsonl")
+    assert _onediff(monkeypatch, *asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
+    assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read, and nothing is "
+                         "known of them")
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert {(finding["train_image"], finding["pair_id"]) for finding in found} == {("copy.jpg", "folder-test-000005")}
+    assert _onediff(monkeypatch, *asked, "--fail", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["leaks"] == 1
+    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *asked, "--split", "val"))
