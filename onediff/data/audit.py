@@ -7,6 +7,7 @@ average. A flat image is never near: all white pages look alike. Captions: overl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -41,7 +42,7 @@ Finding = dict[str, Any]
 
 @dataclass(frozen=True)
 class Look:
-    """What is kept of an image."""
+    """What is kept of an image; `pixels`: a digest of all of them, empty where none of the others can be equal."""
 
     name: str
     pixels: str
@@ -86,8 +87,8 @@ def audit(train: Iterable[Row | RowGroup], benchmark: Iterable[Row | RowGroup], 
     set has an image of it, equal or near, or a rare caption of it. image_and_caption: pairs of which one row of the
     training set has an image and any caption.
     """
-    tested = _Benchmark(itertools.chain.from_iterable(spread(_looker, benchmark, runtime, chunk=8)))
-    rows = itertools.chain.from_iterable(spread(_looker, train, runtime, chunk=8))
+    tested = _Benchmark(_looked_at(benchmark, None, runtime))
+    rows = _looked_at(train, frozenset(tested.phashes.tolist()), runtime)
     passing, unread = _Passing(tested, max_distance, note), _Unread()
     with tqdm(rows, desc="audit", unit="row") as shown:
         for block in _blocks(shown):
@@ -128,11 +129,16 @@ def as_text(result: dict[str, Any]) -> str:
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def _looker() -> Callable[[Row | RowGroup], list[Seen]]:
-    return lambda item: [_seen(row) for row in (item.rows() if isinstance(item, RowGroup) else [item])]
+def _looked_at(items: Iterable[Row | RowGroup], hashes: frozenset[int] | None, runtime: Runtime) -> Iterator[Seen]:
+    return itertools.chain.from_iterable(spread(functools.partial(_looker, hashes), items, runtime, chunk=8))
 
 
-def _seen(row: Row) -> Seen:
+def _looker(hashes: frozenset[int] | None) -> Callable[[Row | RowGroup], list[Seen]]:
+    return lambda item: [_seen(row, hashes) for row in (item.rows() if isinstance(item, RowGroup) else [item])]
+
+
+def _seen(row: Row, hashes: frozenset[int] | None) -> Seen:
+    """All pixels are digested, which takes longer than decoding them, only of images that have one of the hashes."""
     seen = Seen(row.name, row.source, row.texts, [], [name for name, where in row.images if where is None], [])
     for name, where in row.images:
         if where is None:
@@ -143,8 +149,9 @@ def _seen(row: Row) -> Seen:
             seen.corrupt.append(f"{name}: {str(error).partition(': ')[2]}")
             continue
         grey, size = image.convert("L"), f"{image.width}x{image.height}:"
-        seen.looks.append(Look(name, digest(size.encode() + image.tobytes()), difference_hash(_small(grey, _HASHED_PX)),
-                               np.asarray(_small(grey, GREY_PX)).ravel()))
+        phash = difference_hash(_small(grey, _HASHED_PX))
+        pixels = digest(size.encode() + image.tobytes()) if hashes is None or phash in hashes else ""
+        seen.looks.append(Look(name, pixels, phash, np.asarray(_small(grey, GREY_PX)).ravel()))
     return seen
 
 
