@@ -6,11 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from onediff.data_commands import app as data
+
+if TYPE_CHECKING:
+    from onediff.config import Judge as JudgeSettings
 
 CHAMPION = "models:/onediff@champion"
 TRAINED = Path("data/models/tune")
@@ -66,6 +69,34 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
         lines.append(f"{name:<10} {m['first']:>8.4f} {m['second']:>8.4f} {shown:>36} {m['p']:>8.4f}")
     lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them")
     _print(found, "\n".join(lines), as_json)
+
+
+@app.command()
+def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
+          references: Annotated[Path | None, typer.Option(help='JSONL lines {"pair_id", "references": [...]}, and '
+                                                          '"group_id" as for compare.')] = None,
+          model: Annotated[str | None, typer.Option(help="Default: params.yaml's judge.")] = None,
+          base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible; default: runtime.yaml's "
+                                                            "writer_url.")] = None,
+          truth: Annotated[str | None, typer.Option(help="Whose grammar knows the truth: scenes, scenes_far or edits. "
+                                                         "Tells what the judge is worth.")] = None,
+          shards: Annotated[Path, typer.Option(help="Where --truth finds its pairs.")] = Path("data/diffcap"),
+          out: Annotated[Path | None, typer.Option(help="JSONL with every verdict.")] = None,
+          as_json: Json = False) -> None:
+    """Ask a language model whether captions state the change and invent none; answers are paid for once and kept."""
+    from dataclasses import asdict
+
+    from onediff.config import load_runtime
+    from onediff.eval import judge as judging
+
+    runtime = load_runtime()
+    runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
+    result, verdicts = judging.judge_files(predictions, references, _judge(model), runtime, known=truth, shards=shards)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+        out.write_text("".join(lines), encoding="utf-8")
+    _print(result, judging.as_text(result), as_json)
 
 
 @app.command()
@@ -234,6 +265,17 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")
+
+
+def _judge(model: str | None) -> JudgeSettings:
+    """params.yaml's, with another model if one is named. Raises ValueError if neither names one."""
+    from onediff.config import Judge, load_params
+
+    settings = load_params().judge if Path("params.yaml").exists() else None
+    if model is None and settings is None:
+        raise ValueError("params.yaml: judge: is not set, so no model is known: name one with --model, or write the "
+                         "section as presets/paper.yaml has it")
+    return settings.model_copy(update={"model": model or settings.model}) if settings else Judge(model=str(model))
 
 
 def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | None = None) -> list[str]:

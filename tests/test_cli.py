@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chat_server import serving
 from PIL import Image
 
 from onediff import cli, doctor
@@ -149,3 +150,30 @@ def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
     assert _onediff(monkeypatch, *asked, "--fail", "--json") == 1
     assert json.loads(capsys.readouterr().out)["leaks"] == 1
     assert "no pair in split 'val'" in str(_onediff(monkeypatch, *asked, "--split", "val"))
+
+
+def test_a_judge_without_a_model_or_references_says_what_to_name(project: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
+    assert said.startswith("onediff: params.yaml: judge: is not set") and "--model" in said and "\n" not in said
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # it has one
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
+    assert said.startswith("onediff: --references is needed")
+    assert not Path("data").exists()
+
+
+def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    for side in ("INPUT", "OUTPUT"):
+        monkeypatch.setenv(f"ONEDIFF_WRITER_USD_PER_MILLION_{side}", "0")
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "the cube is gone"}\n'
+                               '{"pair_id": "b", "prediction": "a dog came"}\n')
+    Path("r.jsonl").write_text('{"pair_id": "a", "references": ["the cube is gone"]}\n'
+                               '{"pair_id": "b", "references": ["nothing changed"]}\n')
+    with serving() as server:
+        assert _onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "r.jsonl", "--model", "tiny",
+                        "--base-url", server.url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
+    assert lines[-1] == "2 of 2 captions judged"
