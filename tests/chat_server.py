@@ -22,8 +22,8 @@ def judged(question: Any) -> dict[str, str]:
         return {}
     before, caption = question.removeprefix("References: ").split("\nCaption: ")
     said = set(json.loads(caption).lower().split())
-    shares = [len(said & set(text.lower().split())) / len(text.split()) for text in json.loads(before)]
-    best = max(shares, default=0)
+    truths = [set(text.lower().split()) for text in json.loads(before)]
+    best = max((len(said & words) / len(words) for words in truths), default=0)
     states = "yes" if best == 1 else "partly" if best >= 0.5 else "no"
     return {"states": states, "invents": "no" if best == 1 else "yes"}
 

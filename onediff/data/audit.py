@@ -2,7 +2,8 @@
 
 The benchmark is held in memory, the training set passes by once. An image is equal if its decoded pixels are, near if
 its perceptual hash is within NEAR_BITS and its 32 x 32 grey thumbnail at most `max_distance` grey levels away on
-average. A flat image is never near: all white pages look alike. Captions: overlap.py.
+average, and at most a CONTRAST-th of its grey levels' standard deviation: dark and pale pictures look alike. A flat one
+is never near, as white pages are. Captions: overlap.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from onediff.data.record import digest
 from onediff.data.sources.tables import aligned
 from onediff.inputs.images import open_image
 
-NEAR_BITS, FLAT, GREY_PX = 8, 4.0, 32  # of 64 bits; standard deviation of a thumbnail's grey levels
+NEAR_BITS, GREY_PX = 8, 32  # of 64 bits
+FLAT, CONTRAST = 4.0, 10  # standard deviation of a thumbnail's grey levels
 MEASURES = ("equal_image", "near_image", "equal_caption", "rare_caption", "near_caption", "image_and_caption", "leaks")
 SHOWN = 5  # images that cannot be read which are printed
 _HASHED_PX = 128
@@ -96,7 +98,8 @@ def audit(train: Iterable[Row | RowGroup], benchmark: Iterable[Row | RowGroup], 
             passing.block(block)
     passing.captions()
     counts = passing.counts()
-    return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, **RULE},
+    return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST,
+                     **RULE},
             "train": unread.told(), "benchmark": tested.unread.told(), "benchmarks": counts,
             "num_pairs": sum(its["num_pairs"] for its in counts.values()),
             "leaks": sum(its["leaks"] for its in counts.values())}
@@ -105,13 +108,14 @@ def audit(train: Iterable[Row | RowGroup], benchmark: Iterable[Row | RowGroup], 
 def verdict(result: dict[str, Any]) -> str:
     """One line: clean, or how many pairs leak; and how much could not be seen."""
     pairs = f"{result['num_pairs']:,} pairs"
-    said = [f"{result['leaks']:,} of {pairs} leak" if result["leaks"] else f"clean: none of {pairs} leaks"]
+    said = f"{result['leaks']:,} of {pairs} leak" if result["leaks"] else f"clean: none of {pairs} leaks"
+    unread = []
     for name, called in (("train", "training set"), ("benchmark", "benchmark")):
-        unread = result[name]["missing_images"] + result[name]["corrupt_images"]
-        if unread:
-            said.append(f"but {unread:,} of {result[name]['images']:,} images of the {called} could not be read, and "
-                        "nothing is known of them")
-    return "; ".join(said)
+        its = result[name]
+        number = its["missing_images"] + its["corrupt_images"]
+        if number:
+            unread.append(f"{number:,} of {its['images']:,} images of the {called}")
+    return said + (f"; but {' and '.join(unread)} could not be read, and nothing is known of them" if unread else "")
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -257,10 +261,11 @@ class _Passing:
             yield from ((number, look, image, None) for image in self.tested.equal.get(look.pixels, ()))
         phashes = np.array([look.phash for _, look in looks], dtype=np.uint64)
         greys = np.stack([look.grey for _, look in looks])
-        flat = greys.std(axis=1) < FLAT
+        contrast = greys.std(axis=1)
+        limits = np.where(contrast < FLAT, -1, np.minimum(self.max_distance, contrast / CONTRAST))
         for mine, theirs in candidates(phashes, self.tested.phashes, NEAR_BITS):
             distance = np.abs(greys[mine].astype(np.int16) - self.tested.greys[theirs]).mean(axis=1)
-            for place in np.flatnonzero((distance <= self.max_distance) & ~flat[mine]):
+            for place in np.flatnonzero(distance <= limits[mine]):
                 number, look = looks[mine[place]]
                 if int(theirs[place]) not in self.tested.equal.get(look.pixels, ()):
                     yield number, look, int(theirs[place]), round(float(distance[place]), 3)

@@ -3,8 +3,8 @@
 Template captions repeat naturally ("nothing has changed"), so all equal ones are counted, but only *rare* ones speak of
 a leak. A caption is rare if it has MIN_WORDS words or more and at least half of its word trigrams are its own: in no
 other pair of the benchmark, and in at most COMMON different texts of the training set (copies of one text count once).
-Equal: without case, punctuation and spaces it is a whole text, line or sentence of the training set. Near: a rare one,
-CONTAINED of whose trigrams stand in one text.
+Equal: without case, punctuation and spaces it is a whole text, line or sentence of the training set, or what stands
+between : and ; in one. Near: a rare one, CONTAINED of whose trigrams stand in one text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KEPT = 2 * COMMON  # texts of a caption: one that is near to so many has no trig
 RULE = {"min_words": MIN_WORDS, "own_trigrams": OWN, "contained_trigrams": CONTAINED, "common_texts": COMMON}
 _WORD = re.compile(r"\w+")
 _APOSTROPHES = re.compile("['\u2019`]")
-_ENDS = re.compile(r"[.!?;]+(?:\s+|$)|\n+")
+_ENDS = re.compile(r"[.!?;:]+(?:\s+|$)|\n+")
 
 Gram = tuple[str, str, str]
 

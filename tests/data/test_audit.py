@@ -158,6 +158,18 @@ def test_white_pages_are_not_near_each_other(tmp_path: Path) -> None:
     assert result["leaks"] == 0
 
 
+def test_dark_pictures_of_unlike_things_are_not_near(tmp_path: Path) -> None:
+    for name, left in (("mine/a.png", 40), ("m4/c.png", 110)):
+        floor = np.broadcast_to(np.linspace(35, 60, 160).astype(np.uint8)[:, None], (160, 200)).copy()
+        floor[40:70, left : left + 40] = 25
+        saved(tmp_path / name, Image.fromarray(floor).convert("RGB"))
+    put(tmp_path / "mine/pairs.csv", "before,after,references,split\na.png,a.png,it is darker,test\n")
+    result, _ = audited(put(tmp_path / "m4/rows.json", [row("a", "c.png", "a cat")]), tmp_path / "mine")
+    assert result["leaks"] == 0
+    saved(tmp_path / "m4/c.png", Image.open(tmp_path / "mine/a.png").resize((111, 89)))
+    assert audited(tmp_path / "m4/rows.json", tmp_path / "mine")[0]["leaks"] == 1
+
+
 @pytest.mark.skipif(not CASES.is_dir(), reason="shared/cases is not beside the project")
 def test_real_photographs_are_found_again_as_small_jpegs_and_other_photographs_are_not(tmp_path: Path) -> None:
     photos = sorted((CASES / "photos").glob("*.jpg"))
