@@ -67,7 +67,7 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	@lint-imports
 
 lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pins that still fit
-	@$(UV) compile --quiet --no-header --no-annotate --extra dev --extra ray -o requirements.lock pyproject.toml
+	@$(UV) compile --quiet --no-header --no-annotate --extra full --extra dev --extra ray -o requirements.lock pyproject.toml
 	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock

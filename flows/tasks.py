@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onediff.registry import Verdict
 
 DVC = (sys.executable, "-m", "dvc")
-STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "report")
+STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "stress", "report")
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
 
@@ -103,7 +103,8 @@ def register() -> str:
     from onediff import registry
 
     run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
-    return registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"), run_id=run_id)
+    return registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"),
+                             Path("data/scored"), run_id=run_id)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
@@ -145,7 +146,7 @@ def keep_rescored(model: str, data: Path) -> str:
 
     name = model.removeprefix(f"models:/{registry.NAME}")[1:]
     version = next(str(row["version"]) for row in registry.list_versions() if name in (row["version"], *row["aliases"]))
-    registry.rescore(version, data / "metrics.json", data / "gate.json")
+    registry.rescore(version, data / "metrics.json", data / "gate.json", data / "scored")
     log_evaluation(load_params(), data=data)
     return version
 

@@ -27,6 +27,8 @@ app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]
+Protocol = Annotated[str | None, typer.Option(help="Such as spot_the_diff/single: what its papers report, on "
+                                              "the official test split or not at all.")]
 Phase = Literal["align", "tune"]
 Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
 
@@ -41,12 +43,17 @@ def caption(before: Path, after: Path, model: Model = CHAMPION, instruction: Ins
 
 @app.command()
 def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
-          references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}.')],
+          references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '
+                                                   'also the benchmark\'s annotation file as published.')],
+          protocol: Protocol = None,
+          spice: Annotated[bool, typer.Option("--spice", help="SPICE, too: slow, and at first use it downloads "
+                                              "Stanford CoreNLP (384 MB) to ~/.cache/onediff/spice.")] = False,
           as_json: Json = False) -> None:
     """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) by the COCO toolkit."""
-    from onediff.eval.metrics import score_files
+    from onediff.eval.metrics import METRICS, OPTIONAL
+    from onediff.eval.protocols import score_files
 
-    scores = score_files(predictions, references)
+    scores = score_files(predictions, references, key=protocol, metrics=METRICS + OPTIONAL if spice else METRICS)
     text = "\n".join(f"{name:<10} {value:.4f}" if isinstance(value, float) else f"{name:<10} {value}"
                      for name, value in scores.items())
     _print(scores, text, as_json)
@@ -56,12 +63,12 @@ def score(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id"
 def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", "prediction"}.')], second: Path,
             references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]} and, for pairs '
                                                      'of one scene or photograph, the same "group_id".')],
-            as_json: Json = False) -> None:
+            protocol: Protocol = None, as_json: Json = False) -> None:
     """Whether one system's captions score higher than another's: differences with 95 % intervals, by bootstrap."""
     from onediff.eval.metrics import METRICS
-    from onediff.eval.resample import compare_files
+    from onediff.eval.protocols import compare_files
 
-    found = compare_files(first, second, references)
+    found = compare_files(first, second, references, key=protocol)
     lines = [f"{'':<10} {'first':>8} {'second':>8} {'difference and its 95 % interval':>36}        p"]
     for name in METRICS:
         m = found[name]
@@ -236,7 +243,7 @@ def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TR
     """Make the trained model a version and the candidate; the same weights stay the same version."""
     from onediff import registry
 
-    version = registry.register(model, Path("data/metrics.json"), Path("data/gate.json"))
+    version = registry.register(model, Path("data/metrics.json"), Path("data/gate.json"), Path("data/scored"))
     typer.echo(f"version {version} is the candidate")
 
 
@@ -265,6 +272,9 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"onediff: this needs the package {error.name}, which scoring alone does not: "
+                 "pip install 'onediff-idc[full]', or 'make setup' in a clone")
 
 
 def _judge(model: str | None) -> JudgeSettings:

@@ -321,6 +321,29 @@ class Caption(Section):
     batch_size: Count
 
 
+class Stress(Section):
+    """How the caption is tried beyond the plain test pairs: on how many of each benchmark, under which strengths.
+
+    Noise in grey levels; shift in percent of the side; scale and brightness in percent more or less. The undisturbed
+    pair is always measured beside them.
+    """
+
+    num_pairs: Count
+    jpeg_quality: list[Annotated[int, Field(ge=1, le=100)]]
+    noise: list[Annotated[float, Field(gt=0)]]
+    shift_percent: list[Annotated[float, Field(gt=0, lt=100)]]
+    scale_percent: list[Annotated[float, Field(gt=-90, le=900)]]
+    brightness_percent: list[Annotated[float, Field(ge=-100)]]
+
+    @model_validator(mode="after")
+    def _each_strength_once(self) -> Self:
+        for key in ("jpeg_quality", "noise", "shift_percent", "scale_percent", "brightness_percent"):
+            strengths = getattr(self, key)
+            if 0 in strengths or len(set(strengths)) < len(strengths):
+                raise ValueError(f"{key} {strengths} must hold each strength once, and no 0: it is always measured")
+        return self
+
+
 class Config(Section):
     seed: Annotated[int, Field(ge=0)]
     data: Data
@@ -329,6 +352,7 @@ class Config(Section):
     align: Align | None  # None: `tune` starts from the checkpoints as they are
     tune: Phase
     caption: Caption
+    stress: Stress
     judge: Judge | None = None  # None: `onediff judge` is told its model, or there is none
 
     @model_validator(mode="after")

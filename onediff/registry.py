@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff import tracking
 from onediff.config import Section
+from onediff.eval.evaluation import PAIR_METRICS
+from onediff.eval.metrics import Scores
+from onediff.eval.resample import compare
 from onediff.model.digest import weights_digest
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 NAME = "onediff"
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 RULES = Path("mlflow/promotion.yaml")
+SCORED = "scored"  # folder of a version: what each pair scored
 CHAMPION_URI = f"models:/{NAME}@{CHAMPION}"
 _CACHE = tracking.HOME / "models"  # versions fetched from a server
 _MAIN = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
@@ -42,17 +47,32 @@ _HISTORY = ("promoted_at", "replaced", "reason", "replaced_at", "replaced_by", "
 Bound = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
+def _of_pairs(path: str) -> str:
+    if path.rpartition(".")[2] not in PAIR_METRICS:
+        raise ValueError(f"only {' and '.join(PAIR_METRICS)} are kept for each pair, as in scenes.{PAIR_METRICS[0]}")
+    return path
+
+
+Loss = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+PairMetric = Annotated[str, AfterValidator(_of_pairs)]
+
+
 class Beats(Section):
-    metric: str
-    margin: Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+    metric: PairMetric
+    margin: Loss
 
 
 class Rules(Section):
-    """mlflow/promotion.yaml. Keys are paths into gate.json such as `scenes.CIDEr`."""
+    """mlflow/promotion.yaml. Keys are paths into gate.json such as `scenes.CIDEr`.
+
+    `not_worse_than_champion`: the loss that chance alone must not be able to explain away. Both comparisons are by
+    paired bootstrap over the groups of split gate.
+    """
 
     minima: dict[str, Bound]
     maxima: dict[str, Bound]
     better_than_champion: Beats | None
+    not_worse_than_champion: dict[PairMetric, Loss] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:
@@ -105,31 +125,34 @@ def _explain(path: Path, item: Any) -> str:
 
 
 @_plain_errors()
-def register(model_dir: Path, scores_test: Path, scores_gate: Path, *, run_id: str | None = None) -> str:
-    """Makes the model folder a version and `candidate`; returns the version's number.
+def register(model_dir: Path, scores_test: Path, scores_gate: Path, scored: Path, *, run_id: str | None = None) -> str:
+    """Makes the model folder a version and `candidate`; returns the version's number. `scored`: the scores of each
+    pair, test.json and gate.json.
 
-    The same weights are the same version: it gets the new scores and nothing is copied. Does not load the model.
+    The same weights are the same version: it gets the new scores and no weight is copied. Does not load the model.
     Raises FileNotFoundError for what is not there, ValueError for scores that cannot be read.
     """
     digest = weights_digest(model_dir)
+    _read_json(scored / "gate.json")
     scores = {"scores_test": _read_scores(scores_test), "scores_gate": _read_scores(scores_gate)}
     store = tracking.client()
     _make_registered_model()
     known = next((item for item in _versions() if item.tags.get("weights_digest") == digest), None)
     if known is None:
         tags = {"weights_digest": digest, "run_id": run_id or "none", **tracking.provenance(), **_score_tags(scores)}
-        version = _create(model_dir, tags, run_id)
+        version = _create(model_dir, scored, tags, run_id)
     else:
         version = str(known.version)
+        _keep_scored(known, scored)
         _tag(version, {key: value for key, value in _score_tags(scores).items() if known.tags.get(key) != value})
     store.set_registered_model_alias(NAME, CANDIDATE, version)
     return version
 
 
 @_plain_errors()
-def rescore(version: str, scores_test: Path, scores_gate: Path) -> None:
+def rescore(version: str, scores_test: Path, scores_gate: Path, scored: Path) -> None:
     """Writes new scores on a version, after `flows/evaluate.py` scored it again."""
-    _get(version)
+    _keep_scored(_get(version), scored)
     _tag(version, _score_tags({"scores_test": _read_scores(scores_test), "scores_gate": _read_scores(scores_gate)}))
 
 
@@ -147,7 +170,9 @@ def promote(version: str | None = None, *, rules: Path = RULES) -> Verdict:
     if wanted == old:
         return Verdict(wanted, True, None, ["is the champion already"])
     champion = _get(old) if old else None
-    reasons = judge(demands, _gate_scores(candidate), _gate_scores(champion) if champion else None)
+    reasons = judge(demands, _gate_scores(candidate))
+    if champion:
+        reasons += _not_better(demands, candidate, champion)
     if version is None and "rolled_back_at" in candidate.tags:
         reasons.append(f"it was rolled back on {candidate.tags['rolled_back_at']}; "
                        f"to take it all the same: onediff registry promote {wanted}")
@@ -162,8 +187,8 @@ def promote(version: str | None = None, *, rules: Path = RULES) -> Verdict:
     return Verdict(wanted, True, old)
 
 
-def judge(rules: Rules, scores: Mapping[str, Any], champion: Mapping[str, Any] | None) -> list[str]:
-    """Why the flattened gate scores do not meet the rules; an empty list: they do."""
+def judge(rules: Rules, scores: Mapping[str, Any]) -> list[str]:
+    """Why the flattened gate scores do not meet minima and maxima; an empty list: they do."""
     reasons = []
     for path, least in rules.minima.items():
         if not _number(scores, path) >= least:  # nan, a missing score, is refused too
@@ -171,8 +196,6 @@ def judge(rules: Rules, scores: Mapping[str, Any], champion: Mapping[str, Any] |
     for path, most in rules.maxima.items():
         if not _number(scores, path) <= most:
             reasons.append(f"{path} is {_said(scores, path)}, must be at most {most:g}")
-    if rules.better_than_champion is not None and champion is not None:
-        reasons += _not_better(rules.better_than_champion, scores, champion)
     return reasons
 
 
@@ -233,7 +256,7 @@ def model_folder(uri: str = CHAMPION_URI) -> Path:
     return folder / described["flavors"]["python_function"]["data"]
 
 
-def _create(model_dir: Path, tags: dict[str, str], run_id: str | None) -> str:
+def _create(model_dir: Path, scored: Path, tags: dict[str, str], run_id: str | None) -> str:
     """Copies the folder into a logged model and makes it a version, with all its tags in one step."""
     store, experiment = tracking.client(), tracking.experiment_id()
     from mlflow.exceptions import MlflowException
@@ -251,6 +274,7 @@ def _create(model_dir: Path, tags: dict[str, str], run_id: str | None) -> str:
                    input_example=[{"before": "before.png", "after": "after.png"}], pip_requirements=[_requirement()],
                    mlflow_model=Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id,
                                       run_id=known_run, model_id=logged.model_id))
+        shutil.copytree(scored, folder / SCORED)
         store.log_model_artifacts(logged.model_id, str(folder))
     store.finalize_logged_model(logged.model_id, "READY")
     source = f"models:/{logged.model_id}"
@@ -268,9 +292,9 @@ def _signature() -> Any:
 def _requirement() -> str:
     """Said, so that MLflow infers nothing. The code is not copied: a version loads where OneDiff is installed."""
     try:
-        return f"onediff-idc=={installed_version('onediff-idc')}"
+        return f"onediff-idc[full]=={installed_version('onediff-idc')}"
     except PackageNotFoundError:  # run from a checkout
-        return "onediff-idc"
+        return "onediff-idc[full]"
 
 
 def _crown(version: str, old: str | None, reason: str) -> None:
@@ -282,17 +306,55 @@ def _crown(version: str, old: str | None, reason: str) -> None:
     _tag(version, {"promoted_at": _now(), "replaced": old or "", "reason": reason})
 
 
-def _not_better(rule: Beats, scores: Mapping[str, Any], champion: Mapping[str, Any]) -> list[str]:
-    benchmark = rule.metric.split(".")[0]
-    for key in (f"{benchmark}.references", f"{benchmark}.protocol"):
-        if scores.get(key) != champion.get(key):
-            return [f"{key} differs from the champion's, so {rule.metric} cannot be compared: score the champion again "
-                    "with flows/evaluate.py"]
-    to_beat = _number(champion, rule.metric) + rule.margin
-    if _number(scores, rule.metric) > to_beat:
-        return []
-    return [f"{rule.metric} is {_said(scores, rule.metric)}, must be above the champion's "
-            f"{_said(champion, rule.metric)}" + (f" by more than {rule.margin:g}" if rule.margin else "")]
+def _not_better(rules: Rules, candidate: ModelVersion, champion: ModelVersion) -> list[str]:
+    """Why the candidate may not replace the champion: each comparison that it does not stand."""
+    demands = [(path, -loss) for path, loss in rules.not_worse_than_champion.items()]
+    if rules.better_than_champion is not None:
+        demands.insert(0, (rules.better_than_champion.metric, rules.better_than_champion.margin))
+    ours, theirs = (_scored(version) for version in (candidate, champion)) if demands else ({}, {})
+    return [reason for path, least in demands if (reason := _compared(path, least, ours, theirs, champion.version))]
+
+
+def _compared(path: str, least: float, ours: Mapping[str, Any], theirs: Mapping[str, Any], champion: str) -> str | None:
+    """Why the difference to the champion is not above `least`, or None: the whole 95 % interval of it is."""
+    benchmark, _, metric = path.rpartition(".")
+    if benchmark not in ours:
+        return f"{path} is not in the gate scores of pairs"
+    first, second = ours[benchmark], theirs.get(benchmark, {})
+    if any(first[key] != second.get(key) for key in ("protocol", "references", "pair_id")):
+        return (f"{path}: the champion was scored on other pairs, references or by another protocol: score it again: "
+                f"python -m flows.evaluate models:/{NAME}/{champion}")
+    both = [Scores({metric: sum(part[metric]) / len(part[metric])}, {metric: part[metric]}, {})
+            for part in (first, second)]
+    found = compare(both[0], both[1], first["group_id"])[metric]
+    if found.low > least:
+        return None
+    return (f"{path} is {found.first:.4g}, the champion's {found.second:.4g}: the 95 % interval of the difference, "
+            f"{found.low:+.3g} to {found.high:+.3g}, must be above {least:+g}")
+
+
+def _keep_scored(version: ModelVersion, scored: Path) -> None:
+    """The scores of each pair beside the version's weights; they replace older ones."""
+    tracking.client().log_model_artifacts(_logged(version), str(scored), SCORED)
+
+
+def _scored(version: ModelVersion) -> dict[str, Any]:
+    """benchmark -> scores of each pair of split gate; empty if the version was registered without."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    where = tracking.client().get_logged_model(_logged(version)).artifact_location
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found = download_artifacts(artifact_uri=f"{where}/{SCORED}/gate.json", dst_path=scratch,
+                                       tracking_uri=tracking.uri())
+        except (MlflowException, OSError):
+            return {}
+        return _read_json(Path(found))
+
+
+def _logged(version: ModelVersion) -> str:
+    return str(version.source).removeprefix("models:/")
 
 
 def _number(scores: Mapping[str, Any], path: str) -> float:
@@ -306,6 +368,10 @@ def _said(scores: Mapping[str, Any], path: str) -> str:
 
 def _read_scores(path: Path) -> dict[str, Any]:
     """Flat, without lists: {"scenes.CIDEr": 3.1, ...}."""
+    return {key: value for key, value in tracking.flatten(_read_json(path)).items() if not isinstance(value, list)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -314,7 +380,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error}); 'dvc repro score' writes it again") from None
     if not isinstance(scores, dict):
         raise ValueError(f"{path}: must be a mapping of benchmarks, got {type(scores).__name__}")
-    return {key: value for key, value in tracking.flatten(scores).items() if not isinstance(value, list)}
+    return scores
 
 
 def _score_tags(scores: Mapping[str, dict[str, Any]]) -> dict[str, str]:

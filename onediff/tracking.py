@@ -278,13 +278,14 @@ def log_evaluation(config: Config, *, data: Path = Path("data"), num_pictures: i
     The same results are kept once: a finished run with the same scores is returned as it is.
     """
     tests, gates = (_read_scores(data / name) for name in ("metrics.json", "gate.json"))
-    key = hashlib.sha256(json.dumps([tests, gates], sort_keys=True).encode()).hexdigest()
+    harder = _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}  # `evaluate` makes none
+    key = hashlib.sha256(json.dumps([tests, gates, *filter(None, [harder])], sort_keys=True).encode()).hexdigest()
     known = _find(f"tags.scores_digest = '{key}' and attributes.status = 'FINISHED'")
     if known:
         return known
     with evaluation_run("evaluate", config) as run, tempfile.TemporaryDirectory() as scratch:
-        run.log(0, {**_numbers("test", tests), **_numbers("gate", gates)})
-        for name in ("metrics.json", "gate.json", "report.html", "diffcap/card.json"):
+        run.log(0, {**_numbers("test", tests), **_numbers("gate", gates), **_numbers("stress", harder)})
+        for name in ("metrics.json", "gate.json", "stress.json", "report.html", "diffcap/card.json"):
             if (data / name).exists():
                 run.artifact(data / name)
         _draw_samples(data, Path(scratch), num_pictures)

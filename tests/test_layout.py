@@ -59,7 +59,8 @@ def test_the_folder_mlflow_holds_no_python() -> None:
     assert not list((ROOT / "mlflow").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", ["data/README.md", "data/metrics.json", "data/gate.json", "onediff/data/record.py",
+@pytest.mark.parametrize("path", ["data/README.md", "data/metrics.json", "data/gate.json", "data/stress.json",
+                                  "onediff/data/record.py",
                                   "presets/backbones/tiny/vision/model.safetensors", "dvc.lock"])
 def test_git_sees(path: str) -> None:
     _need_git()
@@ -106,7 +107,7 @@ def _stages() -> dict[str, tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("name", ["read", "retrieve", "instruct", "diffuse", "write", "probe", "validate", "build",
-                                  "align", "tune", "caption", "score", "report"])
+                                  "align", "tune", "caption", "score", "stress", "report"])
 def test_every_module_that_a_stage_imports_is_a_dep(name: str) -> None:
     module, deps = _stages()[name]
     own = {module, *_graph().find_upstream_modules(module)}

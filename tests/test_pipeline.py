@@ -61,6 +61,10 @@ def test_one_command_rebuilds_everything(built: Path) -> None:
     scores = json.loads((built / "data/metrics.json").read_text())
     assert {"change_type_accuracy", "changed_object_accuracy", "false_alarm_rate"} <= scores["scenes"].keys()
     assert "operation_accuracy" in scores["edits"]
+    harder = json.loads((built / "data/stress.json").read_text())
+    assert set(harder) == {"scenes", "edits"}
+    for benchmark in harder.values():
+        assert {"identical", "unrelated", "swapped", "curves", "attention"} <= benchmark.keys()
 
 
 def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onediff import registry, tracking
 
 REPO = Path(__file__).parents[1]
 GOOD = {"change_type_accuracy": 0.9, "changed_object_accuracy": 0.8, "false_alarm_rate": 0.02, "CIDEr": 3.0,
-        "references": "r1", "protocol": "coco-caption/v1", "floor": {"constant": {"CIDEr": 0.3, "sentence": "none"}}}
+        "floor": {"constant": {"CIDEr": 0.3, "sentence": "none"}}}
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +35,33 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def add(name: str, *, operation: float = 0.8, **scenes: float | str) -> str:
+def scored(folder: Path, *, cider: float, edits: float, references: str, noise: float) -> Path:
+    """What 200 pairs of 50 scenes scored: around `cider`, as far apart as `noise`."""
+    values = np.random.default_rng(0).normal(0, noise, (2, 200)) if noise else np.zeros((2, 200))
+    names = {"pair_id": [str(k) for k in range(200)], "group_id": [str(k // 4) for k in range(200)]}
+    pairs = {benchmark: {**names, "protocol": "coco-caption/v1", "references": references,
+                         "CIDEr": (mean + row - row.mean()).tolist()}
+             for benchmark, mean, row in zip(("scenes", "edits"), (cider, edits), values, strict=True)}
+    folder.mkdir(exist_ok=True)
+    (folder / "gate.json").write_text(json.dumps(pairs))
+    return folder
+
+
+def add(name: str, *, operation: float = 0.8, references: str = "r1", noise: float = 0, edits: float = 1.0,
+        **scenes: float) -> str:
     """Registers a model folder whose weights are `name`."""
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(name.encode())
     (folder / "config.json").write_text("{}")
-    gate = {"scenes": {**GOOD, **scenes}, "edits": {"operation_accuracy": operation, "CIDEr": 1.0}}
+    gate = {"scenes": {**GOOD, **scenes}, "edits": {"operation_accuracy": operation, "CIDEr": edits}}
     paths = []
     for split, scores in (("test", {"scenes": {**GOOD, "CIDEr": 0.001}}), ("gate", gate)):
         paths.append(folder.parent / f"{name}-{split}.json")
         paths[-1].write_text(json.dumps(scores))
-    return registry.register(folder, *paths, run_id="abc")
+    pairs = scored(folder.parent / f"{name}-scored", cider=gate["scenes"]["CIDEr"], edits=edits, references=references,
+                   noise=noise)
+    return registry.register(folder, *paths, pairs, run_id="abc")
 
 
 def aliases() -> dict[str, list[str]]:
@@ -104,7 +121,8 @@ def test_a_refused_candidate_hears_every_reason_and_the_champion_stays() -> None
     assert not verdict.promoted
     assert verdict.reasons == ["scenes.change_type_accuracy is 0.6, must be at least 0.7",
                                "scenes.false_alarm_rate is 0.3, must be at most 0.2",
-                               "scenes.CIDEr is 3, must be above the champion's 3"]
+                               "scenes.CIDEr is 3, the champion's 3: the 95 % interval of the difference, +0 to +0, "
+                               "must be above +0"]
     assert history("2")["refused_because"] == "; ".join(verdict.reasons)
     assert aliases() == {"1": ["champion"], "2": ["candidate"]}
 
@@ -126,7 +144,39 @@ def test_scores_on_other_references_are_not_compared() -> None:
     add("a")
     registry.promote()
     add("b", CIDEr=9.0, references="r2")
-    assert "score the champion again" in registry.promote().reasons[0]
+    assert "flows.evaluate models:/onediff/1" in registry.promote().reasons[0]
+    add("a", references="r2")  # scored again
+    assert registry.promote("2").promoted
+
+
+def test_a_gain_that_chance_explains_is_no_gain() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=3.1, noise=2.0)
+    reason, = registry.promote().reasons
+    assert re.search(r"scenes.CIDEr is 3.1, the champion's 3: .* -0.\d+ to \+0.\d+, must be above \+0", reason)
+    add("c", CIDEr=3.1, noise=0.1)
+    assert registry.promote().promoted
+
+
+def test_a_gain_may_not_be_paid_for_on_another_benchmark() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=4.0, edits=0.4)
+    assert registry.promote().reasons == ["edits.CIDEr is 0.4, the champion's 1: the 95 % interval of the difference, "
+                                          "-0.6 to -0.6, must be above -0.5"]
+    add("c", CIDEr=4.0, edits=0.6)
+    assert registry.promote().promoted
+
+
+def test_a_champion_without_scores_of_pairs_is_to_be_scored_again() -> None:
+    add("a")
+    registry.promote()
+    found = next(Path("mlartifacts").rglob("gate.json")) if Path("mlartifacts").exists() else next(
+        path for path in Path().rglob("scored/gate.json"))
+    found.unlink()
+    add("b", CIDEr=4.0)
+    assert "score it again" in registry.promote().reasons[0]
 
 
 def test_promoting_the_champion_again_changes_nothing() -> None:
@@ -177,11 +227,11 @@ def test_what_is_not_there_is_named() -> None:
 
 def test_missing_weights_or_unreadable_scores_register_nothing() -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found"):
-        registry.register(Path("nowhere"), Path("t.json"), Path("g.json"))
+        registry.register(Path("nowhere"), Path("t.json"), Path("g.json"), Path("s"))
     add("a")
     Path("broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json: not valid JSON"):
-        registry.register(Path("models/a"), Path("models/a-test.json"), Path("broken.json"))
+        registry.register(Path("models/a"), Path("models/a-test.json"), Path("broken.json"), Path("models/a-scored"))
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -190,7 +240,12 @@ def test_missing_weights_or_unreadable_scores_register_nothing() -> None:
     ("minima: {a.b: .nan}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: "),
     ("minima: {a.b: 1}\nmaxima: {a.b: 0.5}\nbetter_than_champion: null", "above its maximum"),
     ("minima: {a.b: 1}\nmaximum: {}\nbetter_than_champion: null", "maximum"),
-    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.b, margin: -1}", "better_than_champion.margin"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.CIDEr, margin: -1}",
+     "better_than_champion.margin"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.METEOR, margin: 0}",
+     "better_than_champion.metric: only CIDEr and ROUGE-L are kept for each pair"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nnot_worse_than_champion: {a.CIDEr: -1}",
+     "not_worse_than_champion.a.CIDEr"),
     ("minima: {a.b: 1}\nmaxima: {}", "better_than_champion: Field required"),
     ("minima: [", "not valid YAML"),
     ("", "the whole file"),

@@ -138,6 +138,15 @@ def test_an_evaluation_keeps_scores_report_and_pictures_once(config: Config) -> 
     assert tracking.log_evaluation(config, num_pictures=1) != first
 
 
+def test_an_evaluation_keeps_the_figures_under_stress_where_there_are_any(config: Config) -> None:
+    data = _results()
+    (data / "stress.json").write_text('{"scenes": {"curves": {"noise": {"5": {"CIDEr": 1.5, "intervals": {}}}}}}')
+    kept = tracking.log_evaluation(config, num_pictures=1)
+    assert tracking.log_evaluation(config, num_pictures=1) == kept
+    assert tracking.client().get_run(kept).data.metrics["stress/scenes.curves.noise.5.CIDEr"] == 1.5
+    assert "stress.json" in {item.path for item in tracking.client().list_artifacts(kept)}
+
+
 def _results() -> Path:
     data, buffer = Path("data"), io.BytesIO()
     Image.new("RGB", (7, 5), "red").save(buffer, "PNG")
@@ -259,7 +268,13 @@ def test_a_version_on_a_server_is_fetched_once(server: Server) -> None:
     (folder / "model.safetensors").write_bytes(b"w")
     for name in ("test.json", "gate.json"):
         Path(name).write_text('{"scenes": {"CIDEr": 1.0}}')
-    registry.register(folder, Path("test.json"), Path("gate.json"))
+    Path("scored").mkdir()
+    Path("scored/gate.json").write_text('{"scenes": {}}')
+    version = registry.register(folder, Path("test.json"), Path("gate.json"), Path("scored"))
+    assert registry._scored(registry._get(version)) == {"scenes": {}}
+    Path("scored/gate.json").write_text('{"edits": {}}')
+    registry.rescore(version, Path("test.json"), Path("gate.json"), Path("scored"))
+    assert registry._scored(registry._get(version)) == {"edits": {}}
     fetched = registry.model_folder("models:/onediff@candidate")
     assert (fetched / "model.safetensors").read_bytes() == b"w" and ".onediff" in fetched.parts
     (fetched / "mark").touch()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,23 @@ _WORDS = {said: (kind, word) for kind, words in _KINDS.items() for word in words
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
+# None of its own for crop, black_and_white and blur: no sentence asks to widen, to colour or to sharpen.
+_EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
+                 "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
+                 "remove": "paste"}
+_EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple", "purple": "green", "blue": "yellow",
+                                 "yellow": "blue"},
+                  "rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
 Row = Mapping[str, Any]
-Outcomes = list[tuple[str, bool]]  # (group_id, right)
+Outcomes = Sequence[tuple[str, float]]  # (group_id, right or not, or a share)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a caption says about a scene. change_type None: it could not be read. `new`: the new color or material."""
+    """What a caption says about a pair. change_type None: it could not be read. `new`: the new color or material; of an
+    edit its place, turn or tint.
+    """
 
     change_type: str | None
     color: str | None = None
@@ -64,10 +73,20 @@ def parse(caption: str) -> Change:
     return UNREADABLE
 
 
+def parse_edit(caption: str) -> Change:
+    """What a request asks for: its operation as the type, the object that is pasted; UNREADABLE if it is none."""
+    text = _plain(caption)
+    for operation, pattern in _edit_patterns():
+        match = pattern.fullmatch(text)
+        if match is not None:
+            slots = match.groupdict()
+            return Change(operation, **_parse_noun(slots.get("old", "")) or {}, new=slots.get("new"))
+    return UNREADABLE
+
+
 def parse_operation(caption: str) -> str | None:
     """The operation that a request names, or None."""
-    text = _plain(caption)
-    return next((operation for operation, pattern in _edit_patterns() if pattern.fullmatch(text)), None)
+    return parse_edit(caption).change_type
 
 
 def matching_templates(caption: str, change_type: str) -> list[str]:
@@ -145,6 +164,13 @@ def truth(row: Row) -> Change:
     return Change(row["change_type"], **thing, new=new)
 
 
+def edit_truth(row: Row) -> Change:
+    """What was really done to a picture, from its provenance."""
+    thing = row["provenance"]["object"]
+    return Change(row["change_type"], **({kind: thing[kind] for kind in _KINDS} if thing else {}),
+                  new=row["provenance"]["new"])
+
+
 def same_object(a: Change, b: Change) -> bool:
     """Color and shape are named and agree."""
     return None not in (a.color, a.shape) and (a.color, a.shape) == (b.color, b.shape)
@@ -170,6 +196,42 @@ def inverse(a: Change, b: Change) -> bool:
     if a.change_type == "texture":
         return a.new != b.new
     return a.change_type != "move" or _OPPOSITE.get(a.direction or "") == b.direction
+
+
+def says_the_edit(said: Change, true: Change) -> bool:
+    """Operation, place, turn or tint, and of what is pasted color and shape."""
+    return ((said.change_type, said.new) == (true.change_type, true.new)
+            and (true.change_type != "paste" or same_object(said, true)))
+
+
+def undone(change: Change) -> Change | None:
+    """What happens in the same scenes with before and after exchanged; None if nothing does."""
+    kind = _INVERSE.get(change.change_type or "")
+    if kind is None:
+        return None
+    if kind == "color":
+        return replace(change, color=change.new, new=change.color)
+    if kind == "texture":
+        return replace(change, material=change.new, new=change.material)
+    return replace(change, change_type=kind, direction=_OPPOSITE.get(change.direction or ""))
+
+
+def undone_edit(edit: Change) -> Change | None:
+    """The edit that leads back, in the grammar's words; None where it has none, as for a crop or a hole in a photo."""
+    kind = _EDIT_INVERSE.get(edit.change_type or "")
+    if kind is None or (kind == "paste" and edit.shape is None):
+        return None
+    opposite = _EDIT_OPPOSITE.get(kind)
+    return replace(edit, change_type=kind, new=opposite.get(edit.new or "") if opposite else edit.new)
+
+
+def inverse_edit(a: Change, b: Change) -> bool:
+    """Whether request b undoes request a; a request to remove names no object, so any may be pasted in its place."""
+    kind = _EDIT_INVERSE.get(a.change_type or "")
+    if kind is None or kind != b.change_type:
+        return False
+    opposite = _EDIT_OPPOSITE.get(kind)
+    return a.new == b.new if opposite is None else opposite.get(a.new or "") == b.new
 
 
 def scene_checks(prediction: str, row: Row) -> dict[str, bool]:
@@ -232,14 +294,14 @@ def _same_type(said: Change, true: Change) -> bool:
 
 
 def _by_type(rows: list[Row], outcomes: Outcomes) -> dict[str, float]:
-    right: dict[str, list[bool]] = {}
+    right: dict[str, list[float]] = {}
     for row, (_, ok) in zip(rows, outcomes, strict=True):
         right.setdefault(row["change_type"], []).append(ok)
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
 
 def rates(outcomes: dict[str, Outcomes]) -> dict[str, Any]:
-    """The share of right outcomes under each name that has any, and their intervals."""
+    """The mean of the outcomes under each name that has any, the share of right ones, and their intervals."""
     known = {name: values for name, values in outcomes.items() if values}
     return {**{name: sum(ok for _, ok in values) / len(values) for name, values in known.items()},
             "intervals": {name: interval(values) for name, values in known.items()}}

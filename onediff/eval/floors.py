@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, sa
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes import describe, noun
 from onediff.eval.behaviour import Row, matching_templates
-from onediff.eval.metrics import METRICS, Meteor, Predictions, References, cider, clean, score
+from onediff.eval.metrics import METRICS, Predictions, References, cider, clean, score
+from onediff.eval.protocols import texts_of
 
 NUM_CANDIDATES = 30
 NUM_FINALISTS = 3
@@ -21,13 +22,21 @@ LEFT_OUT = 3  # references at most that take their turn as a prediction
 SAMPLE = 100  # pairs on which the candidates for the constant sentence are compared first
 
 
-def floors(train: Sequence[str], references: References, *, metrics: Sequence[str] = METRICS,
-           meteor: Meteor | None = None, seed: int = 0) -> dict[str, Any]:
-    """Scores of the best constant sentence (it stands under "sentence") and of random captions, both from training."""
-    sentence = best_constant(train, references, seed=seed)
-    constant = score(_always(sentence, references), references, metrics=metrics, meteor=meteor)
-    drawn = score(random_captions(train, references, seed=seed), references, metrics=metrics, meteor=meteor)
-    return {"constant": {**constant.corpus, "sentence": sentence}, "random_train": drawn.corpus}
+def floor_captions(train: Sequence[Row], references: References, *, nearest: Mapping[str, Row] | None = None,
+                   joined: bool = False, seed: int = 0) -> dict[str, Predictions]:
+    """What is said by systems that understand no image, all from training captions: `constant`, the best sentence for
+    every pair; `random_train`, any one; `nearest_train`, that of the training pair whose pixels are nearest, where
+    these are known. Empty without training captions.
+    """
+    texts = [text for row in train for text in row["references"]]
+    if not texts:
+        return {}
+    whole = [text for row in train for text in texts_of(row, joined=joined)]
+    found = {"constant": _always(best_constant(texts, references, seed=seed), references),
+             "random_train": random_captions(whole, references, seed=seed)}
+    if nearest:
+        found["nearest_train"] = {key: texts_of(nearest[key], joined=joined)[0] for key in references}
+    return found
 
 
 def best_constant(train: Sequence[str], references: References, *, seed: int = 0) -> str:
@@ -56,8 +65,7 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
 
 
-def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS,
-                  meteor: Meteor | None = None) -> dict[str, float]:
+def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """How far the references agree: each of the first ones scored against the others of its pair, the mean of these
     scores; what people reach, where people wrote them. Beside it `num_pairs`, those with two references or more; empty
     where there are fewer than two.
@@ -68,7 +76,7 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS,
     turns = min(LEFT_OUT, *map(len, several.values()))
     found = [score({key: texts[out] for key, texts in several.items()},
                    {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
-                   metrics=metrics, meteor=meteor).corpus for out in range(turns)]
+                   metrics=metrics).corpus for out in range(turns)]
     return {"num_pairs": len(several), **{name: sum(each[name] for each in found) / turns for name in metrics}}
 
 

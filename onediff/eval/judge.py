@@ -23,15 +23,9 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.request import judgement_of_caption
 from onediff.data.writer.store import answers_path, read_answers
 from onediff.eval.behaviour import RESAMPLES, Row, interval, parse, parse_operation, says_the_truth, truth
-from onediff.eval.metrics import (
-    Predictions,
-    References,
-    check_keys,
-    read_groups,
-    read_predictions,
-    read_references,
-)
-from onediff.eval.protocols import PROTOCOLS
+from onediff.eval.files import read_predictions
+from onediff.eval.pairs import Predictions, References, check_keys
+from onediff.eval.protocols import PROTOCOLS, protocol_of, read_benchmark
 
 DIFFCAP = Path("data/diffcap")
 ANSWERS = answers_path("judge", "verdicts")
@@ -72,14 +66,13 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
         raise ValueError(f"{predictions}: no line; one per pair is needed")
     rows = _held_back(shards, known) if known else []
     truths = known_truths(said, rows, known) if known else {}
+    told = [row for row in rows if row["pair_id"] in said]
     if references:
-        texts, groups = read_references(references), read_groups(references)
-    elif known:
-        texts = {row["pair_id"]: list(row["references"]) for row in rows if row["pair_id"] in said}
-        groups = {}
-    else:
+        told = read_benchmark(references, protocol_of("references"))  # of no published set, so no count is official
+    elif not known:
         raise ValueError("--references is needed: JSONL lines of pair_id and references; or --truth, of generated data")
-    groups = groups | {row["pair_id"]: row["group_id"] for row in rows}
+    texts = {row["pair_id"]: list(row["references"]) for row in told}
+    groups = {row["pair_id"]: str(row.get("group_id", row["pair_id"])) for row in [*told, *rows]}
     verdicts = judge(said, texts, settings, runtime)
     result = summary(verdicts, groups)
     return result | ({"agreement": agreement(verdicts, truths, groups)} if known else {}), verdicts

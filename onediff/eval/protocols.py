@@ -1,97 +1,201 @@
-"""Which benchmark is scored how, and everything that is said about one in metrics.json."""
+"""Protocols: how each benchmark is scored, by name and version. Scores of two protocols never stand in one column.
+
+Traps that these close: docs/protocols.md.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from onediff.data.record import digest
-from onediff.eval.behaviour import Row, edit_behaviour, edit_checks, scene_behaviour, scene_checks
-from onediff.eval.floors import floors, leave_one_out, oracle
-from onediff.eval.metrics import METRICS, Meteor, Predictions, Scores, score
-from onediff.eval.resample import intervals
+from onediff.eval.files import read_predictions, read_rows
+from onediff.eval.metrics import METRICS, References, Scores, score
+from onediff.eval.resample import RESAMPLES, compare, restricted
+
+Row = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """`train_source`: whose training captions make the floors; `grammar`: which parser reads the captions, if any."""
+    """`source`: whose captions it scores; `train_source`: whose training captions make its floors; `grammar`: which
+    parser reads them, if any. `joined`: all sentences of a pair are one reference. `only`: the table is about the
+    "changed" or the "unchanged" pairs, with the document frequencies of the whole split. `num_pairs` and
+    `num_references` (those with words): the official test split's. `id_key` and `text_key`: where its annotation file
+    has one entry for each pair or part of one.
+    """
 
+    name: str
+    source: str
     train_source: str
     grammar: str | None = None
-    name: str = "coco-caption/v1"
+    joined: bool = False
+    only: str | None = None
+    num_pairs: int | None = None
+    num_references: int | None = None
+    id_key: str | None = None
+    text_key: str | None = None
     metrics: tuple[str, ...] = METRICS
 
 
-PROTOCOLS = {"scenes": Protocol("scenes", "scenes"), "scenes_far": Protocol("scenes", "scenes"),
-             "edits": Protocol("edits", "edits"),
-             "spot_the_diff": Protocol("spot_the_diff", name="spot_the_diff/single/v1"),
-             "image_editing_request": Protocol("image_editing_request", name="image_editing_request/v1"),
-             "birds_to_words": Protocol("birds_to_words", name="birds_to_words/v1"),
-             "clevr_change": Protocol("clevr_change", name="clevr_change/total/v1")}
+def _spot(kind: str, *, joined: bool) -> Protocol:
+    return Protocol(f"spot_the_diff/{kind}/v1", "spot_the_diff", "spot_the_diff", joined=joined, num_pairs=1270,
+                    num_references=2107, id_key="img_id", text_key="sentences")
 
 
-def protocol_of(benchmark: str) -> Protocol:
-    """A benchmark of one's own is scored by the COCO toolkit against all its references."""
-    return PROTOCOLS.get(benchmark, Protocol(benchmark))
+def _clevr(kind: str, num_pairs: int, only: str | None = None) -> Protocol:
+    return Protocol(f"clevr_change/{kind}/v1", "clevr_change", "clevr_change", only=only, num_pairs=num_pairs)
 
 
-def checks(benchmark: str, prediction: str, row: Row) -> dict[str, bool]:
-    """What the benchmark's parser says about one prediction; empty where no parser reads the captions."""
-    grammar = protocol_of(benchmark).grammar
-    return {"scenes": scene_checks, "edits": edit_checks}[grammar](prediction, row) if grammar else {}
+PROTOCOLS = {
+    "scenes": Protocol("coco-caption/v1", "scenes", "scenes", grammar="scenes"),
+    "scenes_far": Protocol("coco-caption/v1", "scenes_far", "scenes", grammar="scenes"),
+    "edits": Protocol("coco-caption/v1", "edits", "edits", grammar="edits"),
+    "spot_the_diff/single": _spot("single", joined=False),
+    "spot_the_diff/multi": _spot("multi", joined=True),
+    "image_editing_request": Protocol("image_editing_request/v1", "image_editing_request", "image_editing_request",
+                                      num_pairs=495, num_references=1485, id_key="uid", text_key="sents"),
+    "birds_to_words": Protocol("birds_to_words/v1", "birds_to_words", "birds_to_words"),
+    "clevr_change/total": _clevr("total", 7970),
+    "clevr_change/semantic": _clevr("semantic", 3985, only="changed"),
+    "clevr_change/distractor": _clevr("distractor", 3985, only="unchanged"),
+}
+
+
+def protocols_of(source: str) -> dict[str, Protocol]:
+    """Every benchmark of a source; one of one's own has one, by the COCO toolkit against all its references."""
+    own = {source: Protocol("coco-caption/v1", source, source)}
+    return {key: protocol for key, protocol in PROTOCOLS.items() if protocol.source == source} or own
+
+
+def protocol_of(source: str) -> Protocol:
+    """The first of them, which says how its captions are read and whose training captions are its own."""
+    return next(iter(protocols_of(source).values()))
+
+
+def protocol_named(key: str) -> Protocol:
+    """Raises ValueError for a benchmark that there is not."""
+    if key not in PROTOCOLS:
+        raise ValueError(f"--protocol {key} is not known; known are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[key]
+
+
+def texts_of(row: Row, *, joined: bool) -> list[str]:
+    """The references of a pair; joined: all of them as one."""
+    texts = list(row["references"])
+    return [" ".join(text for text in texts if text.strip())] if joined else texts
+
+
+def chosen_rows(protocol: Protocol, rows: Sequence[Row]) -> list[int]:
+    """The places of the rows that the table is about. Raises ValueError if a row that must be chosen has no type."""
+    if protocol.only is None:
+        return list(range(len(rows)))
+    untyped = [row["pair_id"] for row in rows if not row.get("change_type")]
+    if untyped:
+        raise ValueError(f"{protocol.name} is about {protocol.only} pairs, but {untyped[0]} has no 'change_type' "
+                         "(none: unchanged); 'onediff references' writes it")
+    return [place for place, row in enumerate(rows) if (row["change_type"] == "none") == (protocol.only == "unchanged")]
+
+
+def check_counts(protocol: Protocol, rows: Sequence[Row]) -> None:
+    """Raises ValueError unless the rows are as many as the official test split has, with as many references."""
+    chosen = [rows[place] for place in chosen_rows(protocol, rows)]
+    num_references = sum(bool(text.strip()) for row in chosen for text in row["references"])
+    for what, official, got in (("pairs", protocol.num_pairs, len(chosen)),
+                                ("references", protocol.num_references, num_references)):
+        if official not in (None, got):
+            raise ValueError(f"{protocol.name} scores the official test split with its {official:,} {what}, got "
+                             f"{got:,}: take that split whole, or score without a protocol")
 
 
 def references_digest(references: Mapping[str, Sequence[str]]) -> str:
     """Names the references, whatever order the pairs come in: equal digests make scores comparable."""
-    return digest(json.dumps({key: list(texts) for key, texts in references.items()}, sort_keys=True).encode())
+    told = json.dumps({key: list(texts) for key, texts in references.items()}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
-def evaluate(benchmark: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[str],
-             meteor: Meteor) -> dict[str, Any]:
-    """Scores, floors and behaviour of one benchmark; `train`: the training captions that the floors may use.
+# --- files -----------------------------------------------------------------------------------------------------------
 
-    Raises ValueError if predictions and rows do not match.
+
+def read_benchmark(path: Path, protocol: Protocol) -> list[Row]:
+    """The rows of a JSONL file of references, or of the annotation file of the protocol's benchmark as published.
+
+    Raises ValueError naming file and line or entry, or for counts that are not the official test split's.
     """
-    protocol = protocol_of(benchmark)
-    references = {row["pair_id"]: list(row["references"]) for row in rows}
-    scores = score(predictions, references, metrics=protocol.metrics, meteor=meteor)
-    result: dict[str, Any] = {
-        **scores.corpus, "score_intervals": {
-            name: list(bounds) for name, bounds in intervals(scores, [row["group_id"] for row in rows]).items()},
-        "num_pairs": len(rows), "protocol": protocol.name, "references": references_digest(references),
-        "floor": floors(train, references, metrics=protocol.metrics, meteor=meteor) if train else {},
-        "leave_one_out": leave_one_out(references, metrics=protocol.metrics, meteor=meteor),
-        "by_change_type": _by_change_type(scores, rows)}
-    if protocol.grammar == "scenes":
-        result |= scene_behaviour(predictions, rows)
-        result["changed"] = _changed(scores, rows)
-    if protocol.grammar == "edits":
-        result |= edit_behaviour(predictions, rows)
-    return result
+    published = protocol.id_key is not None and path.suffix == ".json"
+    rows: list[Row] = [*(_published(path, protocol) if published else read_rows(path, "references").values())]
+    for row in rows:
+        if not (isinstance(row["references"], list) and all(isinstance(text, str) for text in row["references"])):
+            raise ValueError(f"{path}: 'references' of {row['pair_id']!r} must be a list of strings, "
+                             f"got {row['references']!r}")
+    if not rows:
+        raise ValueError(f"{path}: no line; one per pair is needed")
+    check_counts(protocol, rows)
+    return rows
 
 
-def _by_change_type(scores: Scores, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean CIDEr and ROUGE-L of the pairs of each type; document frequencies are those of the whole split."""
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row["change_type"], []).append(place)
-    return {kind: {"num_pairs": len(chosen), "CIDEr": _mean(scores.items["CIDEr"], chosen),
-                   "ROUGE-L": _mean(scores.items["ROUGE-L"], chosen)} for kind, chosen in sorted(places.items())}
+def _published(path: Path, protocol: Protocol) -> list[Row]:
+    """Entries with the same id are one pair; a pair without words keeps one empty reference, as papers score it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    merged: dict[str, list[str]] = {}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        if not isinstance(entry, dict) or {protocol.id_key, protocol.text_key} - entry.keys():
+            raise ValueError(f"{path} entry {number}: needs '{protocol.id_key}' and '{protocol.text_key}', as the "
+                             f"annotations of {protocol.source} have")
+        texts = merged.setdefault(str(entry[protocol.id_key]), [])
+        texts += [text for text in entry[protocol.text_key] if text.strip()]
+    return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
 
 
-def _changed(scores: Scores, rows: Sequence[Row]) -> dict[str, float]:
-    """CIDEr on the changed pairs beside that of an oracle; document frequencies are those of the whole split."""
-    references = {row["pair_id"]: list(row["references"]) for row in rows}
-    truths = score({row["pair_id"]: oracle(row) for row in rows}, references, metrics=["CIDEr"])
-    chosen = [place for place, row in enumerate(rows) if row["change_type"] != "none"]
-    if not chosen:
-        return {"num_pairs": 0}
-    ours, best = _mean(scores.items["CIDEr"], chosen), _mean(truths.items["CIDEr"], chosen)
-    ratio = {"oracle_ratio": ours / best} if best else {}  # one pair alone has no document frequencies
-    return {"num_pairs": len(chosen), "CIDEr": ours, "oracle_CIDEr": best, **ratio}
+def score_files(predictions: Path, references: Path, *, key: str | None = None,
+                metrics: Sequence[str] = METRICS) -> dict[str, Any]:
+    """The metrics of a JSONL file of predictions, `num_pairs`, the protocol's name and the digest of the references.
+
+    Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}; see read_benchmark for other references.
+    Raises ValueError naming file and line, or the ids that only one file has.
+    """
+    truth = _Truth.read(references, key)
+    return {**truth.scores(predictions, metrics).corpus, **truth.told}
 
 
-def _mean(values: Sequence[float], chosen: Sequence[int]) -> float:
-    return sum(values[place] for place in chosen) / len(chosen)
+def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
+    """Two JSONL files of predictions against one of references, whose pairs are drawn by `group_id` where they have it.
+
+    Raises as score_files.
+    """
+    truth = _Truth.read(references, key)
+    scores = [truth.scores(path) for path in (first, second)]
+    groups = [str(row.get("group_id", row["pair_id"])) for row in truth.chosen_rows]
+    found = compare(scores[0], scores[1], groups)
+    return {**{name: asdict(metric) for name, metric in found.items()}, **truth.told, "num_groups": len(set(groups)),
+            "resamples": RESAMPLES}
+
+
+@dataclass(frozen=True)
+class _Truth:
+    references: References
+    chosen: list[int]
+    chosen_rows: list[Row]
+    protocol: str
+
+    @classmethod
+    def read(cls, path: Path, key: str | None) -> _Truth:
+        protocol = protocol_named(key) if key else protocol_of("")
+        rows = read_benchmark(path, protocol)
+        chosen = chosen_rows(protocol, rows)
+        return cls({row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}, chosen,
+                   [rows[place] for place in chosen], protocol.name)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"num_pairs": len(self.chosen), "protocol": self.protocol,
+                "references": references_digest(self.references)}
+
+    def scores(self, predictions: Path, metrics: Sequence[str] = METRICS) -> Scores:
+        return restricted(score(read_predictions(predictions), self.references, metrics=metrics), self.chosen)

@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from onediff.data.record import Record
 from onediff.eval.behaviour import Row
+from onediff.eval.evaluation import checks
 from onediff.eval.metrics import METRICS, Predictions
-from onediff.eval.protocols import PROTOCOLS, checks
+from onediff.eval.protocols import PROTOCOLS
 
 MAX_POINTS = 240  # of a curve
 SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from onediff.config import Config, load_params
 from onediff.data.record import read_records, read_table
-from onediff.eval.metrics import read_predictions
+from onediff.eval.files import read_predictions
 from onediff.eval.report import Example, choose, example, render_page
 from onediff.stages import run
 

@@ -1,57 +1,78 @@
-"""Stage `score`: captions and references to data/metrics.json (split test) and data/gate.json (split gate)."""
+"""Stage `score`: captions and references to data/metrics.json (split test) and data/gate.json (split gate), and what
+each pair scored to data/scored.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from onediff.data.record import read_table
-from onediff.eval.metrics import METRICS, Meteor, read_predictions
-from onediff.eval.protocols import evaluate, protocol_of
+from onediff.data.record import Record, read_records, read_table
+from onediff.eval.evaluation import evaluate
+from onediff.eval.files import read_predictions
+from onediff.eval.metrics import METRICS, start
+from onediff.eval.nearest import nearest_rows
+from onediff.eval.protocols import check_counts, protocol_of, protocols_of
 from onediff.stages import run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
+SCORED = Path("data/scored")
 BEHAVIOUR = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy",
              "false_alarm_rate", "swap_consistency", "operation_accuracy")
 
-FLOORS = {"constant": "best constant", "random_train": "random training"}
+FLOORS = {"constant": "best constant", "random_train": "random training", "nearest_train": "nearest training pair"}
 
 
 def score() -> None:
-    """Writes both files, the same captions the same bytes, and prints the scores beside their floors."""
+    """Writes them, the same captions the same bytes, and prints the scores beside their floors."""
     folder = Path("data/diffcap")
-    with Meteor() as meteor:  # loads its tables while the rows are read
-        train = read_table(folder, "train-*.parquet")
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
-        for split, output in OUTPUTS.items():
-            rows = read_table(folder, f"{split}-*.parquet")
-            results = _score_split(split, rows, train=train, meteor=meteor)
-            for name in results:
-                if auc.get(name) is not None:  # None: the source has no unchanged pairs
-                    results[name]["pixel_difference_auc"] = auc[name]
-                if name in incomplete:
-                    results[name]["incomplete"] = incomplete[name]
-            for name in sorted(incomplete.keys() - results.keys()):
-                print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
-            output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            _show(f"{split} split, {output}", results)
+    start()  # METEOR loads its tables while the rows are read
+    train = read_table(folder, "train-*.parquet")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
+    for split, output in OUTPUTS.items():
+        rows = read_table(folder, f"{split}-*.parquet")
+        sources = {row["source"] for row in rows}
+        results = _score_split(split, rows, train=train,
+                               whole=sources - incomplete.keys() if split == "test" else ())
+        for name, result in results.items():
+            source = name.split("/")[0]
+            if auc.get(source) is not None:  # None: the source has no unchanged pairs
+                result["pixel_difference_auc"] = auc[source]
+            if source in incomplete:
+                result["incomplete"] = incomplete[source]
+        for name in sorted(incomplete.keys() - sources):
+            print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
+        SCORED.mkdir(parents=True, exist_ok=True)
+        pairs = {name: result.pop("pairs") for name, result in results.items()}
+        (SCORED / f"{split}.json").write_text(json.dumps(_rounded(pairs)) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        _show(f"{split} split, {output}", results)
 
 
 def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
-                 meteor: Meteor) -> dict[str, Any]:
-    results = {}
-    for benchmark in dict.fromkeys(row["source"] for row in rows):
-        predictions = read_predictions(Path(f"data/captions/{split}/{benchmark}.jsonl"))
-        source = protocol_of(benchmark).train_source
-        captions = [text for row in train if row["source"] == source for text in row["references"]]
-        chosen = [row for row in rows if row["source"] == benchmark]
-        results[benchmark] = evaluate(benchmark, predictions, chosen, train=captions, meteor=meteor)
+                 whole: Container[str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for source in dict.fromkeys(row["source"] for row in rows):
+        predictions = read_predictions(Path(f"data/captions/{split}/{source}.jsonl"))
+        chosen = [row for row in rows if row["source"] == source]
+        for protocol in protocols_of(source).values() if source in whole else ():
+            check_counts(protocol, chosen)
+        floor_source = protocol_of(source).train_source
+        own = [row for row in train if row["source"] == floor_source]
+        nearest = nearest_rows(own, _reader({"train": floor_source, split: source}), split) if own else None
+        results |= evaluate(source, predictions, chosen, train=own, nearest=nearest)
     return results
+
+
+def _reader(sources: Mapping[str, str]) -> Callable[[str], Iterator[Record]]:
+    return lambda split: (record for record in read_records(Path("data/diffcap"), f"{split}-*.parquet")
+                          if record.source == sources[split])
 
 
 def _rounded(value: Any) -> Any:

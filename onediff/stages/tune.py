@@ -33,7 +33,7 @@ def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
 def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> Judge:
     """CIDEr on up to `num_val` pairs of split val, the same at every call, shared evenly between the sources."""
     from onediff.eval.caption import caption_records
-    from onediff.eval.metrics import cider
+    from onediff.eval.pairs import cider
     from onediff.model.captioner import Captioner
     from onediff.train.loop import Judge
 

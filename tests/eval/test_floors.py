@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from onediff.eval.floors import best_constant, floors, leave_one_out, oracle, random_captions
+from onediff.eval.floors import best_constant, floor_captions, leave_one_out, oracle, random_captions
 from onediff.eval.metrics import FAST_METRICS, cider, score
 
 REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is gone"] for i, color in
@@ -16,12 +16,18 @@ def test_best_constant_is_the_best_of_all_training_captions() -> None:
     assert best_constant(TRAIN, REFERENCES) == best == "the red cube was removed"
 
 
-def test_floors_score_constant_and_random_captions() -> None:
-    got = floors(TRAIN, REFERENCES, metrics=FAST_METRICS, seed=3)
-    sentence = got["constant"].pop("sentence")
-    assert got["constant"] == score(dict.fromkeys(REFERENCES, sentence), REFERENCES, metrics=FAST_METRICS).corpus
-    drawn = random_captions(TRAIN, REFERENCES, seed=3)
-    assert got["random_train"] == score(drawn, REFERENCES, metrics=FAST_METRICS).corpus
+def test_floors_are_what_training_rows_say() -> None:
+    train = [{"pair_id": f"t{i}", "references": [text, "others"]} for i, text in enumerate(TRAIN)]
+    nearest = {key: train[i] for i, key in enumerate(REFERENCES)}
+    got = floor_captions(train, REFERENCES, nearest=nearest, seed=3)
+    assert list(got) == ["constant", "random_train", "nearest_train"]
+    assert set(got["constant"].values()) == {"the red cube was removed"}
+    assert set(got["random_train"].values()) < {*TRAIN, "others"} and len(set(got["random_train"].values())) > 1
+    assert got["nearest_train"] == {key: row["references"][0] for key, row in nearest.items()}
+    joined = floor_captions(train, REFERENCES, nearest=nearest, joined=True)
+    assert joined["nearest_train"]["p0"] == f"{TRAIN[0]} others"
+    assert set(joined["random_train"].values()) < {f"{text} others" for text in TRAIN}
+    assert floor_captions([], REFERENCES) == {}
 
 
 def test_a_reference_is_scored_against_the_others_of_its_pair() -> None:

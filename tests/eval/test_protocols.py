@@ -1,43 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from onediff.config import load_params
-from onediff.data.synthesis.scenes import scene_records
-from onediff.eval.floors import leave_one_out, oracle
-from onediff.eval.metrics import METRICS, Meteor, score
-from onediff.eval.protocols import checks, evaluate, protocol_of, references_digest
-
-
-def test_evaluate_tells_everything_about_scenes(meteor: Meteor) -> None:
-    config = load_params(Path("presets/tiny.yaml"))
-    rows = [vars(record) for index in range(5) for record in scene_records(config, "test", index)]
-    said = {row["pair_id"]: oracle(row) if row["change_type"] != "move" else "nothing has changed" for row in rows}
-    got = evaluate("scenes", said, rows, train=[text for row in rows for text in row["references"]], meteor=meteor)
-    references = {row["pair_id"]: row["references"] for row in rows}
-    assert {name: got[name] for name in METRICS} == score(said, references, meteor=meteor).corpus
-    assert set(got["floor"]["random_train"]) == set(METRICS)
-    assert got["leave_one_out"] == leave_one_out(references, meteor=meteor)
-    assert got["num_pairs"] == 20 and got["by_change_type"]["none"]["num_pairs"] == 10
-    assert got["change_type_accuracy"] == 0.8 and got["change_type_accuracy_by_type"]["move"] == 0
-    assert (got["false_alarm_rate"], got["swap_consistency"]) == (0, 0.8)
-    assert 0 < got["changed"]["CIDEr"] < got["changed"]["oracle_CIDEr"]
-    mean = sum(kind["CIDEr"] * kind["num_pairs"] for kind in got["by_change_type"].values()) / 20
-    assert mean == pytest.approx(got["CIDEr"])
-    assert all(got["score_intervals"][name][0] < got[name] < got["score_intervals"][name][1] for name in METRICS)
-
-
-def test_evaluate_reads_operations_of_edits(meteor: Meteor) -> None:
-    truths = [("blur", "blur the image"), ("darken", "darken the image"), ("none", "no edit was made")]
-    rows = [{"pair_id": str(i), "group_id": str(i), "change_type": kind, "provenance": {}, "references": [text]}
-            for i, (kind, text) in enumerate(truths)]
-    said = {"0": "make the photo blurry", "1": "brighten the image", "2": ""}
-    got = evaluate("edits", said, rows, train=["blur the image"], meteor=meteor)
-    assert got["operation_accuracy"] == pytest.approx(1 / 3)
-    assert "changed" not in got
-    assert checks("edits", "blur the image", rows[0]) == {"operation": True}
+from onediff.eval.metrics import METRICS, score
+from onediff.eval.protocols import PROTOCOLS, check_counts, protocols_of, read_benchmark, references_digest, score_files
 
 
 def test_digest_of_references_ignores_the_order_of_pairs_only() -> None:
@@ -47,14 +17,71 @@ def test_digest_of_references_ignores_the_order_of_pairs_only() -> None:
 
 
 def test_a_benchmark_of_ones_own_is_scored_against_its_own_training_captions() -> None:
-    assert (protocol_of("street").train_source, protocol_of("street").name) == ("street", "coco-caption/v1")
-    assert protocol_of("spot_the_diff").name == "spot_the_diff/single/v1"
+    protocol = protocols_of("street")["street"]
+    assert (protocol.train_source, protocol.name) == ("street", "coco-caption/v1")
+    assert list(protocols_of("spot_the_diff")) == ["spot_the_diff/single", "spot_the_diff/multi"]
 
 
-def test_without_training_captions_there_are_scores_and_no_floors() -> None:
-    rows = [{"pair_id": f"p{k}", "group_id": f"p{k}", "references": ["a red car left", f"the {word} is gone"],
-             "change_type": "unlabelled"} for k, word in enumerate(("van", "tree", "dog"))]
-    with Meteor() as meteor:
-        result = evaluate("street", {f"p{k}": "a red car left" for k in range(3)}, rows, train=[], meteor=meteor)
-    assert (result["floor"], result["num_pairs"]) == ({}, 3)
-    assert result["BLEU-4"] == pytest.approx(1)
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """Spot-the-Diff's test.json with its counts: 1,404 entries of 1,270 pairs, 2,107 sentences and seven empty ones."""
+    sentences = [f"the {k} car is gone" for k in range(2107)]
+    entries = [{"img_id": str(k), "sentences": [sentences.pop()] if k < 1263 else [" "]} for k in range(1270)]
+    entries += [{"img_id": str(k), "sentences": [sentences.pop() for _ in range(6)]} for k in range(134)]
+    entries[-1]["sentences"] += sentences
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_the_published_annotations_are_references_and_entries_of_a_pair_are_merged(official: Path) -> None:
+    rows = read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+    assert len(rows) == 1270 and len(rows[0]["references"]) == 7 and rows[-1]["references"] == [""]
+
+
+def test_single_and_multi_change_score_the_same_predictions_otherwise(official: Path, tmp_path: Path) -> None:
+    said = jsonl(tmp_path / "said.jsonl", [{"pair_id": str(k), "prediction": f"the {k} car"} for k in range(1270)])
+    single, multi = (score_files(said, official, key=f"spot_the_diff/{kind}") for kind in ("single", "multi"))
+    assert (single["protocol"], multi["protocol"]) == ("spot_the_diff/single/v1", "spot_the_diff/multi/v1")
+    assert single["num_pairs"] == multi["num_pairs"] == 1270 and single["references"] != multi["references"]
+    assert single["BLEU-1"] > multi["BLEU-1"]
+
+
+def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_path: Path) -> None:
+    entries = json.loads(official.read_text())
+    official.write_text(json.dumps(entries[:900]))
+    with pytest.raises(ValueError, match=r"spot_the_diff/single/v1 scores .* its 1,270 pairs, got 900: take that"):
+        read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+    entries[5]["sentences"].append("one more")
+    official.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="its 2,107 references, got 2,108"):
+        read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+    official.write_text(json.dumps([{"uid": "1", "sents": ["a"]}]))
+    with pytest.raises(ValueError, match=r"test\.json entry 0: needs 'img_id' and 'sentences'"):
+        read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+    with pytest.raises(ValueError, match=r"--protocol spot_the_diff is not known; known are scenes, .*/single"):
+        score_files(official, official, key="spot_the_diff")
+
+
+def test_a_part_of_clevr_change_needs_to_know_which_pairs_changed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"pair_id": str(k), "references": ["a"]} for k in range(7970)]
+    with pytest.raises(ValueError, match="is about changed pairs, but 0 has no 'change_type'"):
+        check_counts(PROTOCOLS["clevr_change/semantic"], rows)
+    for k, row in enumerate(rows):
+        row["change_type"] = ("none", "move")[k % 2]
+    check_counts(PROTOCOLS["clevr_change/semantic"], rows)
+    check_counts(PROTOCOLS["clevr_change/distractor"], rows)
+
+
+def test_without_a_protocol_any_pairs_are_scored_against_all_their_references(tmp_path: Path) -> None:
+    truth = {"a": ["the red cube is gone", "the cube left"], "b": ["nothing changed"]}
+    said = {"a": "the red cube left", "b": "nothing"}
+    got = score_files(jsonl(tmp_path / "p", [{"pair_id": key, "prediction": text} for key, text in said.items()]),
+                      jsonl(tmp_path / "r", [{"pair_id": key, "references": texts} for key, texts in truth.items()]))
+    assert {name: got[name] for name in METRICS} == score(said, truth).corpus
+    assert got["references"] == references_digest(truth) and got["protocol"] == "coco-caption/v1"

