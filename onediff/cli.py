@@ -6,11 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from onediff.data_commands import app as data
+
+if TYPE_CHECKING:
+    from onediff.config import Judge as JudgeSettings
 
 CHAMPION = "models:/onediff@champion"
 TRAINED = Path("data/models/tune")
@@ -87,6 +90,63 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
     lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them, "
                  f"{found['protocol']}")
     _print(found, "\n".join(lines), as_json)
+
+
+@app.command()
+def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
+          references: Annotated[Path | None, typer.Option(help='JSONL lines {"pair_id", "references": [...]}, and '
+                                                          '"group_id" as for compare.')] = None,
+          model: Annotated[str | None, typer.Option(help="Default: params.yaml's judge.")] = None,
+          base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible; default: runtime.yaml's "
+                                                            "writer_url.")] = None,
+          truth: Annotated[str | None, typer.Option(help="Whose grammar knows the truth: scenes, scenes_far or edits. "
+                                                         "Tells what the judge is worth.")] = None,
+          shards: Annotated[Path, typer.Option(help="Where --truth finds its pairs.")] = Path("data/diffcap"),
+          out: Annotated[Path | None, typer.Option(help="JSONL with every verdict.")] = None,
+          as_json: Json = False) -> None:
+    """Ask a language model whether captions state the change and invent none; answers are paid for once and kept."""
+    from dataclasses import asdict
+
+    from onediff.config import load_runtime
+    from onediff.eval import judge as judging
+
+    runtime = load_runtime()
+    runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
+    result, verdicts = judging.judge_files(predictions, references, _judge(model), runtime, known=truth, shards=shards)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+        out.write_text("".join(lines), encoding="utf-8")
+    _print(result, judging.as_text(result), as_json)
+
+
+@app.command()
+def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a folder as published or of your own pairs, "
+                                                     "or a JSON list of LLaVA's rows.")],
+          benchmark: Annotated[Path, typer.Argument(help="A folder of shards, or one as published.")],
+          images: Annotated[Path | None, typer.Option(help="Where the images of LLaVA's rows are; default: beside the "
+                                                           "file.")] = None,
+          split: Annotated[str, typer.Option(help="Of the benchmark: test, gate or val.")] = "test",
+          train_split: Annotated[str, typer.Option(help="Of a training set that has splits.")] = "train",
+          source: Annotated[str | None, typer.Option(help="The benchmark's published set, if its folder is not called "
+                                                          "so.")] = None,
+          train_source: Annotated[str | None, typer.Option(help="The same of the training set.")] = None,
+          max_distance: Annotated[float, typer.Option(min=0, help="Grey levels up to which images are near.")] = 2.0,
+          out: Annotated[Path | None, typer.Option(help="JSONL with every finding.")] = None,
+          fail: Annotated[bool, typer.Option("--fail", help="Exit code 1 if a pair leaks.")] = False,
+          as_json: Json = False) -> None:
+    """Whether a training set, ours or others', holds images or captions of a benchmark's test pairs."""
+    from onediff.config import load_runtime
+    from onediff.data import audit as auditing
+    from onediff.data.audited import rows_of
+
+    runtime = load_runtime()
+    trained = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
+    tested = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    result = auditing.audit_to(out, trained, tested, max_distance=max_distance, runtime=runtime)
+    _print(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
+    if fail and result["leaks"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -229,6 +289,17 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"onediff: this needs the package {error.name}, which scoring alone does not: "
                  "pip install 'onediff-idc[full]', or 'make setup' in a clone")
+
+
+def _judge(model: str | None) -> JudgeSettings:
+    """params.yaml's, with another model if one is named. Raises ValueError if neither names one."""
+    from onediff.config import Judge, load_params
+
+    settings = load_params().judge if Path("params.yaml").exists() else None
+    if model is None and settings is None:
+        raise ValueError("params.yaml: judge: is not set, so no model is known: name one with --model, or write the "
+                         "section as presets/paper.yaml has it")
+    return settings.model_copy(update={"model": model or settings.model}) if settings else Judge(model=str(model))
 
 
 def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | None = None) -> list[str]:

@@ -65,6 +65,19 @@ class Writer(Section):
     max_tokens: Count
 
 
+class Judge(Section):
+    """Who says whether captions are true (`onediff judge`); asked where and for as much as the writer."""
+
+    model: str
+    prompts: str = "v1"
+    temperature: Rate = 0.0
+    max_tokens: Count = 60
+
+    @property
+    def as_writer(self) -> Writer:
+        return Writer(mode="text", **self.model_dump())
+
+
 class Retrieval(Section):
     """Which neighbours become a pair: cosine of CLIP embeddings, pairs per image."""
 
@@ -340,6 +353,7 @@ class Config(Section):
     tune: Phase
     caption: Caption
     stress: Stress
+    judge: Judge | None = None  # None: `onediff judge` is told its model, or there is none
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:

@@ -16,8 +16,20 @@ HTML = b"<!doctype html><html><title>502 Bad Gateway</title></html>"
 KEY = "sk-secret-key-of-a-test-4711"
 
 
+def judged(question: Any) -> dict[str, str]:
+    """By rule, from the words of the prompt: a caption with all words of a reference is true, one with half in part."""
+    if not isinstance(question, str) or "\nCaption: " not in question:
+        return {}
+    before, caption = question.removeprefix("References: ").split("\nCaption: ")
+    said = set(json.loads(caption).lower().split())
+    truths = [set(text.lower().split()) for text in json.loads(before)]
+    best = max((len(said & words) / len(words) for words in truths), default=0)
+    states = "yes" if best == 1 else "partly" if best >= 0.5 else "no"
+    return {"states": states, "invents": "no" if best == 1 else "yes"}
+
+
 class ChatServer(ThreadingHTTPServer):
-    """Answers differences and edits. It counts every answer it was paid for, by Idempotency-Key and in all.
+    """Answers differences, edits and judgements. It counts every answer it was paid for, by Idempotency-Key and in all.
 
     `faults` come first, one per request: "429", "500", "html", "hang up", ...; then a share `failing` fails. With
     `honours_keys` an answer that was paid for is given again for nothing.
@@ -60,10 +72,11 @@ class ChatServer(ThreadingHTTPServer):
             return self.given[key]
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        question = json.dumps(body["messages"][-1]["content"])
+        asked = body["messages"][-1]["content"]
+        question = json.dumps(asked)
         form = body.get("response_format", {}).get("json_schema", {}).get("name", "differences")
         good = {"differences": {"differences": [f"the second image differs in {len(question)} ways"]},
-                "edit": {"edit": "make it snow", "output": "the same in snow"}}[form]
+                "edit": {"edit": "make it snow", "output": "the same in snow"}, "judgement": judged(asked)}[form]
         content = next((text for part, text in self.contents.items() if part in question), json.dumps(good))
         message: dict[str, Any] = {"role": "assistant", "content": content}
         finish = "stop"

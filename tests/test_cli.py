@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chat_server import serving
 from PIL import Image
 
 from onediff import cli, doctor
@@ -155,3 +156,50 @@ def test_the_doctor_tells_a_wrong_params_file_and_its_cure(project: Path) -> Non
     Path("params.yaml").write_text("seed: x\n")
     (finding,) = doctor._project()
     assert finding.needed and not finding.ok and "seed" in finding.found and "preset" in finding.cure
+
+
+def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ONEDIFF_WORKERS", "1")
+    with Image.open(ROOT / "examples/folder/images/5_before.png") as image:
+        image.convert("RGB").resize((image.width * 2, image.height * 2)).save("copy.jpg")
+    rows = [{"id": "a", "image": ["copy.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "a disc"}]}]
+    Path("rows.json").write_text(json.dumps(rows))
+    asked = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "found.jsonl")
+    assert _onediff(monkeypatch, *asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
+    assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read, and nothing is "
+                         "known of them")
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert {(finding["train_image"], finding["pair_id"]) for finding in found} == {("copy.jpg", "folder-test-000005")}
+    assert _onediff(monkeypatch, *asked, "--fail", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["leaks"] == 1
+    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *asked, "--split", "val"))
+
+
+def test_a_judge_without_a_model_or_references_says_what_to_name(project: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
+    assert said.startswith("onediff: params.yaml: judge: is not set") and "--model" in said and "\n" not in said
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # it has one
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
+    assert said.startswith("onediff: --references is needed")
+    assert not Path("data").exists()
+
+
+def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    for side in ("INPUT", "OUTPUT"):
+        monkeypatch.setenv(f"ONEDIFF_WRITER_USD_PER_MILLION_{side}", "0")
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "the cube is gone"}\n'
+                               '{"pair_id": "b", "prediction": "a dog came"}\n')
+    Path("r.jsonl").write_text('{"pair_id": "a", "references": ["the cube is gone"]}\n'
+                               '{"pair_id": "b", "references": ["nothing changed"]}\n')
+    with serving() as server:
+        assert _onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "r.jsonl", "--model", "tiny",
+                        "--base-url", server.url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
+    assert lines[-1] == "2 of 2 captions judged"

@@ -175,7 +175,7 @@ def _nearest_pixels(mine: pd.DataFrame, late: pd.DataFrame, bits: int,
     """
     one, other = (part["phash"].to_numpy(dtype=np.uint64) for part in (mine, late))
     used = np.zeros(len(one), dtype=bool), np.zeros(len(other), dtype=bool)
-    for first, second in _candidates(one, other, bits):
+    for first, second in candidates(one, other, bits):
         used[0][first], used[1][second] = True, True
     looks = [_decoded(part, mask, thumbnails) for part, mask in zip((mine, late), used, strict=True)]
     return _closest(one, other, bits, lambda first, second: np.abs(
@@ -207,7 +207,7 @@ def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
              ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """For each hash, of the others within `bits`: the index of the first that is least `apart`, or -1, and how far."""
     partner, distance = np.full(len(hashes), -1), np.full(len(hashes), np.inf)
-    for first, second in _candidates(hashes, others, bits):
+    for first, second in candidates(hashes, others, bits):
         measured = apart(first, second)
         order = np.lexsort((second, measured, first))
         first, second, measured = first[order], second[order], measured[order]
@@ -217,7 +217,7 @@ def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
     return partner, distance
 
 
-def _candidates(hashes: NDArray[np.uint64], others: NDArray[np.uint64],
+def candidates(hashes: NDArray[np.uint64], others: NDArray[np.uint64],
                 bits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Every (index, index) of hashes within `bits`, some thousand at a time."""
     import faiss

@@ -30,12 +30,14 @@ from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, r
 from onediff.data.record import Record, read_records
 from onediff.data.shortcut import pixel_difference_auc
 from onediff.data.sources.catalog import CATALOG
+from onediff.data.verdicts import verdicts
 from onediff.stages import run
 from onediff.stages.probe import TABLE
 from onediff.stages.validate import QUARANTINE
 
 DIFFCAP, REPORTS = Path("data/diffcap"), Path("data/reports/diffcap")
 LEAKS = REPORTS / "leaks.parquet"
+AUDIT = REPORTS / "audit.json"  # not in the card, on which trainings depend
 AUC_PAIRS = 3000  # of train, and of test
 
 
@@ -61,6 +63,7 @@ def build() -> None:
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (folder / "card.json").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(dataset_card(json.loads(text)), encoding="utf-8")
+        _audit(folder, rows, leaks)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -94,6 +97,12 @@ def _check(rows: pd.DataFrame, folders: list[Path]) -> None:
     checked = [check_suite("diffcap", judged(rows.assign(suite="diffcap")), tolerance=0)]
     found = complaints(checked)
     refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
+
+
+def _audit(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> None:
+    told = verdicts(folder, rows, leaks)
+    AUDIT.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print("train against test: " + "; ".join(f"{name}: {its['verdict']}" for name, its in told["benchmarks"].items()))
 
 
 def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFrame,

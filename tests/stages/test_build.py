@@ -110,6 +110,21 @@ def test_leaks_leave_the_earlier_split_and_are_listed(folder: Path) -> None:
     assert (folder / "data/reports/diffcap/index.html").exists()
 
 
+def test_the_verdict_on_each_test_benchmark_stands_beside_the_card(folder: Path) -> None:
+    run_all()
+    told = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]
+    assert told == {"mine": {"num_pairs": 7, "equal_image": 0, "equal_caption": 7, "rare_caption": 0, "near_caption": 0,
+                             "leaks": 0, "dropped": 2, "lookalikes": 0, "nearest": None, "verdict": "clean"}}
+    said = "the porter put a second brown suitcase on the lower shelf"
+    probed = {record.pair_id: record for record in read_records(folder / "data/pairs/mine")}
+    for name, text in (("mine-test-5", said), ("mine-train-6", f"{said} of the cart")):
+        probed[name] = Record(**vars(probed[name]) | {"references": [text]})
+    save("mine", list(probed.values()))
+    run_all()
+    told = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]["mine"]
+    assert (told["near_caption"], told["leaks"], told["verdict"]) == (1, 1, "1 of 7 test pairs leak")
+
+
 def test_datasets_reads_the_shards_with_their_images(folder: Path) -> None:
     import datasets
 

@@ -42,7 +42,17 @@ class Edit(_Reply):
     output: str
 
 
-FORMS: dict[Form, type[_Reply]] = {"differences": Differences, "edit": Edit}
+class Judgement(_Reply):
+    states: Literal["yes", "no", "partly"]
+    invents: Literal["yes", "no"]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _in_lower_case(cls, value: Any) -> Any:
+        return value.strip().lower() if isinstance(value, str) else value
+
+
+FORMS: dict[Form, type[_Reply]] = {"differences": Differences, "edit": Edit, "judgement": Judgement}
 
 
 Status = Literal["ok", "refused", "malformed", "unreadable"]
@@ -102,7 +112,7 @@ def _judge(request: Request, text: str, refusal: str, finish: Any) -> tuple[Stat
     if finish == "content_filter":
         return "refused", "the endpoint's content filter stopped the answer"
     if finish == "length":
-        return "malformed", f"cut off at data.writer.max_tokens {request.writer.max_tokens}"
+        return "malformed", f"cut off at {request.section}.max_tokens {request.writer.max_tokens}"
     try:
         parse(text, request.form)
     except ValueError as error:

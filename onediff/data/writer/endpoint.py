@@ -159,7 +159,7 @@ class Endpoint:
             if status in (400, 422) and name in text and name in body:
                 self._left_out.add(name)
                 return _Again(said, wait_s=0.001)
-        raise ValueError(f"{self.url}: {said}; correct data.writer in params.yaml or writer_url in runtime.yaml")
+        raise ValueError(f"{self.url}: {said}; correct {request.section} in params.yaml or writer_url in runtime.yaml")
 
     def _known(self, body: dict[str, Any]) -> dict[str, Any]:
         """Without what the endpoint does not know: the prompts tell the form too, and max_tokens has a newer name."""

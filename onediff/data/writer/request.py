@@ -1,4 +1,4 @@
-"""One request to the writer: what is asked, in which words, and the key under which its answer is kept."""
+"""One request to the writer or the judge: what is asked, in which words, and the key under which its answer is kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from string import Template
@@ -15,7 +16,7 @@ from onediff.config import Writer
 from onediff.data.record import digest
 from onediff.inputs.images import open_image
 
-Form = Literal["differences", "edit"]
+Form = Literal["differences", "edit", "judgement"]
 IMAGE_PX = 512  # longest side of an image that is sent: one tile where images are priced by tiles of 512
 JPEG_QUALITY = 90
 
@@ -26,6 +27,9 @@ SCHEMAS: dict[Form, dict[str, Any]] = {
                     "required": ["differences"], "additionalProperties": False},
     "edit": {"type": "object", "properties": {"edit": _TEXT, "output": _TEXT},
              "required": ["edit", "output"], "additionalProperties": False},
+    "judgement": {"type": "object", "properties": {"states": {"type": "string", "enum": ["yes", "no", "partly"]},
+                                                   "invents": {"type": "string", "enum": ["yes", "no"]}},
+                  "required": ["states", "invents"], "additionalProperties": False},
 }
 
 
@@ -47,6 +51,11 @@ class Request:
         asked = {"form": self.form, "schema": SCHEMAS[self.form], "system": self.system, "user": self.user,
                  "images": images, **self.writer.model_dump()}
         return digest(json.dumps(asked, sort_keys=True).encode())
+
+    @property
+    def section(self) -> str:
+        """Where in params.yaml the settings stand."""
+        return "judge" if self.form == "judgement" else "data.writer"
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent. Raises ValueError for an image that cannot be read."""
@@ -93,13 +102,20 @@ def edit_of_caption(name: str, writer: Writer, *, caption: str) -> Request:
     return Request(name, "edit", text_only, system, user.substitute(caption=_quoted(caption)))
 
 
+def judgement_of_caption(name: str, writer: Writer, *, caption: str, references: Sequence[str]) -> Request:
+    """Whether a caption of two images is true, by what people wrote about them."""
+    system, user = load_prompt(writer.prompts, "judgement", section="judge")
+    told = "[" + ", ".join(map(_quoted, references)) + "]"
+    return Request(name, "judgement", writer, system, user.substitute(references=told, caption=_quoted(caption)))
+
+
 @functools.cache
-def load_prompt(version: str, name: str) -> tuple[str, Template]:
+def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tuple[str, Template]:
     """The system's words, and the template of the question behind the line `---`. Raises ValueError if unknown."""
     root = resources.files("onediff.data.writer") / "prompts"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if version not in known:
-        raise ValueError(f"params.yaml: data.writer.prompts: must be one of {', '.join(known)}, got '{version}'")
+        raise ValueError(f"params.yaml: {section}.prompts: must be one of {', '.join(known)}, got '{version}'")
     system, user = (root / version / f"{name}.md").read_text(encoding="utf-8").split("\n---\n")
     return system.strip(), Template(user.strip())
 
