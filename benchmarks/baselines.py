@@ -54,7 +54,7 @@ def everything(context: typer.Context) -> None:
 
 
 @app.command()
-def train(comparison: str = "matched", steps: int = 2500, threads: int = 2) -> None:
+def train(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> None:
     """Trains a CNN and captions the test sets with it."""
     import torch
 

@@ -23,7 +23,7 @@ Log = Callable[[int, dict[str, float]], None]
 class Training:
     """`validate_every` steps the judge is asked, and what it likes best is kept."""
 
-    steps: int = 2500
+    steps: int = 3900
     batch_size: int = 32
     rate: float = 1e-3
     warmup: float = 0.03
