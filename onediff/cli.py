@@ -42,6 +42,45 @@ def caption(before: Path, after: Path, model: Model = CHAMPION, instruction: Ins
 
 
 @app.command()
+def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
+            out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
+            model: Annotated[str | None, typer.Option(help="A model folder, or an MLflow address.")] = None,
+            chat: Annotated[str | None, typer.Option(help="A chat model of transformers that reads two images: a name "
+                                                     "of the Hub or a folder.")] = None,
+            cnn: Annotated[Path | None, typer.Option(help="A folder of 'python -m benchmarks.baselines'.")] = None,
+            prompt: Annotated[str | None, typer.Option(help="What the chat model is asked after the two images; "
+                                                       "{question} in it is the pair's own.")] = None,
+            batch_size: Annotated[int, typer.Option(min=1, help="Pairs that the chat model reads at once.")] = 8,
+            split: str = "test") -> None:
+    """What a system says about every pair of a benchmark: ours, a chat model as it comes, or the Siamese CNN."""
+    from onediff import predict as predictions
+
+    if (model, chat, cnn).count(None) != 2:
+        raise ValueError("one system is needed: give one of --model, --chat and --cnn")
+    if chat is None and prompt is not None:
+        raise ValueError("--prompt is for --chat: OneDiff is asked as its records say, the CNN reads no words")
+    predictions.check_benchmark(benchmark, split)
+    if chat is not None:
+        system, asked = predictions.chat(chat, prompt=prompt, batch_size=batch_size)
+        typer.echo(f"prompt, after both images: {asked}")
+    else:
+        system = predictions.siamese_cnn(cnn) if cnn else predictions.onediff(_folder(str(model)))
+    number = predictions.write_predictions(benchmark, system, out, split=split)
+    typer.echo(f"{out}: {number} predictions, {benchmark}, split {split}")
+
+
+@app.command()
+def references(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
+               out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
+               split: str = "test") -> None:
+    """What people or the generator say about every pair of a benchmark, and which pairs are of one scene."""
+    from onediff.predict import write_references
+
+    number = write_references(benchmark, out, split=split)
+    typer.echo(f"{out}: references of {number} pairs, {benchmark}, split {split}")
+
+
+@app.command()
 def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pair_id", "prediction"}. Given more than '
                                                           'once, one for each seed: mean and spread.')],
           references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '

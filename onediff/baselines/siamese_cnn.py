@@ -1,0 +1,225 @@
+"""A peer without a language model: one CNN sees both images, a transformer decoder says what differs, word by word.
+
+Nothing is pretrained: CNN, decoder and vocabulary know what `siamese_training.py` showed them. It reads no instruction.
+
+Shapes:  B pairs, S places of a feature map's side, N = S * S, C channels, T words, W width, V words known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+PAD, BEGIN, END, UNKNOWN = range(4)
+MARKS = ("<pad>", "<s>", "</s>", "<unk>")
+STRIDE = 8  # image pixels to a place of the feature map
+WEIGHTS, SETTINGS = "model.safetensors", "siamese_cnn.json"
+Comparison = Literal["same_place", "matched"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`comparison`: beside both images' features the decoder reads their difference at the same place, or also that to
+    the best match in the other image, for pairs whose camera moved (Shi et al., ECCV 2020).
+    """
+
+    image_px: int = 96
+    channels: tuple[int, int, int] = (24, 32, 64)
+    width: int = 128
+    heads: int = 4
+    layers: int = 3
+    comparison: Comparison = "matched"
+    max_words: int = 24
+
+    def __post_init__(self) -> None:
+        if self.image_px % (2 * STRIDE):
+            raise ValueError(f"image_px {self.image_px} is not a multiple of {2 * STRIDE}")
+        if self.comparison not in get_args(Comparison):
+            raise ValueError(f"comparison {self.comparison!r} must be one of {', '.join(get_args(Comparison))}")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def words_of(caption: str) -> list[str]:
+    return re.findall(r"[\w']+|[^\w\s]", caption.lower())
+
+
+class Vocabulary:
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = [*MARKS, *words]
+        self._number = {word: number for number, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, captions: Iterable[str]) -> Vocabulary:
+        """Every word of the captions, the most frequent first."""
+        counts = Counter(word for caption in captions for word in words_of(caption))
+        return cls(sorted(counts, key=lambda word: (-counts[word], word)))
+
+    def encode(self, captions: Sequence[str], *, max_words: int) -> Tensor:
+        """Captions -> (B, T): begin, at most `max_words` words, end, padding."""
+        rows = [[BEGIN, *(self._number.get(word, UNKNOWN) for word in words_of(caption)[:max_words]), END]
+                for caption in captions]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """(B, T) -> captions, each up to its end."""
+        told = []
+        for row in ids.tolist():
+            row = row[: row.index(END)] if END in row else row
+            told.append(" ".join(self.words[number] for number in row if number > UNKNOWN))
+        return told
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two convolutions and a way around them. He et al., CVPR 2016."""
+
+    def __init__(self, came: int, leaves: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.second = convolution(came, leaves, 3, stride), convolution(leaves, leaves, 3, 1)
+        self.around = convolution(came, leaves, 1, stride) if stride > 1 or came != leaves else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.around(x) + self.second(functional.relu(self.first(x))))
+
+
+def convolution(came: int, leaves: int, side: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(came, leaves, side, stride, side // 2, bias=False), nn.BatchNorm2d(leaves))
+
+
+class Match(nn.Module):
+    """What each place shows that its best match in the other image does not: alike and near places."""
+
+    distances: Tensor
+
+    def __init__(self, side: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.sharpness, self.nearness = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.3))
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+        self.register_buffer("distances", torch.cdist(places, places).square(), persistent=False)  # (N, N), in places
+
+    def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """before, after (B, C, S, S) -> what of each is not in the other, (B, C, S, S) twice."""
+        shape = before.shape
+        before, after = (self.norm(x.flatten(2).transpose(1, 2)) for x in (before, after))  # (B, N, C)
+        alike = self.sharpness * before @ after.transpose(1, 2) / shape[1] ** 0.5 - self.nearness * self.distances
+        only_before = before - alike.softmax(-1) @ after
+        only_after = after - alike.transpose(1, 2).softmax(-1) @ before
+        return only_before.transpose(1, 2).reshape(shape), only_after.transpose(1, 2).reshape(shape)
+
+
+class SiameseCNN(nn.Module):
+    def __init__(self, architecture: Architecture, num_words: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        low, middle, high = architecture.channels
+        width, side = architecture.width, architecture.image_px // STRIDE
+        self.tower = nn.Sequential(convolution(3, low, 5, 2), nn.ReLU(), Block(low, middle, 2), Block(middle, high, 2),
+                                   Block(high, high, 1))
+        matched = architecture.comparison == "matched"
+        self.match = Match(side, high) if matched else None
+        self.join = nn.Sequential(convolution((5 if matched else 3) * high, width, 1, 1), nn.ReLU(),
+                                  Block(width, width, 2))
+        self.places = nn.Parameter(0.02 * torch.randn((side // 2) ** 2, width))
+        self.words = nn.Embedding(num_words, width, padding_idx=PAD)
+        self.turns = nn.Parameter(0.02 * torch.randn(architecture.max_words + 1, width))
+        layer = nn.TransformerDecoderLayer(width, architecture.heads, 4 * width, dropout=0.1, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, architecture.layers, nn.LayerNorm(width))
+        nn.init.normal_(self.words.weight, std=0.02)
+
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
+        """images (B, 2, 3, H, W), 0 to 255, words (B, T) -> logits of the next word (B, T, V)."""
+        return self.speak(self.look(images), words)
+
+    def look(self, images: Tensor) -> Tensor:
+        """images (B, 2, 3, H, W) -> what the decoder reads, (B, N / 4, W)."""
+        pixels = images.flatten(0, 1).float() / 127.5 - 1
+        features = self.tower(pixels.contiguous(memory_format=torch.channels_last))  # one call: statistics shared
+        before, after = features.unflatten(0, (-1, 2)).unbind(1)  # (B, C, S, S)
+        seen = [before, after, after - before, *(self.match(before, after) if self.match else ())]
+        return self.join(torch.cat(seen, 1)).flatten(2).transpose(1, 2) + self.places
+
+    def speak(self, seen: Tensor, words: Tensor) -> Tensor:
+        """seen (B, N / 4, W), words (B, T) -> logits (B, T, V)."""
+        num = words.shape[1]
+        hidden = self.words(words) + self.turns[:num]
+        later = torch.ones(num, num, dtype=torch.bool, device=words.device).triu(1)
+        return self.decoder(hidden, seen, tgt_mask=later, tgt_is_causal=True) @ self.words.weight.T
+
+
+class SiameseCaptioner:
+    """The trained CNN and its words, put to work on pairs."""
+
+    def __init__(self, model: SiameseCNN, vocabulary: Vocabulary) -> None:
+        self.model, self.vocabulary = model, vocabulary
+
+    @torch.inference_mode()
+    def caption(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[str]:
+        """What changed from the first to the second image of each pair, greedily."""
+        images = torch.stack([torch.stack([pixels(image, self.model.architecture.image_px) for image in pair])
+                              for pair in pairs])
+        return self.caption_pixels(images)
+
+    @torch.inference_mode()
+    def caption_pixels(self, images: Tensor) -> list[str]:
+        """images (B, 2, 3, H, W) -> captions."""
+        self.model.eval()
+        device = self.model.places.device
+        seen = self.model.look(images.to(device))
+        ids = torch.full((len(images), 1), BEGIN, device=device)
+        for _ in range(self.model.architecture.max_words):
+            ids = torch.cat([ids, self.model.speak(seen, ids)[:, -1:].argmax(-1)], 1)
+            if (ids == END).any(1).all():
+                break
+        return self.vocabulary.decode(ids[:, 1:])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / WEIGHTS)
+        told = {"architecture": asdict(self.model.architecture), "words": self.vocabulary.words[len(MARKS):]}
+        (folder / SETTINGS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """A folder that `save` wrote. Raises FileNotFoundError if it is none, ValueError if its files do not match."""
+        for name in (SETTINGS, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no Siamese CNN (no {name} in it): "
+                                        "'python -m benchmarks.baselines' trains one")
+        told = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        shape = told["architecture"] | {"channels": tuple(told["architecture"]["channels"])}
+        vocabulary = Vocabulary(told["words"])
+        model = SiameseCNN(Architecture(**shape), len(vocabulary.words))
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / WEIGHTS}: not the weights of {SETTINGS} beside it "
+                             f"({' '.join(str(error).split())[:200]}); train it again") from None
+        return cls(model.eval(), vocabulary)
+
+
+def pixels(image: Image.Image, image_px: int) -> Tensor:
+    """An image -> (3, H, W), 0 to 255, squeezed into a square where it is none."""
+    if image.size != (image_px, image_px):
+        image = image.resize((image_px, image_px), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+

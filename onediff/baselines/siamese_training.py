@@ -1,0 +1,132 @@
+"""The Siamese CNN's training, on the pairs of DiffCap that OneDiff's second phase sees: a plain loop on one device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from onediff.baselines.siamese_cnn import PAD, Architecture, SiameseCaptioner, SiameseCNN, Vocabulary, pixels
+from onediff.data.record import digest, read_records
+from onediff.inputs.images import open_image
+
+Judge = Callable[[SiameseCaptioner], float]
+Log = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """`validate_every` steps the judge is asked, and what it likes best is kept."""
+
+    steps: int = 3900
+    batch_size: int = 32
+    rate: float = 1e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    validate_every: int = 500
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """images (M, 3, H, W), each once, 0 to 255; places (n, 2) of before and after among them; references of each."""
+
+    images: Tensor
+    places: Tensor
+    references: list[list[str]]
+
+    @classmethod
+    def read(cls, folder: Path, split: str, *, image_px: int) -> Pairs:
+        """All two-image records of a split of DiffCap. Raises ValueError if there are none."""
+        number: dict[str, int] = {}
+        images: list[Tensor] = []
+        places: list[list[int]] = []
+        references = []
+        for record in read_records(folder, f"{split}-*.parquet"):
+            if record.num_images != 2:
+                continue
+            names = [digest(content) for content in record.images]
+            for name, content in zip(names, record.images, strict=True):
+                if name not in number:
+                    number[name] = len(images)
+                    images.append(pixels(open_image(content), image_px))
+            places.append([number[name] for name in names])
+            references.append(record.references)
+        if not places:
+            raise ValueError(f"{folder}: no pair in split {split}; 'dvc repro' makes data/diffcap with some")
+        return cls(torch.stack(images), torch.tensor(places), references)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        """(B, 2, 3, H, W)."""
+        return self.images[self.places[list(rows)]]
+
+
+def fit(pairs: Pairs, architecture: Architecture, training: Training, *, judge: Judge, log: Log) -> SiameseCaptioner:
+    """A captioner trained on the pairs, the one that the judge likes best. The same seed, the same weights.
+
+    Raises ValueError if the loss stops being a number.
+    """
+    torch.manual_seed(training.seed)
+    vocabulary = Vocabulary.of(text for texts in pairs.references for text in texts)
+    model = SiameseCNN(architecture, len(vocabulary.words))
+    captioner = SiameseCaptioner(model, vocabulary)
+    optimizer = torch.optim.AdamW(_decayed(model, training.weight_decay), lr=0.0)
+    best, kept = -math.inf, model.state_dict()
+    for step, (rows, captions) in enumerate(draws(pairs, training), start=1):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate * rate_factor(step, training.steps, training.warmup)
+        words = vocabulary.encode(captions, max_words=architecture.max_words)
+        logits = model(pairs[rows], words[:, :-1])
+        loss = functional.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), ignore_index=PAD)
+        if not loss.isfinite():
+            raise ValueError(f"siamese_cnn: the loss became {loss.item()} at step {step}; lower the rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        told = {"loss": loss.item()}
+        if step % training.validate_every == 0 or step == training.steps:
+            told["val"] = judge(captioner)
+            if told["val"] > best:
+                best, kept = told["val"], {name: value.clone() for name, value in model.state_dict().items()}
+        log(step, told)
+    model.load_state_dict(kept)
+    return SiameseCaptioner(model.eval(), vocabulary)
+
+
+def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[str]]]:
+    """The rows of each step, every pair once an epoch, and a reference of each, drawn anew at each visit."""
+    dice = torch.Generator().manual_seed(training.seed)
+    waiting: list[int] = []
+    for _ in range(training.steps):
+        while len(waiting) < training.batch_size:
+            waiting += torch.randperm(len(pairs), generator=dice).tolist()
+        rows, waiting = waiting[: training.batch_size], waiting[training.batch_size :]
+        picked = torch.rand(len(rows), generator=dice).tolist()
+        yield rows, [pairs.references[row][int(share * len(pairs.references[row]))]
+                     for row, share in zip(rows, picked, strict=True)]
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Rises evenly over the share `warmup` of the steps, then falls along a cosine to nothing."""
+    rising = max(1, round(steps * warmup))
+    return step / rising if step <= rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def _decayed(model: SiameseCNN, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices and filters lose weight; biases, norms and positions do not."""
+    matrices = [value for name, value in model.named_parameters()
+                if value.dim() > 1 and name not in ("places", "turns")]
+    chosen = {id(value) for value in matrices}
+    others = [value for value in model.parameters() if id(value) not in chosen]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,64 @@
+"""The table of benchmarks/baselines.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import baselines
+from onediff.data.record import Record
+from onediff.eval.metrics import METRICS
+from onediff.eval.protocols import references_digest
+
+
+@pytest.fixture
+def rows(scene_pairs: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Pairs of a project with a CNN that always says the same, and a third floor in metrics.json."""
+    monkeypatch.chdir(tmp_path)
+    rows = [vars(record) for record in scene_pairs]
+    folder = baselines.HOME / "matched"
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text("{}")
+    say(folder / "scenes.jsonl", {row["pair_id"]: "no change was made" for row in rows})
+    figures = {**dict.fromkeys(METRICS, 0.5), "change_type_accuracy": 0.7}
+    result = {**figures, "references": references_digest({row["pair_id"]: row["references"] for row in rows}),
+              "score_intervals": {key: [0.4, 0.6] for key in METRICS},
+              "intervals": {"change_type_accuracy": [0.6, 0.8]},
+              "floor": {"constant": {}, "random_train": {}, "nearest": dict.fromkeys(METRICS, 0.25)}}
+    Path("data").mkdir()
+    Path("data/metrics.json").write_text(json.dumps({"scenes": result}))
+    return rows
+
+
+def say(path: Path, said: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"pair_id": key, "prediction": text}) + "\n" for key, text in said.items()))
+
+
+def cells(lines: list[str], name: str) -> list[str]:
+    return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {name}")).split("|")[2:-1]]
+
+
+def test_a_champion_that_says_the_references_is_told_apart_from_a_constant(rows: list[dict[str, Any]]) -> None:
+    say(Path("data/captions/test/scenes.jsonl"), {row["pair_id"]: row["references"][0] for row in rows})
+    lines = baselines.section("scenes", rows, ["no change was made", "the red cube moved"])
+    ours, peer = cells(lines, baselines.CHAMPION), cells(lines, "Siamese CNN")
+    assert cells(lines, "")[:5] == ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "type"]
+    assert (ours[0], ours[4], peer[4]) == ("100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]", "0.0 [0.0, 0.0]")
+    assert cells(lines, 'best constant, "no change was made"') == peer
+    assert cells(lines, "nearest")[:4] == ["25.0"] * 4
+    difference = cells(lines, "champion less Siamese CNN")[3]
+    assert float(difference.split()[0]) > 0 and float(difference.split("p ")[1]) < 0.05
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_without_captions_the_champion_is_what_metrics_json_says_of_the_same_references(
+        rows: list[dict[str, Any]]) -> None:
+    lines = baselines.section("scenes", rows, ["no change was made"])
+    assert cells(lines, baselines.CHAMPION) == ["50.0 [40.0, 60.0]"] * 4 + ["70.0 [60.0, 80.0]"]
+    assert not [line for line in lines if "champion less" in line]
+    with pytest.raises(ValueError, match=r"scores of scenes are of other references .*'make run' makes all of them"):
+        baselines.recorded("scenes", {row["pair_id"]: row["references"] for row in rows[1:]})
