@@ -47,7 +47,8 @@ def test_predictions_and_references_are_what_score_and_compare_read(project: Pat
     assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
     said, truth = read_predictions(Path("said/p.jsonl")), read_rows(Path("r.jsonl"), "references")
     assert list(said) == list(truth) == [record.pair_id for record in scene_pairs[:5]]
-    assert list(truth.values()) == [{name: getattr(record, name) for name in predict.REFERENCES} for record in scene_pairs[:5]]
+    assert list(truth.values()) == [{name: getattr(record, name) for name in predict.REFERENCES}
+                                    for record in scene_pairs[:5]]
 
 
 def test_a_chat_model_is_asked_each_pairs_own_question_and_the_prompt_is_told(
