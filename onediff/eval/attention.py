@@ -27,7 +27,7 @@ Grid = NDArray[np.float64]
 Box = Sequence[float]  # left, top, right, bottom in pixels
 SIDES = ("before", "after")
 BATCH = 32  # pairs looked at together
-FIGURES = ("inside_share", "pointing_accuracy")
+FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # also told by side and by change type
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def glances(record: Record, maps: AttentionMaps) -> list[Glance]:
         inside = coverage(place, side=side)
         levels = {level: grids[SIDES.index(name)] for level, grids in maps.levels.items()}
         figures = {
-            "inside_share": _share(grid, inside), "area_share": float(inside.mean()),
+            "attention_share": float(grid.sum()), "inside_share": _share(grid, inside),
+            "area_share": float(inside.mean()),
             "difference_inside_share": _share(maps.change, inside),
             "pointing_accuracy": points_inside(grid, place),
             "difference_pointing_accuracy": points_inside(maps.change, place),
@@ -196,6 +197,7 @@ def _share(grid: Grid, inside: Grid) -> float:
 def attention_figures(found: Sequence[Glance]) -> dict[str, Any]:
     """Means over images that show a changed region, with 95 % intervals; {} where there are none.
 
+    attention_share: how much of the pair's attention the image gets; where it is low, the other one is looked at.
     inside_share: how much of the attention that an image gets falls into its region, beside the region's share of the
     image (area_share: what looking everywhere alike would give) and the share of the pixel differences that do.
     pointing_accuracy: the patch looked at most has its middle in the region; beside it the same of the patch that

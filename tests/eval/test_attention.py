@@ -182,6 +182,7 @@ def test_looking_everywhere_alike_gives_the_area_and_looking_at_the_place_gives_
         got = attention_figures(glances(record, maps))
         assert (got["inside_share"], got["pointing_accuracy"]) == (pytest.approx(share), pointing)
         assert got["area_share"] == got["difference_inside_share"] == pytest.approx(2 / 64)
+        assert got["attention_share"] == pytest.approx(0.5)
         assert got["level_4_inside_share"] == got["inside_share"]
         assert (got["pointing_ceiling"], got["centre_pointing_accuracy"]) == (1, 0)
 
