@@ -140,8 +140,8 @@ def _audit(audit: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
     """Columns, and the counts and the verdict of each benchmark, as far as the file has them."""
     found = audit.get("benchmarks", {})
     keys = [key for key in AUDIT if any(key in its for its in found.values())]
-    return [*(AUDIT[key] for key in keys), "verdict"], {
-        name: [*(its.get(key, NO_VALUE) for key in keys), its.get("verdict", NO_VALUE)] for name, its in found.items()}
+    return ["verdict", *(AUDIT[key] for key in keys)], {
+        name: [its.get("verdict", NO_VALUE), *(its.get(key, NO_VALUE) for key in keys)] for name, its in found.items()}
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
