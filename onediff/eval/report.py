@@ -1,31 +1,27 @@
-"""Everything about one model on one page: a single HTML file with its pictures inside, no network and no script."""
+"""Everything about one model on one page: a single HTML file with its pictures and figures inside, no network."""
 
 from __future__ import annotations
 
-import base64
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from onediff.data.record import Record
-from onediff.eval.behaviour import Row
-from onediff.eval.evaluation import checks
-from onediff.eval.metrics import METRICS, Predictions
+from onediff.eval.charts import COLOURS, page_style
+from onediff.eval.figures import last_loss
+from onediff.eval.gallery import Album, Example
+from onediff.eval.metrics import METRICS
 from onediff.eval.protocols import PROTOCOLS
+from onediff.eval.published import doubts, published
 
-MAX_POINTS = 240  # of a curve
 SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
          ("padding_share", "padding left out", "{:.1%}"), ("loader_wait_share", "waiting for data", "{:.1%}"),
          ("memory_gib", "memory, GiB", "{:.2f}"), ("tflops_per_s", "TFLOP/s", "{:.3g}"), ("mfu", "MFU", "{:.1%}"))
-CHART_PX = (560, 200)
-FIGURES = {  # key in metrics.json -> (label, what it counts)
+BEHAVIOUR = {  # key in metrics.json -> (label, what it counts)
     "change_found_rate": ("change found", "changed pairs for which a change is claimed"),
     "change_type_accuracy": ("type right", "changed pairs"),
     "changed_object_accuracy": ("object right", "changed pairs: color and shape"),
@@ -36,56 +32,82 @@ FIGURES = {  # key in metrics.json -> (label, what it counts)
 }
 HEADLINES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
              "operation_accuracy")
-_MAGIC = {b"\xff\xd8": "jpeg", b"GI": "gif", b"RI": "webp"}
-
-
-@dataclass(frozen=True)
-class Example:
-    """One pair of the gallery. Images are data URIs; regions are [left, top, width, height] in percent of the image."""
-
-    pair_id: str
-    change_type: str
-    before: str
-    after: str
-    region_before: list[float] | None
-    region_after: list[float] | None
-    references: list[str]
-    prediction: str
-    checks: dict[str, bool]
-
-    @property
-    def right(self) -> bool:
-        return all(self.checks.values())
+STRESS = {  # part of stress.json -> (what is shown, {key -> (label, what it counts)})
+    "identical": ("One image shown twice", {
+        "false_alarm_rate": ("false alarms", "not said that nothing changed; lower is better"),
+        "unreadable_rate": ("unreadable", "part of them: captions that the grammar cannot read; lower is better"),
+        "same_caption_rate": ("caption stays", "changed pairs captioned word for word as with both images; "
+                                               "lower is better")}),
+    "unrelated": ("Two images that share nothing", {
+        "no_change_rate": ("“nothing changed”", "said all the same; lower is better"),
+        "unreadable_rate": ("unreadable", "captions that the grammar cannot read"),
+        "same_caption_rate": ("caption stays", "changed pairs captioned word for word as with the right second image; "
+                                               "lower is better")}),
+    "swapped": ("After shown as before, before as after", {
+        "swap_accuracy": ("way back right", "changed pairs: type, object and outcome of the change back"),
+        "swap_consistency": ("takes itself back", "changed pairs: the opposite of what is said of the pair, "
+                                                  "right or wrong"),
+        "false_alarm_rate": ("false alarms", "unchanged pairs; lower is better"),
+        "same_caption_rate": ("caption stays", "changed pairs captioned word for word as unswapped; lower is better")}),
+}
+LANGUAGE = {  # key -> (column, form)
+    "words": ("words", "{:.1f}"), "vocabulary": ("different words", "{:,.0f}"),
+    "different": ("different captions", "{:.1%}"),
+    "distinct_1": ("distinct-1", "{:.3f}"), "distinct_2": ("distinct-2", "{:.3f}"),
+    "copied": ("copied from training", "{:.1%}"), "empty": ("empty", "{:.1%}")}
+NO_VALUE = "\N{EN DASH}"
+AUDIT = {"num_pairs": "test pairs", "equal_image": "equal image", "near_image": "near image",
+         "equal_caption": "equal caption", "rare_caption": "of these rare", "near_caption": "near caption",
+         "dropped": "training pairs dropped", "lookalikes": "lookalikes in training"}
 
 
 def render_page(*, when: str, subtitle: str, params: str, metrics: Mapping[str, Any], gate: Mapping[str, Any],
-                curves: Mapping[str, list[dict[str, float]]], card: Mapping[str, Any],
-                gallery: Mapping[str, list[Example]]) -> str:
-    """The page as HTML. `params`: params.yaml as text; `curves`: lines of data/curves by phase; others as on disk."""
-    metrics, gate = _ordered(metrics), _ordered(gate)
+                stress: Mapping[str, Any], curves: Mapping[str, list[dict[str, float]]], card: Mapping[str, Any],
+                audit: Mapping[str, Any], albums: Mapping[str, Album], figures: Mapping[str, Markup]) -> str:
+    """The page as HTML. `params`: params.yaml as text; `curves`: lines of data/curves by phase; `figures`: those of
+    figures.py; others as on disk, stress and audit empty where there are none.
+    """
+    metrics, gate = ordered(metrics), ordered(gate)
     return _template().render(
-        when=when, subtitle=subtitle, params=params, metrics=metrics, gate=gate, card=card, gallery=gallery,
-        names=METRICS, figures=FIGURES, headlines=_headlines(metrics),
-        phases={name: _phase(lines) for name, lines in curves.items()},
-        types={name: _type_table(result) for name, result in metrics.items()}, counts=_count_table(card))
+        when=when, subtitle=subtitle, params=params, metrics=metrics, gate=gate, card=card, albums=albums,
+        names=METRICS, behaviour=BEHAVIOUR, headlines=_headlines(metrics), stress=stress, trials=STRESS,
+        peers=_peers(metrics),
+        phases={name: _phase(lines) for name, lines in curves.items()}, language=_language(metrics),
+        types={name: _type_table(result) for name, result in metrics.items()}, counts=_count_table(card),
+        audit=_audit(audit), choices=_choices(albums), colours=COLOURS, chart_style=Markup(page_style()),
+        figures_of=lambda start: [chart for name, chart in figures.items() if name.startswith(start)])
 
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
-    return environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    environment.filters["words"] = lambda name: name.replace("_", " ")
+    return environment.get_template("report.html.j2")
 
 
-def _ordered(results: Mapping[str, Any]) -> dict[str, Any]:
+def ordered(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in dict.fromkeys((*PROTOCOLS, *results)) if name in results}
+
+
+def ordered_sources(sources: Iterable[str]) -> list[str]:
+    known = dict.fromkeys(protocol.source for protocol in PROTOCOLS.values())
+    given = dict.fromkeys(sources)
+    return [source for source in dict.fromkeys((*known, *given)) if source in given]
 
 
 def _headlines(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """benchmark -> (label, value) of the figures that the top of the page shows."""
-    return {benchmark: [*((FIGURES[key][0], f"{100 * result[key]:.1f} %") for key in HEADLINES if key in result),
+    return {benchmark: [*((BEHAVIOUR[key][0], f"{100 * result[key]:.1f} %") for key in HEADLINES if key in result),
                         ("CIDEr", f"{100 * result['CIDEr']:.1f}")]
             for benchmark, result in metrics.items() if benchmark != "scenes_far"}
+
+
+def _peers(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What others published of the same benchmark by the same protocol; none beside a part of the test split."""
+    return {key: [row | {"doubts": doubts(row)} for row in published(key)] for key, result in metrics.items()
+            if "incomplete" not in result}
 
 
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -94,6 +116,15 @@ def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "false_alarm_rate" in result:
         right = {**right, "none": 1 - result["false_alarm_rate"]}
     return [{"type": kind, "right": right.get(kind), **values} for kind, values in result["by_change_type"].items()]
+
+
+def _language(metrics: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns, and the cells of each source: the protocols of one share its captions."""
+    told = {protocol_name.split("/")[0]: result["language"] for protocol_name, result in metrics.items()
+            if "language" in result}
+    return [column for column, _ in LANGUAGE.values()], {
+        source: [form.format(its[key]) if key in its else NO_VALUE for key, (_, form) in LANGUAGE.items()]
+        for source, its in told.items()}
 
 
 def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
@@ -105,117 +136,27 @@ def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     return list(table.items())
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+def _audit(audit: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Columns, and the counts and the verdict of each benchmark, as far as the file has them."""
+    found = audit.get("benchmarks", {})
+    keys = [key for key in AUDIT if any(key in its for its in found.values())]
+    return ["verdict", *(AUDIT[key] for key in keys)], {
+        name: [its.get("verdict", NO_VALUE), *(its.get(key, NO_VALUE) for key in keys)] for name, its in found.items()}
 
 
-def choose(benchmark: str, rows: Sequence[Row], predictions: Predictions, *, per_type: int) -> list[str]:
-    """pair_ids for the gallery, in order of type: right ones, then as many wrong ones, as far as there are both."""
-    by_type: dict[str, dict[bool, list[str]]] = {}
-    for row in rows:
-        right = all(checks(benchmark, predictions[row["pair_id"]], row).values())
-        by_type.setdefault(row["change_type"], {True: [], False: []})[right].append(row["pair_id"])
-    chosen = []
-    for _, found in sorted(by_type.items()):
-        wrong = found[False][:max(per_type // 2, per_type - len(found[True]))]
-        chosen += found[True][:per_type - len(wrong)] + wrong
-    return chosen
-
-
-def example(benchmark: str, record: Record, prediction: str) -> Example:
-    """A gallery entry. Raises OSError if an image cannot be read."""
-    where = record.provenance
-    both = where.get("region")
-    cropped = record.change_type == "crop"  # its region is what the second image shows
-    return Example(
-        pair_id=record.pair_id, change_type=record.change_type,
-        before=data_uri(record.before), after=data_uri(record.after),
-        region_before=_percent(where.get("region_before") or both, record.before),
-        region_after=None if cropped else _percent(where.get("region_after") or both, record.after),
-        references=record.references, prediction=prediction, checks=checks(benchmark, prediction, vars(record)))
-
-
-def data_uri(image: bytes) -> str:
-    kind = _MAGIC.get(image[:2], "png")
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def _percent(box: list[int] | None, image: bytes) -> list[float] | None:
-    if box is None:
-        return None
-    from onediff.inputs.images import open_image
-
-    width, height = open_image(image).size
-    left, top, right, bottom = box
-    return [round(100 * left / width, 2), round(100 * top / height, 2), round(100 * (right - left) / width, 2),
-            round(100 * (bottom - top) / height, 2)]
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
+def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
+    """What the gallery can be filtered by."""
+    pairs: list[Example] = [pair for album in albums.values() for pair in (*album.shown, *album.worst, *album.lost)]
+    return {"benchmark": list(dict.fromkeys(pair.source for pair in pairs)),
+            "type": sorted({pair.change_type for pair in pairs}),
+            "outcome": ["right", "wrong"] if any(pair.checks for pair in pairs) else [],
+            "lost": ["lost"] if any(album.lost for album in albums.values()) else []}
 
 
 def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
-    """The charts and the throughput of one phase."""
-    steps = _points(lines, "loss")
-    charts = [("loss", line_chart(thin(steps), thin(smooth(steps)), label="loss"))] if steps else []
-    val = _points(lines, "val_CIDEr")
-    if val:
-        charts.append(("CIDEr on val (times 100)", line_chart([], [(x, 100 * y) for x, y in val], label="val CIDEr")))
-    return {"charts": charts, "steps": int(steps[-1][0]) if steps else 0,
-            "loss": smooth(steps)[-1][1] if steps else None,
+    """Length and throughput of one phase."""
+    return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=0)),
+            "loss": last_loss(lines),
             "seconds": max((line["seconds"] for line in lines if "seconds" in line), default=None),
             "speed": [(said, form.format(statistics.median(values))) for key, said, form in SPEED
                       if (values := [line[key] for line in lines if key in line])]}
-
-
-def _points(lines: Iterable[dict[str, float]], key: str) -> list[tuple[float, float]]:
-    """(step, value), one per step: a resumed run may have written a step twice, and the last one counts."""
-    return sorted({line["step"]: line[key] for line in lines if line.get(key) is not None}.items())
-
-
-def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean over the points nearby, a thirtieth of the curve in all; as wide as the ends allow."""
-    reach = len(points) // 60
-    return [(x, statistics.fmean(y for _, y in points[max(0, k - reach):k + reach + 1]))
-            for k, (x, _) in enumerate(points)]
-
-
-def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    step = max(1, math.ceil(len(points) / MAX_POINTS))
-    return [*points[:-1:step], *points[-1:]]
-
-
-def line_chart(faint: Sequence[tuple[float, float]], strong: Sequence[tuple[float, float]], *, label: str) -> Markup:
-    """An inline SVG of one curve (and its raw values behind it), y from 0 to a round number."""
-    width, height = CHART_PX
-    left, bottom, top = 44, 24, 8
-    high = _round_up(max(y for _, y in [*strong, *faint]))
-    first, last = min(x for x, _ in strong), max(x for x, _ in strong)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        share = (x - first) / (last - first) if last > first else 0.5
-        return left + share * (width - left - 12), height - bottom - y / high * (height - bottom - top)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}, last value {strong[-1][1]:.3g}">']
-    for k in range(5):
-        value = high * k / 4
-        _, y = place(first, value)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for x in (first, last) if last > first else (first,):
-        anchor = "start" if x == first else "end"
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">step {x:g}</text>')
-    for kind, points in (("faint", faint), ("strong", strong)):
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-        parts.append(f'<polyline class="{kind}" points="{path}"/>')
-    if len(strong) <= 30:
-        parts += ['<circle class="dot" r="3" cx="{:.1f}" cy="{:.1f}"/>'.format(*place(x, y)) for x, y in strong]
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def _round_up(value: float) -> float:
-    """The next of 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10 times a power of ten: quarters of it are short numbers."""
-    if value <= 0 or not math.isfinite(value):
-        return 1.0
-    scale = 10.0 ** math.floor(math.log10(value))
-    steps = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10)
-    return scale * next(step for step in steps if value <= step * scale * (1 + 1e-9))

@@ -64,7 +64,8 @@ def test_score_and_report_from_captions_to_page(repository: Path) -> None:
     assert [path.read_bytes() for path in outputs] == first
     report()
     page = Path("data/report.html").read_text(encoding="utf-8")
-    assert page.count('<article class="pair">') == 8 + 3 * 2 and "scenes-test-000000c" in page
+    assert page.count('<article class="pair"') == 8 + 3 * 2 and "scenes-test-000000c" in page
+    assert {path.name for path in Path("data/figures").iterdir()} >= {"cider-scenes.svg", "train-tune-loss.svg"}
 
 
 def test_score_says_which_captions_are_missing(repository: Path) -> None:
