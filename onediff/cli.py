@@ -257,6 +257,19 @@ def example(as_json: Json = False) -> None:
 
 
 @app.command()
+def report(against: Annotated[str, typer.Option(help="Another version, such as models:/onediff@previous.")] = CHAMPION,
+           out: Path = Path(".onediff/report.html")) -> None:
+    """data/report.html again, with the pairs on which the scored model loses most against another version."""
+    from onediff.registry import scored_pairs
+    from onediff.stages.report import make_page
+
+    page, _ = make_page(against=scored_pairs(against))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    typer.echo(f"{out}: against {against}")
+
+
+@app.command()
 def manifest(phase: Annotated[Phase, typer.Argument(help="align or tune.")],
              image: Annotated[str, typer.Option(help="With this project installed.")] = "onediff:latest") -> None:
     """Print a Kubernetes Job that trains a phase on the nodes and GPUs of runtime.yaml; see docs/cluster.md."""

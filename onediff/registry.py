@@ -338,15 +338,27 @@ def _keep_scored(version: ModelVersion, scored: Path) -> None:
     tracking.client().log_model_artifacts(_logged(version), str(scored), SCORED)
 
 
-def _scored(version: ModelVersion) -> dict[str, Any]:
-    """benchmark -> scores of each pair of split gate; empty if the version was registered without."""
+@_plain_errors()
+def scored_pairs(uri: str, split: str = "test") -> dict[str, Any]:
+    """benchmark -> what each pair of the split scored with models:/onediff@ALIAS or models:/onediff/VERSION.
+
+    Raises ValueError if there is no such version or it was registered without.
+    """
+    found = _scored(_resolve(uri), split)
+    if not found:
+        raise ValueError(f"{uri} has no scores of single pairs: score it again: python -m flows.evaluate {uri}")
+    return found
+
+
+def _scored(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
+    """Empty if the version was registered without."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     where = tracking.client().get_logged_model(_logged(version)).artifact_location
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            found = download_artifacts(artifact_uri=f"{where}/{SCORED}/gate.json", dst_path=scratch,
+            found = download_artifacts(artifact_uri=f"{where}/{SCORED}/{split}.json", dst_path=scratch,
                                        tracking_uri=tracking.uri())
         except (MlflowException, OSError):
             return {}

@@ -179,6 +179,13 @@ def test_a_champion_without_scores_of_pairs_is_to_be_scored_again() -> None:
     assert "score it again" in registry.promote().reasons[0]
 
 
+def test_what_each_pair_scored_can_be_asked_of_a_version() -> None:
+    add("a", CIDEr=2.5)
+    assert registry.scored_pairs("models:/onediff@candidate", "gate")["scenes"]["CIDEr"] == [2.5] * 200
+    with pytest.raises(ValueError, match=r"models:/onediff/1 has no scores of single pairs: score it again: python -m"):
+        registry.scored_pairs("models:/onediff/1", "test")
+
+
 def test_promoting_the_champion_again_changes_nothing() -> None:
     add("a")
     registry.promote()
