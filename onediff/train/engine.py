@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict
             parameter.requires_grad_(rate > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))
         learning = [p for _, p in mine if p.requires_grad]
         if learning:
-            groups.append({"params": learning, "lr": rate, "peak": rate, "part": part})
+            groups.append({"params": learning, "lr": 0.0, "peak": rate, "part": part})
     return groups
 
 
@@ -98,8 +99,10 @@ class Engine:
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.zero_level = runtime.zero_level
-        if hasattr(self._engine.optimizer, LINK):
-            self._make_moments()  # at its first update DeepSpeed would link those of the first part alone
+        if self._updated is not None or hasattr(self._engine.optimizer, LINK):
+            self._make_moments()  # not all have a gradient yet, and ZeRO 1 and 2 would link the first part's alone
+        for state in self.optimizer.state.values():
+            state["step"].zero_()  # without ZeRO in bfloat16 DeepSpeed has made an update without gradients
 
     def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -162,14 +165,27 @@ class Engine:
         """Whether the optimizer updates the parameters themselves: no ZeRO, no bfloat16."""
         return not hasattr(self._engine.optimizer, "optimizer") or self._engine.optimizer is self.optimizer
 
+    @cached_property
+    def _updated(self) -> dict[int, Tensor] | None:
+        """id of each parameter -> what the optimizer updates for it: itself, or without ZeRO in bfloat16 its float32
+        copy; None where ZeRO shares them.
+        """
+        if self._plain:
+            return {id(p): p for p in self.learning.values()}
+        if self.zero_level:
+            return None
+        wrapped = self._engine.optimizer
+        return {id(low): high for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
+                for low, high in zip(lows, highs, strict=True)}
+
     def masters(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Of each parameter that learns: its float32 value and both moments, whole, on every rank in turn."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, p in self.learning.items():
-            if self._plain:
-                state = self.optimizer.state[p]
-                yield name, {"value": p.detach(), **{key: state[key] for key in MOMENTS}}
+            if self._updated is not None:
+                mine = self._updated[id(p)]
+                yield name, {"value": mine.detach(), **{key: self.optimizer.state[mine][key] for key in MOMENTS}}
             else:
                 yield name, {"value": safe_get_full_fp32_param(p),
                              **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
@@ -191,8 +207,11 @@ class Engine:
             safe_set_local_optimizer_state,
         )
 
-        if self._plain:
-            (p.data if key == "value" else self.optimizer.state[p][key]).copy_(value)
+        if self._updated is not None:
+            mine = self._updated[id(p)]
+            (mine.data if key == "value" else self.optimizer.state[mine][key]).copy_(value)
+            if key == "value" and mine is not p:
+                p.data.copy_(value)
         elif hasattr(p, "ds_tensor"):  # ZeRO 3: this rank's slice, the last one padded
             size = p.ds_tensor.ds_numel
             mine = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]

@@ -126,6 +126,17 @@ def test_adapters_are_merged_into_the_weights_of_a_plain_model(alone: Path) -> N
     assert weights(alone / "lora").keys() == weights(alone / "plain").keys()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_killed_on_one_process_goes_on_with_the_same_bits(precision: str, tmp_path: Path, alone: Path) -> None:
+    case = {"folder": "cut", "runtime": OFTEN, "precision": precision}
+    launch(tmp_path, [case | {"die_at": 13}], 1, dies=True)
+    assert len(losses(tmp_path / "cut")) in (12, 13)
+    launch(tmp_path, [case], 1)
+    whole = weights(alone / ("plain" if precision == "float32" else "half"))
+    for name, value in weights(tmp_path / "cut").items():
+        assert torch.equal(whole[name], value), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("level", "precision"), [(3, "float32"), (2, "float32"), (1, "bfloat16")])
 def test_killed_on_two_processes_goes_on_with_the_same_bits_and_on_one_too(
