@@ -34,8 +34,8 @@ from onediff.stages import DIFFCAP
 if TYPE_CHECKING:
     from onediff.baselines.siamese_cnn import SiameseCaptioner
 
-HOME, TABLE, FLOORS = {"nearest_train": "caption of the training pair with the nearest pixels"}
-CHAMPION = Path(".onediff/baselines"), Path("docs/baselines.md"), "OneDiff, the champion"
+FLOORS = {"nearest_train": "caption of the training pair with the nearest pixels"}
+HOME, TABLE, CHAMPION = Path(".onediff/baselines"), Path("docs/baselines.md"), "OneDiff, the champion"
 BENCHMARKS = ("scenes", "scenes_far", "edits")
 METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 BEHAVIOUR = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -114,6 +115,8 @@ def _end_with(parent: int) -> None:
 def _start(make: Callable[[], Worker[Any, Any]]) -> None:
     global _worker, _refusal
     os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:  # forked: the threads that torch had in the parent are not here, and would be waited for
+        sys.modules["torch"].set_num_threads(1)
     _worker = _refusal = None
     try:
         _worker = make()

@@ -60,6 +60,12 @@ def refuser() -> Callable[[int], int]:
     raise FileNotFoundError("models/clip not found")
 
 
+def multiplier() -> Callable[[int], float]:
+    import torch
+
+    return lambda item: float((torch.full((300, 300), float(item)) @ torch.ones(300, 300))[0, 0])
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("count", [0, 1, 53])
 def test_results_come_in_order(count: int, chunk: int) -> None:
@@ -70,6 +76,15 @@ def test_a_worker_is_made_once_in_each_process() -> None:
     owners = list(spread(process_id, range(60), LOCAL, chunk=2))
     assert os.getpid() not in owners
     assert len(set(owners)) <= 3
+
+
+def test_workers_compute_although_torch_has_used_its_threads_here() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    torch.ones(2000, 2000) @ torch.ones(2000, 2000)  # begins threads, which a forked child has not got
+    torch.nn.functional.gelu(torch.ones(4_000_000))
+    assert list(spread(multiplier, range(1, 5), LOCAL)) == [300.0, 600.0, 900.0, 1200.0]
 
 
 def test_an_error_of_a_worker_arrives_as_it_was_after_the_results_before_it() -> None:
