@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -95,7 +96,15 @@ def test_a_program_killed_midway_is_told_and_the_next_call_starts_another() -> N
         assert program.ask(["A bird"]) == ["a bird"]
 
 
-def test_an_interrupted_call_shifts_no_later_answer() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_shifts_no_later_answer(interruptible: None) -> None:
     with tokenizer() as program:
         program.ask(["A cat"])
         threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
