@@ -6,7 +6,9 @@
 
 The CNN sees the training pairs of all sources, every reference, nothing pretrained; what it says best of `val` by CIDEr
 is kept. `make run` must have come before: data/diffcap, and the champion's captions in data/captions/test; without
-these its figures are those of data/metrics.json, and no difference is tested.
+these its figures are those of data/metrics.json, and no difference is tested. Ablations of the champion at its full
+length are rows, too: change params.yaml in a clone, `dvc repro caption`, and put its data/captions/test under the name
+.onediff/baselines/ablations/<what was changed>.
 """
 
 from __future__ import annotations
@@ -134,8 +136,14 @@ def folders() -> list[Path]:
     return [HOME / name for name in COMPARISONS if (HOME / name / "training.json").exists()]
 
 
+def peers() -> dict[str, Path]:
+    """Name -> folder of what it says about each benchmark: the champion's ablations, and the CNNs."""
+    return {**{f"OneDiff, {folder.name}": folder for folder in sorted((HOME / "ablations").glob("*"))},
+            **{COMPARISONS[folder.name]: folder for folder in folders()}}
+
+
 def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> list[str]:
-    """The table of one benchmark, and whether the champion is better than each CNN."""
+    """The table of one benchmark, and whether the champion is better than each peer."""
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     groups = [row["group_id"] for row in rows]
     said = systems(benchmark, references, train_captions)
@@ -151,14 +159,14 @@ def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> l
     empty = " |" * (len(names) - len(METRICS))
     lines += [line + empty for line in other_floors(benchmark)]
     if CHAMPION in said:
-        lines += [difference(scores, COMPARISONS[folder.name], groups) + empty for folder in folders()]
+        lines += [difference(scores, name, groups) + empty for name in peers()]
     return [*lines, ""]
 
 
 def systems(benchmark: str, references: dict[str, list[str]], train_captions: list[str]) -> dict[str, Predictions]:
     constant, ours = best_constant(train_captions, references), Path(f"data/captions/test/{benchmark}.jsonl")
     return {**({CHAMPION: read_predictions(ours)} if ours.exists() else {}),
-            **{COMPARISONS[folder.name]: read_predictions(folder / f"{benchmark}.jsonl") for folder in folders()},
+            **{name: read_predictions(folder / f"{benchmark}.jsonl") for name, folder in peers().items()},
             f'best constant, "{constant}"': dict.fromkeys(references, constant),
             "random training caption": random_captions(train_captions, references)}
 

@@ -44,11 +44,12 @@ def cells(lines: list[str], name: str) -> list[str]:
 
 def test_a_champion_that_says_the_references_is_told_apart_from_a_constant(rows: list[dict[str, Any]]) -> None:
     say(Path("data/captions/test/scenes.jsonl"), {row["pair_id"]: row["references"][0] for row in rows})
+    say(baselines.HOME / "ablations/mute/scenes.jsonl", {row["pair_id"]: "no change was made" for row in rows})
     lines = baselines.section("scenes", rows, ["no change was made", "the red cube moved"])
     ours, peer = cells(lines, baselines.CHAMPION), cells(lines, "Siamese CNN")
     assert cells(lines, "")[:5] == ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "type"]
     assert (ours[0], ours[4], peer[4]) == ("100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]", "0.0 [0.0, 0.0]")
-    assert cells(lines, 'best constant, "no change was made"') == peer
+    assert cells(lines, 'best constant, "no change was made"') == peer == cells(lines, "OneDiff, mute")
     assert cells(lines, "nearest")[:4] == ["25.0"] * 4
     difference = cells(lines, "champion less Siamese CNN")[3]
     assert float(difference.split()[0]) > 0 and float(difference.split("p ")[1]) < 0.05
