@@ -48,9 +48,8 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, trai
             if not chosen_rows(protocol, rows):
                 continue  # a gate split, for one, need not hold unchanged pairs
             found[key] = _table(protocol, rows, references, scores, said)
-    for key in found:
-        found[key]["language"] = language(predictions.values(), [text for row in train for text in row["references"]])
-    return found
+    told = language(predictions.values(), [text for row in train for text in row["references"]])
+    return {key: {**table, "language": told} for key, table in found.items()}
 
 
 def _table(protocol: Protocol, rows: Sequence[Row], references: References, scores: Mapping[str, Scores],
@@ -64,7 +63,7 @@ def _table(protocol: Protocol, rows: Sequence[Row], references: References, scor
     result: dict[str, Any] = {
         **part[""].corpus, "score_intervals": {name: list(both) for name, both in bounds.items()},
         "num_pairs": len(own), "protocol": protocol.name, "references": references_digest(references), "floor": floors,
-        "leave_one_out": {} if protocol.only else leave_one_out(references, metrics=protocol.metrics),
+        "leave_one_out": {} if protocol.only else leave_one_out(references),
         "by_change_type": _by_change_type(part[""], own)}
     result["pairs"] = {**{key: result[key] for key in ("protocol", "references")},
                        **{key: [row[key] for row in own] for key in ("pair_id", "group_id")},

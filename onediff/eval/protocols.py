@@ -39,7 +39,6 @@ class Protocol:
     num_references: int | None = None
     id_key: str | None = None
     text_key: str | None = None
-    metrics: tuple[str, ...] = METRICS
 
 
 def _spot(kind: str, *, joined: bool) -> Protocol:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onediff.model.digest import weights_digest
 
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from onediff.train.loop import Log
 
 DIFFCAP = Path("data/diffcap")
+
+
+def rounded(value: Any) -> Any:
+    """Figures as metrics files keep them: six places, so that sums in another order are the same bytes."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def run(stage: Callable[..., object]) -> None:

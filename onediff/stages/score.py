@@ -18,7 +18,7 @@ from onediff.eval.files import read_predictions
 from onediff.eval.metrics import METRICS, start
 from onediff.eval.nearest import nearest_rows
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of
-from onediff.stages import run
+from onediff.stages import rounded, run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
 SCORED = Path("data/scored")
@@ -50,8 +50,8 @@ def score() -> None:
             print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
         SCORED.mkdir(parents=True, exist_ok=True)
         pairs = {name: result.pop("pairs") for name, result in results.items()}
-        (SCORED / f"{split}.json").write_text(json.dumps(_rounded(pairs)) + "\n", encoding="utf-8")
-        output.write_text(json.dumps(_rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (SCORED / f"{split}.json").write_text(json.dumps(rounded(pairs)) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         _show(f"{split} split, {output}", results)
 
 
@@ -73,14 +73,6 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
 def _reader(sources: Mapping[str, str]) -> Callable[[str], Iterator[Record]]:
     return lambda split: (record for record in read_records(Path("data/diffcap"), f"{split}-*.parquet")
                           if record.source == sources[split])
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def _show(title: str, results: dict[str, Any]) -> None:

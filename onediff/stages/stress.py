@@ -17,7 +17,7 @@ from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.metrics import Predictions
 from onediff.eval.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
-from onediff.stages import DIFFCAP, quiet, run
+from onediff.stages import DIFFCAP, quiet, rounded, run
 
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
@@ -40,7 +40,7 @@ def stress(model: str = "data/models/tune") -> None:
     try:
         results = {benchmark: _measure(captioner, benchmark, records, config)
                    for benchmark, records in _chosen(config).items()}
-        (PART / METRICS.name).write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
+        (PART / METRICS.name).write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(OUT, ignore_errors=True)
         os.replace(PART / METRICS.name, METRICS)
         PART.rename(OUT)
@@ -98,14 +98,6 @@ def _look(captioner: Captioner, benchmark: str, records: Sequence[Record]) -> di
             file.write(json.dumps({"pair_id": record.pair_id, **grids}) + "\n")
             found += glances(record, maps)
     return attention_figures(found)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def _show(results: dict[str, Any]) -> None:
