@@ -404,6 +404,7 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # None: a cluster of this machine alone
     writer_url: str | None = None  # an OpenAI-compatible endpoint; None: OpenAI's own

@@ -100,6 +100,18 @@ def siamese_cnn(folder: Path, *, batch_size: int = 64) -> System:
     return lambda records: _batches(records, lambda _, pairs: captioner.caption(pairs), batch_size)
 
 
+def folder_of(model: str) -> Path:
+    """A model folder, or that of a registered version. Raises FileNotFoundError or ValueError if there is none."""
+    if model.startswith("models:/"):
+        from onediff.registry import model_folder
+
+        return model_folder(model)
+    if not (Path(model) / "config.json").exists():
+        raise FileNotFoundError(f"{model} is no model folder (no config.json in it): name one that 'make run' made, "
+                                "such as data/models/tune, or models:/onediff@champion")
+    return Path(model)
+
+
 def question(record: Record, config: Config) -> str:
     """What its task, or else the record asks about a pair."""
     task = config.tasks.get(record.source)
