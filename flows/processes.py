@@ -75,18 +75,18 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Holds the pipeline for this process: two `dvc repro` at once fail on what they share.
+def alone(lock: Path = LOCK) -> Iterator[None]:
+    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on what they share.
 
     Raises ValueError if another run holds it.
     """
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("a+") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{LOCK}: another run holds the pipeline (process {file.read().strip() or 'unknown'}): "
+            raise ValueError(f"{lock}: another run holds the pipeline (process {file.read().strip() or 'unknown'}): "
                              "wait for it or stop it") from None
         file.truncate(0)
         file.write(str(os.getpid()))

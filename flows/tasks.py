@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,35 +15,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows.pipeline import DVC, outcome, reason
 from flows.processes import stream
 
 if TYPE_CHECKING:
-    from onediff.config import Data
     from onediff.registry import Verdict
 
-DVC = (sys.executable, "-m", "dvc")
-STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "stress", "report")
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
-
-
-def stages(data: Data) -> list[str]:
-    """The stages of dvc.yaml in an order in which each finds what it needs: first those of the sources."""
-    lists: dict[str, list[Any]] = {
-        "synthesize": data.generated, "read": data.raw, "retrieve": data.retrieved, "instruct": data.diffused,
-        "diffuse": data.diffused, "write": data.written}
-    return [f"{stage}@{source}" for stage, sources in lists.items() for source in sources] + list(STAGES)
-
-
-def stale_stages() -> set[str]:
-    """The stages whose deps, parameters or outs differ from dvc.lock now; what follows them may become stale too.
-
-    Raises ValueError in DVC's words if dvc.yaml or the project is not in order.
-    """
-    asked = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise ValueError(f"dvc status: {_one_line(asked.stderr)}")
-    return set(json.loads(asked.stdout))
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -55,31 +32,12 @@ def repro(stage: str, *, ask: bool = True) -> State[Any]:
     `ask` False: it is known to be up to date, so DVC is spared. No retries: the same bytes would fail again.
     """
     if not ask:
-        return Completed(name="UpToDate", message=f"{stage}: up to date")
+        return Completed(name="UpToDate", message=f"{stage}: UpToDate")
     start = time.time()
     status, said = stream([*DVC, "repro", "--single-item", stage])
     if status:
-        return Failed(message=f"{stage} failed{_reason(start)}")
-    if re.search(r"^Stage '.*' is cached - skipping run", said, re.MULTILINE):
-        return Completed(name="Restored", message=f"{stage}: taken from DVC's run cache")
-    if re.search(r"^Running stage '", said, re.MULTILINE):
-        return Completed(name="Ran", message=f"{stage}: ran {time.time() - start:.0f} s")
-    return Completed(name="UpToDate", message=f"{stage}: up to date")
-
-
-def _reason(since: float) -> str:
-    """What a training phase wrote about its end; DVC gives every failure the same exit status."""
-    written = [path for path in Path(".onediff/scratch").glob("*/status.json") if path.stat().st_mtime >= since]
-    if not written:
-        return "; its message stands above"
-    status = json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text())
-    return f": {status['state']} at step {status['step']}" + (f" ({status['reason']})" if status["reason"] else "")
-
-
-def _one_line(text: str) -> str:
-    """DVC's message without the listing of the file below it, whose lines begin with a number."""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s+\d+\s", line)]
-    return " ".join(lines).removeprefix("ERROR: ") or "no message"
+        return Failed(message=f"{stage} failed{reason(Path(), start)}")
+    return Completed(name=outcome(said), message=f"{stage}: {outcome(said)}, {time.time() - start:.0f} s")
 
 
 def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
@@ -98,7 +56,7 @@ def keep_scores() -> str:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def register() -> str:
+def register(evaluation: str) -> str:
     """The model that stage `tune` left becomes the candidate; the same weights stay the same version."""
     from onediff import registry
 
@@ -108,13 +66,37 @@ def register() -> str:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def promote() -> Verdict:
-    """The candidate becomes champion if mlflow/promotion.yaml lets it; being refused is no failure."""
+def propose(version: str, *, by: str) -> None:
+    """The version becomes the candidate."""
     from onediff import registry
 
-    verdict = registry.promote()
+    registry.propose(version, by=by)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def judge(version: str | None) -> Verdict:
+    """What the gate says, before anybody is asked; changes nothing."""
+    from onediff import registry
+
+    return registry.consider(version)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def change(version: str | None, *, by: str, why: str | None) -> Verdict:
+    """The version becomes champion if mlflow/promotion.yaml lets it."""
+    from onediff import registry
+
+    verdict = registry.promote(version, by=by, why=why)
     print(f"version {verdict.version}: {'champion' if verdict.promoted else 'refused'}", *verdict.reasons, sep="\n  ")
     return verdict
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
+def turn_back(*, by: str, why: str | None) -> str:
+    """`previous` becomes champion again; gives its number."""
+    from onediff import registry
+
+    return registry.rollback(by=by, why=why)
 
 
 @task(cache_policy=NO_CACHE)

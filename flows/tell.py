@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Literal
 
 from prefect.artifacts import create_markdown_artifact
-from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
+from prefect.blocks.notifications import NotificationBlock  # knows Prefect's own kinds
 
 from onediff.config import load_runtime
 
@@ -36,10 +38,16 @@ def without_secrets(text: str) -> str:
 def _send(slug: str, *, subject: str, body: str) -> str | None:
     """Why the block could not be told, or None."""
     try:
-        block = NotificationBlock.load(slug, _sync=True)
-        block.notify(body=body, subject=subject)
+        asyncio.run(_notify(slug, subject=subject, body=body))
     except ValueError as error:  # no such block
         return without_secrets(" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - whatever a service of others raises; what it says may hold its address
         return type(error).__name__
     return None
+
+
+async def _notify(slug: str, *, subject: str, body: str) -> None:
+    block = await Block.aload(slug)
+    if not isinstance(block, NotificationBlock):
+        raise ValueError(f"is no block that can notify, but {type(block).__name__}")
+    await block.anotify(body=body, subject=subject)

@@ -380,6 +380,13 @@ class Slurm(Section):
     poll_s: Annotated[float, Field(gt=0)] = 15.0
 
 
+class Pools(Section):
+    """Names of Prefect work pools."""
+
+    cpu: str = "onediff-cpu"
+    gpu: str = "onediff-gpu"
+
+
 class Runtime(Section):
     """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
 
@@ -404,6 +411,8 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    pools: Pools | None = None  # Prefect's work pools, by what a stage needs; None: stages run where the flow does
+    git_remote: str | None = None  # where the branches retrain/RUN are pushed to; None: they stay here
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # None: a cluster of this machine alone

@@ -1,0 +1,95 @@
+"""The flow `stage`: one DVC stage on a worker's machine, which shares DVC's remote and this server with the sender.
+
+It works in a git worktree of its own, so that whatever stands in the worker's clone stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import Artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.pipeline import DVC, LOCK, dvc, outcome, outs_for, reason, small_outs
+from flows.processes import alone, stream
+
+WORK = Path(".onediff/work")
+ANSWER = "onediff-stage"  # type of the artifact that carries the stage's results back
+
+
+@flow(name="stage", flow_run_name="{name}")
+def stage(name: str, commit: str, files: dict[str, str]) -> State[Any]:
+    """Runs a stage of dvc.yaml at a commit, and pushes what it made to DVC's remote.
+
+    `files`: dvc.lock and the metrics that git keeps, as the sender has them; an artifact hands them back, new.
+    """
+    try:
+        with alone(WORK.with_suffix(".lock")):
+            _check_out(commit)
+            _lay(files)
+            return _run(name)
+    except (ValueError, OSError) as error:
+        return Failed(message=f"{name}: {error}")
+
+
+def _run(name: str) -> State[Any]:
+    _bring(name)
+    start = time.time()
+    status, said = stream([*DVC, "repro", "--single-item", "--pull", "--allow-missing", name], WORK)
+    if status:
+        return Failed(message=f"{name} failed{reason(WORK, start)}")
+    dvc(WORK, "push", "--run-cache", name)
+    kept = [LOCK, *small_outs(WORK)]
+    answer = {str(path): (WORK / path).read_text(encoding="utf-8") for path in kept if (WORK / path).exists()}
+    Artifact(type=ANSWER, key=ANSWER, description=name, data=json.dumps(answer)).create()
+    return Completed(name=outcome(said), message=f"{name}: {outcome(said)}")
+
+
+def _check_out(commit: str) -> None:
+    """The worktree at the commit; fetched if this clone has not seen it. Raises ValueError if it cannot be had."""
+    if _git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
+        _git("fetch", "--quiet", "--all")
+    if (WORK / ".git").exists():
+        done = _git("-C", str(WORK), "checkout", "--quiet", "--force", "--detach", commit)
+    else:
+        _git("worktree", "prune")
+        shutil.rmtree(WORK, ignore_errors=True)
+        done = _git("worktree", "add", "--quiet", "--detach", str(WORK), commit)
+    if done.returncode:
+        raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ({done.stderr.strip()}): push it "
+                         "to a git remote of this clone, or 'git fetch' here")
+
+
+def _lay(files: dict[str, str]) -> None:
+    """The sender's small files in the worktree, and this machine's runtime.yaml, remotes and cache."""
+    for name, text in files.items():
+        path = WORK / name
+        if (path.is_absolute() and WORK.absolute() not in path.absolute().parents) or ".." in Path(name).parts:
+            raise ValueError(f"the sender's file '{name}' lies outside the project")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for name in ("runtime.yaml", ".dvc/config.local"):
+        (WORK / name).unlink(missing_ok=True)
+        if Path(name).exists():
+            shutil.copy(name, WORK / name)
+    dvc(WORK, "cache", "dir", "--local", str(Path(".dvc/cache").absolute()))
+
+
+def _bring(name: str) -> None:
+    """What the stage reads, in the state that dvc.lock names; what no stage makes any more goes."""
+    wanted, gone = outs_for(WORK, name)
+    for path in gone:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if wanted:
+        dvc(WORK, "pull", "--force", "--allow-missing", *wanted)
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
