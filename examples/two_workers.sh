@@ -41,7 +41,7 @@ in_clone gpu prefect worker start --pool onediff-gpu --name gpu > "$folder/worke
 
 for round in first second; do
 	say "$round retraining"
-	in_clone data prefect deployment run retrain/retrain --watch > "$folder/$round.log" 2>&1 || { tail -20 "$folder/$round.log" "$folder"/worker-*.log; exit 1; }
+	in_clone data prefect deployment run retrain/retrain --watch > "$folder/$round.log" 2>&1 || { tail -n 20 "$folder/$round.log" "$folder"/worker-*.log; exit 1; }
 	in_clone data prefect flow-run ls --limit 40
 done
 

@@ -12,7 +12,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows import pools
@@ -95,9 +95,9 @@ def _on_workers(stale: set[str]) -> State[Any]:
 
 def _check_crashes() -> None:
     """A crashed run is started again (prefect.yaml); raises ValueError if that did not help several times in a row."""
-    if flow_run.deployment_id is None:
+    if deployment.id is None:
         return
-    of_ours = DeploymentFilter(id=DeploymentFilterId(any_=[flow_run.deployment_id]))
+    of_ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(deployment_filter=of_ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC,
                                      limit=MOST_CRASHES + 1)
