@@ -7,12 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ruamel.yaml import YAML
 
-if TYPE_CHECKING:
-    from onediff.config import Data
+from onediff.config import Data, load_params
 
 DVC = (sys.executable, "-m", "dvc")
 LOCK = Path("dvc.lock")
@@ -41,9 +40,17 @@ def stale_stages() -> set[str]:
 
 
 def stale_elsewhere() -> set[str]:
-    """The same where the data are on other machines: what is missing here counts as dvc.lock says it."""
-    said = dvc(Path(), "repro", "--dry", "--allow-missing")
-    return set(re.findall(r"^Running stage '(.+)':", said, re.MULTILINE))
+    """The same where the data are on other machines: what is missing here is taken to be as dvc.lock says.
+
+    A folder that several stages fill cannot be told from here: what reads it is among them.
+    """
+    changed = {stage for stage, changes in json.loads(dvc(Path(), "status", "--json")).items()
+               if not all(isinstance(change, dict) and _only_missing(change) for change in changes)}
+    locked = _locked(Path())
+    made = {out["path"]: out["md5"] for entry in locked.values() for out in entry.get("outs", [])}
+    other = {stage for stage, entry in locked.items()
+             if any(made.get(dep["path"], dep["md5"]) != dep["md5"] for dep in entry.get("deps", []))}
+    return changed | other | {stage for stage in stages(load_params().data) if stage not in locked}
 
 
 def outs_for(folder: Path, stage: str) -> tuple[list[str], list[Path]]:
@@ -104,6 +111,10 @@ def _described(stage: str, folder: Path) -> dict[str, Any]:
 def _locked(folder: Path) -> dict[str, Any]:
     path = folder / LOCK
     return YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+
+
+def _only_missing(change: dict[str, dict[str, str]]) -> bool:
+    return all(state in ("deleted", "not in cache") for paths in change.values() for state in paths.values())
 
 
 def _within(path: Path, folder: Path) -> bool:
