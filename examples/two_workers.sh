@@ -25,7 +25,7 @@ git -C "$folder/base" -c user.name=example -c user.email=example@localhost commi
 for name in data gpu alone; do
 	git clone --quiet "$folder/base" "$folder/$name"
 	git -C "$folder/$name" remote remove origin
-	(cd "$folder/$name" && dvc remote add --local --default shared "$remote" --quiet)
+	(cd "$folder/$name" && mkdir -p .onediff && dvc remote add --quiet --local --default shared "$remote")
 done
 rm -rf "$folder/base"
 

@@ -5,7 +5,6 @@ It works in a git worktree of its own, so that whatever stands in the worker's c
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
@@ -48,7 +47,7 @@ def _run(name: str) -> State[Any]:
     dvc(WORK, "push", "--run-cache", name)
     kept = [LOCK, *small_outs(WORK)]
     answer = {str(path): (WORK / path).read_text(encoding="utf-8") for path in kept if (WORK / path).exists()}
-    Artifact(type=ANSWER, key=ANSWER, description=name, data=json.dumps(answer)).create()
+    Artifact(type=ANSWER, key=ANSWER, description=name, data=answer).create()
     return Completed(name=outcome(said), message=f"{name}: {outcome(said)}")
 
 
