@@ -26,7 +26,7 @@ LOCK_HEAD := '\# Every package and version; written by "make lock" from pyprojec
 	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
 
-.PHONY: help setup run test blender test-all lint lock backbones report clean
+.PHONY: help setup run deploy worker drills test blender test-all lint lock backbones report clean
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
@@ -50,6 +50,17 @@ params.yaml:
 run: setup params.yaml  ## the whole pipeline: data, two training phases, scores, registry; then a caption by the champion
 	@python -m flows.retrain
 	@onediff example
+
+deploy: setup  ## pools, deployments, limits and automations on the Prefect server of PREFECT_API_URL
+	@python -m flows.deploy
+
+worker: setup  ## work for a Prefect pool from this folder: make worker POOL=onediff-gpu
+	@test -n "$(POOL)" || { echo "onediff: which pool? 'make worker POOL=onediff-cpu' or another that 'prefect work-pool ls' lists" >&2; exit 1; }
+	@mkdir -p .onediff
+	@ONEDIFF_PROJECT="$(CURDIR)" prefect worker start --type process --pool "$(POOL)"
+
+drills: setup  ## kill each service, worker, flow and training during retrainings, and print the table (about half an hour)
+	@python -m benchmarks.drills
 
 test: setup  ## tests that need about a minute each at most, micro pipeline included
 	@HF_HUB_OFFLINE=1 python -m pytest

@@ -31,27 +31,29 @@ def stage(name: str, commit: str, files: dict[str, str]) -> State[Any]:
     """
     try:
         with alone(WORK.with_suffix(".lock")):
-            _check_out(commit)
-            _lay(files)
-            return _run(name)
+            check_out(commit)
+            lay(files)
+            happened, answer = work(name)
     except (ValueError, OSError) as error:
         return Failed(message=f"{name}: {error}")
+    Artifact(type=ANSWER, key=ANSWER, description=name, data=answer).create()
+    return Completed(name=happened, message=f"{name}: {happened}")
 
 
-def _run(name: str) -> State[Any]:
+def work(name: str) -> tuple[str, dict[str, str]]:
+    """What happened (Ran, Restored, UpToDate), and the small files as they are now. Raises ValueError if it failed."""
     _bring(name)
     start = time.time()
     status, said = stream([*DVC, "repro", "--single-item", "--pull", "--allow-missing", name], WORK)
     if status:
-        return Failed(message=f"{name} failed{reason(WORK, start)}")
+        raise ValueError(f"failed{reason(WORK, start)}")
     dvc(WORK, "push", "--run-cache", name)
     kept = [LOCK, *small_outs(WORK)]
-    answer = {str(path): (WORK / path).read_text(encoding="utf-8") for path in kept if (WORK / path).exists()}
-    Artifact(type=ANSWER, key=ANSWER, description=name, data=answer).create()
-    return Completed(name=outcome(said), message=f"{name}: {outcome(said)}")
+    return outcome(said), {str(path): (WORK / path).read_text(encoding="utf-8") for path in kept
+                           if (WORK / path).exists()}
 
 
-def _check_out(commit: str) -> None:
+def check_out(commit: str) -> None:
     """The worktree at the commit; fetched if this clone has not seen it. Raises ValueError if it cannot be had."""
     if _git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
         _git("fetch", "--quiet", "--all")
@@ -66,7 +68,7 @@ def _check_out(commit: str) -> None:
                          "to a git remote of this clone, or 'git fetch' here")
 
 
-def _lay(files: dict[str, str]) -> None:
+def lay(files: dict[str, str]) -> None:
     """The sender's small files in the worktree, and this machine's runtime.yaml, remotes and cache."""
     for name, text in files.items():
         path = WORK / name
@@ -88,6 +90,10 @@ def _bring(name: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if wanted:
         dvc(WORK, "pull", "--force", "--allow-missing", *wanted)
+    missing = [out for out in wanted if not (WORK / out.removesuffix(".dvc")).exists()]
+    if missing:
+        raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' on "
+                         "the machine that made it, or remove its entry from dvc.lock")
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import processes, tasks
+from flows import pipeline, processes, tasks
 from flows.processes import alone, end, stream
 from onediff.config import load_params
 
@@ -36,16 +36,16 @@ stages:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run([*tasks.DVC, "init", "-q"], check=True)
+    subprocess.run([*pipeline.DVC, "init", "-q"], check=True)
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("in.txt").write_text("one")
     return tmp_path
 
 
 def test_a_stage_runs_then_is_up_to_date_then_comes_from_the_run_cache(project: Path) -> None:
-    assert tasks.stale_stages() == {"copy", "broken"}
+    assert pipeline.stale_stages() == {"copy", "broken"}
     assert tasks.repro.fn("copy").name == "Ran"
-    assert "copy" not in tasks.stale_stages()
+    assert "copy" not in pipeline.stale_stages()
     assert tasks.repro.fn("copy").name == "UpToDate"
     Path("in.txt").write_text("two")
     assert tasks.repro.fn("copy").name == "Ran"
@@ -73,7 +73,7 @@ def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -
 def test_a_broken_pipeline_file_is_told_in_one_line(project: Path) -> None:
     Path("dvc.yaml").write_text("stages: [")
     with pytest.raises(ValueError, match=r"^dvc status: '\./dvc\.yaml' is invalid\. .*line 2") as told:
-        tasks.stale_stages()
+        pipeline.stale_stages()
     assert "\n" not in str(told.value)
 
 
@@ -134,16 +134,16 @@ def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_p
     values["data"] |= {"diffused": ["drawn"], "written": [*values["data"]["written"], "drawn"]}
     YAML().dump(values, tmp_path / "params.yaml")
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    subprocess.run([*tasks.DVC, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    subprocess.run([*pipeline.DVC, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
     for folder in ("pairs", "written", "synthetic"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    command = [*tasks.DVC, "stage", "list", "--name-only"]
+    command = [*pipeline.DVC, "stage", "list", "--name-only"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    named = tasks.stages(load_params(tmp_path / "params.yaml").data)
+    named = pipeline.stages(load_params(tmp_path / "params.yaml").data)
     assert sorted(named) == sorted(listed)
     assert {"read@clevr_change", "retrieve@coco", "instruct@drawn", "diffuse@drawn", "write@drawn"} <= set(named)
     order = {name: place for place, name in enumerate(named)}
-    command = [*tasks.DVC, "dag", "--dot"]
+    command = [*pipeline.DVC, "dag", "--dot"]
     edges = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
     assert len(found) > 20
