@@ -92,8 +92,8 @@ def _bring(name: str) -> None:
         dvc(WORK, "pull", "--force", "--allow-missing", *wanted)
     missing = [out for out in wanted if not (WORK / out.removesuffix(".dvc")).exists()]
     if missing:
-        raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' on "
-                         "the machine that made it, or remove its entry from dvc.lock")
+        raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' "
+                         "on the machine that made it, or remove its entry from dvc.lock")
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
