@@ -16,6 +16,8 @@ from types import FrameType
 
 import psutil
 
+from onediff.stages import FLOW
+
 CODE = Path(__file__).resolve().parent.parent
 LOCK = Path(".onediff/pipeline.lock")
 OWNER = "ONEDIFF_FLOW_PID"  # inherited by Prefect's temporary server: says whose it is
@@ -29,6 +31,7 @@ def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
     """
     bin_folder = str(Path(sys.executable).parent)  # `python` and `dvc` of this environment
     env = {**os.environ, "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]), "PYTHONUNBUFFERED": "1"}
+    env[FLOW] = str(os.getpid())
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), env.get("PYTHONPATH")]))
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, env=env, process_group=0)
     assert process.stdout is not None, "asked for a pipe"

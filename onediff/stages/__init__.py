@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onediff.train.loop import Log
 
 DIFFCAP = Path("data/diffcap")
+FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
 
 
 def rounded(value: Any) -> Any:
@@ -38,19 +39,27 @@ def rounded(value: Any) -> Any:
 def run(stage: Callable[..., object]) -> None:
     """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1.
 
-    Under DVC it ends when DVC does: one that was killed must not leave a stage writing where the next one writes.
+    Under DVC it ends when DVC does, or the flow that started it: neither, when killed, may leave a stage writing where
+    the next one writes.
     """
     if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
+        threading.Thread(target=_end_with, args=(above,), daemon=True).start()
     try:
         stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {error}")
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(above: list[int]) -> None:
+    import psutil
+
+    try:
+        watched = [psutil.Process(pid) for pid in above]
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+            time.sleep(0.5)
+    except psutil.NoSuchProcess:
+        pass
     os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
 
 
