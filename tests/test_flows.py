@@ -108,6 +108,22 @@ def test_nothing_a_stage_started_outlives_a_terminated_run(tmp_path: Path) -> No
     assert not any(processes._runs(process) for process in family)
 
 
+def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) -> None:
+    child = "import time; from onediff.stages import run; run(lambda: time.sleep(600))"
+    code = f"import sys\nfrom flows import processes\nprocesses.stream([sys.executable, '-c', {child!r}])"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "any"})
+    family = _wait_for_children(run.pid, 1)
+    time.sleep(3)  # it watches by then
+    assert all(map(processes._runs, family))
+    run.kill()
+    run.wait()
+    last = time.monotonic() + 30
+    while any(map(processes._runs, family)) and time.monotonic() < last:
+        time.sleep(0.2)
+    assert not any(map(processes._runs, family))
+
+
 def test_what_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_S", 0.5)
     code = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
