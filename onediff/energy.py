@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 RAPL = Path("/sys/class/powercap")  # Linux: what the processors' packages count, in microjoules
@@ -48,8 +49,8 @@ def _processors(rapl: Path) -> list[Callable[[], float]]:
     meters = []
     for package in sorted(rapl.glob("intel-rapl:*")):  # AMD's are called so too
         if package.name.count(":") == 1 and os.access(package / "energy_uj", os.R_OK):
-            wraps_at = int((package / "max_energy_range_uj").read_text())
-            meters.append(_meter(lambda path=package / "energy_uj": int(path.read_text()), 1e6, wraps_at))
+            wraps_at = _number(package / "max_energy_range_uj")
+            meters.append(_meter(partial(_number, package / "energy_uj"), 1e6, wraps_at))
     return meters
 
 
@@ -68,8 +69,12 @@ def _gpus() -> list[Callable[[], float]]:
             handle = (pynvml.nvmlDeviceGetHandleByIndex(int(name)) if str(name).isdigit()
                       else pynvml.nvmlDeviceGetHandleByUUID(str(name)))
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            meters.append(_meter(lambda handle=handle: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 1e3))
+            meters.append(_meter(partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), 1e3))
     return meters
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())
 
 
 def _meter(read: Callable[[], int], per_joule: float, wraps_at: int = 2**64) -> Callable[[], float]:

@@ -65,9 +65,9 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
 
 def _runs(root: Path) -> dict[str, Any]:
     """Run ids by what they did. data/runs comes out of DVC's cache with a stage, so it names the run that made it."""
-    notes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "data/runs").glob("*.json"))}
+    notes = sorted((root / "data/runs").glob("*.json"))
     return {"flow": os.environ.get(FLOW_RUN), "parent": os.environ.get(tracking.PARENT),
-            **{phase: note["run_id"] for phase, note in notes.items()}}
+            **{path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"] for path in notes}}
 
 
 def _files(stages: Mapping[str, Stage], root: Path) -> dict[str, dict[str, str] | None]:
@@ -186,11 +186,10 @@ def versions_of(item: str, *, root: Path = Path()) -> list[Use]:
     found = []
     for row in registry.list_versions():
         lineage = _told_if_kept(row["version"])
-        for path, digest in _entries(lineage, row) if lineage else ():
+        for path, digest in _entries(lineage, row).items() if lineage else ():
             if name in (path, digest, digest.removesuffix(".dir")):
-                found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage or {}),
-                                 versioned.md5_of(root / path) == digest if (root / path).exists() and len(digest) < 64
-                                 else None))
+                here = versioned.md5_of(root / path) == digest if (root / path).exists() else None
+                found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage or {}), here))
     return found
 
 
@@ -222,7 +221,7 @@ def _entries(lineage: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, st
         entries |= stage["deps"] | stage["outs"]
     for folder, files in lineage["files"].items():
         entries |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
-    return entries | {f"{WEIGHTS}/*.safetensors": row["weights_digest"], "dvc.lock": lineage["dvc_lock"],
+    return entries | {f"{WEIGHTS}/*.safetensors": row["weights_digest"], f"{LOCK} (SHA-256)": lineage["dvc_lock"],
                       f"{DIFFCAP}/card.json (SHA-256)": lineage["data_card"]}
 
 

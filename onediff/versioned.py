@@ -1,4 +1,4 @@
-"""What DVC keeps, by digest: any file or folder that a dvc.lock names comes out as it was, whatever the workspace holds.
+"""What DVC keeps, by digest: a file or folder that a dvc.lock names comes out as it was, whatever the workspace holds.
 
     for name, stage in locked().items(): ...             # digest of every dep and out
     fetch("b3b470bb...dir", Path("scratch/diffcap"))     # from the cache or the default remote, every byte checked
@@ -44,7 +44,7 @@ def locked(path: Path = LOCK) -> dict[str, Stage]:
     try:
         stages = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"]
         return {name: Stage(_digests(stage, "deps"), _digests(stage, "outs"),
-                            {key: value for values in stage.get("params", {}).values() for key, value in values.items()})
+                            dict(pair for values in stage.get("params", {}).values() for pair in values.items()))
                 for name, stage in stages.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None
@@ -115,8 +115,8 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
         wrong = _wrong(md5, got, cache)
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(f"{target.name} ({md5}): {'; '.join(wrong[:_SHOWN])}{more}{said}. 'dvc push' on the machine "
-                             "that made it and try again")
+            raise ValueError(f"{target.name} ({md5}): {'; '.join(wrong[:_SHOWN])}{more}{said}. If the remote has it not: "
+                             "'dvc push' on the machine that made it")
         got.rename(target)
     return target
 
