@@ -60,7 +60,7 @@ def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
             fetched[path] = _fetched(path, outs, clone, root)
             yield fetched[path]
         yield _weights(version, found, outs, clone)
-        yield from _workspace(found, outs, root)
+        yield _workspace(found, stages, root)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
             yield _rescored(version, outs, clone)
             yield _recaptioned(version, stages, clone, Path(scratch).absolute() / "again")
@@ -143,13 +143,23 @@ def _weights(version: str, found: Mapping[str, Any], outs: Mapping[str, str], cl
     return Check(f"{what} (SHA-256 {found['weights_digest'][:12]})", "; ".join(wrong))
 
 
-def _workspace(found: Mapping[str, Any], outs: Mapping[str, str], root: Path) -> Iterator[Check]:
-    """The files here of each out that is in this dvc.lock with the same digest; outs that are not here are passed."""
-    here = versioned.outs_of(versioned.locked(root / LOCK)) if (root / LOCK).exists() else {}
-    for path, md5 in sorted(outs.items()):
+def _workspace(found: Mapping[str, Any], stages: Mapping[str, Stage], root: Path) -> Check:
+    """The files here of all data that this dvc.lock has under the same digest; what is not here is passed over."""
+    here = _data(versioned.locked(root / LOCK)) if (root / LOCK).exists() else {}
+    looked_at, wrong = 0, []
+    for path, md5 in _data(stages).items():
         files = found["files"].get(path) if md5.endswith(".dir") else {"": md5}
         if here.get(path) == md5 and files is not None and (root / path).exists():
-            yield Check(f"{path} in this workspace", "; ".join(_unlike(root / path, files)))
+            looked_at += len(files)
+            wrong += _unlike(root / path, files)
+    return Check(f"{looked_at} data files in this workspace", "; ".join(wrong))
+
+
+def _data(stages: Mapping[str, Stage]) -> dict[str, str]:
+    """Path -> md5 of what goes in and comes out below data, but no folder of others."""
+    known = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
+             if path.startswith("data/")}
+    return {path: md5 for path, md5 in known.items() if not any(other.startswith(f"{path}/") for other in known)}
 
 
 def _unlike(folder: Path, files: Mapping[str, str]) -> list[str]:
