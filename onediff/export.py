@@ -22,7 +22,8 @@ def export(version: str, folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not empty: name a new folder")
     found = lineage.told(version)
-    carried, model = Path(found["folder"]), registry.model_folder(lineage.uri_of(version))
+    uri = lineage.uri_of(version)
+    carried, model = registry.version_files(uri), registry.model_folder(uri)
     if not (carried / "README.md").exists():
         raise FileNotFoundError(f"{carried / 'README.md'} not found: version {found['version']} has no model card; "
                                 "register it again")

@@ -59,6 +59,7 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
         "runs": _runs(root) | {"evaluation": evaluation_run},
         "stages": {name: asdict(stage) for name, stage in stages.items()},
         "files": _files(stages, root),
+        "shards": json.loads((root / DIFFCAP / "card.json").read_text(encoding="utf-8"))["digests"],
     }
     (place / "lineage.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -101,16 +102,16 @@ def told(version: str) -> dict[str, Any]:
     Raises ValueError if there is no such version or it was registered without.
     """
     uri = uri_of(version)
-    tags, folder = registry.version_tags(uri), registry.version_files(uri)
-    path = folder / FOLDER / "lineage.json"
+    tags = registry.version_tags(uri)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"version {tags['version']} carries no lineage ({path} not found): it was registered before "
-                         "lineage was kept, or its files are gone; register it again") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is damaged ({error}): bring it back from a backup, or register it again") from None
-    return {"version": tags["version"], "weights_digest": tags["weights_digest"], "folder": str(folder), **found}
+        found = json.loads(registry.version_text(uri, f"{FOLDER}/lineage.json"))
+    except FileNotFoundError as error:
+        raise ValueError(f"version {tags['version']} carries no lineage: it was registered before lineage was kept, or "
+                         f"its files are gone ({error}); register it again") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"version {tags['version']}: its {FOLDER}/lineage.json is damaged ({error}): bring it back from "
+                         "a backup, or register it again") from None
+    return {"version": tags["version"], "weights_digest": tags["weights_digest"], **found}
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -123,7 +124,8 @@ def text(found: Mapping[str, Any]) -> str:
              f"  dvc.lock    sha256 {found['dvc_lock']}",
              f"  data card   sha256 {found['data_card']}",
              "  runs        " + ", ".join(f"{what} {run}" for what, run in runs.items() if run),
-             f"  parameters, dvc.lock and data card as they were: {found['folder']}/{FOLDER}", "", "how it was made:"]
+             f"  parameters, dvc.lock and data card as they were: in {FOLDER}/ of the version's files in MLflow", "",
+             "how it was made:"]
     for name in _in_order(stages, set(TRAINING + SCORING)):
         stage = stages[name]
         data = [f"{path} {md5[:8]}" for path, md5 in stage.deps.items() if path.startswith("data/")]
@@ -178,7 +180,7 @@ class Use:
 
 
 def versions_of(item: str, *, root: Path = Path()) -> list[Use]:
-    """Every version that was made with an item: a path as in dvc.yaml, a file below one, or an md5 or SHA-256.
+    """Every version with an item in its lineage: a path as in dvc.yaml, a file below one, or an md5 or SHA-256.
 
     Newest version first. Raises ValueError if nothing is registered.
     """
@@ -186,11 +188,25 @@ def versions_of(item: str, *, root: Path = Path()) -> list[Use]:
     found = []
     for row in registry.list_versions():
         lineage = _told_if_kept(row["version"])
-        for path, digest in _entries(lineage, row).items() if lineage else ():
-            if name in (path, digest, digest.removesuffix(".dir")):
-                here = versioned.md5_of(root / path) == digest if (root / path).exists() else None
-                found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage or {}), here))
+        for path, digest in _matches(name, lineage).items() if lineage else ():
+            here = versioned.md5_of(root / path) == digest if (root / path).exists() else None
+            found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage or {}), here))
     return found
+
+
+def _matches(name: str, lineage: Mapping[str, Any]) -> dict[str, str]:
+    """What of a version's lineage has this path or digest; else the folder that holds the path, if its files are not
+    listed.
+    """
+    entries = _entries(lineage)
+    if _is_digest(name):  # the data card names shards by half the SHA-256
+        shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if name[:32] == half}
+        return {path: digest for path, digest in entries.items()
+                if name.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
+    if name in entries:
+        return {name: entries[name]}
+    return {path: digest for path, digest in entries.items()
+            if digest.endswith(".dir") and _holds(path, name) and not lineage["files"].get(path)}
 
 
 def without_lineage() -> list[str]:
@@ -214,14 +230,14 @@ def _relative(item: str, root: Path) -> str:
     return path.relative_to(root.absolute()).as_posix() if path.is_relative_to(root.absolute()) else item
 
 
-def _entries(lineage: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
+def _entries(lineage: Mapping[str, Any]) -> dict[str, str]:
     """Path -> digest of all in a version's lineage: deps, outs, files in them, and the weights by SHA-256."""
     entries: dict[str, str] = {}
     for stage in lineage["stages"].values():
         entries |= stage["deps"] | stage["outs"]
     for folder, files in lineage["files"].items():
         entries |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
-    return entries | {f"{WEIGHTS}/*.safetensors": row["weights_digest"], f"{LOCK} (SHA-256)": lineage["dvc_lock"],
+    return entries | {f"{WEIGHTS}/*.safetensors": lineage["weights_digest"], f"{LOCK} (SHA-256)": lineage["dvc_lock"],
                       f"{DIFFCAP}/card.json (SHA-256)": lineage["data_card"]}
 
 

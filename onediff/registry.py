@@ -270,6 +270,25 @@ def version_files(uri: str = CHAMPION_URI) -> Path:
 
 
 @_plain_errors()
+def version_text(uri: str, name: str) -> str:
+    """One text file that a version carries, such as lineage/lineage.json; its weights are not fetched for it.
+
+    Raises ValueError if there is no such version, FileNotFoundError if it carries no such file.
+    """
+    version = _resolve(uri)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    where = tracking.client().get_logged_model(_logged(version)).artifact_location
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found = download_artifacts(artifact_uri=f"{where}/{name}", dst_path=scratch, tracking_uri=tracking.uri())
+            return Path(found).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(f"{where}/{name} not found ({' '.join(str(error).split())[:200]})") from None
+
+
+@_plain_errors()
 def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
     """What is noted of a version, its number too. Raises ValueError if there is no such version."""
     found = _resolve(uri)

@@ -44,7 +44,7 @@ def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
     Raises ValueError if the version, its lineage or its commit cannot be had.
     """
     found = lineage.told(version)
-    carried = Path(found["folder"]) / FOLDER
+    carried = registry.version_files(lineage.uri_of(version)) / FOLDER
     stages = {name: Stage(**stage) for name, stage in found["stages"].items()}
     outs = versioned.outs_of(stages)
     commit = _commit(found, root)
@@ -59,10 +59,12 @@ def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
         for path in (WEIGHTS, DIFFCAP, CAPTIONS, SCORED):
             fetched[path] = _fetched(path, outs, clone, root)
             yield fetched[path]
-        yield _weights(version, found, outs, clone)
+        weights = _weights(version, found, outs, clone)
+        yield weights
         yield _workspace(found, stages, root)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
             yield _rescored(version, outs, clone)
+        if not any(check.problem for check in (weights, fetched[DIFFCAP], fetched[CAPTIONS])):
             yield _recaptioned(version, stages, clone, Path(scratch).absolute() / "again")
 
 
@@ -125,14 +127,17 @@ def _fetched(path: str, outs: Mapping[str, str], clone: Path, root: Path) -> Che
     try:
         versioned.fetch(outs[path], clone / path, project=root)
     except ValueError as error:
-        return Check(what, str(error))
+        return Check(what, str(error).removeprefix(f"{outs[path]}: "))
     return Check(what)
 
 
 def _weights(version: str, found: Mapping[str, Any], outs: Mapping[str, str], clone: Path) -> Check:
     """The registered files against the version's digest, and against what dvc.lock says that training left."""
-    what = "registered weights are those that training left"
-    folder = registry.model_folder(lineage.uri_of(version))
+    what = f"registered weights are those that training left (SHA-256 {found['weights_digest'][:12]})"
+    try:
+        folder = registry.model_folder(lineage.uri_of(version))
+    except ValueError as error:
+        return Check(what, str(error))
     files = found["files"].get(WEIGHTS) or (versioned.tree(clone / WEIGHTS) if (clone / WEIGHTS).exists() else None)
     if files is None:
         return Check(what, f"nothing lists the files of {outs.get(WEIGHTS)}")
@@ -140,7 +145,7 @@ def _weights(version: str, found: Mapping[str, Any], outs: Mapping[str, str], cl
     digest = weights_digest(folder)
     if digest != found["weights_digest"]:
         wrong.append(f"{folder}: weights' SHA-256 must be {found['weights_digest']}, got {digest}")
-    return Check(f"{what} (SHA-256 {found['weights_digest'][:12]})", "; ".join(wrong))
+    return Check(what, "; ".join(wrong))
 
 
 def _workspace(found: Mapping[str, Any], stages: Mapping[str, Stage], root: Path) -> Check:

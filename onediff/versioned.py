@@ -115,7 +115,7 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
         wrong = _wrong(md5, got, cache)
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(f"{target.name} ({md5}): {'; '.join(wrong[:_SHOWN])}{more}{said}. If no remote has it: "
+            raise ValueError(f"{md5}: {'; '.join(wrong[:_SHOWN])}{more}{said}. If no remote has it: "
                              "'dvc push' on the machine that made it")
         got.rename(target)
     return target
