@@ -109,8 +109,8 @@ def told(version: str) -> dict[str, Any]:
         raise ValueError(f"version {tags['version']} carries no lineage: it was registered before lineage was kept, or "
                          f"its files are gone ({error}); register it again") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"version {tags['version']}: its {FOLDER}/lineage.json is damaged ({error}): bring it back from "
-                         "a backup, or register it again") from None
+        raise ValueError(f"version {tags['version']}: its {FOLDER}/lineage.json is damaged ({error}): bring it back "
+                         "from a backup, or register it again") from None
     return {"version": tags["version"], "weights_digest": tags["weights_digest"], **found}
 
 
@@ -179,19 +179,24 @@ class Use:
     here: bool | None
 
 
-def versions_of(item: str, *, root: Path = Path()) -> list[Use]:
-    """Every version with an item in its lineage: a path as in dvc.yaml, a file below one, or an md5 or SHA-256.
+def versions_of(item: str, *, root: Path = Path()) -> tuple[list[Use], list[str]]:
+    """Every version with an item in its lineage: a path as in dvc.yaml, a file below one, or an md5 or SHA-256; then
+    the versions that carry no lineage, of which nothing is known. Newest first.
 
-    Newest version first. Raises ValueError if nothing is registered.
+    Raises ValueError if nothing is registered.
     """
     name = item if _is_digest(item) else _relative(item, root)
-    found = []
+    found, unknown = [], []
     for row in registry.list_versions():
-        lineage = _told_if_kept(row["version"])
-        for path, digest in _matches(name, lineage).items() if lineage else ():
+        try:
+            lineage = told(row["version"])
+        except ValueError:
+            unknown.append(row["version"])
+            continue
+        for path, digest in _matches(name, lineage).items():
             here = versioned.md5_of(root / path) == digest if (root / path).exists() else None
-            found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage or {}), here))
-    return found
+            found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage), here))
+    return found, unknown
 
 
 def _matches(name: str, lineage: Mapping[str, Any]) -> dict[str, str]:
@@ -207,18 +212,6 @@ def _matches(name: str, lineage: Mapping[str, Any]) -> dict[str, str]:
         return {name: entries[name]}
     return {path: digest for path, digest in entries.items()
             if digest.endswith(".dir") and _holds(path, name) and not lineage["files"].get(path)}
-
-
-def without_lineage() -> list[str]:
-    """The versions that were registered before lineage was kept, of which nothing is known."""
-    return [row["version"] for row in registry.list_versions() if _told_if_kept(row["version"]) is None]
-
-
-def _told_if_kept(version: str) -> dict[str, Any] | None:
-    try:
-        return told(version)
-    except ValueError:
-        return None
 
 
 def _is_digest(item: str) -> bool:

@@ -51,12 +51,12 @@ def _versions_of(item: str, as_json: bool) -> None:
 
     from onediff import lineage as tracing
 
-    uses, unknown = tracing.versions_of(item), tracing.without_lineage()
+    uses, unknown = tracing.versions_of(item)
     now = {True: ", the bytes that are here now", False: ", OTHER bytes than are here now", None: ""}
     lines = [f"version {use.version}{''.join(f' ({alias})' for alias in use.aliases)} {use.role}: "
              f"{use.path} {use.digest}{now[use.here]}" for use in uses] or [f"no version has {item} in its lineage"]
     if unknown:
-        lines.append(f"nothing is known of version {', '.join(unknown)}: registered before lineage was kept")
+        lines.append(f"nothing is known of version {', '.join(unknown)}, which carries no lineage")
     told = {"of": item, "versions": [asdict(use) for use in uses], "without_lineage": unknown}
     _print(told, "\n".join(lines), as_json)
 
