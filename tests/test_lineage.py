@@ -97,8 +97,9 @@ def test_from_a_digest_to_the_versions_made_with_it(project: Path) -> None:
 
 
 def test_other_bytes_under_the_same_path_are_told_apart(project: Path) -> None:
-    with tiny_project.flipped(project / DIFFCAP / "train-00000.parquet"):
-        assert told_of(f"{DIFFCAP}/train-00000.parquet") == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", False)]
+    shard = f"{DIFFCAP}/train-00000.parquet"
+    with tiny_project.flipped(project / shard):
+        assert told_of(shard) == [(shard, "was trained on it", False)]
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ for split, name in (("test", "metrics"), ("gate", "gate")):
 CODE = {"build": BUILD, "train": TRAIN, "caption": CAPTION, "score": SCORE}
 
 
-def _stage(name: str, code: str, deps: list[str], outs: list[str], *arguments: str, **more: object) -> dict[str, object]:
+def _stage(name: str, code: str, deps: list[str], outs: list[str], *arguments: str,
+           **more: object) -> dict[str, object]:
     return {"cmd": " ".join(["python", "-m", f"onediff.stages.{code}", *arguments]),
             "deps": [f"onediff/stages/{code}.py", *deps], "outs": outs, **more}
 
