@@ -32,16 +32,17 @@ _SOURCES = ("raw", "pairs", "synthetic", "written")  # data/<one of these>/<sour
 _CARRIED = (LOCK, Path("params.yaml"), Path(DIFFCAP) / "card.json")
 
 
-def pack(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> Path:
+def pack(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None, flow_run: str | None = None) -> Path:
     """Lineage and model card of the pipeline's present results, in a folder that a version carries; gives it."""
-    gather(folder, root=root, evaluation_run=evaluation_run)
+    gather(folder, root=root, evaluation_run=evaluation_run, flow_run=flow_run)
     write_card(folder, root=root)
     return folder
 
 
-def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
+def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None,
+           flow_run: str | None = None) -> None:
     """Writes folder/lineage: what the pipeline's present results were made of, and dvc.lock, params.yaml and data card
-    as they are.
+    as they are. `flow_run`: Prefect's; default: that which a worker set for this process.
 
     Raises FileNotFoundError for what 'dvc repro' has not made yet.
     """
@@ -56,7 +57,7 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
     told = {
         "git": {"commit": made["git_commit"], "branch": tracking.branch(root), "dirty": tracking.changed_files(root)},
         "dvc_lock": made["dvc_lock"], "data_card": made["data_digest"],
-        "runs": _runs(root) | {"evaluation": evaluation_run},
+        "runs": {"flow": flow_run or os.environ.get(FLOW_RUN), **_runs(root), "evaluation": evaluation_run},
         "stages": {name: asdict(stage) for name, stage in stages.items()},
         "files": _files(stages, root),
         "shards": json.loads((root / DIFFCAP / "card.json").read_text(encoding="utf-8"))["digests"],
@@ -65,9 +66,9 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
 
 
 def _runs(root: Path) -> dict[str, Any]:
-    """Run ids by what they did. data/runs comes out of DVC's cache with a stage, so it names the run that made it."""
+    """MLflow's run ids by what they did. data/runs comes out of DVC's cache with a stage, so it names the run that made it."""
     notes = sorted((root / "data/runs").glob("*.json"))
-    return {"flow": os.environ.get(FLOW_RUN), "parent": os.environ.get(tracking.PARENT),
+    return {"parent": os.environ.get(tracking.PARENT),
             **{path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"] for path in notes}}
 
 

@@ -14,25 +14,11 @@ from onediff import cli, lineage, registry, tracking, versioned
 DIFFCAP, ALIGN = "data/diffcap", "data/models/align"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny project with one version registered in a store of its own."""
-    folder = tmp_path_factory.mktemp("lineage")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.setenv("PREFECT__FLOW_RUN_ID", "flow-7")
-        patch.setenv(tracking.PARENT, "parent-5")
-        project = tiny_project.make(folder / "project")
-        patch.chdir(project)
-        assert tiny_project.register(project, folder / "carried") == "1"
-    return project
-
-
 @pytest.fixture(autouse=True)
-def project(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.parent / 'mlflow.db'}")
-    monkeypatch.chdir(made)
-    return made
+def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tiny_version.parent / 'mlflow.db'}")
+    monkeypatch.chdir(tiny_version)
+    return tiny_version
 
 
 def told_of(item: str) -> list[tuple[str, str, bool | None]]:

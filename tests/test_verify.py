@@ -22,22 +22,11 @@ from onediff.verify import Check
 SHARD = "data/diffcap/train-00000.parquet"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        project = tiny_project.make(folder / "project")
-        patch.chdir(project)
-        tiny_project.register(project, folder / "carried")
-    return project
-
-
 @pytest.fixture(autouse=True)
 def project(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path | None:
     if "slow" in request.keywords:
         return None
-    made: Path = request.getfixturevalue("made")
+    made: Path = request.getfixturevalue("tiny_version")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.parent / 'mlflow.db'}")
     monkeypatch.chdir(made)
     return made

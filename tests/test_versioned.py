@@ -80,7 +80,7 @@ def test_a_damaged_cache_file_is_named_and_nothing_is_left(project: Path, tmp_pa
     kept.chmod(0o644)
     kept.write_text("bets")
     kept.chmod(0o444)  # as DVC leaves it, which it then trusts
-    with pytest.raises(ValueError, match=rf"b.parquet is damaged: md5 \w+, must be {md5}: delete {kept}, then 'dvc pull'"):
+    with pytest.raises(ValueError, match=rf"b.parquet is damaged: md5 \w+, must be {md5}: delete {kept}, then"):
         fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
     assert not (tmp_path / "got").exists()
 
