@@ -66,7 +66,7 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
 
 
 def _runs(root: Path) -> dict[str, Any]:
-    """MLflow's run ids by what they did. data/runs comes out of DVC's cache with a stage, so it names the run that made it."""
+    """Run ids of MLflow. data/runs comes out of DVC's cache with a stage, and so names the run that made it."""
     notes = sorted((root / "data/runs").glob("*.json"))
     return {"parent": os.environ.get(tracking.PARENT),
             **{path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"] for path in notes}}
