@@ -125,7 +125,8 @@ def _explain(path: Path, item: Any) -> str:
 
 
 @_plain_errors()
-def register(model_dir: Path, scores_test: Path, scores_gate: Path, scored: Path, *, run_id: str | None = None) -> str:
+def register(model_dir: Path, scores_test: Path, scores_gate: Path, scored: Path, *, run_id: str | None = None,
+             carried: Path | None = None) -> str:
     """Makes the model folder a version and `candidate`; returns the version's number. `scored`: the scores of each
     pair, test.json and gate.json.
 
@@ -140,10 +141,12 @@ def register(model_dir: Path, scores_test: Path, scores_gate: Path, scored: Path
     known = next((item for item in _versions() if item.tags.get("weights_digest") == digest), None)
     if known is None:
         tags = {"weights_digest": digest, "run_id": run_id or "none", **tracking.provenance(), **_score_tags(scores)}
-        version = _create(model_dir, scored, tags, run_id)
+        version = _create(model_dir, scored, tags, run_id, carried)
     else:
         version = str(known.version)
         _keep_scored(known, scored)
+        if carried is not None:
+            tracking.client().log_model_artifacts(_logged(known), str(carried))
         _tag(version, {key: value for key, value in _score_tags(scores).items() if known.tags.get(key) != value})
     store.set_registered_model_alias(NAME, CANDIDATE, version)
     return version
@@ -256,7 +259,43 @@ def model_folder(uri: str = CHAMPION_URI) -> Path:
     return folder / described["flavors"]["python_function"]["data"]
 
 
-def _create(model_dir: Path, scored: Path, tags: dict[str, str], run_id: str | None) -> str:
+@_plain_errors()
+def version_files(uri: str = CHAMPION_URI) -> Path:
+    """Everything that a version carries: its model, `scored`, `lineage`, README.md. Raises ValueError as above."""
+    try:
+        return _fetch(_resolve(uri))
+    except OSError as error:
+        raise ValueError(f"{uri}: its files are not where MLflow at {tracking.uri()} says ({error}); "
+                         "bring them back, or train and register it again") from None
+
+
+@_plain_errors()
+def version_text(uri: str, name: str) -> str:
+    """One text file that a version carries, such as lineage/lineage.json; its weights are not fetched for it.
+
+    Raises ValueError if there is no such version, FileNotFoundError if it carries no such file.
+    """
+    version = _resolve(uri)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    where = tracking.client().get_logged_model(_logged(version)).artifact_location
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found = download_artifacts(artifact_uri=f"{where}/{name}", dst_path=scratch, tracking_uri=tracking.uri())
+            return Path(found).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(f"{where}/{name} not found ({' '.join(str(error).split())[:200]})") from None
+
+
+@_plain_errors()
+def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
+    """What is noted of a version, its number too. Raises ValueError if there is no such version."""
+    found = _resolve(uri)
+    return {**found.tags, "version": str(found.version)}
+
+
+def _create(model_dir: Path, scored: Path, tags: dict[str, str], run_id: str | None, carried: Path | None) -> str:
     """Copies the folder into a logged model and makes it a version, with all its tags in one step."""
     store, experiment = tracking.client(), tracking.experiment_id()
     from mlflow.exceptions import MlflowException
@@ -275,6 +314,8 @@ def _create(model_dir: Path, scored: Path, tags: dict[str, str], run_id: str | N
                    mlflow_model=Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id,
                                       run_id=known_run, model_id=logged.model_id))
         shutil.copytree(scored, folder / SCORED)
+        if carried is not None:
+            shutil.copytree(carried, folder, dirs_exist_ok=True)
         store.log_model_artifacts(logged.model_id, str(folder))
     store.finalize_logged_model(logged.model_id, "READY")
     source = f"models:/{logged.model_id}"

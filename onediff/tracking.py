@@ -298,10 +298,19 @@ def log_evaluation(config: Config, *, data: Path = Path("data"), num_pictures: i
 def provenance(root: Path = Path()) -> dict[str, str]:
     """Tags that say from what a run or version was made: code, dvc.lock and data. 'none' where there is none."""
     commit = _git(root, "rev-parse", "HEAD")
-    # What the pipeline itself writes is no change of the code.
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", ":!data")
-    return {"git_commit": commit or "none", "git_dirty": str(bool(changed)).lower() if commit else "none",
+    return {"git_commit": commit or "none", "git_dirty": str(bool(changed_files(root))).lower() if commit else "none",
             "dvc_lock": _digest(root / "dvc.lock"), "data_digest": _digest(root / "data/diffcap/card.json")}
+
+
+def changed_files(root: Path = Path()) -> list[str]:
+    """What differs from the commit, dvc.lock and data aside: what the pipeline itself writes is no change of the code.
+    """
+    return _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock", ":!data").splitlines()
+
+
+def branch(root: Path = Path()) -> str:
+    """The git branch that is checked out; empty if there is none."""
+    return _git(root, "branch", "--show-current")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,24 @@ def micro() -> Config:
 
 
 @pytest.fixture(scope="session")
+def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project of tiny_project.py with one version, registered in `mlflow.db` beside it. Leave it as it was."""
+    import tiny_project
+
+    from onediff import tracking
+
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.setenv("PREFECT__FLOW_RUN_ID", "flow-7")
+        patch.setenv(tracking.PARENT, "parent-5")
+        project = tiny_project.make(folder / "project")
+        patch.chdir(project)
+        assert tiny_project.register(project, folder / "carried") == "1"
+    return project
+
+
+@pytest.fixture(scope="session")
 def scene_pairs(micro: Config) -> list[Record]:
     """Train pairs of a few base scenes."""
     from onediff.data.synthesis.scenes import scene_records

@@ -29,12 +29,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "presets/micro.yaml", folder / "params.yaml")
     for name in ("pairs", "written", "synthetic"):
         (folder / "data" / name).mkdir(parents=True)
-    _run(folder, "git", "init", "-q")
-    _run(folder, sys.executable, "-m", "dvc", "init", "-q")
+    run(folder, "git", "init", "-q")
+    run(folder, sys.executable, "-m", "dvc", "init", "-q")
     return folder
 
 
-def _run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith(MAKERS)}
     env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(folder),
             "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
@@ -46,7 +46,7 @@ def _run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
-    _run(copy, sys.executable, "-m", "dvc", "repro")
+    run(copy, sys.executable, "-m", "dvc", "repro")
     return copy
 
 
@@ -79,7 +79,7 @@ def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
 
 def test_a_second_repro_does_nothing(built: Path) -> None:
     before = (built / "dvc.lock").read_bytes()
-    said = _run(built, sys.executable, "-m", "dvc", "repro")
+    said = run(built, sys.executable, "-m", "dvc", "repro")
     assert "Running stage" not in said and "Data and pipelines are up to date" in said
     assert (built / "dvc.lock").read_bytes() == before
 
@@ -87,15 +87,15 @@ def test_a_second_repro_does_nothing(built: Path) -> None:
 def test_other_hardware_makes_nothing_stale(built: Path) -> None:
     (built / "runtime.yaml").write_text("workers: 1\ncheckpoint_every_s: 3.0\n")
     try:
-        assert json.loads(_run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
+        assert json.loads(run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
     finally:
         (built / "runtime.yaml").unlink()
 
 
 def test_the_trained_model_captions_two_files(built: Path) -> None:
-    said = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
+    said = json.loads(run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
     assert said["model"] == "data/models/tune" and isinstance(said["caption"], str)
-    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
+    again = run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
                  "--model", said["model"])
     assert again.splitlines()[-1] == said["caption"]
 
@@ -103,9 +103,9 @@ def test_the_trained_model_captions_two_files(built: Path) -> None:
 def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path) -> None:
     import psutil
 
-    said = _run(built, sys.executable, "-m", "flows.retrain")
+    said = run(built, sys.executable, "-m", "flows.retrain")
     assert "Running stage" not in said and "refused" in said
-    rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
+    rows = json.loads(run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
     assert [row["aliases"] for row in rows] == [["candidate"]]
     assert not (built / "mlflow.db").exists()  # MLflow's own default store, beside ours in .onediff
     home = str(built)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onediff.serve.card import NO_COUNTER, write_card
+
+ROOT = Path(__file__).parents[2]
+COUNTS = {split: {"scenes": {"add": 11, "none": 13}} for split in ("train", "val", "gate", "test")}
+CARD = {"sources": {"scenes": {"what": "rendered from a seed", "licence": "Apache-2.0", "home": "here"}},
+        "num_pairs": COUNTS, "num_quarantined": 3, "incomplete": {}, "digests": {},
+        "leaks": {"num_dropped": 5, "images": 0, "groups": 0, "num_reported": 7}}
+
+RUN = {"run_id": "r", "seconds": 90.0, "pairs_per_s": 17.0, "steps": 19}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Scores as they are in git, with a data card and runs."""
+    for name in ("metrics.json", "gate.json", "stress.json"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "data" / name, tmp_path / "data")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    write(tmp_path / "data/diffcap/card.json", CARD)
+    for phase in ("align", "tune"):
+        write(tmp_path / f"data/runs/{phase}.json", RUN)
+    return tmp_path
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_a_hub_reads_the_scores_of_every_benchmark_from_it(project: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(write_card(project / "out", root=project))
+    metrics = json.loads((project / "data/metrics.json").read_text())
+    found = {(result.dataset_type, result.dataset_split, result.metric_type): result.metric_value
+             for result in card.data.eval_results}
+    for benchmark, scores in metrics.items():
+        assert found[benchmark, "test", "cider"] == pytest.approx(100 * scores["CIDEr"], abs=0.01)
+    assert ("scenes", "gate", "false_alarm_rate") in found
+    assert card.data.pipeline_tag == "image-to-text" and card.data.license == "other"
+
+
+def test_it_shows_intervals_floors_false_alarms_data_and_limits(project: Path) -> None:
+    text = write_card(project / "out", root=project).read_text()
+    scores = json.loads((project / "data/metrics.json").read_text())["scenes"]
+    low, high = (f"{100 * bound:.1f}" for bound in scores["score_intervals"]["CIDEr"])
+    assert f"{100 * scores['CIDEr']:.1f} [{low}, {high}]" in text and "floor: best constant sentence" in text
+    assert "| scenes | the same image twice, 200 pairs of split test |" in text
+    assert "| scenes | 24 | 24 | 24 | 24 | rendered from a seed | Apache-2.0 | here |" in text
+    assert "All of its data was generated" in text and "scenes: worst on `" in text
+    assert not [line for line in text.splitlines() if line.startswith("|") and not line.endswith("|")]
+
+
+def test_energy_is_measured_or_said_to_be_unknown_but_never_guessed(project: Path) -> None:
+    write(project / "data/runs/tune.json", RUN | {"energy_wh": 12.34})
+    text = write_card(project / "out", root=project).read_text()
+    assert text.count("Energy: 12.3 Wh") == 1 and text.count(f"Energy: {NO_COUNTER}") == 1
+
+
+def test_it_names_the_lineage_that_lies_beside_it(project: Path) -> None:
+    assert "## Lineage" not in write_card(project / "out", root=project).read_text()
+    write(project / "out/lineage/lineage.json", {
+        "git": {"commit": "c0ffee", "dirty": ["params.yaml"]}, "dvc_lock": "d1", "data_card": "d2",
+        "runs": {"flow": "f3", "parent": None, "tune": "t4"}})
+    text = write_card(project / "out", root=project).read_text()
+    assert "| git commit | `c0ffee`, with changes in params.yaml |" in text
+    assert "| Prefect run, flow | `f3` |" in text and "| MLflow run, tune | `t4` |" in text and "parent" not in text
+
+
+def test_without_results_there_is_no_card(project: Path) -> None:
+    (project / "data/stress.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"stress.json not found: the model card tells of it; 'dvc repro'"):
+        write_card(project / "out", root=project)
