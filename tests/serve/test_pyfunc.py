@@ -9,24 +9,22 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from onediff.serve.in_use import Files
 from onediff.serve.pyfunc import PairCaptioner
 
 RED, GREEN = "#ff0000", "#00ff00"
 
 
-class SaysColours:
-    """Says what it was given, so that a mixed-up row shows."""
-
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *,
-                instructions: list[str] | None = None) -> list[str]:
-        assert instructions is not None
-        return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
-                for (before, after), instruction in zip(pairs, instructions, strict=True)]
+def says_colours(files: list[Files], pairs: list[tuple[Image.Image, Image.Image]],
+                 instructions: list[str]) -> list[str]:
+    """What it was given, so that a mixed-up row shows."""
+    return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
+            for (before, after), instruction in zip(pairs, instructions, strict=True)]
 
 
 @pytest.fixture
 def model() -> PairCaptioner:
-    return PairCaptioner(SaysColours())
+    return PairCaptioner(says_colours)
 
 
 def encoded(colour: str) -> str:
