@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -66,11 +66,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Drift:
-    """`figures` is empty where there are too few pairs; `notes` say why, and what was left out."""
+    """`figures` is empty where there are too few pairs; `notes` say why, and what was left out. `confidences`: every
+    value, then and now, for a picture.
+    """
 
     num_pairs: int
     figures: list[Figure]
     notes: list[str]
+    confidences: tuple[list[float], list[float]] = ([], [])
 
     @property
     def moved(self) -> list[str]:
@@ -83,7 +86,8 @@ class Drift:
         return f"drifted: {', '.join(self.moved)}" if self.moved else "steady"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"drifted": bool(self.moved), "verdict": self.verdict, **asdict(self)}
+        return {"drifted": bool(self.moved), "verdict": self.verdict, "num_pairs": self.num_pairs,
+                "figures": [asdict(figure) for figure in self.figures], "notes": self.notes}
 
 
 # --- then -------------------------------------------------------------------------------------------------------------
@@ -184,10 +188,10 @@ def check(then: Mapping[str, Any], rows: Sequence[Row], settings: config.Drift, 
     rates = {name: rate for name, rate in rates.items() if rate[1] >= settings.min_pairs}
     notes = [] if alarms else ["false alarms in use are not measured: runtime.yaml: usage_images is off"]
     level = settings.chance / (len(DISTRIBUTIONS) + len(rates))  # all figures share it: Bonferroni
-    figures = [_distribution(name, then["distributions"][name], values, settings, level)
-               for name, values in _values(distinct).items()]
+    values = _values(distinct)
+    figures = [_distribution(name, then["distributions"][name], now, settings, level) for name, now in values.items()]
     figures += [_rate(name, then["rates"][name], rate, settings, level) for name, rate in rates.items()]
-    return Drift(len(distinct), figures, notes)
+    return Drift(len(distinct), figures, notes, (then["distributions"]["confidence"], values["confidence"]))
 
 
 def _distribution(name: str, then: list[float], now: list[float], settings: config.Drift, level: float) -> Figure:
@@ -239,6 +243,8 @@ def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile
         raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
     folder = folder_of(model)
     then = read_profile(profile or profile_of(folder))
+    if days <= 0:
+        raise ValueError(f"days must be above 0, got {days:g}")
     rows, broken = read_usage(Path(runtime.usage_log), datetime.now(UTC) - timedelta(days=days))
     own = [row for row in rows if row["weights"] == then["weights"]]
     images = _recent_images(Path(runtime.usage_log), own, settings.num_pairs)
@@ -251,7 +257,7 @@ def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile
     found = check(then, own, settings, alarms=alarms)
     notes = [f"{len(rows) - len(own)} captions of other weights left out"] if len(own) < len(rows) else []
     notes += [f"{broken} broken lines of the log left out"] if broken else []
-    return Drift(found.num_pairs, found.figures, [*found.notes, *notes])
+    return replace(found, notes=[*found.notes, *notes])
 
 
 def profile_of(folder: Path) -> Path:
