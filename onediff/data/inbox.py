@@ -207,8 +207,9 @@ def _merge(batch: Batch, target: Path, places: Places) -> None:
         for path, name in names.items():
             shutil.copyfile(path, part / name)
         part.rename(images)
-    _append(table, [_row(number, row, pair, [f"{batch.name}/{names[path]}" for path in pair.locate(batch.files) if path])
-                    for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1)])
+    placed = [[f"{batch.name}/{names[path]}" for path in pair.locate(batch.files) if path] for pair in batch.pairs]
+    _append(table, [_row(number, *about) for number, about
+                    in enumerate(zip(batch.rows, batch.pairs, placed, strict=True), 1)])
 
 
 def _row(number: int, row: dict[str, Any], pair: PublishedPair, images: list[str]) -> dict[str, Any]:
