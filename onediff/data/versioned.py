@@ -28,8 +28,13 @@ def update(path: Path) -> bool:
 
     Raises ValueError in DVC's words, such as when the origin cannot be reached; what is here stays as it is.
     """
-    before = _digests(path)
-    _dvc("update", str(path))
+    before, kept = _digests(path), path.read_bytes()
+    try:
+        _dvc("update", str(path))
+    except ValueError:
+        path.write_bytes(kept)
+        _dvc("checkout", str(path))  # DVC had removed what is here before it asked the origin
+        raise
     return _digests(path) != before
 
 
