@@ -15,7 +15,7 @@ from flows.processes import alone, prepare
 from flows.start import start_retraining
 from flows.tell import tell, without_secrets
 from onediff.config import load_params, load_runtime
-from onediff.data import versioned
+from onediff.data import tracked
 from onediff.data.inbox import Places, Taken, take
 
 RETRAIN = "prefect deployment run retrain/retrain"
@@ -35,7 +35,7 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
         return Failed(message=without_secrets(str(error)))
     changed += [f"{source}: {number} pairs came in" for source, number in taken.batches]
     problems += [without_secrets(problem) for problem in taken.problems]
-    started = start_retraining(f"data-{versioned.state()}") if changed and then_retrain else ""
+    started = start_retraining(f"data-{tracked.state()}") if changed and then_retrain else ""
     _tell(changed, problems, started)
     if problems and not changed:
         return Failed(message="; ".join(problems))
@@ -47,9 +47,9 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
 def update_sources() -> tuple[list[str], list[str]]:
     """What changed, and what could not be had, of everything that `onediff data fetch` or `dvc import` brought."""
     changed, problems = [], []
-    for path in versioned.imported():
+    for path in tracked.imported():
         try:
-            if versioned.update(path):
+            if tracked.update(path):
                 changed.append(f"{path.with_suffix('')}: new at its origin")
         except ValueError as error:
             problems.append(without_secrets(str(error)))

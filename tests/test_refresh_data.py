@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from onediff.data import versioned
+from onediff.data import tracked
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC = (sys.executable, "-m", "dvc")
@@ -76,19 +76,19 @@ def test_only_what_was_imported_is_asked_for(project: Path) -> None:
     for name, text in {"own": "outs:\n- md5: a\n  path: own\n",
                        "theirs": "deps:\n- path: http://x/y\nouts:\n- md5: b\n  path: theirs\n"}.items():
         Path(f"data/raw/{name}.dvc").write_text(text)
-    assert versioned.imported() == [Path("data/raw/theirs.dvc")]
+    assert tracked.imported() == [Path("data/raw/theirs.dvc")]
     Path("data/raw/bad.dvc").write_text("outs: [")
     with pytest.raises(ValueError, match=r"data/raw/bad\.dvc: not a \.dvc file of DVC's; bring it back with 'git"):
-        versioned.imported()
+        tracked.imported()
 
 
 def test_the_state_of_raw_data_is_that_of_its_dvc_files(project: Path) -> None:
     Path("data/raw/a.dvc").write_text("outs: []")
-    first = versioned.state()
+    first = tracked.state()
     Path("data/raw/a").write_text("not asked")
-    assert versioned.state() == first
+    assert tracked.state() == first
     Path("data/raw/a.dvc").write_text("outs: [b]")
-    assert versioned.state() != first
+    assert tracked.state() != first
 
 
 def test_a_dropped_folder_is_raw_data_that_dvc_keeps_and_onediff_reads(project: Path) -> None:

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from onediff.data import versioned
+from onediff.data import tracked
 from onediff.data.sources import folder as own
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.entries import read_csv, read_lines
@@ -44,7 +44,7 @@ class Taken:
 class Places:
     inbox: Path
     scratch: Path  # where archives are unpacked
-    raw: Path = versioned.RAW
+    raw: Path = tracked.RAW
 
 
 def take(places: Places, sources: Sequence[str], *, settle_s: float, max_megapixels: float) -> Taken:
@@ -88,7 +88,7 @@ def _take(entry: Path, places: Places, sources: Sequence[str], settle_s: float, 
             return
     batch = _batch(source, claimed, places)
     _merge(batch, places.raw / source, places)
-    versioned.add(places.raw / source)
+    tracked.add(places.raw / source)
     done = claimed.with_name(f"{DONE}{source}.{os.getpid()}")
     claimed.rename(done)  # in one step: half a batch must never look like a whole one
     shutil.rmtree(done)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from onediff.data import inbox, versioned
+from onediff.data import inbox, tracked
 from onediff.data.inbox import Places, Taken, take
 from onediff.data.sources.files import open_files
 from onediff.data.sources.read import records, summarize
@@ -27,7 +27,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     """Without DVC, which tests/test_refresh_data.py has; what was added is kept in the file `added`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inbox").mkdir()
-    monkeypatch.setattr(versioned, "add", lambda folder: Path("added").write_text(str(folder)))
+    monkeypatch.setattr(tracked, "add", lambda folder: Path("added").write_text(str(folder)))
     return Places(Path("inbox"), Path("scratch"))
 
 
@@ -212,7 +212,7 @@ def _killed_before(step: int, places: Places) -> None:
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
     shutil.copyfile = counted(shutil.copyfile)
-    versioned.add = counted(versioned.add)
+    tracked.add = counted(tracked.add)
     taken(places)
 
 
