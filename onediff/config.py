@@ -404,6 +404,7 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # None: a cluster of this machine alone
