@@ -358,9 +358,14 @@ def provenance(root: Path = Path()) -> dict[str, str]:
 
 
 def changed_files(root: Path = Path()) -> list[str]:
-    """Files that differ from the commit. What the pipeline itself writes, data and dvc.lock, is no change of the code."""
-    said = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", ":!data")
-    return [line.strip().partition(" ")[2].strip() for line in said.splitlines()]
+    """What differs from the commit, dvc.lock and data aside: what the pipeline itself writes is no change of the code.
+    """
+    return _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock", ":!data").splitlines()
+
+
+def branch(root: Path = Path()) -> str:
+    """The git branch that is checked out; empty if there is none."""
+    return _git(root, "branch", "--show-current")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
