@@ -61,8 +61,9 @@ def uri() -> str:
     if found is None:
         return f"sqlite:///{(HOME / 'mlflow.db').absolute()}"
     if not found.startswith(_SERVER + _DATABASE):
-        raise ValueError(f"MLflow address '{_without_password(found)}': must be a server (http://, https://) or a database (sqlite:///, "
-                         "postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or unset both")
+        raise ValueError(f"MLflow address '{_without_password(found)}': must be a server (http://, https://) or a "
+                         "database (sqlite:///, postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or "
+                         "unset both")
     return found
 
 
@@ -101,8 +102,9 @@ def _credentials(address: str) -> dict[str, str]:
     file = configparser.RawConfigParser()
     file.read(Path("~/.mlflow/credentials").expanduser())
     parts = urllib.parse.urlsplit(address)
-    pair = [urllib.parse.unquote(part or "") or os.environ.get(key.upper()) or file.get("mlflow", key, fallback="")
-            for part, key in ((parts.username, "mlflow_tracking_username"), (parts.password, "mlflow_tracking_password"))]
+    pair = [urllib.parse.unquote(part or "") or os.environ.get(f"MLFLOW_TRACKING_{key}")
+            or file.get("mlflow", f"mlflow_tracking_{key.lower()}", fallback="")
+            for key, part in (("USERNAME", parts.username), ("PASSWORD", parts.password))]
     if not any(pair):
         return {}
     return {"Authorization": f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"}
@@ -122,13 +124,13 @@ def _denied(status: int) -> ValueError:
         return ValueError(f"MLflow at {where()} does not know us (401): set MLFLOW_TRACKING_USERNAME and "
                           "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what its administrator gave you")
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
-    return ValueError(f"MLflow at {where()} does not let {user} do this (403): ask its administrator for permission, or "
-                      "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may")
+    return ValueError(f"MLflow at {where()} does not let {user} do this (403): ask its administrator for permission, "
+                      "or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may")
 
 
 def _unreachable(address: str, reason: str) -> ValueError:
-    return ValueError(f"MLflow at {_without_password(address)} cannot be reached ({_without_password(reason)}): start it "
-                      "or correct MLFLOW_TRACKING_URI, or unset it to keep runs in .onediff/mlflow.db")
+    return ValueError(f"MLflow at {_without_password(address)} cannot be reached ({_without_password(reason)}): start "
+                      "it or correct MLFLOW_TRACKING_URI, or unset it to keep runs in .onediff/mlflow.db")
 
 
 def quiet() -> None:

@@ -217,9 +217,9 @@ def _by_reference(reference: dict[str, str], version: ModelVersion) -> Path:
 def _check_weights(folder: Path, version: ModelVersion) -> None:
     found = weights_digest(folder)
     if found != version.tags.get("weights_digest"):
-        raise ValueError(f"version {version.version}: the weights in {folder} have the digest {found[:12]}, registered "
-                         f"was {version.tags.get('weights_digest', 'none')[:12]}: they were changed; register the model "
-                         "again")
+        raise ValueError(f"version {version.version}: the weights in {folder} have the digest {found[:12]}, but "
+                         f"{version.tags.get('weights_digest', 'none')[:12]} was registered: they were changed; "
+                         "register the model again")
 
 
 def _data_path(folder: Path) -> str:

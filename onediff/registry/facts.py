@@ -51,7 +51,8 @@ def _broken_chain(model_dir: Path, root: Path) -> str:
         return f"{model_dir} is not what dvc.lock says; 'dvc repro' or 'dvc checkout' makes them agree"
     stages = locked(root / "dvc.lock")
     trained = next(stage for stage in stages.values() if made in stage.outs.values())
-    links = [("build", DIFFCAP, trained.deps), ("validate", QUARANTINE, stages["build"].deps if "build" in stages else {})]
+    built = stages["build"].deps if "build" in stages else {}
+    links = [("build", DIFFCAP, trained.deps), ("validate", QUARANTINE, built)]
     for name, path, deps in links:
         if name not in stages or stages[name].outs.get(path) != deps.get(path, ""):
             return f"dvc.lock: {path} that was read is not what stage {name} left; 'dvc repro' makes it anew"
@@ -78,6 +79,5 @@ def _lineage(root: Path) -> str:
         return "no: this is no git commit; 'git init' and 'git commit', then register again"
     changed = tracking.changed_files(root)
     if changed:
-        return f"no: {', '.join(changed[:5])} differ{'s' if len(changed) == 1 else ''} from the commit; 'git commit', " \
-               "then register again"
+        return f"no: changed since the commit: {', '.join(changed[:5])}; 'git commit', then register again"
     return YES

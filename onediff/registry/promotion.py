@@ -58,7 +58,8 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
         if not verdict.promoted or wanted == old:
             return verdict
         check_whole(store.get(wanted))
-        reason = f"meets {rules.name}" + (f", better than version {old}" if old and demands.better_than_champion else "")
+        beats = f", better than version {old}" if old and demands.better_than_champion else ""
+        reason = f"meets {rules.name}{beats}"
         change("promote", {**head.new, **({PREVIOUS: old} if old else {}), CHAMPION: wanted}, upon=head, by=by,
                why=f"{reason}: {why}" if why else reason, figures=verdict.figures)
         for key in REFUSED:

@@ -33,8 +33,8 @@ _CREATION_TRIES = 5
 class Change:
     """One record. `old` and `new`: all aliases before and after it; `follows`: the number it was made upon, 0 for none.
 
-    `valid` False: another change came first, and this one changed nothing. `applied`: MLflow's aliases followed. `mark`:
-    its writer's own, by which a request that was sent twice is known.
+    `mark`: its writer's own, by which a request that was sent twice is known. `valid` False: another change came first,
+    and this one changed nothing. `applied`: MLflow's aliases followed.
     """
 
     number: int
@@ -90,7 +90,7 @@ def check_trail() -> list[Change]:
         if change.valid:
             head = change.number
         elif change.follows not in states or change.follows >= head or states[change.follows] != change.old:
-            raise ValueError(f"the trail at {tracking.where()} has a fork: record {change.number} says that it was made "
+            raise ValueError(f"the trail at {tracking.where()} has a fork: record {change.number} says it was made "
                              f"upon record {change.follows} and {_said(change.old)}, which is no state it could have "
                              f"seen; record {head} was the last")
     unlike = _difference(changes)
@@ -153,8 +153,9 @@ def change(action: str, new: Mapping[str, str], *, upon: Change, by: str | None,
 
 def _append(action: str, new: Mapping[str, str], *, upon: Change, by: str | None, why: str,
             figures: Mapping[str, float], applied: bool) -> Change:
-    tags = {"action": action, "mark": uuid.uuid4().hex, "by": by or whoami(), "from": _json(upon.new), "to": _json(new), "why": why,
-            "figures": _json(figures), "follows": str(upon.number)} | ({_APPLIED: "true"} if applied else {})
+    tags = {"action": action, "by": by or whoami(), "why": why, "figures": _json(figures), "from": _json(upon.new),
+            "to": _json(new), "follows": str(upon.number), "mark": uuid.uuid4().hex}
+    tags |= {_APPLIED: "true"} if applied else {}
     number = _created(tags, f"{action}: {_said(upon.new)} -> {_said(new)}: {why}")
     changes = _read()
     mine = next((one for one in changes if one.valid and one.mark == tags["mark"]), None)
@@ -170,7 +171,7 @@ def _created(tags: dict[str, str], told: str) -> int:
     opened = tracking.client()
     from mlflow.exceptions import MlflowException
 
-    store.make_model(AUDIT, "Every change of the aliases of 'onediff', by number. Written by OneDiff; leave it as it is")
+    store.make_model(AUDIT, f"Every change of the aliases of '{NAME}', by number. OneDiff writes it, nobody else.")
     for left in reversed(range(_CREATION_TRIES)):
         try:
             made = opened.create_model_version(AUDIT, _SOURCE, tags=tags, description=told, await_creation_for=0)

@@ -81,7 +81,8 @@ def list_versions() -> list[dict[str, Any]]:
                      **{key: item.tags.get(key, "none") for key in ("weights_digest", "git_commit", "run_id")},
                      "scores": _main_scores(gate_scores(item)),
                      "refused": ": ".join(item.tags[key] for key in REFUSED if key in item.tags),
-                     "changes": [str(one) for one in moves if number in (one.old.get(CHAMPION), one.new.get(CHAMPION))]})
+                     "changes": [str(one) for one in moves
+                                 if number in (one.old.get(CHAMPION), one.new.get(CHAMPION))]})
     return rows
 
 
@@ -157,7 +158,7 @@ def _to_copy(model_dir: Path, digest: str, scratch: Path) -> tuple[Path, dict[st
 
     md5 = locked_md5(model_dir)
     if md5 is None or md5_of(model_dir) != md5:
-        raise ValueError(f"{model_dir} is above register_by_reference_gb {limit:g} of runtime.yaml, so DVC must keep it, "
+        raise ValueError(f"{model_dir} is above register_by_reference_gb {limit:g} of runtime.yaml: DVC must keep it, "
                          "but it is not what dvc.lock says: 'dvc repro', or raise the limit")
     slim = scratch / model_dir.name
     shutil.copytree(model_dir, slim, ignore=shutil.ignore_patterns("*.safetensors"))

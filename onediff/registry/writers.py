@@ -1,5 +1,5 @@
-"""One writer at a time. MLflow has no compare-and-set, so the aliases of a store that several machines share are changed
-by one process alone; those of a database on this machine by one after the other.
+"""One writer at a time. MLflow has no compare-and-set, so the aliases of a store that machines share are changed by one
+process alone; those of a database on this machine by one after the other.
 """
 
 from __future__ import annotations
