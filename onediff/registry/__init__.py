@@ -2,16 +2,16 @@
 
     versions.py   register, score again, list            rules.py       mlflow/promotion.yaml
     promotion.py  propose, promote, rollback             comparison.py  the candidate against the champion
-    trail.py      the numbered records that decide       facts.py       data validated, leak audit, lineage
+    records.py    the trail: the records that decide      facts.py       data validated, leak audit, lineage
     artifacts.py  the files of a version                 writers.py     one writer at a time
     store.py      names, and MLflow's failures in one line
 """
 
 from onediff.registry.artifacts import model_folder, scored_pairs, version_files, version_tags, version_text
 from onediff.registry.promotion import assess, champion_to_score_again, promote, propose, rollback
+from onediff.registry.records import Change, check_trail, difference, repair, trail
 from onediff.registry.rules import RULES, Rules, Verdict, load_rules
 from onediff.registry.store import AUDIT, CANDIDATE, CHAMPION, CHAMPION_URI, NAME, PREVIOUS
-from onediff.registry.trail import Change, check_trail, difference, repair, trail
 from onediff.registry.versions import list_versions, register, rescore
 from onediff.registry.writers import shared, sole_writer
 

@@ -11,9 +11,9 @@ from onediff import tracking
 from onediff.registry import store
 from onediff.registry.artifacts import check_whole, pair_scores
 from onediff.registry.comparison import incomparable, not_better
+from onediff.registry.records import Change, change, settled, trail
 from onediff.registry.rules import RULES, Rules, Verdict, check_metrics, judge, load_rules, weighed
 from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, Aliases
-from onediff.registry.trail import Change, change, settled, trail
 from onediff.registry.writers import writing
 
 if TYPE_CHECKING:

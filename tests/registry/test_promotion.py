@@ -115,10 +115,10 @@ def test_a_version_whose_files_are_gone_does_not_become_champion() -> None:
     add("b", CIDEr=3.5)
     path, = (path for path in Path("mlflow-artifacts").rglob("model.safetensors") if path.read_bytes() == b"b")
     path.write_bytes(b"c")
-    with pytest.raises(ValueError, match="version 2: the weights in .* were changed"):
+    with pytest.raises(ValueError, match=r"version 2: the weights in .* were changed"):
         registry.promote()
     path.unlink()
-    with pytest.raises(ValueError, match="version 2: its files are not where MLflow at .* says .*train and register"):
+    with pytest.raises(ValueError, match=r"version 2: its files are not where MLflow at .* says .*train and register"):
         registry.promote()
     assert aliases() == {"1": ["champion"], "2": ["candidate"]}
 
@@ -136,7 +136,7 @@ def test_a_rollback_to_a_version_whose_files_are_gone_leaves_the_champion() -> N
 def test_an_unknown_metric_in_the_gate_is_told_before_anything_is_judged() -> None:
     add("a")
     write_rules(Path("mlflow/promotion.yaml"), minima={"scenes.CIDer": 1, "birds.CIDEr": 1})
-    with pytest.raises(ValueError, match=r"promotion.yaml: minima.scenes.CIDer: no metric .*'CIDer'; did you mean 'CIDEr'"):
+    with pytest.raises(ValueError, match=r"promotion.yaml: minima.scenes.CIDer: no .*'CIDer'; did you mean 'CIDEr'"):
         registry.promote()
     assert row("1")["refused"] == ""
 

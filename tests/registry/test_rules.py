@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from registered import REPO
+from registered import REPO, write_rules
 
 from onediff.registry import load_rules
 from onediff.registry.rules import check_metrics, judge, weighed
@@ -41,8 +41,7 @@ def test_the_rules_in_the_repository_are_valid_and_name_metrics_that_are_scored(
 
 
 def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
-    Path("rules.yaml").write_text("minima: {scenes.by_change_type.none.beauty: 0}\nmaxima: {}\nbetter_than_champion: null")
-    rules = load_rules(Path("rules.yaml"))
+    rules = load_rules(write_rules(Path("rules.yaml"), minima={"scenes.by_change_type.none.beauty": 0}))
     check_metrics(rules, {"scenes.by_change_type.none.beauty": 1.0})
     with pytest.raises(ValueError, match=r"minima\.scenes\.by_change_type\.none\.beauty: no metric is called 'beauty'"):
         check_metrics(rules, {"scenes.CIDEr": 1.0})
@@ -51,9 +50,9 @@ def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
 @pytest.mark.parametrize("value", [float("nan"), None])
 def test_a_score_that_is_no_number_is_refused(value: float) -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
-    scores = {**dict.fromkeys(rules.minima, 1.0), "scenes.change_type_accuracy": value, "scenes.false_alarm_rate": value}
-    assert [reason.partition(" ")[0] for reason in judge(rules, scores, {})[:2]] == [
-        "scenes.change_type_accuracy", "scenes.false_alarm_rate"]
+    wrong = ["scenes.change_type_accuracy", "scenes.false_alarm_rate"]
+    scores = dict.fromkeys(rules.minima, 1.0) | dict.fromkeys(wrong, value)
+    assert [reason.partition(" ")[0] for reason in judge(rules, scores, {})[:2]] == wrong
 
 
 def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None:
