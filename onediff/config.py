@@ -419,6 +419,7 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     usage_log: str | None = None  # folder in which each caption made in use is noted; None: nowhere
     usage_images: bool = False  # with the images themselves, which false alarms in use are measured on

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PROFILE = "profile.json"
 WORN_JPEG = 90  # quality of the disturbed copy: nobody would call it a change
 _BATCH = 32
+_CURE = "'onediff profile .onediff/profile' measures one for 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
 # What is compared of a row; both images count where they may differ.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -241,10 +242,9 @@ def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile
         raise ValueError("params.yaml: drift: missing; copy it from presets/tiny.yaml")
     if runtime.usage_log is None:
         raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
-    folder = folder_of(model)
-    then = read_profile(profile or profile_of(folder))
     if days <= 0:
         raise ValueError(f"days must be above 0, got {days:g}")
+    then = read_profile(profile) if profile else profile_of(model)
     rows, broken = read_usage(Path(runtime.usage_log), datetime.now(UTC) - timedelta(days=days))
     own = [row for row in rows if row["weights"] == then["weights"]]
     images = _recent_images(Path(runtime.usage_log), own, settings.num_pairs)
@@ -253,37 +253,45 @@ def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile
         quiet()
         from onediff.model.captioner import Captioner
 
-        alarms = false_alarms(Captioner.load(folder, device=runtime.device), (path.read_bytes() for path in images))
+        captioner = Captioner.load(folder_of(model), device=runtime.device)
+        alarms = false_alarms(captioner, (path.read_bytes() for path in images))
     found = check(then, own, settings, alarms=alarms)
     notes = [f"{len(rows) - len(own)} captions of other weights left out"] if len(own) < len(rows) else []
     notes += [f"{broken} broken lines of the log left out"] if broken else []
     return replace(found, notes=[*found.notes, *notes])
 
 
-def profile_of(folder: Path) -> Path:
-    """The profile that lies in a model folder, or beside it in the folder of a registered version.
+def profile_of(model: str) -> dict[str, Any]:
+    """What a registered version carries, or what lies in a model folder.
 
-    Raises FileNotFoundError if it was registered without.
+    Raises FileNotFoundError if there is none, ValueError if it is none of this version of OneDiff.
     """
-    version = [parent for parent in list(folder.absolute().parents)[:3] if (parent / "MLmodel").exists()]
-    path = next((place / PROFILE for place in (folder, *version) if (place / PROFILE).exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no {PROFILE} with it: 'onediff profile .onediff/profile' measures one, "
-                                "then 'onediff drift --profile .onediff/profile/profile.json'")
-    return path
+    if not model.startswith("models:/"):
+        return read_profile(Path(model) / PROFILE)
+    from onediff.registry import version_text
+
+    try:
+        return _parsed(version_text(model, PROFILE), f"{model}, {PROFILE}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {model} was registered without; {_CURE}") from None
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError for a file that is no profile of this version of OneDiff."""
+    """Raises as `profile_of`."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: 'onediff profile {path.parent}' measures one")
+        raise FileNotFoundError(f"{path} not found: {_CURE}")
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        whole = set(found["distributions"]) >= set(DISTRIBUTIONS) and set(found["rates"]) >= {"no_change", *_ALARMS}
+        found = json.loads(text)
+        whole = (set(found["distributions"]) >= set(DISTRIBUTIONS) and "weights" in found
+                 and set(found["rates"]) >= {"no_change", *_ALARMS})
     except (json.JSONDecodeError, KeyError, TypeError):
         whole = False
-    if not whole or "weights" not in found:
-        raise ValueError(f"{path}: not a whole profile; 'onediff profile {path.parent}' measures it again")
+    if not whole:
+        raise ValueError(f"{where}: not a whole profile; {_CURE}")
     return dict(found)
 
 

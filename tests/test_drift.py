@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from registered import results, write_rules
 from ruamel.yaml import YAML
 
-from onediff import drift
+from onediff import drift, registry
 from onediff.config import Config, Drift
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, SCENE_TEMPLATES
@@ -20,6 +24,7 @@ from onediff.model.captioner import Captioner
 from onediff.model.digest import weights_digest
 from onediff.usage import append
 
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = Drift(num_pairs=20, min_pairs=50, max_distance=0.25, max_rate_change=0.15, chance=0.01)
 CAPTIONS = ("nothing has changed", "the small red metal cube was removed", "the large blue ball turned green")
 
@@ -121,7 +126,7 @@ def project(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         part.save_pretrained(folder / "model")
     records = [record for index in range(4) for record in scene_records(micro, "gate", index)]
     write_shards(records, folder / "diffcap", "gate", shard_pairs=100)
-    params = YAML(typ="safe").load((Path(__file__).parents[1] / "presets/micro.yaml").read_text())
+    params = YAML(typ="safe").load((ROOT / "presets/micro.yaml").read_text())
     params["drift"] |= {"min_pairs": 10}
     YAML().dump(params, folder / "params.yaml")
     (folder / "runtime.yaml").write_text("usage_log: usage\n")
@@ -168,10 +173,41 @@ def test_what_is_missing_is_said_with_its_cure(project: Path, tmp_path: Path, mo
         drift.examine(model="model")
     (tmp_path / "runtime.yaml").write_text("usage_log: usage\n")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"no profile\.json with it: 'onediff profile"):
+    with pytest.raises(FileNotFoundError, match=r"model/profile\.json not found: 'onediff profile"):
         drift.examine(model="model")
     (tmp_path / "model/profile.json").write_text('{"distributions": {}}')
     with pytest.raises(ValueError, match="not a whole profile"):
         drift.examine(model="model")
 
+
+
+@pytest.mark.slow
+def test_the_flow_names_its_end_after_what_it_found(project: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for name in ("params.yaml", "runtime.yaml"):
+        (tmp_path / name).write_bytes((project / name).read_bytes())
+    profile = write_profile(tmp_path / "carried", project / "model", project / "diffcap", num_pairs=11)
+    registry.register(project / "model", *results("a"), carried=profile.parent)
+    assert registry.promote(rules=write_rules(Path("rules.yaml"))).promoted
+    Path("usage").mkdir()
+
+    def ended() -> str:
+        done = subprocess.run([sys.executable, "-m", "flows.check_drift", "1"], text=True, capture_output=True,
+                              check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return done.stdout.splitlines()[-1]
+
+    assert ended().startswith("NoVerdict: no verdict; 0 different pairs were captioned")
+    weights = json.loads(profile.read_text())["weights"]
+    append(Path("usage/2099-01-01.jsonl"), [row | {"weights": weights} for row in noted(60, 1, size=640)])
+    assert ended().startswith("Drifted: drifted: width, height")
+    drifted = subprocess.run([sys.executable, "-m", "onediff", "drift", "--json"], text=True, capture_output=True,
+                             check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert drifted.returncode == 1 and json.loads(drifted.stdout)["drifted"] is True
+
+
+def test_the_picture_of_confidence_is_a_png() -> None:
+    from flows.check_drift import picture
+
+    assert picture([0.5, 0.6], [0.1]).startswith(b"\x89PNG")

@@ -90,6 +90,7 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     """
     from onediff import tracking
     from onediff.config import load_params, load_runtime
+    from onediff.energy import counter
 
     config, runtime = load_params(), load_runtime()
     tracking.check()  # before any work: what is trained must have somewhere to be noted
@@ -98,11 +99,13 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
 
     def here() -> None:
         with noted_run(phase, config) as noted:
+            used_wh = counter() if noted and runtime.nodes == 1 else None  # other nodes' counters cannot be read here
             work(config, runtime, folder, noted.log if noted else silent)
             if noted:
                 described = noted.describe(digest=weights_digest(folder / phases.FINAL))
                 summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-                checkpoint.write_json(folder / "run.json", described | summary)
+                energy = {"energy_wh": round(used_wh(), 2) if used_wh else None}
+                checkpoint.write_json(folder / "run.json", described | summary | energy)
 
     folder = phases.run_folder(phase, config, runtime, data=DIFFCAP, start=start)
     if "LOCAL_RANK" in os.environ:
