@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from onediff.data_commands import app as data
+from onediff.drift_commands import app as watching
 from onediff.lineage_commands import app as lineage
 from onediff.registry_commands import TRAINED
 from onediff.registry_commands import app as versions
@@ -23,8 +24,9 @@ app = typer.Typer(help="Two images in, one sentence about what changed out.", no
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(versions, name="registry")
 app.add_typer(data, name="data")
-app.add_typer(scoring)  # at the top level, as is the next
+app.add_typer(scoring)  # at the top level, as are the next
 app.add_typer(lineage)
+app.add_typer(watching)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]
@@ -159,16 +161,21 @@ def main() -> None:
 
 def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | None = None) -> list[str]:
     """The images are opened first: a wrong path is told at once, before a model is loaded."""
+    from onediff.config import load_runtime
     from onediff.inputs.images import open_image
+    from onediff.inputs.prompt import DEFAULT_INSTRUCTION
     from onediff.predict import folder_of
+    from onediff.serve.in_use import speaker
     from onediff.stages import quiet
+    from onediff.usage import usage_log
 
     images = [(open_image(before), open_image(after)) for before, after in pairs]
     folder = folder_of(model)
+    log = usage_log(load_runtime(), model, folder)
     quiet()
     from onediff.model.captioner import Captioner
 
-    return Captioner.load(folder).caption(images, instructions=[instruction] * len(pairs) if instruction else None)
+    return speaker(Captioner.load(folder), log)([*pairs], images, [instruction or DEFAULT_INSTRUCTION] * len(pairs))
 
 
 def _champion_or_trained() -> str:

@@ -344,6 +344,20 @@ class Stress(Section):
         return self
 
 
+class Drift(Section):
+    """When use counts as unlike training (`onediff drift`): a figure must move by more than its threshold and by more
+    than chance explains. `chance`: how often a check may cry wolf, over all its figures.
+
+    Distances of distributions are Kolmogorov and Smirnov's, 0 (the same) to 1; rates move in parts of 1.
+    """
+
+    num_pairs: Count
+    min_pairs: Annotated[int, Field(ge=10)]
+    max_distance: Annotated[float, Field(gt=0, lt=1)]
+    max_rate_change: Annotated[float, Field(gt=0, lt=1)]
+    chance: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Config(Section):
     seed: Annotated[int, Field(ge=0)]
     data: Data
@@ -353,6 +367,7 @@ class Config(Section):
     tune: Phase
     caption: Caption
     stress: Stress
+    drift: Drift | None = None  # None: `onediff drift` has no thresholds, and says so
     judge: Judge | None = None  # None: `onediff judge` is told its model, or there is none
 
     @model_validator(mode="after")
@@ -413,7 +428,11 @@ class Runtime(Section):
     mlflow_uri: str | None = None  # None: SQLite in .onediff
     pools: Pools | None = None  # Prefect's work pools, by what a stage needs; None: stages run where the flow does
     git_remote: str | None = None  # where the branches retrain/RUN are pushed to; None: they stay here
+    register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
+    usage_log: str | None = None  # folder in which each caption made in use is noted; None: nowhere
+    usage_images: bool = False  # with the images themselves, which false alarms in use are measured on
+    inbox: str | None = None  # folder whose sub-folders are batches of pairs for sources of your own
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # None: a cluster of this machine alone
     writer_url: str | None = None  # an OpenAI-compatible endpoint; None: OpenAI's own

@@ -5,11 +5,13 @@
         fit(..., log=run.log)                           # run.log(step, {"loss": 1.2, ...}) returns at once
     write(run.describe(digest=...))
 
-With registry.py the only file that imports MLflow, and only inside functions: importing it takes seconds.
+With registry/ the only code that imports MLflow, and only inside functions: importing it takes seconds.
 """
 
 from __future__ import annotations
 
+import base64
+import configparser
 import hashlib
 import json
 import logging
@@ -22,6 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,12 +37,15 @@ from onediff.config import Config, load_runtime
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 EXPERIMENT = "onediff"
 HOME = Path(".onediff")
 PARENT = "ONEDIFF_PARENT_RUN"  # the flow sets it, stages below it nest their runs
 SEND_EVERY_S = 5.0
 _SERVER = ("http://", "https://")
+_DENIED = (401, 403)
+_OTHER_CREDENTIALS = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _DATABASE = ("sqlite:", "postgresql", "mysql", "mssql")
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
           "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -55,28 +61,76 @@ def uri() -> str:
     if found is None:
         return f"sqlite:///{(HOME / 'mlflow.db').absolute()}"
     if not found.startswith(_SERVER + _DATABASE):
-        raise ValueError(f"MLflow address '{found}': must be a server (http://, https://) or a database (sqlite:///, "
-                         "postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or unset both")
+        raise ValueError(f"MLflow address '{_without_password(found)}': must be a server (http://, https://) or a "
+                         "database (sqlite:///, postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or "
+                         "unset both")
     return found
 
 
+def where() -> str:
+    """`uri()` as it may be shown: without user and password."""
+    return _without_password(uri())
+
+
 def check() -> None:
-    """Raises ValueError within seconds if a server is set and does not answer. Imports no MLflow."""
+    """Raises ValueError within seconds if a server is set and does not answer, or not to us. Imports no MLflow."""
     address = uri()
     if not address.startswith(_SERVER):
         return
+    server = _without_password(address).rstrip("/")
+    asked = [urllib.request.Request(f"{server}/health")]
+    if not any(os.environ.get(name) for name in _OTHER_CREDENTIALS) and not Path("~/.netrc").expanduser().exists():
+        asked.append(urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1",
+                                            headers=_credentials(address)))  # /health is open to all
     try:
-        urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5).close()
+        for request in asked:
+            urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
+        if error.code in _DENIED:
+            raise _denied(error.code) from None
         if error.code >= 500:
             raise _unreachable(address, f"it answers {error.code}") from None
     except (OSError, ValueError) as error:
         raise _unreachable(address, str(getattr(error, "reason", error))) from None
 
 
+def _credentials(address: str) -> dict[str, str]:
+    """The header by which MLflow's client says who we are: from the address, the environment or ~/.mlflow/credentials.
+    """
+    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {os.environ['MLFLOW_TRACKING_TOKEN']}"}
+    file = configparser.RawConfigParser()
+    file.read(Path("~/.mlflow/credentials").expanduser())
+    parts = urllib.parse.urlsplit(address)
+    pair = [urllib.parse.unquote(part or "") or os.environ.get(f"MLFLOW_TRACKING_{key}")
+            or file.get("mlflow", f"mlflow_tracking_{key.lower()}", fallback="")
+            for key, part in (("USERNAME", parts.username), ("PASSWORD", parts.password))]
+    if not any(pair):
+        return {}
+    return {"Authorization": f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"}
+
+
+def plain(error: MlflowException) -> ValueError | ConnectionError:
+    """MLflow's failure as one line: ConnectionError if its server may answer the next time, else ValueError."""
+    status = error.get_http_status_code()
+    if status in _DENIED and uri().startswith(_SERVER):
+        return _denied(status)
+    kind = ConnectionError if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") else ValueError
+    return kind(f"MLflow at {where()}: {_without_password(' '.join(str(error).split()))[:300]}")
+
+
+def _denied(status: int) -> ValueError:
+    if status == 401:
+        return ValueError(f"MLflow at {where()} does not know us (401): set MLFLOW_TRACKING_USERNAME and "
+                          "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what its administrator gave you")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+    return ValueError(f"MLflow at {where()} does not let {user} do this (403): ask its administrator for permission, "
+                      "or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may")
+
+
 def _unreachable(address: str, reason: str) -> ValueError:
-    return ValueError(f"MLflow at {address} cannot be reached ({reason}): start it or correct MLFLOW_TRACKING_URI, "
-                      "or unset it to keep runs in .onediff/mlflow.db")
+    return ValueError(f"MLflow at {_without_password(address)} cannot be reached ({_without_password(reason)}): start "
+                      "it or correct MLFLOW_TRACKING_URI, or unset it to keep runs in .onediff/mlflow.db")
 
 
 def quiet() -> None:
@@ -107,6 +161,8 @@ def _client(address: str) -> MlflowClient:
         opened = MlflowClient(address, registry_uri=address)
         opened.search_experiments(max_results=1)  # SQLite makes its tables here, once per process and store
     except MlflowException as error:
+        if error.get_http_status_code() in _DENIED and address.startswith(_SERVER):
+            raise plain(error) from None
         raise _unreachable(address, _first_line(error)) from None
     return opened
 
@@ -125,7 +181,7 @@ def experiment_id() -> str:
         except MlflowException:  # another process made it since we looked
             found = store.get_experiment_by_name(EXPERIMENT)
     if found is None or found.lifecycle_stage != "active":
-        raise ValueError(f"MLflow at {address}: experiment '{EXPERIMENT}' is deleted; restore it in the MLflow page")
+        raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' is deleted; restore it in the MLflow page")
     return str(found.experiment_id)
 
 
@@ -298,8 +354,9 @@ def log_evaluation(config: Config, *, data: Path = Path("data"), num_pictures: i
 def provenance(root: Path = Path()) -> dict[str, str]:
     """Tags that say from what a run or version was made: code, dvc.lock and data. 'none' where there is none."""
     commit = _git(root, "rev-parse", "HEAD")
-    return {"git_commit": commit or "none", "git_dirty": str(bool(changed_files(root))).lower() if commit else "none",
-            "dvc_lock": _digest(root / "dvc.lock"), "data_digest": _digest(root / "data/diffcap/card.json")}
+    dirty = str(bool(changed_files(root))).lower() if commit else "none"
+    return {"git_commit": commit or "none", "git_dirty": dirty, "dvc_lock": _digest(root / "dvc.lock"),
+            "data_digest": _digest(root / "data/diffcap/card.json")}
 
 
 def changed_files(root: Path = Path()) -> list[str]:
@@ -403,7 +460,7 @@ def _digest(path: Path) -> str:
 
 
 def _without_password(address: str) -> str:
-    return re.sub("//[^/]*@", "//", address)
+    return re.sub(r"//[^/\s]*@", "//", address)
 
 
 def _first_line(error: BaseException) -> str:

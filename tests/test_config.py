@@ -71,6 +71,9 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("renderer: raytracer", "renderer: povray", r"data\.scenes\.renderer: .*got 'povray'"),
     ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),
     ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 4"),
+    ("max_distance: 0.25", "max_distance: 25", r"drift\.max_distance: .*got 25"),
+    ("min_pairs: 100", "min_pairs: 1", r"drift\.min_pairs: .*got 1"),
+    ("chance: 0.01", "chanse: 0.01", r"drift\.chanse: unknown key; did you mean 'chance'\?"),
     ("seed: 7", "seed: [7", r"params\.yaml line \d+: not valid YAML"),
 ])
 def test_a_wrong_value_is_told_with_where_rule_and_got(tmp_path: Path, old: str, new: str, message: str) -> None:

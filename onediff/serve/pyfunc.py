@@ -8,10 +8,13 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from onediff.config import load_runtime
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.serve.in_use import Say, speaker
+from onediff.usage import usage_log
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,13 +23,9 @@ COLUMNS = ("before", "after", "instruction")
 _SHORTEST_BASE64 = 64  # no image is smaller; shorter text is a path
 
 
-class Captioner(Protocol):
-    def caption(self, pairs: list[tuple[Image, Image]], *, instructions: list[str] | None = None) -> list[str]: ...
-
-
 class PairCaptioner:
-    def __init__(self, captioner: Captioner) -> None:
-        self._captioner = captioner
+    def __init__(self, say: Say) -> None:
+        self._say = say
 
     def predict(self, rows: Any, params: dict[str, Any] | None = None) -> list[str]:
         """One caption per row of a DataFrame or list of dicts, in order.
@@ -34,18 +33,22 @@ class PairCaptioner:
         `before` and `after` are paths, base64 or data URIs. Raises ValueError naming the row that is wrong.
         """
         items = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        pairs = [_pair(number, item) for number, item in enumerate(items)]
+        read = [_pair(number, item) for number, item in enumerate(items)]
         asked = [_instruction(number, item) for number, item in enumerate(items)]
-        return self._captioner.caption(pairs, instructions=asked) if items else []
+        files = [(before, after) for (before, _), (after, _) in read]
+        return self._say(files, [(before, after) for (_, before), (_, after) in read], asked) if items else []
 
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
-    from onediff.model.captioner import Captioner as Loaded
+    """Captions are noted if runtime.yaml in the server's folder, or ONEDIFF_USAGE_LOG, says where."""
+    log = usage_log(load_runtime(), data_path, Path(data_path))
+    from onediff.model.captioner import Captioner
 
-    return PairCaptioner(Loaded.load(Path(data_path)))
+    return PairCaptioner(speaker(Captioner.load(Path(data_path)), log))
 
 
-def _pair(number: int, item: Any) -> tuple[Image, Image]:
+def _pair(number: int, item: Any) -> tuple[tuple[bytes | Path, Image], tuple[bytes | Path, Image]]:
+    """Of each side the file as given and the same opened."""
     if not isinstance(item, dict):
         raise ValueError(f"row {number}: must be a mapping with before and after, got {type(item).__name__}")
     unknown = sorted(str(key) for key in item if key not in COLUMNS)
@@ -54,12 +57,13 @@ def _pair(number: int, item: Any) -> tuple[Image, Image]:
     return _image(number, "before", item), _image(number, "after", item)
 
 
-def _image(number: int, side: str, item: dict[str, Any]) -> Image:
+def _image(number: int, side: str, item: dict[str, Any]) -> tuple[bytes | Path, Image]:
     text = item.get(side)
     if not isinstance(text, str) or not text:
         raise ValueError(f"row {number}: {side}: must be a path or a base64 image, got {text!r}")
     try:
-        return open_image(_decoded(text))
+        file = _decoded(text)
+        return file, open_image(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"row {number}: {side}: {error}") from None
 

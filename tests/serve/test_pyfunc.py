@@ -3,30 +3,30 @@ from __future__ import annotations
 import base64
 import io
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from onediff.serve.pyfunc import PairCaptioner
+from onediff.serve.in_use import Files
+from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
+from onediff.usage import read_usage
 
 RED, GREEN = "#ff0000", "#00ff00"
 
 
-class SaysColours:
-    """Says what it was given, so that a mixed-up row shows."""
-
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *,
-                instructions: list[str] | None = None) -> list[str]:
-        assert instructions is not None
-        return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
-                for (before, after), instruction in zip(pairs, instructions, strict=True)]
+def says_colours(files: list[Files], pairs: list[tuple[Image.Image, Image.Image]],
+                 instructions: list[str]) -> list[str]:
+    """What it was given, so that a mixed-up row shows."""
+    return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
+            for (before, after), instruction in zip(pairs, instructions, strict=True)]
 
 
 @pytest.fixture
 def model() -> PairCaptioner:
-    return PairCaptioner(SaysColours())
+    return PairCaptioner(says_colours)
 
 
 def encoded(colour: str) -> str:
@@ -115,6 +115,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     OneDiffForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def test_a_served_model_notes_its_captions_where_the_environment_says(trained: Path, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}, {"before": encoded(RED), "after": encoded(RED)}]
+    plain = _load_pyfunc(str(trained)).predict(rows)
+    monkeypatch.setenv("ONEDIFF_USAGE_LOG", str(tmp_path / "usage"))
+    assert _load_pyfunc(str(trained)).predict(rows) == plain
+    noted, _ = read_usage(tmp_path / "usage", datetime(2000, 1, 1, tzinfo=UTC))
+    assert [(row["caption"], row["model"]) for row in noted] == [(text, str(trained)) for text in plain]
+    assert [row["distance"] > 0 for row in noted] == [True, False]
 
 
 @pytest.mark.slow

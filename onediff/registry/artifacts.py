@@ -1,0 +1,262 @@
+"""The files of a version: model folder, scores of pairs, model card; on this machine, or fetched once from the server.
+
+A version above runtime.register_by_reference_gb holds no weights but a reference.json: DVC fetches them by digest.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from onediff import tracking
+from onediff.model.digest import weights_digest
+from onediff.registry import store
+from onediff.registry.store import CHAMPION_URI, NAME
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+SCORED = "scored"  # folder of a version: what each pair scored
+REFERENCE = "reference.json"  # of a version without weights: their path, md5 (DVC's), weights_digest and remote
+CACHE = tracking.HOME / "models"  # versions fetched from a server, weights fetched by digest
+
+
+@store.plain_errors()
+def model_folder(uri: str = CHAMPION_URI) -> Path:
+    """The model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
+
+    A version on a server is fetched once, into .onediff/models. Raises ValueError if there is no such version, if its
+    files are gone or outside the store, or if what was fetched is not what was registered.
+    """
+    version = store.resolve(uri)
+    return _model_in(_fetched(version), version)
+
+
+@store.plain_errors()
+def version_files(uri: str = CHAMPION_URI) -> Path:
+    """The whole folder that MLflow keeps for a version: beside the model its scores of pairs and what was `carried`.
+
+    Read it, change nothing. Raises as `model_folder`.
+    """
+    version = store.resolve(uri)
+    folder = _fetched(version)
+    if _is_here(location(version)):
+        return folder
+    with _gone(version):  # what stands beside the weights may have been written anew since they were fetched
+        for entry in _listed(location(version)):
+            if entry != _data_path(folder).split("/")[0]:
+                _download(f"{location(version)}/{entry}", folder)
+    return folder
+
+
+@store.plain_errors()
+def scored_pairs(uri: str, split: str = "test") -> dict[str, Any]:
+    """benchmark -> what each pair of the split scored with models:/onediff@ALIAS or models:/onediff/VERSION.
+
+    Raises ValueError if there is no such version or it was registered without.
+    """
+    found = pair_scores(store.resolve(uri), split)
+    if not found:
+        raise ValueError(f"{uri} has no scores of single pairs: score it again: python -m flows.evaluate {uri}")
+    return found
+
+
+@store.plain_errors()
+def version_text(uri: str, name: str) -> str:
+    """One text file that a version carries, such as lineage/lineage.json; its weights are not fetched for it.
+
+    Raises ValueError if there is no such version, FileNotFoundError if it carries no such file.
+    """
+    where = location(store.resolve(uri))
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return _download(f"{where}/{name}", Path(scratch)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(f"{where}/{name} not found ({' '.join(str(error).split())[:200]})") from None
+
+
+@store.plain_errors()
+def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
+    """What is noted of a version, its number too. Raises ValueError if there is no such version."""
+    found = store.resolve(uri)
+    return {**found.tags, "version": str(found.version)}
+
+
+def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
+    """Empty if the version was registered without."""
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found = _download(f"{location(version)}/{SCORED}/{split}.json", Path(scratch))
+        except (MlflowException, OSError):
+            return {}
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None:
+    """Copies a folder's content among the version's files; it replaces what has the same name."""
+    location(version)
+    tracking.client().log_model_artifacts(str(version.source).removeprefix("models:/"), str(source), folder)
+
+
+def check_whole(version: ModelVersion) -> None:
+    """Raises ValueError unless the version's files are there and its weights are those registered."""
+    where = location(version)
+    folder = _fetched(version)
+    if not _is_here(where):  # a copy that was fetched says nothing of what the server still has
+        with _gone(version):
+            beside = where if (folder / REFERENCE).exists() else f"{where}/{_data_path(folder)}"
+            if not any(name.endswith((".safetensors", REFERENCE)) for name in _listed(beside)):
+                raise FileNotFoundError(f"no weights at {beside}")
+    with _gone(version):
+        _check_weights(_model_in(folder, version), version)
+
+
+def location(version: ModelVersion) -> str:
+    """Where MLflow keeps the version's files. Raises ValueError for a place outside the store or none at all."""
+    opened = tracking.client()
+    from mlflow.exceptions import MlflowException
+
+    source = opened.get_model_version_download_uri(NAME, str(version.version))
+    try:
+        if source.startswith("models:/"):
+            source = opened.get_logged_model(source.removeprefix("models:/")).artifact_location
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise _lost(version, error) from None
+    root = opened.get_experiment(tracking.experiment_id()).artifact_location
+    if not _inside(source, root):
+        raise ValueError(f"version {version.version}: MLflow at {tracking.where()} says that its files are at "
+                         f"'{source}', which is outside the store, '{root}': not read; register the model again")
+    return source
+
+
+def _inside(source: str, root: str) -> bool:
+    while (plain := urllib.parse.unquote(source)) != source:
+        source = plain
+    if ".." in source.split("/") or "\x00" in source:
+        return False
+    if _is_here(root):
+        return _is_here(source) and _path(source).resolve().is_relative_to(_path(root).resolve())
+    return source.startswith(root.rstrip("/") + "/")
+
+
+def _is_here(source: str) -> bool:
+    return source.startswith(("file:", "/"))
+
+
+def _path(source: str) -> Path:
+    return Path(urllib.parse.unquote(urllib.parse.urlparse(source).path))
+
+
+def _fetched(version: ModelVersion) -> Path:
+    """The version's folder: where it is if it is on this machine, else a copy in the cache."""
+    source = location(version)
+    with _gone(version):
+        if _is_here(source):
+            (_path(source) / "MLmodel").stat()
+            return _path(source)
+        target = CACHE / version.tags["weights_digest"]
+        if (target / "MLmodel").exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            got = _download(source, Path(scratch))
+            if not (got / REFERENCE).exists():
+                _check_weights(got / _data_path(got), version)
+            _settle(got, target)
+    return target
+
+
+def _settle(got: Path, target: Path) -> None:
+    try:
+        got.rename(target)
+    except OSError:  # another process fetched it meanwhile
+        if not target.is_dir():
+            raise
+
+
+def _model_in(folder: Path, version: ModelVersion) -> Path:
+    with _gone(version):
+        reference = folder / REFERENCE
+        if reference.exists():
+            return _by_reference(json.loads(reference.read_text(encoding="utf-8")), version)
+        inner = folder / _data_path(folder)
+        if not inner.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"version {version.version}: its MLmodel names '{_data_path(folder)}', which is outside "
+                             f"{folder}: not read; register the model again")
+        inner.stat()
+        return inner
+
+
+def _by_reference(reference: dict[str, str], version: ModelVersion) -> Path:
+    """The weights that DVC keeps, fetched by digest once. Raises ValueError if they are not those registered."""
+    from onediff.versioned import fetch
+
+    target = CACHE / f"{version.tags['weights_digest']}-weights"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            got = fetch(reference["md5"], Path(scratch) / "model")
+            _check_weights(got, version)
+            _settle(got, target)
+    return target
+
+
+def _check_weights(folder: Path, version: ModelVersion) -> None:
+    found = weights_digest(folder)
+    if found != version.tags.get("weights_digest"):
+        raise ValueError(f"version {version.version}: the weights in {folder} have the digest {found[:12]}, but "
+                         f"{version.tags.get('weights_digest', 'none')[:12]} was registered: they were changed; "
+                         "register the model again")
+
+
+def _data_path(folder: Path) -> str:
+    described = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))
+    return str(described["flavors"]["python_function"]["data"])
+
+
+def _download(source: str, target: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking.uri()))
+
+
+def _listed(source: str) -> list[str]:
+    """Names of what is directly in the folder."""
+    from mlflow.artifacts import list_artifacts
+
+    return [item.path.rpartition("/")[2] for item in list_artifacts(artifact_uri=source, tracking_uri=tracking.uri())]
+
+
+@contextmanager
+def _gone(version: ModelVersion) -> Iterator[None]:
+    """A file that is not there, as one line."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise _lost(version, error) from None
+    except MlflowException as error:
+        if error.get_http_status_code() != 404:
+            raise
+        raise _lost(version, error) from None
+
+
+def _lost(version: ModelVersion, error: Exception) -> ValueError:
+    return ValueError(f"version {version.version}: its files are not where MLflow at {tracking.where()} says "
+                      f"({' '.join(str(error).split())[:200]}); bring them back, or train and register it again")

@@ -1,0 +1,159 @@
+"""mlflow/promotion.yaml: what a candidate must reach to become champion. Imports no MLflow."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from onediff.config import Section
+from onediff.eval.evaluation import PAIR_METRICS
+from onediff.registry.facts import YES
+
+RULES = Path("mlflow/promotion.yaml")
+# What benchmarks are scored by; a path may also name any other figure that the candidate's gate scores hold.
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "change_type_accuracy",
+           "changed_object_accuracy", "false_alarm_rate", "swap_consistency", "operation_accuracy", "oracle_ratio",
+           "num_pairs")
+Bound = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+Limit = Annotated[float, Field(gt=0, strict=False, allow_inf_nan=False)]
+
+
+def _of_pairs(path: str) -> str:
+    if path.rpartition(".")[2] not in PAIR_METRICS:
+        raise ValueError(f"only {' and '.join(PAIR_METRICS)} are kept for each pair, as in scenes.{PAIR_METRICS[0]}")
+    return path
+
+
+PairMetric = Annotated[str, AfterValidator(_of_pairs)]
+
+
+class Beats(Section):
+    metric: PairMetric
+    margin: Loss
+
+
+class Rules(Section):
+    """Keys of `minima` and `maxima` are paths into gate.json such as `scenes.CIDEr`.
+
+    `not_worse_than_champion`: the loss that chance alone must not be able to explain away. Both comparisons are by
+    paired bootstrap over the groups of split gate. `max_caption_ms`, `max_size_mib`: None, no limit. `require`: what
+    must be known of data and code.
+    """
+
+    minima: dict[str, Bound]
+    maxima: dict[str, Bound]
+    better_than_champion: Beats | None
+    not_worse_than_champion: dict[PairMetric, Loss] = Field(default_factory=dict)
+    max_caption_ms: Limit | None = None
+    max_size_mib: Limit | None = None
+    require: list[Literal["data_validated", "leak_audit", "clean_lineage"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.minima and not self.maxima:
+            raise ValueError("minima and maxima are both empty: any model would become champion; set at least one")
+        for path in self.minima.keys() & self.maxima.keys():
+            if self.minima[path] > self.maxima[path]:
+                raise ValueError(f"{path}: minimum {self.minima[path]} is above its maximum {self.maxima[path]}")
+        return self
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Each key of the file that names a metric, and the metric's path."""
+        for key in ("minima", "maxima", "not_worse_than_champion"):
+            yield from ((f"{key}.{path}", path) for path in getattr(self, key))
+        if self.better_than_champion is not None:
+            yield "better_than_champion.metric", self.better_than_champion.metric
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say of a version. `reasons` holds every rule that a refused one breaks; `figures` what was
+    weighed: gate scores by path, caption_ms, size_mib. `replaced`: the champion that it follows, if any.
+    """
+
+    version: str
+    promoted: bool
+    replaced: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+
+
+def load_rules(path: Path = RULES) -> Rules:
+    """Raises ValueError with one line per wrong value."""
+    try:
+        return Rules.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found: it says what a champion must reach; see mlflow/README.md") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(path, item) for item in error.errors())) from None
+
+
+def _explain(path: Path, item: Any) -> str:
+    where = ".".join(map(str, item["loc"])) or "the whole file"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: {where}: unknown key{_nearest(where, list(Rules.model_fields))}"
+    return f"{path}: {where}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
+
+
+def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
+    """Raises ValueError, naming the nearest one, for a metric that no benchmark is scored by. A benchmark that is not
+    among the scores is no error of the file: the candidate is refused for it.
+    """
+    known = sorted({*METRICS, *(path.rpartition(".")[2] for path in scores if "." in path)})
+    wrong = [f"{file}: {key}: no metric is called '{name}'{_nearest(name, known)}"
+             for key, path in rules.paths() if (name := path.rpartition(".")[2]) not in known]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
+    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do."""
+    reasons = []
+    for path, least in rules.minima.items():
+        if not number(scores, path) >= least:  # nan, a missing score, is refused too
+            reasons.append(f"{path} is {_said(scores, path)}, must be at least {least:g}")
+    for path, most in rules.maxima.items():
+        if not number(scores, path) <= most:
+            reasons.append(f"{path} is {_said(scores, path)}, must be at most {most:g}")
+    for name, limit, told in (("caption_ms", rules.max_caption_ms, "ms a pair"),
+                              ("size_mib", rules.max_size_mib, "MiB")):
+        if limit is not None and name not in facts:
+            reasons.append(f"{name} was not measured, must be at most {limit:g} {told}: register it again")
+        elif limit is not None and not float(facts[name]) <= limit:
+            reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {told}")
+    for name in rules.require:
+        if facts.get(name) != YES:
+            reasons.append(f"{name}: {facts.get(name, 'not known: register it again')}")
+    return reasons
+
+
+def weighed(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:
+    """The figures that the rules ask about, where there are any."""
+    asked = {path: number(scores, path) for _, path in rules.paths()}
+    asked |= {name: float(facts[name]) for name in ("caption_ms", "size_mib") if name in facts}
+    return {path: value for path, value in asked.items() if not math.isnan(value)}
+
+
+def number(scores: Mapping[str, Any], path: str) -> float:
+    value = scores.get(path)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _said(scores: Mapping[str, Any], path: str) -> str:
+    return f"{number(scores, path):.4g}" if path in scores else "not in the gate scores"

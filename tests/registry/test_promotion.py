@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from registered import add, aliases, model, results, row, write_rules
+
+from onediff import registry
+from onediff.registry import Verdict
+
+
+def test_the_first_champion_needs_the_minima_only() -> None:
+    add("a")
+    assert registry.promote() == Verdict("1", True)
+    assert aliases() == {"1": ["candidate", "champion"]}
+
+
+def test_a_better_candidate_replaces_the_champion() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=3.5)
+    verdict = registry.promote()
+    assert verdict == Verdict("2", True, "1") and verdict.figures["scenes.CIDEr"] == 3.5
+    assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
+
+
+def test_assessing_says_the_same_and_changes_nothing() -> None:
+    add("a")
+    assert registry.assess() == Verdict("1", True)
+    assert aliases() == {"1": ["candidate"]} and len(registry.trail()) == 1
+
+
+def test_a_refused_candidate_hears_every_reason_and_the_champion_stays() -> None:
+    add("a")
+    registry.promote()
+    add("b", change_type_accuracy=0.6, false_alarm_rate=0.3, CIDEr=3.0)
+    verdict = registry.promote()
+    assert not verdict.promoted
+    assert verdict.reasons == ["scenes.change_type_accuracy is 0.6, must be at least 0.7",
+                               "scenes.false_alarm_rate is 0.3, must be at most 0.2",
+                               "scenes.CIDEr is 3, the champion's 3: the 95 % interval of the difference, +0 to +0, "
+                               "must be above +0"]
+    assert str(row("2")["refused"]).endswith("; ".join(verdict.reasons))
+    assert aliases() == {"1": ["champion"], "2": ["candidate"]}
+
+
+def test_scores_on_other_references_are_not_compared() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=9.0, references="r2")
+    assert registry.champion_to_score_again() == "models:/onediff/1"
+    assert "flows.evaluate models:/onediff/1" in registry.promote().reasons[0]
+    registry.rescore("1", *results("a", references="r2"))
+    assert registry.champion_to_score_again() is None
+    assert registry.promote("2").promoted
+
+
+def test_nobody_is_to_be_scored_again_without_another_champion() -> None:
+    add("a")
+    assert registry.champion_to_score_again() is None
+    registry.promote()
+    assert registry.champion_to_score_again() is None
+
+
+def test_a_champion_without_scores_of_pairs_is_to_be_scored_again() -> None:
+    add("a")
+    registry.promote()
+    next(path for path in Path("mlflow-artifacts").rglob("scored/gate.json")).unlink()
+    add("b", CIDEr=4.0)
+    assert "score it again" in registry.promote().reasons[0]
+    assert registry.champion_to_score_again() == "models:/onediff/1"
+
+
+def test_promoting_the_champion_again_changes_nothing() -> None:
+    add("a")
+    registry.promote()
+    before = registry.list_versions(), registry.trail()
+    assert registry.promote().promoted and (registry.list_versions(), registry.trail()) == before
+
+
+def test_proposing_the_same_version_again_writes_no_record() -> None:
+    add("a")
+    add("a")
+    registry.propose("1")
+    assert [change.action for change in registry.trail()] == ["propose"]
+    with pytest.raises(ValueError, match="version 7 of 'onediff' is not registered"):
+        registry.propose("7")
+
+
+def test_rollback_makes_the_previous_version_champion_again() -> None:
+    for name, score in (("a", 3.0), ("b", 3.5), ("c", 4.0)):
+        add(name, CIDEr=score)
+        registry.promote()
+    assert [registry.rollback(why="it lies"), registry.rollback()] == ["2", "1"]
+    assert aliases() == {"1": ["champion"], "2": [], "3": ["candidate"]}
+    assert [change.why for change in registry.trail()[-2:]] == ["from version 3: it lies", "from version 2"]
+    with pytest.raises(ValueError, match="is previous"):
+        registry.rollback()
+
+
+def test_a_version_that_was_rolled_back_comes_back_only_by_number() -> None:
+    for name, score in (("a", 3.0), ("b", 3.5)):
+        add(name, CIDEr=score)
+        registry.promote()
+    registry.rollback()
+    assert "rolled back on" in registry.promote().reasons[0]
+    assert registry.promote("2").promoted
+    assert row("2")["refused"] == ""
+
+
+def test_a_version_whose_files_are_gone_does_not_become_champion() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=3.5)
+    path, = (path for path in Path("mlflow-artifacts").rglob("model.safetensors") if path.read_bytes() == b"b")
+    path.write_bytes(b"c")
+    with pytest.raises(ValueError, match=r"version 2: the weights in .* were changed"):
+        registry.promote()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"version 2: its files are not where MLflow at .* says .*train and register"):
+        registry.promote()
+    assert aliases() == {"1": ["champion"], "2": ["candidate"]}
+
+
+def test_a_rollback_to_a_version_whose_files_are_gone_leaves_the_champion() -> None:
+    for name, score in (("a", 3.0), ("b", 3.5)):
+        add(name, CIDEr=score)
+        registry.promote()
+    next(path for path in Path("mlflow-artifacts").rglob("model.safetensors") if path.read_bytes() == b"a").unlink()
+    with pytest.raises(ValueError, match="version 1: its files are not where MLflow"):
+        registry.rollback()
+    assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
+
+
+def test_an_unknown_metric_in_the_gate_is_told_before_anything_is_judged() -> None:
+    add("a")
+    write_rules(Path("mlflow/promotion.yaml"), minima={"scenes.CIDer": 1, "birds.CIDEr": 1})
+    with pytest.raises(ValueError, match=r"promotion.yaml: minima.scenes.CIDer: no .*'CIDer'; did you mean 'CIDEr'"):
+        registry.promote()
+    assert row("1")["refused"] == ""
+
+
+def test_limits_and_requirements_are_rules_like_the_others() -> None:
+    registry.register(model("a"), *results("a"), measured={"caption_ms": 70.0})
+    write_rules(Path("mlflow/promotion.yaml"), max_caption_ms=50, max_size_mib=1e-6, require=["data_validated"])
+    verdict = registry.promote()
+    assert verdict.reasons[0] == "caption_ms is 70, must be at most 50 ms a pair"
+    assert re.fullmatch(r"size_mib is 2.*e-06, must be at most 1e-06 MiB", verdict.reasons[1])
+    assert verdict.reasons[2].startswith("data_validated: no: models/a is no out")
+
+
+def test_what_is_not_there_is_named() -> None:
+    add("a")
+    with pytest.raises(ValueError, match="no version of 'onediff' is champion"):
+        registry.rollback()
+    with pytest.raises(ValueError, match="version 7 of 'onediff' is not registered; there are: 1"):
+        registry.promote("7")
+    with pytest.raises(ValueError, match="no version of 'onediff' is champion"):
+        registry.model_folder()
+    with pytest.raises(ValueError, match="names no version"):
+        registry.model_folder("models:/other@champion")

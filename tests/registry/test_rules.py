@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from registered import REPO, write_rules
+
+from onediff.registry import load_rules
+from onediff.registry.rules import check_metrics, judge, weighed
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("minima: {}\nmaxima: {}\nbetter_than_champion: null", "both empty"),
+    ("minima: {a.b: high}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: .*got 'high'"),
+    ("minima: {a.b: .nan}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: "),
+    ("minima: {a.b: 1}\nmaxima: {a.b: 0.5}\nbetter_than_champion: null", "above its maximum"),
+    ("minima: {a.b: 1}\nmaximum: {}\nbetter_than_champion: null", "maximum: unknown key; did you mean 'maxima'"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.CIDEr, margin: -1}",
+     "better_than_champion.margin"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.METEOR, margin: 0}",
+     "better_than_champion.metric: only CIDEr and ROUGE-L are kept for each pair"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nnot_worse_than_champion: {a.CIDEr: -1}",
+     "not_worse_than_champion.a.CIDEr"),
+    ("minima: {a.b: 1}\nmaxima: {}", "better_than_champion: Field required"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nmax_caption_ms: 0", "max_caption_ms: .*greater than 0"),
+    ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nrequire: [luck]", "require.0: .*'data_validated'"),
+    ("minima: [", "not valid YAML"),
+    ("", "the whole file"),
+])
+def test_wrong_rules_are_refused(text: str, message: str) -> None:
+    Path("rules.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"(?s)rules.yaml: .*{message}"):
+        load_rules(Path("rules.yaml"))
+
+
+def test_the_rules_in_the_repository_are_valid_and_name_metrics_that_are_scored() -> None:
+    rules = load_rules(REPO / "mlflow/promotion.yaml")
+    check_metrics(rules, {})
+    assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] == 0.2
+    assert rules.require == ["data_validated", "leak_audit", "clean_lineage"]
+
+
+def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
+    rules = load_rules(write_rules(Path("rules.yaml"), minima={"scenes.by_change_type.none.beauty": 0}))
+    check_metrics(rules, {"scenes.by_change_type.none.beauty": 1.0})
+    with pytest.raises(ValueError, match=r"minima\.scenes\.by_change_type\.none\.beauty: no metric is called 'beauty'"):
+        check_metrics(rules, {"scenes.CIDEr": 1.0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_a_score_that_is_no_number_is_refused(value: float) -> None:
+    rules = load_rules(REPO / "mlflow/promotion.yaml")
+    wrong = ["scenes.change_type_accuracy", "scenes.false_alarm_rate"]
+    scores = dict.fromkeys(rules.minima, 1.0) | dict.fromkeys(wrong, value)
+    assert [reason.partition(" ")[0] for reason in judge(rules, scores, {})[:2]] == wrong
+
+
+def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None:
+    rules = load_rules(REPO / "mlflow/promotion.yaml")
+    reasons = judge(rules, {**dict.fromkeys(rules.minima, 1.0), "scenes.false_alarm_rate": 0.0}, {"size_mib": "11"})
+    assert reasons == ["caption_ms was not measured, must be at most 2000 ms a pair: register it again",
+                       "data_validated: not known: register it again", "leak_audit: not known: register it again",
+                       "clean_lineage: not known: register it again"]
+
+
+def test_a_benchmark_that_was_not_scored_is_refused() -> None:
+    Path("rules.yaml").write_text("minima: {birds.CIDEr: 0.1}\nmaxima: {}\nbetter_than_champion: null")
+    rules = load_rules(Path("rules.yaml"))
+    assert judge(rules, {"scenes.CIDEr": 3.0}, {}) == ["birds.CIDEr is not in the gate scores, must be at least 0.1"]
+    assert weighed(rules, {"scenes.CIDEr": 3.0}, {"size_mib": "11"}) == {"size_mib": 11.0}

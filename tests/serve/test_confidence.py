@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from onediff.config import Config
+from onediff.data.record import Record
+from onediff.inputs.images import open_image
+from onediff.model.build import build
+from onediff.model.captioner import Captioner
+from onediff.serve.confidence import caption_with_confidence
+
+ASKED = ["What changed between the two images?", "How was the image edited?", "Say it."]
+
+
+@pytest.fixture(scope="module")
+def captioner(micro: Config) -> Captioner:
+    return Captioner(*build(micro.model, seed=5))
+
+
+@pytest.fixture(scope="module")
+def pairs(scene_pairs: list[Record]) -> list[tuple[Image.Image, Image.Image]]:
+    return [(open_image(record.before), open_image(record.after)) for record in scene_pairs[:3]]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_it_is_the_mean_log_probability_of_the_tokens_said(captioner: Captioner, pairs: list, num_beams: int) -> None:
+    """Against the model's own probabilities of the whole answer at once."""
+    for pair, asked in zip(pairs, ASKED, strict=True):
+        options = {"max_new_tokens": 12, "num_beams": num_beams}
+        [(_, confidence)] = caption_with_confidence(captioner, [pair], instructions=[asked], **options)
+        tokenizer = captioner.processor.tokenizer
+        batch = captioner.processor([pair], [asked])
+        answer = captioner.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                                          eos_token_id=tokenizer.eos_token_id, **options)
+        with torch.no_grad():
+            prompt = captioner.model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
+            embeds = torch.cat([prompt, captioner.model.language.get_input_embeddings()(answer)], 1)
+            logits = captioner.model.language(inputs_embeds=embeds).logits[0, prompt.shape[1] - 1 : -1]
+        logs = logits.log_softmax(-1)[range(answer.shape[1]), answer[0]]
+        assert confidence == pytest.approx(math.exp(float(logs.mean())), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_captions_are_the_very_same(captioner: Captioner, pairs: list, num_beams: int) -> None:
+    options = {"instructions": ASKED, "max_new_tokens": 12, "num_beams": num_beams}
+    said = caption_with_confidence(captioner, pairs, **options)
+    assert [text for text, _ in said] == captioner.caption(pairs, **options)
+    assert all(0 < confidence <= 1 for _, confidence in said)
+
+
+def test_padding_after_a_short_caption_does_not_count(captioner: Captioner, pairs: list) -> None:
+    together = caption_with_confidence(captioner, pairs, instructions=ASKED, max_new_tokens=20)
+    alone = [caption_with_confidence(captioner, [pair], instructions=[asked], max_new_tokens=20)[0]
+             for pair, asked in zip(pairs, ASKED, strict=True)]
+    assert [text for text, _ in together] == [text for text, _ in alone]
+    assert [value for _, value in together] == pytest.approx([value for _, value in alone], rel=1e-4)
