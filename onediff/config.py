@@ -16,6 +16,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 T = TypeVar("T", bound="Section")
@@ -380,6 +381,20 @@ class Slurm(Section):
     poll_s: Annotated[float, Field(gt=0)] = 15.0
 
 
+class Services(Section):
+    """Servers and workers that `make services` keeps on this machine, on 127.0.0.1 alone; `folder` holds all of it.
+
+    database: auto, PostgreSQL where it is installed. What a folder began with, it stays with.
+    """
+
+    folder: str = ".onediff/services"
+    database: Literal["auto", "postgresql", "sqlite"] = "auto"
+    prefect_port: Port = 4200
+    mlflow_port: Port = 5000
+    postgres_port: Port = 5433  # Debian's own cluster has 5432
+    start_s: Annotated[float, Field(gt=0)] = 180.0  # that a service may take until it answers
+
+
 class Runtime(Section):
     """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
 
@@ -404,6 +419,7 @@ class Runtime(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
+    services: Services = Services()
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # None: a cluster of this machine alone
