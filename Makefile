@@ -93,6 +93,9 @@ restore: setup  ## both databases as they were in the backup DIR=folder
 upgrade: setup  ## both databases to the schemas of the installed Prefect and MLflow, after a backup
 	@python -m flows.services upgrade
 
+gc: setup  ## what is old and no registered version needs: shown, and with YES=1 removed (DAYS=30)
+	@onediff gc $(if $(DAYS),--days $(DAYS)) $(if $(filter 1,$(YES)),--yes)
+
 backbones: setup  ## train the tiny pretrained tower and language model of presets/backbones/tiny again
 	@python -m onediff.train.backbones
 

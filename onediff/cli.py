@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from onediff.data_commands import app as data
+from onediff.housekeeping_commands import app as housekeeping
 from onediff.registry_commands import TRAINED
 from onediff.registry_commands import app as versions
 from onediff.scoring_commands import app as scoring
@@ -23,6 +24,7 @@ app = typer.Typer(help="Two images in, one sentence about what changed out.", no
 app.add_typer(versions, name="registry")
 app.add_typer(data, name="data")
 app.add_typer(scoring)  # at the top level
+app.add_typer(housekeeping)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]

@@ -37,14 +37,15 @@ def backup(where: Place, target: Path) -> str:
     with _database_up(where):
         for name in postgres.NAMES:
             _dump(where, name, part / f"{name}{SUFFIX[where.database]}")
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(part.iterdir())}
+    names = [path.name for path in sorted(part.iterdir())]
+    files = {name: {"bytes": (part / name).stat().st_size, "sha256": _digest(part / name)} for name in names}
     said = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "database": where.database,
             "versions": {name: version(name) for name in postgres.NAMES}, "files": files}
     (part / MANIFEST).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if target.exists():
         target.rmdir()
     part.rename(target)
-    return (f"{target}: {', '.join(files)} ({sum(item['bytes'] for item in files.values()) / 2**20:.1f} MB); "
+    return (f"{target}: {', '.join(names)} ({sum((target / name).stat().st_size for name in names) / 2**20:.1f} MB); "
             f"MLflow's artifacts are not in it: copy {where.folder / 'mlflow/artifacts'} too")
 
 

@@ -1,4 +1,4 @@
-"""What runs where: the servers, the workers, their databases and addresses, and how each is asked whether it is well."""
+"""What runs where: the servers, the workers, their databases and addresses, and how each is asked how it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ CODE = Path(__file__).resolve().parents[2]
 MLFLOW_USER = "admin"
 MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"  # set: the MLflow server asks for it
 PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; set: the Prefect server asks for it
+LOGINS = (MLFLOW_PASSWORD, PREFECT_LOGIN)
 Database = Literal["postgresql", "sqlite"]
 QUIET = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
          "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -80,12 +81,12 @@ def begin(where: Place) -> None:
     Raises ValueError if a server that asked for a password would now be started without one.
     """
     settings = _settings(where.folder)
-    for key in (MLFLOW_PASSWORD, PREFECT_LOGIN):
+    for key in LOGINS:
         if settings.get(key) and not os.environ.get(key):
             raise ValueError(f"{where.folder}: its server was started with {key}; set it, as before")
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
         (where.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    settings |= {"database": where.database, **{key: bool(os.environ.get(key)) for key in (MLFLOW_PASSWORD, PREFECT_LOGIN)}}
+    settings |= {"database": where.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
     (where.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
     if not (where.folder / "flask_key").exists():
         postgres.write_secret(where.folder / "flask_key", secrets.token_urlsafe(32))

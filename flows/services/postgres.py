@@ -88,8 +88,8 @@ def prepare(folder: Path) -> None:
     if not data.exists():
         _make(folder, data)
     if not (folder / "pgpass").exists():
-        raise ValueError(f"{folder / 'pgpass'} not found: it held the password of the cluster beside it; bring it back, "
-                         f"or move {data} away, start, and restore a backup")
+        raise ValueError(f"{folder / 'pgpass'} not found: it held the password of the cluster beside it; bring it "
+                         f"back, or move {data} away, start, and restore a backup")
     lock = data / "postmaster.pid"
     if lock.exists() and not _is_postgres(int(lock.read_text().split()[0])):
         lock.unlink()

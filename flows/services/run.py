@@ -84,7 +84,7 @@ def _make_way(where: Place, service: Service) -> None:
 def _names(where: Place) -> list[str]:
     """Of all that may run, in the order of starting; also workers that runtime.yaml no longer asks for."""
     known = [path.stem for path in sorted((where.folder / "run").glob("*.json"))]
-    first = [name for name in ("postgres", "prefect", "mlflow")]
+    first = ("postgres", "prefect", "mlflow")
     return [*first, *dict.fromkeys([*(name for name in known if name not in first), *plan.pools(where.runtime)])]
 
 
