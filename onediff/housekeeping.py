@@ -32,7 +32,7 @@ KINDS: dict[Kind, str] = {
     "run": "MLflow runs, with their artifacts, that no version refers to",
     "data": "objects of the DVC cache that neither the workspace, nor a branch or tag, nor a version needs"}
 LINEAGE = "lineage"  # folder of a version
-_DIGEST = re.compile(r"\bmd5: ([0-9a-f]{32}(?:\.dir)?)\s")
+_DIGEST = re.compile(r"\bmd5: '?([0-9a-f]{32}(?:\.dir)?)\b")
 _RUN = re.compile(r"\b[0-9a-f]{32}\b")
 
 
@@ -126,7 +126,7 @@ def _branches(days: float, said: str) -> list[Item]:
 
 def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
     """The texts that each version carries about itself; one that carries no dvc.lock is told in `refused`."""
-    texts = []
+    texts: list[str] = []
     for version in versions:
         try:
             carried = tracking.carried(version, LINEAGE)
@@ -157,7 +157,8 @@ def _needing(folder: Path, digests: set[str], cache: Path) -> None:
     """A DVC project that needs just these objects. With our cache: it must read a folder's list to know its files."""
     (folder / ".dvc").mkdir()
     (folder / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
-    outs = "".join(f"- {{md5: {digest}, hash: md5, path: '{digest}'}}\n" for digest in sorted(digests))
+    # Quoted, for a digest may look like a number: 12e4.
+    outs = "".join(f"- {{md5: '{digest}', hash: md5, path: '{digest}'}}\n" for digest in sorted(digests))
     (folder / "versions.dvc").write_text(f"outs:\n{outs}" if outs else "outs: []\n")
 
 

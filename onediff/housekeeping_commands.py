@@ -46,7 +46,7 @@ def _purge(runs: list[str]) -> str:
     where = plan.place(load_runtime())
     if tracking.uri().rstrip("/") == where.mlflow:
         return databases.purge(where, runs)
-    return f"the MLflow server keeps {len(runs)} runs as deleted; for good, on its machine: mlflow gc (deploy/README.md)"
+    return f"the MLflow server keeps {len(runs)} runs as deleted; how they go for good: deploy/README.md"
 
 
 def _lines(found: Survey) -> list[str]:

@@ -326,10 +326,9 @@ def registered() -> list[Registered]:
         if not token:
             break
     aliases = {name: store.get_registered_model(name).aliases for name in {item.name for item in found}}
-    mine = {(item.name, item.version): tuple(alias for alias, version in sorted(aliases[item.name].items())
-                                             if str(version) == str(item.version)) for item in found}
-    return [Registered(item.name, str(item.version), mine[item.name, item.version], dict(item.tags), item.run_id or None)
-            for item in found]
+    return [Registered(item.name, str(item.version), tuple(alias for alias, version in aliases[item.name].items()
+                                                           if str(version) == str(item.version)),
+                       dict(item.tags), item.run_id or None) for item in found]
 
 
 def carried(version: Registered, folder: str) -> dict[str, str]:

@@ -338,6 +338,19 @@ def test_an_artifact_goes_through_the_server_to_its_folder(services: Running) ->
 
 
 @pytest.mark.slow
+def test_runs_marked_as_deleted_are_purged_with_their_artifacts(services: Running, monkeypatch) -> None:
+    monkeypatch.setenv("ONEDIFF_SERVICES", services.env["ONEDIFF_SERVICES"])
+    where = plan.place(load_runtime())
+    [run] = services.ask("mlflow", "runs/search", {"experiment_ids": [services.ask(
+        "mlflow", "experiments/get-by-name?experiment_name=with_artifact")["experiment"]["experiment_id"]]})["runs"]
+    services.ask("mlflow", "runs/delete", {"run_id": run["info"]["run_id"]})
+    assert databases.purge(where, [run["info"]["run_id"]]) == "1 runs are gone from the MLflow server for good"
+    assert not list((services.folder / "services/mlflow/artifacts").rglob("a.txt"))
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        services.ask("mlflow", f"runs/get?run_id={run['info']['run_id']}")
+
+
+@pytest.mark.slow
 def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: Running) -> None:
     services.done("stop")
     with socket.socket() as taken:

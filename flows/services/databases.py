@@ -1,4 +1,4 @@
-"""Backup, restore and schema upgrade of the databases `prefect` and `mlflow`, whichever kind they are.
+"""Backup, restore, schema upgrade and purge of the databases `prefect` and `mlflow`, whichever kind they are.
 
 MLflow's artifacts are files beside them (`mlflow/artifacts`, or S3): copy those as any other files.
 """
@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -85,6 +86,16 @@ def upgrade(where: Place) -> str:
                                  f"back to what was: python -m flows.services restore {kept}")
             said.append(f"{name}: schema of version {version(name)}")
     return "\n".join(said)
+
+
+def purge(where: Place, runs: Sequence[str]) -> str:
+    """Runs that the server has marked as deleted go for good, with their artifacts. The server must run."""
+    done = subprocess.run([sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(runs)], text=True, check=False,
+                          env={**plan.worker_env(where), **plan.server_env(where, "mlflow")}, capture_output=True,
+                          cwd=where.folder / "mlflow")
+    if done.returncode:
+        raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
+    return f"{len(runs)} runs are gone from the MLflow server for good"
 
 
 def finish_restore(where: Place) -> None:

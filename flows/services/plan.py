@@ -132,7 +132,7 @@ def workers(where: Place) -> list[Service]:
     name = f"{socket.gethostname()}-{beside}"
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
                            "--name", name, "--install-policy", "never"],
-                    _worker_env(where), Path.cwd(), pool, None,
+                    worker_env(where), Path.cwd(), pool, None,
                     lambda pool=pool: _worker_problem(where, pool, name))  # type: ignore[misc]
             for pool in pools(where.runtime)]
 
@@ -195,7 +195,7 @@ def _flask_key(folder: Path) -> str:
     return (folder / "flask_key").read_text() if (folder / "flask_key").exists() else ""
 
 
-def _worker_env(where: Place) -> dict[str, str]:
+def worker_env(where: Place) -> dict[str, str]:
     """The flows that it starts inherit it, and so use these servers."""
     login, password = prefect_login(), os.environ.get(MLFLOW_PASSWORD)
     return {**_base_env(where), "PREFECT_API_URL": where.prefect_api, "MLFLOW_TRACKING_URI": where.mlflow,
