@@ -400,7 +400,7 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     for first in range(0, len(run_ids), 100):
         command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={
-            **os.environ, "MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_TRACKING_URI": address})
+            **os.environ, "MLFLOW_TRACKING_URI": address})  # not on the command line: it may hold a password
         if done.returncode:
             raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return True

@@ -127,10 +127,14 @@ def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPa
     assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in plan.shell_lines(where)
 
 
-def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(sqlite_place: plan.Place) -> None:
+def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(monkeypatch: pytest.MonkeyPatch,
+                                                                          sqlite_place: plan.Place) -> None:
+    monkeypatch.setenv("PREFECT_API_KEY", "of another server")
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
     where = plan.Place(sqlite_place.folder, sqlite_place.runtime, "postgresql")
     env = plan.workers(where)[0].env
     assert env["PREFECT_API_URL"] == "http://127.0.0.1:4200/api" and env["MLFLOW_TRACKING_URI"] == where.mlflow
+    assert "PREFECT_API_KEY" not in env and env["PREFECT_LOGGING_LEVEL"] == "DEBUG"
     assert not {"PGPASSFILE", "MLFLOW_BACKEND_STORE_URI", "PREFECT_SERVER_DATABASE_CONNECTION_URL"} & env.keys()
 
 

@@ -90,9 +90,10 @@ def upgrade(where: Place) -> str:
 
 def purge(where: Place, runs: Sequence[str]) -> str:
     """Runs that the server has marked as deleted go for good, with their artifacts. The server must run."""
-    done = subprocess.run([sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(runs)], text=True, check=False,
-                          env={**plan.worker_env(where), **plan.server_env(where, "mlflow")}, capture_output=True,
-                          cwd=where.folder / "mlflow")
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", where.database_address("mlflow"),
+               "--run-ids", ",".join(runs)]
+    done = subprocess.run(command, env={**plan.worker_env(where), **plan.server_env(where, "mlflow")},
+                          cwd=where.folder / "mlflow", capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return f"{len(runs)} runs are gone from the MLflow server for good"

@@ -27,6 +27,10 @@ MLFLOW_USER = "admin"
 MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"  # set: the MLflow server asks for it
 PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; set: the Prefect server asks for it
 LOGINS = (MLFLOW_PASSWORD, PREFECT_LOGIN)
+LEADS_ELSEWHERE = (  # settings of the shell that would, or that are secrets of one service
+    "PG", "PREFECT_API_", "PREFECT_SERVER_API_", "PREFECT_SERVER_DATABASE_", "PREFECT_PROFILE", "PREFECT__",
+    "MLFLOW_TRACKING_", "MLFLOW_BACKEND_", "MLFLOW_REGISTRY_", "MLFLOW_ARTIFACTS_", "MLFLOW_AUTH_", "MLFLOW_FLASK_",
+    "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_", MLFLOW_PASSWORD)
 Database = Literal["postgresql", "sqlite"]
 QUIET = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
          "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -163,8 +167,7 @@ def mlflow_login() -> str | None:
 
 
 def _base_env(where: Place) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "MLFLOW_", "PREFECT_"))
-                 and key != MLFLOW_PASSWORD}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(LEADS_ELSEWHERE)}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     python = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     return {**inherited, **QUIET, "PATH": path, "PYTHONPATH": python,
