@@ -64,7 +64,8 @@ def survey(days: float) -> Survey:
     found.items += [*_scratch(days), *_copies(days, ours)]
     lineages = _lineages(ours, found)
     if found.refused:
-        found.refused.append("branches, MLflow runs and the DVC cache stay as they are")
+        found.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is registered "
+                             "again or deleted")
         return found
     said = "\n".join([*lineages, *(text for version in versions for text in (*version.tags.values(),
                                                                             version.run_id or ""))])

@@ -127,7 +127,8 @@ def test_the_cache_is_not_touched_while_a_version_does_not_say_what_it_needs(pro
     before = objects()
     found = survey(0)
     assert found.refused == ["version 1 of 'onediff': its lineage/ holds no dvc.lock",
-                             "branches, MLflow runs and the DVC cache stay as they are"]
+                             "branches, MLflow runs and the DVC cache stay as they are until such a version is "
+                             "registered again or deleted"]
     sweep(found)
     assert objects() == before
 

@@ -354,6 +354,51 @@ def test_runs_marked_as_deleted_are_purged_with_their_artifacts(services: Runnin
         services.ask("mlflow", f"runs/get?run_id={run['info']['run_id']}")
 
 
+FLOW = """
+import os, time
+from pathlib import Path
+from prefect import flow
+
+@flow
+def wait(folder: str) -> None:
+    Path(folder, "seen.part").write_text(f"{os.getpid()} {os.environ['MLFLOW_TRACKING_URI']}")
+    Path(folder, "seen.part").rename(Path(folder, "seen"))
+    time.sleep(300)
+"""
+DEPLOY = """
+import sys
+from prefect import flow
+from prefect.deployments import run_deployment
+
+flow.from_source(sys.argv[1], "waiting.py:wait").deploy("wait", work_pool_name="onediff-cpu", print_next_steps=False)
+run_deployment("wait/wait", parameters={"folder": sys.argv[1]}, timeout=0)
+"""
+
+
+@pytest.mark.slow
+def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(services: Running) -> None:
+    folder = services.folder / "flow"
+    folder.mkdir()
+    (folder / "waiting.py").write_text(FLOW)
+    env = {**services.env, "PREFECT_API_URL": f"http://127.0.0.1:{services.ports['prefect_port']}/api"}
+    subprocess.run([sys.executable, "-c", DEPLOY, str(folder)], check=True, env=env, capture_output=True)
+    last = time.monotonic() + 120
+    while not (folder / "seen").exists():
+        assert time.monotonic() < last, "the worker did not start the flow"
+        time.sleep(0.5)
+    pid, address = (folder / "seen").read_text().split()
+    assert address == f"http://127.0.0.1:{services.ports['mlflow_port']}"
+    worker = psutil.Process(services.rows()["onediff-cpu"]["pid"])
+    worker.kill()
+    while services.rows()["onediff-cpu"]["running"]:
+        time.sleep(0.1)
+    services.done("start")
+    assert psutil.pid_exists(int(pid))
+    assert "onediff-cpu" in services.done("stop")
+    assert not psutil.pid_exists(int(pid))
+    services.done("start")
+
+
 @pytest.mark.slow
 def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: Running) -> None:
     services.done("stop")

@@ -83,7 +83,9 @@ def launch(service: Service, folder: Path) -> None:
                                    stderr=subprocess.STDOUT, start_new_session=True,
                                    env={**service.env, MARK: mark(folder, service.name)})
     born = psutil.Process(process.pid).create_time()
-    pid_file(folder, service.name).write_text(json.dumps({"pid": process.pid, "born": born}), encoding="utf-8")
+    part = pid_file(folder, service.name).with_suffix(".part")
+    part.write_text(json.dumps({"pid": process.pid, "born": born}), encoding="utf-8")
+    part.rename(pid_file(folder, service.name))  # whole or not at all
 
 
 def wait_until_it_answers(service: Service, folder: Path, limit_s: float) -> None:

@@ -90,6 +90,7 @@ def begin(where: Place) -> None:
             raise ValueError(f"{where.folder}: its server was started with {key}; set it, as before")
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
         (where.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+    where.folder.chmod(0o755)  # whatever the umask: user `postgres` must pass; what is secret is closed in itself
     settings |= {"database": where.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
     (where.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
     if not (where.folder / "flask_key").exists():
@@ -199,9 +200,9 @@ def _flask_key(folder: Path) -> str:
 
 
 def worker_env(where: Place) -> dict[str, str]:
-    """The flows that it starts inherit it, and so use these servers."""
+    """The flows that it starts inherit it, and so use these servers; their heartbeats tell the server that they live."""
     login, password = prefect_login(), os.environ.get(MLFLOW_PASSWORD)
-    return {**_base_env(where), "PREFECT_API_URL": where.prefect_api, "MLFLOW_TRACKING_URI": where.mlflow,
+    return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(where), "PREFECT_API_URL": where.prefect_api, "MLFLOW_TRACKING_URI": where.mlflow,
             **({"PREFECT_API_AUTH_STRING": login} if login else {}),
             **({"MLFLOW_TRACKING_USERNAME": MLFLOW_USER, "MLFLOW_TRACKING_PASSWORD": password} if password else {})}
 
