@@ -64,8 +64,8 @@ def survey(days: float) -> Survey:
     found.items += [*_scratch(days), *_copies(days, ours)]
     lineages = _lineages(ours, found)
     if found.refused:
-        found.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is registered "
-                             "again or deleted")
+        found.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is "
+                             "registered again or deleted")
         return found
     said = "\n".join([*lineages, *(text for version in versions for text in (*version.tags.values(),
                                                                             version.run_id or ""))])
@@ -146,6 +146,8 @@ def _data(found: Survey, needed: set[str]) -> None:
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
         found.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "
                              "'dvc gc --projects' with all of them")
+        return
+    if not (cache / "files").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
         _needing(Path(scratch), needed, cache)
