@@ -26,7 +26,8 @@ LOCK_HEAD := '\# Every package and version; written by "make lock" from pyprojec
 	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
 
-.PHONY: help setup run deploy worker drills test blender test-all lint lock backbones report clean
+.PHONY: help setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
+	restore upgrade gc lock backbones report clean
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
@@ -82,6 +83,29 @@ lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pin
 	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock
+
+services: setup  ## Prefect server, MLflow server and worker in the background, PostgreSQL behind them where it is installed
+	@python -m flows.services start
+
+services-status: setup  ## whether each of them is well
+	@python -m flows.services status
+
+services-stop: setup  ## end them: workers first, the database last
+	@python -m flows.services stop
+
+backup: setup  ## both databases into DIR=folder, also while the servers run
+	@test -n "$(DIR)" || { echo "onediff: name a new folder: make backup DIR=..." >&2; exit 1; }
+	@python -m flows.services backup "$(DIR)"
+
+restore: setup  ## both databases as they were in the backup DIR=folder
+	@test -n "$(DIR)" || { echo "onediff: name the folder of a backup: make restore DIR=..." >&2; exit 1; }
+	@python -m flows.services restore "$(DIR)"
+
+upgrade: setup  ## both databases to the schemas of the installed Prefect and MLflow, after a backup
+	@python -m flows.services upgrade
+
+gc: setup  ## what is old and no registered version needs: shown, and with YES=1 removed (DAYS=30)
+	@onediff gc $(if $(DAYS),--days $(DAYS)) $(if $(filter 1,$(YES)),--yes)
 
 backbones: setup  ## train the tiny pretrained tower and language model of presets/backbones/tiny again
 	@python -m onediff.train.backbones

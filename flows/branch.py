@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 PREFIX = "retrain/"
@@ -24,9 +25,9 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
     branch = PREFIX + run
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
-        _git("read-tree", "HEAD", **index)
-        _git("add", "--update", "--", *changed, **index)
-        tree = _git("write-tree", **index)
+        _git("read-tree", "HEAD", env=index)
+        _git("add", "--update", "--", *changed, env=index)
+        tree = _git("write-tree", env=index)
     commit = _git("commit-tree", tree, "-p", "HEAD", "-m", f"retrain: results of run {run}")
     _git("update-ref", f"refs/heads/{branch}", commit)
     if remote:
@@ -34,11 +35,11 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
     return branch
 
 
-def _git(*arguments: str, may_fail: bool = False, **env: str) -> str:
+def _git(*arguments: str, env: Mapping[str, str] | None = None, may_fail: bool = False) -> str:
     who = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
            for part, value in (("NAME", "OneDiff"), ("EMAIL", "onediff@localhost"))}
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False,
-                          env={**who, **os.environ, **env, "GIT_TERMINAL_PROMPT": "0"})
+                          env={**who, **os.environ, **(env or {}), "GIT_TERMINAL_PROMPT": "0"})
     if done.returncode and not may_fail:
         raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -64,6 +64,7 @@ def send(stage: str, revision: str) -> State[Any]:
 def _begin(stage: str, key: str, parameters: dict[str, Any]) -> tuple[FlowRun, bool]:
     """The run with this key, which is sent unless there is one; and whether that had ended before."""
     run = run_deployment(f"stage/{needs(stage)}", parameters=parameters, idempotency_key=key, timeout=0)
+    assert isinstance(run, FlowRun), "called from a thread without an event loop"
     return run, bool(run.state and run.state.is_final())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
@@ -32,6 +33,7 @@ def _submit(deployment: str, parameters: dict[str, Any]) -> str:
     except ObjectNotFound:
         raise ValueError(f"Prefect has no deployment '{deployment}': 'make deploy' makes it; set PREFECT_API_URL to "
                          "its server") from None
+    assert isinstance(run, FlowRun), "called from a thread without an event loop"
     return _word(run.state)
 
 

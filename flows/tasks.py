@@ -78,7 +78,7 @@ def judge(version: str | None) -> Verdict:
     """What the gate says, before anybody is asked; changes nothing."""
     from onediff import registry
 
-    return registry.consider(version)
+    return registry.assess(version)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from prefect.artifacts import create_markdown_artifact
+from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
-from prefect.blocks.notifications import NotificationBlock  # knows Prefect's own kinds
 
 from onediff.config import load_runtime
 
@@ -47,7 +47,7 @@ def _send(slug: str, *, subject: str, body: str) -> str | None:
 
 
 async def _notify(slug: str, *, subject: str, body: str) -> None:
-    block = await Block.aload(slug)
+    block: Any = await Block.aload(slug)
     if not isinstance(block, NotificationBlock):
         raise ValueError(f"is no block that can notify, but {type(block).__name__}")
     await block.anotify(body=body, subject=subject)

@@ -12,6 +12,7 @@ import typer
 
 from onediff.data_commands import app as data
 from onediff.drift_commands import app as watching
+from onediff.housekeeping_commands import app as housekeeping
 from onediff.lineage_commands import app as lineage
 from onediff.registry_commands import TRAINED
 from onediff.registry_commands import app as versions
@@ -24,9 +25,8 @@ app = typer.Typer(help="Two images in, one sentence about what changed out.", no
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(versions, name="registry")
 app.add_typer(data, name="data")
-app.add_typer(scoring)  # at the top level, as are the next
-app.add_typer(lineage)
-app.add_typer(watching)
+for commands in (scoring, lineage, watching, housekeeping):
+    app.add_typer(commands)  # at the top level
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Instruction = Annotated[str | None, typer.Option(help='Default: "What changed between the two images?"')]

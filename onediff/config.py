@@ -16,6 +16,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 T = TypeVar("T", bound="Section")
@@ -402,6 +403,20 @@ class Pools(Section):
     gpu: str = "onediff-gpu"
 
 
+class Services(Section):
+    """Servers and workers that `make services` keeps on this machine, on 127.0.0.1 alone; `folder` holds all of it.
+
+    database: auto, PostgreSQL where it is installed. What a folder began with, it stays with.
+    """
+
+    folder: str = ".onediff/services"
+    database: Literal["auto", "postgresql", "sqlite"] = "auto"
+    prefect_port: Port = 4200
+    mlflow_port: Port = 5000
+    postgres_port: Port = 5433  # Debian's own cluster has 5432
+    start_s: Annotated[float, Field(gt=0)] = 180.0  # that a service may take until it answers
+
+
 class Runtime(Section):
     """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
 
@@ -429,6 +444,7 @@ class Runtime(Section):
     pools: Pools | None = None  # Prefect's work pools, by what a stage needs; None: stages run where the flow does
     git_remote: str | None = None  # where the branches retrain/RUN are pushed to; None: they stay here
     register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
+    services: Services = Services()
     notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
     usage_log: str | None = None  # folder in which each caption made in use is noted; None: nowhere
     usage_images: bool = False  # with the images themselves, which false alarms in use are measured on

@@ -44,8 +44,9 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["flows", "onediff", "data", "mlflow", "tests", "presets", ".ci/run", "Makefile",
-                                  "dvc.yaml", "params.yaml", "prefect.yaml", "pyproject.toml", "requirements.lock",
-                                  "README.md", "LICENSE", "runtime.example.yaml", ".dvcignore", "data/README.md"])
+                                  "dvc.yaml", "params.yaml", "prefect.yaml", "deploy", "pyproject.toml",
+                                  "requirements.lock", "README.md", "LICENSE", "runtime.example.yaml", ".dvcignore",
+                                  "data/README.md"])
 def test_the_top_level_holds(name: str) -> None:
     assert (ROOT / name).exists()
 
