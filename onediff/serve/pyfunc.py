@@ -40,6 +40,9 @@ class PairCaptioner:
 
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
+    if any((folder / "reference.json").exists() for folder in Path(data_path).parents[:2]):
+        raise ValueError(f"{data_path}: this version is registered by reference, MLflow has no weights of it: "
+                         "'onediff export VERSION DIR' fetches them, and onediff.registry.model_folder")
     from onediff.model.captioner import Captioner as Loaded
 
     return PairCaptioner(Loaded.load(Path(data_path)))
