@@ -12,7 +12,7 @@ PREFIX = "retrain/"
 
 
 def commit_results(run: str, *, remote: str | None = None) -> str | None:
-    """Commits dvc.lock and the metrics under data/ as branch retrain/RUN; gives its name, or None if nothing changed.
+    """Commits dvc.lock, and metrics and .dvc files under data/, as branch retrain/RUN; None if nothing changed.
 
     Neither the checked-out branch nor the working tree is touched. `remote`: where it is pushed to, too.
     Raises ValueError in git's words if it cannot be pushed.
@@ -20,13 +20,14 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
     if not _git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", may_fail=True):
         return None  # no git checkout, or one without a commit
     changed = _git("diff", "--name-only", "HEAD", "--", "dvc.lock", "data").split()
+    changed += _git("ls-files", "--others", "--exclude-standard", "--", "data/*.dvc").split()
     if not changed:
         return None
     branch = PREFIX + run
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         _git("read-tree", "HEAD", env=index)
-        _git("add", "--update", "--", *changed, env=index)
+        _git("add", "--", *changed, env=index)
         tree = _git("write-tree", env=index)
     commit = _git("commit-tree", tree, "-p", "HEAD", "-m", f"retrain: results of run {run}")
     _git("update-ref", f"refs/heads/{branch}", commit)

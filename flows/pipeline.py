@@ -73,6 +73,11 @@ def small_outs(folder: Path = Path()) -> list[Path]:
     return [Path(path) for stage in listed.values() for metric in stage.get("metrics", []) for path in metric]
 
 
+def raw_files(folder: Path = Path()) -> list[Path]:
+    """The .dvc files of raw data, which refreshing it changes before anybody commits them."""
+    return sorted(path.relative_to(folder) for path in (folder / "data/raw").rglob("*.dvc"))
+
+
 def dvc(folder: Path, *arguments: str) -> str:
     """What `dvc ARGUMENTS` prints. Raises ValueError in DVC's own words."""
     asked = subprocess.run([*DVC, *arguments], cwd=folder, capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.states import Cancelling, Completed, Failed
 
-from flows.pipeline import LOCK, needs, small_outs
+from flows.pipeline import LOCK, needs, raw_files, small_outs
 from flows.stage import ANSWER
 
 POLL_S = 2.0
@@ -44,7 +44,7 @@ def send(stage: str, revision: str) -> State[Any]:
     The same stage on the same inputs is one run, however often it is sent: a flow that was restarted finds the run
     that it had begun. One whose worker died is sent again, and training goes on from its checkpoint.
     """
-    kept = [LOCK, *small_outs()]
+    kept = [LOCK, *small_outs(), *raw_files()]
     files = {str(path): path.read_text(encoding="utf-8") for path in kept if path.exists()}
     key = hashlib.sha256(json.dumps([stage, revision, files], sort_keys=True).encode()).hexdigest()[:16]
     lost = 0

@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows import pools
 from flows.branch import commit_results
-from flows.pipeline import dvc, stages, stale_elsewhere, stale_stages
+from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
 from flows.processes import alone, prepare
 from flows.submit import promote
 from flows.tasks import keep_scores, publish_scores, register, repro
@@ -62,7 +62,7 @@ def _retrain() -> State[Any]:
         commit_results(str(flow_run.id).partition("-")[0], remote=load_runtime().git_remote)
         print(publish_scores(Path("data/metrics.json"), "scores"))
         evaluation = keep_scores()
-        version = register(evaluation)
+        version = register(evaluation, by=f"flow run {flow_run.name} ({flow_run.id})")
     said = promote(candidate=version)  # as the candidate: promoting it by its number would undo a rollback
     return Completed(name=state.name, message=said)
 
@@ -81,6 +81,8 @@ def _here(stale: set[str]) -> State[Any]:
 def _on_workers(stale: set[str]) -> State[Any]:
     """Every stale stage on a worker of its kind; then what registering reads is pulled."""
     revision, ran = pools.commit(), False
+    if raw_files():
+        dvc(Path(), "push", *map(str, raw_files()))
     for stage in stages(load_params().data):
         if stage not in stale:
             continue

@@ -56,13 +56,12 @@ def keep_scores() -> str:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def register(evaluation: str) -> str:
+def register(evaluation: str, *, by: str) -> str:
     """The model that stage `tune` left becomes the candidate; the same weights stay the same version."""
-    from onediff import registry
+    from onediff import register as registering
 
     run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
-    return registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"),
-                             Path("data/scored"), run_id=run_id)
+    return registering.register(Path("data/models/tune"), run_id=run_id, evaluation_run=evaluation, by=by)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)

@@ -50,4 +50,4 @@ async def _notify(slug: str, *, subject: str, body: str) -> None:
     block: Any = await Block.aload(slug)
     if not isinstance(block, NotificationBlock):
         raise ValueError(f"is no block that can notify, but {type(block).__name__}")
-    await block.anotify(body=body, subject=subject)
+    await block.notify(body=body, subject=subject)  # in an event loop a coroutine

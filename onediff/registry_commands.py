@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 TRAINED = Path("data/models/tune")
-DATA = Path("data/diffcap")
 
 app = typer.Typer(help="Versions of the model: list, register, promote, rollback, trail.", no_args_is_help=True)
 
@@ -29,13 +28,10 @@ def list_versions(as_json: Json = False) -> None:
 @app.command()
 def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TRAINED) -> None:
     """Make the trained model a version and the candidate; the same weights stay the same version."""
+    from onediff import register as registering
     from onediff import registry
-    from onediff.serve.latency import caption_ms
-    from onediff.stages import quiet
 
-    quiet()
-    version = registry.register(model, Path("data/metrics.json"), Path("data/gate.json"), Path("data/scored"),
-                                measured={"caption_ms": caption_ms(model, DATA)})
+    version = registering.register(model)
     if registry.shared():
         typer.echo(f"version {version}; 'onediff registry promote {version}' submits it to the deployment")
     else:

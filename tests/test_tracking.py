@@ -3,16 +3,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from registered import Server
 
 from onediff import tracking
 from onediff.config import Config, load_params
@@ -192,6 +194,51 @@ def test_importing_tracking_and_registry_does_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
 
 
+class Guarded(BaseHTTPRequestHandler):
+    """Answers as MLflow with basic-auth does: health is open to all, the rest to `me`."""
+
+    def do_GET(self) -> None:
+        known = self.headers["Authorization"] in ("Basic bWU6c2VjcmV0", "Bearer abc") or self.path == "/health"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None: ...
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{running.server_port}")
+        yield f"127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_server_that_does_not_know_us_says_what_to_set_and_no_password(guarded: str, monkeypatch) -> None:
+    told = rf"^MLflow at http://{guarded} does not know us \(401\): set MLFLOW_TRACKING_USERNAME and [^\n]*$"
+    with pytest.raises(ValueError, match=told):
+        tracking.check()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:wr0ng@{guarded}")
+    with pytest.raises(ValueError, match=told):
+        tracking.check()
+
+
+def test_credentials_come_from_the_address_the_environment_or_a_file(guarded: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{guarded}")
+    tracking.check()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{guarded}")
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow/credentials").write_text("[mlflow]\nmlflow_tracking_username = me\n"
+                                                  "mlflow_tracking_password = secret\n")
+    tracking.check()
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wr0ng")
+    with pytest.raises(ValueError, match="does not know us"):
+        tracking.check()
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
+    tracking.check()
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     running = Server(tmp_path)
@@ -199,37 +246,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.address)
     yield running
     running.stop()
-
-
-class Server:
-    """A real `mlflow server` on loopback that can be killed and started again at the same address."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.folder = folder
-
-    def start(self) -> None:
-        words = ["server", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--artifacts-destination",
-                 str(self.folder / "served"), "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"} | quiet
-        self.process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], cwd=self.folder, env=environment,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline and self.process.poll() is None, "mlflow server did not start"
-                time.sleep(0.2)
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.mark.slow
@@ -257,28 +273,3 @@ def test_a_server_that_comes_back_gets_every_metric_once(server: Server, config:
         run.log(2, {"loss": 1.0})
     assert run.problems == []
     assert history(run.id, "loss") == [(1, 2.0), (2, 1.0)]
-
-
-@pytest.mark.slow
-def test_a_version_on_a_server_is_fetched_once(server: Server) -> None:
-    from onediff import registry
-
-    folder = Path("model")
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"w")
-    for name in ("test.json", "gate.json"):
-        Path(name).write_text('{"scenes": {"CIDEr": 1.0}}')
-    Path("scored").mkdir()
-    Path("scored/gate.json").write_text('{"scenes": {}}')
-    version = registry.register(folder, Path("test.json"), Path("gate.json"), Path("scored"))
-    assert registry._scored(registry._get(version)) == {"scenes": {}}
-    Path("scored/gate.json").write_text('{"edits": {}}')
-    registry.rescore(version, Path("test.json"), Path("gate.json"), Path("scored"))
-    assert registry._scored(registry._get(version)) == {"edits": {}}
-    fetched = registry.model_folder("models:/onediff@candidate")
-    assert (fetched / "model.safetensors").read_bytes() == b"w" and ".onediff" in fetched.parts
-    (fetched / "mark").touch()
-    assert (registry.model_folder("models:/onediff/1") / "mark").exists()
-    server.stop()
-    with pytest.raises(ConnectionError, match=f"MLflow at {server.address}: "):
-        registry.list_versions()

@@ -12,10 +12,10 @@ from onediff.registry.promotion import assess, champion_to_score_again, promote,
 from onediff.registry.records import Change, check_trail, difference, repair, trail
 from onediff.registry.rules import RULES, Rules, Verdict, load_rules
 from onediff.registry.store import AUDIT, CANDIDATE, CHAMPION, CHAMPION_URI, NAME, PREVIOUS
-from onediff.registry.versions import list_versions, register, rescore
+from onediff.registry.versions import list_versions, register, rescore, version_with
 from onediff.registry.writers import shared, sole_writer
 
 __all__ = ["AUDIT", "CANDIDATE", "CHAMPION", "CHAMPION_URI", "NAME", "PREVIOUS", "RULES", "Change", "Rules", "Verdict",
            "assess", "champion_to_score_again", "check_trail", "difference", "list_versions", "load_rules",
            "model_folder", "promote", "propose", "register", "repair", "rescore", "rollback", "scored_pairs", "shared",
-           "sole_writer", "trail", "version_files", "version_tags", "version_text"]
+           "sole_writer", "trail", "version_files", "version_tags", "version_text", "version_with"]

@@ -46,7 +46,7 @@ class Rules(Section):
 
     `not_worse_than_champion`: the loss that chance alone must not be able to explain away. Both comparisons are by
     paired bootstrap over the groups of split gate. `max_caption_ms`, `max_size_mib`: None, no limit. `require`: what
-    must be known of data and code.
+    must be known of data and code. `approval_h`: hours in which a person must agree; None: nobody is asked.
     """
 
     minima: dict[str, Bound]
@@ -56,6 +56,7 @@ class Rules(Section):
     max_caption_ms: Limit | None = None
     max_size_mib: Limit | None = None
     require: list[Literal["data_validated", "leak_audit", "clean_lineage"]] = Field(default_factory=list)
+    approval_h: Limit | None = None
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:

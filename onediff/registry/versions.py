@@ -57,6 +57,13 @@ def register(model_dir: Path, scores_test: Path, scores_gate: Path, scored: Path
 
 
 @store.plain_errors()
+def version_with(model_dir: Path) -> str | None:
+    """The version that has a model folder's weights, if it was registered."""
+    found = _first_with(weights_digest(model_dir))
+    return str(found.version) if found else None
+
+
+@store.plain_errors()
 def rescore(version: str, scores_test: Path, scores_gate: Path, scored: Path) -> None:
     """Writes new scores on a version, after `flows/evaluate.py` scored it again."""
     scores = {"scores_test": _read_scores(scores_test), "scores_gate": _read_scores(scores_gate)}

@@ -41,6 +41,9 @@ class PairCaptioner:
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
     """Captions are noted if runtime.yaml in the server's folder, or ONEDIFF_USAGE_LOG, says where."""
+    if any((folder / "reference.json").exists() for folder in Path(data_path).parents[:2]):
+        raise ValueError(f"{data_path}: this version is registered by reference, MLflow has no weights of it: "
+                         "'onediff export VERSION DIR' fetches them, and onediff.registry.model_folder")
     log = usage_log(load_runtime(), data_path, Path(data_path))
     from onediff.model.captioner import Captioner
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, CLIPModel, LlamaForCausalLM
 from onediff.config import Config
 from onediff.model.build import build
 from onediff.model.captioner import Captioner, pick_device
-from onediff.registry import weights_digest
+from onediff.model.digest import weights_digest
 
 
 @pytest.mark.parametrize(("tower", "talker"), [("clip", "llama"), ("siglip", "qwen2")])

@@ -1,0 +1,30 @@
+"""What was just trained and scored becomes a version, with all that a version carries."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from onediff import registry
+from onediff.drift import write_profile
+from onediff.lineage import pack
+from onediff.serve.latency import caption_ms
+from onediff.stages import DIFFCAP, quiet
+
+
+def register(model: Path, *, data: Path = Path("data"), run_id: str | None = None, evaluation_run: str | None = None,
+             by: str | None = None) -> str:
+    """The version's number. Measured once for the same weights: the time of a caption here, and the profile that
+    `onediff drift` compares with. Lineage and model card are written each time.
+
+    Raises FileNotFoundError for what 'dvc repro' has not made yet, and as `registry.register`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        carried = pack(Path(scratch), evaluation_run=evaluation_run)
+        measured = {}
+        if registry.version_with(model) is None:
+            quiet()
+            measured["caption_ms"] = caption_ms(model, DIFFCAP)
+            write_profile(carried, model)
+        return registry.register(model, data / "metrics.json", data / "gate.json", data / "scored", run_id=run_id,
+                                 carried=carried, measured=measured, by=by)

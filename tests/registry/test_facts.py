@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from registered import model
+from ruamel.yaml import YAML
+
+from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts, locked_md5, size_mib
+from onediff.versioned import md5_of
+
+
+@pytest.fixture
+def made() -> Path:
+    """A model folder and what DVC would leave beside it."""
+    folder = model("tune")
+    for path, text in ((f"{DIFFCAP}/card.json", "{}"), (QUARANTINE, "none"), (f"{REPORTS}/{AUDIT}", audit("clean"))):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    write_lock()
+    return folder
+
+
+def audit(verdict: str) -> str:
+    return json.dumps({"benchmarks": {"scenes": {"verdict": verdict}, "edits": {"verdict": "clean"}}})
+
+
+def write_lock(**digests: str) -> None:
+    """dvc.lock of three stages; a name's digest instead of that on disk."""
+    its = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
+
+    def line(path: str, digest: str | None = None) -> dict[str, str]:
+        return {"path": path, "hash": "md5", "md5": digest or its[path]}
+
+    stages = {"validate": {"cmd": "x", "outs": [line(QUARANTINE, digests.get("validated"))]},
+              "build": {"cmd": "x", "deps": [line(QUARANTINE)],
+                        "outs": [line(DIFFCAP, digests.get("built")), line(REPORTS, digests.get("reported"))]},
+              "tune": {"cmd": "x", "deps": [line(DIFFCAP)], "outs": [line("models/tune", digests.get("trained"))]}}
+    with Path("dvc.lock").open("w") as file:
+        YAML().dump({"schema": "2.0", "stages": stages}, file)
+
+
+def test_what_came_of_validated_and_clean_data_says_yes(made: Path) -> None:
+    found = facts(made)
+    assert found["data_validated"] == found["leak_audit"] == "yes"
+    assert found == facts(made.absolute(), root=Path().absolute())
+    assert locked_md5(made) == md5_of(made)
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"trained": "0.dir"}, "models/tune is not what dvc.lock says"),
+    ({"built": "0.dir"}, "data/diffcap that was read is not what stage build left"),
+    ({"validated": "0"}, "data/quarantine.parquet that was read is not what stage validate left")])
+def test_a_chain_that_breaks_says_where(made: Path, changed: dict[str, str], said: str) -> None:
+    write_lock(**changed)
+    found = facts(made)
+    assert said in found["data_validated"] and said in found["leak_audit"]
+    assert found["data_validated"].startswith("no: ")
+
+
+def test_a_leak_is_told_with_its_numbers(made: Path) -> None:
+    Path(REPORTS, AUDIT).write_text(audit("3 of 1000 test pairs leak"))
+    assert "not what dvc.lock says" in facts(made)["leak_audit"]
+    write_lock()
+    assert facts(made)["leak_audit"].startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
+    Path(REPORTS, AUDIT).unlink()
+    assert "audit.json not found; 'dvc pull build' brings it" in facts(made)["leak_audit"]
+
+
+def test_a_folder_that_no_stage_made_is_of_unknown_data(made: Path) -> None:
+    assert facts(model("own"))["data_validated"].startswith("no: models/own is no out of a stage in dvc.lock")
+    Path("dvc.lock").unlink()
+    assert locked_md5(made) is None
+
+
+def test_the_size_is_that_of_all_files(made: Path) -> None:
+    (made / "more").mkdir()
+    (made / "more/b").write_bytes(b"0" * 2**20)
+    assert size_mib(made) == pytest.approx(1 + 6 / 2**20)
