@@ -456,7 +456,8 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: st
         refused = subprocess.run([sys.executable, "-c", "from onediff import tracking; tracking.client()"], cwd=folder,
                                  env={**without, "MLFLOW_TRACKING_URI": address}, capture_output=True, text=True,
                                  check=False)
-        assert re.match(f"ValueError: MLflow at {address} .*(401|credentials|password)", refused.stderr.splitlines()[-1])
+        told_by_us = refused.stderr.splitlines()[-1]
+        assert re.match(f"ValueError: MLflow at {address} .*(401|credentials|password)", told_by_us)
         written = [path for path in (folder / "services").rglob("*") if path.is_file()]
         assert len(written) > 10 and not [path for path in written if b"a-secret-of" in path.read_bytes()]
     finally:
