@@ -31,7 +31,7 @@ UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: $(STAMP)  ## virtual environment with the locked packages (once; again when the lock changes)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -430,9 +431,15 @@ def test_no_log_and_no_process_list_shows_a_password(services: Running) -> None:
 # -- with passwords ------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: str) -> None:
+    if database == "postgresql" and postgres.binaries() is None:
+        pytest.skip("PostgreSQL is not installed")
     secrets = {plan.MLFLOW_PASSWORD: "a-secret-of-mlflow", plan.PREFECT_LOGIN: "admin:a-secret-of-prefect"}
-    services = Running("sqlite", tmp_path, **secrets)
+    folder = Path(tempfile.mkdtemp(prefix="onediff-services-"))
+    folder.chmod(0o755)
+    services = Running(database, folder, **secrets)
+    without = {key: value for key, value in services.env.items() if key not in secrets}
     try:
         services.done("start")
         assert all(row["healthy"] for row in services.rows().values())  # the worker came in as well
@@ -442,12 +449,17 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(tmp_path: Pa
                 with pytest.raises(urllib.error.HTTPError, match="401"):
                     services.ask(service, path, login=wrong)
             assert services.ask(service, path, login=login)
-        without = {key: value for key, value in services.env.items() if key not in secrets}
-        told = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=tmp_path,
+        told = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=folder,
                               capture_output=True, text=True, check=False)
-        assert told.returncode == 1
-        assert f"it asks for credentials: set {plan.MLFLOW_PASSWORD}" in told.stdout
-        written = [path for path in (tmp_path / "services").rglob("*") if path.is_file() and path.suffix != ".db"]
-        assert not [path for path in written if b"a-secret-of" in path.read_bytes()]
+        assert told.returncode == 1 and f"it asks for credentials: set {plan.MLFLOW_PASSWORD}" in told.stdout
+        address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
+        refused = subprocess.run([sys.executable, "-c", "from onediff import tracking; tracking.client()"], cwd=folder,
+                                 env={**without, "MLFLOW_TRACKING_URI": address}, capture_output=True, text=True,
+                                 check=False)
+        told_by_us = refused.stderr.splitlines()[-1]
+        assert re.match(f"ValueError: MLflow at {address} .*(401|credentials|password)", told_by_us)
+        written = [path for path in (folder / "services").rglob("*") if path.is_file()]
+        assert len(written) > 10 and not [path for path in written if b"a-secret-of" in path.read_bytes()]
     finally:
         services.tell("stop")
+        shutil.rmtree(folder)

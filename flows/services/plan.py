@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +139,7 @@ def workers(where: Place) -> list[Service]:
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
                            "--name", name, "--install-policy", "never"],
                     worker_env(where), Path.cwd(), pool, None,
-                    lambda pool=pool: _worker_problem(where, pool, name))  # type: ignore[misc]
+                    partial(_worker_problem, where, pool, name))
             for pool in pools(where.runtime)]
 
 
