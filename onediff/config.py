@@ -503,6 +503,8 @@ def _read(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:  # comments alone, as in runtime.example.yaml
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
     return values

@@ -272,8 +272,8 @@ def profile_of(model: str) -> dict[str, Any]:
 
     try:
         return _parsed(version_text(model, PROFILE), f"{model}, {PROFILE}")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: {model} was registered without; {_CURE}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{model} was registered without {PROFILE}: {_CURE}") from None
 
 
 def read_profile(path: Path) -> dict[str, Any]:

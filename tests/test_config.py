@@ -133,3 +133,7 @@ def test_the_example_names_every_key_of_runtime_with_its_default(tmp_path: Path)
 
     assert load_runtime(path) == Runtime()
     assert set(Runtime.model_fields) == {line.split(":")[0] for line in path.read_text().splitlines()}
+
+
+def test_the_example_of_runtime_yaml_loads_as_it_is() -> None:
+    assert load_runtime(ROOT / "runtime.example.yaml") == load_runtime(ROOT / "no such file")

@@ -57,12 +57,11 @@ def take(places: Places, sources: Sequence[str], *, settle_s: float, max_megapix
     taken = Taken()
     entries = sorted(places.inbox.iterdir(), key=lambda path: (not path.name.startswith(CLAIMED), path.name))
     for entry in entries:
-        if entry.name.startswith(DONE):
-            shutil.rmtree(entry)
-        if entry.name.startswith(".") and not entry.name.startswith(CLAIMED):
-            continue
         try:
-            _take(entry, places, sources, settle_s, max_megapixels, taken)
+            if entry.name.startswith(DONE):
+                shutil.rmtree(entry)
+            elif entry.name.startswith(CLAIMED) or not entry.name.startswith("."):
+                _take(entry, places, sources, settle_s, max_megapixels, taken)
         except (ValueError, OSError) as error:
             taken.problems.append(str(error) if str(error).startswith(str(entry)) else f"{entry}: {error}")
     return taken
@@ -77,7 +76,7 @@ def _take(entry: Path, places: Places, sources: Sequence[str], settle_s: float, 
         if time.time() - _last_change(entry) < settle_s:
             taken.waiting.append(source)
             return
-        _check(_batch(source, entry, places), places.raw / source, _known_ids(source, places), max_megapixels)
+        _check(_batch(source, entry, places), places, _known_ids(source, places), max_megapixels)
         claimed = entry.with_name(f"{CLAIMED}{source}")
         if claimed.exists():
             raise ValueError("an earlier batch of this source is not in yet; see its own message")
@@ -87,7 +86,7 @@ def _take(entry: Path, places: Places, sources: Sequence[str], settle_s: float, 
             taken.waiting.append(source)
             return
     batch = _batch(source, claimed, places)
-    _merge(batch, places.raw / source, places)
+    _merge(batch, places)
     tracked.add(places.raw / source)
     done = claimed.with_name(f"{DONE}{source}.{os.getpid()}")
     claimed.rename(done)  # in one step: half a batch must never look like a whole one
@@ -129,6 +128,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 class Batch:
     """A batch as read: its rows as written, and the same as pairs."""
 
+    source: str
     name: str
     rows: list[dict[str, Any]]
     pairs: list[PublishedPair]
@@ -141,13 +141,14 @@ def _batch(source: str, folder: Path, places: Places) -> Batch:
     pairs = list(own.read(files))
     read = read_csv if files.named("pairs.csv") else read_lines
     rows = [row for _, row in read(files.require(*own.TABLES))]
-    return Batch(_name(folder, places.raw / source), rows, pairs, files)
+    return Batch(source, _name(folder, places.raw / source), rows, pairs, files)
 
 
-def _check(batch: Batch, target: Path, known: set[str], max_megapixels: float) -> None:
+def _check(batch: Batch, places: Places, known: set[str], max_megapixels: float) -> None:
     """Raises ValueError for an image that is missing or broken, and for an id or a batch that the source has already.
     """
-    if (target / batch.name).exists():
+    target = places.raw / batch.source
+    if target.is_dir() and _holds(_table(target, places), batch):
         raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
@@ -189,13 +190,22 @@ def _name(folder: Path, target: Path) -> str:
 # --- into the source --------------------------------------------------------------------------------------------------
 
 
-def _merge(batch: Batch, target: Path, places: Places) -> None:
+def _table(target: Path, places: Places) -> Path:
+    return open_files(target, places.scratch).named(*own.TABLES) or target / "pairs.jsonl"
+
+
+def _holds(table: Path, batch: Batch) -> bool:
+    return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
+
+
+def _merge(batch: Batch, places: Places) -> None:
     """Images, then rows, each in one step; what a killed run did already stays as it is."""
+    target = places.raw / batch.source
     target.mkdir(parents=True, exist_ok=True)
     for left in target.glob(".*.part"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    table = open_files(target, places.scratch).named(*own.TABLES) or target / "pairs.jsonl"
-    if table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig"):
+    table = _table(target, places)
+    if _holds(table, batch):
         return
     # Called by content, so that no image of one batch is taken for that of another.
     names = {path: f"{_digest(path)[:32]}{path.suffix.lower()}"

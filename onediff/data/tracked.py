@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from hashlib import sha256
@@ -31,10 +30,10 @@ def update(path: Path) -> bool:
     before, kept = _digests(path), path.read_bytes()
     try:
         _dvc("update", str(path))
-    except ValueError:
+    except ValueError as error:
         path.write_bytes(kept)
         _dvc("checkout", str(path))  # DVC had removed what is here before it asked the origin
-        raise
+        raise ValueError(f"{error}; what is here stays: see whether its origin can be reached, then again") from None
     return _digests(path) != before
 
 
@@ -66,9 +65,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _dvc(*arguments: str) -> None:
-    command = [sys.executable, "-m", "dvc", *arguments, "--quiet"]
+    command = [sys.executable, "-m", "dvc", *arguments]  # --quiet would hide why it failed
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = " ".join(re.sub(r"^ERROR: ", "", line) for line in words if not line.startswith("Having any troubles"))
+        said = " ".join(line.removeprefix("ERROR: ") for line in words if not line.startswith("Having any troubles"))
         raise ValueError(f"dvc {arguments[0]} {arguments[1]}: {said or 'failed without a word'}")
