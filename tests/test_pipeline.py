@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock")
+CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock",
+        "LICENSE")
+REGISTER = """
+import json, tempfile
+from pathlib import Path
+from onediff import lineage, registry
+run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
+with tempfile.TemporaryDirectory() as scratch:
+    print(registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"),
+                            Path("data/scored"), run_id=run_id, carried=lineage.pack(Path(scratch) / "carried")))
+"""
 MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_")
 
 
@@ -120,3 +130,20 @@ def _belongs(process: object, home: str) -> bool:
         return process.environ().get("PREFECT_HOME", "").startswith(home)
     except psutil.Error:  # gone, or another user's
         return False
+
+
+@pytest.mark.slow
+def test_a_version_of_it_is_proven_and_exported(built: Path) -> None:
+    (built / ".gitignore").write_text("/.onediff/\n__pycache__/\n")
+    run(built, "git", "add", "-A")
+    run(built, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
+    onediff = (sys.executable, "-m", "onediff")
+    version = run(built, sys.executable, "-c", REGISTER).splitlines()[-1]
+    said = run(built, *onediff, "lineage", version, "--verify")
+    assert "FAILED" not in said and "100.0 % of" in said and said.splitlines()[-1].startswith(f"version {version}: proven")
+    assert not list((built / ".onediff").glob("verify-*"))
+    run(built, *onediff, "export", version, "exported")
+    pair = json.loads(run(built, *onediff, "example", "--json").splitlines()[-1])
+    again = run(built, *onediff, "caption", pair["before"], pair["after"], "--model", "exported")
+    assert again.splitlines()[-1] == pair["caption"]
+    assert (built / "exported/README.md").read_text().startswith("---\nlanguage: en\n")
