@@ -38,8 +38,9 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     made = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
         phases=_phases(config, runs), captions=CAPTIONS, caption_rows=list(_caption_rows(scores)),
-        behaviour=_behaviour(scores), behaviour_rows=list(_behaviour_rows(scores)), unchanged=list(_unchanged(scores, stress)),
-        weak=list(_weak(scores["test"])), stress=list(_stress(stress)), incomplete=card.get("incomplete", {}),
+        behaviour=_behaviour(scores), behaviour_rows=list(_behaviour_rows(scores)),
+        unchanged=list(_unchanged(scores, stress)), weak=list(_weak(scores["test"])), stress=list(_stress(stress)),
+        incomplete=card.get("incomplete", {}),
         protocols=sorted({its["protocol"] for its in scores["test"].values()}),
         energy_known=any(run.get("energy_wh") is not None for run in runs.values()),
         generated_only=not set(config.data.sources) - set(config.data.generated),
@@ -77,15 +78,22 @@ def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
 def _phases(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name, run in runs.items():
-        phase, energy = config.phase(name), run.get("energy_wh")
+        phase = config.phase(name)
         assert phase is not None, "only phases that ran are noted"
         rates = {part: rate for part, rate in phase.learning_rates.items() if rate}
         found.append({"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
                       "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
                       "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items()),
                       "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"],
-                      "energy": f"{energy:.1f} Wh" if energy is not None else NO_COUNTER})
+                      "energy": _energy(run)})
     return found
+
+
+def _energy(run: Mapping[str, Any]) -> str:
+    """Never an estimate. Runs from before it was counted, and those of several nodes, note nothing."""
+    if "energy_wh" not in run:
+        return "not measured"
+    return NO_COUNTER if run["energy_wh"] is None else f"{run['energy_wh']:.1f} Wh"
 
 
 # --- scores, times 100 as papers print them --------------------------------------------------------------------------
