@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock")
+CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock",
+        "LICENSE")
+REGISTER = """
+import json, tempfile
+from pathlib import Path
+from onediff import lineage, registry
+run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
+with tempfile.TemporaryDirectory() as scratch:
+    print(registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"),
+                            Path("data/scored"), run_id=run_id, carried=lineage.pack(Path(scratch) / "carried")))
+"""
 MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_")
 
 
@@ -29,12 +39,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "presets/micro.yaml", folder / "params.yaml")
     for name in ("pairs", "written", "synthetic"):
         (folder / "data" / name).mkdir(parents=True)
-    run(folder, "git", "init", "-q")
-    run(folder, sys.executable, "-m", "dvc", "init", "-q")
+    _run(folder, "git", "init", "-q")
+    _run(folder, sys.executable, "-m", "dvc", "init", "-q")
     return folder
 
 
-def run(folder: Path, *command: str) -> str:
+def _run(folder: Path, *command: str) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith(MAKERS)}
     env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(folder),
             "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
@@ -46,7 +56,7 @@ def run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
-    run(copy, sys.executable, "-m", "dvc", "repro")
+    _run(copy, sys.executable, "-m", "dvc", "repro")
     return copy
 
 
@@ -79,7 +89,7 @@ def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
 
 def test_a_second_repro_does_nothing(built: Path) -> None:
     before = (built / "dvc.lock").read_bytes()
-    said = run(built, sys.executable, "-m", "dvc", "repro")
+    said = _run(built, sys.executable, "-m", "dvc", "repro")
     assert "Running stage" not in said and "Data and pipelines are up to date" in said
     assert (built / "dvc.lock").read_bytes() == before
 
@@ -87,15 +97,15 @@ def test_a_second_repro_does_nothing(built: Path) -> None:
 def test_other_hardware_makes_nothing_stale(built: Path) -> None:
     (built / "runtime.yaml").write_text("workers: 1\ncheckpoint_every_s: 3.0\n")
     try:
-        assert json.loads(run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
+        assert json.loads(_run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
     finally:
         (built / "runtime.yaml").unlink()
 
 
 def test_the_trained_model_captions_two_files(built: Path) -> None:
-    said = json.loads(run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
+    said = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
     assert said["model"] == "data/models/tune" and isinstance(said["caption"], str)
-    again = run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
+    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
                  "--model", said["model"])
     assert again.splitlines()[-1] == said["caption"]
 
@@ -103,9 +113,9 @@ def test_the_trained_model_captions_two_files(built: Path) -> None:
 def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path) -> None:
     import psutil
 
-    said = run(built, sys.executable, "-m", "flows.retrain")
+    said = _run(built, sys.executable, "-m", "flows.retrain")
     assert "Running stage" not in said and "refused" in said
-    rows = json.loads(run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
+    rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
     assert [row["aliases"] for row in rows] == [["candidate"]]
     assert not (built / "mlflow.db").exists()  # MLflow's own default store, beside ours in .onediff
     home = str(built)
@@ -120,3 +130,21 @@ def _belongs(process: object, home: str) -> bool:
         return process.environ().get("PREFECT_HOME", "").startswith(home)
     except psutil.Error:  # gone, or another user's
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_version_of_it_is_proven_and_exported(built: Path) -> None:
+    (built / ".gitignore").write_text("/.onediff/\n__pycache__/\n")
+    _run(built, "git", "add", "-A")
+    _run(built, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
+    onediff = (sys.executable, "-m", "onediff")
+    version = _run(built, sys.executable, "-c", REGISTER).splitlines()[-1]
+    said = _run(built, *onediff, "lineage", version, "--verify")
+    assert "FAILED" not in said and "100.0 % of" in said and f"version {version}: proven" in said
+    assert not list((built / ".onediff").glob("verify-*"))
+    _run(built, *onediff, "export", version, "exported")
+    pair = json.loads(_run(built, *onediff, "example", "--json").splitlines()[-1])
+    again = _run(built, *onediff, "caption", pair["before"], pair["after"], "--model", "exported")
+    assert again.splitlines()[-1] == pair["caption"]
+    assert (built / "exported/README.md").read_text().startswith("---\nlanguage: en\n")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +11,6 @@ from typing import Any
 
 import pytest
 import tiny_project
-from test_pipeline import copy as copy
-from test_pipeline import run as run_in
 
 from onediff import cli, registry, verify, versioned
 from onediff.verify import Check
@@ -23,13 +19,9 @@ SHARD = "data/diffcap/train-00000.parquet"
 
 
 @pytest.fixture(autouse=True)
-def project(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path | None:
-    if "slow" in request.keywords:
-        return None
-    made: Path = request.getfixturevalue("tiny_version")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.parent / 'mlflow.db'}")
-    monkeypatch.chdir(made)
-    return made
+def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tiny_version.parent / 'mlflow.db'}")
+    monkeypatch.chdir(tiny_version)
 
 
 def cached(path: Path) -> Path:
@@ -136,32 +128,3 @@ def test_artefacts_that_are_gone_stop_it() -> None:
 
 def head() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-REGISTER = """
-import json, tempfile
-from pathlib import Path
-from onediff import lineage, registry
-with tempfile.TemporaryDirectory() as scratch:
-    registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"), Path("data/scored"),
-                      run_id=json.loads(Path("data/runs/tune.json").read_text())["run_id"],
-                      carried=lineage.pack(Path(scratch) / "carried"))
-"""
-
-
-@pytest.mark.slow
-def test_the_real_pipeline_in_micro_is_proven_and_exported(copy: Path) -> None:
-    shutil.copy(Path(__file__).parents[1] / "LICENSE", copy)
-    (copy / ".gitignore").write_text("/.onediff/\n__pycache__/\n")
-    tiny_project.commit(copy)
-    run_in(copy, sys.executable, "-m", "dvc", "repro")
-    run_in(copy, sys.executable, "-c", REGISTER)
-    onediff = [sys.executable, "-m", "onediff"]
-    said = run_in(copy, *onediff, "lineage", "candidate", "--verify")
-    assert "FAILED" not in said and "proven" in said and "100.0 % of" in said
-    run_in(copy, *onediff, "export", "1", "exported")
-    pair = json.loads(run_in(copy, *onediff, "example", "--json").splitlines()[-1])
-    again = run_in(copy, *onediff, "caption", pair["before"], pair["after"], "--model", "exported")
-    assert again.splitlines()[-1] == pair["caption"]
-    assert "# OneDiff" in (copy / "exported/README.md").read_text()
-    assert os.listdir(copy / ".onediff").count("verify-") == 0

@@ -36,13 +36,13 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in PHASES if config.phase(phase)}
     lineage = folder / "lineage/lineage.json"
     made = ModelCard.from_template(
-        _card_data(config, scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
+        _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
         phases=_phases(config, runs), captions=CAPTIONS, caption_rows=list(_caption_rows(scores)),
-        behaviour=[name for name in BEHAVIOUR if any(name in its for _, _, its in _each(scores))],
-        behaviour_rows=list(_behaviour_rows(scores)), unchanged=list(_unchanged(scores, stress)),
-        weak=list(_weak(scores["test"])), stress=list(_stress(stress)), incomplete=card.get("incomplete", {}),
+        behaviour=_behaviour(scores), behaviour_rows=list(_behaviour_rows(scores)),
+        unchanged=list(_unchanged(scores, stress)), weak=list(_weak(scores["test"])), stress=list(_stress(stress)),
+        incomplete=card.get("incomplete", {}),
         protocols=sorted({its["protocol"] for its in scores["test"].values()}),
-        energy_known=any("energy_wh" in run and run["energy_wh"] is not None for run in runs.values()),
+        energy_known=any(run.get("energy_wh") is not None for run in runs.values()),
         generated_only=not set(config.data.sources) - set(config.data.generated),
         lineage=_read(lineage) if lineage.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     return folder / "README.md"
 
 
-def _card_data(config: Config, scores: Mapping[str, Scores]) -> Any:
+def _card_data(scores: Mapping[str, Scores]) -> Any:
     """The front matter, whose model-index a hub shows as a table of results."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -78,15 +78,22 @@ def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
 def _phases(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name, run in runs.items():
-        phase, energy = config.phase(name), run.get("energy_wh")
+        phase = config.phase(name)
         assert phase is not None, "only phases that ran are noted"
         rates = {part: rate for part, rate in phase.learning_rates.items() if rate}
         found.append({"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
                       "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
                       "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items()),
                       "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"],
-                      "energy": f"{energy:.1f} Wh" if energy is not None else NO_COUNTER})
+                      "energy": _energy(run)})
     return found
+
+
+def _energy(run: Mapping[str, Any]) -> str:
+    """Never an estimate. Runs from before it was counted, and those of several nodes, note nothing."""
+    if "energy_wh" not in run:
+        return "not measured"
+    return NO_COUNTER if run["energy_wh"] is None else f"{run['energy_wh']:.1f} Wh"
 
 
 # --- scores, times 100 as papers print them --------------------------------------------------------------------------
@@ -105,9 +112,14 @@ def _caption_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:
             yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTIONS)]
 
 
+def _behaviour(scores: Mapping[str, Scores]) -> list[str]:
+    """The figures of behaviour that any benchmark has."""
+    return [name for name in BEHAVIOUR if any(name in its for _, _, its in _each(scores))]
+
+
 def _behaviour_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:
     """Split, benchmark, then a cell for each figure that any benchmark has."""
-    shown = [name for name in BEHAVIOUR if any(name in its for _, _, its in _each(scores))]
+    shown = _behaviour(scores)
     for split, benchmark, its in _each(scores):
         if any(name in its for name in shown):
             yield [split, benchmark, *(_cell(its.get(name), its["intervals"].get(name)) for name in shown)]

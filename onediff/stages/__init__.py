@@ -108,12 +108,13 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
 
     def here() -> None:
         with noted_run(phase, config) as noted:
-            used_wh = counter() if noted and runtime.nodes == 1 else None  # other nodes' counters cannot be read here
+            used_wh = counter() if noted else None
             work(config, runtime, folder, noted.log if noted else silent)
             if noted:
                 described = noted.describe(digest=weights_digest(folder / phases.FINAL))
                 summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-                energy = {"energy_wh": round(used_wh(), 2) if used_wh else None}
+                # Other nodes' counters cannot be read here.
+                energy = {"energy_wh": round(used_wh(), 2) if used_wh else None} if runtime.nodes == 1 else {}
                 checkpoint.write_json(folder / "run.json", described | summary | energy)
 
     folder = phases.run_folder(phase, config, runtime, data=DIFFCAP, start=start)
