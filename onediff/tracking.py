@@ -116,7 +116,8 @@ def http_status(error: MlflowException | RequestException) -> int:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return int(error.get_http_status_code())
+        said = re.search(r"\b(4\d\d) Client Error", str(error))  # of a folder's files it tells in words only
+        return int(said[1] if said else error.get_http_status_code())
     return 503 if error.response is None else error.response.status_code
 
 
