@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from onediff import registry
+from onediff.config import load_params
 from onediff.drift import write_profile
 from onediff.lineage import pack
 from onediff.serve.latency import caption_ms
@@ -25,6 +26,7 @@ def register(model: Path, *, data: Path = Path("data"), run_id: str | None = Non
         if registry.version_with(model) is None:
             quiet()
             measured["caption_ms"] = caption_ms(model, DIFFCAP)
-            write_profile(carried, model)
+            if drift := load_params().drift:
+                write_profile(carried, model, num_pairs=drift.num_pairs)
         return registry.register(model, data / "metrics.json", data / "gate.json", data / "scored", run_id=run_id,
                                  carried=carried, measured=measured, by=by)

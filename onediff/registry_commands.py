@@ -45,9 +45,9 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
     from onediff import registry
 
     if registry.shared():
-        from flows import submit
+        from flows.submit import promote as submit
 
-        typer.echo(submit.promote(version, why))
+        typer.echo(submit(version, why))
         return
     verdict = registry.promote(version, why=why)
     if not verdict.promoted:
@@ -62,9 +62,9 @@ def rollback(why: Why = None) -> None:
     from onediff import registry
 
     if registry.shared():
-        from flows import submit
+        from flows.submit import rollback as submit
 
-        typer.echo(submit.rollback(why))
+        typer.echo(submit(why))
         return
     typer.echo(f"version {registry.rollback(why=why)} is champion again")
 

@@ -39,6 +39,7 @@ from onediff.config import Config, load_runtime
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
 EXPERIMENT = "onediff"
 HOME = Path(".onediff")
@@ -111,12 +112,22 @@ def _credentials(address: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"}
 
 
-def plain(error: MlflowException) -> ValueError | ConnectionError:
+def http_status(error: MlflowException | RequestException) -> int:
+    """What a server answered, or would have; 503 where none did. MLflow hands files over as requests' own errors."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        said = re.search(r"\b(4\d\d) Client Error", str(error))  # of a folder's files it tells in words only
+        return int(said[1] if said else error.get_http_status_code())
+    return 503 if error.response is None else error.response.status_code
+
+
+def plain(error: MlflowException | RequestException) -> ValueError | ConnectionError:
     """MLflow's failure as one line: ConnectionError if its server may answer the next time, else ValueError."""
-    status = error.get_http_status_code()
+    status = http_status(error)
     if status in _DENIED and uri().startswith(_SERVER):
         return _denied(status)
-    kind = ConnectionError if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") else ValueError
+    kind = ConnectionError if status >= 500 else ValueError
     return kind(f"MLflow at {where()}: {_without_password(' '.join(str(error).split()))[:300]}")
 
 
@@ -162,7 +173,7 @@ def _client(address: str) -> MlflowClient:
         opened = MlflowClient(address, registry_uri=address)
         opened.search_experiments(max_results=1)  # SQLite makes its tables here, once per process and store
     except MlflowException as error:
-        if error.get_http_status_code() in _DENIED and address.startswith(_SERVER):
+        if http_status(error) in _DENIED and address.startswith(_SERVER):
             raise plain(error) from None
         raise _unreachable(address, _first_line(error)) from None
     return opened

@@ -203,7 +203,8 @@ def _flask_key(folder: Path) -> str:
 def worker_env(where: Place) -> dict[str, str]:
     """The flows that it starts inherit it, and so use these servers; heartbeats tell the server that they live."""
     login, password = prefect_login(), os.environ.get(MLFLOW_PASSWORD)
-    return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(where), "PREFECT_API_URL": where.prefect_api,
+    return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(where), "ONEDIFF_PROJECT": str(Path.cwd()),
+            "PREFECT_API_URL": where.prefect_api,
             "MLFLOW_TRACKING_URI": where.mlflow,
             **({"PREFECT_API_AUTH_STRING": login} if login else {}),
             **({"MLFLOW_TRACKING_USERNAME": MLFLOW_USER, "MLFLOW_TRACKING_PASSWORD": password} if password else {})}

@@ -74,14 +74,7 @@ def version_text(uri: str, name: str) -> str:
 
     Raises ValueError if there is no such version, FileNotFoundError if it carries no such file.
     """
-    where = location(store.resolve(uri))
-    from mlflow.exceptions import MlflowException
-
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            return _download(f"{where}/{name}", Path(scratch)).read_text(encoding="utf-8")
-        except (MlflowException, OSError) as error:
-            raise FileNotFoundError(f"{where}/{name} not found ({' '.join(str(error).split())[:200]})") from None
+    return _text(f"{location(store.resolve(uri))}/{name}")
 
 
 @store.plain_errors()
@@ -93,14 +86,10 @@ def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
     """Empty if the version was registered without."""
-    from mlflow.exceptions import MlflowException
-
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            found = _download(f"{location(version)}/{SCORED}/{split}.json", Path(scratch))
-        except (MlflowException, OSError):
-            return {}
-        return json.loads(found.read_text(encoding="utf-8"))
+    try:
+        return json.loads(_text(f"{location(version)}/{SCORED}/{split}.json"))
+    except FileNotFoundError:
+        return {}
 
 
 def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None:
@@ -233,6 +222,29 @@ def _download(source: str, target: Path) -> Path:
     return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking.uri()))
 
 
+def _text(source: str) -> str:
+    """Raises FileNotFoundError if there is no such file."""
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return _download(source, Path(scratch)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            if _may_be_there(error):
+                raise
+            raise FileNotFoundError(f"{source} not found ({' '.join(str(error).split())[:200]})") from None
+
+
+def _may_be_there(error: Exception) -> bool:
+    """Whether a server said anything but that there is no such file."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    if isinstance(error, (MlflowException, RequestException)):
+        return tracking.http_status(error) != 404
+    return isinstance(error, ConnectionError)
+
+
 def _listed(source: str) -> list[str]:
     """Names of what is directly in the folder."""
     from mlflow.artifacts import list_artifacts
@@ -247,12 +259,8 @@ def _gone(version: ModelVersion) -> Iterator[None]:
 
     try:
         yield
-    except ConnectionError:
-        raise
-    except OSError as error:
-        raise _lost(version, error) from None
-    except MlflowException as error:
-        if error.get_http_status_code() != 404:
+    except (MlflowException, OSError) as error:
+        if _may_be_there(error):
             raise
         raise _lost(version, error) from None
 

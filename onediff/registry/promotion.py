@@ -50,14 +50,15 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
     demands = load_rules(rules)
     with writing():
         head = settled(by=by)
+        wanted, old = version or store.need(head.new, CANDIDATE, REGISTER), head.new.get(CHAMPION)
+        if wanted != old:
+            check_whole(store.get(wanted))
         verdict = _assess(version, head.new, demands, file=rules)
-        wanted, old = verdict.version, head.new.get(CHAMPION)
         if not verdict.promoted:
             refused = "; ".join(verdict.reasons)[:4900]  # MLflow takes 5000 characters
             store.tag(NAME, wanted, dict(zip(REFUSED, (store.now(), refused), strict=True)))
         if not verdict.promoted or wanted == old:
             return verdict
-        check_whole(store.get(wanted))
         beats = f", better than version {old}" if old and demands.better_than_champion else ""
         reason = f"meets {rules.name}{beats}"
         change("promote", {**head.new, **({PREVIOUS: old} if old else {}), CHAMPION: wanted}, upon=head, by=by,

@@ -26,10 +26,11 @@ def plain_errors() -> Iterator[None]:
     """MLflow's failures as one line: ConnectionError if its server may answer the next time, else ValueError."""
     tracking.quiet()
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:
         raise tracking.plain(error) from None
 
 

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoints, settings
+
+from onediff.config import Config
+from onediff.data.record import Record, write_shards
+from onediff.data.synthesis.scenes import scene_records
+from onediff.model.build import build
+from onediff.serve.latency import caption_ms
+
+
+def test_a_pair_takes_some_milliseconds(micro: Config, tmp_path: Path) -> None:
+    model, processor = build(settings(micro, *checkpoints(tmp_path, "clip", "llama")), seed=3)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    records: list[Record] = list(scene_records(micro, "gate", 0))
+    write_shards(records, tmp_path / "data", "gate", shard_pairs=100)
+    assert 0 < caption_ms(tmp_path / "out", tmp_path / "data", num_pairs=3, device="cpu") < 60_000
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="none"):
+        caption_ms(tmp_path / "out", tmp_path / "none", device="cpu")

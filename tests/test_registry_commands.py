@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from registered import add, write_rules
+from typer.testing import CliRunner
+
+from onediff import tracking
+from onediff.registry_commands import app
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.client()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_rules(Path("mlflow/promotion.yaml"))
+
+
+def said(*words: str) -> str:
+    done = CliRunner().invoke(app, words)
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
+    assert "no change yet" in said("trail")
+    for name, score in (("a", 3.0), ("b", 3.5)):
+        add(name, CIDEr=score)
+        said("promote")
+    assert said("promote", "--why", "again") == "version 2 is champion\n"
+    assert said("rollback", "--why", "it lies") == "version 1 is champion again\n"
+    assert "rollback  champion 2 -> 1, previous 1 -> -  by " in said("trail") and "it lies" in said("list")
+    changes = json.loads(said("trail", "--json"))
+    assert [change["to"] for change in changes][:-1] == [change["from"] for change in changes][1:]
+    assert said("check") == ("5 records, no gap, no fork; MLflow's aliases are as they say; mlflow/promotion.yaml is "
+                             "valid\n")
+
+
+def test_a_refusal_names_every_rule() -> None:
+    add("a", CIDEr=3.0, change_type_accuracy=0.1, false_alarm_rate=0.9)
+    with pytest.raises(ValueError, match=r"version 1 is refused:\n  scenes\.change_type.*\n  scenes\.false_alarm_rate"):
+        said("promote")
+
+
+def test_an_alias_changed_outside_is_shown_and_taken_up() -> None:
+    add("a")
+    tracking.client().set_registered_model_alias("onediff", "champion", "1")
+    assert "somebody changed them outside OneDiff" in said("trail")
+    with pytest.raises(ValueError, match="somebody changed them outside"):
+        said("check")
+    assert "adopted  champion - -> 1" in said("repair")
+    assert "2 records" in said("check")
