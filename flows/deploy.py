@@ -1,4 +1,4 @@
-"""`python -m flows.deploy`: what a Prefect server must know: pools, prefect.yaml's deployments, limits, automations."""
+"""`python -m flows.deploy [PATIENCE_S]`: pools, deployments, limits and automations, on a Prefect server."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lost_runs(patience_s: float) -> AutomationCore:
 
 def main() -> None:
     try:
-        deploy()
+        deploy(*map(float, sys.argv[1:2]))
     except ValueError as error:
         sys.exit(f"onediff: {error}")
 
