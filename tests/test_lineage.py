@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,14 +89,14 @@ def test_other_bytes_under_the_same_path_are_told_apart(project: Path) -> None:
 
 
 @pytest.fixture
-def bare(project: Path, tmp_path: Path) -> Iterator[str]:
-    """A second version, registered without lineage; gone afterwards."""
+def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second version, registered without lineage, in a copy of the store."""
+    shutil.copy(project.parent / "mlflow.db", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"other")
     data = project / "data"
-    version = registry.register(tmp_path / "model", data / "metrics.json", data / "gate.json", data / "scored")
-    yield version
-    tracking.client().delete_model_version(registry.NAME, version)
+    return registry.register(tmp_path / "model", data / "metrics.json", data / "gate.json", data / "scored")
 
 
 def test_a_version_without_lineage_is_said_to_be_unknown(bare: str) -> None:
