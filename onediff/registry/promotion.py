@@ -11,9 +11,9 @@ from onediff import tracking
 from onediff.registry import store
 from onediff.registry.artifacts import check_whole, pair_scores
 from onediff.registry.comparison import incomparable, not_better
-from onediff.registry.records import Change, change, settled, trail
+from onediff.registry.records import START, Change, change, settled, trail
 from onediff.registry.rules import RULES, Rules, Verdict, check_metrics, judge, load_rules, weighed
-from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, Aliases
+from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS
 from onediff.registry.writers import writing
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
 
 @store.plain_errors()
 def rollback(*, by: str | None = None, why: str | None = None) -> str:
-    """Makes `previous` the champion again; returns its version. `previous` then is the one it had replaced, if any.
+    """Makes `previous` the champion again; returns its version. `previous` then is the one it had replaced, if any and
+    still there. Asks no gate: what was champion is good enough to go back to.
 
     Raises ValueError if there is no champion, no previous one, or its files are gone; then the champion stays.
     """
@@ -79,11 +80,14 @@ def rollback(*, by: str | None = None, why: str | None = None) -> str:
         head = settled(by=by)
         left = store.need(head.new, CHAMPION, "nothing to roll back; 'onediff registry promote' makes one")
         back = store.need(head.new, PREVIOUS, f"version {left} is the first champion; nothing to roll back to")
-        version = store.get(back)
-        check_whole(version)
+        check_whole(store.get(back))
+        became = next((one for one in reversed(champion_moves()) if one.new.get(CHAMPION) == back), START)
+        known = {str(item.version) for item in store.all_of(NAME)} - {left}
+        new = {**head.new, CHAMPION: back, PREVIOUS: became.new.get(PREVIOUS, "")}
+        if new[PREVIOUS] not in known:
+            del new[PREVIOUS]
         reason = f"from version {left}" + (f": {why}" if why else "")
-        change("rollback", _without({**head.new, CHAMPION: back}, PREVIOUS) | _before(back, left), upon=head, by=by,
-               why=reason, figures=weighed(load_rules(), gate_scores(version), version.tags) if RULES.exists() else {})
+        change("rollback", new, upon=head, by=by, why=reason, figures=became.figures)
     return back
 
 
@@ -131,18 +135,6 @@ def _rolled_back(version: str) -> str | None:
     return None
 
 
-def _before(back: str, left: str) -> Aliases:
-    """The `previous` that the version had when it became champion, if it is another and still there."""
-    became = next((one for one in reversed(champion_moves()) if one.new.get(CHAMPION) == back), None)
-    before = became.new.get(PREVIOUS) if became else None
-    known = {str(item.version) for item in store.all_of(NAME)}
-    return {PREVIOUS: before} if before and before != left and before in known else {}
-
-
 def champion_moves() -> list[Change]:
     """The changes of the champion that count, oldest first."""
     return [one for one in trail() if one.valid and one.old.get(CHAMPION) != one.new.get(CHAMPION)]
-
-
-def _without(named: Aliases, alias: str) -> Aliases:
-    return {key: value for key, value in named.items() if key != alias}

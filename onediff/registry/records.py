@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onediff import tracking
@@ -27,6 +28,7 @@ OURS = (PREVIOUS, CANDIDATE, CHAMPION)  # in the order in which they are set
 _SOURCE = "onediff-audit:/record"  # MLflow wants a place of the files; a record has none
 _APPLIED = "applied"
 _CREATION_TRIES = 5
+_AT_ONCE = ("IntegrityError", "UniqueViolation", "Duplicate entry")  # SQLite, PostgreSQL, MySQL
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def settled(*, by: str | None = None) -> Change:
         if found != head.new:
             _follow(head)
         for change in unfinished:
-            store.tag(AUDIT, str(change.number), {_APPLIED: "true"})
+            _mark(change)
         return head
     why = "found changed outside OneDiff" if changes else "as it was before there was a trail"
     return _append("adopted", found, upon=head, by=by, why=why, figures={}, applied=True)
@@ -147,7 +149,7 @@ def change(action: str, new: Mapping[str, str], *, upon: Change, by: str | None,
     """
     made = _append(action, new, upon=upon, by=by, why=why, figures=figures or {}, applied=False)
     _follow(made)
-    store.tag(AUDIT, str(made.number), {_APPLIED: "true"})
+    _mark(made)
     return made
 
 
@@ -196,9 +198,25 @@ def _set(new: Mapping[str, str]) -> None:
     opened, found = tracking.client(), _found()
     for alias in OURS:
         if alias in new and found.get(alias) != new[alias]:
-            opened.set_registered_model_alias(NAME, alias, new[alias])
+            _twice(partial(opened.set_registered_model_alias, NAME, alias, new[alias]))
         elif alias not in new and alias in found:
             opened.delete_registered_model_alias(NAME, alias)
+
+
+def _mark(made: Change) -> None:
+    _twice(partial(store.tag, AUDIT, str(made.number), {_APPLIED: "true"}))
+
+
+def _twice(call: Callable[[], object]) -> None:
+    """MLflow fails where two insert the same alias or tag at once; the second time it is there, and is replaced."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call()
+    except MlflowException as error:
+        if not any(word in str(error) for word in _AT_ONCE):
+            raise
+        call()
 
 
 def _found() -> Aliases:

@@ -94,9 +94,18 @@ def test_rollback_makes_the_previous_version_champion_again() -> None:
         registry.promote()
     assert [registry.rollback(why="it lies"), registry.rollback()] == ["2", "1"]
     assert aliases() == {"1": ["champion"], "2": [], "3": ["candidate"]}
+    assert registry.trail()[-2].figures["scenes.CIDEr"] == 3.5  # those with which version 2 had become champion
     assert [change.why for change in registry.trail()[-2:]] == ["from version 3: it lies", "from version 2"]
     with pytest.raises(ValueError, match="is previous"):
         registry.rollback()
+
+
+def test_a_rollback_works_whatever_stands_in_the_gate() -> None:
+    for name, score in (("a", 3.0), ("b", 3.5)):
+        add(name, CIDEr=score)
+        registry.promote()
+    Path("mlflow/promotion.yaml").write_text("minima: [")
+    assert registry.rollback() == "1"
 
 
 def test_a_version_that_was_rolled_back_comes_back_only_by_number() -> None:
