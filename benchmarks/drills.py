@@ -157,7 +157,8 @@ def drill(site: Site, target: str, after_s: float, number: int) -> Drill:
         time.sleep(3)
     states = [state.lower() for state in site.states()[old_runs:]]
     ended = " -> ".join(states) + (f", triggered again {again}x" if again else "")
-    whole = site.versions() == (before + 1, str(before + 1)) and json.loads(site.module("dvc", "status", "--json")) == {}
+    stale = json.loads(site.module("dvc", "status", "--json"))
+    whole = not stale and site.versions() == (before + 1, str(before + 1))
     site.module("onediff", "registry", "check")
     return Drill(target, round(after_s, 1), stage, ended, round(time.monotonic() - killed, 1), whole and untouched)
 

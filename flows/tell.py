@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Any, Literal
 
+import prefect.blocks.notifications  # noqa: F401 - its kinds of blocks are known once it is imported
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
@@ -38,16 +38,13 @@ def without_secrets(text: str) -> str:
 def _send(slug: str, *, subject: str, body: str) -> str | None:
     """Why the block could not be told, or None."""
     try:
-        asyncio.run(_notify(slug, subject=subject, body=body))
+        block = Block.load(slug)
+        if not isinstance(block, NotificationBlock):
+            return f"is no block that can notify, but {type(block).__name__}"
+        notify: Any = block.notify  # outside of an event loop it is no coroutine
+        notify(body=body, subject=subject)
     except ValueError as error:  # no such block
         return without_secrets(" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - whatever a service of others raises; what it says may hold its address
         return type(error).__name__
     return None
-
-
-async def _notify(slug: str, *, subject: str, body: str) -> None:
-    block: Any = await Block.aload(slug)
-    if not isinstance(block, NotificationBlock):
-        raise ValueError(f"is no block that can notify, but {type(block).__name__}")
-    await block.notify(body=body, subject=subject)  # in an event loop a coroutine
