@@ -1,0 +1,123 @@
+"""A project of its own at micro size with a Prefect server and workers, for tests of the deployments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("onediff", "flows", "mlflow", "presets", "data/README.md", "dvc.yaml", ".dvcignore", ".gitignore",
+        "pyproject.toml", "prefect.yaml", "requirements.lock")
+
+
+class Site:
+    """A project of its own at micro size, a Prefect server for it, and workers."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.api = folder, f"http://127.0.0.1:{port}/api"
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+        self.env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                     "PYTHONPATH": str(folder), "ONEDIFF_PROJECT": str(folder), "PREFECT_API_URL": self.api,
+                     "PREFECT_HOME": str(folder / ".onediff/prefect"), "HF_HUB_OFFLINE": "1",
+                     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f".onediff/{name}.log").open("ab") as log:
+            process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.folder, env=self.env, stdout=log,
+                                       stderr=log, start_new_session=True)
+        self.started.append(process)
+        return process
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=False)
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    def trigger(self, deployment: str = "retrain/retrain", **parameters: Any) -> str:
+        said = httpx.get(f"{self.api}/deployments/name/{deployment}", timeout=60).json()
+        address = f"{self.api}/deployments/{said['id']}/create_flow_run"
+        while (made := httpx.post(address, json={"parameters": parameters}, timeout=60)).status_code == 503:
+            time.sleep(0.2)  # SQLite is busy; clients of Prefect wait, too
+        return str(made.json()["id"])
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(httpx.get(f"{self.api}/flow_runs/{run}", timeout=60).json()["state"])
+
+    def runs(self) -> list[dict[str, Any]]:
+        found = httpx.post(f"{self.api}/flow_runs/filter", json={"sort": "START_TIME_ASC", "limit": 200,
+                                                                 "flows": {"name": {"any_": ["retrain"]}}})
+        return list(found.json())
+
+    def status(self) -> dict[str, Any]:
+        written = sorted(self.folder.glob(".onediff/scratch/*/status.json"), key=lambda path: path.stat().st_mtime)
+        return dict(json.loads(written[-1].read_text())) if written else {"state": "none", "step": 0}
+
+    def training(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter(["cmdline", "cwd"])
+                if "onediff.stages.align" in (process.info["cmdline"] or [])
+                and process.info["cwd"] == str(self.folder)]
+
+    def close(self) -> None:
+        for process in [psutil.Process(started.pid) for started in self.started if started.poll() is None]:
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
+
+
+@contextmanager
+def running_site(folder: Path, params: str) -> Iterator[Site]:
+    """With these parameters, committed; the server answers and knows the deployments."""
+    for name in CODE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for name in ("data/pairs", "data/written", "data/synthetic", ".onediff"):
+        (folder / name).mkdir(parents=True)
+    (folder / "params.yaml").write_text(params)
+    (folder / "runtime.yaml").write_text("checkpoint_every_s: 2.0\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        made = Site(folder, free.getsockname()[1])
+    made.run("git", "init", "-q")
+    made.run(sys.executable, "-m", "dvc", "init", "-q")
+    made.run("git", "add", "-A")
+    made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "all")
+    made.start("server", "prefect", "server", "start", "--port", made.api.split(":")[2].split("/")[0])
+    until(lambda: answers(f"{made.api}/health"), 120)
+    made.run(sys.executable, "-m", "flows.deploy")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(address).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def until(told: Callable[[], Any], seconds: float) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = told()
+        if found:
+            return found
+        time.sleep(0.5)
+    raise AssertionError("waited in vain")
