@@ -20,7 +20,7 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
     if not _git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", may_fail=True):
         return None  # no git checkout, or one without a commit
     changed = _git("diff", "--name-only", "HEAD", "--", "dvc.lock", "data").split()
-    changed += _git("ls-files", "--others", "--exclude-standard", "--", "data/*.dvc").split()
+    changed += _git("ls-files", "--others", "--exclude-standard", "--", "dvc.lock", "data/*.dvc").split()
     if not changed:
         return None
     branch = PREFIX + run

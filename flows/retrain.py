@@ -59,7 +59,8 @@ def _retrain() -> State[Any]:
             if run:
                 run.fail(str(state.message))
             return state
-        commit_results(str(flow_run.id).partition("-")[0], remote=load_runtime().git_remote)
+        if state.name == "Ran":
+            commit_results(str(flow_run.id).partition("-")[0], remote=load_runtime().git_remote)
         print(publish_scores(Path("data/metrics.json"), "scores"))
         evaluation = keep_scores()
         version = register(evaluation, by=f"flow run {flow_run.name} ({flow_run.id})")

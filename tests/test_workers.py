@@ -145,6 +145,8 @@ def test_results_are_committed_to_a_branch_of_their_own_and_pushed(
     first, _, commit = clones
     files = _work(first, "make@one", commit, {}, monkeypatch)[1]
     (first / "dvc.lock").write_text(files["dvc.lock"])
+    assert branch.commit_results("r0") == "retrain/r0"
+    assert _run(first, "git", "diff", "--name-only", "HEAD", "retrain/r0").split() == ["dvc.lock"]
     _run(first, "git", "add", "dvc.lock")
     _run(first, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "lock")
     assert branch.commit_results("r1") is None  # nothing new
