@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from sftp import sftp_server
 
 from flows import branch, pipeline, pools, stage
 
@@ -74,6 +75,23 @@ def test_a_stage_finds_what_another_machine_made_and_hands_back_small_files(
     assert not (second / "dvc.lock").exists() and not (second / "data/made/one.txt").exists()
     assert _work(first, "make@one", commit, files, monkeypatch)[0] == "UpToDate"
     assert _work(first, "count", commit, files, monkeypatch)[0] == "UpToDate"
+
+
+def test_two_machines_share_a_remote_over_ssh_and_one_without_the_key_is_told(
+        clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second, commit = clones
+    with sftp_server(tmp_path) as (port, key):
+        for folder in (first, second):
+            remote = ("remote", "modify", "-q", "--local", "shared")
+            _run(folder, *pipeline.DVC, *remote, "url", f"ssh://dvc@127.0.0.1:{port}{tmp_path}/far")
+            _run(folder, *pipeline.DVC, *remote, "keyfile", str(key))
+        files = _work(first, "make@one", commit, {}, monkeypatch)[1]
+        assert list((tmp_path / "far/files").rglob("*/*/*"))
+        _run(second, *pipeline.DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", "/dev/null")
+        with pytest.raises(ValueError, match=r"^dvc pull: .*(ermission|key|auth)"):
+            _work(second, "count", commit, files, monkeypatch)
+        _run(second, *pipeline.DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", str(key))
+        assert _work(second, "count", commit, files, monkeypatch)[1]["data/count.json"] == "4"
 
 
 def test_what_a_worker_made_from_other_inputs_is_not_taken_for_these(
