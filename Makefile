@@ -58,7 +58,7 @@ deploy: setup  ## pools, deployments, limits and automations on the Prefect serv
 worker: setup  ## work for a Prefect pool from this folder: make worker POOL=onediff-gpu
 	@test -n "$(POOL)" || { echo "onediff: which pool? 'make worker POOL=onediff-cpu' or another that 'prefect work-pool ls' lists" >&2; exit 1; }
 	@mkdir -p .onediff
-	@ONEDIFF_PROJECT="$(CURDIR)" prefect worker start --type process --pool "$(POOL)"
+	@ONEDIFF_PROJECT="$(CURDIR)" PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 prefect worker start --type process --pool "$(POOL)"
 
 drills: setup  ## kill each service, worker, flow and training during retrainings, and print the table (about half an hour)
 	@python -m benchmarks.drills

@@ -68,7 +68,8 @@ class Site:
     def change(self, number: int) -> None:
         """Another learning rate of phase align, so that everything from there on is out of date."""
         params = self.folder / "params.yaml"
-        params.write_text(re.sub(r"lr_delta: \S+", f"lr_delta: {1e-3 + number * 1e-5:.5f}", params.read_text(), count=1))
+        rate = f"lr_delta: {1e-3 + number * 1e-5:.5f}"
+        params.write_text(re.sub(r"lr_delta: \S+", rate, params.read_text(), count=1))
         self.commit(f"drill {number}")
 
     def commit(self, why: str) -> None:

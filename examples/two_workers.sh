@@ -14,7 +14,7 @@ export ONEDIFF_POOLS="{cpu: onediff-cpu, gpu: onediff-gpu}"
 
 say() { echo "== $*"; }
 await() { for _ in $(seq 120); do curl -fsS "$1" > /dev/null 2>&1 && return; sleep 1; done; echo "$1 does not answer" >&2; exit 1; }
-in_clone() { (cd "$folder/$1" && shift && PYTHONPATH="$PWD" PREFECT_HOME="$PWD/.onediff/prefect" ONEDIFF_PROJECT="$PWD" exec "$@"); }
+in_clone() { (cd "$folder/$1" && shift && PYTHONPATH="$PWD" PREFECT_HOME="$PWD/.onediff/prefect" ONEDIFF_PROJECT="$PWD" PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 exec "$@"); }
 trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 
 say "three clones of this project at the size of presets/micro.yaml, in $folder"

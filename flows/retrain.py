@@ -51,7 +51,7 @@ def retrain() -> State[Any]:
 
 
 def _retrain() -> State[Any]:
-    work = _on_workers if load_runtime().pools else _here
+    work = _on_workers if load_runtime().pools else here
     stale = stale_elsewhere() if load_runtime().pools else stale_stages()
     with _parent_run() if stale else nullcontext() as run:
         state = work(stale)
@@ -68,7 +68,7 @@ def _retrain() -> State[Any]:
     return Completed(name=state.name, message=said)
 
 
-def _here(stale: set[str]) -> State[Any]:
+def here(stale: set[str]) -> State[Any]:
     """Every stage in this folder; what stands before the first stale one is known to be up to date."""
     ran = False
     for stage in stages(load_params().data):

@@ -31,7 +31,8 @@ class Site:
         self.env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                      "PYTHONPATH": str(folder), "ONEDIFF_PROJECT": str(folder), "PREFECT_API_URL": self.api,
                      "PREFECT_HOME": str(folder / ".onediff/prefect"), "HF_HUB_OFFLINE": "1",
-                     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+                     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+                     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,14 @@ def _in_training(site: Site, after: int = 0) -> bool:
     return site.status()["state"] == "running" and site.status()["step"] > after
 
 
-def test_triggers_cancelling_a_killed_training_and_a_killed_flow(site: Site) -> None:
+def _until_heard(site: Site) -> None:
+    """The automation counts from a heartbeat that comes after it was made."""
+    heard = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "order": "DESC"}}
+    seen = httpx.post(f"{site.api}/events/filter", json=heard, timeout=60).json()["total"]
+    until(lambda: httpx.post(f"{site.api}/events/filter", json=heard, timeout=60).json()["total"] > seen, 120)
+
+
+def test_triggers_cancelling_a_killed_flow_and_a_lost_machine(site: Site) -> None:
     worker = site.start("worker", "prefect", "worker", "start", "--pool", "onediff-cpu")
     first = site.trigger()
     until(lambda: _in_training(site), 300)
@@ -52,7 +60,18 @@ def test_triggers_cancelling_a_killed_training_and_a_killed_flow(site: Site) -> 
     flow.send_signal(signal.SIGKILL)
     until(lambda: site.state(second)["type"] == "CRASHED", 120)
     until(lambda: _in_training(site, left["step"]), 300)  # started again by itself
-    worker.send_signal(signal.SIGTERM)
+
+    # The whole machine is lost: nothing is heard any more, until another one takes the work up.
+    site.run(sys.executable, "-m", "flows.deploy", "90")
+    _until_heard(site)
+    lost = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
+    third = next(run["id"] for run in site.runs() if run["state_type"] == "RUNNING")
+    for process in lost:
+        process.kill()
+    left = site.status()["step"]
+    site.start("worker2", "prefect", "worker", "start", "--pool", "onediff-cpu")
+    until(lambda: site.state(third)["type"] == "CRASHED", 300)
+    until(lambda: _in_training(site, left), 300)
 
 
 def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_to_be_asked(
