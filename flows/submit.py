@@ -11,19 +11,21 @@ from prefect.exceptions import ObjectNotFound
 from flows import promote as flows
 from onediff import registry
 
+PROMOTE, ROLLBACK = "promote/promote", "rollback/rollback"
+
 
 def promote(version: str | None = None, why: str | None = None, candidate: str | None = None) -> str:
     """The flow's last word: promoted, or refused and why. Raises ValueError if it failed."""
     parameters = {"version": version, "why": why, "candidate": candidate}
     if registry.shared():
-        return _submit("promote/promote", parameters)
+        return _submit(PROMOTE, parameters)
     return _word(flows.promote(**parameters, return_state=True))
 
 
 def rollback(why: str | None = None) -> str:
     """The same. Raises ValueError if there is nothing to roll back to."""
     if registry.shared():
-        return _submit("rollback/rollback", {"why": why})
+        return _submit(ROLLBACK, {"why": why})
     return _word(flows.rollback(why=why, return_state=True))
 
 
