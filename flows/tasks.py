@@ -103,6 +103,9 @@ def score_again(model: str) -> Path:
     """Captions and scores a registered version beside the pipeline, whose own results stay; gives the data folder."""
     from onediff import registry
 
+    if not Path("data/diffcap/card.json").exists():
+        raise ValueError(f"data/diffcap not found in {Path.cwd()}, where {model} is to be scored again: "
+                         "'dvc pull data/diffcap' there, or 'make run'")
     folder = Path(".onediff/evaluate").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
