@@ -57,8 +57,8 @@ class Site:
     def make(self) -> None:
         """Clones this checkout's last commit, at micro size with longer phases and a gate that lets all through."""
         self.run("git", "clone", "-q", str(ROOT), str(self.folder), where=ROOT)
-        text = (ROOT / "presets/micro.yaml").read_text().replace("\n  steps: 4\n", "\n  steps: 60\n")
-        (self.folder / "params.yaml").write_text(text.replace("\n  steps: 8\n", "\n  steps: 60\n"))
+        text = (ROOT / "presets/micro.yaml").read_text().replace("\n  steps: 4\n", "\n  steps: 30\n")
+        (self.folder / "params.yaml").write_text(text.replace("\n  steps: 8\n", "\n  steps: 30\n"))
         (self.folder / "mlflow/promotion.yaml").write_text(RULES)
         (self.folder / "runtime.yaml").write_text("checkpoint_every_s: 2.0\n")
         self.run("git", "rm", "-q", "--cached", "dvc.lock")
@@ -214,7 +214,7 @@ def main() -> None:
                 if target == "postgres" and not site.victims("postgres"):
                     continue
                 number += 1
-                done = drill(site, target, moments.uniform(3, 0.9 * again), number)
+                done = drill(site, target, moments.uniform(3, 0.6 * again), number)
                 print(_row(*asdict(done).values()), flush=True)
     finally:
         site.module("flows.services", "stop")
