@@ -52,7 +52,8 @@ class Site:
                                                                          os.environ["PATH"]]),
                      "PREFECT_API_URL": f"http://127.0.0.1:{SERVICES['prefect_port']}/api", "HF_HUB_OFFLINE": "1",
                      "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{SERVICES['mlflow_port']}",
-                     "ONEDIFF_SERVICES": json.dumps(SERVICES), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
+                     "ONEDIFF_SERVICES": json.dumps(SERVICES), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1",
+                     "OMP_NUM_THREADS": "1"}
 
     def make(self) -> None:
         """Clones this checkout's last commit, at micro size with longer phases and a gate that lets all through."""
@@ -102,6 +103,11 @@ class Site:
         body = {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC", "limit": 200}
         return [run["state_type"] for run in self.post("flow_runs/filter", body) if run["state_type"] != "CANCELLED"]
 
+    def at_rest(self, old_runs: int) -> bool:
+        """Whether all retrainings after the first `old_runs` have ended, and there was one."""
+        states = self.states()[old_runs:]
+        return bool(states) and all(state in ENDED for state in states)
+
     def post(self, path: str, body: dict[str, Any] | None = None, *, get: bool = False) -> Any:
         address = f"{self.env['PREFECT_API_URL']}/{path}"
         while True:
@@ -142,7 +148,7 @@ def undisturbed(site: Site, number: int) -> float:
     site.change(number)
     start = time.monotonic()
     site.trigger()
-    while site.versions()[1] != str(number) or not all(state in ENDED for state in site.states()):
+    while not site.at_rest(0) or site.versions()[1] != str(number):
         time.sleep(1)
     return time.monotonic() - start
 
@@ -164,13 +170,14 @@ def drill(site: Site, target: str, after_s: float, number: int) -> Drill:
     untouched = site.versions()[1] in (champion, str(before + 1))
     again = 0
     while time.monotonic() - killed < LIMIT_S:
-        states = site.states()[old_runs:]
-        if all(state in ENDED for state in states) and site.versions() == (before + 1, str(before + 1)):
+        time.sleep(2)
+        if not site.at_rest(old_runs):
+            continue
+        if site.versions() == (before + 1, str(before + 1)):
             break
-        if states and all(state in ENDED for state in states) and not _comes(site, len(states), old_runs):
+        if not _comes(site, old_runs):
             again += 1
             site.trigger()
-        time.sleep(3)
     states = [state.lower() for state in site.states()[old_runs:]]
     ended = " -> ".join(states) + (f", triggered again {again}x" if again else "")
     stale = json.loads(site.module("dvc", "status", "--json"))
@@ -179,13 +186,13 @@ def drill(site: Site, target: str, after_s: float, number: int) -> Drill:
     return Drill(target, round(after_s, 1), stage, ended, round(time.monotonic() - killed, 1), whole and untouched)
 
 
-def _comes(site: Site, known: int, old_runs: int) -> bool:
+def _comes(site: Site, old_runs: int) -> bool:
     """Whether an automation starts another run within some seconds."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 15
     while time.monotonic() < end:
-        if len(site.states()) - old_runs > known:
+        if not site.at_rest(old_runs):
             return True
-        time.sleep(2)
+        time.sleep(1)
     return False
 
 
