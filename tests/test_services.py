@@ -104,6 +104,25 @@ def test_a_service_that_ends_or_does_not_answer_is_told_with_the_end_of_its_log(
     background.end(tmp_path, "sleeper", grace_s=5)
 
 
+def test_the_lock_of_a_postmaster_that_was_killed_is_lifted_before_its_parent_takes_notice(tmp_path: Path) -> None:
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres" / "postgres").symlink_to(shutil.which("sleep") or "")
+    (tmp_path / "pgpass").touch()
+    lock = tmp_path / "postgres/postmaster.pid"
+    server = subprocess.Popen([str(tmp_path / "postgres/postgres"), "600"])
+    while psutil.Process(server.pid).name() != "postgres":
+        time.sleep(0.05)
+    lock.write_text(f"{server.pid}\n/data\n")
+    postgres.prepare(tmp_path)
+    assert lock.exists()
+    server.kill()
+    while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    postgres.prepare(tmp_path)
+    assert not lock.exists()
+    server.wait()
+
+
 def test_a_port_in_use_is_told_with_the_cure() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

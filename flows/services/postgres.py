@@ -181,8 +181,10 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def _is_postgres(pid: int) -> bool:
+    """One that was killed keeps number and name until its parent takes notice; PostgreSQL would take it for alive."""
     try:
-        return psutil.Process(pid).name() == "postgres"
+        process = psutil.Process(pid)
+        return process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
