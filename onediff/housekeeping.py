@@ -20,8 +20,8 @@ from typing import Literal
 
 from onediff import tracking
 from onediff.config import load_runtime
-from onediff.registry import NAME
-from onediff.tracking import Registered
+from onediff.registry import NAME, retention
+from onediff.registry.retention import Registered
 from onediff.train.launch.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
@@ -59,7 +59,7 @@ def survey(days: float) -> Survey:
 
     Raises ValueError if MLflow cannot say which versions there are: then nothing is known to be unneeded.
     """
-    versions, found = tracking.registered(), Survey()
+    versions, found = retention.registered(), Survey()
     ours = [version for version in versions if version.model == NAME]
     found.items += [*_scratch(days), *_copies(days, ours)]
     lineages = _lineages(ours, found)
@@ -70,7 +70,7 @@ def survey(days: float) -> Survey:
     said = "\n".join([*lineages, *(text for version in versions for text in (*version.tags.values(),
                                                                             version.run_id or ""))])
     found.items += _branches(days, said)
-    found.items += [Item("run", run.id, run.num_bytes) for run in tracking.old_runs(days, set(_RUN.findall(said)))]
+    found.items += [Item("run", run.id, run.num_bytes) for run in retention.old_runs(days, set(_RUN.findall(said)))]
     _data(found, set(_DIGEST.findall(said)))
     return found
 
@@ -84,7 +84,7 @@ def sweep(found: Survey) -> list[str]:
     for name in found.names("data"):
         Path(name).unlink(missing_ok=True)
     runs = found.names("run")
-    return [] if not runs or tracking.remove_runs(runs) else runs
+    return [] if not runs or retention.remove_runs(runs) else runs
 
 
 def _scratch(days: float) -> list[Item]:
@@ -130,7 +130,7 @@ def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
     texts: list[str] = []
     for version in versions:
         try:
-            carried = tracking.carried(version, LINEAGE)
+            carried = retention.carried(version, LINEAGE)
         except ValueError as error:
             found.refused.append(str(error))
             continue

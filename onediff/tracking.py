@@ -26,9 +26,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +44,7 @@ EXPERIMENT = "onediff"
 HOME = Path(".onediff")
 PARENT = "ONEDIFF_PARENT_RUN"  # the flow sets it, stages below it nest their runs
 SEND_EVERY_S = 5.0
-_SERVER = ("http://", "https://")
+SERVER = ("http://", "https://")
 _DENIED = (401, 403)
 _OTHER_CREDENTIALS = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _DATABASE = ("sqlite:", "postgresql", "mysql", "mssql")
@@ -62,8 +61,8 @@ def uri() -> str:
     found = os.environ.get("MLFLOW_TRACKING_URI") or load_runtime().mlflow_uri
     if found is None:
         return f"sqlite:///{(HOME / 'mlflow.db').absolute()}"
-    if not found.startswith(_SERVER + _DATABASE):
-        raise ValueError(f"MLflow address '{_without_password(found)}': must be a server (http://, https://) or a "
+    if not found.startswith(SERVER + _DATABASE):
+        raise ValueError(f"MLflow address '{without_password(found)}': must be a server (http://, https://) or a "
                          "database (sqlite:///, postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or "
                          "unset both")
     return found
@@ -71,15 +70,15 @@ def uri() -> str:
 
 def where() -> str:
     """`uri()` as it may be shown: without user and password."""
-    return _without_password(uri())
+    return without_password(uri())
 
 
 def check() -> None:
     """Raises ValueError within seconds if a server is set and does not answer, or not to us. Imports no MLflow."""
     address = uri()
-    if not address.startswith(_SERVER):
+    if not address.startswith(SERVER):
         return
-    server = _without_password(address).rstrip("/")
+    server = without_password(address).rstrip("/")
     asked = [urllib.request.Request(f"{server}/health")]
     if not any(os.environ.get(name) for name in _OTHER_CREDENTIALS) and not Path("~/.netrc").expanduser().exists():
         asked.append(urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1",
@@ -125,10 +124,10 @@ def http_status(error: MlflowException | RequestException) -> int:
 def plain(error: MlflowException | RequestException) -> ValueError | ConnectionError:
     """MLflow's failure as one line: ConnectionError if its server may answer the next time, else ValueError."""
     status = http_status(error)
-    if status in _DENIED and uri().startswith(_SERVER):
+    if status in _DENIED and uri().startswith(SERVER):
         return _denied(status)
     kind = ConnectionError if status >= 500 else ValueError
-    return kind(f"MLflow at {where()}: {_without_password(' '.join(str(error).split()))[:300]}")
+    return kind(f"MLflow at {where()}: {without_password(' '.join(str(error).split()))[:300]}")
 
 
 def _denied(status: int) -> ValueError:
@@ -141,7 +140,7 @@ def _denied(status: int) -> ValueError:
 
 
 def _unreachable(address: str, reason: str) -> ValueError:
-    return ValueError(f"MLflow at {_without_password(address)} cannot be reached ({_without_password(reason)}): start "
+    return ValueError(f"MLflow at {without_password(address)} cannot be reached ({without_password(reason)}): start "
                       "it or correct MLFLOW_TRACKING_URI, or unset it to keep runs in .onediff/mlflow.db")
 
 
@@ -173,9 +172,9 @@ def _client(address: str) -> MlflowClient:
         opened = MlflowClient(address, registry_uri=address)
         opened.search_experiments(max_results=1)  # SQLite makes its tables here, once per process and store
     except MlflowException as error:
-        if http_status(error) in _DENIED and address.startswith(_SERVER):
+        if http_status(error) in _DENIED and address.startswith(SERVER):
             raise plain(error) from None
-        raise _unreachable(address, _first_line(error)) from None
+        raise _unreachable(address, first_line(error)) from None
     return opened
 
 
@@ -187,7 +186,7 @@ def experiment_id() -> str:
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is None:
         beside = Path(address.removeprefix("sqlite:///")).parent if address.startswith("sqlite:///") else HOME
-        local = None if address.startswith(_SERVER) else (beside / "mlflow-artifacts").absolute().as_uri()
+        local = None if address.startswith(SERVER) else (beside / "mlflow-artifacts").absolute().as_uri()
         try:
             return store.create_experiment(EXPERIMENT, artifact_location=local)
         except MlflowException:  # another process made it since we looked
@@ -261,7 +260,7 @@ class Run:
         self.tag({"weights_digest": digest})
         seconds = self._seconds if self._seconds is not None else time.monotonic() - self._start
         rate = statistics.median(self._rates) if self._rates else 0.0
-        return {"run_id": self.id, "tracking_uri": _without_password(self._address), "phase": self.phase,
+        return {"run_id": self.id, "tracking_uri": without_password(self._address), "phase": self.phase,
                 "seconds": round(seconds, 1), "pairs_per_s": round(rate, 1), "digest": digest}
 
     def __enter__(self) -> Self:
@@ -309,7 +308,7 @@ class Run:
         try:
             call()
         except (MlflowException, OSError, ValueError) as error:  # OSError: artifacts
-            return _first_line(error)
+            return first_line(error)
         return None
 
 
@@ -382,124 +381,6 @@ def branch(root: Path = Path()) -> str:
     return _git(root, "branch", "--show-current")
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A registered version as housekeeping sees it: what it must not lose."""
-
-    model: str
-    version: str
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-    run_id: str | None
-
-
-def registered() -> list[Registered]:
-    """Every version of every registered model at `uri()`."""
-    store, found, token = client(), [], None
-    while True:
-        page = store.search_model_versions(max_results=200, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            break
-    aliases = {name: store.get_registered_model(name).aliases for name in {item.name for item in found}}
-    return [Registered(item.name, str(item.version), tuple(alias for alias, version in aliases[item.name].items()
-                                                           if str(version) == str(item.version)),
-                       dict(item.tags), item.run_id or None) for item in found]
-
-
-def carried(version: Registered, folder: str) -> dict[str, str]:
-    """Name -> text of the files that a version carries in a folder, nothing else of it fetched.
-
-    Raises ValueError if it carries none, or they cannot be had.
-    """
-    store = client()
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    try:
-        source = store.get_model_version(version.model, version.version).source or ""
-        if source.startswith("models:/"):
-            source = store.get_logged_model(source.removeprefix("models:/")).artifact_location
-        with tempfile.TemporaryDirectory() as scratch:
-            got = Path(download_artifacts(artifact_uri=f"{source}/{folder}", dst_path=scratch, tracking_uri=uri()))
-            return {path.name: path.read_text(encoding="utf-8") for path in sorted(got.iterdir()) if path.is_file()}
-    except (MlflowException, OSError) as error:
-        raise ValueError(f"version {version.version} of '{version.model}': its {folder}/ cannot be read "
-                         f"({_first_line(error)})") from None
-
-
-@dataclass(frozen=True)
-class OldRun:
-    id: str
-    name: str
-    started: str
-    num_bytes: int  # of artifacts on this machine
-
-
-def old_runs(days: float, keep: Iterable[str]) -> list[OldRun]:
-    """Ended runs that began more than `days` ago, oldest first; not those of a family (a retraining and the runs below
-    it) with a run that is kept, is younger, or still runs."""
-    limit_ms = (time.time() - days * 86400) * 1000
-    runs = {run.info.run_id: run for run in _all_runs()}
-
-    def root(run_id: str) -> str:
-        seen: set[str] = set()
-        while run_id in runs and run_id not in seen:
-            seen.add(run_id)
-            run_id = runs[run_id].data.tags.get("mlflow.parentRunId", run_id)
-        return run_id
-
-    held = {root(run_id) for run_id in keep}
-    held |= {root(run_id) for run_id, run in runs.items()
-             if run.info.start_time > limit_ms or run.info.status in ("RUNNING", "SCHEDULED")}
-    old = sorted((run for run_id, run in runs.items() if root(run_id) not in held), key=lambda run: run.info.start_time)
-    return [OldRun(run.info.run_id, run.info.run_name or "", time.strftime("%Y-%m-%d", time.gmtime(
-        run.info.start_time / 1000)), _local_bytes(run.info.artifact_uri)) for run in old]
-
-
-def remove_runs(run_ids: Sequence[str]) -> bool:
-    """Deletes runs with all they hold. False: the store is a server's, which has only marked them as deleted.
-
-    Raises ValueError in MLflow's words.
-    """
-    store, address = client(), uri()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        for run_id in run_ids:
-            if store.get_run(run_id).info.lifecycle_stage == "active":
-                store.delete_run(run_id)
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {_without_password(address)}: {_first_line(error)}") from None
-    if address.startswith(_SERVER):
-        return False
-    for first in range(0, len(run_ids), 100):
-        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={
-            **os.environ, "MLFLOW_TRACKING_URI": address})  # not on the command line: it may hold a password
-        if done.returncode:
-            raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
-    return True
-
-
-def _all_runs() -> Iterator[Any]:
-    from mlflow.entities import ViewType
-
-    token = None
-    while True:
-        page = client().search_runs([experiment_id()], run_view_type=ViewType.ALL, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _local_bytes(address: str) -> int:
-    folder = Path(address.removeprefix("file://"))
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_absolute() else 0
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
     flat: dict[str, Any] = {}
@@ -529,7 +410,7 @@ def _start(name: str, kind: str, config: Config) -> Run:
         killed = _find(f"tags.content = '{tags['content']}' and attributes.status = 'RUNNING'")
         run = Run(killed or client().create_run(experiment_id(), run_name=name).info.run_id, name)
     except MlflowException as error:
-        raise _unreachable(uri(), _first_line(error)) from None
+        raise _unreachable(uri(), first_line(error)) from None
     run.tag({**tags, "resumed": "true"} if killed else tags)
     run.params(values)
     return run
@@ -589,9 +470,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"
 
 
-def _without_password(address: str) -> str:
+def without_password(address: str) -> str:
     return re.sub(r"//[^/\s]*@", "//", address)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

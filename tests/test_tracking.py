@@ -185,8 +185,8 @@ def test_a_changed_file_makes_the_commit_dirty_but_the_pipeline_s_own_results_do
 
 
 def test_a_password_in_the_address_is_not_written_down() -> None:
-    assert tracking._without_password("postgresql://me:secret@host/db") == "postgresql://host/db"
-    assert tracking._without_password("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"
+    assert tracking.without_password("postgresql://me:secret@host/db") == "postgresql://host/db"
+    assert tracking.without_password("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"
 
 
 def test_importing_tracking_and_registry_does_not_import_mlflow() -> None:

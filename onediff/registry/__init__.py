@@ -2,9 +2,9 @@
 
     versions.py   register, score again, list            rules.py       mlflow/promotion.yaml
     promotion.py  propose, promote, rollback             comparison.py  the candidate against the champion
-    records.py    the trail: the records that decide      facts.py       data validated, leak audit, lineage
+    records.py    the trail: the records that decide     facts.py       data validated, leak audit, lineage
     artifacts.py  the files of a version                 writers.py     one writer at a time
-    store.py      names, and MLflow's failures in one line
+    retention.py  what housekeeping may remove           store.py       names, and MLflow's failures in one line
 """
 
 from onediff.registry.artifacts import model_folder, scored_pairs, version_files, version_tags, version_text
