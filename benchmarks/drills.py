@@ -29,7 +29,7 @@ TARGETS = ("training", "flow", "worker", "mlflow", "prefect", "postgres")
 MOMENTS = 3
 PATIENCE_S = 120.0  # of the automation for lost runs; 540 in use, where machines are busier
 LIMIT_S = 900.0
-SERVICES = {"prefect_port": 4231, "mlflow_port": 5031, "postgres_port": 5451}
+SERVICES = {"prefect_port": 4231, "mlflow_port": 5031, "postgres_port": 5451, "start_s": 400}
 RULES = "minima: {scenes.CIDEr: 0}\nmaxima: {}\nbetter_than_champion: null\n"  # every whole retraining makes a champion
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
