@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = ROOT / "presets/backbones/tiny"
 OWNERS = {
     "mlflow": {"onediff/tracking.py", *(f"onediff/registry/{name}.py" for name in (
-        "artifacts", "promotion", "records", "store", "versions"))},
+        "artifacts", "promotion", "records", "retention", "store", "versions"))},
     "great_expectations": {"onediff/data/checks.py"},
     "deepspeed": {"onediff/train/engine.py"},
     "dvc": set(),
