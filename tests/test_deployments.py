@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     first, second = (ROOT / "presets/micro.yaml").read_text().split("\nalign:")
-    long = second.replace("steps: 4", "steps: 400", 1)  # enough to be interrupted
+    long = second.replace("steps: 4", "steps: 4000", 1)  # enough to be interrupted four times
     with running_site(tmp_path / "onediff", f"{first}\nalign:{long}") as made:
         yield made
 
