@@ -55,14 +55,15 @@ def end(pid: int) -> None:
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    _send(family, signal.SIGTERM)
+    send(family, signal.SIGTERM)
     last = time.monotonic() + GRACE_S
-    while (family := [process for process in family if _runs(process)]) and time.monotonic() < last:
+    while (family := [process for process in family if runs(process)]) and time.monotonic() < last:
         time.sleep(0.1)
-    _send(family, signal.SIGKILL)
+    send(family, signal.SIGKILL)
 
 
-def _send(family: list[psutil.Process], number: signal.Signals) -> None:
+def send(family: list[psutil.Process], number: signal.Signals) -> None:
+    """The signal to those that still live."""
     for process in family:
         try:
             process.send_signal(number)
@@ -70,7 +71,8 @@ def _send(family: list[psutil.Process], number: signal.Signals) -> None:
             continue  # went by itself
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """False also for one that died and whose parent took no notice yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

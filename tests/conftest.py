@@ -49,3 +49,15 @@ def scene_pairs(micro: Config) -> list[Record]:
     from onediff.data.synthesis.scenes import scene_records
 
     return [record for index in range(5) for record in scene_records(micro, "train", index)]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables: making them is slow, copying is not."""
+    from onediff import tracking
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.client()
+    return path

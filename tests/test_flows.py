@@ -105,7 +105,7 @@ def test_nothing_a_stage_started_outlives_a_terminated_run(tmp_path: Path) -> No
     family = _wait_for_children(run.pid, 2)
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not any(processes._runs(process) for process in family)
+    assert not any(processes.runs(process) for process in family)
 
 
 def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) ->
                            env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "any"})
     family = _wait_for_children(run.pid, 1)
     time.sleep(3)  # it watches by then
-    assert all(map(processes._runs, family))
+    assert all(map(processes.runs, family))
     run.kill()
     run.wait()
     last = time.monotonic() + 30
-    while any(map(processes._runs, family)) and time.monotonic() < last:
+    while any(map(processes.runs, family)) and time.monotonic() < last:
         time.sleep(0.2)
-    assert not any(map(processes._runs, family))
+    assert not any(map(processes.runs, family))
 
 
 def test_what_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

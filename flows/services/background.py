@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from flows.processes import runs, send
+
 GRACE_S = 60.0  # to end tidily; a training below a worker writes its checkpoint
 MARK = "ONEDIFF_SERVICE"
 SHOWN_LINES = 15  # of a log, when something failed
@@ -62,7 +64,7 @@ def family(folder: Path, name: str) -> list[psutil.Process]:
     else:
         if running(folder, name) is None and psutil.pid_exists(leader):  # another's by now, or dead and not yet gone
             leader = None if psutil.Process(leader).status() != psutil.STATUS_ZOMBIE else leader
-    return [process for process in psutil.process_iter() if _lives(process) and (
+    return [process for process in psutil.process_iter() if runs(process) and (
         (leader is not None and _session_of(process.pid) == leader) or _mark_of(process) == mark(folder, name))]
 
 
@@ -105,12 +107,12 @@ def end(folder: Path, name: str, *, grace_s: float = GRACE_S, first: signal.Sign
     then SIGKILL; each of the two waits takes `grace_s` at most. True: something ran."""
     members, leader = family(folder, name), running(folder, name)
     if leader is not None:
-        _signal([leader], first)
+        send([leader], first)
         _wait([leader], grace_s)
     left = _wait(members, 0)
-    _signal(left, signal.SIGTERM)
+    send(left, signal.SIGTERM)
     left = _wait(left, grace_s)
-    _signal(left, signal.SIGKILL)
+    send(left, signal.SIGKILL)
     _wait(left, grace_s)
     pid_file(folder, name).unlink(missing_ok=True)
     return bool(members)
@@ -157,24 +159,9 @@ def _mark_of(process: psutil.Process) -> str | None:
         return None
 
 
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue  # went by itself
-
-
 def _wait(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
     """Those that still live after the time."""
     last = time.monotonic() + limit_s
-    while (left := [process for process in processes if _lives(process)]) and time.monotonic() < last:
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < last:
         time.sleep(0.05)
     return left
