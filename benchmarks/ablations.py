@@ -90,7 +90,7 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
     from onediff.eval.behaviour import scene_behaviour
     from onediff.eval.caption import caption_records
     from onediff.model.captioner import Captioner
-    from onediff.stages import quiet
+    from onediff.stages.command import quiet
 
     quiet()
     torch.set_num_threads(1)

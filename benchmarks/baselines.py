@@ -31,7 +31,7 @@ from onediff.eval.floors import best_constant, random_captions
 from onediff.eval.metrics import Predictions, Scores, cider, score
 from onediff.eval.protocols import protocol_of, references_digest
 from onediff.eval.resample import compare, intervals
-from onediff.stages import DIFFCAP
+from onediff.paths import DIFFCAP
 
 if TYPE_CHECKING:
     from onediff.baselines.siamese_cnn import SiameseCaptioner

@@ -72,7 +72,7 @@ def peak_gib() -> float:
 
 def contend(work: Callable[[dict[str, Any], Turn], None]) -> None:
     """In a contender's process: its case, until it has had all its turns."""
-    from onediff.stages import quiet
+    from onediff.stages.command import quiet
 
     quiet()
     try:

@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from onediff.stages import FLOW
+from onediff.stages.command import FLOW
 
 CODE = Path(__file__).resolve().parent.parent
 LOCK = Path(".onediff/pipeline.lock")

@@ -166,7 +166,7 @@ def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | Non
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
     from onediff.predict import folder_of
     from onediff.serve.in_use import speaker
-    from onediff.stages import quiet
+    from onediff.stages.command import quiet
     from onediff.usage import usage_log
 
     images = [(open_image(before), open_image(after)) for before, after in pairs]

@@ -20,8 +20,9 @@ from onediff import config
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.stress import GRAMMARS, choose, jpeg
 from onediff.inputs.images import open_image
+from onediff.paths import DIFFCAP
 from onediff.predict import folder_of
-from onediff.stages import DIFFCAP, quiet
+from onediff.stages.command import quiet
 from onediff.usage import pair_facts, read_usage
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.inputs.images import open_image
-from onediff.stages import DIFFCAP, quiet
+from onediff.paths import DIFFCAP
+from onediff.stages.command import quiet
 
 if TYPE_CHECKING:
     from PIL import Image

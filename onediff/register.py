@@ -9,8 +9,9 @@ from onediff import registry
 from onediff.config import load_params
 from onediff.drift import write_profile
 from onediff.lineage import pack
+from onediff.paths import DIFFCAP
 from onediff.serve.latency import caption_ms
-from onediff.stages import DIFFCAP, quiet
+from onediff.stages.command import quiet
 
 
 def register(model: Path, *, data: Path = Path("data"), run_id: str | None = None, evaluation_run: str | None = None,

@@ -109,7 +109,7 @@ def test_nothing_a_stage_started_outlives_a_terminated_run(tmp_path: Path) -> No
 
 
 def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) -> None:
-    child = "import time; from onediff.stages import run; run(lambda: time.sleep(600))"
+    child = "import time; from onediff.stages.command import run; run(lambda: time.sleep(600))"
     code = f"import sys\nfrom flows import processes\nprocesses.stream([sys.executable, '-c', {child!r}])"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
                            env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "any"})

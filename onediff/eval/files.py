@@ -43,3 +43,12 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} line {number}: duplicate pair_id {row['pair_id']!r}")
         rows[row["pair_id"]] = row
     return rows
+
+
+def rounded(value: Any) -> Any:
+    """Figures as metrics files keep them: six places, so that sums in another order are the same bytes."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onediff.config import Config, Runtime
-from onediff.stages import DIFFCAP, run, train
+from onediff.paths import DIFFCAP
+from onediff.stages.command import run
+from onediff.stages.training import train
 
 if TYPE_CHECKING:
     from onediff.train.loop import Log

@@ -31,7 +31,7 @@ from onediff.data.record import Record, read_records
 from onediff.data.shortcut import pixel_difference_auc
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.verdicts import verdicts
-from onediff.stages import run
+from onediff.stages.command import run
 from onediff.stages.probe import TABLE
 from onediff.stages.validate import QUARANTINE
 

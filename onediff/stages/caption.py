@@ -10,7 +10,7 @@ from typing import IO
 
 from onediff.config import load_params, load_runtime
 from onediff.data.record import read_records
-from onediff.stages import quiet, run
+from onediff.stages.command import quiet, run
 
 OUT = Path("data/captions")
 

@@ -16,7 +16,7 @@ from onediff.data.parallel import spread
 from onediff.data.record import write_shards
 from onediff.data.sources.entries import part, read_lines
 from onediff.data.synthesis.instruct_pix2pix import REASONS, Editor, Task, records_of
-from onediff.stages import quiet, run
+from onediff.stages.command import quiet, run
 
 
 def diffuse(source: str) -> None:

@@ -12,7 +12,7 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.jobs import jobs, writer_of
 from onediff.data.writer.request import Request, edit_of_caption
 from onediff.data.writer.store import answers_path, read_answers
-from onediff.stages import run
+from onediff.stages.command import run
 
 
 def instruct(source: str) -> None:

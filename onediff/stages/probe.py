@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.probe import count_pairs, probe_folders, write_table
-from onediff.stages import run
+from onediff.stages.command import run
 
 TABLE = Path("data/probe.parquet")
 

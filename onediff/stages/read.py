@@ -12,7 +12,7 @@ from tqdm import tqdm
 from onediff.config import SPLITS, load_params, load_runtime
 from onediff.data.record import write_shards
 from onediff.data.sources.read import SHOWN, as_text, open_source, problems, records, survey
-from onediff.stages import run
+from onediff.stages.command import run
 
 RAW, PAIRS, REPORTS = Path("data/raw"), Path("data/pairs"), Path("data/reports/read")
 

@@ -21,7 +21,8 @@ from onediff.eval.gallery import Album, Grid, choose, example, fitted, losses, w
 from onediff.eval.metrics import Predictions
 from onediff.eval.protocols import protocols_of
 from onediff.eval.report import ordered, ordered_sources, render_page
-from onediff.stages import DIFFCAP, run
+from onediff.paths import DIFFCAP
+from onediff.stages.command import run
 
 PARAMS, CURVES, OUTPUT, FIGURES = (Path(name) for name in ("params.yaml", "data/curves", "data/report.html",
                                                            "data/figures"))

@@ -13,7 +13,7 @@ from onediff.config import load_params, load_runtime
 from onediff.data.collection import list_collection
 from onediff.data.record import write_shards
 from onediff.data.retrieval import embed_collection, find_pairs, pair_records
-from onediff.stages import quiet, run
+from onediff.stages.command import quiet, run
 
 
 def retrieve(source: str) -> None:

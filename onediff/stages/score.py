@@ -14,11 +14,11 @@ from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.evaluation import evaluate
-from onediff.eval.files import read_predictions
+from onediff.eval.files import read_predictions, rounded
 from onediff.eval.metrics import METRICS, start
 from onediff.eval.nearest import nearest_rows
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of
-from onediff.stages import rounded, run
+from onediff.stages.command import run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
 SCORED = Path("data/scored")

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
+from onediff.eval.files import rounded
 from onediff.eval.metrics import Predictions
 from onediff.eval.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
-from onediff.stages import DIFFCAP, quiet, rounded, run
+from onediff.paths import DIFFCAP
+from onediff.stages.command import quiet, run
 
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner

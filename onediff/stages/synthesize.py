@@ -15,7 +15,7 @@ from onediff.data.parallel import spread
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.edits import edit_record
 from onediff.data.synthesis.scenes import scene_records
-from onediff.stages import run
+from onediff.stages.command import run
 
 Group = tuple[str, str, int]  # shard prefix, split, number within the split
 

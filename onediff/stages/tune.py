@@ -10,7 +10,9 @@ from onediff.config import Config, Runtime
 from onediff.data.record import Record, read_records
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.onediff import OneDiffForConditionalGeneration
-from onediff.stages import DIFFCAP, run, train
+from onediff.paths import DIFFCAP
+from onediff.stages.command import run
+from onediff.stages.training import train
 
 if TYPE_CHECKING:
     from onediff.train.loop import Judge, Log

@@ -8,7 +8,7 @@ import pandas as pd
 
 from onediff.config import load_params
 from onediff.data.checks import check_suite, complaints, judged, refuse, suites_of, write_report
-from onediff.stages import run
+from onediff.stages.command import run
 from onediff.stages.probe import TABLE
 
 QUARANTINE, REPORTS = Path("data/quarantine.parquet"), Path("data/reports/validation")

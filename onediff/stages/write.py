@@ -16,7 +16,7 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.jobs import caption_job, is_captioned, jobs, splits_of, writer_of
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import answers_path, read_answers
-from onediff.stages import run
+from onediff.stages.command import run
 
 
 def write(source: str) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 STAGE = """
 import os, time
 from pathlib import Path
-from onediff.stages import run
+from onediff.stages.command import run
 def slow() -> None:
     Path("pid").write_text(str(os.getpid()))
     time.sleep(60)
