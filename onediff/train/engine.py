@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
@@ -23,20 +22,20 @@ LINK = "_lazy_init_hp_params_optimizer_state"  # of ZeRO 1 and 2: where each par
 
 
 def start_process_group() -> None:
-    """One process needs no launcher: it becomes rank 0 of 1."""
+    """Joins the ranks that a launcher started; a process without a launcher becomes rank 0 of 1."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     if torch.distributed.is_initialized():
         return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        # A store in memory opens no port, which another process could take between its choice and its use.
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, dying without a compiler
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def limit_waits() -> None:
