@@ -8,11 +8,11 @@ import sys
 
 ALONE = """
 import sys
+from onediff.train.engine import start_process_group
+import deepspeed, torch  # urllib3 binds a socket at import, to see whether there is IPv6
 events = []
 sys.addaudithook(lambda event, arguments: events.append(event) if event == "socket.bind" else None)
-from onediff.train.engine import start_process_group
 start_process_group()
-import torch
 values = torch.ones(3)
 torch.distributed.all_reduce(values)
 assert values.tolist() == [1, 1, 1] and torch.distributed.get_world_size() == 1
