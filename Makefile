@@ -27,7 +27,7 @@ LOCK_HEAD := '\# Every package and version; written by "make lock" from pyprojec
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
 
 .PHONY: help setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
-	restore upgrade gc lock backbones report clean
+	restore upgrade gc lock deps backbones report clean
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
@@ -68,7 +68,7 @@ test: setup  ## tests that need about a minute each at most, micro pipeline incl
 
 blender: setup  ## Blender for data.scenes.renderer (bpy, 360 MB)
 	@# Without its own wishes: bpy 5 asks for NumPy 1 and runs with NumPy 2.
-	@$(UV) install --quiet --no-deps bpy
+	@$(UV) install --quiet --no-deps "bpy==$$(sed -n 's/^bpy: "\(.*\)"$$/\1/p' packages.yaml)"
 
 test-all: setup blender  ## every test, slow ones included
 	@HF_HUB_OFFLINE=1 python -m pytest -m ""
@@ -83,6 +83,10 @@ lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pin
 	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock
+	@python -m onediff.dependencies
+
+deps: setup  ## write what each stage depends on into dvc.yaml: its code by the imports, its packages at their versions
+	@python -m onediff.dependencies
 
 services: setup  ## Prefect server, MLflow server and worker in the background, PostgreSQL behind them where it is installed
 	@python -m flows.services start

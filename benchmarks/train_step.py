@@ -41,6 +41,7 @@ from benchmarks import models, turns
 from benchmarks import rows as benchmark_rows
 from benchmarks.turns import Contender, Ended, Turn
 from onediff.config import Config, Lora, Phase, Runtime
+from onediff.train.engine import learning_rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,8 +171,7 @@ class Bench:
 
 def phase_of(config: Config, name: str, case: dict[str, Any]) -> Phase:
     """The preset's phase, for as long as there are turns."""
-    phase = config.phase(name)
-    assert phase is not None, "every preset here has both phases"
+    phase: Phase = getattr(config, name)
     mixture = {"scenes": 1.0} if name == "align" else benchmark_rows.MIXTURES[case["work"]]
     lora = Lora(rank=64, alpha=128) if case["lora"] and phase.lr_language else None
     return phase.model_copy(update={"mixture": mixture, "steps": FOREVER, "epochs": None, "batch_size": case["batch"],
@@ -221,7 +221,7 @@ def llava(bench: Bench, turn: Turn) -> None:
             go_on(turn)
 
     model, processor = models.llava(bench.config, bench.case["device"])
-    rates = bench.phase.learning_rates
+    rates = learning_rates(bench.phase)
     if bench.phase.lora:
         lora.add(model, bench.phase.lora)
     for name, parameter in model.named_parameters():
@@ -246,7 +246,7 @@ def trainer_arguments(bench: Bench, folder: str) -> Any:
     return TrainingArguments(
         output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=size,
         gradient_accumulation_steps=case["batch"] // size, train_sampling_strategy="sequential",
-        optim="adamw_torch_fused", learning_rate=max(phase.learning_rates.values()), weight_decay=phase.weight_decay,
+        optim="adamw_torch_fused", learning_rate=max(learning_rates(phase).values()), weight_decay=phase.weight_decay,
         max_grad_norm=phase.clip_norm, lr_scheduler_type="cosine", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, use_cpu=not gpu, dataloader_num_workers=4 if gpu else 0,
         dataloader_pin_memory=gpu, remove_unused_columns=False, gradient_checkpointing=case["checkpoint_activations"])

@@ -61,6 +61,7 @@ def outs_for(folder: Path, stage: str) -> tuple[list[str], list[Path]]:
     kept = set(small_outs(folder))
     wanted = [out for out in sorted(made - kept) if any(_within(out, dep) or _within(dep, out) for dep in deps)]
     raw = [f"{dep}.dvc" for dep in deps if (folder / f"{dep}.dvc").exists()]
+    raw += [str(path.relative_to(folder)) for dep in deps for path in sorted((folder / dep).rglob("*.dvc"))]
     gone = [path for dep in deps if dep not in made and any(_within(out, dep) for out in made)
             for path in (folder / dep).iterdir()
             if path.name != ".gitignore" and not any(_within(out, path.relative_to(folder)) for out in made)]

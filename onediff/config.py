@@ -1,4 +1,8 @@
-"""params.yaml -> one frozen tree. Every value is checked here, once, before any work."""
+"""params.yaml -> one frozen tree. Every value is checked here, once, before any work.
+
+DVC tracks the values, not this file: a new key of one stage must not make the others stale. So nothing here may decide
+a result: the sections that a stage reads have no defaults, and no methods but checks (tests/test_config.py).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-Split = Literal["train", "val", "gate", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
@@ -73,10 +75,6 @@ class Judge(Section):
     prompts: str = "v1"
     temperature: Rate = 0.0
     max_tokens: Count = 60
-
-    @property
-    def as_writer(self) -> Writer:
-        return Writer(mode="text", **self.model_dump())
 
 
 class Retrieval(Section):
@@ -143,22 +141,9 @@ class Data(Section):
     leaks: Leaks
     shard_pairs: Count
 
-    @property
-    def sources(self) -> list[str]:
-        return [*self.generated, *self.raw, *self.retrieved, *self.diffused]
-
-    def folder(self, source: str) -> Path:
-        """Where the last arrow before `probe` leaves the source's records."""
-        if source in self.written:
-            return Path("data/written") / source
-        return self.unwritten_folder(source)
-
-    def unwritten_folder(self, source: str) -> Path:
-        return Path("data") / ("synthetic" if source in self.generated else "pairs") / source
-
     @model_validator(mode="after")
     def _each_source_once(self) -> Self:
-        names = self.sources
+        names = _sources(self)
         if not names:
             raise ValueError("no source: name one in generated, raw, retrieved or diffused")
         for name in names:
@@ -174,8 +159,8 @@ class Data(Section):
     @model_validator(mode="after")
     def _leaks_name_sources(self) -> Self:
         for name in self.leaks.max_distance:
-            if name not in self.sources:
-                raise ValueError(f"leaks.max_distance names '{name}', which must be one of {self.sources}")
+            if name not in _sources(self):
+                raise ValueError(f"leaks.max_distance names '{name}', which must be one of {_sources(self)}")
         return self
 
     @model_validator(mode="after")
@@ -188,6 +173,10 @@ class Data(Section):
             if users and getattr(self, key) is None:
                 raise ValueError(f"source '{users[0]}' needs {key}; see presets/paper.yaml")
         return self
+
+
+def _sources(data: Data) -> list[str]:
+    return [*data.generated, *data.raw, *data.retrieved, *data.diffused]
 
 
 class Vision(Section):
@@ -292,11 +281,6 @@ class Phase(Section):
             raise ValueError("lora adapts the language model, but lr_language is 0: raise it, or set lora to null")
         return self
 
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        return {"vision": self.lr_vision, "delta": self.lr_delta, "projector": self.lr_projector,
-                "language": self.lr_language}
-
 
 class Align(Phase):
     """samples: coupled, two unlike images and both captions (Coupled Sample Training); single, each image alone."""
@@ -374,16 +358,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:
         for name in (*(self.align.mixture if self.align else ()), *self.tune.mixture):
-            if name not in self.data.sources:
+            if name not in _sources(self.data):
                 raise ValueError(f"source '{name}' is trained on but is not among the sources of data: "
-                                 f"{', '.join(self.data.sources)}")
+                                 f"{', '.join(_sources(self.data))}")
         for name in self.tasks:
-            if name not in (*self.data.sources, "scenes_far"):
-                raise ValueError(f"tasks names '{name}', which must be one of {self.data.sources}")
+            if name not in (*_sources(self.data), "scenes_far"):
+                raise ValueError(f"tasks names '{name}', which must be one of {_sources(self.data)}")
         return self
-
-    def phase(self, name: str) -> Phase | None:
-        return {"align": self.align, "tune": self.tune}[name]
 
 
 class Slurm(Section):

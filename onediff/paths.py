@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
+PROBE_TABLE = Path("data/probe.parquet")
+QUARANTINE = Path("data/quarantine.parquet")
 DIFFCAP = Path("data/diffcap")

@@ -32,7 +32,7 @@ _PLAIN = ("url", "region", "type", "profile", "version_aware", "worktree")  # wh
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage ran with and left: path -> md5, which ends in .dir for a folder; parameters by their full names."""
+    """What a stage ran with and left: path -> md5, ending in .dir for a folder; keys of params.yaml by full name."""
 
     deps: dict[str, str]
     outs: dict[str, str]
@@ -44,7 +44,7 @@ def locked(path: Path = LOCK) -> dict[str, Stage]:
     try:
         stages = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"]
         return {name: Stage(_digests(stage, "deps"), _digests(stage, "outs"),
-                            dict(pair for values in stage.get("params", {}).values() for pair in values.items()))
+                            dict(stage.get("params", {}).get("params.yaml", {})))
                 for name, stage in stages.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None

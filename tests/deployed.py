@@ -19,7 +19,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("onediff", "flows", "mlflow", "presets", "data/README.md", "dvc.yaml", ".dvcignore", ".gitignore",
-        "pyproject.toml", "prefect.yaml", "requirements.lock")
+        "pyproject.toml", "prefect.yaml", "requirements.lock", "packages.yaml", "data/own", "data/pretrained")
 
 
 class Site:

@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 from onediff.data.record import read_records, read_table
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("onediff", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock")
+CODE = ("onediff", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock",
+        "packages.yaml", "data/own", "data/pretrained")
 RAW = ["mine", "spot_the_diff", "instruct_pix2pix", "llava_558k", "llava_665k"]
 SOURCES = [*RAW, "street", "drawn"]
 LOW = {f"min_{name}_similarity": -1.0 for name in ("image", "caption", "direction")}

@@ -174,3 +174,10 @@ def _wait_for_children(pid: int, count: int) -> list[psutil.Process]:
             return family
         time.sleep(0.1)
     raise AssertionError(f"process {pid} did not start {count} children")
+
+
+def test_a_worker_brings_what_dvc_tracks_inside_a_dep(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "presets/backbones").mkdir(parents=True)
+    (tmp_path / "presets/backbones/mine.dvc").write_text("outs: []\n")
+    assert pipeline.outs_for(tmp_path, "align") == (["presets/backbones/mine.dvc"], [])

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from recorder import recorded_params
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock",
-        "LICENSE")
+        "packages.yaml", "LICENSE", "data/own", "data/pretrained")
 REGISTER = """
 import json, tempfile
 from pathlib import Path
@@ -46,8 +47,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(folder: Path, *command: str) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith(MAKERS)}
-    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(folder),
-            "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
+    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests/recorder")]),
+            "RECORDED_PARAMS": f"{folder}.params", "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           check=False)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -75,6 +77,13 @@ def test_one_command_rebuilds_everything(built: Path) -> None:
     assert set(harder) == {"scenes", "edits"}
     for benchmark in harder.values():
         assert {"identical", "unrelated", "swapped", "curves", "attention"} <= benchmark.keys()
+
+
+def test_stages_read_no_parameter_that_dvc_yaml_does_not_name(built: Path) -> None:
+    read = recorded_params.read_notes(Path(f"{built}.params"))
+    assert {stage for stage, _ in read} == {"synthesize", "probe", "validate", "build", "align", "tune", "caption",
+                                            "stress", "report"}  # score reads none
+    assert list(recorded_params.undeclared(read)) == []
 
 
 def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from onediff.config import load_params, load_runtime
+from onediff.data.folders import sources_of
 from onediff.model.build import configure
+from onediff.train.engine import learning_rates
 from onediff.train.phases import num_micro
 from onediff.train.plan import described_model
 
@@ -45,9 +47,9 @@ def test_llava_pair_is_llava_alone_on_two_benchmarks() -> None:
     config, paper = (load_params(ROOT / f"presets/{name}.yaml") for name in ("llava_pair", "paper"))
     assert config.model.delta.num_tokens == 0 and config.align is None and config.model.reading == "A"
     assert config.model.vision.path == config.model.language == "llava-hf/llava-1.5-7b-hf"
-    assert set(config.tune.mixture) == set(config.data.sources) == {"spot_the_diff", "image_editing_request"}
+    assert set(config.tune.mixture) == set(sources_of(config.data)) == {"spot_the_diff", "image_editing_request"}
     assert config.tasks == {name: paper.tasks[name] for name in config.tasks}
-    assert config.tune.learning_rates == {"vision": 0, "delta": 0, "projector": 2e-5, "language": 2e-5}
+    assert learning_rates(config.tune) == {"vision": 0, "delta": 0, "projector": 2e-5, "language": 2e-5}
 
 
 def test_paper_says_how_every_published_benchmark_is_asked() -> None:

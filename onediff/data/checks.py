@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onediff.config import SPLITS, Data
+from onediff.config import Data
 from onediff.data.checks_page import offline, page, read_offenders
+from onediff.data.splits import SPLITS
 
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation

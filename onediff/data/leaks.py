@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from onediff.config import SPLITS, Leaks, Runtime
+from onediff.config import Leaks, Runtime
 from onediff.data.parallel import spread
 from onediff.data.probe import row_groups
+from onediff.data.splits import SPLITS
 from onediff.inputs.images import open_image
 
 COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "partner": "str",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onediff.config import Judge, Runtime
+from onediff.config import Judge, Runtime, Writer
 from onediff.data.record import read_table
 from onediff.data.sources.tables import aligned
 from onediff.data.writer.asking import ask
@@ -91,7 +91,7 @@ def judge(predictions: Predictions, references: References, settings: Judge, run
     Raises ValueError if the keys differ; as the writer does ValueError, ConnectionError, InterruptedError, OSError.
     """
     check_keys(predictions, references)
-    writer = settings.as_writer
+    writer = Writer(mode="text", **settings.model_dump())
     asked = {pair_id: judgement_of_caption(pair_id, writer, caption=predictions[pair_id], references=texts)
              for pair_id, texts in references.items()}
     ask(asked.values(), ANSWERS, runtime)

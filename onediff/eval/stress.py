@@ -40,7 +40,7 @@ from onediff.eval.behaviour import (
 from onediff.eval.metrics import Predictions, score, tokenize
 from onediff.eval.protocols import protocol_of
 from onediff.eval.resample import intervals
-from onediff.inputs.images import open_image
+from onediff.inputs.images import open_image, png
 
 PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
@@ -196,10 +196,8 @@ def brightness(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
 
 def _png(values: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
     pixels: Pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return png(Image.fromarray(pixels))
 
 
 WEAR = {"jpeg_quality": jpeg, "noise": noise}  # of both images; the others of `after` alone, between the two

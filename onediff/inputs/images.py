@@ -1,4 +1,4 @@
-"""An image file of any common kind -> one RGB picture, or one line that says what is wrong with it."""
+"""An image file of any common kind -> one RGB picture, or one line that says what is wrong with it; and back to PNG."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
     except _BROKEN as error:
         raise ValueError(f"{name}: {_reason(error)}") from None
     raise ValueError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; make it smaller")
+
+
+def png(image: Image.Image) -> bytes:
+    """The file content of a PNG with these pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _header(file: io.BytesIO | Path) -> Image.Image:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onediff.config import Config, load_params
+from onediff.config import Config, Phase, load_params
+from onediff.data.folders import sources_of
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
@@ -33,7 +34,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     config, card = load_params(root / "params.yaml"), _read(data / "diffcap/card.json")
     scores = {"test": _read(data / "metrics.json"), "gate": _read(data / "gate.json")}
     stress = _read(data / "stress.json")
-    runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in PHASES if config.phase(phase)}
+    runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in PHASES if getattr(config, phase)}
     lineage = folder / "lineage/lineage.json"
     made = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
@@ -43,7 +44,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
         incomplete=card.get("incomplete", {}),
         protocols=sorted({its["protocol"] for its in scores["test"].values()}),
         energy_known=any(run.get("energy_wh") is not None for run in runs.values()),
-        generated_only=not set(config.data.sources) - set(config.data.generated),
+        generated_only=set(sources_of(config.data)) == set(config.data.generated),
         lineage=_read(lineage) if lineage.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(made.content.rstrip() + "\n", encoding="utf-8")
@@ -78,12 +79,11 @@ def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
 def _phases(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name, run in runs.items():
-        phase = config.phase(name)
-        assert phase is not None, "only phases that ran are noted"
-        rates = {part: rate for part, rate in phase.learning_rates.items() if rate}
+        phase: Phase = getattr(config, name)
+        rates = {part: getattr(phase, f"lr_{part}") for part in ("vision", "delta", "projector", "language")}
         found.append({"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
                       "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
-                      "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items()),
+                      "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items() if rate),
                       "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"],
                       "energy": _energy(run)})
     return found

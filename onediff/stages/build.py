@@ -13,7 +13,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from onediff.config import SPLITS, Config, Data, Leaks, load_params, load_runtime
+from onediff.config import Config, Data, Leaks, load_params, load_runtime
 from onediff.data.build import (
     card,
     chosen_tables,
@@ -26,16 +26,17 @@ from onediff.data.build import (
     write_tables,
 )
 from onediff.data.checks import check_suite, complaints, judged, refuse, write_report
+from onediff.data.folders import PAIRS, folder_of, sources_of
 from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
 from onediff.data.record import Record, read_records
 from onediff.data.shortcut import pixel_difference_auc
 from onediff.data.sources.catalog import CATALOG
+from onediff.data.splits import SPLITS
 from onediff.data.verdicts import verdicts
+from onediff.paths import DIFFCAP, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
-from onediff.stages.probe import TABLE
-from onediff.stages.validate import QUARANTINE
 
-DIFFCAP, REPORTS = Path("data/diffcap"), Path("data/reports/diffcap")
+REPORTS = Path("data/reports/diffcap")
 LEAKS = REPORTS / "leaks.parquet"
 AUDIT = REPORTS / "audit.json"  # not in the card, on which trainings depend
 AUC_PAIRS = 3000  # of train, and of test
@@ -48,9 +49,9 @@ def build() -> None:
     written breaks a rule of the suite `diffcap`.
     """
     config = load_params()
-    probed, bad = (_read_table(path) for path in (TABLE, QUARANTINE))
+    probed, bad = (_read_table(path) for path in (PROBE_TABLE, QUARANTINE))
     good = good_rows(probed, quarantined=frozenset(bad["pair_id"]))
-    folders = [config.data.folder(source) for source in config.data.sources]
+    folders = [folder_of(config.data, source) for source in sources_of(config.data)]
     leaks = _leaks(good, folders, config)
     rows = staying(good, leaks)
     _check(rows, folders)
@@ -116,7 +117,7 @@ def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFr
 
 
 def _read_reports(config: Config) -> dict[str, Any]:
-    paths = {source: config.data.unwritten_folder(source) / "report.json" for source in config.data.raw}
+    paths = {source: PAIRS / source / "report.json" for source in config.data.raw}
     return {source: json.loads(path.read_text(encoding="utf-8")) for source, path in paths.items() if path.exists()}
 
 

@@ -11,6 +11,8 @@ import time
 import warnings
 from collections.abc import Callable
 
+from onediff import freshness
+
 FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
 
 
@@ -24,6 +26,8 @@ def run(stage: Callable[..., object]) -> None:
         above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
     try:
+        if "DVC_STAGE" in os.environ:
+            freshness.check(os.environ["DVC_STAGE"])
         stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {error}")

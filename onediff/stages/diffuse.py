@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.collection import Entry, list_collection
+from onediff.data.folders import PAIRS
 from onediff.data.parallel import spread
 from onediff.data.record import write_shards
 from onediff.data.sources.entries import part, read_lines
@@ -41,7 +42,7 @@ def diffuse(source: str) -> None:
             counts.update(fates)
             yield place
 
-    folder = config.data.unwritten_folder(source)
+    folder = PAIRS / source
     shutil.rmtree(folder, ignore_errors=True)
     total = write_shards(records_of(places()), folder, "train", shard_pairs=config.data.shard_pairs)
     fates = {reason: counts[reason] for reason in REASONS}

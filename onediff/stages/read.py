@@ -9,12 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from onediff.config import SPLITS, load_params, load_runtime
+from onediff.config import load_params, load_runtime
+from onediff.data.folders import PAIRS
 from onediff.data.record import write_shards
 from onediff.data.sources.read import SHOWN, as_text, open_source, problems, records, survey
+from onediff.data.splits import SPLITS
 from onediff.stages.command import run
 
-RAW, PAIRS, REPORTS = Path("data/raw"), Path("data/pairs"), Path("data/reports/read")
+RAW, REPORTS = Path("data/raw"), Path("data/reports/read")
 
 
 def read(source: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff.config import Config, load_params
+from onediff.data.folders import sources_of
 from onediff.data.record import read_records, read_table
 from onediff.eval.behaviour import Row
 from onediff.eval.charts import standalone
@@ -63,7 +64,7 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
 
 def _subtitle(config: Config) -> str:
     model, delta = config.model, config.model.delta
-    return (f"{', '.join(config.data.sources)} · vision {model.vision.path} · language {model.language} · "
+    return (f"{', '.join(sources_of(config.data))} · vision {model.vision.path} · language {model.language} · "
             f"{delta.num_tokens} delta tokens from levels {delta.levels}, reading {model.reading}, "
             f"keys {delta.inputs} · seed {config.seed}")
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.collection import list_collection
+from onediff.data.folders import PAIRS
 from onediff.data.record import write_shards
 from onediff.data.retrieval import embed_collection, find_pairs, pair_records
 from onediff.stages.command import quiet, run
@@ -39,7 +40,7 @@ def retrieve(source: str) -> None:
     if not pairs:
         raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
                          f"{settings.min_similarity} to {settings.max_similarity}; widen data.retrieval's window")
-    folder = config.data.unwritten_folder(source)
+    folder = PAIRS / source
     shutil.rmtree(folder, ignore_errors=True)
     records = tqdm(pair_records(source, readable, pairs), total=len(pairs), desc=source, unit="pair")
     write_shards(records, folder, "train", shard_pairs=config.data.shard_pairs)

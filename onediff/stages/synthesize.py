@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from onediff.config import SPLITS, Config, load_params, load_runtime
+from onediff.config import Config, load_params, load_runtime
 from onediff.data.parallel import spread
 from onediff.data.record import Record, write_shards
+from onediff.data.splits import SPLITS
 from onediff.data.synthesis.edits import edit_record
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes import prepare, scene_records
 from onediff.stages.command import run
 
 Group = tuple[str, str, int]  # shard prefix, split, number within the split
@@ -32,10 +33,8 @@ def _groups(config: Config, source: str) -> Iterator[Group]:
 
 
 def _maker(config: Config, source: str, device: str) -> Callable[[Group], list[Record]]:
-    if _by_blender(config, source):
-        from onediff.data.synthesis import blender
-
-        blender.choose_device(device)  # before the first scene, so that a missing Blender is said at once
+    if source == "scenes":
+        prepare(config, device)
     return functools.partial(_make, config, source)
 
 

@@ -8,10 +8,11 @@ import pandas as pd
 
 from onediff.config import load_params
 from onediff.data.checks import check_suite, complaints, judged, refuse, suites_of, write_report
+from onediff.data.folders import folder_of, sources_of
+from onediff.paths import PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
-from onediff.stages.probe import TABLE
 
-QUARANTINE, REPORTS = Path("data/quarantine.parquet"), Path("data/reports/validation")
+REPORTS = Path("data/reports/validation")
 
 
 def validate() -> None:
@@ -21,16 +22,16 @@ def validate() -> None:
     lost pairs while its source is not in data.partial.
     """
     data = load_params().data
-    if not TABLE.exists():
-        raise FileNotFoundError(f"{TABLE} not found: 'dvc repro probe' makes it")
-    table = pd.read_parquet(TABLE)
+    if not PROBE_TABLE.exists():
+        raise FileNotFoundError(f"{PROBE_TABLE} not found: 'dvc repro probe' makes it")
+    table = pd.read_parquet(PROBE_TABLE)
     table = judged(table.assign(suite=suites_of(table, data)))
     checked = [check_suite(suite, table, tolerance=tolerance, partial=tuple(data.partial))
                for suite, tolerance in (("raw", data.tolerance.raw), ("generated", data.tolerance.generated))]
     bad = pd.concat([one.bad for one in checked]).sort_index()
     bad.to_parquet(QUARANTINE, index=False)
     found = complaints(checked, whole=tuple(source for source in data.raw if source not in data.partial))
-    folders = [data.folder(source) for source in data.sources]
+    folders = [folder_of(data, source) for source in sources_of(data)]
     refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
 
 

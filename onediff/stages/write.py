@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from onediff.config import Writer, load_params, load_runtime
+from onediff.data.folders import PAIRS, WRITTEN
 from onediff.data.record import Record, read_records, write_shards
 from onediff.data.writer.answer import Answer
 from onediff.data.writer.asking import ask
@@ -24,7 +24,7 @@ def write(source: str) -> None:
     config, runtime = load_params(), load_runtime()
     writer, answered = writer_of(source, config, "write"), answers_path(source, "write")
     print(ask((job for job in jobs(source, config, "write") if isinstance(job, Request)), answered, runtime))
-    read, written = config.data.unwritten_folder(source), Path("data/written") / source
+    read, written = PAIRS / source, WRITTEN / source
     shutil.rmtree(written, ignore_errors=True)
     answers, total = read_answers(answered), 0
     aside: list[dict[str, Any]] = []

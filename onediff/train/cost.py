@@ -17,6 +17,7 @@ from torch import nn
 from onediff.config import Phase
 from onediff.model.delta import Attention, DeltaLayer
 from onediff.model.onediff import PARTS, OneDiffForConditionalGeneration
+from onediff.train.engine import learning_rates
 
 LEARNS, PASSED_THROUGH, FORWARD = 6.0, 4.0, 2.0
 
@@ -91,7 +92,7 @@ class Flops:
         """cached_tower: its features were computed beforehand. The model may be on no device, and must not be shared
         out by ZeRO 3 in other shapes than its layers name.
         """
-        rates, config = phase.learning_rates, model.config
+        rates, config = learning_rates(phase), model.config
         blocks = [module for name, module in model.language.get_decoder().named_modules()
                   if isinstance(module, nn.Linear) and "lora_" not in name]
         adapters = phase.lora.rank * sum(m.in_features + m.out_features for m in blocks) if phase.lora else 0

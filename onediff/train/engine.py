@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onediff.config import Phase, Runtime
-from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.model.onediff import PARTS, OneDiffForConditionalGeneration
 from onediff.train import lora
 
 BETAS = (0.9, 0.999)
@@ -47,12 +47,17 @@ def limit_waits() -> None:
         distributed_c10d._set_pg_timeout(default_pg_timeout, group)
 
 
+def learning_rates(phase: Phase) -> dict[str, float]:
+    """Part of the model -> its peak learning rate, in the order of the optimizer's parameter groups."""
+    return {part: getattr(phase, f"lr_{part}") for part in PARTS}
+
+
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
     """Freezes what has learning rate 0; parameter groups of the rest, one per part, with its `peak` rate."""
     if phase.lora:
         lora.add(model.language, phase.lora)
     groups = []
-    for part, rate in phase.learning_rates.items():
+    for part, rate in learning_rates(phase).items():
         mine = [(name, p) for name, p in model.named_parameters() if model.part_of(name) == part]
         for name, parameter in mine:
             parameter.requires_grad_(rate > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))

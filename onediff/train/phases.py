@@ -47,7 +47,7 @@ def run_folder(name: str, config: Config, runtime: Runtime, *, data: Path, start
 
     A changed parameter, data set or start begins anew, an interrupted run goes on.
     """
-    phase = config.phase(name)
+    phase: Phase | None = getattr(config, name)
     starts = [str(start)] if start else [config.model.vision.path, config.model.language, config.model.delta.init]
     return checkpoint.scratch_of(runtime.scratch, name, [
         config.seed, config.model.model_dump(), phase.model_dump() if phase else None,

@@ -90,7 +90,7 @@ def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisati
     described, published = described_model(config.model)
     model = configure(described)
     phases = [plan_phase(name, config, model, runtime, gpu=gpu, num_gpus=num_gpus, utilisation=utilisation)
-              for name in ("align", "tune") if config.phase(name) is not None]
+              for name in ("align", "tune") if getattr(config, name) is not None]
     views = 1 if model.reading == "C" else 2
     return Plan(gpu, num_gpus, utilisation, published, views * model.tokens_per_image, model.delta_tokens_read, phases)
 
@@ -106,8 +106,7 @@ def described_model(model: Model) -> tuple[Model, list[str]]:
 
 def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime, *, gpu: Gpu, num_gpus: int,
                utilisation: float) -> PhasePlan:
-    phase = config.phase(name)
-    assert phase is not None, "only phases that are there are planned"
+    phase: Phase = getattr(config, name)
     if phase.batch_size % num_gpus:
         raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} does not split over {num_gpus} GPUs; "
                          "change one of them")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onediff.config import SPLITS
 from onediff.data.browse import THUMBNAIL_PX, browse, choose
 from onediff.data.record import Record, write_shards
+from onediff.data.splits import SPLITS
 
 
 def png(seed: int, height: int = 229, width: int = 331) -> bytes:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from onediff.config import SPLITS, Config
+from onediff.config import Config
 from onediff.data.build import (
     card,
     chosen_tables,
@@ -23,6 +23,7 @@ from onediff.data.build import (
 )
 from onediff.data.leaks import COLUMNS
 from onediff.data.record import Record, digest, write_shards
+from onediff.data.splits import SPLITS
 
 
 def record(number: int, split: str, source: str = "edits") -> Record:

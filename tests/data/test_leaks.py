@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from onediff.config import SPLITS, Leaks, Runtime
+from onediff.config import Leaks, Runtime
 from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names, thumbnail
 from onediff.data.record import Record, write_shards
+from onediff.data.splits import SPLITS
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT.parent / "shared/cases/annotations"

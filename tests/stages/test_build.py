@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from onediff.config import SPLITS
 from onediff.data.record import Record, read_records, write_shards
+from onediff.data.splits import SPLITS
 from onediff.stages.build import build
 from onediff.stages.probe import probe
 from onediff.stages.validate import validate
@@ -195,3 +196,21 @@ def test_shards_changed_after_the_probe_are_refused(folder: Path) -> None:
 def test_what_is_missing_is_said(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found: 'dvc repro validate' makes it"):
         build()
+
+
+def test_the_card_names_the_model_that_edited_images_and_the_writer(folder: Path) -> None:
+    probe()
+    validate()
+    shutil.copytree("data/pairs/talk", "data/written/talk")
+    values = YAML(typ="safe").load(Path("params.yaml").read_text())
+    similarities = {f"min_{name}_similarity": 0.2 for name in ("image", "caption", "direction")}
+    values["data"] |= {
+        "raw": ["mine"], "diffused": ["talk"], "written": ["talk"], "clip": "clip",
+        "diffusion": {"pipeline": "some/editor", "image_px": 64, "steps": 2, "guidance": 7.5, "image_guidance": 1.5,
+                      "num_samples": 1, **similarities},
+        "writer": {"model": "some-writer", "mode": "text", "prompts": "v1", "temperature": 0.5, "max_tokens": 9}}
+    YAML().dump(values, Path("params.yaml"))
+    build()
+    about = json.loads((folder / "data/diffcap/card.json").read_text())["sources"]["talk"]
+    assert about["what"] == "images edited by some/editor"
+    assert about["captions"] == "written by some-writer (text, prompts v1)"

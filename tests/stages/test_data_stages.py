@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from onediff.config import SPLITS, Config
+from onediff.config import Config
 from onediff.data.record import Record, read_records, write_shards
+from onediff.data.splits import SPLITS
 from onediff.data.synthesis.edits import edit_record
 from onediff.stages.build import build
 from onediff.stages.probe import probe

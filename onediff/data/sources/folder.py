@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onediff.config import SPLITS
 from onediff.data.record import digest
 from onediff.data.sources.entries import expect, part, read_csv, read_lines, sentences
 from onediff.data.sources.files import Files
 from onediff.data.sources.published import NO_TYPE, PublishedPair
+from onediff.data.splits import SPLITS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 TABLES = ("pairs.csv", "pairs.jsonl")

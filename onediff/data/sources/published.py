@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onediff.config import SPLITS
 from onediff.data.record import Record, digest
 from onediff.data.sources.files import Files
+from onediff.data.splits import SPLITS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 NO_TYPE, GENERAL = "unlabelled", "general"

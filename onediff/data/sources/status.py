@@ -9,6 +9,7 @@ from typing import Any
 
 from onediff.config import Config
 from onediff.data.archives import ENDINGS
+from onediff.data.folders import sources_of
 from onediff.data.sources.catalog import CATALOG, CatalogEntry
 from onediff.data.sources.files import IMAGE_ENDINGS
 from onediff.data.sources.folder import TABLES
@@ -58,7 +59,7 @@ def _row(source: str, entry: CatalogEntry, config: Config | None) -> dict[str, A
     return {"source": source, "what": entry.what, "licence": entry.licence, "home": entry.home, "size": entry.size,
             "present": ", ".join(present), "missing": ", ".join(missing),
             "todo": _todo(source, entry, folder, missing, found["names"]),
-            "used": bool(config and source in config.data.sources)}
+            "used": bool(config and source in sources_of(config.data))}
 
 
 def _look(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 
-from onediff.config import SPLITS, Config, Split, Writer
+from onediff.config import Config, Writer
+from onediff.data.folders import PAIRS
 from onediff.data.record import SCHEMA, Record, read_records, shards
+from onediff.data.splits import SPLITS, Split
 from onediff.data.writer.request import Request, differences_from_captions, differences_from_images, edit_of_caption
 
 Stage = Literal["write", "instruct"]
@@ -41,7 +43,7 @@ def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]
     writer = writer_of(source, config, stage)
     made: Iterator[Request | Unfit] = _edits(source, writer)
     if stage == "write":
-        made = _captions(source, config, writer)
+        made = _captions(source, writer)
     unfit, any_fit = None, False
     for job in made:
         any_fit = any_fit or isinstance(job, Request)
@@ -69,8 +71,8 @@ def caption_job(record: Record, writer: Writer) -> Request | Unfit:
                                      edit=record.provenance.get("edit") or "")
 
 
-def _captions(source: str, config: Config, writer: Writer) -> Iterator[Request | Unfit]:
-    folder = config.data.unwritten_folder(source)
+def _captions(source: str, writer: Writer) -> Iterator[Request | Unfit]:
+    folder = PAIRS / source
     records = read_records(folder) if writer.mode == "vision" else _without_images(folder)
     return (caption_job(record, writer) for record in records if not is_captioned(record))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from published_sets import picture, put
 
-from onediff.config import SPLITS
 from onediff.data.record import Record
 from onediff.data.sources.files import open_files
 from onediff.data.sources.folder import divided
 from onediff.data.sources.read import records, summarize
+from onediff.data.splits import SPLITS
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 

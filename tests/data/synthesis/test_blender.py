@@ -11,9 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onediff.config import Config
-from onediff.data.synthesis import blender
 from onediff.data.synthesis.render import Thing, View, object_ids, render
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes import blender, scene_records
 
 needs_blender = pytest.mark.skipif(importlib.util.find_spec("bpy") is None,
                                    reason="bpy is not installed: 'make blender'")

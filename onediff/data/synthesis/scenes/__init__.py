@@ -6,7 +6,6 @@ the inverse caption, and distractors in which only camera and light moved. Park 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,10 +16,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from onediff.config import SPLITS, Config
+from onediff.config import Config
 from onediff.data.record import Record
+from onediff.data.splits import SPLITS
 from onediff.data.synthesis.phrases import DIRECTIONS, INSTRUCTIONS, SCENE_TEMPLATES, phrasings, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Camera, Thing, View, render, visible
+from onediff.inputs.images import png
 
 CHANGE_TYPES = ("color", "texture", "add", "drop", "move")
 TABLE_REACH = 2.2  # objects stand within this distance of the middle, in x and in y
@@ -255,13 +256,21 @@ class _Shot:
     def frame(self, config: Config) -> Frame:
         if self._frame is None:
             image, ids = _renderer(config)(self.things, self.view, config.data.image_px)
-            self._frame = Frame(png(image), self.things, ids)
+            self._frame = Frame(png(Image.fromarray(image)), self.things, ids)
         return self._frame
+
+
+def prepare(config: Config, device: str) -> None:
+    """Starts Blender, if it renders, before the first scene: so that a missing Blender is reported at once."""
+    if config.data.scenes.renderer == "blender":
+        from onediff.data.synthesis.scenes import blender
+
+        blender.choose_device(device)
 
 
 def _renderer(config: Config) -> Callable[[list[Thing], View, int], tuple[NDArray[np.uint8], NDArray[np.int8]]]:
     if config.data.scenes.renderer == "blender":
-        from onediff.data.synthesis import blender  # heavy, and an extra
+        from onediff.data.synthesis.scenes import blender  # heavy, and an extra
 
         return blender.render
     return render
@@ -273,12 +282,6 @@ def _seen_moving(change: Change, views: list[View]) -> bool:
     u0, v0, _ = camera.project(_known(change.before).centre)
     u1, v1, _ = camera.project(_known(change.after).centre)
     return math.hypot(u1 - u0, v1 - v0) > 0.2
-
-
-def png(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _region(frame: Frame, thing: Thing | None) -> list[int] | None:

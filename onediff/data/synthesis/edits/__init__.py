@@ -19,11 +19,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from onediff.config import SPLITS, Config
+from onediff.config import Config
 from onediff.data.record import Record
+from onediff.data.splits import SPLITS
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
 from onediff.data.synthesis.render import COLORS, FOV, MATERIALS, SHAPES, SIZES, Camera, Thing, View, render
-from onediff.inputs.images import open_image
+from onediff.inputs.images import open_image, png
 
 Pixels = NDArray[np.uint8]
 
@@ -140,10 +141,9 @@ def changed_share(before: Pixels, after: Pixels) -> float:
 
 def _encode(rng: Generator, pixels: Pixels) -> bytes:
     """PNG bytes after a JPEG round trip of random quality, so that equal bytes do not give `none` away."""
-    lossy, lossless = io.BytesIO(), io.BytesIO()
+    lossy = io.BytesIO()
     Image.fromarray(pixels).save(lossy, "JPEG", quality=int(rng.integers(88, 98)), subsampling=0)
-    Image.open(lossy).save(lossless, "PNG", compress_level=1)
-    return lossless.getvalue()
+    return png(Image.open(lossy))
 
 
 def _references(rng: Generator, operation: str, edit: Edit) -> list[str]:

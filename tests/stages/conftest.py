@@ -1,0 +1,18 @@
+"""Every test of a stage checks, too, that dvc.yaml names the parameters that the stage reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from recorder import recorded_params
+
+
+@pytest.fixture(autouse=True)
+def stages_read_only_declared_params(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    notes: Path = tmp_path_factory.mktemp("params") / "read"
+    with pytest.MonkeyPatch.context() as patch:
+        recorded_params.install(recorded_params.append_to(str(notes)), patch.setattr)
+        yield
+    assert list(recorded_params.undeclared(recorded_params.read_notes(notes))) == []
