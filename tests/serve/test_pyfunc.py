@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
+from registered import register, write_lock, write_results
 
 from onediff.serve.in_use import Files
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
@@ -136,12 +136,10 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for name in ("test.json", "gate.json"):
-        Path(name).write_text(json.dumps({"scenes": {"CIDEr": 1.0}}))
-    Path("scored").mkdir()
-    Path("scored/gate.json").write_text("{}")
+    write_results()
+    write_lock(trained)
     Path("rules.yaml").write_text("minima: {scenes.CIDEr: 0.5}\nmaxima: {}\nbetter_than_champion: null\n")
-    registry.register(trained, Path("test.json"), Path("gate.json"), Path("scored"))
+    register(trained)
     assert registry.promote(rules=Path("rules.yaml")).promoted
 
     from mlflow.pyfunc import load_model
