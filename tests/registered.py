@@ -80,6 +80,13 @@ def write_results(root: Path = Path(), *, operation: float = 0.8, references: st
     write_json(root / "data/captions/gate/scenes.jsonl", {"pair_id": "0", "prediction": "none"})
 
 
+def write_data(root: Path = Path(), verdict: str = "clean") -> None:
+    """What the stages `validate` and `build` leave."""
+    write_json(root / "data/diffcap/card.json", {})
+    write_json(root / "data/quarantine.parquet", "none")
+    write_json(root / "data/reports/diffcap/audit.json", {"benchmarks": {"scenes": {"verdict": verdict}}})
+
+
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -91,9 +98,13 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
     """
     made = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
     md5 = {path: md5_of(root / path) for path in made}
-    data, trained = {"data/diffcap": "d" * 32 + ".dir"}, {"data/models/tune": md5_of(folder)}
+    built = {path: md5_of(root / path) if (root / path).exists() else "d" * 32 + ".dir"
+             for path in ("data/diffcap", "data/reports/diffcap", "data/quarantine.parquet")}
+    checked = {"data/quarantine.parquet": built.pop("data/quarantine.parquet")}
+    data, trained = {"data/diffcap": built["data/diffcap"]}, {"data/models/tune": md5_of(folder)}
     captions = {"data/captions": md5.pop("data/captions")}
-    stages = {"tune": {"deps": data, "outs": trained}, "caption": {"deps": data | trained, "outs": captions},
+    stages = {"validate": {"outs": checked}, "build": {"deps": checked, "outs": built},
+              "tune": {"deps": data, "outs": trained}, "caption": {"deps": data | trained, "outs": captions},
               "score": {"deps": data | captions, "outs": md5}}
     stages = {name: {"cmd": "x"} | {kind: [{"path": path, "hash": "md5", "md5": digest} for path, digest in (
         paths | changed.get(name, {}).get(kind, {})).items()] for kind, paths in stage.items()}

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from onediff import tracking
 from onediff.model.digest import model_digests
 from onediff.registry import store
+from onediff.registry.records import check_champion
 from onediff.registry.store import CHAMPION_URI, NAME
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ def model_folder(uri: str = CHAMPION_URI) -> Path:
     """The model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
 
     A version on a server is fetched once, into .onediff/models. Raises ValueError if there is no such version, if its
-    files are gone or outside the store, or if any byte of them is not what was registered.
+    files are gone or outside the store, if any byte of them is not what was registered, or if the champion never met
+    the gate.
     """
+    if uri == CHAMPION_URI:
+        check_champion()
     version = store.resolve(uri)
     folder = _fetched(version)
     return _checked(_model_in(folder, version), version, cure=_cure(folder))

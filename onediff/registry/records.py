@@ -133,6 +133,17 @@ def _past_the_gate(aliases: Mapping[str, str], changes: list[Change]) -> bool:
 
 
 @store.plain_errors()
+def check_champion() -> None:
+    """Raises ValueError if MLflow's champion is a version that never met the gate."""
+    aliases = _found()
+    if _past_the_gate(aliases, _read()):
+        version = aliases[CHAMPION]
+        raise ValueError(f"MLflow at {tracking.where()} has version {version} as champion, which was set outside "
+                         "OneDiff and never met the gate: 'onediff registry repair' sets champion back, 'onediff "
+                         f"registry promote {version}' asks the gate")
+
+
+@store.plain_errors()
 def repair(*, by: str | None = None) -> Change:
     """Makes MLflow's aliases and the trail agree, as every change does first; gives the last record."""
     with writing():
@@ -147,8 +158,8 @@ def settled(*, by: str | None = None) -> Change:
     if found == head.new or unfinished:
         if found != head.new:
             _follow(head)
-        for change in unfinished:
-            _mark(change)
+        for record in unfinished:
+            _mark(record)
         return head
     if _past_the_gate(found, changes):
         why = f"champion {found[CHAMPION]} was set outside OneDiff and never met the gate"
