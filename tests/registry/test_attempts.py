@@ -1,7 +1,8 @@
 """Attempts to make champion a model that should not be one. Each is refused, and the message names the reason.
 
-What is not defended: whoever can write into MLflow's database, or can forge a run of the pipeline (files, DVC's cache and
-dvc.lock together) before it is committed, can write whatever the gate reads. `onediff lineage VERSION --verify` then captions and scores again.
+What is not defended: whoever can write into MLflow's database, or can forge a run of the pipeline (its files and
+dvc.lock together) before it is committed, can write whatever the gate reads. `onediff lineage VERSION --verify` then
+captions and scores again.
 """
 
 from __future__ import annotations
