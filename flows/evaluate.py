@@ -19,7 +19,7 @@ def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:
         with alone():
-            chosen = registry.number_of(model)  # once: an alias may move while the version is scored
+            chosen = registry.pinned(model)  # once: an alias may move while the version is scored
             evidence = score_again(chosen)
             print(publish_scores(evidence.root / "data/metrics.json", "scores-again"))
             version = chosen.rpartition("/")[2]

@@ -109,8 +109,7 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
     stages = {name: {"cmd": "x"} | {kind: [{"path": path, "hash": "md5", "md5": digest} for path, digest in (
         paths | changed.get(name, {}).get(kind, {})).items()] for kind, paths in stage.items()}
         for name, stage in stages.items()}
-    with (root / "dvc.lock").open("w") as file:
-        YAML().dump({"schema": "2.0", "stages": stages}, file)
+    write_json(root / "dvc.lock", {"schema": "2.0", "stages": stages})  # JSON is YAML
 
 
 def trained(name: str, **scores: float | str) -> Path:

@@ -42,6 +42,14 @@ def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
                              "valid\n")
 
 
+def test_where_the_rules_want_approval_the_command_names_the_case_and_asks() -> None:
+    write_rules(Path("mlflow/promotion.yaml"), approval_h=1)
+    add("a")
+    for answer, champion in (("n", []), ("y", ["champion"])):
+        asked = CliRunner().invoke(app, ["promote"], input=f"{answer}\n").output
+        assert "Shall version 1 (model " in asked and aliases() == {"1": ["candidate", *champion]}
+
+
 def test_a_refusal_names_every_rule() -> None:
     add("a", CIDEr=3.0, change_type_accuracy=0.1, false_alarm_rate=0.9)
     with pytest.raises(ValueError, match=r"version 1 is refused:\n  scenes\.change_type.*\n  scenes\.false_alarm_rate"):

@@ -9,7 +9,7 @@
     commits.py    what git has committed
 """
 
-from onediff.registry.artifacts import model_folder, number_of, scored_pairs, version_files, version_tags, version_text
+from onediff.registry.artifacts import model_folder, pinned, scored_pairs, version_files, version_tags, version_text
 from onediff.registry.evidence import Evidence, evidence_of, pipeline_evidence
 from onediff.registry.promotion import assess, champion_to_score_again, promote, propose, rollback
 from onediff.registry.records import Change, check_trail, difference, repair, trail
@@ -20,6 +20,6 @@ from onediff.registry.writers import shared, sole_writer
 
 __all__ = ["AUDIT", "CANDIDATE", "CHAMPION", "CHAMPION_URI", "NAME", "PREVIOUS", "RULES", "Case", "Change", "Evidence",
            "Rules", "Verdict", "assess", "champion_to_score_again", "check_trail", "difference", "evidence_of",
-           "list_versions", "load_rules", "model_folder", "number_of", "pipeline_evidence", "promote", "propose",
+           "list_versions", "load_rules", "model_folder", "pinned", "pipeline_evidence", "promote", "propose",
            "register", "repair", "rescore", "rollback", "scored_pairs", "shared", "sole_writer", "trail",
            "version_files", "version_tags", "version_text", "version_with"]

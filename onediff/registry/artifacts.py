@@ -87,7 +87,7 @@ def version_text(uri: str, name: str) -> str:
 
 
 @store.plain_errors()
-def number_of(uri: str) -> str:
+def pinned(uri: str) -> str:
     """The version that models:/onediff@ALIAS or models:/onediff/VERSION means now, as models:/onediff/VERSION.
 
     Raises ValueError if there is no such version.

@@ -85,23 +85,23 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
     if missing:
         raise ValueError(f"{root / LOCK}: must hold stage {missing[0]}, which says what the model was made of and "
                          "scored on: 'dvc repro' runs it")
-    found = evidence_of(model_dir, root)
+    evidence = evidence_of(model_dir, root)
     tune, caption, score = (stages[name] for name in ("tune", "caption", "score"))
     wrong = [_must_be(str(model_dir), "the model folder that stage caption read", caption.deps.get(MODEL),
-                      found.model_md5),
+                      evidence.model_md5),
              _must_be(f"{LOCK}: {MODEL} that stage caption read", "what stage tune left", tune.outs.get(MODEL),
                       caption.deps.get(MODEL)),
              _must_be(str(root / CAPTIONS), "what stage caption left", caption.outs.get(CAPTIONS),
-                      found.files[CAPTIONS]),
+                      evidence.files[CAPTIONS]),
              _must_be(f"{LOCK}: {CAPTIONS} that stage score read", "what stage caption left",
                       caption.outs.get(CAPTIONS), score.deps.get(CAPTIONS)),
              *(_must_be(f"{LOCK}: {DIFFCAP} that stage {name} read", "what stage tune read", tune.deps.get(DIFFCAP),
                         stage.deps.get(DIFFCAP)) for name, stage in (("caption", caption), ("score", score))),
-             *(_must_be(str(root / path), "what stage score left", score.outs.get(path), found.files[path])
+             *(_must_be(str(root / path), "what stage score left", score.outs.get(path), evidence.files[path])
                for path in _MADE_BY_SCORE), _unlike_commit(score, root)]
     if any(wrong):
         raise ValueError("\n".join(filter(None, wrong)))
-    return found
+    return evidence
 
 
 def _present(root: Path, path: str) -> str:

@@ -92,6 +92,11 @@ def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(kept: Pa
     assert registry.promote().promoted
     folder = registry.model_folder()
     assert (folder / "model.safetensors").read_bytes() == b"tune" and ".onediff" in folder.parts
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"version 1: the files in .*-weights must .* remove its folder in "):
+        registry.model_folder()
+    shutil.rmtree(folder)
+    assert registry.model_folder() == folder
     with pytest.raises(ValueError, match="is registered by reference, MLflow has no weights"):
         from mlflow.pyfunc import load_model
 
@@ -134,7 +139,14 @@ def test_a_version_on_a_server_is_fetched_once_and_its_scores_are_new(server: Se
         assert (registry.version_files("models:/onediff/1") / "README.md").read_text() == "two"
         assert (registry.version_files("models:/onediff/1") / "mark").exists()
         assert registry.promote().promoted
+        (registry.model_folder() / "config.json").write_text("{ }")
+        with pytest.raises(ValueError, match=r"version 1: the files in .*: they were changed; remove .*fetched again"):
+            registry.model_folder()
         add("b", CIDEr=6.0)
+        changed, = (path for path in (server.folder / "served").rglob("model.safetensors") if path.read_bytes() == b"b")
+        changed.write_bytes(b"c")
+        with pytest.raises(ValueError, match=r"version 2: the files in .* they were changed"):
+            registry.promote()
         shutil.rmtree(server.folder / "served")
         with pytest.raises(ValueError, match="version 2: its files are not where MLflow"):
             registry.promote()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from registered import register, write_lock, write_results
 
+from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.serve.in_use import Files
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
 from onediff.usage import read_usage
@@ -127,6 +128,16 @@ def test_a_served_model_notes_its_captions_where_the_environment_says(trained: P
     noted, _ = read_usage(tmp_path / "usage", datetime(2000, 1, 1, tzinfo=UTC))
     assert [(row["caption"], row["model"]) for row in noted] == [(text, str(trained)) for text in plain]
     assert [row["distance"] > 0 for row in noted] == [True, False]
+
+
+def test_a_version_whose_files_were_changed_is_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "data/model"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / DIGEST_FILE).write_text(model_digests(folder).folder + "\n")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"its files must have the registered digest \w{12}, got \w{12}: they were"):
+        _load_pyfunc(str(folder))
 
 
 @pytest.mark.slow
