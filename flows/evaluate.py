@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 
 from flows.processes import alone, prepare
 from flows.tasks import keep_rescored, publish_scores, score_again
+from onediff import registry
 
 
 @flow(name="evaluate")
@@ -18,9 +19,12 @@ def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:
         with alone():
-            data = score_again(model)
-            print(publish_scores(data / "metrics.json", "scores-again"))
-            return Completed(message=f"version {keep_rescored(model, data)} has its new scores")
+            chosen = registry.pinned(model)  # once: an alias may move while the version is scored
+            evidence = score_again(chosen)
+            print(publish_scores(evidence.root / "data/metrics.json", "scores-again"))
+            version = chosen.rpartition("/")[2]
+            keep_rescored(version, evidence)
+            return Completed(message=f"version {version} has its new scores")
     except (ValueError, OSError) as error:
         return Failed(message=str(error))
 

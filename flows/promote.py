@@ -40,13 +40,15 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
                 propose(candidate, by=_name())
         again = registry.champion_to_score_again(version)
         if again:
-            keep_rescored(again, score_again(again))
-        by = _name()
+            keep_rescored(again.rpartition("/")[2], score_again(again))
+        by, approved = _name(), None
         hours = registry.load_rules().approval_h
-        if hours is not None and judge(version).promoted:
-            by = _asked(version, hours)
+        if hours is not None:
+            opinion = judge(version)
+            approved = opinion.case
+            by = _asked(approved, hours) if opinion.promoted else by
         with _alone():
-            verdict = change(version, by=by, why=why)
+            verdict = change(version, by=by, why=why, approved=approved)
     except (ValueError, OSError) as error:
         tell("failure", f"promotion of {version or 'the candidate'} failed", why=str(error),
              then="onediff registry trail")
@@ -82,11 +84,10 @@ def _told(verdict: registry.Verdict) -> State[Any]:
     return Completed(name="Promoted", message=f"version {verdict.version} is champion{was}")
 
 
-def _asked(version: str | None, hours: float) -> str:
+def _asked(case: registry.Case | None, hours: float) -> str:
     """Who said yes. Raises ValueError if the person says no; Prefect fails the flow if nobody answers in time."""
     answer = pause_flow_run(wait_for_input=Approval.with_initial_data(
-        description=f"Shall {'version ' + version if version else 'the candidate'} become champion?", approve=False,
-        name=""), timeout=round(hours * 3600))
+        description=f"Shall {case} become champion?", approve=False, name=""), timeout=round(hours * 3600))
     if not answer.approve:
         raise ValueError(f"{answer.name or 'nobody named'} did not approve: {answer.reason or 'no reason given'}")
     return f"{_name()}, approved by {answer.name}"

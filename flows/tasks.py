@@ -19,7 +19,7 @@ from flows.pipeline import DVC, outcome, reason
 from flows.processes import stream
 
 if TYPE_CHECKING:
-    from onediff.registry import Verdict
+    from onediff.registry import Case, Evidence, Verdict
 
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
@@ -57,7 +57,7 @@ def keep_scores() -> str:
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
 def register(evaluation: str, *, by: str) -> str:
-    """The model that stage `tune` left becomes the candidate; the same weights stay the same version."""
+    """The model that stage `tune` left becomes the candidate; the same model stays the same version."""
     from onediff import register as registering
 
     run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
@@ -81,11 +81,11 @@ def judge(version: str | None) -> Verdict:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def change(version: str | None, *, by: str, why: str | None) -> Verdict:
-    """The version becomes champion if mlflow/promotion.yaml lets it."""
+def change(version: str | None, *, by: str, why: str | None, approved: Case | None) -> Verdict:
+    """The version becomes champion if mlflow/promotion.yaml lets it, and if the case is still the one approved."""
     from onediff import registry
 
-    verdict = registry.promote(version, by=by, why=why)
+    verdict = registry.promote(version, by=by, why=why, approved=approved)
     print(f"version {verdict.version}: {'champion' if verdict.promoted else 'refused'}", *verdict.reasons, sep="\n  ")
     return verdict
 
@@ -99,8 +99,10 @@ def turn_back(*, by: str, why: str | None) -> str:
 
 
 @task(cache_policy=NO_CACHE)
-def score_again(model: str) -> Path:
-    """Captions and scores a registered version beside the pipeline, whose own results stay; gives the data folder."""
+def score_again(model: str) -> Evidence:
+    """Captions and scores a registered version beside the pipeline, whose own results stay; gives the digests of its
+    model folder and of its new scores.
+    """
     from onediff import registry
 
     if not Path("data/diffcap/card.json").exists():
@@ -113,26 +115,23 @@ def score_again(model: str) -> Path:
     for name in ("params.yaml", "runtime.yaml"):
         if Path(name).exists():
             shutil.copy(name, folder)
-    weights = str(registry.model_folder(model).absolute())
-    for stage, *arguments in (("caption", weights), ("score",)):
+    weights = registry.model_folder(model).absolute()
+    for stage, *arguments in (("caption", str(weights)), ("score",)):
         status, _ = stream([sys.executable, "-m", f"onediff.stages.{stage}", *arguments], folder)
         if status:
             raise ValueError(f"{stage} of {model} failed; its message stands above")
-    return folder / "data"
+    return registry.evidence_of(weights, folder)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def keep_rescored(model: str, data: Path) -> str:
-    """The new scores on the version and in an MLflow run; gives the version's number."""
+def keep_rescored(version: str, evidence: Evidence) -> None:
+    """The new scores on the version and in an MLflow run."""
     from onediff import registry
     from onediff.config import load_params
     from onediff.tracking import log_evaluation
 
-    name = model.removeprefix(f"models:/{registry.NAME}")[1:]
-    version = next(str(row["version"]) for row in registry.list_versions() if name in (row["version"], *row["aliases"]))
-    registry.rescore(version, data / "metrics.json", data / "gate.json", data / "scored")
-    log_evaluation(load_params(), data=data)
-    return version
+    registry.rescore(version, evidence)
+    log_evaluation(load_params(), data=evidence.root / "data")
 
 
 @task(cache_policy=NO_CACHE)

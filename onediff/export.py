@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from onediff import lineage, registry
-from onediff.model.digest import weights_digest
 
 LICENCE = "LICENSE"
 
@@ -16,7 +15,7 @@ LICENCE = "LICENSE"
 def export(version: str, folder: Path) -> Path:
     """Writes model, processor, README.md (the model card), licence and lineage.json; whole, or not at all.
 
-    Raises ValueError if the folder is there and not empty, or the registered weights are not those of their digest;
+    Raises ValueError if the folder is there and not empty, or the registered files are not those of their digest;
     FileNotFoundError if the version carries no model card.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -33,10 +32,6 @@ def export(version: str, folder: Path) -> Path:
         shutil.copytree(model, part)
         for path in (carried / "README.md", carried / lineage.FOLDER / "lineage.json", _licence()):
             shutil.copyfile(path, part / path.name)
-        got = weights_digest(part)
-        if got != found["weights_digest"]:
-            raise ValueError(f"{model}: the weights' SHA-256 must be {found['weights_digest']}, got {got}: they were "
-                             f"damaged; see 'onediff lineage {version} --verify'")
         part.chmod(0o755)
         if folder.exists():
             folder.rmdir()

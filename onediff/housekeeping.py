@@ -21,6 +21,7 @@ from typing import Literal
 from onediff import tracking
 from onediff.config import load_runtime
 from onediff.registry import NAME, retention
+from onediff.registry.artifacts import copies_of
 from onediff.registry.retention import Registered
 from onediff.train.launch.status import read_status
 
@@ -108,7 +109,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def _copies(days: float, versions: Iterable[Registered]) -> list[Item]:
-    wanted = {version.tags.get("weights_digest") for version in versions if version.aliases}
+    wanted = {name for version in versions if version.aliases for name in copies_of(version.tags)}
     return [Item("copy", str(folder), _num_bytes(folder)) for folder in sorted((tracking.HOME / "models").glob("*"))
             if folder.is_dir() and folder.name not in wanted and _age(folder) > days]
 

@@ -14,20 +14,21 @@ from onediff.serve.latency import caption_ms
 from onediff.stages.command import quiet
 
 
-def register(model: Path, *, data: Path = Path("data"), run_id: str | None = None, evaluation_run: str | None = None,
+def register(model: Path, *, run_id: str | None = None, evaluation_run: str | None = None,
              by: str | None = None) -> str:
-    """The version's number. Measured once for the same weights: the time of a caption here, and the profile that
+    """The version's number. Measured once for the same model: the time of a caption here, and the profile that
     `onediff drift` compares with. Lineage and model card are written each time.
 
-    Raises FileNotFoundError for what 'dvc repro' has not made yet, and as `registry.register`.
+    Raises FileNotFoundError for what 'dvc repro' has not made yet, and ValueError unless the scores in data/ are those
+    of this very model folder, see `registry.pipeline_evidence`.
     """
+    evidence = registry.pipeline_evidence(model)
     with tempfile.TemporaryDirectory() as scratch:
         carried = pack(Path(scratch), evaluation_run=evaluation_run)
         measured = {}
-        if registry.version_with(model) is None:
+        if registry.version_with(evidence.model.folder) is None:
             quiet()
             measured["caption_ms"] = caption_ms(model, DIFFCAP)
             if drift := load_params().drift:
                 write_profile(carried, model, num_pairs=drift.num_pairs)
-        return registry.register(model, data / "metrics.json", data / "gate.json", data / "scored", run_id=run_id,
-                                 carried=carried, measured=measured, by=by)
+        return registry.register(model, evidence, run_id=run_id, carried=carried, measured=measured, by=by)

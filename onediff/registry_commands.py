@@ -49,7 +49,11 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
 
         typer.echo(submit(version, why))
         return
-    verdict = registry.promote(version, why=why)
+    approved = None
+    if registry.load_rules().approval_h and (opinion := registry.assess(version)).promoted:
+        approved = opinion.case
+        typer.confirm(f"Shall {approved} become champion?", abort=True)
+    verdict = registry.promote(version, why=why, approved=approved)
     if not verdict.promoted:
         raise ValueError("\n  ".join([f"version {verdict.version} is refused:", *verdict.reasons]))
     was = f"; version {verdict.replaced} was" if verdict.replaced else ""

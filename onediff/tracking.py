@@ -371,9 +371,14 @@ def provenance(root: Path = Path()) -> dict[str, str]:
 
 
 def changed_files(root: Path = Path()) -> list[str]:
-    """What differs from the commit, dvc.lock and data aside: what the pipeline itself writes is no change of the code.
+    """What differs from the commit: changed files, code that git does not track, and files whose changes git was told
+    to overlook. dvc.lock and data do not count: the pipeline itself writes them.
     """
-    return _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock", ":!data").splitlines()
+    changed = _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock", ":!data").splitlines()
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py")
+    listed = _git(root, "ls-files", "-v", "--", ".", ":!dvc.lock", ":!data").splitlines()
+    overlooked = [line[2:] for line in listed if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
+    return list(dict.fromkeys([*changed, *untracked.splitlines(), *overlooked]))
 
 
 def branch(root: Path = Path()) -> str:

@@ -42,12 +42,18 @@ class Stage:
 def locked(path: Path = LOCK) -> dict[str, Stage]:
     """Stage -> its digests and parameters. Raises FileNotFoundError, or ValueError for what is no dvc.lock."""
     try:
-        stages = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"]
+        return parse_lock(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None
+
+
+def parse_lock(content: bytes, path: Path) -> dict[str, Stage]:
+    """The content of a dvc.lock. Raises ValueError, naming the path, for what is none."""
+    try:
+        stages = YAML(typ="safe").load(content.decode("utf-8"))["stages"]
         return {name: Stage(_digests(stage, "deps"), _digests(stage, "outs"),
                             dict(stage.get("params", {}).get("params.yaml", {})))
                 for name, stage in stages.items()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no dvc.lock ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                          "'git checkout' brings it back") from None

@@ -10,16 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
 
 from onediff import registry
+from onediff.versioned import md5_of
 
 REPO = Path(__file__).parents[1]
-GOOD = {"change_type_accuracy": 0.9, "changed_object_accuracy": 0.8, "false_alarm_rate": 0.02, "CIDEr": 3.0,
+BENCHMARK = {"BLEU-1": 0.8, "BLEU-2": 0.7, "BLEU-3": 0.6, "BLEU-4": 0.5, "METEOR": 0.4, "ROUGE-L": 0.6, "CIDEr": 1.0,
+             "num_pairs": 200, "protocol": "coco-caption/v1", "references": "r1"}
+GOOD = {**BENCHMARK, "change_type_accuracy": 0.9, "changed_object_accuracy": 0.8, "false_alarm_rate": 0.02,
+        "CIDEr": 3.0, "intervals": {"false_alarm_rate": [0.01, 0.03]},
         "floor": {"constant": {"CIDEr": 0.3, "sentence": "none"}}}
 OPEN = {"max_caption_ms": None, "max_size_mib": None, "require": []}
+PAIR_METRICS = ("CIDEr", "ROUGE-L")
 
 
 def write_rules(path: Path, **changed: object) -> Path:
@@ -27,19 +33,30 @@ def write_rules(path: Path, **changed: object) -> Path:
     rules = YAML(typ="safe").load(REPO / "mlflow/promotion.yaml") | OPEN | changed
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rules))  # JSON is YAML
+    if Path(".git").exists():
+        commit(path)
     return path
 
 
-def scored(folder: Path, *, cider: float, edits: float, references: str, noise: float) -> Path:
-    """What 200 pairs of 50 scenes scored: around `cider`, as far apart as `noise`."""
-    values = np.random.default_rng(0).normal(0, noise, (2, 200)) if noise else np.zeros((2, 200))
-    names = {"pair_id": [str(k) for k in range(200)], "group_id": [str(k // 4) for k in range(200)]}
-    pairs = {benchmark: {**names, "protocol": "coco-caption/v1", "references": references,
-                         "CIDEr": (mean + row - row.mean()).tolist()}
-             for benchmark, mean, row in zip(("scenes", "edits"), (cider, edits), values, strict=True)}
-    folder.mkdir(exist_ok=True)
-    (folder / "gate.json").write_text(json.dumps(pairs))
-    return folder
+def commit(*paths: Path | str) -> None:
+    git("add", "--force", *map(str, paths))
+    git("commit", "--quiet", "--allow-empty", "--message", "one")
+
+
+def git(*words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
+
+
+def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: int = 50) -> dict[str, object]:
+    """What the pairs of each benchmark scored: around its scores, as far apart as `noise`, in groups of equal size."""
+    rows = np.random.default_rng(0).normal(0, noise, (len(tables), 200)) if noise else np.zeros((len(tables), 200))
+    found = {}
+    for (benchmark, table), row in zip(tables.items(), rows, strict=True):
+        num = int(table["num_pairs"])  # type: ignore[call-overload]
+        found[benchmark] = {**{key: table[key] for key in ("protocol", "references")},
+                            "pair_id": [str(k) for k in range(num)], "group_id": [str(k % groups) for k in range(num)],
+                            **{name: (table[name] + row[:num] - row[:num].mean()).tolist() for name in PAIR_METRICS}}
+    return found
 
 
 def model(name: str) -> Path:
@@ -51,23 +68,73 @@ def model(name: str) -> Path:
     return folder
 
 
-def results(name: str, *, operation: float = 0.8, references: str = "r1", noise: float = 0, edits: float = 1.0,
-            **scenes: float) -> tuple[Path, Path, Path]:
-    """What `register` takes beside the model folder."""
-    gate = {"scenes": {**GOOD, **scenes}, "edits": {"operation_accuracy": operation, "CIDEr": edits}}
-    paths = []
-    for split, scores in (("test", {"scenes": {**GOOD, "CIDEr": 0.001}}), ("gate", gate)):
-        paths.append(Path("models") / f"{name}-{split}.json")
-        paths[-1].parent.mkdir(exist_ok=True)
-        paths[-1].write_text(json.dumps(scores))
-    pairs = scored(Path("models") / f"{name}-scored", cider=gate["scenes"]["CIDEr"], edits=edits,
-                   references=references, noise=noise)
-    return paths[0], paths[1], pairs
+def write_results(root: Path = Path(), *, operation: float = 0.8, references: str = "r1", edits: float = 1.0,
+                  groups: int = 50, **scenes: float) -> None:
+    """What the stages `caption` and `score` leave: captions, tables of scores, and what each pair scored."""
+    edit_table = {**BENCHMARK, "operation_accuracy": operation, "CIDEr": edits, "references": references}
+    tables = {"gate": {"scenes": {**GOOD, "references": references, **scenes}, "edits": edit_table},
+              "test": {"scenes": {**GOOD, "CIDEr": 0.001, "references": references}}}
+    for split, name in (("test", "metrics"), ("gate", "gate")):
+        write_json(root / f"data/{name}.json", tables[split])
+        write_json(root / f"data/scored/{split}.json", pairs_of(tables[split], groups=groups))
+    write_json(root / "data/captions/gate/scenes.jsonl", {"pair_id": "0", "prediction": "none"})
+
+
+def write_data(root: Path = Path(), verdict: str = "clean") -> None:
+    """What the stages `validate` and `build` leave."""
+    write_json(root / "data/diffcap/card.json", {})
+    write_json(root / "data/quarantine.parquet", "none")
+    write_json(root / "data/reports/diffcap/audit.json", {"benchmarks": {"scenes": {"verdict": verdict}}})
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str, str]]) -> None:
+    """dvc.lock as it is after the folder was trained and the files below `root` were made of it; `changed`: a stage's
+    digests that are others, as in score={"outs": {"data/gate.json": "0"}}.
+    """
+    made = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
+    md5 = {path: md5_of(root / path) for path in made}
+    built = {path: md5_of(root / path) if (root / path).exists() else "d" * 32 + ".dir"
+             for path in ("data/diffcap", "data/reports/diffcap", "data/quarantine.parquet")}
+    checked = {"data/quarantine.parquet": built.pop("data/quarantine.parquet")}
+    data, trained = {"data/diffcap": built["data/diffcap"]}, {"data/models/tune": md5_of(folder)}
+    captions = {"data/captions": md5.pop("data/captions")}
+    stages = {"validate": {"outs": checked}, "build": {"deps": checked, "outs": built},
+              "tune": {"deps": data, "outs": trained}, "caption": {"deps": data | trained, "outs": captions},
+              "score": {"deps": data | captions, "outs": md5}}
+    stages = {name: {"cmd": "x"} | {kind: [{"path": path, "hash": "md5", "md5": digest} for path, digest in (
+        paths | changed.get(name, {}).get(kind, {})).items()] for kind, paths in stage.items()}
+        for name, stage in stages.items()}
+    write_json(root / "dvc.lock", {"schema": "2.0", "stages": stages})  # JSON is YAML
+
+
+def trained(name: str, **scores: float | str) -> Path:
+    """A model folder whose weights are `name`, with its scores in data/, as a pipeline leaves both."""
+    folder = model(name)
+    write_results(**scores)  # type: ignore[arg-type]
+    write_lock(folder)
+    return folder
+
+
+def register(folder: Path, **options: Any) -> str:
+    """A model folder with the scores that lie in data/."""
+    return registry.register(folder, registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:
     """Registers a model whose weights are `name`."""
-    return registry.register(model(name), *results(name, **scores), run_id="abc")  # type: ignore[arg-type]
+    return register(trained(name, **scores), run_id="abc")
+
+
+def score_again(version: str, **scores: float | str) -> None:
+    """As `flows/evaluate.py` does it, with these scores."""
+    root = Path("again")
+    write_results(root, **scores)  # type: ignore[arg-type]
+    registry.rescore(version, registry.evidence_of(registry.model_folder(f"models:/onediff/{version}"), root))
 
 
 def aliases() -> dict[str, list[str]]:

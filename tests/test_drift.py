@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from registered import results, write_rules
+from registered import register, write_lock, write_results, write_rules
 from ruamel.yaml import YAML
 
 from onediff import drift, registry
@@ -189,7 +189,9 @@ def test_the_flow_names_its_end_after_what_it_found(project: Path, tmp_path: Pat
     for name in ("params.yaml", "runtime.yaml"):
         (tmp_path / name).write_bytes((project / name).read_bytes())
     profile = write_profile(tmp_path / "carried", project / "model", project / "diffcap", num_pairs=11)
-    registry.register(project / "model", *results("a"), carried=profile.parent)
+    write_results()
+    write_lock(project / "model")
+    register(project / "model", carried=profile.parent)
     assert registry.promote(rules=write_rules(Path("rules.yaml"))).promoted
     Path("usage").mkdir()
 

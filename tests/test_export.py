@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_project
 from PIL import Image
+from registered import register, write_lock, write_results
 
 from onediff import registry
 from onediff.config import Config
@@ -25,7 +26,8 @@ def made(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         part.save_pretrained(folder / "model")
     (folder / "other").mkdir()
     (folder / "other/model.safetensors").write_bytes(b"other")
-    for name, text in {**CARRIED, "../scores.json": '{"scenes": {"CIDEr": 1.0}}', "../scored/gate.json": "{}"}.items():
+    write_results(folder)
+    for name, text in CARRIED.items():
         path = folder / "carried" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -35,8 +37,8 @@ def made(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.chdir(folder)
         for model, carried in (("model", "carried"), ("other", "bare")):
-            registry.register(folder / model, folder / "scores.json", folder / "scores.json", folder / "scored",
-                              carried=folder / carried)
+            write_lock(folder / model)
+            register(folder / model, carried=folder / carried)
     return folder
 
 
@@ -79,7 +81,7 @@ def test_a_folder_with_something_in_it_is_left_as_it_is() -> None:
 
 def test_weights_that_were_damaged_are_not_exported() -> None:
     with (tiny_project.flipped(registry.model_folder("models:/onediff/1") / "model.safetensors"),
-          pytest.raises(ValueError, match=r"SHA-256 must be \w{64}, got \w{64}: they were damaged")):
+          pytest.raises(ValueError, match=r"must have the registered digest \w{12}, got \w{12}: they were changed")):
         export("1", Path("out"))
     assert not list(Path().iterdir())
 

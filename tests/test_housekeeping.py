@@ -192,12 +192,12 @@ def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(proj
         (scratch / name).mkdir(parents=True)
         (scratch / name / "status.json").write_text(json.dumps({"state": state, "step": 1, "reason": ""}))
         (scratch / name / "lock").touch()
-    for digest in ("champion", "nobody"):
+    for digest in ("champion", "champion-weights", "folder", "nobody"):
         (copies / digest).mkdir(parents=True)
     (scratch / "unpacked").mkdir()
     for folder in (scratch / "ended", scratch / "held", scratch / "unpacked", *copies.iterdir()):
         age(folder)
-    register("md5: '" + "0" * 32 + "'\n", weights_digest="champion")
+    register("md5: '" + "0" * 32 + "'\n", weights_digest="champion", model_digest="folder")
     tracking.client().set_registered_model_alias(NAME, "champion", "1")
     with (scratch / "held/lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -205,7 +205,7 @@ def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(proj
     assert found.names("scratch") == [str(scratch / "ended")] and found.names("copy") == [str(copies / "nobody")]
     sweep(found)
     assert sorted(path.name for path in scratch.iterdir()) == ["held", "unpacked", "young"]
-    assert [path.name for path in copies.iterdir()] == ["champion"]
+    assert sorted(path.name for path in copies.iterdir()) == ["champion", "champion-weights", "folder"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_project
+from registered import register, trained
 
 from onediff import cli, lineage, registry, tracking, versioned
 
@@ -93,10 +94,10 @@ def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A second version, registered without lineage, in a copy of the store."""
     shutil.copy(project.parent / "mlflow.db", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/model.safetensors").write_bytes(b"other")
-    data = project / "data"
-    return registry.register(tmp_path / "model", data / "metrics.json", data / "gate.json", data / "scored")
+    monkeypatch.chdir(tmp_path)
+    version = register(trained("other"))
+    monkeypatch.chdir(project)
+    return version
 
 
 def test_a_version_without_lineage_is_said_to_be_unknown(bare: str) -> None:

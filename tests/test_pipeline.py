@@ -21,8 +21,9 @@ from pathlib import Path
 from onediff import lineage, registry
 run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
 with tempfile.TemporaryDirectory() as scratch:
-    print(registry.register(Path("data/models/tune"), Path("data/metrics.json"), Path("data/gate.json"),
-                            Path("data/scored"), run_id=run_id, carried=lineage.pack(Path(scratch) / "carried")))
+    model = Path("data/models/tune")
+    print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id,
+                            carried=lineage.pack(Path(scratch) / "carried")))
 """
 MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_")
 

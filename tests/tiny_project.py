@@ -58,8 +58,15 @@ from pathlib import Path
 Path("data/scored").mkdir()
 for split, name in (("test", "metrics"), ("gate", "gate")):
     lines = Path(f"data/captions/{split}/scenes.jsonl").read_text().splitlines()
-    Path(f"data/{name}.json").write_text(json.dumps({"scenes": {"CIDEr": sum(map(len, lines)) / 7, "list": [1, 2]}}))
-    Path(f"data/scored/{split}.json").write_text(json.dumps({"scenes": {"CIDEr": [len(line) for line in lines]}}))
+    ids = [json.loads(line)["pair_id"] for line in lines]
+    each = {"CIDEr": [len(line) / 100 for line in lines], "ROUGE-L": [len(line) / 1000 for line in lines]}
+    means = {name: sum(values) / len(values) for name, values in each.items()}
+    about = {"protocol": "tiny/v1", "references": "r1"}
+    table = {**dict.fromkeys(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR"), 0.5), **means, **about,
+             "num_pairs": len(lines), "list": [1, 2]}
+    Path(f"data/{name}.json").write_text(json.dumps({"scenes": table}))
+    pairs = {**about, "pair_id": ids, "group_id": ids, **each}
+    Path(f"data/scored/{split}.json").write_text(json.dumps({"scenes": pairs}))
 """
 CODE = {"build": BUILD, "train": TRAIN, "caption": CAPTION, "score": SCORE}
 
@@ -121,9 +128,9 @@ def register(project: Path, carried: Path) -> str:
     from onediff import lineage, registry
 
     lineage.gather(carried, root=project)
-    data = project / "data"
-    return registry.register(data / "models/tune", data / "metrics.json", data / "gate.json", data / "scored",
-                             run_id=json.loads((data / "runs/tune.json").read_text())["run_id"], carried=carried)
+    model, run = project / "data/models/tune", json.loads((project / "data/runs/tune.json").read_text())
+    return registry.register(model, registry.pipeline_evidence(model, root=project), run_id=run["run_id"],
+                             carried=carried)
 
 
 @contextmanager

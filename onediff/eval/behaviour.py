@@ -18,6 +18,8 @@ from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
 from onediff.eval.metrics import Predictions, clean
 
 RESAMPLES = 2000
+RATES = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate",
+         "swap_consistency", "operation_accuracy")  # shares of pairs, 0 to 1
 _KINDS = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
 _WORDS = {said: (kind, word) for kind, words in _KINDS.items() for word in words
           for said in SYNONYMS.get(word, (word,))}

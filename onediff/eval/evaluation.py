@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from onediff.eval.behaviour import edit_behaviour, edit_checks, scene_behaviour, scene_checks
+from onediff.eval.behaviour import RATES, edit_behaviour, edit_checks, scene_behaviour, scene_checks
 from onediff.eval.floors import floor_captions, leave_one_out, oracle
 from onediff.eval.language import language
-from onediff.eval.metrics import Predictions, References, Scores, score
+from onediff.eval.metrics import METRICS, RANGES, Predictions, References, Scores, score
 from onediff.eval.protocols import (
     Protocol,
     Row,
@@ -22,6 +22,10 @@ from onediff.eval.protocols import (
 from onediff.eval.resample import intervals, restricted
 
 PAIR_METRICS = ("CIDEr", "ROUGE-L")  # whose corpus score is the mean of the pairs'
+REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the table of every benchmark has
+# The least and the greatest value that a figure can have, wherever its name stands in a table.
+FIGURE_RANGES = {**RANGES, **dict.fromkeys((*RATES, "pixel_difference_auc"), (0.0, 1.0)),
+                 "oracle_CIDEr": RANGES["CIDEr"]}
 
 
 def checks(source: str, prediction: str, row: Row) -> dict[str, bool]:

@@ -24,6 +24,7 @@ __all__ = ["FAST_METRICS", "METRICS", "OPTIONAL", "Meteor", "Predictions", "Refe
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 FAST_METRICS = tuple(name for name in METRICS if name != "METEOR")
 OPTIONAL = ("SPICE",)  # needs a download of 384 MB
+RANGES = {**dict.fromkeys((*METRICS, *OPTIONAL), (0.0, 1.0)), "CIDEr": (0.0, 10.0)}
 Numbers = NDArray[np.float64]
 
 _meteor = Meteor()  # no Java before it is asked

@@ -1,14 +1,16 @@
 """The files of a version: model folder, scores of pairs, model card; on this machine, or fetched once from the server.
 
 A version above runtime.register_by_reference_gb holds no weights but a reference.json: DVC fetches them by digest.
+Each time that a model folder is handed out, all of its bytes are compared with the digest of the version.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from onediff import tracking
-from onediff.model.digest import weights_digest
+from onediff.model.digest import model_digests
 from onediff.registry import store
+from onediff.registry.records import check_champion
 from onediff.registry.store import CHAMPION_URI, NAME
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 SCORED = "scored"  # folder of a version: what each pair scored
 REFERENCE = "reference.json"  # of a version without weights: their path, md5 (DVC's), weights_digest and remote
 CACHE = tracking.HOME / "models"  # versions fetched from a server, weights fetched by digest
+MODEL_DIGEST = "model_digest"  # tag: the identity of the model folder; versions of early code have weights_digest alone
+SCORES_DIGEST = "scores_digest"  # tag: the md5 of each file of scores and of the model that they belong to
 
 
 @store.plain_errors()
@@ -33,10 +38,14 @@ def model_folder(uri: str = CHAMPION_URI) -> Path:
     """The model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
 
     A version on a server is fetched once, into .onediff/models. Raises ValueError if there is no such version, if its
-    files are gone or outside the store, or if what was fetched is not what was registered.
+    files are gone or outside the store, if any byte of them is not what was registered, or if the champion never met
+    the gate.
     """
+    if uri == CHAMPION_URI:
+        check_champion()
     version = store.resolve(uri)
-    return _model_in(_fetched(version), version)
+    folder = _fetched(version)
+    return _checked(_model_in(folder, version), version, cure=_cure(folder))
 
 
 @store.plain_errors()
@@ -78,6 +87,15 @@ def version_text(uri: str, name: str) -> str:
 
 
 @store.plain_errors()
+def pinned(uri: str) -> str:
+    """The version that models:/onediff@ALIAS or models:/onediff/VERSION means now, as models:/onediff/VERSION.
+
+    Raises ValueError if there is no such version.
+    """
+    return f"models:/{NAME}/{store.resolve(uri).version}"
+
+
+@store.plain_errors()
 def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
     """What is noted of a version, its number too. Raises ValueError if there is no such version."""
     found = store.resolve(uri)
@@ -85,11 +103,18 @@ def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
 
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Empty if the version was registered without."""
+    """Empty if the version was registered without. Raises ValueError if they are not those registered."""
+    source = f"{location(version)}/{SCORED}/{split}.json"
     try:
-        return json.loads(_text(f"{location(version)}/{SCORED}/{split}.json"))
+        text = _text(source)
     except FileNotFoundError:
         return {}
+    got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    wanted = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"data/{SCORED}/{split}.json", got)
+    if got != wanted:
+        raise ValueError(f"version {version.version}: {source} must have the registered md5 {wanted}, got {got}: "
+                         f"it was changed; score it again: python -m flows.evaluate models:/{NAME}/{version.version}")
+    return json.loads(text)
 
 
 def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None:
@@ -99,16 +124,14 @@ def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None
 
 
 def check_whole(version: ModelVersion) -> None:
-    """Raises ValueError unless the version's files are there and its weights are those registered."""
-    where = location(version)
-    folder = _fetched(version)
-    if not _is_here(where):  # a copy that was fetched says nothing of what the server still has
-        with _gone(version):
-            beside = where if (folder / REFERENCE).exists() else f"{where}/{_data_path(folder)}"
-            if not any(name.endswith((".safetensors", REFERENCE)) for name in _listed(beside)):
-                raise FileNotFoundError(f"no weights at {beside}")
-    with _gone(version):
-        _check_weights(_model_in(folder, version), version)
+    """Raises ValueError unless the store has the version's files now, and its model is the one registered."""
+    source = location(version)
+    if _is_here(source):
+        _checked(_model_in(_fetched(version), version), version)
+        return
+    with tempfile.TemporaryDirectory() as scratch, _gone(version):  # an older copy says nothing of what the server has
+        folder = _download(source, Path(scratch))
+        _checked(_model_in(folder, version), version)
 
 
 def location(version: ModelVersion) -> str:
@@ -156,14 +179,14 @@ def _fetched(version: ModelVersion) -> Path:
         if _is_here(source):
             (_path(source) / "MLmodel").stat()
             return _path(source)
-        target = CACHE / version.tags["weights_digest"]
+        target = CACHE / _identity(version)
         if (target / "MLmodel").exists():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             got = _download(source, Path(scratch))
             if not (got / REFERENCE).exists():
-                _check_weights(got / _data_path(got), version)
+                _checked(got / _data_path(got), version)
             _settle(got, target)
     return target
 
@@ -193,22 +216,45 @@ def _by_reference(reference: dict[str, str], version: ModelVersion) -> Path:
     """The weights that DVC keeps, fetched by digest once. Raises ValueError if they are not those registered."""
     from onediff.versioned import fetch
 
-    target = CACHE / f"{version.tags['weights_digest']}-weights"
+    target = CACHE / f"{_identity(version)}-weights"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             got = fetch(reference["md5"], Path(scratch) / "model")
-            _check_weights(got, version)
+            _checked(got, version)
             _settle(got, target)
     return target
 
 
-def _check_weights(folder: Path, version: ModelVersion) -> None:
-    found = weights_digest(folder)
-    if found != version.tags.get("weights_digest"):
-        raise ValueError(f"version {version.version}: the weights in {folder} have the digest {found[:12]}, but "
-                         f"{version.tags.get('weights_digest', 'none')[:12]} was registered: they were changed; "
-                         "register the model again")
+def _identity(version: ModelVersion) -> str:
+    return version.tags.get(MODEL_DIGEST) or version.tags["weights_digest"]
+
+
+def copies_of(tags: Mapping[str, str]) -> set[str]:
+    """The names under which `CACHE` keeps a version with these tags."""
+    digests = [tags[key] for key in (MODEL_DIGEST, "weights_digest") if key in tags]
+    return {*digests, *(f"{digest}-weights" for digest in digests)}
+
+
+def _checked(folder: Path, version: ModelVersion, *, cure: str = "register the model again") -> Path:
+    """The folder. Raises ValueError unless it has every byte that was registered; of a version that was registered
+    before there were digests of folders, unless it has the weights.
+    """
+    with _gone(version):
+        digests = model_digests(folder)
+    what, got, wanted = "files", digests.folder, version.tags.get(MODEL_DIGEST)
+    if wanted is None:
+        what, got, wanted = "weights", digests.weights, version.tags.get("weights_digest", "none")
+    if got != wanted:
+        raise ValueError(f"version {version.version}: the {what} in {folder} must have the registered digest "
+                         f"{wanted[:12]}, got {got[:12]}: they were changed; {cure}")
+    return folder
+
+
+def _cure(folder: Path) -> str:
+    if (folder / REFERENCE).exists():
+        return f"remove its folder in {CACHE}, and DVC fetches it again"
+    return f"remove {folder}, and it is fetched again" if folder.is_relative_to(CACHE) else "register the model again"
 
 
 def _data_path(folder: Path) -> str:

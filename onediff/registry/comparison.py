@@ -29,6 +29,14 @@ def not_better(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str
             if (reason := _compared(path, least, ours, theirs, again))]
 
 
+def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
+    """Each benchmark of the rules whose pairs of split gate are all of one group: an interval over it means nothing."""
+    benchmarks = dict.fromkeys(path.partition(".")[0] for _, path in rules.paths())
+    return [f"{name}: the pairs of split gate must be of at least 2 groups (scenes or photographs), got "
+            f"{len(set(ours[name]['group_id']))}: give split gate more of them, then 'dvc repro'"
+            for name in benchmarks if name in ours and len(set(ours[name]["group_id"])) < 2]
+
+
 def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str]:
     """The benchmarks to be compared that the two did not see alike: other pairs, references or protocol."""
     benchmarks = dict.fromkeys(path.rpartition(".")[0] for path in demands(rules))

@@ -1,4 +1,5 @@
-"""What is known of a model folder when it is registered: from data that passed, clean of leaks, by code that git has.
+"""What is known of a model folder and of the pairs that it was scored on: they come from data that passed its checks,
+nothing leaks between them, and git has the code.
 
 Read from dvc.lock, in which DVC writes a stage only after it succeeded, and from what lies on disk; no MLflow.
 """
@@ -6,20 +7,39 @@ Read from dvc.lock, in which DVC writes a stage only after it succeeded, and fro
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from onediff import tracking
+from onediff.registry import commits
+from onediff.versioned import LOCK, Stage, locked, md5_of
 
 YES = "yes"
+FACTS = ("data_validated", "leak_audit", "clean_lineage")
 DIFFCAP, QUARANTINE = "data/diffcap", "data/quarantine.parquet"
 REPORTS, AUDIT = "data/reports/diffcap", "audit.json"
+_SCORING = ("tune", "caption", "score")
 
 
 def facts(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
-    """data_validated, leak_audit, clean_lineage: each `yes`, or `no: ` and why, with the cure."""
+    """data_validated, leak_audit, clean_lineage: each `yes`, `no git`, or `no: ` and why, with the cure."""
     broken = _broken_chain(model_dir, root)
     return {"data_validated": f"no: {broken}" if broken else YES, "leak_audit": _leaks(broken, root),
-            "clean_lineage": _lineage(root)}
+            "clean_lineage": _other_code(_stages(root), root) or _lineage(root)}
+
+
+def facts_again(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, str]:
+    """The same facts for a version that was scored again on the DiffCap and by the code that are in `root` now.
+
+    `tags`: what was noted when it was registered: the data card and the state of the code that it was made from.
+    """
+    stages, data = _stages(root), tracking.provenance(root)["data_digest"]
+    broken = _broken_data(stages, root)
+    if not broken and tags.get("data_digest") != data:
+        broken = (f"the version learned from other data (data card {tags.get('data_digest', 'none')[:12]}) than it was "
+                  f"scored on ({data[:12]}), and nothing audits one against the other; 'dvc repro' trains on this data")
+    return {"data_validated": f"no: {broken}" if broken else YES, "leak_audit": _leaks(broken, root),
+            "clean_lineage": _lineage_again(tags.get("git_dirty", "none"), root)}
 
 
 def size_mib(folder: Path) -> float:
@@ -28,12 +48,15 @@ def size_mib(folder: Path) -> float:
 
 def locked_md5(model_dir: Path, *, root: Path = Path()) -> str | None:
     """The digest of the folder's content in dvc.lock, or None if no stage made it."""
-    from onediff.versioned import locked, outs_of
-
     path = model_dir.absolute()
-    if not (root / "dvc.lock").exists() or not path.is_relative_to(root.absolute()):
+    if not path.is_relative_to(root.absolute()):
         return None
-    return outs_of(locked(root / "dvc.lock")).get(path.relative_to(root.absolute()).as_posix())
+    name = path.relative_to(root.absolute()).as_posix()
+    return next((stage.outs[name] for stage in _stages(root).values() if name in stage.outs), None)
+
+
+def _stages(root: Path) -> dict[str, Stage]:
+    return locked(root / LOCK) if (root / LOCK).exists() else {}
 
 
 def _broken_chain(model_dir: Path, root: Path) -> str:
@@ -42,42 +65,71 @@ def _broken_chain(model_dir: Path, root: Path) -> str:
     The folder is what a stage left, which read what `build` left, which read what `validate` left. A stage that failed,
     as `validate` does for too many bad pairs, leaves no line in dvc.lock.
     """
-    from onediff.versioned import locked, md5_of
-
     made = locked_md5(model_dir, root=root)
     if made is None:
         return f"{model_dir} is no out of a stage in dvc.lock; only what 'dvc repro' made comes from checked data"
     if md5_of(model_dir) != made:
         return f"{model_dir} is not what dvc.lock says; 'dvc repro' or 'dvc checkout' makes them agree"
-    stages = locked(root / "dvc.lock")
+    stages = _stages(root)
     trained = next(stage for stage in stages.values() if made in stage.outs.values())
-    built = stages["build"].deps if "build" in stages else {}
-    links = [("build", DIFFCAP, trained.deps), ("validate", QUARANTINE, built)]
-    for name, path, deps in links:
-        if name not in stages or stages[name].outs.get(path) != deps.get(path, ""):
-            return f"dvc.lock: {path} that was read is not what stage {name} left; 'dvc repro' makes it anew"
-    return ""
+    return _broken_link(stages, "build", DIFFCAP, trained.deps.get(DIFFCAP)) or _unvalidated(stages)
+
+
+def _broken_data(stages: Mapping[str, Stage], root: Path) -> str:
+    """Where the chain from the bytes of DiffCap on disk back to the stage `validate` breaks, or nothing."""
+    if not (root / DIFFCAP).exists():
+        return f"{root / DIFFCAP} not found; 'dvc pull {DIFFCAP}' brings it, 'dvc repro' makes it"
+    return _broken_link(stages, "build", DIFFCAP, md5_of(root / DIFFCAP)) or _unvalidated(stages)
+
+
+def _unvalidated(stages: Mapping[str, Stage]) -> str:
+    return _broken_link(stages, "validate", QUARANTINE, stages["build"].deps.get(QUARANTINE))
+
+
+def _broken_link(stages: Mapping[str, Stage], name: str, path: str, read: str | None) -> str:
+    if name in stages and read is not None and stages[name].outs.get(path) == read:
+        return ""
+    return f"dvc.lock: {path} that was read is not what stage {name} left; 'dvc repro' makes it anew"
 
 
 def _leaks(broken: str, root: Path) -> str:
-    from onediff.versioned import locked, md5_of
-
     if broken:
         return f"no: {broken}"
     folder = root / REPORTS
     if not (folder / AUDIT).exists():
         return f"no: {folder / AUDIT} not found; 'dvc pull build' brings it, 'dvc repro' makes it"
-    if md5_of(folder) != locked(root / "dvc.lock")["build"].outs.get(REPORTS):
+    if md5_of(folder) != _stages(root)["build"].outs.get(REPORTS):
         return f"no: {folder} is not what dvc.lock says; 'dvc checkout' or 'dvc repro' makes them agree"
-    told = json.loads((folder / AUDIT).read_text(encoding="utf-8"))["benchmarks"]
-    bad = [f"{name}: {its['verdict']}" for name, its in told.items() if its["verdict"] != "clean"]
+    audited = json.loads((folder / AUDIT).read_text(encoding="utf-8"))["benchmarks"]
+    bad = [f"{name}: {its['verdict']}" for name, its in audited.items() if its["verdict"] != "clean"]
     return f"no: {'; '.join(bad)}; see {folder / AUDIT} and data.leaks in params.yaml" if bad else YES
 
 
 def _lineage(root: Path) -> str:
-    if tracking.provenance(root)["git_commit"] == "none":
-        return "no: this is no git commit; 'git init' and 'git commit', then register again"
+    commit = commits.head(root)
+    if commit == commits.NO_GIT:
+        return commits.NO_GIT
+    if commit == commits.NO_COMMIT:
+        return "no: this repository has no commit; 'git add -A' and 'git commit', then register again"
     changed = tracking.changed_files(root)
     if changed:
         return f"no: changed since the commit: {', '.join(changed[:5])}; 'git commit', then register again"
     return YES
+
+
+def _lineage_again(dirty: str, root: Path) -> str:
+    """`dirty`: as noted when the version was registered: false, true, or none without git."""
+    now = _lineage(root)
+    if dirty == "false" or (dirty == "none" and now == commits.NO_GIT):
+        return now
+    how = "outside git" if dirty == "none" else "from code or parameters that were not committed"
+    return f"no: the version was registered {how}; 'git commit', 'dvc repro', then register again"
+
+
+def _other_code(stages: Mapping[str, Stage], root: Path) -> str | None:
+    """A file of code that a stage ran with and that is another one now: the commit does not have what was run."""
+    for name in _SCORING:
+        for path, md5 in stages[name].deps.items() if name in stages else ():
+            if not path.startswith("data/") and (not (root / path).exists() or md5_of(root / path) != md5):
+                return (f"no: stage {name} ran with another {path} than there is now; 'dvc repro', then register again")
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from onediff import tracking
 from onediff.registry import store
-from onediff.registry.artifacts import check_whole, pair_scores
-from onediff.registry.comparison import incomparable, not_better
+from onediff.registry.artifacts import MODEL_DIGEST, SCORES_DIGEST, check_whole, pair_scores
+from onediff.registry.comparison import incomparable, not_better, too_few_groups
 from onediff.registry.records import START, Change, change, settled, trail
-from onediff.registry.rules import RULES, Rules, Verdict, check_metrics, judge, load_rules, weighed
+from onediff.registry.rules import (
+    RULES,
+    Case,
+    Verdict,
+    check_metrics,
+    judge,
+    load_rules,
+    rules_facts,
+    uncommitted,
+    weighed,
+)
 from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS
 from onediff.registry.writers import writing
 
@@ -36,16 +47,18 @@ def propose(version: str, *, by: str | None = None) -> None:
 @store.plain_errors()
 def assess(version: str | None = None, *, rules: Path = RULES) -> Verdict:
     """What `promote` would decide now; changes nothing."""
-    return _assess(version, store.aliases(), load_rules(rules), file=rules)
+    return _assess(version, store.aliases(), rules)
 
 
 @store.plain_errors()
-def promote(version: str | None = None, *, rules: Path = RULES, by: str | None = None,
-            why: str | None = None) -> Verdict:
+def promote(version: str | None = None, *, rules: Path = RULES, by: str | None = None, why: str | None = None,
+            approved: Case | None = None) -> Verdict:
     """Makes a version (default: the candidate) champion if it meets the rules on split `gate` and its files are whole.
 
-    The champion itself is left as it is. A version that was rolled back comes back only if it is named. Raises
-    ValueError if there is no such version, its files are gone, or another change came first.
+    `approved`: the case of an earlier verdict, to which a person agreed; refused without one if the rules have
+    approval_h. The champion itself is left as it is. A version that was rolled back comes back only if it is named.
+    Raises ValueError if there is no such version, its files are gone or changed, the case is another one than was
+    approved, or another change came first.
     """
     demands = load_rules(rules)
     with writing():
@@ -53,7 +66,13 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
         wanted, old = version or store.need(head.new, CANDIDATE, REGISTER), head.new.get(CHAMPION)
         if wanted != old:
             check_whole(store.get(wanted))
-        verdict = _assess(version, head.new, demands, file=rules)
+        verdict = _assess(version, head.new, rules)
+        if approved and approved != verdict.case:
+            raise ValueError(f"the approval was for {approved}, but now it would be {verdict.case}: nothing was "
+                             "promoted; start the promotion again and approve what it names")
+        if demands.approval_h and not approved and verdict.promoted and wanted != old:
+            raise ValueError(f"{rules}: approval_h wants a person to agree that {verdict.case} becomes champion, and "
+                             "nobody was asked: 'onediff registry promote' asks")
         if not verdict.promoted:
             refused = "; ".join(verdict.reasons)[:4900]  # MLflow takes 5000 characters
             store.tag(NAME, wanted, dict(zip(REFUSED, (store.now(), refused), strict=True)))
@@ -61,12 +80,19 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
             return verdict
         beats = f", better than version {old}" if old and demands.better_than_champion else ""
         reason = f"meets {rules.name}{beats}"
-        change("promote", {**head.new, **({PREVIOUS: old} if old else {}), CHAMPION: wanted}, upon=head, by=by,
-               why=f"{reason}: {why}" if why else reason, figures=verdict.figures)
-        for key in REFUSED:
-            if key in store.get(wanted).tags:
-                tracking.client().delete_model_version_tag(NAME, wanted, key)
+        _make_champion(verdict, head, by=by, why=f"{reason}: {why}" if why else reason)
     return verdict
+
+
+def _make_champion(verdict: Verdict, head: Change, *, by: str | None, why: str) -> None:
+    """Records the change, and removes the note that the version was refused once."""
+    assert verdict.case, "every verdict of _assess has one"
+    wanted, old = verdict.version, head.new.get(CHAMPION)
+    change("promote", {**head.new, **({PREVIOUS: old} if old else {}), CHAMPION: wanted}, upon=head, by=by, why=why,
+           figures=verdict.figures, rules={"sha256": verdict.case.rules, "commit": verdict.case.commit})
+    for key in REFUSED:
+        if key in store.get(wanted).tags:
+            tracking.client().delete_model_version_tag(NAME, wanted, key)
 
 
 @store.plain_errors()
@@ -109,22 +135,40 @@ def gate_scores(version: ModelVersion) -> dict[str, Any]:
     return json.loads(version.tags.get("scores_gate", "{}"))
 
 
-def _assess(version: str | None, now: Mapping[str, str], rules: Rules, *, file: Path) -> Verdict:
+def _assess(version: str | None, now: Mapping[str, str], file: Path) -> Verdict:
+    rules, of_rules = load_rules(file), rules_facts(file)
     wanted, old = version or store.need(now, CANDIDATE, REGISTER), now.get(CHAMPION)
     candidate = store.get(wanted)
     scores = gate_scores(candidate)
     check_metrics(rules, scores, file=file)
     figures = weighed(rules, scores, candidate.tags)
+    case = Case(wanted, candidate.tags.get(MODEL_DIGEST, "none"), _scores_digest(candidate), old, of_rules["sha256"],
+                of_rules["commit"])
     if wanted == old:
-        return Verdict(wanted, True, None, ["is the champion already"], figures)
-    reasons = judge(rules, scores, candidate.tags)
+        return Verdict(wanted, True, None, ["is the champion already"], figures, case)
+    pairs = pair_scores(candidate)
+    reasons = [*uncommitted(of_rules, first=old is None, file=file), *_unbound(candidate),
+               *judge(rules, scores, candidate.tags, first=old is None), *too_few_groups(rules, pairs)]
     if old:
-        reasons += not_better(rules, pair_scores(candidate), pair_scores(store.get(old)),
+        reasons += not_better(rules, pairs, pair_scores(store.get(old)),
                               again=f"python -m flows.evaluate models:/{NAME}/{old}")
     left = _rolled_back(wanted) if version is None else None
     if left:
         reasons.append(f"it was rolled back on {left}; to take it all the same: onediff registry promote {wanted}")
-    return Verdict(wanted, not reasons, old if not reasons else None, reasons, figures)
+    return Verdict(wanted, not reasons, old if not reasons else None, reasons, figures, case)
+
+
+def _scores_digest(version: ModelVersion) -> str:
+    noted = [version.tags.get(key, "") for key in (SCORES_DIGEST, "scores_gate")]
+    return hashlib.sha256(json.dumps(noted).encode()).hexdigest()
+
+
+def _unbound(version: ModelVersion) -> list[str]:
+    """Versions from before scores belonged to a model folder can be loaded and rolled back to, but not promoted."""
+    if MODEL_DIGEST in version.tags and SCORES_DIGEST in version.tags:
+        return []
+    return ["no digest says that its scores are those of its model: score it again: python -m flows.evaluate "
+            f"models:/{NAME}/{version.version}"]
 
 
 def _rolled_back(version: str) -> str | None:

@@ -4,7 +4,8 @@ The records are the versions of the registered model `onediff-audit`: MLflow's d
 same step, and never the same one twice. A change is first appended, then MLflow's aliases follow it. A record counts if
 it was made upon the last one that counts; of two made upon the same record the first does, and the writer of the other
 is told. A process that dies before the aliases followed has still made its change: the next one brings them after.
-Aliases that were changed outside OneDiff become a record `adopted`.
+Aliases that were changed outside OneDiff become a record `adopted`. But a champion that no record ever made one is set
+back, by a record `restored`: only the gate makes a champion.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _AT_ONCE = ("IntegrityError", "UniqueViolation", "Duplicate entry")  # SQLite, P
 @dataclass(frozen=True)
 class Change:
     """One record. `old` and `new`: all aliases before and after it; `follows`: the number it was made upon, 0 for none.
+    `rules`: of a promotion, the SHA-256 of promotion.yaml and the commit that has it, or "no git".
 
     `mark`: its writer's own, by which a request that was sent twice is known. `valid` False: another change came first,
     and this one changed nothing. `applied`: MLflow's aliases followed.
@@ -49,20 +51,22 @@ class Change:
     figures: dict[str, float] = field(default_factory=dict)
     follows: int = 0
     mark: str = ""
+    rules: dict[str, str] = field(default_factory=dict)
     valid: bool = True
     applied: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with `from` and `to`."""
         return {"number": self.number, "when": self.when, "by": self.by, "action": self.action, "from": self.old,
-                "to": self.new, "why": self.why, "figures": self.figures, "follows": self.follows,
+                "to": self.new, "why": self.why, "figures": self.figures, "rules": self.rules, "follows": self.follows,
                 "valid": self.valid, "applied": self.applied}
 
     def __str__(self) -> str:
         names = [name for name in reversed(OURS) if self.old.get(name) != self.new.get(name)]
         moved = ", ".join(f"{name} {self.old.get(name, '-')} -> {self.new.get(name, '-')}" for name in names)
         void = "" if self.valid else "  VOID: another change came first"
-        return f"{self.number}  {self.when}  {self.action}  {moved}  by {self.by}: {self.why}{void}"
+        rules = f"  rules {self.rules['sha256'][:12]}, {self.rules['commit'][:12]}" if self.rules else ""
+        return f"{self.number}  {self.when}  {self.action}  {moved}  by {self.by}: {self.why}{rules}{void}"
 
 
 START = Change(0, "", "", "start", {}, {}, "")  # before the first record
@@ -117,7 +121,26 @@ def _difference(changes: list[Change]) -> str | None:
             f"{state.number})")
     if _unfinished(changes):
         return f"{told}: a change was cut off; the next one finishes it, and so does 'onediff registry repair'"
-    return f"{told}: somebody changed them outside OneDiff; the next change records that as 'adopted'"
+    then = "sets champion back: that version never met the gate" if _past_the_gate(found, changes) else (
+        "records that as 'adopted'")
+    return f"{told}: somebody changed them outside OneDiff; the next change {then}"
+
+
+def _past_the_gate(aliases: Mapping[str, str], changes: list[Change]) -> bool:
+    """Whether the champion is a version that no record ever made champion; before the first record nothing is known."""
+    gated = {one.new.get(CHAMPION) for one in changes if one.valid}
+    return bool(changes) and aliases.get(CHAMPION, "") not in gated | {""}
+
+
+@store.plain_errors()
+def check_champion() -> None:
+    """Raises ValueError if MLflow's champion is a version that never met the gate."""
+    aliases = _found()
+    if _past_the_gate(aliases, _read()):
+        version = aliases[CHAMPION]
+        raise ValueError(f"MLflow at {tracking.where()} has version {version} as champion, which was set outside "
+                         "OneDiff and never met the gate: 'onediff registry repair' sets champion back, 'onediff "
+                         f"registry promote {version}' asks the gate")
 
 
 @store.plain_errors()
@@ -135,29 +158,33 @@ def settled(*, by: str | None = None) -> Change:
     if found == head.new or unfinished:
         if found != head.new:
             _follow(head)
-        for change in unfinished:
-            _mark(change)
+        for record in unfinished:
+            _mark(record)
         return head
+    if _past_the_gate(found, changes):
+        why = f"champion {found[CHAMPION]} was set outside OneDiff and never met the gate"
+        return change("restored", {**found, CHAMPION: head.new.get(CHAMPION, "")}, upon=head, by=by, why=why)
     why = "found changed outside OneDiff" if changes else "as it was before there was a trail"
-    return _append("adopted", found, upon=head, by=by, why=why, figures={}, applied=True)
+    return _append("adopted", found, upon=head, by=by, why=why, notes={_APPLIED: "true"})
 
 
 def change(action: str, new: Mapping[str, str], *, upon: Change, by: str | None, why: str,
-           figures: Mapping[str, float] | None = None) -> Change:
+           figures: Mapping[str, float] | None = None, rules: Mapping[str, str] | None = None) -> Change:
     """Appends the record, then lets MLflow's aliases follow. Raises ValueError, naming the record that won, if another
     change came first; then nothing is changed. While writing.
     """
-    made = _append(action, new, upon=upon, by=by, why=why, figures=figures or {}, applied=False)
+    notes = {"figures": _json(figures or {}), "rules": _json(rules or {})}
+    new = {alias: version for alias, version in new.items() if version}
+    made = _append(action, new, upon=upon, by=by, why=why, notes=notes)
     _follow(made)
     _mark(made)
     return made
 
 
 def _append(action: str, new: Mapping[str, str], *, upon: Change, by: str | None, why: str,
-            figures: Mapping[str, float], applied: bool) -> Change:
-    tags = {"action": action, "by": by or whoami(), "why": why, "figures": _json(figures), "from": _json(upon.new),
-            "to": _json(new), "follows": str(upon.number), "mark": uuid.uuid4().hex}
-    tags |= {_APPLIED: "true"} if applied else {}
+            notes: Mapping[str, str]) -> Change:
+    tags = {"action": action, "by": by or whoami(), "why": why, "figures": "{}", "from": _json(upon.new),
+            "to": _json(new), "follows": str(upon.number), "mark": uuid.uuid4().hex, **notes}
     number = _created(tags, f"{action}: {_said(upon.new)} -> {_said(new)}: {why}")
     changes = _read()
     mine = next((one for one in changes if one.valid and one.mark == tags["mark"]), None)
@@ -241,7 +268,7 @@ def _change(item: ModelVersion) -> Change:
     try:
         return Change(int(item.version), store.when(item.creation_timestamp), tags["by"], tags["action"],
                       json.loads(tags["from"]), json.loads(tags["to"]), tags["why"], json.loads(tags["figures"]),
-                      int(tags["follows"]), tags["mark"], applied=_APPLIED in tags)
+                      int(tags["follows"]), tags["mark"], json.loads(tags.get("rules", "{}")), applied=_APPLIED in tags)
     except (KeyError, ValueError) as error:
         raise ValueError(f"record {item.version} of '{AUDIT}' at {tracking.where()} cannot be read ({error!r}): "
                          "restore the database") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff.config import Section
-from onediff.eval.evaluation import PAIR_METRICS
+from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS
+from onediff.registry import commits
 from onediff.registry.facts import YES
+from onediff.registry.scores import in_range
 
 RULES = Path("mlflow/promotion.yaml")
-# What benchmarks are scored by; a path may also name any other figure that the candidate's gate scores hold.
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "change_type_accuracy",
-           "changed_object_accuracy", "false_alarm_rate", "swap_consistency", "operation_accuracy", "oracle_ratio",
-           "num_pairs")
+FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}  # what the rules may ask of a benchmark that was not scored
+NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0, strict=False, allow_inf_nan=False)]
@@ -76,6 +77,26 @@ class Rules(Section):
 
 
 @dataclass(frozen=True)
+class Case:
+    """What a verdict is about, and what an approval is for. `model`: the digest of the version's folder; `scores`: that
+    of its scores; `champion`: the version that it was compared with, if any; `rules`: the SHA-256 of
+    promotion.yaml; `commit`: which has these rules, or "no git".
+    """
+
+    version: str
+    model: str
+    scores: str
+    champion: str | None
+    rules: str
+    commit: str = field(compare=False)
+
+    def __str__(self) -> str:
+        against = f"version {self.champion} is champion" if self.champion else "there is no champion"
+        return (f"version {self.version} (model {self.model[:12]}, scores {self.scores[:12]}, {against}, "
+                f"rules {self.rules[:12]})")
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the rules say of a version. `reasons` holds every rule that a refused one breaks; `figures` what was
     weighed: gate scores by path, caption_ms, size_mib. `replaced`: the champion that it follows, if any.
@@ -86,6 +107,7 @@ class Verdict:
     replaced: str | None = None
     reasons: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict, compare=False)
+    case: Case | None = field(default=None, compare=False)
 
 
 def load_rules(path: Path = RULES) -> Rules:
@@ -112,34 +134,66 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
 
 
-def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
-    """Raises ValueError, naming the nearest one, for a metric that no benchmark is scored by. A benchmark that is not
-    among the scores is no error of the file: the candidate is refused for it.
+def rules_facts(path: Path = RULES) -> dict[str, str]:
+    """For the trail: the SHA-256 of the file, and the commit that has it, `no git`, or `not committed`.
+
+    Raises ValueError for a repository that git does not read.
     """
-    known = sorted({*METRICS, *(path.rpartition(".")[2] for path in scores if "." in path)})
-    wrong = [f"{file}: {key}: no metric is called '{name}'{_nearest(name, known)}"
-             for key, path in rules.paths() if (name := path.rpartition(".")[2]) not in known]
+    commit = commits.head(path.parent)
+    if commit != commits.NO_GIT and not commits.is_committed(path):
+        commit = NOT_COMMITTED
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "commit": commit}
+
+
+def uncommitted(known: Mapping[str, str], *, first: bool, file: Path) -> list[str]:
+    """Why these rules may not decide, given their `rules_facts`; `first`: there is no champion yet."""
+    if known["commit"] == NOT_COMMITTED:
+        return [f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
+                f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'"]
+    if known["commit"] == commits.NO_GIT and not first:
+        return [f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
+                "'git commit'"]
+    return []
+
+
+def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
+    """Raises ValueError, naming the nearest one, for a figure that the gate scores of its benchmark do not hold. A
+    benchmark that is not among the scores is no error of the file: the candidate is refused for it.
+    """
+    wrong = []
+    for key, path in rules.paths():
+        benchmark, _, name = path.partition(".")
+        known = [other.partition(".")[2] for other, value in scores.items()
+                 if other.startswith(f"{benchmark}.") and not isinstance(value, str)]
+        if known and name not in known:
+            wrong.append(f"{file}: {key}: the gate scores of '{benchmark}' have no '{name}'{_nearest(name, known)}")
+        elif not known and (last := path.rpartition(".")[2]) not in FIGURES:
+            wrong.append(f"{file}: {key}: no metric is called '{last}'{_nearest(last, sorted(FIGURES))}")
     if wrong:
         raise ValueError("\n".join(wrong))
 
 
-def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> list[str]:
-    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do."""
+def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *, first: bool = False) -> list[str]:
+    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do. `first`:
+    there is no champion yet, and then a project without git is no reason.
+    """
     reasons = []
     for path, least in rules.minima.items():
         if not number(scores, path) >= least:  # nan, a missing score, is refused too
-            reasons.append(f"{path} is {_said(scores, path)}, must be at least {least:g}")
+            reasons.append(f"{path} is {_value(scores, path)}, must be at least {least:g}")
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
-            reasons.append(f"{path} is {_said(scores, path)}, must be at most {most:g}")
-    for name, limit, told in (("caption_ms", rules.max_caption_ms, "ms a pair"),
+            reasons.append(f"{path} is {_value(scores, path)}, must be at most {most:g}")
+    for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
-            reasons.append(f"{name} was not measured, must be at most {limit:g} {told}: register it again")
-        elif limit is not None and not float(facts[name]) <= limit:
-            reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {told}")
+            reasons.append(f"{name} was not measured, must be at most {limit:g} {unit}: register it again")
+        elif limit is not None and not 0 < float(facts[name]) <= limit:
+            reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}")
     for name in rules.require:
-        if facts.get(name) != YES:
+        if facts.get(name) == commits.NO_GIT and not first:
+            reasons.append(f"{name}: {commits.NO_GIT}: 'git init' and 'git commit', then register again")
+        elif facts.get(name) not in (YES, commits.NO_GIT):
             reasons.append(f"{name}: {facts.get(name, 'not known: register it again')}")
     return reasons
 
@@ -152,9 +206,13 @@ def weighed(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -
 
 
 def number(scores: Mapping[str, Any], path: str) -> float:
+    """The score, or nan if there is none or its value is one that no scoring can give."""
     value = scores.get(path)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return float(value) if in_range(path.rpartition(".")[2], value) else math.nan  # type: ignore[arg-type]
 
 
-def _said(scores: Mapping[str, Any], path: str) -> str:
-    return f"{number(scores, path):.4g}" if path in scores else "not in the gate scores"
+def _value(scores: Mapping[str, Any], path: str) -> str:
+    if path not in scores:
+        return "not in the gate scores"
+    value = number(scores, path)
+    return f"{scores[path]!r}, which is no such score" if math.isnan(value) else f"{value:.4g}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onediff.config import load_runtime
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.serve.in_use import Say, speaker
 from onediff.usage import usage_log
 
@@ -44,10 +45,21 @@ def _load_pyfunc(data_path: str) -> PairCaptioner:
     if any((folder / "reference.json").exists() for folder in Path(data_path).parents[:2]):
         raise ValueError(f"{data_path}: this version is registered by reference, MLflow has no weights of it: "
                          "'onediff export VERSION DIR' fetches them, and onediff.registry.model_folder")
+    _check_digest(Path(data_path))
     log = usage_log(load_runtime(), data_path, Path(data_path))
     from onediff.model.captioner import Captioner
 
     return PairCaptioner(speaker(Captioner.load(Path(data_path)), log))
+
+
+def _check_digest(folder: Path) -> None:
+    """Raises ValueError if the version's folder names another digest of the model; early versions name none."""
+    for parent in folder.parents[:2]:
+        if (parent / DIGEST_FILE).exists():
+            wanted, got = (parent / DIGEST_FILE).read_text(encoding="utf-8").strip(), model_digests(folder).folder
+            if got != wanted:
+                raise ValueError(f"{folder}: its files must have the registered digest {wanted[:12]}, got {got[:12]}: "
+                                 "they were changed; register the model again")
 
 
 def _pair(number: int, item: Any) -> tuple[tuple[bytes | Path, Image], tuple[bytes | Path, Image]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
+from onediff.eval.behaviour import RATES
 from onediff.eval.evaluation import evaluate
 from onediff.eval.files import read_predictions, rounded
 from onediff.eval.metrics import METRICS, start
@@ -22,9 +23,6 @@ from onediff.stages.command import run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
 SCORED = Path("data/scored")
-BEHAVIOUR = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy",
-             "false_alarm_rate", "swap_consistency", "operation_accuracy")
-
 FLOORS = {"constant": "best constant", "random_train": "random training", "nearest_train": "nearest training pair"}
 
 
@@ -92,7 +90,7 @@ def _show(title: str, results: dict[str, Any]) -> None:
     console.print(table)
     for name, result in results.items():
         shown = [f"{key} {result[key]:.3f} [{result['intervals'][key][0]:.3f}, {result['intervals'][key][1]:.3f}]"
-                 for key in BEHAVIOUR if key in result]
+                 for key in RATES if key in result]
         if "oracle_ratio" in result.get("changed", {}):
             told = "changed CIDEr / oracle {CIDEr:.2f} / {oracle_CIDEr:.2f} = {oracle_ratio:.3f}"
             shown.append(told.format(**result["changed"]))

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registered import Server, write_rules
+from registered import Server, git, write_rules
 
 
 @pytest.fixture(autouse=True)
 def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder with an empty local store and a gate."""
+    """A project's folder with an empty local store and a gate that git has committed."""
     monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     write_rules(tmp_path / "mlflow/promotion.yaml")

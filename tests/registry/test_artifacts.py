@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from registered import Server, add, aliases, model, results
+from registered import Server, add, aliases, model, register, score_again, trained, write_lock, write_results
 
 from onediff import registry, tracking
-from onediff.model.digest import weights_digest
-from onediff.registry.artifacts import REFERENCE
+from onediff.model.digest import model_digests
+from onediff.registry.artifacts import MODEL_DIGEST, REFERENCE
 
 
 def test_the_model_folder_of_a_version_holds_the_registered_bytes() -> None:
@@ -24,6 +24,7 @@ def test_the_model_folder_of_a_version_holds_the_registered_bytes() -> None:
 def test_what_each_pair_scored_can_be_asked_of_a_version() -> None:
     add("a", CIDEr=2.5)
     assert registry.scored_pairs("models:/onediff@candidate", "gate")["scenes"]["CIDEr"] == [2.5] * 200
+    next(Path("mlflow-artifacts").rglob("scored/test.json")).unlink()
     with pytest.raises(ValueError, match=r"models:/onediff/1 has no scores of single pairs: score it again: python -m"):
         registry.scored_pairs("models:/onediff/1", "test")
 
@@ -67,12 +68,15 @@ def test_a_version_that_names_a_folder_outside_its_own_is_not_read(store: Path) 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder that a stage of a DVC project made, above the limit."""
-    (folder := model("tune")).rename("made")
-    Path("dvc.yaml").write_text("stages:\n  tune:\n    cmd: cp -r made models/tune\n    outs: [models/tune]\n")
+    model("tune").rename("made")
+    Path("dvc.yaml").write_text("stages:\n  tune:\n    cmd: mkdir -p data/models && cp -r made data/models/tune\n"
+                                "    outs: [data/models/tune]\n")
     dvc("init", "--no-scm", "-q")
     dvc("repro", "-q")
+    write_results()
+    write_lock(Path("data/models/tune"))
     monkeypatch.setenv("ONEDIFF_REGISTER_BY_REFERENCE_GB", "0")
-    return folder
+    return Path("data/models/tune")
 
 
 def dvc(*words: str) -> None:
@@ -80,14 +84,19 @@ def dvc(*words: str) -> None:
 
 
 def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(kept: Path) -> None:
-    registry.register(kept, *results("tune"))
+    register(kept)
     shutil.rmtree(kept)
     files = registry.version_files("models:/onediff/1")
     assert not list(files.rglob("*.safetensors")) and (files / "data/tune/config.json").exists()
-    assert '"path": "models/tune"' in (files / REFERENCE).read_text()
+    assert '"path": "data/models/tune"' in (files / REFERENCE).read_text()
     assert registry.promote().promoted
     folder = registry.model_folder()
     assert (folder / "model.safetensors").read_bytes() == b"tune" and ".onediff" in folder.parts
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"version 1: the files in .*-weights must .* remove its folder in "):
+        registry.model_folder()
+    shutil.rmtree(folder)
+    assert registry.model_folder() == folder
     with pytest.raises(ValueError, match="is registered by reference, MLflow has no weights"):
         from mlflow.pyfunc import load_model
 
@@ -95,11 +104,11 @@ def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(kept: Pa
 
 
 def test_weights_that_are_not_those_registered_are_not_used(kept: Path) -> None:
-    registry.register(kept, *results("tune"))
-    tracking.client().set_model_version_tag("onediff", "1", "weights_digest", "0" * 64)
-    with pytest.raises(ValueError, match=r"version 1: the weights in .* have the digest .*000 was registered"):
+    register(kept)
+    tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, "0" * 64)
+    with pytest.raises(ValueError, match=r"version 1: the files in .* must have the registered digest 0000"):
         registry.model_folder("models:/onediff/1")
-    tracking.client().set_model_version_tag("onediff", "1", "weights_digest", weights_digest(kept))
+    tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, model_digests(kept).folder)
     shutil.rmtree(".dvc/cache")
     with pytest.raises(ValueError, match=r"\.dir"):  # what is missing, in the words of onediff/versioned.py
         registry.model_folder("models:/onediff/1")
@@ -109,9 +118,9 @@ def test_weights_that_are_not_those_registered_are_not_used(kept: Path) -> None:
 
 
 def test_a_large_model_that_dvc_does_not_keep_is_not_registered(kept: Path) -> None:
-    (kept / "config.json").write_text("{ }")
-    with pytest.raises(ValueError, match=r"models/tune is above register_by_reference_gb 0 of runtime\.yaml"):
-        registry.register(kept, *results("tune"))
+    kept.rename("elsewhere")
+    with pytest.raises(ValueError, match=r"elsewhere is above register_by_reference_gb 0 of runtime\.yaml"):
+        register(Path("elsewhere"))
 
 
 @pytest.mark.slow
@@ -119,18 +128,25 @@ def test_a_version_on_a_server_is_fetched_once_and_its_scores_are_new(server: Se
     Path("carried").mkdir()
     Path("carried/README.md").write_text("one")
     with registry.sole_writer():
-        version = registry.register(model("a"), *results("a"), carried=Path("carried"))
+        version = register(trained("a"), carried=Path("carried"))
         fetched = registry.model_folder("models:/onediff@candidate")
         assert (fetched / "model.safetensors").read_bytes() == b"a" and ".onediff" in fetched.parts
-        (fetched / "mark").touch()
-        registry.rescore(version, *results("a", CIDEr=4.0))
+        (fetched.parents[1] / "mark").touch()
+        score_again(version, CIDEr=4.0)
         assert registry.scored_pairs("models:/onediff/1", "gate")["scenes"]["CIDEr"] == [4.0] * 200
         Path("carried/README.md").write_text("two")
-        registry.register(model("a"), *results("a", CIDEr=5.0), carried=Path("carried"))
+        register(trained("a", CIDEr=5.0), carried=Path("carried"))
         assert (registry.version_files("models:/onediff/1") / "README.md").read_text() == "two"
-        assert (registry.model_folder("models:/onediff/1") / "mark").exists()
+        assert (registry.version_files("models:/onediff/1") / "mark").exists()
         assert registry.promote().promoted
+        (registry.model_folder() / "config.json").write_text("{ }")
+        with pytest.raises(ValueError, match=r"version 1: the files in .*: they were changed; remove .*fetched again"):
+            registry.model_folder()
         add("b", CIDEr=6.0)
+        changed, = (path for path in (server.folder / "served").rglob("model.safetensors") if path.read_bytes() == b"b")
+        changed.write_bytes(b"c")
+        with pytest.raises(ValueError, match=r"version 2: the files in .* they were changed"):
+            registry.promote()
         shutil.rmtree(server.folder / "served")
         with pytest.raises(ValueError, match="version 2: its files are not where MLflow"):
             registry.promote()

@@ -1,18 +1,17 @@
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from registered import scored, write_rules
+from registered import BENCHMARK, pairs_of, write_rules
 
 from onediff.registry import load_rules
 from onediff.registry.comparison import incomparable, not_better
 
 
 def pairs(cider: float, *, edits: float = 1.0, references: str = "r1", noise: float = 0) -> dict[str, object]:
-    folder = scored(Path("pairs"), cider=cider, edits=edits, references=references, noise=noise)
-    return json.loads((folder / "gate.json").read_text())
+    return pairs_of({name: {**BENCHMARK, "references": references, "CIDEr": score}
+                     for name, score in (("scenes", cider), ("edits", edits))}, noise=noise)
 
 
 def reasons(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:

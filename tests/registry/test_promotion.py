@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from registered import add, aliases, model, results, row, write_rules
+from registered import add, aliases, register, row, score_again, trained, write_rules
 
 from onediff import registry
 from onediff.registry import Verdict
@@ -51,7 +51,7 @@ def test_scores_on_other_references_are_not_compared() -> None:
     add("b", CIDEr=9.0, references="r2")
     assert registry.champion_to_score_again() == "models:/onediff/1"
     assert "flows.evaluate models:/onediff/1" in registry.promote().reasons[0]
-    registry.rescore("1", *results("a", references="r2"))
+    score_again("1", references="r2")
     assert registry.champion_to_score_again() is None
     assert registry.promote("2").promoted
 
@@ -124,7 +124,7 @@ def test_a_version_whose_files_are_gone_does_not_become_champion() -> None:
     add("b", CIDEr=3.5)
     path, = (path for path in Path("mlflow-artifacts").rglob("model.safetensors") if path.read_bytes() == b"b")
     path.write_bytes(b"c")
-    with pytest.raises(ValueError, match=r"version 2: the weights in .* were changed"):
+    with pytest.raises(ValueError, match=r"version 2: the files in .* were changed"):
         registry.promote()
     path.unlink()
     with pytest.raises(ValueError, match=r"version 2: its files are not where MLflow at .* says .*train and register"):
@@ -145,13 +145,13 @@ def test_a_rollback_to_a_version_whose_files_are_gone_leaves_the_champion() -> N
 def test_an_unknown_metric_in_the_gate_is_told_before_anything_is_judged() -> None:
     add("a")
     write_rules(Path("mlflow/promotion.yaml"), minima={"scenes.CIDer": 1, "birds.CIDEr": 1})
-    with pytest.raises(ValueError, match=r"promotion.yaml: minima.scenes.CIDer: no .*'CIDer'; did you mean 'CIDEr'"):
+    with pytest.raises(ValueError, match=r"promotion.yaml: minima.scenes.CIDer: the gate .*; did you mean 'CIDEr'"):
         registry.promote()
     assert row("1")["refused"] == ""
 
 
 def test_limits_and_requirements_are_rules_like_the_others() -> None:
-    registry.register(model("a"), *results("a"), measured={"caption_ms": 70.0})
+    register(trained("a"), measured={"caption_ms": 70.0})
     write_rules(Path("mlflow/promotion.yaml"), max_caption_ms=50, max_size_mib=1e-6, require=["data_validated"])
     verdict = registry.promote()
     assert verdict.reasons[0] == "caption_ms is 70, must be at most 50 ms a pair"

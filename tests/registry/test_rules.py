@@ -41,10 +41,21 @@ def test_the_rules_in_the_repository_are_valid_and_name_metrics_that_are_scored(
 
 
 def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
-    rules = load_rules(write_rules(Path("rules.yaml"), minima={"scenes.by_change_type.none.beauty": 0}))
-    check_metrics(rules, {"scenes.by_change_type.none.beauty": 1.0})
-    with pytest.raises(ValueError, match=r"minima\.scenes\.by_change_type\.none\.beauty: no metric is called 'beauty'"):
-        check_metrics(rules, {"scenes.CIDEr": 1.0})
+    rules = load_rules(write_rules(Path("rules.yaml"), minima={"scenes.by_change_type.none.beauty": 0},
+                                   maxima={}))
+    scores = {"scenes.by_change_type.none.beauty": 1.0, "scenes.CIDEr": 1.0, "edits.CIDEr": 1.0}
+    check_metrics(rules, scores)
+    del scores["scenes.by_change_type.none.beauty"]
+    with pytest.raises(ValueError, match=r"minima\.scenes\.by_change_type\.none\.beauty: .* no 'by_change_type\.none"):
+        check_metrics(rules, scores)
+    with pytest.raises(ValueError, match="no metric is called 'beauty'"):
+        check_metrics(rules, {})
+
+
+def test_a_figure_that_its_benchmark_does_not_have_is_an_error_of_the_file() -> None:
+    rules = load_rules(write_rules(Path("rules.yaml"), minima={"edits.swap_consistency": 0.5}, maxima={}))
+    with pytest.raises(ValueError, match=r"minima\.edits\.swap_consistency: the gate scores of 'edits' have no 'swap"):
+        check_metrics(rules, {"scenes.swap_consistency": 0.7, "scenes.CIDEr": 1.0, "edits.CIDEr": 1.0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), None])

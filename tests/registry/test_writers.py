@@ -5,7 +5,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from registered import model, results
+from registered import register, trained
 
 from onediff import registry
 from onediff.registry import writers
@@ -55,10 +55,11 @@ def test_on_one_machine_writers_wait_for_each_other_and_may_nest() -> None:
 def test_one_that_waits_too_long_names_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "WAIT_S", 0.1)
     wrong: list[str] = []
+    folder = trained("a")
 
     def work() -> None:
         try:
-            registry.register(model("a"), *results("a"))
+            register(folder)
         except ValueError as error:
             wrong.append(str(error))
 

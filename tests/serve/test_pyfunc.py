@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
+from registered import register, write_lock, write_results
 
+from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.serve.in_use import Files
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
 from onediff.usage import read_usage
@@ -129,6 +130,16 @@ def test_a_served_model_notes_its_captions_where_the_environment_says(trained: P
     assert [row["distance"] > 0 for row in noted] == [True, False]
 
 
+def test_a_version_whose_files_were_changed_is_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "data/model"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / DIGEST_FILE).write_text(model_digests(folder).folder + "\n")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"its files must have the registered digest \w{12}, got \w{12}: they were"):
+        _load_pyfunc(str(folder))
+
+
 @pytest.mark.slow
 def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Path, tmp_path: Path, monkeypatch) -> None:
     from onediff import registry
@@ -136,12 +147,10 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for name in ("test.json", "gate.json"):
-        Path(name).write_text(json.dumps({"scenes": {"CIDEr": 1.0}}))
-    Path("scored").mkdir()
-    Path("scored/gate.json").write_text("{}")
+    write_results()
+    write_lock(trained)
     Path("rules.yaml").write_text("minima: {scenes.CIDEr: 0.5}\nmaxima: {}\nbetter_than_champion: null\n")
-    registry.register(trained, Path("test.json"), Path("gate.json"), Path("scored"))
+    register(trained)
     assert registry.promote(rules=Path("rules.yaml")).promoted
 
     from mlflow.pyfunc import load_model
