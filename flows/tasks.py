@@ -17,6 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline import DVC, outcome, reason
 from flows.processes import stream
+from onediff.versioned import restore_outs
 
 if TYPE_CHECKING:
     from onediff.registry import Verdict
@@ -36,6 +37,7 @@ def repro(stage: str, *, ask: bool = True) -> State[Any]:
     start = time.time()
     status, said = stream([*DVC, "repro", "--single-item", stage])
     if status:
+        restore_outs(stage)  # for a stage that ended before it did so itself
         return Failed(message=f"{stage} failed{reason(Path(), start)}")
     return Completed(name=outcome(said), message=f"{stage}: {outcome(said)}, {time.time() - start:.0f} s")
 

@@ -5,3 +5,4 @@ from __future__ import annotations
 from pathlib import Path
 
 DIFFCAP = Path("data/diffcap")
+TRAINED = Path("data/models/tune")

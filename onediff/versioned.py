@@ -24,6 +24,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from onediff.files import link_or_copy, new_file, new_folder
+
 LOCK = Path("dvc.lock")
 _IGNORED = {"__pycache__", ".gitignore"}
 _SHOWN = 3  # files in a message
@@ -96,6 +98,36 @@ def _listing(md5: str, cache: Path) -> dict[str, str]:
     if md5_of(path) != md5.removesuffix(".dir"):
         raise ValueError(f"{path}: its bytes are not those of its name, so it was damaged: delete it, then 'dvc pull'")
     return {item["relpath"]: item["md5"] for item in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
+    """Puts the outs of the stage's last run back where the workspace lacks them; gives their paths.
+
+    DVC removes them before it runs the stage, so without this a run that fails would leave nothing. The files are hard
+    links to DVC's cache, or copies where the cache is on another file system. An out that dvc.lock or the cache does
+    not have is left out.
+    """
+    lock = project / LOCK
+    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
+    missing = {path: md5 for path, md5 in outs.items() if not os.path.lexists(project / path)}
+    cache = _cache(project, _config(project)) if missing else project
+    return [Path(path) for path, md5 in missing.items() if _link_out(md5, project / path, cache)]
+
+
+def _link_out(md5: str, out: Path, cache: Path) -> bool:
+    """True if the cache had the file or every file of the folder, so that `out` exists now."""
+    try:
+        files = _listing(md5, cache) if md5.endswith(".dir") else {"": md5}
+    except (FileNotFoundError, ValueError):  # not in the cache, or damaged there: the stage makes a new one anyway
+        return False
+    if not all(_object(cache, digest).exists() for digest in files.values()):
+        return False
+    with (new_folder if md5.endswith(".dir") else new_file)(out) as part:
+        for name, digest in files.items():
+            target = part / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(_object(cache, digest), target)
+    return True
 
 
 def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:

@@ -10,7 +10,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
+from onediff.config import load_params
+from onediff.files import disk_full_named
+from onediff.preflight import check_inputs, check_mixtures
+from onediff.versioned import restore_outs
+
+PARAMS = Path("params.yaml")
 FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
 
 
@@ -24,9 +31,24 @@ def run(stage: Callable[..., object]) -> None:
         above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
     try:
-        stage(*sys.argv[1:])
+        with disk_full_named(Path("data")):
+            if "DVC_STAGE" in os.environ:
+                _prepare(os.environ["DVC_STAGE"])
+            stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {error}")
+
+
+def _prepare(stage: str) -> None:
+    """Before any heavy import: the outs that DVC removed return, and a wrong params.yaml ends the stage."""
+    restore_outs(stage)
+    if not PARAMS.exists():  # the stages that read it say so
+        return
+    config = load_params(PARAMS)
+    if FLOW not in os.environ:  # a flow has checked, and its workers do not have every input
+        check_inputs(config)
+    if stage in ("align", "tune"):
+        check_mixtures(config)
 
 
 def _end_with(above: list[int]) -> None:
