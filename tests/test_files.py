@@ -111,7 +111,7 @@ def test_every_way_to_report_a_full_disk_becomes_one_line(write: Callable[[], No
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError), disk_full_named(tmp_path):
         tmp_path.write_text("x")
-    with pytest.raises(ValueError, match="^explained already: No space left on device$"), disk_full_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^explained already: No space left on device$"), disk_full_named(tmp_path):
         raise ValueError("explained already: No space left on device")
 
 

@@ -91,7 +91,7 @@ def test_a_mixture_needs_training_pairs_and_something_to_validate_on(project: Pa
     Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": counts}))
     check_mixtures(params(("mixture: {scenes: 3, edits: 1}", "mixture: {scenes: 3}"),
                           ("validate_every: 4", "validate_every: null")))
-    with pytest.raises(ValueError, match=r"tune\.mixture: 'edits' has no pair in split train of data/diffcap") as caught:
+    with pytest.raises(ValueError, match=r"tune\.mixture: 'edits' has no pair in split train of data/diff") as caught:
         check_mixtures(params())
     assert str(caught.value).splitlines()[1].startswith("params.yaml: tune.validate_every: no source of tune.mixture")
 
@@ -114,7 +114,8 @@ def test_every_stage_checks_before_it_works(stage: str, change: tuple[str, str],
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv(command.FLOW, raising=False)
     Path("data/diffcap").mkdir(parents=True)
-    Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": {"train": {"scenes": {}}, "val": {"scenes": {}}}}))
+    counts = {"train": {"scenes": {"none": 7}}, "val": {"scenes": {"none": 3}}}
+    Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": counts}))
     params(change)
     done = subprocess.run([sys.executable, "-c", STAGE], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"align: params.yaml: {message}")
