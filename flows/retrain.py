@@ -23,6 +23,7 @@ from flows.submit import promote
 from flows.tasks import keep_scores, publish_scores, register, repro
 from flows.tell import tell
 from onediff.config import load_params, load_runtime
+from onediff.files import disk_full_named
 from onediff.preflight import check_inputs
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def retrain() -> State[Any]:
     """
     try:
         _check_crashes()
-        with alone():
+        with alone(), disk_full_named(Path(".onediff")):
             state = _retrain()
     except (ValueError, OSError) as error:  # told in one line; Prefect would print the whole stack
         state = Failed(message=str(error))

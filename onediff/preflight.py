@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from onediff.config import SPLITS, Config, Data
 from onediff.paths import DIFFCAP
@@ -20,8 +21,9 @@ def check_inputs(config: Config) -> None:
     What dvc.lock already has a result for may be absent.
     """
     stages = locked() if LOCK.exists() else {}
-    lines = [*_raw_folders(config.data, stages), *_photographs(config.data, stages), *_empty_splits(config.data),
-             *_checkpoints(config)]
+    used = {text for stage in stages.values() for text in _texts(stage.params)}
+    lines = [*_raw_folders(config.data, stages), *_photographs(config.data, used), *_empty_splits(config.data),
+             *_checkpoints(config, used)]
     if lines:
         raise ValueError("\n".join(f"params.yaml: {line}" for line in lines))
 
@@ -40,6 +42,15 @@ def check_mixtures(config: Config) -> None:
         raise ValueError("\n".join(f"params.yaml: {line}" for line in lines))
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested parameters: a path among them was there when a stage of dvc.lock ran."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+
+
 def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
     reader = {"raw": "read", "retrieved": "retrieve", "diffused": "diffuse"}
     for key, stage in reader.items():
@@ -53,12 +64,9 @@ def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
                           f"remove '{source}'"))
 
 
-def _photographs(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
-    """Nothing if stage synthesize ran with this folder."""
-    folder, known = data.edits.photos, stages.get("synthesize@edits")
-    if folder is None or "edits" not in data.generated or data.edits.canvas_share == 1:
-        return
-    if known and known.params.get("data.edits", {}).get("photos") == folder:
+def _photographs(data: Data, used: set[str]) -> Iterator[str]:
+    folder = data.edits.photos
+    if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
         return
     from onediff.data.synthesis.edits import photo_paths
 
@@ -83,10 +91,10 @@ def _empty_splits(data: Data) -> Iterator[str]:
            "be empty; add a benchmark or pairs of your own to data.raw, or scenes to data.generated")
 
 
-def _checkpoints(config: Config) -> Iterator[str]:
+def _checkpoints(config: Config, used: set[str]) -> Iterator[str]:
     named = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
              "model.delta.init": config.model.delta.init, "data.clip": config.data.clip,
              "data.diffusion.pipeline": config.data.diffusion and config.data.diffusion.pipeline}
     for key, path in named.items():
-        if path and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir():
+        if path and path not in used and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir():
             yield f"{key}: folder {path} does not exist; correct the path, or name a model of the Hugging Face hub"

@@ -65,7 +65,8 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
                 energy = {"energy_wh": round(used_wh(), 2) if used_wh else None} if runtime.nodes == 1 else {}
                 write_json(folder / "run.json", described | summary | energy, indent=1)
 
-    remove_committed(phase, Path(runtime.scratch))
+    if "LOCAL_RANK" not in os.environ and not runtime.node_rank:
+        remove_committed(phase, Path(runtime.scratch))
     folder = phases.run_folder(phase, config, runtime, data=DIFFCAP, start=start)
     if "LOCAL_RANK" in os.environ:
         here()
