@@ -78,7 +78,8 @@ def md5_of(path: Path) -> str:
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative path -> md5 of every file below the folder that DVC counts, in its order."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _IGNORED & set(path.parts))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
+                   and not _IGNORED & set(path.parts))
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 

@@ -53,6 +53,12 @@ def test_digests_are_those_of_dvc(project: Path) -> None:
     assert files_of(md5_of(project / "data/shards"), project=project) == tree(project / "data/shards")
 
 
+def test_what_a_killed_stage_left_half_written_does_not_count(tmp_path: Path) -> None:
+    for name in ("card.json", "index.html.part"):
+        (tmp_path / name).touch()
+    assert list(tree(tmp_path)) == ["card.json"]
+
+
 def test_a_lock_is_read_with_parameters_by_their_full_names(project: Path) -> None:
     stage = locked(project / "dvc.lock")["copy"]
     assert stage.deps == stage.deps | {"one.txt": md5_of(project / "one.txt")} and stage.params == {"p.a": 1e-3}

@@ -24,8 +24,8 @@ FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
 def run(stage: Callable[..., object]) -> None:
     """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1.
 
-    Under DVC it ends when DVC does, or the flow that started it: neither, when killed, may leave a stage writing where
-    the next one writes.
+    Under DVC the outs of its last run return first. It ends when DVC does, or the flow that started it: neither, when
+    killed, may leave a stage writing where the next one writes.
     """
     if "DVC_STAGE" in os.environ:
         above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]

@@ -80,16 +80,16 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
 
 
 def fetch(phase: str, folder: Path) -> None:
-    """Curve, run and model from scratch to where DVC expects them; the model comes last.
+    """Model, curve and run from scratch to where DVC expects them; the model comes first, because it needs most room.
 
-    The checkpoints are removed. What was trained stays in scratch until dvc.lock names it: a commit of DVC that fails
-    or is interrupted then costs no training.
+    Then the checkpoints are removed. What was trained stays in scratch until dvc.lock names it: a commit of DVC that
+    fails or is interrupted then costs no training.
     """
+    with new_folder(Path("data/models") / phase) as part:
+        shutil.copytree(folder / "final", part, copy_function=link_or_copy, dirs_exist_ok=True)
     for name, out in (("curve.jsonl", f"data/curves/{phase}.jsonl"), ("run.json", f"data/runs/{phase}.json")):
         with new_file(Path(out)) as part:
             shutil.copyfile(folder / name, part)
-    with new_folder(Path("data/models") / phase) as part:
-        shutil.copytree(folder / "final", part, copy_function=link_or_copy, dirs_exist_ok=True)
     if "DVC_STAGE" not in os.environ:
         shutil.rmtree(folder)
         return
