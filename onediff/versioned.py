@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,22 @@ def locked(path: Path = LOCK) -> dict[str, Stage]:
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no dvc.lock ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                          "'git checkout' brings it back") from None
+
+
+@contextmanager
+def lock_kept(path: Path = LOCK) -> Iterator[None]:
+    """Brings the old dvc.lock back if DVC spoils it: DVC writes it in place, and a full disk leaves an empty file."""
+    copy = path.with_name(f"{path.name}.part")
+    if path.exists():
+        shutil.copyfile(path, copy)
+    try:
+        yield
+    finally:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+            if copy.exists():
+                copy.rename(path)
+        copy.unlink(missing_ok=True)
 
 
 def _digests(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
@@ -115,13 +133,32 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
     return [Path(path) for path, md5 in missing.items() if _link_out(md5, project / path, cache)]
 
 
-def _link_out(md5: str, out: Path, cache: Path) -> bool:
-    """True if the cache had the file or every file of the folder, so that `out` exists now."""
+def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
+    """The outs that dvc.lock names for the stage and the cache does not have, those with `cache: false` among them.
+
+    When the disk is full after a stage has run, DVC prints an error, writes dvc.lock and ends with status 0.
+    """
+    lock = project / LOCK
+    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
+    cache = _cache(project, _config(project)) if outs else project
+    if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another cache
+        return []
+    return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
+
+
+def _cached_files(md5: str, cache: Path) -> dict[str, str]:
+    """Relative path -> md5 of the file, or of every file of the folder; empty if the cache lacks any of them."""
     try:
         files = _listing(md5, cache) if md5.endswith(".dir") else {"": md5}
-    except (FileNotFoundError, ValueError):  # not in the cache, or damaged there: the stage makes a new one anyway
-        return False
-    if not all(_object(cache, digest).exists() for digest in files.values()):
+    except (FileNotFoundError, ValueError):  # absent, or damaged: as good as absent
+        return {}
+    return files if all(_object(cache, digest).exists() for digest in files.values()) else {}
+
+
+def _link_out(md5: str, out: Path, cache: Path) -> bool:
+    """True if the cache had the file or every file of the folder, so that `out` exists now."""
+    files = _cached_files(md5, cache)
+    if not files:
         return False
     with (new_folder if md5.endswith(".dir") else new_file)(out) as part:
         for name, digest in files.items():

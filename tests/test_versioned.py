@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onediff.versioned import fetch, files_of, locked, md5_of, outs_of, restore_outs, tree
+from onediff.versioned import fetch, files_of, lock_kept, locked, md5_of, outs_of, restore_outs, tree, uncached_outs
 
 FILES = {"a.parquet": "alpha", "b.parquet": "beta", "inner/c.json": "{}"}
 
@@ -51,6 +51,19 @@ def cached(project: Path, name: str) -> Path:
 def test_digests_are_those_of_dvc(project: Path) -> None:
     assert f"md5: {md5_of(project / 'data/shards')}" in (project / "data/shards.dvc").read_text()
     assert files_of(md5_of(project / "data/shards"), project=project) == tree(project / "data/shards")
+
+
+@pytest.mark.parametrize("before", ["stages: {}", None])
+def test_a_lock_that_a_full_disk_emptied_is_as_before(before: str | None, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    if before:
+        lock.write_text(before)
+    with lock_kept(lock):
+        lock.write_text("")
+    assert (lock.read_text() if lock.exists() else None) == before and not list(tmp_path.glob("*.part"))
+    with lock_kept(lock):
+        lock.write_text("stages: {a: {}}")
+    assert lock.read_text() == "stages: {a: {}}" and not list(tmp_path.glob("*.part"))
 
 
 def test_what_a_killed_stage_left_half_written_does_not_count(tmp_path: Path) -> None:
@@ -167,7 +180,9 @@ def test_an_out_of_which_the_cache_lacks_a_file_does_not_return_in_part(project:
     lock_shards(project)
     lost = cached(project, "data/shards/b.parquet")
     shutil.rmtree(project / "data/shards")
+    assert uncached_outs("shards", project=project) == []
     lost.unlink()
+    assert uncached_outs("shards", project=project) == [Path("data/shards")]
     assert restore_outs("shards", project=project) == [] and not (project / "data/shards").exists()
     assert not list(project.rglob("*.part"))
 

@@ -14,7 +14,7 @@ from onediff.files import disk_full_named, link_or_copy, new_file, new_folder, w
 from onediff.model.digest import weights_digest
 from onediff.paths import DIFFCAP
 from onediff.stages.command import quiet
-from onediff.versioned import LOCK, locked, md5_of, outs_of
+from onediff.versioned import LOCK, locked, md5_of, outs_of, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.config import Config, Runtime
@@ -102,7 +102,9 @@ def remove_committed(phase: str, scratch: Path) -> None:
     """Removes what `fetch` kept of the run that dvc.lock names: DVC's cache has it now."""
     from onediff.train.launch.status import is_finished
 
-    committed = outs_of(locked()).get(f"data/runs/{phase}.json") if LOCK.exists() else None
+    if not LOCK.exists() or uncached_outs(phase):  # after a commit on a full disk dvc.lock names what no cache has
+        return
+    committed = outs_of(locked()).get(f"data/runs/{phase}.json")
     for folder in scratch.glob(f"{phase}-*"):
         if is_finished(folder) and md5_of(folder / "run.json") == committed:
             shutil.rmtree(folder)

@@ -53,13 +53,19 @@ def test_what_dvc_did_not_commit_is_fetched_again_and_not_trained_again(finished
 
 def test_what_dvc_committed_is_removed_from_scratch(finished: Path) -> None:
     fetch("align", finished)
+    write_text(Path(".dvc/config"), "")
     remove_committed("align", finished.parent)
     assert finished.exists()  # there is no dvc.lock yet
     lock = "schema: '2.0'\nstages:\n  align:\n    outs:\n    - path: data/runs/align.json\n      md5: {}\n"
     write_text(Path("dvc.lock"), lock.format("0" * 32))
     remove_committed("align", finished.parent)
     assert finished.exists()
-    write_text(Path("dvc.lock"), lock.format(md5_of(Path("data/runs/align.json"))))
+    digest = md5_of(Path("data/runs/align.json"))
+    write_text(Path("dvc.lock"), lock.format(digest))
+    Path(".dvc/cache/files/md5").mkdir(parents=True)
+    remove_committed("align", finished.parent)
+    assert finished.exists()  # the disk was full when DVC committed: it wrote dvc.lock, but not its cache
+    write_text(Path(".dvc/cache/files/md5") / digest[:2] / digest[2:], Path("data/runs/align.json").read_text())
     remove_committed("align", finished.parent)
     assert not finished.exists()
     assert Path("data/models/align/model.safetensors").read_text() == "trained"
