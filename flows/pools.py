@@ -21,6 +21,7 @@ from prefect.states import Cancelling, Completed, Failed
 
 from flows.pipeline import LOCK, needs, raw_files, small_outs
 from flows.stage import ANSWER
+from onediff.files import write_text
 
 POLL_S = 2.0
 TRIES = 3  # a run whose worker died is sent again
@@ -97,8 +98,7 @@ def _lay(run_id: UUID) -> None:
     for name, text in json.loads(str(found[0].data)).items():
         if name not in allowed:
             raise ValueError(f"flow run {run_id} handed back '{name}', which is neither dvc.lock nor a metrics file")
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text, encoding="utf-8")
+        write_text(Path(name), text)
 
 
 def _git(*arguments: str) -> str:

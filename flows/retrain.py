@@ -23,6 +23,8 @@ from flows.submit import promote
 from flows.tasks import keep_scores, publish_scores, register, repro
 from flows.tell import tell
 from onediff.config import load_params, load_runtime
+from onediff.files import disk_full_named
+from onediff.preflight import check_inputs
 
 if TYPE_CHECKING:
     from onediff.tracking import Run
@@ -41,7 +43,7 @@ def retrain() -> State[Any]:
     """
     try:
         _check_crashes()
-        with alone():
+        with alone(), disk_full_named(Path(".onediff")):
             state = _retrain()
     except (ValueError, OSError) as error:  # told in one line; Prefect would print the whole stack
         state = Failed(message=str(error))
@@ -52,6 +54,8 @@ def retrain() -> State[Any]:
 
 def _retrain() -> State[Any]:
     work = _on_workers if load_runtime().pools else here
+    if work is here:
+        check_inputs(load_params())  # before any stage: workers have inputs of their own
     stale = stale_elsewhere() if load_runtime().pools else stale_stages()
     with _parent_run() if stale else nullcontext() as run:
         state = work(stale)

@@ -18,6 +18,7 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline import DVC, LOCK, dvc, outcome, outs_for, reason, small_outs
 from flows.processes import alone, stream
+from onediff.files import write_text
 
 WORK = Path(".onediff/work")
 ANSWER = "onediff-stage"  # type of the artifact that carries the stage's results back
@@ -74,8 +75,7 @@ def lay(files: dict[str, str]) -> None:
         path = WORK / name
         if (path.is_absolute() and WORK.absolute() not in path.absolute().parents) or ".." in Path(name).parts:
             raise ValueError(f"the sender's file '{name}' lies outside the project")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     for name in ("runtime.yaml", ".dvc/config.local"):
         (WORK / name).unlink(missing_ok=True)
         if Path(name).exists():

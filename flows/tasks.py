@@ -15,8 +15,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline import DVC, outcome, reason
+from flows.pipeline import DVC, outcome, reason, small_outs
 from flows.processes import stream
+from onediff.versioned import lock_kept, restore_outs, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.registry import Case, Evidence, Verdict
@@ -34,9 +35,15 @@ def repro(stage: str, *, ask: bool = True) -> State[Any]:
     if not ask:
         return Completed(name="UpToDate", message=f"{stage}: UpToDate")
     start = time.time()
-    status, said = stream([*DVC, "repro", "--single-item", stage])
+    with lock_kept():
+        status, said = stream([*DVC, "repro", "--single-item", stage])
     if status:
+        restore_outs(stage)  # for a stage that ended before it did so itself
         return Failed(message=f"{stage} failed{reason(Path(), start)}")
+    lost = [path for path in uncached_outs(stage) if path not in small_outs()]
+    if lost:
+        return Failed(message=f"{stage}: {lost[0]} is not in DVC's cache, see DVC's message above; if the disk is "
+                              "full, make room, then run the same command again")
     return Completed(name=outcome(said), message=f"{stage}: {outcome(said)}, {time.time() - start:.0f} s")
 
 

@@ -14,7 +14,7 @@ from onediff.data_commands import app as data
 from onediff.drift_commands import app as watching
 from onediff.housekeeping_commands import app as housekeeping
 from onediff.lineage_commands import app as lineage
-from onediff.registry_commands import TRAINED
+from onediff.paths import TRAINED
 from onediff.registry_commands import app as versions
 from onediff.scoring_commands import app as scoring
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -154,13 +155,6 @@ class Data(Section):
         for key, allowed in (("written", names[len(self.generated):]), ("partial", self.raw)):
             for name in set(getattr(self, key)) - set(allowed):
                 raise ValueError(f"{key} names '{name}', which must be one of {allowed}")
-        return self
-
-    @model_validator(mode="after")
-    def _leaks_name_sources(self) -> Self:
-        for name in self.leaks.max_distance:
-            if name not in _sources(self):
-                raise ValueError(f"leaks.max_distance names '{name}', which must be one of {_sources(self)}")
         return self
 
     @model_validator(mode="after")
@@ -356,15 +350,23 @@ class Config(Section):
     judge: Judge | None = None  # None: `onediff judge` is told its model, or there is none
 
     @model_validator(mode="after")
-    def _sources_exist(self) -> Self:
-        for name in (*(self.align.mixture if self.align else ()), *self.tune.mixture):
-            if name not in _sources(self.data):
-                raise ValueError(f"source '{name}' is trained on but is not among the sources of data: "
-                                 f"{', '.join(_sources(self.data))}")
-        for name in self.tasks:
-            if name not in (*_sources(self.data), "scenes_far"):
-                raise ValueError(f"tasks names '{name}', which must be one of {_sources(self.data)}")
+    def _names_are_sources(self) -> Self:
+        """One line for each wrong name, so that one run shows all of them."""
+        sources = _sources(self.data)
+        named: dict[str, Iterable[str]] = {
+            "data.leaks.max_distance": self.data.leaks.max_distance, "tasks": self.tasks,
+            "align.mixture": self.align.mixture if self.align else (), "tune.mixture": self.tune.mixture}
+        lines = [f"{key}: '{name}' is not one of the sources {', '.join(sources)}; {_cure(name, sources)}"
+                 for key, names in named.items() for name in names
+                 if name not in sources and (key, name) != ("tasks", "scenes_far")]
+        if lines:
+            raise ValueError("\n".join(lines))
         return self
+
+
+def _cure(name: str, sources: list[str]) -> str:
+    near = difflib.get_close_matches(name, sources, 1)
+    return f"did you mean '{near[0]}'?" if near else "correct the name, or add the source to data"
 
 
 class Slurm(Section):
@@ -509,7 +511,7 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
         return f"{path}: {where}: missing; see presets/ for a complete file"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{path}: {where + ': ' if where else ''}{message}"
+        return "\n".join(f"{path}: {where + ': ' if where else ''}{line}" for line in message.split("\n"))
     return f"{path}: {where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
 
 

@@ -88,12 +88,17 @@ def _device() -> Finding:
 
 def _project() -> list[Finding]:
     from onediff.config import load_params, load_runtime
+    from onediff.preflight import check_inputs
 
     try:
         params = load_params()
         load_runtime()
-    except (ValueError, OSError) as error:
+        check_inputs(params)
+    except FileNotFoundError as error:
         return [Finding("params", False, str(error), "'onediff preset tiny' writes a params.yaml that works")]
+    except (ValueError, OSError) as error:
+        return [Finding("params", False, str(error), "correct what each line above names; presets/ has complete files "
+                                                     "to compare with")]
     parts = [params.model.vision.path, params.model.language]
     local = [Path(part) for part in parts if part.startswith(("presets/", ".", "/"))]
     gone = [str(path) for path in local if not (path / "model.safetensors").exists()]

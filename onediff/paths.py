@@ -7,3 +7,4 @@ from pathlib import Path
 PROBE_TABLE = Path("data/probe.parquet")
 QUARANTINE = Path("data/quarantine.parquet")
 DIFFCAP = Path("data/diffcap")
+TRAINED = Path("data/models/tune")

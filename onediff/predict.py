@@ -13,7 +13,7 @@ from tqdm import tqdm
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.inputs.images import open_image
-from onediff.paths import DIFFCAP
+from onediff.paths import DIFFCAP, TRAINED
 from onediff.stages.command import quiet
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def folder_of(model: str) -> Path:
 
         return model_folder(model)
     if not (Path(model) / "config.json").exists():
-        raise FileNotFoundError(f"{model} is no model folder (no config.json in it): name one that 'make run' made, "
-                                "such as data/models/tune, or models:/onediff@champion")
+        cure = (f"name another one, such as {TRAINED} or models:/onediff@champion" if TRAINED.exists() else
+                f"'make run' trains one in {TRAINED}; 'dvc checkout {TRAINED}' brings back the last one that DVC's "
+                "cache has")
+        raise FileNotFoundError(f"{model} is not a model folder (it has no config.json): {cure}")
     return Path(model)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-TRAINED = Path("data/models/tune")
+from onediff.paths import TRAINED
 
 app = typer.Typer(help="Versions of the model: list, register, promote, rollback, trail.", no_args_is_help=True)
 

@@ -13,16 +13,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from onediff.files import link_or_copy, new_file, new_folder
 
 LOCK = Path("dvc.lock")
 _IGNORED = {"__pycache__", ".gitignore"}
@@ -59,6 +63,22 @@ def parse_lock(content: bytes, path: Path) -> dict[str, Stage]:
                          "'git checkout' brings it back") from None
 
 
+@contextmanager
+def lock_kept(path: Path = LOCK) -> Iterator[None]:
+    """Brings the old dvc.lock back if DVC spoils it: DVC writes it in place, and a full disk leaves an empty file."""
+    copy = path.with_name(f"{path.name}.part")
+    if path.exists():
+        shutil.copyfile(path, copy)
+    try:
+        yield
+    finally:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+            if copy.exists():
+                copy.rename(path)
+        copy.unlink(missing_ok=True)
+
+
 def _digests(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
     return {item["path"]: item["md5"] for item in stage.get(kind, ())}
 
@@ -82,7 +102,8 @@ def md5_of(path: Path) -> str:
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative path -> md5 of every file below the folder that DVC counts, in its order."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _IGNORED & set(path.parts))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
+                   and not _IGNORED & set(path.parts))
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 
@@ -102,6 +123,55 @@ def _listing(md5: str, cache: Path) -> dict[str, str]:
     if md5_of(path) != md5.removesuffix(".dir"):
         raise ValueError(f"{path}: its bytes are not those of its name, so it was damaged: delete it, then 'dvc pull'")
     return {item["relpath"]: item["md5"] for item in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
+    """Puts the outs of the stage's last run back where the workspace lacks them; gives their paths.
+
+    DVC removes them before it runs the stage, so without this a run that fails would leave nothing. The files are hard
+    links to DVC's cache, or copies where the cache is on another file system. An out that dvc.lock or the cache does
+    not have is left out.
+    """
+    lock = project / LOCK
+    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
+    missing = {path: md5 for path, md5 in outs.items() if not os.path.lexists(project / path)}
+    cache = _cache(project, _config(project)) if missing else project
+    return [Path(path) for path, md5 in missing.items() if _link_out(md5, project / path, cache)]
+
+
+def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
+    """The outs that dvc.lock names for the stage and the cache does not have, those with `cache: false` among them.
+
+    When the disk is full after a stage has run, DVC prints an error, writes dvc.lock and ends with status 0.
+    """
+    lock = project / LOCK
+    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
+    cache = _cache(project, _config(project)) if outs else project
+    if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another cache
+        return []
+    return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
+
+
+def _cached_files(md5: str, cache: Path) -> dict[str, str]:
+    """Relative path -> md5 of the file, or of every file of the folder; empty if the cache lacks any of them."""
+    try:
+        files = _listing(md5, cache) if md5.endswith(".dir") else {"": md5}
+    except (FileNotFoundError, ValueError):  # absent, or damaged: as good as absent
+        return {}
+    return files if all(_object(cache, digest).exists() for digest in files.values()) else {}
+
+
+def _link_out(md5: str, out: Path, cache: Path) -> bool:
+    """True if the cache had the file or every file of the folder, so that `out` exists now."""
+    files = _cached_files(md5, cache)
+    if not files:
+        return False
+    with (new_folder if md5.endswith(".dir") else new_file)(out) as part:
+        for name, digest in files.items():
+            target = part / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(_object(cache, digest), target)
+    return True
 
 
 def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:

@@ -133,8 +133,9 @@ def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: 
 
 def test_a_folder_without_a_model_is_told_with_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (17, 13)).save("a.png")
-    message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "presets"))
-    assert message.startswith("onediff: presets is no model folder") and "make run" in message
+    message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "data/models/tune"))
+    assert message.startswith("onediff: data/models/tune is not a model folder (it has no config.json): 'make run' ")
+    assert "such as data/models/tune" not in message  # it is the folder that is missing
 
 
 def test_a_file_that_is_no_image_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,24 @@ def test_a_stage_runs_then_is_up_to_date_then_comes_from_the_run_cache(project: 
     assert Path("out.txt").read_text() == "one"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_an_out_that_has_no_room_in_the_cache_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a folder DVC itself prints an error, writes dvc.lock and ends with status 0."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        monkeypatch.chdir(tmp_path)
+        subprocess.run([*pipeline.DVC, "init", "-q", "--no-scm"], check=True)
+        Path("dvc.yaml").write_text("stages: {copy: {cmd: mkdir -p out && cp in.txt out, deps: [in.txt], outs: [out]}}")
+        Path("in.txt").write_text("x" * 3_000_000)
+        assert tasks.repro.fn("copy").is_failed()
+        Path("in.txt").write_text("x" * 1_000_000)
+        assert tasks.repro.fn("copy").name == "Ran"
+    finally:
+        monkeypatch.undo()
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
 def test_a_stage_known_to_be_up_to_date_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # no DVC project here: asking would fail
     assert tasks.repro.fn("anything", ask=False).name == "UpToDate"

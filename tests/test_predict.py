@@ -95,7 +95,7 @@ def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: 
     ([], "one system is needed: give one of --model, --chat and --cnn"),
     (["--cnn", "a", "--chat", "b"], "one system is needed"),
     (["--cnn", "a", "--prompt", "b"], "--prompt is for --chat"),
-    (["--model", "nowhere"], "nowhere is no model folder"),
+    (["--model", "nowhere"], "nowhere is not a model folder"),
     (["--cnn", "nowhere"], "nowhere holds no Siamese CNN"),
 ])
 def test_options_that_do_not_fit_are_refused(options: list[str], message: str, project: Path,

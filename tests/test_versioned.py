@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onediff.versioned import fetch, files_of, locked, md5_of, outs_of, tree
+from onediff.versioned import fetch, files_of, lock_kept, locked, md5_of, outs_of, restore_outs, tree, uncached_outs
 
 FILES = {"a.parquet": "alpha", "b.parquet": "beta", "inner/c.json": "{}"}
 
@@ -51,6 +51,25 @@ def cached(project: Path, name: str) -> Path:
 def test_digests_are_those_of_dvc(project: Path) -> None:
     assert f"md5: {md5_of(project / 'data/shards')}" in (project / "data/shards.dvc").read_text()
     assert files_of(md5_of(project / "data/shards"), project=project) == tree(project / "data/shards")
+
+
+@pytest.mark.parametrize("before", ["stages: {}", None])
+def test_a_lock_that_a_full_disk_emptied_is_as_before(before: str | None, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    if before:
+        lock.write_text(before)
+    with lock_kept(lock):
+        lock.write_text("")
+    assert (lock.read_text() if lock.exists() else None) == before and not list(tmp_path.glob("*.part"))
+    with lock_kept(lock):
+        lock.write_text("stages: {a: {}}")
+    assert lock.read_text() == "stages: {a: {}}" and not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_killed_stage_left_half_written_does_not_count(tmp_path: Path) -> None:
+    for name in ("card.json", "index.html.part"):
+        (tmp_path / name).touch()
+    assert list(tree(tmp_path)) == ["card.json"]
 
 
 def test_a_lock_is_read_with_parameters_by_their_full_names(project: Path) -> None:
@@ -127,3 +146,48 @@ def test_a_lock_that_is_none_says_so(tmp_path: Path) -> None:
         locked(tmp_path / "dvc.lock")
     with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
         locked(tmp_path / "none.lock")
+
+
+# --- outs that DVC removed --------------------------------------------------------------------------------------------
+
+
+def lock_shards(project: Path) -> None:
+    """As if a stage had made the folder data/shards."""
+    with (project / "dvc.lock").open("a") as file:
+        file.write("  shards:\n    cmd: make\n    outs:\n    - path: data/shards\n      hash: md5\n"
+                   f"      md5: {md5_of(project / 'data/shards')}\n")
+
+
+def test_the_outs_of_a_stage_return_as_links_to_the_cache(project: Path) -> None:
+    lock_shards(project)
+    before = {name: tree(project / "data/shards") for name in ("shards", "copy")}
+    shutil.rmtree(project / "data/shards")
+    (project / "data/two.txt").unlink()
+    assert restore_outs("shards", project=project) == [Path("data/shards")]
+    assert tree(project / "data/shards") == before["shards"] and not (project / "data/two.txt").exists()
+    assert (project / "data/shards/a.parquet").samefile(cached(project, "data/shards/a.parquet"))
+    assert restore_outs("copy", project=project) == [Path("data/two.txt")]
+    assert (project / "data/two.txt").read_text() == "one"
+
+
+def test_an_out_that_exists_is_left_alone(project: Path) -> None:
+    (project / "data/two.txt").write_text("newer")
+    assert restore_outs("copy", project=project) == []
+    assert (project / "data/two.txt").read_text() == "newer"
+
+
+def test_an_out_of_which_the_cache_lacks_a_file_does_not_return_in_part(project: Path) -> None:
+    lock_shards(project)
+    lost = cached(project, "data/shards/b.parquet")
+    shutil.rmtree(project / "data/shards")
+    assert uncached_outs("shards", project=project) == []
+    lost.unlink()
+    assert uncached_outs("shards", project=project) == [Path("data/shards")]
+    assert restore_outs("shards", project=project) == [] and not (project / "data/shards").exists()
+    assert not list(project.rglob("*.part"))
+
+
+def test_without_a_lock_and_for_a_new_stage_nothing_returns(project: Path) -> None:
+    assert restore_outs("new", project=project) == []
+    (project / "dvc.lock").unlink()
+    assert restore_outs("copy", project=project) == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,20 +39,6 @@ def staying(rows: pd.DataFrame, leaks: pd.DataFrame) -> pd.DataFrame:
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place at the end: what is half-written is never taken for whole."""
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def chosen_tables(folders: list[Path], rows: pd.DataFrame, split: str) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ import pandas as pd
 from onediff.config import Data
 from onediff.data.checks_page import offline, page, read_offenders
 from onediff.data.splits import SPLITS
+from onediff.files import write_text
 
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
@@ -209,9 +210,8 @@ def write_report(all_checked: list[Checked], found: list[str], folder: Path, *, 
     """
     parts = [_part(checked) for checked in all_checked if len(checked.rows)]
     wanted = {place: row["pair_id"] for part in parts for rule in part["rules"] for place, row in rule["shown"]}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
-    path.write_text(page(parts, found, read_offenders(shard_folders, wanted)), encoding="utf-8")
+    write_text(path, page(parts, found, read_offenders(shard_folders, wanted)))
     return path
 
 

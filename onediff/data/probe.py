@@ -21,6 +21,7 @@ from onediff.config import Runtime
 from onediff.data.parallel import spread
 from onediff.data.record import SCHEMA as RECORD_SCHEMA
 from onediff.data.record import Record, digest, shards
+from onediff.files import new_file
 from onediff.inputs.images import FORMATS, open_image
 
 if TYPE_CHECKING:
@@ -74,24 +75,16 @@ def count_pairs(folder: Path) -> int:
 
 
 def write_table(tables: Iterable[pa.Table], path: Path) -> int:
-    """The probe table as one Parquet file, a few thousand rows in memory at a time; returns their number.
-
-    The file takes its name at the end: what is half-written is never taken for whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, waiting, total = path.with_suffix(".part"), SCHEMA.empty_table(), 0
-    try:
-        with pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
-            for table in tables:
-                total += len(table)
-                waiting = pa.concat_tables([waiting, table])
-                while len(waiting) >= _ROWS:
-                    writer.write_table(waiting.slice(0, _ROWS))
-                    waiting = waiting.slice(_ROWS)
-            writer.write_table(waiting)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """The probe table as one Parquet file, a few thousand rows in memory at a time; returns their number."""
+    waiting, total = SCHEMA.empty_table(), 0
+    with new_file(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            total += len(table)
+            waiting = pa.concat_tables([waiting, table])
+            while len(waiting) >= _ROWS:
+                writer.write_table(waiting.slice(0, _ROWS))
+                waiting = waiting.slice(_ROWS)
+        writer.write_table(waiting)
     return total
 
 

@@ -22,7 +22,6 @@ from onediff.data.build import (
     incomplete_tests,
     leak_card,
     staying,
-    whole,
     write_tables,
 )
 from onediff.data.checks import check_suite, complaints, judged, refuse, write_report
@@ -33,6 +32,7 @@ from onediff.data.shortcut import pixel_difference_auc
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.splits import SPLITS
 from onediff.data.verdicts import verdicts
+from onediff.files import new_file, new_folder, write_json, write_text
 from onediff.paths import DIFFCAP, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
 
@@ -55,15 +55,15 @@ def build() -> None:
     leaks = _leaks(good, folders, config)
     rows = staying(good, leaks)
     _check(rows, folders)
-    with whole(DIFFCAP) as folder:
+    with new_folder(DIFFCAP) as folder:
         for split in SPLITS:
             tables = chosen_tables(folders, rows, split)
             with tqdm(tables, desc=f"build {split}", unit="group") as shown:
                 write_tables(shown, folder, split, shard_pairs=config.data.shard_pairs)
         values = _card(config, folder, probed=probed, rows=rows, leaks=leaks) | {"num_quarantined": len(bad)}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (folder / "card.json").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(dataset_card(json.loads(text)), encoding="utf-8")
+        write_text(folder / "card.json", text)
+        write_text(folder / "README.md", dataset_card(json.loads(text)))
         _audit(folder, rows, leaks)
 
 
@@ -77,8 +77,8 @@ def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFr
     thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
                                    runtime=load_runtime())
     leaks = find_leaks(good, _measured(config.data), thumbnails)
-    REPORTS.mkdir(parents=True, exist_ok=True)
-    leaks.to_parquet(LEAKS, index=False)
+    with new_file(LEAKS) as path:
+        leaks.to_parquet(path, index=False)
     if config.data.leaks.action == "stop":
         refuse_leaks(leaks, report=LEAKS)
     reported = leaks[~leaks["leaks"] & leaks["distance"].notna()]
@@ -102,7 +102,7 @@ def _check(rows: pd.DataFrame, folders: list[Path]) -> None:
 
 def _audit(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> None:
     told = verdicts(folder, rows, leaks)
-    AUDIT.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(AUDIT, told, indent=1, sort_keys=True)
     print("train against test: " + "; ".join(f"{name}: {its['verdict']}" for name, its in told["benchmarks"].items()))
 
 

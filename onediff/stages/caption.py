@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from onediff.config import load_params, load_runtime
-from onediff.data.record import read_records
+from onediff.data.record import Record, read_records
+from onediff.files import new_folder
 from onediff.stages.command import quiet, run
 
 OUT = Path("data/captions")
@@ -23,19 +24,25 @@ def caption(model: str = "data/models/tune") -> None:
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)
-    shutil.rmtree(OUT, ignore_errors=True)
-    for split in ("test", "gate"):
-        (OUT / split).mkdir(parents=True)
-        with ExitStack() as stack:
-            files: dict[str, IO[str]] = {}
+    with new_folder(OUT) as folder:
+        for split in ("test", "gate"):
             records = read_records(Path("data/diffcap"), f"{split}-*.parquet")
-            for record, text in caption_records(captioner, records, config.caption, config.tasks,
-                                                progress=f"caption {split}"):
-                if record.source not in files:
-                    path = OUT / split / f"{record.source}.jsonl"
-                    files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))
-                line = {"pair_id": record.pair_id, "prediction": text}
-                files[record.source].write(json.dumps(line, ensure_ascii=False) + "\n")
+            predictions = caption_records(captioner, records, config.caption, config.tasks,
+                                          progress=f"caption {split}")
+            _write(predictions, folder / split)
+
+
+def _write(predictions: Iterator[tuple[Record, str]], folder: Path) -> None:
+    """One file for each benchmark."""
+    folder.mkdir()
+    files: dict[str, IO[str]] = {}
+    with ExitStack() as stack:
+        for record, text in predictions:
+            if record.source not in files:
+                path = folder / f"{record.source}.jsonl"
+                files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))
+            line = {"pair_id": record.pair_id, "prediction": text}
+            files[record.source].write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

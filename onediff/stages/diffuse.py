@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from onediff.data.parallel import spread
 from onediff.data.record import write_shards
 from onediff.data.sources.entries import part, read_lines
 from onediff.data.synthesis.instruct_pix2pix import REASONS, Editor, Task, records_of
+from onediff.files import new_folder, write_json
 from onediff.stages.command import quiet, run
 
 
@@ -42,15 +41,15 @@ def diffuse(source: str) -> None:
             counts.update(fates)
             yield place
 
-    folder = PAIRS / source
-    shutil.rmtree(folder, ignore_errors=True)
-    total = write_shards(records_of(places()), folder, "train", shard_pairs=config.data.shard_pairs)
-    fates = {reason: counts[reason] for reason in REASONS}
-    told = ", ".join(f"{reason} {number:,}" for reason, number in fates.items())
-    if not total:
-        raise ValueError(f"'{source}': no edit passes the filters ({told}); see data.diffusion in params.yaml")
-    (folder / "filters.json").write_text(json.dumps(fates, indent=1) + "\n", encoding="utf-8")
-    print(f"{folder}: {told}")
+    out = PAIRS / source
+    with new_folder(out) as folder:
+        total = write_shards(records_of(places()), folder, "train", shard_pairs=config.data.shard_pairs)
+        fates = {reason: counts[reason] for reason in REASONS}
+        shown = ", ".join(f"{reason} {number:,}" for reason, number in fates.items())
+        if not total:
+            raise ValueError(f"'{source}': no edit passes the filters ({shown}); see data.diffusion in params.yaml")
+        write_json(folder / "filters.json", fates, indent=1)
+    print(f"{out}: {shown}")
 
 
 def _tasks(path: Path, entries: list[Entry]) -> Iterator[Task]:

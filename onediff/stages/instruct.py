@@ -12,6 +12,7 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.jobs import jobs, writer_of
 from onediff.data.writer.request import Request, edit_of_caption
 from onediff.data.writer.store import answers_path, read_answers
+from onediff.files import write_text
 from onediff.stages.command import run
 
 
@@ -36,8 +37,7 @@ def instruct(source: str) -> None:
 
 
 def _write_lines(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from onediff.data.folders import PAIRS
 from onediff.data.record import write_shards
 from onediff.data.sources.read import SHOWN, as_text, open_source, problems, records, survey
 from onediff.data.splits import SPLITS
+from onediff.files import new_folder, write_json
 from onediff.stages.command import run
 
 RAW, REPORTS = Path("data/raw"), Path("data/reports/read")
@@ -28,7 +27,7 @@ def read(source: str) -> None:
     config = load_params().data
     if source not in config.raw:
         raise ValueError(f"params.yaml: data.raw does not name '{source}'; it names {', '.join(config.raw) or 'none'}")
-    folder, partial = PAIRS / source, source in config.partial
+    partial = source in config.partial
     files = open_source(source, RAW / source, Path(load_runtime().scratch))
     summary = survey(source, files)
     num_pairs = summary.pop("written_splits")
@@ -37,25 +36,21 @@ def read(source: str) -> None:
     if problems(summary) and not partial:
         _stop(source, report)
     (REPORTS / f"{source}.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    for split in SPLITS:
-        if num_pairs.get(split):
-            shown = tqdm(records(source, files, split), total=num_pairs[split], desc=f"{source} {split}", unit="pair")
-            write_shards(shown, folder, split, shard_pairs=config.shard_pairs)
-    _write(report, folder / "report.json")
+    with new_folder(PAIRS / source) as folder:
+        for split in SPLITS:
+            if num_pairs.get(split):
+                shown = tqdm(records(source, files, split), total=num_pairs[split], desc=f"{source} {split}",
+                             unit="pair")
+                write_shards(shown, folder, split, shard_pairs=config.shard_pairs)
+        write_json(folder / "report.json", report, indent=1)
 
 
 def _stop(source: str, report: dict[str, Any]) -> None:
     path = REPORTS / f"{source}.json"
-    _write(report, path)
+    write_json(path, report, indent=1)
     first = f" (first: {report['missing'][0]})" if report["missing"] else ""
     raise ValueError(f"{RAW / source} is not as published: {'; '.join(problems(report))}{first}; {path} names all. "
                      f"Complete the download ('onediff data status'), or add {source} to data.partial in params.yaml")
-
-
-def _write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

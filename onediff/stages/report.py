@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from onediff.eval.gallery import Album, Grid, choose, example, fitted, losses, w
 from onediff.eval.metrics import Predictions
 from onediff.eval.protocols import protocols_of
 from onediff.eval.report import ordered, ordered_sources, render_page
+from onediff.files import new_folder, write_text
 from onediff.paths import DIFFCAP
 from onediff.stages.command import run
 
@@ -37,11 +37,10 @@ Scored = Mapping[str, Mapping[str, Any]]  # data/scored/test.json
 def report() -> None:
     """Writes data/report.html and data/figures/*.svg."""
     page, charts = make_page()
-    OUTPUT.write_text(page, encoding="utf-8")
-    shutil.rmtree(FIGURES, ignore_errors=True)
-    FIGURES.mkdir()
-    for name, chart in charts.items():
-        (FIGURES / f"{name.replace('/', '-')}.svg").write_text(standalone(chart), encoding="utf-8")
+    with new_folder(FIGURES) as folder:
+        for name, chart in charts.items():
+            (folder / f"{name.replace('/', '-')}.svg").write_text(standalone(chart), encoding="utf-8")
+    write_text(OUTPUT, page)
     print(f"{OUTPUT}: {len(page) / 1e6:.1f} MB; {FIGURES}: {len(charts)} figures")
 
 

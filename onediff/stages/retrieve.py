@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from onediff.data.collection import list_collection
 from onediff.data.folders import PAIRS
 from onediff.data.record import write_shards
 from onediff.data.retrieval import embed_collection, find_pairs, pair_records
+from onediff.files import new_folder, write_json
 from onediff.stages.command import quiet, run
 
 
@@ -40,13 +39,13 @@ def retrieve(source: str) -> None:
     if not pairs:
         raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
                          f"{settings.min_similarity} to {settings.max_similarity}; widen data.retrieval's window")
-    folder = PAIRS / source
-    shutil.rmtree(folder, ignore_errors=True)
+    out = PAIRS / source
     records = tqdm(pair_records(source, readable, pairs), total=len(pairs), desc=source, unit="pair")
-    write_shards(records, folder, "train", shard_pairs=config.data.shard_pairs)
-    report = {"images": len(entries), "pairs": len(pairs), "unreadable": broken}
-    (folder / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{folder}: {len(pairs):,} pairs of {len(names):,} images; {len(broken):,} images cannot be read")
+    with new_folder(out) as folder:
+        write_shards(records, folder, "train", shard_pairs=config.data.shard_pairs)
+        report = {"images": len(entries), "pairs": len(pairs), "unreadable": broken}
+        write_json(folder / "report.json", report, indent=1, sort_keys=True)
+    print(f"{out}: {len(pairs):,} pairs of {len(names):,} images; {len(broken):,} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from onediff.eval.files import read_predictions, rounded
 from onediff.eval.metrics import METRICS, start
 from onediff.eval.nearest import nearest_rows
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of
+from onediff.files import new_folder, write_json
 from onediff.stages.command import run
 
 OUTPUTS = {"test": Path("data/metrics.json"), "gate": Path("data/gate.json")}
@@ -33,6 +34,7 @@ def score() -> None:
     train = read_table(folder, "train-*.parquet")
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
+    scores, pairs = {}, {}
     for split, output in OUTPUTS.items():
         rows = read_table(folder, f"{split}-*.parquet")
         sources = {row["source"] for row in rows}
@@ -46,11 +48,14 @@ def score() -> None:
                 result["incomplete"] = incomplete[source]
         for name in sorted(incomplete.keys() - sources):
             print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
-        SCORED.mkdir(parents=True, exist_ok=True)
-        pairs = {name: result.pop("pairs") for name, result in results.items()}
-        (SCORED / f"{split}.json").write_text(json.dumps(rounded(pairs)) + "\n", encoding="utf-8")
-        output.write_text(json.dumps(rounded(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        pairs[split] = {name: result.pop("pairs") for name, result in results.items()}
+        scores[output] = results
         _show(f"{split} split, {output}", results)
+    with new_folder(SCORED) as folder:
+        for split in OUTPUTS:
+            write_json(folder / f"{split}.json", rounded(pairs[split]))
+    for output, results in scores.items():
+        write_json(output, rounded(results), indent=1, sort_keys=True)
 
 
 def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],

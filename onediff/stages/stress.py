@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,36 +16,30 @@ from onediff.data.record import Record, read_records, read_table
 from onediff.eval.files import rounded
 from onediff.eval.metrics import Predictions
 from onediff.eval.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
+from onediff.files import new_folder, write_json
 from onediff.paths import DIFFCAP
 from onediff.stages.command import quiet, run
 
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
-OUT, PART, METRICS = Path("data/stress"), Path("data/stress.part"), Path("data/stress.json")
+OUT, METRICS = Path("data/stress"), Path("data/stress.json")
 TESTS = "test-*.parquet"
 
 
 def stress(model: str = "data/models/tune") -> None:
     """Writes data/stress/<benchmark>.jsonl (captions of every trial), <benchmark>.attention.jsonl (maps of every pair)
-    and data/stress.json; whole or not at all. The same model and pairs, the same bytes.
+    and data/stress.json. The same model and pairs, the same bytes.
     """
     config, runtime = load_params(), load_runtime()
     quiet()
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)
-    shutil.rmtree(PART, ignore_errors=True)
-    PART.mkdir(parents=True)
-    try:
-        results = {benchmark: _measure(captioner, benchmark, records, config)
+    with new_folder(OUT) as folder:
+        results = {benchmark: _measure(captioner, benchmark, records, config, folder)
                    for benchmark, records in _chosen(config).items()}
-        (PART / METRICS.name).write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(OUT, ignore_errors=True)
-        os.replace(PART / METRICS.name, METRICS)
-        PART.rename(OUT)
-    finally:
-        shutil.rmtree(PART, ignore_errors=True)
+    write_json(METRICS, rounded(results), indent=1)
     _show(results)
 
 
@@ -64,16 +56,17 @@ def _chosen(config: Config) -> dict[str, list[Record]]:
     return found
 
 
-def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], config: Config) -> dict[str, Any]:
+def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], config: Config,
+             folder: Path) -> dict[str, Any]:
     said: dict[str, Predictions] = {}
-    with (PART / f"{benchmark}.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / f"{benchmark}.jsonl").open("w", encoding="utf-8") as file:
         for trial, pair_id, text in _captions(captioner, benchmark, records, config):
             said.setdefault(trial, {})[pair_id] = text
             line = {"trial": trial, "pair_id": pair_id, "prediction": text}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     result = figures(benchmark, said, [vars(record) for record in records], config.stress)
     if captioner.model.delta is not None:
-        result["attention"] = _look(captioner, benchmark, records)
+        result["attention"] = _look(captioner, benchmark, records, folder)
     return result
 
 
@@ -89,12 +82,12 @@ def _captions(captioner: Captioner, benchmark: str, records: Sequence[Record],
                 yield trial, record.pair_id, text
 
 
-def _look(captioner: Captioner, benchmark: str, records: Sequence[Record]) -> dict[str, Any]:
+def _look(captioner: Captioner, benchmark: str, records: Sequence[Record], folder: Path) -> dict[str, Any]:
     """Writes the maps of every pair; the figures of those that show a known region."""
     from onediff.eval.attention import SIDES, attention_figures, glances, look
 
     found = []
-    with (PART / f"{benchmark}.attention.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / f"{benchmark}.attention.jsonl").open("w", encoding="utf-8") as file:
         for record, maps in look(captioner, records):
             grids = {side: getattr(maps, side).round(6).tolist() for side in SIDES}
             file.write(json.dumps({"pair_id": record.pair_id, **grids}) + "\n")

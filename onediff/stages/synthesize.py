@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from onediff.data.record import Record, write_shards
 from onediff.data.splits import SPLITS
 from onediff.data.synthesis.edits import edit_record
 from onediff.data.synthesis.scenes import prepare, scene_records
+from onediff.files import new_folder
 from onediff.stages.command import run
 
 Group = tuple[str, str, int]  # shard prefix, split, number within the split
@@ -53,14 +53,13 @@ def synthesize(source: str) -> None:
     """Writes data/synthetic/<source>/<split>-*.parquet. Neither the engine nor its processes change a byte."""
     config, runtime = load_params(), load_runtime()
     groups = list(_groups(config, source))
-    folder = Path("data/synthetic") / source
-    shutil.rmtree(folder, ignore_errors=True)
     made = spread(functools.partial(_maker, config, source, runtime.device), groups, runtime, chunk=8,
                   num_gpus=0.25 if _by_blender(config, source) else 0)
     shown = zip(groups, tqdm(made, total=len(groups), desc=source, unit="group"), strict=True)
-    for prefix, part in itertools.groupby(shown, key=lambda pair: pair[0][0]):
-        records = itertools.chain.from_iterable(records for _, records in part)
-        write_shards(records, folder, prefix, shard_pairs=config.data.shard_pairs)
+    with new_folder(Path("data/synthetic") / source) as folder:
+        for prefix, part in itertools.groupby(shown, key=lambda pair: pair[0][0]):
+            records = itertools.chain.from_iterable(records for _, records in part)
+            write_shards(records, folder, prefix, shard_pairs=config.data.shard_pairs)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onediff.files import disk_full_named, link_or_copy, new_file, new_folder, write_json
 from onediff.model.digest import weights_digest
 from onediff.paths import DIFFCAP
 from onediff.stages.command import quiet
+from onediff.versioned import LOCK, locked, md5_of, outs_of, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.config import Config, Runtime
@@ -50,9 +52,10 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     tracking.check()  # before any work: what is trained must have somewhere to be noted
     quiet()
     from onediff.train import checkpoint, launcher, phases
+    from onediff.train.launch.status import is_finished
 
     def here() -> None:
-        with noted_run(phase, config) as noted:
+        with disk_full_named(folder), noted_run(phase, config) as noted:
             used_wh = counter() if noted else None
             work(config, runtime, folder, noted.log if noted else silent)
             if noted:
@@ -60,8 +63,10 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
                 summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
                 # Other nodes' counters cannot be read here.
                 energy = {"energy_wh": round(used_wh(), 2) if used_wh else None} if runtime.nodes == 1 else {}
-                checkpoint.write_json(folder / "run.json", described | summary | energy)
+                write_json(folder / "run.json", described | summary | energy, indent=1)
 
+    if "LOCAL_RANK" not in os.environ and not runtime.node_rank:
+        remove_committed(phase, Path(runtime.scratch))
     folder = phases.run_folder(phase, config, runtime, data=DIFFCAP, start=start)
     if "LOCAL_RANK" in os.environ:
         here()
@@ -69,19 +74,37 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     if runtime.node_rank and launcher.hand_over(phase, runtime, folder):
         return  # node 0 holds the folder, and fetches
     with checkpoint.alone(folder):
-        if not launcher.hand_over(phase, runtime, folder):
+        if not is_finished(folder) and not launcher.hand_over(phase, runtime, folder):
             here()
         fetch(phase, folder)
 
 
 def fetch(phase: str, folder: Path) -> None:
-    """Model, curve and run from scratch to where DVC wants them; then the checkpoints may go."""
-    model = Path("data/models") / phase
-    shutil.rmtree(model, ignore_errors=True)
-    for part in ("models", "curves", "runs"):
-        (Path("data") / part).mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder / "final", model)
-    shutil.copyfile(folder / "curve.jsonl", Path("data/curves") / f"{phase}.jsonl")
-    told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    (Path("data/runs") / f"{phase}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder)
+    """Model, curve and run from scratch to where DVC expects them; the model comes first, because it needs most room.
+
+    Then the checkpoints are removed. What was trained stays in scratch until dvc.lock names it: a commit of DVC that
+    fails or is interrupted then costs no training.
+    """
+    with new_folder(Path("data/models") / phase) as part:
+        shutil.copytree(folder / "final", part, copy_function=link_or_copy, dirs_exist_ok=True)
+    for name, out in (("curve.jsonl", f"data/curves/{phase}.jsonl"), ("run.json", f"data/runs/{phase}.json")):
+        with new_file(Path(out)) as part:
+            shutil.copyfile(folder / name, part)
+    if "DVC_STAGE" not in os.environ:
+        shutil.rmtree(folder)
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "final":
+            shutil.rmtree(path)
+
+
+def remove_committed(phase: str, scratch: Path) -> None:
+    """Removes what `fetch` kept of the run that dvc.lock names: DVC's cache has it now."""
+    from onediff.train.launch.status import is_finished
+
+    if not LOCK.exists() or uncached_outs(phase):  # after a commit on a full disk dvc.lock names what no cache has
+        return
+    committed = outs_of(locked()).get(f"data/runs/{phase}.json")
+    for folder in scratch.glob(f"{phase}-*"):
+        if is_finished(folder) and md5_of(folder / "run.json") == committed:
+            shutil.rmtree(folder)

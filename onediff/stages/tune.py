@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from onediff.config import Config, Runtime
 from onediff.data.record import Record, read_records
-from onediff.inputs.processing import OneDiffProcessor
-from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.paths import DIFFCAP
 from onediff.stages.command import run
 from onediff.stages.training import train
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to load, and the old model must return before that
+    from onediff.inputs.processing import OneDiffProcessor
+    from onediff.model.onediff import OneDiffForConditionalGeneration
     from onediff.train.loop import Judge, Log
 
 ALIGNED = Path("data/models/align")

@@ -9,6 +9,7 @@ import pandas as pd
 from onediff.config import load_params
 from onediff.data.checks import check_suite, complaints, judged, refuse, suites_of, write_report
 from onediff.data.folders import folder_of, sources_of
+from onediff.files import new_file
 from onediff.paths import PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
 
@@ -29,7 +30,8 @@ def validate() -> None:
     checked = [check_suite(suite, table, tolerance=tolerance, partial=tuple(data.partial))
                for suite, tolerance in (("raw", data.tolerance.raw), ("generated", data.tolerance.generated))]
     bad = pd.concat([one.bad for one in checked]).sort_index()
-    bad.to_parquet(QUARANTINE, index=False)
+    with new_file(QUARANTINE) as path:
+        bad.to_parquet(path, index=False)
     found = complaints(checked, whole=tuple(source for source in data.raw if source not in data.partial))
     folders = [folder_of(data, source) for source in sources_of(data)]
     refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))

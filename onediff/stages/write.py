@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.jobs import caption_job, is_captioned, jobs, splits_of, writer_of
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import answers_path, read_answers
+from onediff.files import new_folder, write_text
 from onediff.stages.command import run
 
 
@@ -25,17 +25,16 @@ def write(source: str) -> None:
     writer, answered = writer_of(source, config, "write"), answers_path(source, "write")
     print(ask((job for job in jobs(source, config, "write") if isinstance(job, Request)), answered, runtime))
     read, written = PAIRS / source, WRITTEN / source
-    shutil.rmtree(written, ignore_errors=True)
     answers, total = read_answers(answered), 0
     aside: list[dict[str, Any]] = []
-    for split in splits_of(read):
-        records = _captioned(read_records(read, f"{split}-*.parquet"), writer, answers, aside)
-        total += write_shards(records, written, split, shard_pairs=config.data.shard_pairs)
-    lines = "".join(json.dumps(row) + "\n" for row in aside)
-    (written / "set_aside.jsonl").write_text(lines, encoding="utf-8")
-    if not total:
-        raise ValueError(f"{written}: no usable caption for any of {len(aside):,} pairs; the first: "
-                         f"{aside[0]['pair_id']}: {aside[0]['reason']}")
+    with new_folder(written) as folder:
+        for split in splits_of(read):
+            records = _captioned(read_records(read, f"{split}-*.parquet"), writer, answers, aside)
+            total += write_shards(records, folder, split, shard_pairs=config.data.shard_pairs)
+        if not total:
+            raise ValueError(f"{written}: no usable caption for any of {len(aside):,} pairs; the first: "
+                             f"{aside[0]['pair_id']}: {aside[0]['reason']}")
+        write_text(folder / "set_aside.jsonl", "".join(json.dumps(row) + "\n" for row in aside))
     print(f"{written}: {total:,} pairs with captions, {len(aside):,} set aside (set_aside.jsonl says why)")
 
 

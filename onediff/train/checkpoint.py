@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from onediff.files import NotWrittenError, write_json
 from onediff.train.engine import MOMENTS, Engine
 
 KEEP = 2
@@ -52,13 +53,6 @@ def alone(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
@@ -104,8 +98,8 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
     if failed:
         shutil.rmtree(target, ignore_errors=True)
         why = str(error).splitlines()[0] if error else "on another rank"
-        raise OSError(f"{target}: the checkpoint could not be written ({why}); free some space and start again: "
-                      "training goes on from the checkpoint before") from error
+        raise NotWrittenError(f"{target}: the checkpoint could not be written ({why}); free some space and start "
+                              "again: training goes on from the checkpoint before") from error
     if engine.rank == 0:
         write_json(target / "complete.json", {"step": step, "world": engine.world, "zero_level": engine.zero_level,
                                               "sizes": _sizes(target), **extra})

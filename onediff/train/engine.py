@@ -32,7 +32,8 @@ def start_process_group() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # A store in memory opens no port, which another process could take between its choice and its use.
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch's stubs do not name it
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, dying without a compiler
     deepspeed.init_distributed(backend, verbose=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from onediff.config import Phase, Runtime
+from onediff.files import new_file, write_json
 from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train import checkpoint, lora
 from onediff.train.engine import Engine
@@ -136,7 +137,7 @@ def judged(engine: Engine, judge: Judge) -> float:
 def diverged(folder: Path, name: str, step: int, loss: float, rows: list[str]) -> ValueError:
     """The last good state stays; the rows of the batch are named, all of them in a file."""
     checkpoint.write_status(folder, "diverged", step, f"loss {loss} at step {step}")
-    checkpoint.write_json(folder / "diverged.json", {"step": step, "rows": rows})
+    write_json(folder / "diverged.json", {"step": step, "rows": rows})
     few = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     return ValueError(f"{name}: the loss became {loss} at step {step}, on rows {few or 'unnamed'} "
                       f"({folder}/diverged.json); look at them, or lower the learning rates in params.yaml")
@@ -170,9 +171,8 @@ def keep_best(engine: Engine, folder: Path, kept: dict[str, Any], *, step: int, 
     learned = engine.whole(only_learned=True)
     if learned is not None:
         path = best_file(folder, step + 1)
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: value.contiguous() for name, value in learned.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with new_file(path) as part:
+            save_file({name: value.contiguous() for name, value in learned.items()}, part)
     return {"best": score, "best_step": step + 1}
 
 

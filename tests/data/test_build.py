@@ -18,7 +18,6 @@ from onediff.data.build import (
     num_shared,
     origin,
     staying,
-    whole,
     write_tables,
 )
 from onediff.data.leaks import COLUMNS
@@ -114,21 +113,6 @@ def test_shared_values_are_counted_once() -> None:
     rows = pd.DataFrame({"split": ["train", "test", "val", "val"], "hash_before": ["x", "x", "x", ""],
                          "hash_after": ["y", "z", "", ""]})
     assert num_shared(rows, "hash_before", "hash_after") == 1
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with whole(tmp_path / "diffcap") as part:
-        (part / "a").write_text("old")
-    with pytest.raises(OSError, match="disk is full"), whole(tmp_path / "diffcap") as part:
-        (part / "a").write_text("half")
-        raise OSError("disk is full")
-    (tmp_path / "diffcap.part").mkdir()
-    (tmp_path / "diffcap.part" / "left by a kill").touch()
-    assert (tmp_path / "diffcap" / "a").read_text() == "old"
-    with whole(tmp_path / "diffcap") as part:
-        (part / "b").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["diffcap"]
-    assert [path.name for path in (tmp_path / "diffcap").iterdir()] == ["b"]
 
 
 def test_the_card_counts_and_digests(tmp_path: Path, micro: Config) -> None:

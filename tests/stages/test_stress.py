@@ -12,9 +12,10 @@ from onediff.data.record import read_table, write_shards
 from onediff.data.synthesis.edits import edit_record
 from onediff.data.synthesis.scenes import scene_records
 from onediff.model.build import build
-from onediff.stages.stress import PART, stress
+from onediff.stages.stress import OUT, stress
 
 PRESET = Path("presets/micro.yaml").resolve()
+PART = OUT.with_name(f"{OUT.name}.part")
 FILES = ("data/stress.json", "data/stress/scenes.jsonl", "data/stress/scenes.attention.jsonl")
 
 

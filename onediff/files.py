@@ -1,0 +1,142 @@
+"""Files and folders that are complete or absent: they are written beside their place and then renamed.
+
+    with new_folder(Path("data/captions")) as folder: ...     # fill the folder; an error keeps the old one
+    with new_file(Path("data/probe.parquet")) as path: ...    # write to `path` with any library
+    write_text(Path("data/report.html"), page)
+
+Stages never open an existing output for writing, because that file may be a hard link to a file of DVC's cache.
+A killed process leaves `<name>.part` behind. The next writer removes it; git and DVC ignore it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
+            errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}
+# Words of safetensors, SQLite and NumPy, which do not pass on the number of the system's error.
+_WORDS = {errno.ENOSPC: re.compile(r"No space left on device|disk is full|os error 28|requested and \d+ written"),
+          errno.EDQUOT: re.compile("quota exceeded", re.IGNORECASE), errno.EFBIG: re.compile("File too large")}
+
+
+class NotWrittenError(OSError):
+    """One line: which path could not be written, why, and the cure."""
+
+
+class disk_full_named:
+    """Raises NotWrittenError in place of any exception by which a library reports a full disk.
+
+    `path`: what is being written; an error that names a file itself is more exact.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, (NotWrittenError, ValueError)):  # these are explained already
+            return
+        number = _full(error)
+        if number:
+            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else self.path
+            raise NotWrittenError(_explanation(Path(named), number)) from error
+
+
+def _full(error: BaseException | None) -> int | None:
+    """The error number of a full disk if the exception or one of its causes reports one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REASONS:
+            return error.errno
+        for number, words in _WORDS.items():
+            if words.search(str(error)):
+                return number
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _explanation(path: Path, number: int) -> str:
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 1e6
+    return (f"{path} could not be written: {_REASONS[number]} ({free:,.0f} MB are free on the file system of "
+            f"{existing}); what was there before is unchanged: make room, then run the same command again")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives the path to write to; the file takes its name only when it is complete and on disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with disk_full_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            yield part
+            _sync(part)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill; it takes the place of `folder` only when it is complete and on disk."""
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old.part")
+    _finish_exchange(folder, old)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk_full_named(folder):
+            part.mkdir(parents=True)
+            yield part
+            for path in (*part.rglob("*"), part):
+                _sync(path)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+    finally:
+        _finish_exchange(folder, old)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _finish_exchange(folder: Path, old: Path) -> None:
+    """After a process that ended between the two renames: the old folder returns. Otherwise `old` is removed."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """A hard link, which takes no space; a copy where the file system cannot link the two paths."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """`options`: those of json.dumps."""
+    write_text(path, json.dumps(value, **options) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file or folder is on disk. Some file systems report a full disk only here."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

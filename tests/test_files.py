@@ -1,0 +1,146 @@
+"""Folders and files that are complete or absent, and what a full disk says."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from onediff.files import NotWrittenError, disk_full_named, new_file, new_folder, write_json, write_text
+
+ROOT = Path(__file__).parents[1]
+FULL = Path("/dev/full")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_replaced_by_a_complete_one_and_kept_when_the_new_one_fails(tmp_path: Path) -> None:
+    out = tmp_path / "diffcap"
+    with new_folder(out) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(ValueError, match="bad pair"), new_folder(out) as folder:
+        (folder / "a").write_text("half")
+        raise ValueError("bad pair")
+    assert (out / "a").read_text() == "old" and names(tmp_path) == ["diffcap"]
+    (tmp_path / "diffcap.part").mkdir()
+    (tmp_path / "diffcap.part/of a killed process").touch()
+    with new_folder(out) as folder:
+        (folder / "b").write_text("new")
+    assert names(tmp_path) == ["diffcap"] and names(out) == ["b"]
+
+
+def test_a_folder_returns_that_a_killed_process_had_only_renamed(tmp_path: Path) -> None:
+    (tmp_path / "diffcap.old.part").mkdir()
+    (tmp_path / "diffcap.old.part/a").write_text("old")
+    with pytest.raises(ValueError, match="bad pair"), new_folder(tmp_path / "diffcap"):
+        raise ValueError("bad pair")
+    assert names(tmp_path) == ["diffcap"] and (tmp_path / "diffcap/a").read_text() == "old"
+
+
+def test_no_existing_file_is_opened_for_writing(tmp_path: Path) -> None:
+    """It may be a hard link to a file of DVC's cache, and so may what a killed process left."""
+    for name in ("cached", "cached too"):
+        (tmp_path / name).write_text("one")
+    os.link(tmp_path / "cached", tmp_path / "out.json")
+    os.link(tmp_path / "cached too", tmp_path / "out.json.part")
+    write_json(tmp_path / "out.json", {"b": 1, "a": 2}, sort_keys=True)
+    assert (tmp_path / "out.json").read_text() == '{"a": 2, "b": 1}\n'
+    assert (tmp_path / "cached").read_text() == (tmp_path / "cached too").read_text() == "one"
+
+
+def test_a_file_stays_when_its_successor_fails(tmp_path: Path) -> None:
+    out = tmp_path / "inner/out.json"
+    write_text(out, "old")
+    with pytest.raises(TypeError):
+        write_json(out, {1, 2})
+    with pytest.raises(ValueError, match="bad pair"), new_file(out) as part:
+        part.write_text("half")
+        raise ValueError("bad pair")
+    assert out.read_text() == "old" and names(out.parent) == ["out.json"]
+
+
+def _text() -> None:
+    FULL.write_text("x" * 10_000)
+
+
+def _array() -> None:
+    with FULL.open("wb") as file:
+        np.save(file, np.zeros(10_000))
+
+
+def _parquet() -> None:
+    with FULL.open("wb") as file:
+        pq.write_table(pa.table({"a": [1]}), file)
+
+
+def _database() -> None:
+    with sqlite3.connect(":memory:") as store:
+        store.execute("pragma max_page_count = 2")
+        store.execute("create table a (b)")
+        store.execute("insert into a values (zeroblob(100000))")
+
+
+def _wrapped() -> None:
+    try:
+        _text()
+    except OSError as error:
+        raise RuntimeError("the library failed") from error
+
+
+@pytest.mark.parametrize("write", [_text, _array, _parquet, _database, _wrapped])
+def test_every_way_to_report_a_full_disk_becomes_one_line(write: Callable[[], None], tmp_path: Path) -> None:
+    with pytest.raises(NotWrittenError) as caught, disk_full_named(tmp_path / "out"):
+        write()
+    said = str(caught.value)
+    assert " could not be written: the disk is full (" in said and "run the same command again" in said
+    assert "MB are free" in said and "\n" not in said
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), disk_full_named(tmp_path):
+        tmp_path.write_text("x")
+    with pytest.raises(ValueError, match=r"^explained already: No space left on device$"), disk_full_named(tmp_path):
+        raise ValueError("explained already: No space left on device")
+
+
+STAGE = """
+import numpy as np
+from pathlib import Path
+from safetensors.numpy import save_file
+from onediff.files import new_folder
+from onediff.stages.command import run
+
+def train() -> None:
+    with new_folder(Path("data/models/tune")) as folder:
+        save_file({"a": np.zeros(100_000)}, folder / "model.safetensors")
+
+run(train)
+"""
+
+
+def test_a_stage_without_room_ends_in_one_line_keeps_the_old_out_and_goes_on_later(tmp_path: Path) -> None:
+    model = tmp_path / "data/models/tune/model.safetensors"
+    write_text(model, "old")
+    command = [sys.executable, "-c", STAGE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 1
+    assert done.stderr.startswith("train: data/models/tune could not be written: the file is larger than the limit")
+    assert done.stderr.count("\n") == 1 and model.read_text() == "old" and names(model.parent) == [model.name]
+    assert names(tmp_path / "data/models") == ["tune"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert model.stat().st_size > 800_000
+    assert json.loads(model.read_bytes()[8:].split(b"}}")[0] + b"}}")["a"]["shape"] == [100_000]
