@@ -55,8 +55,9 @@ def work(name: str) -> tuple[str, dict[str, str]]:
 
 def check_out(commit: str) -> None:
     """The worktree at the commit; fetched if this clone has not seen it. Raises ValueError if it cannot be had."""
+    errors = ""
     if _git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
-        _git("fetch", "--quiet", "--all")
+        errors = _git("fetch", "--quiet", "--all").stderr
     if (WORK / ".git").exists():
         done = _git("-C", str(WORK), "checkout", "--quiet", "--force", "--detach", commit)
     else:
@@ -64,8 +65,9 @@ def check_out(commit: str) -> None:
         shutil.rmtree(WORK, ignore_errors=True)
         done = _git("worktree", "add", "--quiet", "--detach", str(WORK), commit)
     if done.returncode:
-        raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ({done.stderr.strip()}): push it "
-                         "to a git remote of this clone, or 'git fetch' here")
+        raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ("
+                         f"{' '.join((errors + done.stderr).split())}): push it to a git remote of this clone, or "
+                         "'git fetch' here")
 
 
 def lay(files: dict[str, str]) -> None:

@@ -11,6 +11,8 @@ import time
 import warnings
 from collections.abc import Callable
 
+from onediff.network import exempt_loopback_from_proxies
+
 FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
 
 
@@ -23,6 +25,7 @@ def run(stage: Callable[..., object]) -> None:
     if "DVC_STAGE" in os.environ:
         above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+    exempt_loopback_from_proxies()
     try:
         stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
