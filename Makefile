@@ -57,6 +57,7 @@ $(STAMP): requirements.lock pyproject.toml $(if $(WELL),,anew)
 	@$(PIP) install --quiet uv
 	@$(UV) install $(INTO) -r requirements.lock || { echo "== uv could not; trying pip, which takes some minutes"; $(PIP) install -r requirements.lock; }
 	@$(UV) install $(INTO) --quiet --no-deps -e . || $(PIP) install --quiet --no-deps -e .
+	@mkdir -p "$(PREFECT_HOME)"
 	@$(BIN)/python -I -m onediff.doctor || { echo "onediff: $(VENV) does not hold what requirements.lock lists (see above), so the set-up is not complete: mend that, then 'make setup'" >&2; exit 1; }
 	@$(BIN)/python -I -m onediff.git
 	@cd $(VENV) && pwd -P > $(notdir $@)

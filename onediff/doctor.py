@@ -33,11 +33,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [*_installation(), _java(), _disk(), _device(), *_project()]
-
-
-def _installation() -> list[Finding]:
-    return [_python(), _packages(), _imports()]
+    return [_python(), _packages(), _java(), _disk(), _device(), *_project()]
 
 
 def _python() -> Finding:
@@ -154,7 +150,7 @@ def _champion() -> Finding:
 
 
 def main() -> None:
-    wrong = [item for item in _installation() if not item.ok]
+    wrong = [item for item in (_python(), _packages(), _imports()) if not item.ok]
     if wrong:
         sys.exit("\n".join(f"onediff: {item.name}: {item.found}" for item in wrong))
 
