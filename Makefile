@@ -36,7 +36,10 @@ FIND_LINKS = $(shell echo "$${PIP_FIND_LINKS:-$$($(PIP) config get global.find-l
 LOCK_HEAD := '\# Every package and version; written by "make lock" from pyproject.toml.' \
 	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
+# uv stops where it cannot keep its downloads, as in a home without write permission.
+NO_CACHE = $(shell folder="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/uv}"; \
+	mkdir -p "$$folder" 2>/dev/null && test -w "$$folder" || echo --no-cache)
+UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv $(NO_CACHE) pip
 INTO := --python $(BIN)/python
 
 .PHONY: help anew setup run test blender test-all lint services services-status services-stop deploy worker drills backup \

@@ -30,7 +30,7 @@ KIND = "OneDiff, as preset"
 POLICIES = {"with": "passive", "without": ""}
 
 
-def main(steps: Annotated[int, typer.Option(help="Of each contender, on a quiet machine and beside a busy core.")] = 200,
+def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and beside a busy core.")] = 200,
          rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
     """Times of training steps with and without the policy."""
     if steps % rounds:
