@@ -112,7 +112,7 @@ def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Pat
 def test_git_is_asked_by_one_module() -> None:
     """Elsewhere a refusal would be taken for an answer again."""
     sources = [path for folder in ("onediff", "flows") for path in (ROOT / folder).rglob("*.py")]
-    asking = [str(path.relative_to(ROOT)) for path in sources if '"git", ' in path.read_text(encoding="utf-8")]
+    asking = [str(path.relative_to(ROOT)) for path in sources if '["git", ' in path.read_text(encoding="utf-8")]
     assert asking == ["onediff/git.py"]
 
 
