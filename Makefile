@@ -6,10 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST_FIRST := python3.11 python3.12 python3.13 python3 python
-PYTHON ?= $(shell for p in $(NEWEST_FIRST); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	&& { echo $$p; break; }; done)
+PYTHON ?= $(shell for p in $(NEWEST_FIRST); do $(CLEAN) $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && { echo $$p; break; }; done)
 
-export PATH := $(abspath $(BIN)):$(PATH)
+# Variables that lead pip, uv or Python to another environment than .venv. uv reads them before it looks at its own place.
+MISLEADING := VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_PREFIX PIP_PYTHON PIP_ROOT PIP_TARGET PIP_USER \
+	UV_PREFIX UV_PROJECT_ENVIRONMENT UV_PYTHON UV_SYSTEM_PYTHON UV_TARGET
+unexport $(MISLEADING)
+CLEAN := env $(addprefix -u ,$(MISLEADING))  # for $(shell ...), which "unexport" does not reach
+# The stamp holds the path of .venv, because the scripts in it name their interpreter by that path. It is written when
+# everything is installed, so an interrupted set-up, a moved folder or a removed base Python makes .venv anew.
+WELL := $(shell test "$$(cat $(STAMP) 2>&1)" = "$$(cd $(VENV) 2>/dev/null && pwd -P)" \
+	&& $(CLEAN) $(BIN)/python -c '' 2>/dev/null && echo yes)
+
+# Not $(abspath ...), which splits a path at its spaces.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Nothing phones home; servers wait long enough on a slow machine; state stays inside the project.
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
@@ -18,15 +29,20 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
-export PREFECT_HOME ?= $(abspath .onediff/prefect)
-export TORCH_EXTENSIONS_DIR ?= $(abspath .onediff/torch_extensions)
+export PREFECT_HOME ?= $(CURDIR)/.onediff/prefect
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.onediff/torch_extensions
 # uv does not read pip's settings: hand them on.
-FIND_LINKS = $(shell echo "$${PIP_FIND_LINKS:-$$($(BIN)/pip config get global.find-links 2>/dev/null)}" | tr -s ' \n' ',' | sed 's/,$$//')
+FIND_LINKS = $(shell echo "$${PIP_FIND_LINKS:-$$($(PIP) config get global.find-links 2>/dev/null)}" | tr -s ' \n' ',' | sed 's/,$$//')
 LOCK_HEAD := '\# Every package and version; written by "make lock" from pyproject.toml.' \
 	'\# torch has no local label and no hash, so that each machine takes the build it is configured for.'
-UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# uv stops where it cannot keep its downloads, as in a home without write permission.
+NO_CACHE = $(shell folder="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/uv}"; \
+	mkdir -p "$$folder" 2>/dev/null && test -w "$$folder" || echo --no-cache)
+UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv $(NO_CACHE) pip
+INTO := --python $(BIN)/python
 
-.PHONY: help setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
+.PHONY: help anew setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
 	restore upgrade gc lock deps backbones report clean
 
 help:  ## this list
@@ -35,15 +51,19 @@ help:  ## this list
 
 setup: $(STAMP)  ## virtual environment with the locked packages (once; again when the lock changes)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml $(if $(WELL),,anew)
 	@test -n "$(PYTHON)" || { echo "onediff: Python 3.11 or newer not found: install it, or name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onediff: $(PYTHON) is not Python 3.11 or newer: 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
 	@echo "== installing into $(VENV) with $(PYTHON)"
-	@test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check uv
-	@$(UV) install -r requirements.lock || { echo "== uv could not; trying pip, which takes some minutes"; $(BIN)/pip install --disable-pip-version-check -r requirements.lock; }
-	@$(UV) install --quiet --no-deps -e . || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
-	@touch $@
+	@$(if $(WELL),,"$(PYTHON)" -m venv --clear $(VENV))
+	@rm -f $@
+	@$(PIP) install --quiet uv
+	@$(UV) install $(INTO) -r requirements.lock || { echo "== uv could not; trying pip, which takes some minutes"; $(PIP) install -r requirements.lock; }
+	@$(UV) install $(INTO) --quiet --no-deps -e . || $(PIP) install --quiet --no-deps -e .
+	@mkdir -p "$(PREFECT_HOME)"
+	@$(BIN)/python -I -m onediff.doctor || { echo "onediff: $(VENV) does not hold what requirements.lock lists (see above), so the set-up is not complete: mend that, then 'make setup'" >&2; exit 1; }
+	@$(BIN)/python -I -m onediff.git
+	@cd $(VENV) && pwd -P > $(notdir $@)
 
 params.yaml:
 	@onediff preset tiny
@@ -58,7 +78,8 @@ deploy: setup  ## pools, deployments, limits and automations on the Prefect serv
 worker: setup  ## work for a Prefect pool from this folder: make worker POOL=onediff-gpu
 	@test -n "$(POOL)" || { echo "onediff: which pool? 'make worker POOL=onediff-cpu' or another that 'prefect work-pool ls' lists" >&2; exit 1; }
 	@mkdir -p .onediff
-	@ONEDIFF_PROJECT="$(CURDIR)" PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 prefect worker start --type process --pool "$(POOL)"
+	@ONEDIFF_PROJECT="$(CURDIR)" PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 python -c \
+		'import flows, runpy; runpy.run_module("prefect", run_name="__main__")' worker start --type process --pool "$(POOL)"
 
 drills: setup  ## kill each service, worker, flow and training during retrainings, and print the table (about half an hour)
 	@python -m benchmarks.drills
@@ -68,7 +89,7 @@ test: setup  ## tests that need about a minute each at most, micro pipeline incl
 
 blender: setup  ## Blender for data.scenes.renderer (bpy, 360 MB)
 	@# Without its own wishes: bpy 5 asks for NumPy 1 and runs with NumPy 2.
-	@$(UV) install --quiet --no-deps "bpy==$$(sed -n 's/^bpy: "\(.*\)"$$/\1/p' packages.yaml)"
+	@$(UV) install $(INTO) --quiet --no-deps "bpy==$$(sed -n 's/^bpy: "\(.*\)"$$/\1/p' packages.yaml)"
 
 test-all: setup blender  ## every test, slow ones included
 	@HF_HUB_OFFLINE=1 python -m pytest -m ""
@@ -79,7 +100,7 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	@lint-imports
 
 lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pins that still fit
-	@$(UV) compile --quiet --no-header --no-annotate --extra full --extra dev --extra ray -o requirements.lock pyproject.toml
+	@$(UV) compile $(INTO) --quiet --no-header --no-annotate --extra full --extra dev --extra ray -o requirements.lock pyproject.toml
 	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock
@@ -116,8 +137,9 @@ backbones: setup  ## train the tiny pretrained tower and language model of prese
 
 report: setup  ## open data/report.html
 	@test -f data/report.html || { echo "onediff: data/report.html not found: 'make run' makes it" >&2; exit 1; }
-	@echo "$(abspath data/report.html)"
-	@python -m webbrowser -t "file://$(abspath data/report.html)" > /dev/null 2>&1 || true
+	@echo "$(CURDIR)/data/report.html"
+	@python -c 'import pathlib, webbrowser; webbrowser.open_new_tab(pathlib.Path("data/report.html").absolute().as_uri())' \
+		> /dev/null 2>&1 || true
 
 clean:  ## remove caches of tools; data, models, runs and .venv stay
 	@find onediff flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

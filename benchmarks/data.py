@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from onediff.config import load_params  # before torch: see onediff/__init__.py
+
 ROOT = Path(__file__).parents[1]
 PX, LOADER_PX, STORED_PX = 64, 336, 512  # of the many pairs; of the tower; of the images that the loader reads
 LOADER_PAIRS, LOADER_BATCH = 256, 16
@@ -170,7 +172,6 @@ def loader(folder: Path) -> Iterator[Row]:
 
 def _stored_pairs(folder: Path) -> Path:
     """Shards of edits at 512 px, made once."""
-    from onediff.config import load_params
     from onediff.data.record import write_shards
     from onediff.data.synthesis.edits import edit_record
 

@@ -89,6 +89,7 @@ class Contender:
     name: str
     module: str
     case: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
     rounds: list[float] = field(default_factory=list)  # seconds of each
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -97,7 +98,7 @@ class Contender:
         self.listener.bind(str(folder / f"turns-{len(list(folder.iterdir()))}"))
         self.listener.listen()
         environment = os.environ | {SOCKET: self.listener.getsockname(), CASE: json.dumps(self.case),
-                                    "OMP_NUM_THREADS": str(threads)}
+                                    "OMP_NUM_THREADS": str(threads)} | self.environment
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         self.process = subprocess.Popen([sys.executable, "-m", self.module], env=environment, stdout=self.said,
                                         stderr=self.said)

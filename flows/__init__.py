@@ -6,6 +6,8 @@ Prefect reads these settings at its first import, so they are set here, before a
 import os
 from pathlib import Path
 
+from onediff.network import exempt_loopback_from_proxies
+
 for _key, _value in {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -15,4 +17,5 @@ for _key, _value in {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }.items():
     os.environ.setdefault(_key, _value)
+exempt_loopback_from_proxies()  # Prefect's temporary server and those of `make services` are on this machine
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
+from onediff.git import CURE, git, git_paths, head
+
 PREFIX = "retrain/"
+WITHOUT_GIT = ("no git commit holds this folder: there is no branch of results, the lineage of the version names no "
+               f"commit, and the promotion rule clean_lineage cannot be met. {CURE}")
 
 
 def commit_results(run: str, *, remote: str | None = None) -> str | None:
-    """Commits dvc.lock, and metrics and .dvc files under data/, as branch retrain/RUN; None if nothing changed.
+    """Commits dvc.lock, and metrics and .dvc files under data/, as branch retrain/RUN; None if nothing changed or
+    no commit holds this folder.
 
     Neither the checked-out branch nor the working tree is touched. `remote`: where it is pushed to, too.
-    Raises ValueError in git's words if it cannot be pushed.
+    Raises ValueError in git's words if git refuses to read the checkout or if the branch cannot be pushed.
     """
-    if not _git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", may_fail=True):
-        return None  # no git checkout, or one without a commit
-    changed = _git("diff", "--name-only", "HEAD", "--", "dvc.lock", "data").split()
-    changed += _git("ls-files", "--others", "--exclude-standard", "--", "dvc.lock", "data/*.dvc").split()
+    if head() is None:
+        return None
+    changed = git_paths("diff", "--relative", "--name-only", "HEAD", "--", "dvc.lock", "data")
+    changed += git_paths("ls-files", "--others", "--exclude-standard", "--", "dvc.lock", "data/*.dvc")
     if not changed:
         return None
     branch = PREFIX + run
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
-        _git("read-tree", "HEAD", env=index)
-        _git("add", "--", *changed, env=index)
-        tree = _git("write-tree", env=index)
-    commit = _git("commit-tree", tree, "-p", "HEAD", "-m", f"retrain: results of run {run}")
-    _git("update-ref", f"refs/heads/{branch}", commit)
+        git("read-tree", "HEAD", env=index)
+        git("add", "--", *changed, env=index)
+        tree = git("write-tree", env=index)
+    defaults = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
+                for part, value in (("NAME", "OneDiff"), ("EMAIL", "onediff@localhost"))}
+    commit = git("commit-tree", tree, "-p", "HEAD", "-m", f"retrain: results of run {run}", env=defaults | os.environ)
+    git("update-ref", f"refs/heads/{branch}", commit)
     if remote:
-        _git("push", "--quiet", "--force", remote, f"refs/heads/{branch}")
+        git("push", "--quiet", "--force", remote, f"refs/heads/{branch}")
     return branch
-
-
-def _git(*arguments: str, env: Mapping[str, str] | None = None, may_fail: bool = False) -> str:
-    who = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
-           for part, value in (("NAME", "OneDiff"), ("EMAIL", "onediff@localhost"))}
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False,
-                          env={**who, **os.environ, **(env or {}), "GIT_TERMINAL_PROMPT": "0"})
-    if done.returncode and not may_fail:
-        raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip() if done.returncode == 0 else ""

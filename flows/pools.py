@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from prefect.states import Cancelling, Completed, Failed
 from flows.pipeline import LOCK, needs, raw_files, small_outs
 from flows.stage import ANSWER
 from onediff.files import write_text
+from onediff.git import CURE, git, head
 
 POLL_S = 2.0
 TRIES = 3  # a run whose worker died is sent again
@@ -29,13 +29,15 @@ TRIES = 3  # a run whose worker died is sent again
 
 def commit() -> str:
     """The commit that the workers check out. Raises ValueError if the code or params.yaml here is not that commit."""
-    head = _git("rev-parse", "HEAD").strip()
-    changed = [line[3:] for line in _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock",
-                                         ":!data").splitlines()]
+    revision = head()
+    if revision is None:
+        raise ValueError(f"work pools need a git commit of this folder, which the workers check out: {CURE}")
+    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock",
+                                        ":!data").splitlines()]
     if changed:
-        raise ValueError(f"git: {', '.join(changed[:5])} changed since commit {head[:12]}, which the workers check "
+        raise ValueError(f"git: {', '.join(changed[:5])} changed since commit {revision[:12]}, which the workers check "
                          "out: commit it first")
-    return head
+    return revision
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -99,10 +101,3 @@ def _lay(run_id: UUID) -> None:
         if name not in allowed:
             raise ValueError(f"flow run {run_id} handed back '{name}', which is neither dvc.lock nor a metrics file")
         write_text(Path(name), text)
-
-
-def _git(*arguments: str) -> str:
-    asked = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise ValueError(f"git {arguments[0]}: {' '.join(asked.stderr.split())}; work pools need a git checkout")
-    return asked.stdout

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from onediff.git import configure_dvc
 from onediff.stages.command import FLOW
 
 CODE = Path(__file__).resolve().parent.parent
@@ -102,6 +103,7 @@ def alone(lock: Path = LOCK) -> Iterator[None]:
 def prepare() -> None:
     """For a flow run from the command line: SIGTERM ends it tidily, and servers of runs that were killed are ended."""
     signal.signal(signal.SIGTERM, _leave)
+    configure_dvc()
     for process in psutil.process_iter():
         try:
             env = process.environ()

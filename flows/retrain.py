@@ -16,7 +16,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows import pools
-from flows.branch import commit_results
+from flows.branch import WITHOUT_GIT, commit_results
 from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
 from flows.processes import alone, prepare
 from flows.submit import promote
@@ -24,6 +24,7 @@ from flows.tasks import keep_scores, publish_scores, register, repro
 from flows.tell import tell
 from onediff.config import load_params, load_runtime
 from onediff.files import disk_full_named
+from onediff.git import head
 from onediff.preflight import check_inputs
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def _retrain() -> State[Any]:
             return state
         if state.name == "Ran":
             commit_results(str(flow_run.id).partition("-")[0], remote=load_runtime().git_remote)
+            if head() is None:
+                print(f"onediff: {WITHOUT_GIT}")
         print(publish_scores(Path("data/metrics.json"), "scores"))
         evaluation = keep_scores()
         version = register(evaluation, by=f"flow run {flow_run.name} ({flow_run.id})")

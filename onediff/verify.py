@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff import lineage, registry, tracking, versioned
+from onediff.git import git, head
 from onediff.lineage import DIFFCAP, FOLDER, WEIGHTS
 from onediff.versioned import LOCK, Stage
 
@@ -72,20 +73,22 @@ def _commit(found: Mapping[str, Any], root: Path) -> str:
     commit = str(found["git"]["commit"])
     if commit == "none":
         raise ValueError(f"version {found['version']} was made outside git: no commit to prove it by")
-    asked = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
-    if subprocess.run(asked, cwd=root, capture_output=True, check=False).returncode:
+    if head(root) is None:
+        raise ValueError(f"version {found['version']} was made at commit {commit}, and no git commit holds this "
+                         "folder: verify the version in a clone of the repository")
+    try:
+        git("cat-file", "-e", f"{commit}^{{commit}}", root=root)
+    except ValueError:
+        branch = found["git"]["branch"] or "not noted"
         raise ValueError(f"version {found['version']} was made at commit {commit}, which is not in this repository: "
-                         f"'git fetch origin' its branch ({found['git']['branch'] or 'not noted'}) and try again")
+                         f"'git fetch origin' its branch ({branch}) and try again") from None
     return commit
 
 
 def _clone(commit: str, clone: Path, *, root: Path) -> Path:
     """The commit's files, from this repository's objects."""
-    for command in (["git", "clone", "--quiet", "--shared", "--no-checkout", str(root), str(clone)],
-                    ["git", "-C", str(clone), "checkout", "--quiet", "--detach", commit]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"{' '.join(command[:5])}: {' '.join(done.stderr.split())[:300]}")
+    git("clone", "--quiet", "--shared", "--no-checkout", str(root), str(clone))
+    git("checkout", "--quiet", "--detach", commit, root=clone)
     return clone
 
 

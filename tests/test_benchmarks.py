@@ -131,6 +131,7 @@ def test_an_unknown_preset_is_refused() -> None:
     ("captioning", ["--batch", "2", "--rounds", "1", "--units", "1"], "LLaVA, generate"),
     ("scaling", ["--batch", "4", "--rounds", "1", "--units", "1", "--zero", "2"], "2 processes, ZeRO 2"),
     ("loader", ["--batch", "4", "--rounds", "1", "--steps", "2", "--no-shards"], "features, in a run"),
+    ("busy", ["--batch", "4", "--rounds", "1", "--steps", "1"], "beside a busy core"),
     ("metrics", ["--pairs", "50", "--rounds", "1", "--starts", "1", "--evaluations", "3"], "0 Java programs left"),
 ])
 def test_each_script_prints_its_table(script: str, options: list[str], said: str) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
+# The name of a folder may hold letters outside ASCII, which Java reads by the locale of its environment.
+LOCALE = {"LC_ALL": "C.UTF-8"}
 SPEECH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:-UsePerfData")
 IN_FLIGHT = 64  # lines that a copy has before it: enough never to wait for us, few enough to share the work
@@ -231,8 +233,8 @@ class _Copy:
 
 def _start(command: Command) -> _Copy:
     errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
-    process = subprocess.Popen([java(), *FLAGS, *command.arguments], cwd=command.folder, bufsize=0,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    process = subprocess.Popen([java(), *FLAGS, *command.arguments], cwd=command.folder, env=os.environ | LOCALE,
+                               bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     copy = _Copy(process, command, errors, ready=command.hello is None)
     os.set_blocking(copy.sink, False)
     if command.hello is not None:

@@ -93,5 +93,7 @@ def _counts(answers: list[str]) -> Numbers:
 def _command() -> Command:
     from pycocoevalcap.meteor import meteor
 
-    return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"),
-                   Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")
+    # Without -a the jar encodes its own path twice and finds no table below a folder whose name has a space or a
+    # letter outside ASCII. Relative to the working folder, the path of the table has neither.
+    return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a",
+                    "data/paraphrase-en.gz"), Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from onediff.eval.java import SPEECH, complaint, java
+from onediff.eval.java import LOCALE, SPEECH, complaint, java
 
 Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
 
@@ -80,8 +80,8 @@ def spice(pairs: Sequence[Pair]) -> NDArray[np.float64]:
         asked.write_text(json.dumps([{"image_id": place, "test": said, "refs": references}
                                      for place, (said, references) in enumerate(pairs)]), encoding="utf-8")
         try:
-            done = subprocess.run(_command(asked, told), cwd=work, stdin=subprocess.DEVNULL, capture_output=True,
-                                  timeout=TIMEOUT_S, check=False)
+            done = subprocess.run(_command(asked, told), cwd=work, env=os.environ | LOCALE,
+                                  stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             raise ValueError(f"SPICE: not done with {len(pairs)} pairs after {TIMEOUT_S:g} s, so its Java was ended "
                              "and nothing is scored: give fewer pairs at once") from None

@@ -139,7 +139,7 @@ def rules_facts(path: Path = RULES) -> dict[str, str]:
 
     Raises ValueError for a repository that git does not read.
     """
-    commit = commits.head(path.parent)
+    commit = commits.head()
     if commit != commits.NO_GIT and not commits.is_committed(path):
         commit = NOT_COMMITTED
     return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "commit": commit}

@@ -15,6 +15,7 @@ from pathlib import Path
 from onediff import freshness
 from onediff.config import load_params
 from onediff.files import disk_full_named
+from onediff.network import exempt_loopback_from_proxies
 from onediff.preflight import check_inputs, check_mixtures
 from onediff.versioned import restore_outs
 
@@ -31,6 +32,7 @@ def run(stage: Callable[..., object]) -> None:
     if "DVC_STAGE" in os.environ:
         above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+    exempt_loopback_from_proxies()
     try:
         with disk_full_named(Path("data")):
             if "DVC_STAGE" in os.environ:

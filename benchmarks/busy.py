@@ -1,0 +1,83 @@
+"""Training steps of `tune` with and without OMP_WAIT_POLICY=passive, on a quiet machine and beside a busy core.
+
+    python -m benchmarks.busy                  # 200 steps of each contender, on as many threads as there are cores
+    python -m benchmarks.busy --steps 20 --rounds 2
+
+Both contenders run the same steps of presets/tiny.yaml on generated pairs, step by step in turn, each in a process of
+its own. The ratio is the time with the policy divided by the time without: below 1 the policy is faster. The busy core
+is kept busy by one process that computes on one thread until the measurement ends.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks import turns
+from benchmarks.train_step import BATCH, KINDS
+from benchmarks.turns import Contender
+
+KIND = "OneDiff, as preset"
+# onediff keeps a value that is set already, so "without" needs one. OpenMP takes the empty text for no policy.
+POLICIES = {"with": "passive", "without": ""}
+
+
+def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and beside a busy core.")] = 200,
+         rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
+    """Times of training steps with and without the policy."""
+    if steps % rounds:
+        raise ValueError(f"--steps {steps}: must be a multiple of --rounds, got {rounds}")
+    table = Table("machine", "OMP_WAIT_POLICY", "seconds a step", "with / without, by round", "times quiet",
+                  title=f"tiny, tune, {steps} steps of {batch} rows, {threads} threads, {os.cpu_count()} cores")
+    quiet: dict[str, float] = {}
+    for machine, load in (("quiet", nullcontext()), ("beside a busy core", busy_core())):
+        contenders = _contenders(batch, threads)
+        with load:
+            turns.race(contenders, rounds=rounds, units=steps // rounds, threads=threads)
+        for contender in contenders:
+            total = sum(contender.rounds)
+            quiet.setdefault(contender.name, total)
+            table.add_row(machine, POLICIES[contender.name] or "not set", f"{total / steps:.3f}",
+                          _ratio(*contenders) if contender is contenders[0] else "",
+                          f"{total / quiet[contender.name]:.2f}")
+        table.add_section()
+    turns.show(table)
+
+
+def _contenders(batch: int, threads: int) -> list[Contender]:
+    case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "lora": False,
+            "micro": None, "checkpoint_activations": False, "threads": threads, **KINDS[KIND]}
+    return [Contender(name, "benchmarks.train_step", case, environment={"OMP_WAIT_POLICY": policy})
+            for name, policy in POLICIES.items()]
+
+
+def _ratio(policy: Contender, none: Contender) -> str:
+    total = sum(policy.rounds) / sum(none.rounds)
+    by_round = [ours / theirs for ours, theirs in zip(policy.rounds, none.rounds, strict=True)]
+    return f"{total:.3f} in all, median {median(by_round):.3f} ({min(by_round):.3f} to {max(by_round):.3f})"
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """One process that computes on one thread for as long as this lasts."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmarks.busy: {error}")

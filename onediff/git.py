@@ -1,0 +1,74 @@
+"""Questions to git. A folder without git is an answer; a refusal of git is an error in git's words.
+
+`python -m onediff.git` sets DVC up for a folder with or without git.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+CURE = "'git init && git add . && git commit -m start' puts it under git"
+
+
+def git(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> str:
+    """The output of `git ARGUMENTS` in the folder, without the last line break. Raises ValueError in git's words."""
+    return git_bytes(*arguments, root=root, env=env).decode().rstrip("\n")
+
+
+def git_bytes(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> bytes:
+    """The output of `git ARGUMENTS` in the folder. Raises ValueError in git's words."""
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False,
+                          env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(env or {})})
+    if done.returncode:
+        raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.decode(errors='replace').split())}")
+    return done.stdout
+
+
+def git_paths(*arguments: str, root: Path = Path()) -> list[str]:
+    """The paths that `git ARGUMENTS` prints, also those with spaces or letters outside ASCII."""
+    return list(filter(None, git(arguments[0], "-z", *arguments[1:], root=root).split("\0")))
+
+
+def head(root: Path = Path()) -> str | None:
+    """The commit that is checked out, if it holds this folder. None for a folder without git, before the first commit,
+    and for a folder inside another project's checkout.
+
+    Raises ValueError in git's words if git refuses to read the checkout, as it does for another owner's.
+    """
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD:./"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False,
+                              env={**os.environ, "LC_ALL": "C"})  # the message is compared below
+    except FileNotFoundError:  # git is not installed
+        return None
+    if done.returncode == 1 or "not a git repository (or any" in done.stderr:
+        return None
+    if done.returncode:
+        raise ValueError(f"git: {' '.join(done.stderr.split())}")
+    return git("rev-parse", "HEAD", root=root)
+
+
+def configure_dvc(root: Path = Path()) -> None:
+    """Sets core.no_scm in .dvc/config.local of a folder without git, which DVC refuses otherwise; removes it with git.
+
+    With git it must go, because `dvc gc --all-branches` would take the data of other branches for unused.
+    """
+    local = root / ".dvc/config.local"
+    if not local.parent.is_dir():
+        return
+    config = configparser.RawConfigParser()
+    config.read(local, encoding="utf-8")
+    no_scm = config.getboolean("core", "no_scm", fallback=False)
+    has_git = any((folder / ".git").exists() for folder in (root.absolute(), *root.absolute().parents))
+    if no_scm == has_git:
+        change = ("--unset", "core.no_scm") if has_git else ("core.no_scm", "true")
+        subprocess.run([sys.executable, "-m", "dvc", "config", "--quiet", "--local", *change], cwd=root, check=True)
+
+
+if __name__ == "__main__":
+    configure_dvc()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import branch, pools, stage
+from onediff import doctor, housekeeping, tracking, verify
+from onediff.git import configure_dvc, git, head
+from onediff.registry import facts
+
+ROOT = Path(__file__).resolve().parent.parent
+OTHER_OWNER = "GIT_TEST_ASSUME_DIFFERENT_OWNER"  # git's own switch for its tests
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with one commit; the test runs in it."""
+    folder = tmp_path / "repository"
+    (folder / "data").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    (folder / "dvc.lock").write_text("stages: {}\n")
+    commit_all(folder)
+    return folder
+
+
+def commit_all(folder: Path) -> None:
+    for arguments in (["init", "-q"], ["add", "-A"],
+                      ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "all"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+
+
+def test_the_head_is_the_commit_that_holds_the_folder(repository: Path) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert head() == commit
+    (repository / "project").mkdir()
+    assert head(repository / "project") is None  # its own files are in no commit
+    (repository / "project/code.py").write_text("")
+    commit_all(repository)
+    assert head(repository / "project") not in (None, commit)
+
+
+def test_a_folder_without_git_or_without_a_commit_has_no_head(tmp_path: Path) -> None:
+    assert head(tmp_path) is None
+    git("init", "-q", root=tmp_path)
+    assert head(tmp_path) is None
+
+
+def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".git").write_text("gitdir: /nowhere/worktrees/lost\n")
+    with pytest.raises(ValueError, match="not a git repository: /nowhere/worktrees/lost"):
+        head(tmp_path)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda: branch.commit_results("r1"), pools.commit, lambda: stage.check_out("1234" * 10), tracking.provenance,
+    tracking.changed_files, tracking.branch, lambda: housekeeping._branches(30, ""), lambda: facts._lineage(Path()),
+    lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}}, Path())])
+def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         ask: Callable[[], object]) -> None:
+    (repository / "dvc.lock").write_text("stages: {new: {}}\n")
+    monkeypatch.setenv(OTHER_OWNER, "1")
+    with pytest.raises(ValueError, match=r"detected dubious ownership .* git config --global --add safe.directory"):
+        ask()
+    assert doctor._git().needed and "dubious ownership" in doctor._git().found
+
+
+def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert branch.commit_results("r1") is None
+    assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
+    assert tracking.changed_files() == housekeeping._branches(30, "") == [] and tracking.branch() == ""
+    assert not doctor._git().ok and not doctor._git().needed and "git init" in doctor._git().cure
+    for ask in (pools.commit, lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}}, Path())):
+        with pytest.raises(ValueError, match="git commit"):
+            ask()
+
+
+def test_results_with_any_name_are_committed_from_a_project_inside_a_repository(
+        repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = repository / "my project ü"
+    (project / "data").mkdir(parents=True)
+    (project / "dvc.lock").write_text("old")
+    (project / "code.py").write_text("old")
+    commit_all(repository)
+    monkeypatch.chdir(project)
+    for name in ("dvc.lock", "data/größe 1.dvc", "code.py"):
+        (project / name).write_text("new")
+    assert branch.commit_results("r1") == "retrain/r1"
+    changed = git("-c", "core.quotepath=false", "diff", "--relative", "--name-only", "HEAD", "retrain/r1").splitlines()
+    assert changed == ["data/größe 1.dvc", "dvc.lock"]
+    assert tracking.changed_files() == ["code.py"]
+
+
+def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Path) -> None:
+    from dvc.repo import Repo
+    from dvc.scm import Git, NoSCM, SCMError
+
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_bytes((ROOT / ".dvc/config").read_bytes())
+    with pytest.raises(SCMError, match="not a git repository"):
+        _ = Repo(tmp_path).scm
+    configure_dvc(tmp_path)
+    assert isinstance(Repo(tmp_path).scm, NoSCM)
+    git("init", "-q", root=tmp_path)
+    configure_dvc(tmp_path)
+    assert isinstance(Repo(tmp_path).scm, Git)
+
+
+def test_git_is_asked_by_one_module() -> None:
+    """Elsewhere a refusal would be taken for an answer again."""
+    sources = [path for folder in ("onediff", "flows") for path in (ROOT / folder).rglob("*.py")]
+    asking = [str(path.relative_to(ROOT)) for path in sources if '["git", ' in path.read_text(encoding="utf-8")]
+    assert asking == ["onediff/git.py"]
+
+
