@@ -24,9 +24,9 @@ OWNERS = {
     "dvc": set(),
 }
 # Modules that only check or watch: a change in them makes no result stale.
-WATCHERS = {"onediff", "onediff.config", "onediff.tracking", "onediff.stages", "onediff.train.launcher",
-            "onediff.train.launch.nodes", "onediff.train.launch.processes", "onediff.train.launch.slurm",
-            "onediff.train.launch.status", "onediff.train.speed", "onediff.train.cost"}
+WATCHERS = {"onediff", "onediff.config", "onediff.interrupts", "onediff.tracking", "onediff.stages",
+            "onediff.train.launcher", "onediff.train.launch.nodes", "onediff.train.launch.processes",
+            "onediff.train.launch.slurm", "onediff.train.launch.status", "onediff.train.speed", "onediff.train.cost"}
 
 
 def _sources() -> list[Path]:

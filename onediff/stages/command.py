@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 
-FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
+from onediff import interrupts
+
+END_S = 10.0  # for an interrupted stage to clean up; training writes its checkpoint before
 
 
 def run(stage: Callable[..., object]) -> None:
-    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1.
-
-    Under DVC it ends when DVC does, or the flow that started it: neither, when killed, may leave a stage writing where
-    the next one writes.
+    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1, and
+    so does a signal that asks it to end.
     """
-    if "DVC_STAGE" in os.environ:
-        above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
-        threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+    interrupts.survive_closed_output()
+    interrupts.raise_keyboard_interrupt(END_S)
+    interrupts.end_with_starters()
     try:
         stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"{stage.__name__}: {error}")
-
-
-def _end_with(above: list[int]) -> None:
-    import psutil
-
-    try:
-        watched = [psutil.Process(pid) for pid in above]
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
-            time.sleep(0.5)
-    except psutil.NoSuchProcess:
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
+        sys.exit(f"{stage.__name__}: {str(error).removeprefix(f'{stage.__name__}: ')}")
+    except KeyboardInterrupt as interrupt:
+        for process in multiprocessing.active_children():  # whose work is of no use any more
+            process.kill()
+        sys.exit(f"{stage.__name__}: stopped by {interrupt} before it was finished; the same command runs it again")
+    finally:
+        interrupts.ignore()  # what is left is the end of this process
 
 
 def quiet() -> None:
