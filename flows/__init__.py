@@ -6,6 +6,8 @@ Prefect reads these settings at its first import, so they are set here, before a
 import os
 from pathlib import Path
 
+from onediff import interrupts
+
 for _key, _value in {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -16,3 +18,4 @@ for _key, _value in {
 }.items():
     os.environ.setdefault(_key, _value)
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+interrupts.end_while_importing()

@@ -16,8 +16,8 @@ from prefect.artifacts import Artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline import DVC, LOCK, dvc, outcome, outs_for, reason, small_outs
-from flows.processes import alone, stream
+from flows.pipeline import LOCK, dvc, outcome, outs_for, reason, small_outs
+from flows.processes import DVC, alone, stream
 
 WORK = Path(".onediff/work")
 ANSWER = "onediff-stage"  # type of the artifact that carries the stage's results back

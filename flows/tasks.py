@@ -15,8 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline import DVC, outcome, reason
-from flows.processes import stream
+from flows.pipeline import outcome, reason
+from flows.processes import DVC, stream
 
 if TYPE_CHECKING:
     from onediff.registry import Verdict
