@@ -34,8 +34,8 @@ STEPS, LIMIT_S = 200, 15
 FLOW, REPRO = ("python", "-m", "flows.retrain"), ("dvc", "repro")
 MAKE = ("make", "-o", ".venv/.installed", "run")  # the project shares this environment, which is set up already
 CASES = (  # signal, command, the stage that it runs, the seconds from the start of the stage until the signal
-    ("SIGINT", MAKE, "tune", (0, 60)), ("SIGTERM", FLOW, "tune", (0, 60)), ("SIGHUP", MAKE, "tune", (0, 60)),
-    ("SIGINT", REPRO, "tune", (0, 60)), ("SIGTERM", MAKE, "tune", (0, 60)), ("SIGHUP", REPRO, "tune", (0, 60)),
+    ("SIGINT", MAKE, "tune", (4, 25)), ("SIGTERM", FLOW, "tune", (4, 25)), ("SIGHUP", MAKE, "tune", (4, 25)),
+    ("SIGINT", REPRO, "tune", (4, 25)), ("SIGTERM", MAKE, "tune", (4, 25)), ("SIGHUP", REPRO, "tune", (4, 25)),
     ("SIGINT", FLOW, "synthesize@scenes", (0, 6)), ("SIGTERM", REPRO, "build", (0, 8)),
     ("SIGHUP", FLOW, "align", (0, 10)), ("SIGINT", MAKE, "caption", (0, 10)), ("SIGTERM", FLOW, "score", (0, 10)),
     ("SIGINT", FLOW, None, (0, 15)))  # None: before the first stage
