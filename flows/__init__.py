@@ -6,6 +6,7 @@ Prefect reads these settings at its first import, so they are set here, before a
 import os
 from pathlib import Path
 
+from onediff import interrupts
 from onediff.network import exempt_loopback_from_proxies
 
 for _key, _value in {
@@ -19,3 +20,4 @@ for _key, _value in {
     os.environ.setdefault(_key, _value)
 exempt_loopback_from_proxies()  # Prefect's temporary server and those of `make services` are on this machine
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+interrupts.end_while_importing()

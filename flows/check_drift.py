@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.processes import prepare
+from flows import command
 from flows.start import start_retraining
 from flows.tell import tell, without_secrets
 from onediff.drift import Drift, as_text, examine
@@ -65,8 +65,7 @@ def picture(then: list[float], now: list[float]) -> bytes:
 
 
 def main() -> None:
-    prepare()
-    state = check_drift(*map(float, sys.argv[1:2]), return_state=True)
+    state = command.run(check_drift, *map(float, sys.argv[1:2]))
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
     print(f"{state.name}: {state.message}")

@@ -15,6 +15,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectAlreadyExists
 
 from flows.promote import SLOT
+from onediff import interrupts
 from onediff.config import Pools, load_runtime
 
 LOST = "onediff: lost flow runs"
@@ -53,6 +54,7 @@ def lost_runs(patience_s: float) -> AutomationCore:
 
 
 def main() -> None:
+    interrupts.handle_as_python_does()
     try:
         deploy(*map(float, sys.argv[1:2]))
     except ValueError as error:

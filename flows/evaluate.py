@@ -9,7 +9,8 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.processes import alone, prepare
+from flows import command
+from flows.processes import alone
 from flows.tasks import keep_rescored, publish_scores, score_again
 from onediff import registry
 
@@ -30,8 +31,7 @@ def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
 
 
 def main() -> None:
-    prepare()
-    state = evaluate(*sys.argv[1:2], return_state=True)
+    state = command.run(evaluate, *sys.argv[1:2], first=alone())
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
     print(state.message)

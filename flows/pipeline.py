@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.processes import DVC
 from onediff.config import Data, load_params
 
-DVC = (sys.executable, "-m", "dvc")
 LOCK = Path("dvc.lock")
 STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "stress", "report")
 
@@ -96,11 +95,16 @@ def outcome(said: str) -> str:
 
 def reason(folder: Path, since: float) -> str:
     """What a training phase wrote about its end; DVC gives every failure the same exit status."""
-    written = [path for path in folder.glob(".onediff/scratch/*/status.json") if path.stat().st_mtime >= since]
-    if not written:
+    status = training_status(folder, since)
+    if status is None:
         return "; its message stands above"
-    status = json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text())
     return f": {status['state']} at step {status['step']}" + (f" ({status['reason']})" if status["reason"] else "")
+
+
+def training_status(folder: Path, since: float) -> dict[str, Any] | None:
+    """The state, step and reason that an unfinished training phase last wrote, if it wrote after `since`."""
+    written = [path for path in folder.glob(".onediff/scratch/*/status.json") if path.stat().st_mtime >= since]
+    return json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text()) if written else None
 
 
 def one_line(text: str) -> str:

@@ -12,55 +12,72 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from onediff.git import configure_dvc
-from onediff.stages.command import FLOW
+from onediff import interrupts
+from onediff.config import load_runtime
+from onediff.train.launch.processes import Group
 
 CODE = Path(__file__).resolve().parent.parent
+DVC = (sys.executable, "-m", "dvc")
 LOCK = Path(".onediff/pipeline.lock")
-OWNER = "ONEDIFF_FLOW_PID"  # inherited by Prefect's temporary server: says whose it is
-GRACE_S = 60.0  # for a training process to write its checkpoint
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
     """Runs the command in the folder, shows its output as it comes; returns exit status and what it wrote to stdout.
 
-    However this process is interrupted, the command and all its children get SIGTERM, and after GRACE_S SIGKILL.
+    However this process is interrupted, the command ends with all its children, within runtime.yaml's grace_s.
     """
+    grace_s = load_runtime().grace_s
     bin_folder = str(Path(sys.executable).parent)  # `python` and `dvc` of this environment
     env = {**os.environ, "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]), "PYTHONUNBUFFERED": "1"}
-    env[FLOW] = str(os.getpid())
+    env[interrupts.FLOW] = str(os.getpid())
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), env.get("PYTHONPATH")]))
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, env=env, process_group=0)
     assert process.stdout is not None, "asked for a pipe"
-    decoder, said = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    decoder, stdout = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     try:
-        with process.stdout as output:
-            while chunk := os.read(output.fileno(), 65536):
-                said.append(decoder.decode(chunk))
-                sys.stdout.write(said[-1])
-                sys.stdout.flush()
-        return process.wait(), "".join(said)
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            stdout.append(decoder.decode(chunk))
+            sys.stdout.write(stdout[-1])
+            sys.stdout.flush()
+        return process.wait(), "".join(stdout)
     finally:
-        if process.poll() is None:
-            end(process.pid)
+        with interrupts.postponed(interrupts.Stop()):  # a second Ctrl-C must not cut this short
+            end(process, grace_s)
+        process.stdout.close()
 
 
-def end(pid: int) -> None:
-    """SIGTERM to a process and all below it; what is still there after GRACE_S is killed."""
-    try:
-        root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    send(family, signal.SIGTERM)
-    last = time.monotonic() + GRACE_S
-    while (family := [process for process in family if runs(process)]) and time.monotonic() < last:
+def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Ends a command and all processes below it. Each process of its process group gets SIGTERM; what is still there
+    after `grace_s` is killed.
+
+    DVC itself gets no signal: it ends when its stage has ended. Ended while it writes, it leaves half of dvc.lock.
+    """
+    group, told, family = Group(command.pid), set[int](), set[psutil.Process]()
+    if isinstance(command.args, Sequence) and tuple(command.args[: len(DVC)]) == DVC:
+        told.add(command.pid)
+    last = time.monotonic() + grace_s
+    while command.poll() is None and time.monotonic() < last:
+        members = group.members()
+        family |= {*members, *below(command.pid)}
+        send([member for member in members if member.pid not in told], signal.SIGTERM)
+        told |= {member.pid for member in members}
         time.sleep(0.1)
-    send(family, signal.SIGKILL)
+    while (left := [process for process in family if runs(process)]) and time.monotonic() < last:
+        time.sleep(0.1)
+    send(left, signal.SIGKILL)
+    group.kill()
+    command.wait()  # as a zombie it would hold DVC's lock of the stage
+
+
+def below(pid: int) -> list[psutil.Process]:
+    """All that the process started and that they started, in other sessions too."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def send(family: list[psutil.Process], number: signal.Signals) -> None:
@@ -98,22 +115,3 @@ def alone(lock: Path = LOCK) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def prepare() -> None:
-    """For a flow run from the command line: SIGTERM ends it tidily, and servers of runs that were killed are ended."""
-    signal.signal(signal.SIGTERM, _leave)
-    configure_dvc()
-    for process in psutil.process_iter():
-        try:
-            env = process.environ()
-        except psutil.Error:  # gone, or another user's
-            continue
-        ours = env.get("PREFECT__SERVER_EPHEMERAL") == "1" and env.get("PREFECT_HOME") == os.environ["PREFECT_HOME"]
-        if ours and env.get(OWNER) and not psutil.pid_exists(int(env[OWNER])):
-            end(process.pid)
-    os.environ[OWNER] = str(os.getpid())
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # an exit, so that atexit ends Prefect's temporary server

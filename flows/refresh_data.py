@@ -11,7 +11,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.processes import alone, prepare
+from flows import command
+from flows.processes import alone
 from flows.start import start_retraining
 from flows.tell import tell, without_secrets
 from onediff.config import load_params, load_runtime
@@ -75,8 +76,7 @@ def _tell(changed: list[str], problems: list[str], started: str) -> None:
 
 
 def main() -> None:
-    prepare()
-    state = refresh_data(return_state=True)
+    state = command.run(refresh_data, first=alone())
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
     print(f"{state.name}: {state.message}")

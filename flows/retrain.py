@@ -15,10 +15,10 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
-from flows import pools
+from flows import command, pools
 from flows.branch import WITHOUT_GIT, commit_results
 from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
-from flows.processes import alone, prepare
+from flows.processes import alone
 from flows.submit import promote
 from flows.tasks import keep_scores, publish_scores, register, repro
 from flows.tell import tell
@@ -127,8 +127,7 @@ def _parent_run() -> Iterator[Run]:
 
 
 def main() -> None:
-    prepare()
-    state = retrain(return_state=True)
+    state = command.run(retrain, first=alone())
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
 

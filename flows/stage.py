@@ -15,8 +15,8 @@ from prefect.artifacts import Artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline import DVC, LOCK, dvc, outcome, outs_for, reason, small_outs
-from flows.processes import alone, stream
+from flows.pipeline import LOCK, dvc, outcome, outs_for, reason, small_outs
+from flows.processes import DVC, alone, stream
 from onediff.files import write_text
 from onediff.git import git
 

@@ -9,6 +9,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from flows import promote as flows
+from flows.server import temporary_server
 from onediff import registry
 
 PROMOTE, ROLLBACK = "promote/promote", "rollback/rollback"
@@ -19,14 +20,16 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
     parameters = {"version": version, "why": why, "candidate": candidate}
     if registry.shared():
         return _submit(PROMOTE, parameters)
-    return _word(flows.promote(**parameters, return_state=True))
+    with temporary_server():
+        return _word(flows.promote(**parameters, return_state=True))
 
 
 def rollback(why: str | None = None) -> str:
     """The same. Raises ValueError if there is nothing to roll back to."""
     if registry.shared():
         return _submit(ROLLBACK, {"why": why})
-    return _word(flows.rollback(why=why, return_state=True))
+    with temporary_server():
+        return _word(flows.rollback(why=why, return_state=True))
 
 
 def _submit(deployment: str, parameters: dict[str, Any]) -> str:

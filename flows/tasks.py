@@ -15,8 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline import DVC, outcome, reason, small_outs
-from flows.processes import stream
+from flows.pipeline import outcome, reason, small_outs
+from flows.processes import DVC, stream
 from onediff.versioned import lock_kept, restore_outs, uncached_outs
 
 if TYPE_CHECKING:

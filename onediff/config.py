@@ -422,6 +422,7 @@ class Runtime(Section):
     feature_cache_gb: Annotated[float, Field(ge=0)] = 20.0  # of a frozen tower's features, on disk; above: none
     peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one GPU, for MFU; None: known for common ones
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
+    grace_s: Annotated[float, Field(gt=0)] = 10.0  # from an interrupt until a stage is killed
     scratch: str = ".onediff/scratch"
     mlflow_uri: str | None = None  # None: SQLite in .onediff
     pools: Pools | None = None  # Prefect's work pools, by what a stage needs; None: stages run where the flow does

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_RESULT = {
     "onediff": "sets how the threads of OpenMP wait",
     "onediff.config": "checks values that DVC tracks as params; has no defaults and computes nothing (test_config.py)",
+    "onediff.interrupts": "ends a process early; a resumed run equals an uninterrupted one (test_killed.py)",
     "onediff.tracking": "writes to MLflow; the ids of runs are in data/runs, which no stage reads",
     "onediff.energy": "counts watt-hours for data/runs",
     "onediff.stages.command": "arguments, signals, checks before the stage and log levels",

@@ -15,8 +15,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline, processes, tasks
-from flows.processes import alone, end, stream
+from flows.processes import DVC, alone, end, stream
 from onediff.config import load_params
+from onediff.interrupts import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC_YAML = """
@@ -36,7 +37,7 @@ stages:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run([*pipeline.DVC, "init", "-q"], check=True)
+    subprocess.run([*DVC, "init", "-q"], check=True)
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("in.txt").write_text("one")
     return tmp_path
@@ -114,16 +115,85 @@ def test_a_second_run_is_refused_while_one_holds_the_pipeline(tmp_path: Path, mo
         pass
 
 
-def test_nothing_a_stage_started_outlives_a_terminated_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_nothing_a_stage_started_outlives_an_interrupted_run(tmp_path: Path, number: signal.Signals) -> None:
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
             "time.sleep(600)"
-    code = ("import signal, sys\nfrom flows import processes\nsignal.signal(signal.SIGTERM, processes._leave)\n"
-            f"processes.stream([sys.executable, '-c', {child!r}])")
-    run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    run = _interruptible(tmp_path, child)
     family = _wait_for_children(run.pid, 2)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 128 + signal.SIGTERM
+    run.send_signal(number)
+    run.send_signal(number)  # by an impatient user
+    assert run.communicate(timeout=60)[0] == f"{number.name}, no child\n"
     assert not any(processes.runs(process) for process in family)
+
+
+def test_a_rank_in_a_session_of_its_own_does_not_outlive_its_grace(tmp_path: Path) -> None:
+    rank = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; open('up', 'w'); time.sleep(600)"
+    stage = ("import subprocess, sys, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+             f"subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)")
+    (tmp_path / "runtime.yaml").write_text("grace_s: 1.0\n")
+    run = _interruptible(tmp_path, stage)
+    family = _wait_for_children(run.pid, 2)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate(timeout=60)[0] == "SIGTERM, no child\n"
+    assert not any(processes.runs(process) for process in family)
+
+
+def _interruptible(folder: Path, child: str) -> subprocess.Popen[str]:
+    """A process that streams Python code, and says what interrupted it and whether a child is left, as a zombie too."""
+    code = ("import sys, psutil\nfrom flows import processes\nfrom onediff import interrupts\n"
+            "interrupts.raise_keyboard_interrupt(30)\n"
+            f"try: processes.stream([sys.executable, '-c', {child!r}])\n"
+            "except KeyboardInterrupt as interrupt: print(f'{interrupt},', psutil.Process().children() or 'no child')")
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
+                            stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_an_interrupted_stage_runs_again_and_dvc_is_left_in_order(project: Path) -> None:
+    """DVC itself gets no signal: it would leave its lock, or half of dvc.lock."""
+    Path("stage.py").write_text("import time\nfrom pathlib import Path\nfrom onediff.stages.command import run\n"
+                                "def slow():\n    Path('slow.txt').write_text('x')\n"
+                                "    while not Path('go').exists(): time.sleep(0.1)\nrun(slow)\n")
+    Path("dvc.yaml").write_text("stages:\n  slow:\n    cmd: python stage.py\n    outs: [slow.txt]\n")
+    code = ("import psutil\nfrom flows import tasks\nfrom onediff import interrupts\n"
+            "interrupts.raise_keyboard_interrupt(30)\n"
+            "try: tasks.repro.fn('slow')\n"
+            "except KeyboardInterrupt as interrupt: print(f'{interrupt},', psutil.Process().children() or 'no child')")
+    run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not Path("slow.txt").exists():
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    stdout, stderr = run.communicate(timeout=60)
+    assert stdout.splitlines()[-1] == "SIGINT, no child"
+    assert "slow: stopped by SIGTERM before it was finished; the same command runs it again" in stderr
+    assert "Traceback" not in stderr and not any(json.loads(Path(".dvc/tmp/rwlock").read_text()).values())
+    Path("go").touch()
+    assert tasks.repro.fn("slow").name == "Ran"
+
+
+def test_a_second_run_is_refused_before_it_starts_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    with alone():
+        done = subprocess.run([sys.executable, "-m", "flows.retrain"], env=env | {"PYTHONPATH": str(ROOT)},
+                              capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not Path(".onediff/prefect/server.log").exists()
+    assert done.stderr == (f"onediff: .onediff/pipeline.lock: another run holds the pipeline (process {os.getpid()}): "
+                           "wait for it or stop it\n")
+
+
+def test_the_server_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
+    code = "import flows\nfrom flows.server import temporary_server\nwith temporary_server(): pass"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    flow = subprocess.Popen([sys.executable, "-c", code], env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    [server] = _wait_for_children(flow.pid, 1)
+    flow.kill()
+    flow.wait()
+    _, left = psutil.wait_procs([server], timeout=30)
+    assert not left
 
 
 def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) -> None:
@@ -142,13 +212,12 @@ def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) ->
     assert not any(map(processes.runs, family))
 
 
-def test_what_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "GRACE_S", 0.5)
+def test_what_ignores_sigterm_is_killed() -> None:
     code = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
             "time.sleep(600)")
-    stubborn = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert stubborn.stdout is not None and stubborn.stdout.readline() == "ready\n"
-    end(stubborn.pid)
+    stubborn = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0)
+    assert stubborn.stdout is not None and stubborn.stdout.readline() == b"ready\n"
+    end(stubborn, 0.5)
     assert stubborn.wait(timeout=30) == -signal.SIGKILL
     stubborn.stdout.close()
 
@@ -168,16 +237,16 @@ def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_p
     values["data"] |= {"diffused": ["drawn"], "written": [*values["data"]["written"], "drawn"]}
     YAML().dump(values, tmp_path / "params.yaml")
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    subprocess.run([*pipeline.DVC, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    subprocess.run([*DVC, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
     for folder in ("pairs", "written", "synthetic"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    command = [*pipeline.DVC, "stage", "list", "--name-only"]
+    command = [*DVC, "stage", "list", "--name-only"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
     named = pipeline.stages(load_params(tmp_path / "params.yaml").data)
     assert sorted(named) == sorted(listed)
     assert {"read@clevr_change", "retrieve@coco", "instruct@drawn", "diffuse@drawn", "write@drawn"} <= set(named)
     order = {name: place for place, name in enumerate(named)}
-    command = [*pipeline.DVC, "dag", "--dot"]
+    command = [*DVC, "dag", "--dot"]
     edges = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
     assert len(found) > 20

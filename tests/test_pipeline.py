@@ -1,16 +1,23 @@
-"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC, then by the flow."""
+"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC, then by the flow.
+
+It is interrupted three times, at random moments, and started again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from recorder import recorded_params
+
+from benchmarks.interrupts import Terminal, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pyproject.toml", "requirements.lock",
@@ -25,6 +32,8 @@ with tempfile.TemporaryDirectory() as scratch:
     print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id,
                             carried=lineage.pack(Path(scratch) / "carried")))
 """
+DVC, FLOW = (sys.executable, "-m", "dvc", "repro"), (sys.executable, "-m", "flows.retrain")
+INTERRUPTED = ("synthesize@scenes", "synthesize@edits", "build", "align", "tune", "caption")
 MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_")
 
 
@@ -46,21 +55,46 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(folder: Path, *command: str) -> str:
+def _environment(folder: Path) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(MAKERS)}
-    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests/recorder")]),
-            "RECORDED_PARAMS": f"{folder}.params", "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          check=False)
+    return env | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                  "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests/recorder")]),
+                  "RECORDED_PARAMS": f"{folder}.params", "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
+
+
+def _run(folder: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=folder, env=_environment(folder), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
-    _run(copy, sys.executable, "-m", "dvc", "repro")
+    seed = random.SystemRandom().randrange(10_000)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    stages = sorted(dice.sample(range(len(INTERRUPTED)), 3))
+    _interrupt(copy, "SIGINT", DVC, INTERRUPTED[stages[0]], dice.uniform(0, 1.5))
+    _interrupt(copy, "SIGTERM", FLOW, INTERRUPTED[stages[1]], dice.uniform(0, 5))
+    _interrupt(copy, "SIGHUP", DVC, INTERRUPTED[stages[2]], dice.uniform(0, 1.5))
+    _run(copy, *DVC)
     return copy
+
+
+def _interrupt(folder: Path, kind: str, command: tuple[str, ...], stage: str, moment: float) -> None:
+    """Interrupts the command so many seconds after the stage began."""
+    terminal = Terminal(folder, command, _environment(folder))
+    wait_until(lambda: f"Running stage '{stage}'".encode() in terminal.output, 300)
+    time.sleep(moment)
+    seconds, left, printed = terminal.interrupt(kind)
+    print(f"{kind} {moment:.1f} s into {stage}: ended after {seconds:.1f} s\n{printed}")
+    assert seconds < 15 and not left and "Traceback" not in printed
+    if kind != "SIGHUP":  # there is nobody to read it
+        assert "stopped by SIG" in printed
+    if command == FLOW:
+        assert "onediff: stopped by SIGTERM; finished stages are kept" in printed
+        assert "'python -m flows.retrain' continues" in printed
 
 
 def test_one_command_rebuilds_everything(built: Path) -> None:

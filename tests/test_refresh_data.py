@@ -118,8 +118,8 @@ def test_without_an_inbox_nothing_is_taken(project: Path) -> None:
 @pytest.mark.slow
 def test_the_flow_says_whether_anything_changed_and_why_no_retraining_starts(project: Path) -> None:
     def run(*settings: str) -> str:
-        code = "from flows.processes import prepare; from flows.refresh_data import refresh_data; prepare(); " \
-               f"state = refresh_data({', '.join(settings)}, return_state=True); " \
+        code = "from flows.refresh_data import refresh_data; from flows.server import temporary_server\n" \
+               f"with temporary_server(): state = refresh_data({', '.join(settings)}, return_state=True)\n" \
                "print('END', state.name, state.message)"
         done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})

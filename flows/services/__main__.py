@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from flows.services import databases, plan, run
+from onediff import interrupts
 from onediff.config import load_runtime
 
 
@@ -21,6 +22,7 @@ def main() -> None:
         commands.add_parser(name, help="both databases").add_argument("folder", type=Path, help=what)
     commands.add_parser("upgrade", help="schemas of both databases, after a backup")
     asked = parser.parse_args()
+    interrupts.handle_as_python_does()
     try:
         where = plan.place(load_runtime())
         if asked.command == "status":

@@ -44,7 +44,9 @@ def start(where: Place) -> str:
 
 def stop(where: Place) -> str:
     """Ends workers and what they run, then the servers, then PostgreSQL, which writes all it has."""
-    ended = [name for name in _names(where)[::-1] if background.end(where.folder, name, first=_first_signal(name))]
+    grace_s = max(background.GRACE_S, where.runtime.grace_s)
+    ended = [name for name in _names(where)[::-1]
+             if background.end(where.folder, name, first=_first_signal(name), grace_s=grace_s)]
     return f"ended: {', '.join(ended)}" if ended else "none ran"
 
 

@@ -6,7 +6,6 @@ have seen, on whatever number of processes.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from onediff import interrupts
 from onediff.config import Task
 from onediff.data.corpus import Corpus, Sample
 from onediff.data.mixture import Mixture, source_turns
@@ -197,10 +197,10 @@ def stream(make: Callable[[int], list[Batch]], first: int, last: int, *, workers
     """make(step) for each step in order; with workers, ahead of time and beside the training."""
     loader = DataLoader(Steps(make, first, last), batch_size=None, num_workers=workers, pin_memory=pin,
                         prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,
-                        worker_init_fn=_deaf)
+                        worker_init_fn=_ignore_signals)
     return iter(loader)
 
 
-def _deaf(worker: int) -> None:
-    """SIGTERM to every process of a job must leave the rank its batches until its checkpoint; workers end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """A signal to every process of a job must leave the rank its batches until its checkpoint; workers end with it."""
+    interrupts.ignore()

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -64,7 +65,7 @@ def _here(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runti
     count, taken = len(seats), multiprocessing.Value("i", 0)
     waiting: deque[Future[list[Result]]] = deque()
     start = functools.partial(_start_here, make, os.getpid(), seats, taken)
-    pool = ProcessPoolExecutor(count, initializer=start)
+    pool, finished = ProcessPoolExecutor(count, initializer=start), False
     try:
         for part in _parts(items, chunk):
             waiting.append(pool.submit(_call, part))
@@ -72,10 +73,14 @@ def _here(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runti
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+        finished = True
     except BrokenProcessPool:
         raise ChildProcessError("a worker process was killed or could not start: where memory is short, "
                                 f"set workers below {count} in runtime.yaml") from None
     finally:
+        if not finished:  # an error or an interrupt: nobody takes what the processes still work on
+            for process in multiprocessing.active_children():
+                process.kill()
         pool.shutdown(cancel_futures=True)
 
 
@@ -96,6 +101,10 @@ def _seats(runtime: Runtime, num_gpus: float) -> list[str | None]:
 
 
 def _start_here(make: Callable[[], Worker[Any, Any]], parent: int, seats: list[str | None], taken: Any) -> None:
+    """Ctrl-C and a closed terminal reach the parent as well, which then ends its processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with taken.get_lock():
         seat = seats[taken.value % len(seats)]

@@ -234,7 +234,8 @@ class _Copy:
 def _start(command: Command) -> _Copy:
     errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
     process = subprocess.Popen([java(), *FLAGS, *command.arguments], cwd=command.folder, env=os.environ | LOCALE,
-                               bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+                               bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                               start_new_session=True)  # Ctrl-C ends this process, which then ends Java
     copy = _Copy(process, command, errors, ready=command.hello is None)
     os.set_blocking(copy.sink, False)
     if command.hello is not None:

@@ -1,1 +1,5 @@
-"""One file per DVC stage: the only place with both I/O and logic. command.py and training.py hold what they share."""
+"""One module for each stage of dvc.yaml, run as `python -m onediff.stages.STAGE`."""
+
+from onediff import interrupts
+
+interrupts.end_while_importing()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from onediff import freshness
+from onediff import freshness, interrupts
 from onediff.config import load_params
 from onediff.files import disk_full_named
 from onediff.network import exempt_loopback_from_proxies
@@ -20,18 +18,16 @@ from onediff.preflight import check_inputs, check_mixtures
 from onediff.versioned import restore_outs
 
 PARAMS = Path("params.yaml")
-FLOW = "ONEDIFF_STARTED_BY"  # the process of the flow, if one started DVC
+END_S = 10.0  # for an interrupted stage to clean up; training writes its checkpoint before
 
 
 def run(stage: Callable[..., object]) -> None:
-    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1.
-
-    Under DVC the outs of its last run return first. It ends when DVC does, or the flow that started it: neither, when
-    killed, may leave a stage writing where the next one writes.
+    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1, and
+    so does a signal that asks it to end. Under DVC the outs of its last run return first.
     """
-    if "DVC_STAGE" in os.environ:
-        above = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
-        threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+    interrupts.survive_closed_output()
+    interrupts.raise_keyboard_interrupt(END_S)
+    interrupts.end_with_starters()
     exempt_loopback_from_proxies()
     try:
         with disk_full_named(Path("data")):
@@ -39,7 +35,13 @@ def run(stage: Callable[..., object]) -> None:
                 _prepare(os.environ["DVC_STAGE"])
             stage(*sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"{stage.__name__}: {error}")
+        sys.exit(f"{stage.__name__}: {str(error).removeprefix(f'{stage.__name__}: ')}")
+    except KeyboardInterrupt as interrupt:
+        for process in multiprocessing.active_children():  # whose work is of no use any more
+            process.kill()
+        sys.exit(f"{stage.__name__}: stopped by {interrupt} before it was finished; the same command runs it again")
+    finally:
+        interrupts.ignore()  # what is left is the end of this process
 
 
 def _prepare(stage: str) -> None:
@@ -49,22 +51,10 @@ def _prepare(stage: str) -> None:
     if not PARAMS.exists():  # the stages that read it say so
         return
     config = load_params(PARAMS)
-    if FLOW not in os.environ:  # a flow has checked, and its workers do not have every input
+    if interrupts.FLOW not in os.environ:  # a flow has checked, and its workers do not have every input
         check_inputs(config)
     if stage in ("align", "tune"):
         check_mixtures(config)
-
-
-def _end_with(above: list[int]) -> None:
-    import psutil
-
-    try:
-        watched = [psutil.Process(pid) for pid in above]
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
-            time.sleep(0.5)
-    except psutil.NoSuchProcess:
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
 
 
 def quiet() -> None:

@@ -62,12 +62,18 @@ def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
 
 
 def close_status(folder: Path) -> None:
-    """A run that leaves by an error nobody foresaw is failed, not running; on a full disk the error itself must do."""
+    """Marks a run that an error ends as failed, and one that a signal ends as preempted. On a full disk the error alone
+    says so.
+    """
     known = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     error = sys.exception()
     if error is not None and known["state"] == "running":
         with contextlib.suppress(OSError):
-            write_status(folder, "failed", known["step"], " ".join(f"{type(error).__name__}: {error}".split())[:300])
+            if isinstance(error, KeyboardInterrupt):
+                write_status(folder, "preempted", known["step"], str(error))
+            else:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                write_status(folder, "failed", known["step"], reason)
 
 
 def complete(folder: Path) -> list[Path]:

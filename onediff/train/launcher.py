@@ -35,7 +35,8 @@ def hand_over(phase: str, runtime: Runtime, folder: Path, *, module: str | None 
     else:
         nodes.check(runtime)
         code, stopped = processes.run(nodes.command(runtime, module, folder),
-                                      nodes.environment(runtime, folder, os.environ))
+                                      nodes.environment(runtime, folder, os.environ),
+                                      grace_s=max(processes.GRACE_S, runtime.grace_s))
         if runtime.node_rank and not code:  # node 0 tells the whole run's end, and may have fetched it by now
             return True
         ended = _cause(code)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from onediff.config import Phase, Runtime
 from onediff.files import new_file, write_json
+from onediff.interrupts import Stop, postponed
 from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train import checkpoint, lora
 from onediff.train.engine import Engine
@@ -46,24 +45,6 @@ class Fitted:
     weights: dict[str, Tensor] | None
 
 
-@dataclass
-class Stop:
-    """Set by SIGTERM: finish the step, write a checkpoint, end."""
-
-    asked: bool = False
-    before: Any = field(default=None, repr=False)
-
-    def __enter__(self) -> Stop:
-        self.before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-
 def rate_factor(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up over a share of the steps, then half a cosine to 0."""
     start = max(1, round(steps * warmup))
@@ -79,7 +60,7 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
 
     batches(first, rank, world) yields this rank's micro-batches of step `first` and on; names(step) tells its rows.
     Resumes from `folder` if a run was cut short there. Raises ValueError when the loss is not finite, memory runs out
-    or SIGTERM asked to stop, OSError when a checkpoint cannot be written.
+    or a signal asked to stop, OSError when a checkpoint cannot be written.
     """
     engine, meter = Engine(model, phase, runtime, micro_batches=num_micro), meter or Meter()
     kept = checkpoint.resume(engine, folder) or {"step": 0, "best": None, "best_step": None}
@@ -87,7 +68,7 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
     coming = batches(kept["step"], engine.rank, engine.world)
     saved = time.monotonic()
     model.train()
-    with (Stop() as stop,
+    with (postponed(Stop()) as stop,
           tqdm(total=steps, initial=kept["step"], desc=name, unit="step", disable=engine.rank > 0) as bar):
         for step in range(kept["step"], steps):
             waited = time.monotonic()
@@ -111,15 +92,16 @@ def fit(model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, 
             bar.update()
             if judge and phase.validate_every and ((step + 1) % phase.validate_every == 0 or step + 1 == steps):
                 kept |= keep_best(engine, folder, kept, step=step, score=judged(engine, judge), note=note)
-            stopped, due = engine.any_rank(stop.asked, time.monotonic() - saved > runtime.checkpoint_every_s)
+            stopped, due = engine.any_rank(bool(stop.reason), time.monotonic() - saved > runtime.checkpoint_every_s)
             if stopped or due:
                 checkpoint.save(engine, folder, step + 1, {"best": kept["best"], "best_step": kept["best_step"]})
                 checkpoint.write_status(folder, "running", step + 1)
                 saved = time.monotonic()
             if stopped:
-                checkpoint.write_status(folder, "preempted", step + 1, "SIGTERM")
-                raise ValueError(f"{name}: stopped by SIGTERM after step {step + 1}; "
-                                 "the same command goes on from there")
+                reason = stop.reason or "a signal to another rank"
+                checkpoint.write_status(folder, "preempted", step + 1, reason)
+                raise ValueError(f"{name}: stopped by {reason}; the checkpoint of step {step + 1} is saved, and the "
+                                 "same command goes on from there")
     weights = export(engine, phase, folder, kept["best_step"])
     engine.close()
     return Fitted({"steps": steps, "best": kept["best"], "best_step": kept["best_step"], "seconds": meter.seconds,

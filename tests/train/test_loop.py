@@ -16,6 +16,7 @@ from parts import RATES, batch_of, small
 from parts import phase as any_phase
 
 from onediff.config import Phase, Runtime
+from onediff.interrupts import SIGNALS
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train import checkpoint
 from onediff.train.loop import Fitted, Judge, fit, rate_factor
@@ -135,14 +136,16 @@ def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int,
     assert lines[0] == lines[1]
 
 
-def test_sigterm_writes_a_checkpoint_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_writes_a_checkpoint_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
     def stop(step: int, values: dict[str, float]) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    with pytest.raises(ValueError, match="stopped by SIGTERM after step 4; the same command goes on from there"):
+    with pytest.raises(ValueError, match=f"stopped by {number.name}; the checkpoint of step 4 is saved, and the same"):
         train(tmp_path, log=stop, every_s=1e9)
-    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "preempted", "step": 4, "reason": "SIGTERM"}
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "preempted", "step": 4, "reason": number.name}
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000004"]
 
 
@@ -227,6 +230,16 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     assert factors[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] < 0.001
+
+
+def test_a_run_that_a_signal_ends_before_its_first_step_is_preempted(tmp_path: Path) -> None:
+    checkpoint.write_status(tmp_path, "running", 0)
+    try:
+        raise KeyboardInterrupt("SIGHUP")
+    except KeyboardInterrupt:
+        checkpoint.close_status(tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "preempted", "step": 0, "reason": "SIGHUP"}
 
 
 @pytest.mark.parametrize("blocked", [False, True])

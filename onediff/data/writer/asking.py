@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -22,6 +18,7 @@ from onediff.data.writer.cost import Budget, Tokens, bound
 from onediff.data.writer.endpoint import Endpoint, Stop, shown_url
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import MIN_FREE_BYTES, Store, spent_usd
+from onediff.interrupts import postponed
 
 Outcome = tuple[str, Answer | BaseException | None]  # the request's key, with its answer, its error, or None: not asked
 Send = Callable[[Iterator[Request]], Iterator[Outcome]]
@@ -52,11 +49,12 @@ class Tally:
 def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
     """Asks what `path` holds no answer to; answers of earlier runs cost nothing again.
 
-    SIGTERM or SIGINT: nothing more is sent, what is in flight is kept, InterruptedError. Raises ValueError at the cap,
-    for unknown prices and where the endpoint refuses, ConnectionError if it is out of reach, OSError on a full disk.
+    After SIGINT, SIGTERM or SIGHUP it sends nothing more, keeps the answers in flight and raises InterruptedError.
+    Raises ValueError at the cap, for unknown prices and where the endpoint refuses, ConnectionError if it is out of
+    reach, OSError on a full disk.
     """
     stop = Stop()
-    with Store(path) as store, _signals(stop):
+    with Store(path) as store, postponed(stop):
         todo = _unanswered(requests, store)
         first = next(todo, None)
         if first is None:
@@ -77,24 +75,6 @@ def _unanswered(requests: Iterable[Request], store: Store) -> Iterator[Request]:
         if request.key not in seen:
             seen.add(request.key)
             yield request
-
-
-@contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
-    """Until the end of the block, SIGTERM and SIGINT only ask for the end."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.reason = signal.Signals(number).name
-
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
-        yield
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Asking:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from onediff import interrupts
 from onediff.config import Runtime
 from onediff.data.writer.answer import Answer, read_completion
 from onediff.data.writer.cost import bound
@@ -63,11 +64,8 @@ class Pace:
         return start - now
 
 
-class Stop:
+class Stop(interrupts.Stop):
     """Asks threads to end, and says why. A plain attribute, because a signal's handler may not wait for a lock."""
-
-    def __init__(self) -> None:
-        self.reason = ""
 
     def wait(self, seconds: float) -> bool:
         """Whether the end was asked for within so many seconds."""

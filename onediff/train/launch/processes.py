@@ -10,33 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import psutil
 
-GRACE_S = 120.0  # for a checkpoint between SIGTERM and SIGKILL; Slurm and Kubernetes are asked for the same
+from onediff.interrupts import Stop, postponed
+
+# For the checkpoint of ranks, between SIGTERM and SIGKILL, unless runtime.yaml's grace_s is longer. Slurm and
+# Kubernetes get the same time.
+GRACE_S = 120.0
 POLL_S = 0.2
-
-
-@dataclass
-class Stop:
-    """Whether SIGTERM or SIGINT asked this process to end, which it does when what it waits for has ended."""
-
-    asked: bool = False
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-
-@contextmanager
-def stoppable() -> Iterator[Stop]:
-    stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -85,23 +67,23 @@ class Group:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], *, grace_s: float = GRACE_S) -> tuple[int, bool]:
-    """Exit code of the command, and whether it was stopped: SIGTERM to this process goes on to the ranks.
+    """Exit code of the command, and whether it was stopped: a signal to this process reaches the ranks as SIGTERM.
 
     However this process ends, SIGKILL included, no rank goes on without it.
     """
-    with stoppable() as stop:
+    with postponed(Stop()) as stop:
         process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
         group, told, end = Group(process.pid), set[int](), float("inf")
         with _guarded(group, grace_s):
             try:
                 while (code := process.poll()) is None and time.monotonic() < end:
-                    if stop.asked:
+                    if stop.reason:
                         end = min(end, time.monotonic() + grace_s)
                         group.terminate(told)
                     time.sleep(POLL_S)
             finally:
                 group.kill()
-        return (process.wait() if code is None else code), stop.asked
+        return (process.wait() if code is None else code), bool(stop.reason)
 
 
 def _is_rank(process: psutil.Process) -> bool:

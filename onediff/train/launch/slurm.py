@@ -15,7 +15,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from onediff.config import Runtime
-from onediff.train.launch.processes import GRACE_S, Stop, stoppable
+from onediff.interrupts import Stop, postponed
+from onediff.train.launch.processes import GRACE_S
 from onediff.train.launch.status import read_status
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
@@ -31,8 +32,9 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
                *([] if cpu else [f"--gpus-per-node={runtime.gpus}"]),
                *([f"--partition={asked.partition}"] if asked.partition else []),
                *([f"--account={asked.account}"] if asked.account else []),
-               f"--time={asked.time}", f"--signal=TERM@{GRACE_S:.0f}", "--requeue", "--open-mode=append",
-               f"--output={folder.absolute()}/slurm-%j.out", f"--chdir={Path.cwd()}", *asked.options]
+               f"--time={asked.time}", f"--signal=TERM@{max(GRACE_S, runtime.grace_s):.0f}", "--requeue",
+               "--open-mode=append", f"--output={folder.absolute()}/slurm-%j.out", f"--chdir={Path.cwd()}",
+               *asked.options]
     template = files("onediff.train.launch").joinpath("job.sh.j2").read_text(encoding="utf-8")
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(template)
     return page.render(options=options, master=runtime.master_addr, port=runtime.master_port, cpu=cpu,
@@ -40,27 +42,27 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
 
 
 def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
-    """How the job ended, in words, and whether this process was stopped by SIGTERM.
+    """How the job ended, in words, and whether a signal stopped this process.
 
     A job of this run that is still there is watched, not submitted again. One that the time limit or the scheduler
-    stopped after it had got on is followed by the next. SIGTERM here tells the job to write its checkpoint and end;
+    stopped after it had got on is followed by the next. A signal here tells the job to write its checkpoint and end;
     after SIGKILL here the job goes on, and the same command finds it again.
     """
     for program in ("sbatch", "squeue", "scancel"):
         if not shutil.which(program):
             raise ValueError(f"runtime.yaml: launcher is slurm, but {program} is not found; run this where jobs are "
                              "submitted, or choose launcher: deepspeed")
-    with stoppable() as stop:
+    with postponed(Stop()) as stop:
         while True:
             begun = int(read_status(folder)["step"])
             job = running(folder) or submit(runtime, module, folder)
             state = watch(job, runtime, stop)
-            if not _goes_on(folder, begun) or stop.asked or state.startswith("CANCELLED"):
+            if not _goes_on(folder, begun) or stop.reason or state.startswith("CANCELLED"):
                 break
             _say(f"job {job.number} was stopped at step {read_status(folder)['step']}: submitting the next")
     if state != "COMPLETED":
         print(*_last_lines(folder / f"slurm-{job.number}.out"), sep="\n", file=sys.stderr)
-    return f"Slurm job {job.number} ended as {state}, see {folder}/slurm-{job.number}.out", stop.asked
+    return f"Slurm job {job.number} ended as {state}, see {folder}/slurm-{job.number}.out", bool(stop.reason)
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ def watch(job: Job, runtime: Runtime, stop: Stop) -> str:
         if state and state != seen:
             _say(f"job {job.number}: {state}")
             seen = state
-        if stop.asked and not told:
-            _say(f"SIGTERM: job {job.number} writes its checkpoint and ends")
+        if stop.reason and not told:
+            _say(f"{stop.reason}: job {job.number} writes its checkpoint and ends")
             job.end()
-            told, end = True, time.monotonic() + GRACE_S
+            told, end = True, time.monotonic() + max(GRACE_S, runtime.grace_s)
         if time.monotonic() > end:
             _ask("scancel", job.number)
             end = float("inf")
@@ -135,7 +137,7 @@ def watch(job: Job, runtime: Runtime, stop: Stop) -> str:
 
 def _rest(seconds: float, stop: Stop, *, told: bool) -> None:
     end = time.monotonic() + seconds
-    while time.monotonic() < end and (told or not stop.asked):
+    while time.monotonic() < end and (told or not stop.reason):
         time.sleep(min(0.5, seconds))
 
 

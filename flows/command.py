@@ -1,0 +1,88 @@
+"""What every flow's command line shares: one run in a folder, a server, and a tidy end after an interrupt."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect import Flow
+
+from flows.pipeline import training_status
+from flows.processes import below, send
+from flows.server import temporary_server
+from onediff import interrupts
+from onediff.config import load_runtime
+from onediff.git import configure_dvc
+
+SPARE_S = 4.0  # beside grace_s, for what an interrupted flow does after its stage has ended
+
+
+def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[None] | None = None) -> Any:
+    """The flow's last state. Exits with one line if the flow cannot start or a signal ends it.
+
+    `first` is entered and left before the server starts: what it refuses is refused at once.
+    """
+    start = time.time()
+    interrupts.survive_closed_output()
+    try:
+        limit_s = load_runtime().grace_s + SPARE_S
+        interrupts.raise_keyboard_interrupt(limit_s)
+        _limit_the_end(limit_s)
+        configure_dvc()
+        with first or nullcontext():
+            pass
+        with temporary_server():
+            return flow(*arguments, return_state=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"onediff: {error}")
+    except KeyboardInterrupt as interrupt:
+        _end_all()
+        print(f"onediff: stopped by {interrupt}; {_saved(start)}; '{_command()}' continues", file=sys.stderr,
+              flush=True)
+        os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's work at exit would need the server
+
+
+def _limit_the_end(seconds: float) -> None:
+    """From the first signal on, Prefect is silent, and this process has so many seconds. Prefect's own handler for
+    SIGTERM changes nothing of that.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+    threading.Thread(target=_exit_after, args=(receiver, seconds), daemon=True).start()
+
+
+def _exit_after(receiver: socket.socket, seconds: float) -> None:
+    while receiver.recv(1)[0] not in interrupts.SIGNALS:
+        pass
+    logging.disable()
+    time.sleep(seconds)
+    _end_all()
+    os._exit(1)
+
+
+def _end_all() -> None:
+    """Ends what is left below this process: its server, and what it was just starting."""
+    family = below(os.getpid())
+    send(family, signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=1)
+    send(left, signal.SIGKILL)
+
+
+def _saved(since: float) -> str:
+    status = training_status(Path(), since)
+    return "finished stages are kept" + (f", and training up to step {status['step']}" if status else "")
+
+
+def _command() -> str:
+    return "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])

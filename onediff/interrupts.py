@@ -1,0 +1,144 @@
+"""The signals that ask a program to end (Ctrl-C, `kill`, a terminal that closes), and output that nobody reads.
+
+A signal that was ignored when the program started, as SIGHUP is under `nohup`, stays ignored.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FLOW = "ONEDIFF_STARTED_BY"  # environment variable: the process id of the flow, if one started DVC
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@dataclass
+class Stop:
+    """The name of the signal that asked this process to end; empty if none did."""
+
+    reason: str = ""
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+
+@contextmanager
+def postponed(stop: Stop) -> Iterator[Stop]:
+    """In the block a signal is only noted in `stop`, so that the block ends at a point of its own choice.
+
+    In a thread other than the main thread, where Python allows no handler, nothing is noted.
+    """
+    before = _handle(stop.ask) if threading.current_thread() is threading.main_thread() else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_keyboard_interrupt(limit_s: float) -> None:
+    """From now on the first signal raises KeyboardInterrupt with its name. Later ones change nothing: cleaning up is
+    not interrupted, but may take `limit_s` at most, also where a library catches the exception.
+    """
+    stop = Stop()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not stop.reason:
+            stop.ask(number, frame)
+            late = threading.Timer(limit_s, os._exit, [1])
+            late.daemon = True
+            late.start()
+            raise KeyboardInterrupt(stop.reason)
+
+    _handle(interrupt)
+
+
+def end_with_starters() -> None:
+    """Under DVC this process gets SIGTERM when DVC ends, or the flow that started DVC. Neither, when killed, may leave
+    a stage writing where the next one writes.
+    """
+    if "DVC_STAGE" in os.environ:
+        starters = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
+        threading.Thread(target=_end_with, args=(starters,), daemon=True).start()
+
+
+def _end_with(starters: list[int]) -> None:
+    import psutil
+
+    try:
+        watched = [psutil.Process(pid) for pid in starters]
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+            time.sleep(0.5)
+    except psutil.NoSuchProcess:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
+
+
+def ignore() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_while_importing() -> None:
+    """For the package of a module that `python -m` runs: until the module has its own handlers, a signal ends the
+    process with one line. Python's own way is the stack trace of the import it was in.
+    """
+    if sys.argv[0] == "-m":  # Python's mark while it looks for the module to run
+        _handle(_end_at_once)
+        end_with_starters()
+
+
+def handle_as_python_does() -> None:
+    """Undoes end_while_importing, for a module that needs no handlers beyond Python's own."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end_at_once:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def survive_closed_output() -> None:
+    """Standard output and error drop what they cannot write after the terminal was closed or the pipe's reader ended.
+
+    Work that prints must still reach its checkpoint.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.flush()
+        raw: Any = _Forgiving(stream.fileno(), "wb", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors,
+                                            line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
+def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
+    """Sets the handler; gives the handlers before, None of them ignoring."""
+    used = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in used}
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    line = f"onediff: stopped by {signal.Signals(number).name} before any work; run the same command to start again\n"
+    try:
+        os.write(2, line.encode())
+    finally:
+        os._exit(128 + number)
+
+
+class _Forgiving(io.FileIO):
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return len(data)

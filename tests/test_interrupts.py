@@ -1,0 +1,106 @@
+"""Signals and closed output, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onediff.interrupts import SIGNALS, Stop, postponed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(code: str, *, folder: Path | None = None, ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
+    """Python code that has printed a line by now."""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored])
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_postponed_signal_is_noted_and_the_handlers_return(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with postponed(Stop()) as stop:
+        assert stop.reason == ""
+        signal.raise_signal(number)
+        assert stop.reason == number.name
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == number.name
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
+    process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9); "
+                    "\n"
+                    "try: print('up', flush=True); time.sleep(60)\n"
+                    "except KeyboardInterrupt as interrupt:\n"
+                    "    print(interrupt, flush=True); time.sleep(1); print('saved')")
+    process.send_signal(number)
+    assert process.stdout is not None and process.stdout.readline() == f"{number.name}\n"
+    for again in SIGNALS:
+        process.send_signal(again)
+    assert process.communicate(timeout=30) == ("saved\n", "") and process.returncode == 0
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9); "
+                    "print('up', flush=True); time.sleep(1); print('done')", ignored=(signal.SIGHUP,))
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=30) == ("done\n", "")
+
+
+@pytest.mark.parametrize("package", ["onediff.stages", "flows"])
+def test_a_signal_during_the_imports_ends_a_command_with_one_line(package: str, tmp_path: Path) -> None:
+    process = start(f"import sys, time; sys.argv[0] = '-m'; import {package}; print('up', flush=True); time.sleep(60)",
+                    folder=tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == (
+        "onediff: stopped by SIGINT before any work; run the same command to start again\n")
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_command_without_handlers_of_its_own_gets_those_of_python() -> None:
+    process = start("import sys, time; sys.argv[0] = '-m'; import onediff.stages; from onediff import interrupts\n"
+                    "interrupts.handle_as_python_does()\n"
+                    "try: print('up', flush=True); time.sleep(60)\n"
+                    "except KeyboardInterrupt: print('cleaned up')")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("cleaned up\n", "")
+
+
+def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    process = start("import sys, time; from pathlib import Path; from onediff import interrupts; "
+                    "interrupts.survive_closed_output(); print('up', flush=True)\n"
+                    "while not Path('closed').exists(): time.sleep(0.1)\n"
+                    "print('x' * 100_000, flush=True); print('y', file=sys.stderr); Path('saved').touch()",
+                    folder=tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    (tmp_path / "closed").touch()
+    assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
+
+
+def test_work_goes_on_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    screen, terminal = os.openpty()
+    code = ("import time; from pathlib import Path; from onediff import interrupts; "
+            "interrupts.survive_closed_output(); Path('up').touch()\n"
+            "while not Path('closed').exists(): time.sleep(0.1)\n"
+            "print('x', flush=True); Path('saved').touch()")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.1)
+    os.close(screen)
+    (tmp_path / "closed").touch()
+    assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
