@@ -85,7 +85,8 @@ drills: setup  ## kill each service, worker, flow and training during retraining
 	@python -m benchmarks.drills
 
 test: setup  ## tests that need about a minute each at most, micro pipeline included
-	@HF_HUB_OFFLINE=1 python -m pytest
+	@# One process a core, four at most; the tests of one file stay together, because they share what was made once.
+	@HF_HUB_OFFLINE=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 blender: setup  ## Blender for data.scenes.renderer (bpy, 360 MB)
 	@# Without its own wishes: bpy 5 asks for NumPy 1 and runs with NumPy 2.
@@ -95,7 +96,7 @@ test-all: setup blender  ## every test, slow ones included
 	@HF_HUB_OFFLINE=1 python -m pytest -m ""
 
 lint: setup  ## ruff, mypy, and the direction of imports
-	@ruff check onediff flows tests
+	@ruff check onediff flows tests benchmarks
 	@mypy
 	@lint-imports
 
