@@ -90,12 +90,15 @@ def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
 
 
-def test_work_goes_on_when_its_terminal_is_closed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("handler", "reason"), [("stop.ask", "SIGHUP"), ("signal.SIG_IGN", "")])
+def test_work_learns_that_its_terminal_is_closed_and_still_saves(handler: str, reason: str, tmp_path: Path) -> None:
+    """Also where no signal says so, as below `make`; under `nohup` it just goes on."""
     screen, terminal = os.openpty()
-    code = ("import time; from pathlib import Path; from onediff import interrupts; "
+    code = ("import signal, time; from pathlib import Path; from onediff import interrupts; stop = interrupts.Stop()\n"
+            f"signal.signal(signal.SIGHUP, {handler})\n"
             "interrupts.survive_closed_output(); Path('up').touch()\n"
             "while not Path('closed').exists(): time.sleep(0.1)\n"
-            "print('x', flush=True); Path('saved').touch()")
+            "print('x', flush=True); Path('saved').write_text(stop.reason)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
@@ -103,4 +106,4 @@ def test_work_goes_on_when_its_terminal_is_closed(tmp_path: Path) -> None:
         time.sleep(0.1)
     os.close(screen)
     (tmp_path / "closed").touch()
-    assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
+    assert process.wait(timeout=30) == 0 and (tmp_path / "saved").read_text() == reason
