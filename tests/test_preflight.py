@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from onediff import doctor
+from onediff import doctor, interrupts
 from onediff.config import Config, load_params
 from onediff.preflight import check_inputs, check_mixtures
-from onediff.stages import command
 
 ROOT = Path(__file__).parents[1]
 MICRO = (ROOT / "presets/micro.yaml").read_text()
@@ -112,7 +111,7 @@ def test_every_stage_checks_before_it_works(stage: str, change: tuple[str, str],
     """`dvc repro` alone starts none of our code before the first stage."""
     monkeypatch.setenv("DVC_STAGE", stage)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv(command.FLOW, raising=False)
+    monkeypatch.delenv(interrupts.FLOW, raising=False)
     Path("data/diffcap").mkdir(parents=True)
     counts = {"train": {"scenes": {"none": 7}}, "val": {"scenes": {"none": 3}}}
     Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": counts}))
