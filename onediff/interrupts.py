@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -110,14 +111,32 @@ def handle_as_python_does() -> None:
 def survive_closed_output() -> None:
     """Standard output and error drop what they cannot write after the terminal was closed or the pipe's reader ended.
 
-    Work that prints must still reach its checkpoint.
+    Work that prints must still reach its checkpoint. A closed terminal counts as SIGHUP: the kernel tells only the
+    process that leads the session, and `make` passes it on to nobody. A job in the background goes on.
     """
+    if _in_foreground():
+        threading.Thread(target=_wait_for_hangup, daemon=True).start()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream.flush()
         raw: Any = _Forgiving(stream.fileno(), "wb", closefd=False)
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors,
                                             line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except OSError:  # standard error is not the terminal of this session
+        return False
+
+
+def _wait_for_hangup() -> None:
+    poll = select.poll()
+    poll.register(2, 0)
+    poll.poll()
+    if callable(signal.getsignal(signal.SIGHUP)):
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:

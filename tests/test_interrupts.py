@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.interrupts import Terminal, wait_until
 from onediff.interrupts import SIGNALS, Stop, postponed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,20 +90,16 @@ def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize(("handler", "reason"), [("stop.ask", "SIGHUP"), ("signal.SIG_IGN", "")])
-def test_work_learns_that_its_terminal_is_closed_and_still_saves(handler: str, reason: str, tmp_path: Path) -> None:
-    """Also where no signal says so, as below `make`; under `nohup` it just goes on."""
-    screen, terminal = os.openpty()
-    code = ("import signal, time; from pathlib import Path; from onediff import interrupts; stop = interrupts.Stop()\n"
-            f"signal.signal(signal.SIGHUP, {handler})\n"
-            "interrupts.survive_closed_output(); Path('up').touch()\n"
-            "while not Path('closed').exists(): time.sleep(0.1)\n"
-            "print('x', flush=True); Path('saved').write_text(stop.reason)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               stdout=terminal, stderr=terminal, start_new_session=True)
-    os.close(terminal)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.1)
-    os.close(screen)
-    (tmp_path / "closed").touch()
-    assert process.wait(timeout=30) == 0 and (tmp_path / "saved").read_text() == reason
+@pytest.mark.parametrize(("trap", "reason"), [(":", "SIGHUP"), ("''", "")])
+def test_work_below_make_learns_that_its_terminal_is_closed_and_still_saves(trap: str, reason: str,
+                                                                            tmp_path: Path) -> None:
+    """The shell takes the signal, as make does, and passes it on to nobody; or it is ignored, as under `nohup`."""
+    (tmp_path / "work.py").write_text(
+        "import time; from pathlib import Path; from onediff import interrupts; interrupts.survive_closed_output()\n"
+        "with interrupts.postponed(interrupts.Stop()) as stop:\n"
+        "    Path('up').touch(); time.sleep(2); print('x', flush=True); Path('saved').write_text(stop.reason)")
+    terminal = Terminal(tmp_path, ("bash", "-c", f"trap {trap} HUP; {sys.executable} work.py; true"),
+                        {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert wait_until((tmp_path / "up").exists, 30) < 30
+    _, left, _ = terminal.interrupt("SIGHUP")
+    assert not left and (tmp_path / "saved").read_text() == reason

@@ -73,13 +73,15 @@ class Recorder:
 
 
 def _stage_that_loads() -> str | None:
-    """By the module that called load_params."""
+    """By the module that called load_params; command.py only checks the parameters before a stage."""
     frame = sys._getframe(3)
     module = frame.f_globals["__name__"]
     if module == "__main__":
         module = frame.f_globals["__spec__"].name
     stage = module.removeprefix("onediff.stages.")
-    return frame.f_locals["phase"] if stage == "training" else stage if stage != module else None
+    if stage == "training":
+        return str(frame.f_locals["phase"])
+    return None if stage in (module, "command") else stage
 
 
 def undeclared(read: set[tuple[str, str]]) -> Iterator[str]:
