@@ -160,7 +160,4 @@ class _Forgiving(io.FileIO):
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            if error.errno == errno.EIO and callable(signal.getsignal(signal.SIGHUP)):
-                # A closed terminal tells the process that leads its session, and `make` tells nobody else.
-                os.kill(os.getpid(), signal.SIGHUP)
             return len(data)
