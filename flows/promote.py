@@ -45,8 +45,9 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
         hours = registry.load_rules().approval_h
         if hours is not None:
             opinion = judge(version)
-            approved = opinion.case
-            by = _asked(approved, hours) if opinion.promoted else by
+            if opinion.promoted and not opinion.reasons:  # nobody is asked about a refused version or the champion
+                approved = opinion.case
+                by = _asked(approved, hours)
         with _alone():
             verdict = change(version, by=by, why=why, approved=approved)
     except (ValueError, OSError) as error:

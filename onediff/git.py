@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CURE = "'git init && git add . && git commit -m start' puts it under git"
+_ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}  # "git replace" shows other files than a commit has
 
 
 def git(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> str:
@@ -23,7 +24,7 @@ def git(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = No
 def git_bytes(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> bytes:
     """The output of `git ARGUMENTS` in the folder. Raises ValueError in git's words."""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False,
-                          env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(env or {})})
+                          env={**os.environ, **_ENV, **(env or {})})
     if done.returncode:
         raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.decode(errors='replace').split())}")
     return done.stdout
@@ -43,7 +44,7 @@ def head(root: Path = Path()) -> str | None:
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD:./"]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False,
-                              env={**os.environ, "LC_ALL": "C"})  # the message is compared below
+                              env={**os.environ, **_ENV, "LC_ALL": "C"})  # the message is compared below
     except FileNotFoundError:  # git is not installed
         return None
     if done.returncode == 1 or "not a git repository (or any" in done.stderr:

@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from onediff.config import Config, load_runtime
-from onediff.git import git, git_paths, head
+from onediff.git import git, git_bytes, git_paths, head
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,6 +46,7 @@ PARENT = "ONEDIFF_PARENT_RUN"  # the flow sets it, stages below it nest their ru
 SEND_EVERY_S = 5.0
 SERVER = ("http://", "https://")
 _DENIED = (401, 403)
+_NO_FILTER = ("unspecified", "unset")
 _OTHER_CREDENTIALS = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _DATABASE = ("sqlite:", "postgresql", "mysql", "mssql")
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -372,7 +373,7 @@ def provenance(root: Path = Path()) -> dict[str, str]:
 
 def changed_files(root: Path = Path()) -> list[str]:
     """What differs from the commit: changed files, code that git does not track, and files whose changes git was told
-    to overlook. dvc.lock and data do not count: the pipeline itself writes them.
+    to overlook or hides by a filter. dvc.lock and data do not count: the pipeline itself writes them.
     """
     if head(root) is None:
         return []
@@ -381,7 +382,18 @@ def changed_files(root: Path = Path()) -> list[str]:
     untracked = git_paths("ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py", root=root)
     overlooked = [line[2:] for line in git_paths("ls-files", "-v", *outside, root=root)
                   if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
-    return list(dict.fromkeys([*changed, *untracked, *overlooked]))
+    return list(dict.fromkeys([*changed, *untracked, *overlooked, *_hidden_by_filters(root)]))
+
+
+def _hidden_by_filters(root: Path) -> list[str]:
+    """Code and settings that have a filter in git's attributes and other bytes than in the commit."""
+    paths = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
+    if not paths:
+        return []
+    found = git_paths("check-attr", "filter", "--", *paths, root=root)  # path, "filter", value; and so on
+    filtered = [path for path, value in zip(found[::3], found[2::3], strict=True) if value not in _NO_FILTER]
+    return [path for path in filtered if (root / path).exists()
+            and (root / path).read_bytes() != git_bytes("show", f":./{path}", root=root)]
 
 
 def branch(root: Path = Path()) -> str:

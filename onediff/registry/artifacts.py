@@ -103,18 +103,20 @@ def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
 
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Empty if the version was registered without. Raises ValueError if they are not those registered."""
+    """Empty if the version was registered without scores of pairs. Raises ValueError if the store does not have the
+    registered ones any more.
+    """
     source = f"{location(version)}/{SCORED}/{split}.json"
+    wanted = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"data/{SCORED}/{split}.json")
     try:
         text = _text(source)
     except FileNotFoundError:
-        return {}
-    got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-    wanted = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"data/{SCORED}/{split}.json", got)
-    if got != wanted:
+        text = None
+    got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() if text is not None else "no file"
+    if wanted and got != wanted:
         raise ValueError(f"version {version.version}: {source} must have the registered md5 {wanted}, got {got}: "
                          f"it was changed; score it again: python -m flows.evaluate models:/{NAME}/{version.version}")
-    return json.loads(text)
+    return json.loads(text) if text is not None else {}
 
 
 def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None:

@@ -27,11 +27,18 @@ def committed_text(path: Path, root: Path = Path()) -> bytes | None:
     return git.git_bytes("show", f"HEAD:./{path.as_posix()}", root=root)
 
 
-def is_committed(path: Path) -> bool:
-    """Whether a file's bytes are those of the commit; False without git. What the index says does not count:
-    `git update-index` can hide a change from `git status`.
+def is_committed(path: Path, root: Path = Path()) -> bool:
+    """Whether the commit of the project in `root` has the file with these bytes; False without git. Line ends do not
+    count.
+
+    The bytes themselves are compared, because `git update-index` and filters can hide a change from git.
     """
-    if git.head(path.parent) is None:
+    place, project = path.absolute(), root.absolute()
+    if not place.is_relative_to(project):
         return False
-    entry = git.git("ls-tree", "HEAD", "--", path.name, root=path.parent).split()  # mode, type, blob, name
-    return len(entry) > 2 and entry[2] == git.git("hash-object", path.name, root=path.parent)
+    committed = committed_text(place.relative_to(project), root)
+    return committed is not None and _unix(committed) == _unix(path.read_bytes())
+
+
+def _unix(text: bytes) -> bytes:
+    return text.replace(b"\r\n", b"\n")

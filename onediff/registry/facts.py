@@ -9,23 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from onediff import tracking
 from onediff.registry import commits
 from onediff.versioned import LOCK, Stage, locked, md5_of
 
 YES = "yes"
-FACTS = ("data_validated", "leak_audit", "clean_lineage")
+OF_DATA = ("data_validated", "leak_audit")
+FACTS = (*OF_DATA, "clean_lineage")
 DIFFCAP, QUARANTINE = "data/diffcap", "data/quarantine.parquet"
 REPORTS, AUDIT = "data/reports/diffcap", "audit.json"
-_SCORING = ("tune", "caption", "score")
+TRAINED_CLEAN = "training_lineage"  # tag: clean_lineage of the training alone; scoring again does not change it
+_TRAINING, _SCORING = ("tune",), ("tune", "caption", "score")
 
 
 def facts(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
-    """data_validated, leak_audit, clean_lineage: each `yes`, `no git`, or `no: ` and why, with the cure."""
-    broken = _broken_chain(model_dir, root)
+    """data_validated, leak_audit, clean_lineage, training_lineage: each `yes`, `no git`, or `no: ` and why, with the
+    cure.
+    """
+    broken, stages, now = _broken_chain(model_dir, root), _stages(root), _lineage(root)
     return {"data_validated": f"no: {broken}" if broken else YES, "leak_audit": _leaks(broken, root),
-            "clean_lineage": _other_code(_stages(root), root) or _lineage(root)}
+            "clean_lineage": _other_code(stages, _SCORING, root) or now,
+            TRAINED_CLEAN: _other_code(stages, _TRAINING, root) or now}
 
 
 def facts_again(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, str]:
@@ -39,7 +47,7 @@ def facts_again(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, st
         broken = (f"the version learned from other data (data card {tags.get('data_digest', 'none')[:12]}) than it was "
                   f"scored on ({data[:12]}), and nothing audits one against the other; 'dvc repro' trains on this data")
     return {"data_validated": f"no: {broken}" if broken else YES, "leak_audit": _leaks(broken, root),
-            "clean_lineage": _lineage_again(tags.get("git_dirty", "none"), root)}
+            "clean_lineage": _lineage_again(tags, root)}
 
 
 def size_mib(folder: Path) -> float:
@@ -117,19 +125,64 @@ def _lineage(root: Path) -> str:
     return YES
 
 
-def _lineage_again(dirty: str, root: Path) -> str:
-    """`dirty`: as noted when the version was registered: false, true, or none without git."""
-    now = _lineage(root)
+def _lineage_again(tags: Mapping[str, str], root: Path) -> str:
+    """clean_lineage now, unless the training itself was not clean. `tags`: those of the version; versions of early code
+    have git_dirty alone: false, true, or none without git.
+    """
+    now, dirty = _lineage(root), tags.get("git_dirty", "none")
+    trained = tags.get(TRAINED_CLEAN, YES)
+    if trained.startswith("no: stage"):
+        return trained
     if dirty == "false" or (dirty == "none" and now == commits.NO_GIT):
         return now
     how = "outside git" if dirty == "none" else "from code or parameters that were not committed"
     return f"no: the version was registered {how}; 'git commit', 'dvc repro', then register again"
 
 
-def _other_code(stages: Mapping[str, Stage], root: Path) -> str | None:
-    """A file of code that a stage ran with and that is another one now: the commit does not have what was run."""
-    for name in _SCORING:
-        for path, md5 in stages[name].deps.items() if name in stages else ():
+def _other_code(stages: Mapping[str, Stage], names: tuple[str, ...], root: Path) -> str | None:
+    """The first file of code or parameter with which one of these stages, or one before them, ran and that is another
+    one now: then the commit does not have what was run.
+    """
+    values = _parameters(root)
+    for name, stage in _with_earlier(stages, names).items():
+        for path, md5 in stage.deps.items():
             if not path.startswith("data/") and (not (root / path).exists() or md5_of(root / path) != md5):
                 return (f"no: stage {name} ran with another {path} than there is now; 'dvc repro', then register again")
+        for key, ran_with in stage.params.items():
+            if values.get(key) != ran_with:
+                return (f"no: stage {name} ran with another value of {key} than params.yaml has now; 'dvc repro', then "
+                        "register again")
     return None
+
+
+def _with_earlier(stages: Mapping[str, Stage], names: tuple[str, ...]) -> dict[str, Stage]:
+    """These stages and all whose outs they read, directly or through other stages."""
+    found: dict[str, Stage] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop(0)
+        if name in stages and name not in found:
+            found[name] = stages[name]
+            waiting += [other for other, stage in stages.items()
+                        if any(_overlap(out, dep) for out in stage.outs for dep in stages[name].deps)]
+    return found
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether two paths are the same, or one is inside the other."""
+    return f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/")
+
+
+def _parameters(root: Path) -> dict[str, Any]:
+    """Every value of params.yaml by its full name, as in dvc.lock: {"tune": {"steps": 3}, "tune.steps": 3}."""
+    path = root / "params.yaml"
+    return _named(YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def _named(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, Mapping):
+            found |= _named(value, f"{prefix}{key}.")
+    return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onediff import tracking
 from onediff.registry import store
 from onediff.registry.artifacts import MODEL_DIGEST, SCORES_DIGEST, check_whole, pair_scores
+from onediff.registry.commits import NO_GIT
 from onediff.registry.comparison import incomparable, not_better, too_few_groups
 from onediff.registry.records import START, Change, change, settled, trail
 from onediff.registry.rules import (
@@ -148,7 +149,8 @@ def _assess(version: str | None, now: Mapping[str, str], file: Path) -> Verdict:
         return Verdict(wanted, True, None, ["is the champion already"], figures, case)
     pairs = pair_scores(candidate)
     reasons = [*uncommitted(of_rules, first=old is None, file=file), *_unbound(candidate),
-               *judge(rules, scores, candidate.tags, first=old is None), *too_few_groups(rules, pairs)]
+               *judge(rules, scores, candidate.tags, without_git=old is None and of_rules["commit"] == NO_GIT),
+               *too_few_groups(rules, pairs)]
     if old:
         reasons += not_better(rules, pairs, pair_scores(store.get(old)),
                               again=f"python -m flows.evaluate models:/{NAME}/{old}")

@@ -173,9 +173,10 @@ def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES
         raise ValueError("\n".join(wrong))
 
 
-def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *, first: bool = False) -> list[str]:
-    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do. `first`:
-    there is no champion yet, and then a project without git is no reason.
+def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
+          without_git: bool = False) -> list[str]:
+    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do.
+    `without_git`: a version that was registered without git is not refused for that.
     """
     reasons = []
     for path, least in rules.minima.items():
@@ -184,6 +185,7 @@ def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *, 
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             reasons.append(f"{path} is {_value(scores, path)}, must be at most {most:g}")
+    reasons += _not_scored(rules, scores)
     for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
@@ -191,11 +193,19 @@ def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *, 
         elif limit is not None and not 0 < float(facts[name]) <= limit:
             reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}")
     for name in rules.require:
-        if facts.get(name) == commits.NO_GIT and not first:
+        if facts.get(name) == commits.NO_GIT and not without_git:
             reasons.append(f"{name}: {commits.NO_GIT}: 'git init' and 'git commit', then register again")
         elif facts.get(name) not in (YES, commits.NO_GIT):
             reasons.append(f"{name}: {facts.get(name, 'not known: register it again')}")
     return reasons
+
+
+def _not_scored(rules: Rules, scores: Mapping[str, Any]) -> list[str]:
+    """The comparisons with the champion on a benchmark without gate scores, which the first champion needs, too."""
+    benchmarks = sorted({path.partition(".")[0] for path in scores})
+    asked = {key: path.partition(".")[0] for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))}
+    return [f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
+            for key, name in asked.items() if name not in benchmarks]
 
 
 def weighed(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.registry import store
 from onediff.registry.artifacts import MODEL_DIGEST, REFERENCE, SCORED, SCORES_DIGEST, keep
 from onediff.registry.evidence import Evidence
-from onediff.registry.facts import FACTS, YES, facts, facts_again, locked_md5, size_mib
+from onediff.registry.facts import FACTS, OF_DATA, YES, facts, facts_again, locked_md5, size_mib
 from onediff.registry.promotion import REFUSED, champion_moves, gate_scores, propose
 from onediff.registry.store import CHAMPION, NAME
 from onediff.registry.writers import may_write, shared, writing
@@ -106,13 +106,15 @@ def _registered(model_dir: Path, evidence: Evidence, scores: Mapping[str, dict[s
                 carried: Path | None, measured: Mapping[str, float] | None) -> str:
     store.make_model(NAME, "Two images in, what changed in words out.")
     known = _first_with(evidence.model.folder)
+    found = facts(model_dir, root=evidence.root)
     if known and known.tags.get(SCORES_DIGEST) == evidence.as_tag() and all(
-            known.tags.get(name) == YES for name in FACTS) and not set(measured or {}) - set(known.tags):
+            known.tags.get(name) == YES for name in FACTS) and all(
+            found[name] == YES for name in OF_DATA) and not set(measured or {}) - set(known.tags):
         return str(known.version)  # nothing new is known; that it came of a clean commit stays written
     made_from = tracking.provenance(evidence.root)
     tags = {MODEL_DIGEST: evidence.model.folder, "weights_digest": evidence.model.weights, "run_id": run_id or "none",
             **made_from, **{f"scored_{key}": value for key, value in made_from.items()}, **_score_tags(scores),
-            **facts(model_dir, root=evidence.root), "size_mib": f"{size_mib(model_dir):.6g}",
+            **found, "size_mib": f"{size_mib(model_dir):.6g}",
             **{key: f"{value:.6g}" for key, value in (measured or {}).items()}}
     if known is None:
         made = _create(model_dir, evidence, carried, tags | {SCORES_DIGEST: evidence.as_tag()}, run_id)

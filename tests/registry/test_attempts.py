@@ -486,6 +486,105 @@ def a_champion_set_by_hand_in_mlflow() -> Any:
         registry.repair()
 
 
+# --- what git has, and what the stages ran with ----------------------------------------------------------------------
+
+
+@attempt("must be the file that git has committed")
+def rules_loosened_and_committed_in_a_repository_inside_the_project() -> Any:
+    register(TUNE)
+    RULES.write_text(json.dumps(json.loads(RULES.read_text()) | {"maxima": {"scenes.false_alarm_rate": 1}}))
+    for words in (["init", "--quiet"], ["add", RULES.name], ["commit", "--quiet", "--message", "one"]):
+        git("-C", str(RULES.parent), *words)
+    return registry.promote()
+
+
+@attempt("must be the file that git has committed")
+def rules_loosened_while_a_filter_of_git_hides_the_change() -> Any:
+    register(TUNE)
+    git("config", "filter.hide.clean", f"git show HEAD:{RULES}")
+    Path(".git/info/attributes").write_text(f"{RULES} filter=hide\n")
+    RULES.write_text(json.dumps(json.loads(RULES.read_text()) | {"maxima": {"scenes.false_alarm_rate": 1}}))
+    return registry.promote()
+
+
+@attempt("must be the file that git has committed")
+def rules_loosened_while_git_replaces_the_commit() -> Any:
+    register(TUNE)
+    RULES.write_text(json.dumps(json.loads(RULES.read_text()) | {"maxima": {"scenes.false_alarm_rate": 1}}))
+    commit(RULES)
+    git("replace", "HEAD~1", "HEAD")
+    git("reset", "--quiet", "--soft", "HEAD~1")
+    return registry.promote()
+
+
+@attempt("clean_lineage: no: changed since the commit: onediff/code.py")
+def code_that_is_not_committed_while_a_filter_of_git_hides_the_change() -> Any:
+    git("config", "filter.hide.clean", f"git show HEAD:{CODE}")
+    Path(".git/info/attributes").write_text(f"{CODE} filter=hide\n")
+    CODE.write_text("two")
+    write_lock(TUNE)
+    return promoted()
+
+
+@attempt("clean_lineage: no git")
+def a_model_registered_while_git_was_moved_away() -> Any:
+    Path(".git").rename("moved")
+    register(TUNE)
+    Path("moved").rename(".git")
+    return registry.promote()
+
+
+@attempt("clean_lineage: no: stage tune ran with another value of tune.steps than params.yaml has now")
+def parameters_that_were_put_back_after_it_trained() -> Any:
+    Path("params.yaml").write_text("tune: {steps: 2}")
+    commit("params.yaml")
+    write_lock(TUNE)
+    lock = json.loads(Path("dvc.lock").read_text())
+    lock["stages"]["tune"]["params"] = {"params.yaml": {"tune.steps": 9}}
+    write_json(Path("dvc.lock"), lock)
+    return promoted()
+
+
+@attempt("clean_lineage: no: stage align ran with another onediff/code.py than there is now")
+def code_that_was_put_back_after_the_first_phase() -> Any:
+    write_lock(TUNE, tune={"deps": {"data/models/align": "1" * 32}})
+    lock = json.loads(Path("dvc.lock").read_text())
+    lock["stages"]["align"] = {"cmd": "x", "deps": [{"path": "onediff/code.py", "md5": "0" * 32}],
+                               "outs": [{"path": "data/models/align", "md5": "1" * 32}]}
+    write_json(Path("dvc.lock"), lock)
+    return promoted()
+
+
+@attempt("clean_lineage: no: .*onediff/code.py")
+def code_that_was_put_back_after_it_trained_and_then_scored_again() -> Any:
+    write_lock(TUNE, tune={"deps": {"onediff/code.py": "0" * 32}})
+    register(TUNE)
+    score_again("1")
+    return registry.promote()
+
+
+@attempt("scored/gate.json .*registered")
+def scores_of_pairs_removed_from_the_store() -> Any:
+    write_results(groups=1)
+    write_lock(TUNE)
+    in_store("scored/gate.json").unlink()
+    return registry.promote()
+
+
+@attempt("leak_audit: no: scenes: 3 of 1000 test pairs leak")
+def a_leak_that_was_found_after_it_was_registered() -> Any:
+    register(TUNE)
+    write_data(verdict="3 of 1000 test pairs leak")
+    write_lock(TUNE)
+    return promoted()
+
+
+@attempt("better_than_champion.metric: .*'scene'.*did you mean 'scenes'")
+def a_comparison_on_a_benchmark_that_is_misspelt() -> Any:
+    write_rules(RULES, better_than_champion={"metric": "scene.CIDEr", "margin": 0})
+    return promoted()
+
+
 @pytest.mark.parametrize(("work", "reason"), ATTEMPTS)
 def test_an_attempt_is_refused(work: Callable[[], Any], reason: str) -> None:
     try:
