@@ -50,7 +50,7 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
         typer.echo(submit(version, why))
         return
     approved = None
-    if registry.load_rules().approval_h and (opinion := registry.assess(version)).promoted:
+    if registry.load_rules().approval_h and (opinion := registry.assess(version)).promoted and not opinion.reasons:
         approved = opinion.case
         typer.confirm(f"Shall {approved} become champion?", abort=True)
     verdict = registry.promote(version, why=why, approved=approved)
