@@ -1,4 +1,4 @@
-"""What every flow's command line shares: one run in a folder, a server, and a tidy end after an interrupt."""
+"""What every flow's command line shares: one run in a folder, a server, and clean termination after an interrupt."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def repro(stage: str, *, ask: bool = True) -> State[Any]:
     with lock_kept():
         status, said = stream([*DVC, "repro", "--single-item", stage])
     if status:
-        restore_outs(stage)  # for a stage that ended before it did so itself
+        restore_outs(stage)  # for a stage that was killed before it could do so
         return Failed(message=f"{stage} failed{reason(Path(), start)}")
     lost = [path for path in uncached_outs(stage) if path not in small_outs()]
     if lost:
@@ -107,8 +107,8 @@ def turn_back(*, by: str, why: str | None) -> str:
 
 @task(cache_policy=NO_CACHE)
 def score_again(model: str) -> Evidence:
-    """Captions and scores a registered version beside the pipeline, whose own results stay; gives the digests of its
-    model folder and of its new scores.
+    """Captions and scores a registered version in .onediff/evaluate, so that the pipeline's results stay; gives the
+    digests of the model folder and of the new scores.
     """
     from onediff import registry
 

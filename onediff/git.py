@@ -1,4 +1,4 @@
-"""Questions to git. A folder without git is an answer; a refusal of git is an error in git's words.
+"""Runs git commands. A folder without git is no error; if git refuses a command, the error quotes git's message.
 
 `python -m onediff.git` sets DVC up for a folder with or without git.
 """

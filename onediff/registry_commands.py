@@ -27,7 +27,7 @@ def list_versions(as_json: Json = False) -> None:
 
 @app.command()
 def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TRAINED) -> None:
-    """Make the trained model a version and the candidate; the same weights stay the same version."""
+    """Make the trained model a version and the candidate; the same model folder stays the same version."""
     from onediff import register as registering
     from onediff import registry
 

@@ -103,20 +103,18 @@ def version_tags(uri: str = CHAMPION_URI) -> dict[str, str]:
 
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Empty if the version was registered without scores of pairs. Raises ValueError if the store does not have the
-    registered ones any more.
-    """
+    """Empty if the store has no scores of pairs for the version. Raises ValueError if they are not those registered."""
     source = f"{location(version)}/{SCORED}/{split}.json"
-    wanted = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"data/{SCORED}/{split}.json")
     try:
         text = _text(source)
     except FileNotFoundError:
-        text = None
-    got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() if text is not None else "no file"
-    if wanted and got != wanted:
+        return {}
+    got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    wanted = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"data/{SCORED}/{split}.json", got)
+    if got != wanted:
         raise ValueError(f"version {version.version}: {source} must have the registered md5 {wanted}, got {got}: "
                          f"it was changed; score it again: python -m flows.evaluate models:/{NAME}/{version.version}")
-    return json.loads(text) if text is not None else {}
+    return json.loads(text)
 
 
 def keep(version: ModelVersion, source: Path, folder: str | None = None) -> None:
@@ -239,8 +237,8 @@ def copies_of(tags: Mapping[str, str]) -> set[str]:
 
 
 def _checked(folder: Path, version: ModelVersion, *, cure: str = "register the model again") -> Path:
-    """The folder. Raises ValueError unless it has every byte that was registered; of a version that was registered
-    before there were digests of folders, unless it has the weights.
+    """Gives the folder back. Raises ValueError if its digest is not the registered one. Old versions have a digest of
+    their weights alone, so only the weights are compared.
     """
     with _gone(version):
         digests = model_digests(folder)

@@ -1,4 +1,4 @@
-"""What git has committed. A folder without git is an answer; a repository that git refuses to read is an error."""
+"""What git has committed. A folder without git is no error; a repository that git refuses to read is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_GIT, NO_COMMIT = "no git", "no commit"
 def head(root: Path = Path()) -> str:
     """The commit that holds the project's folder, NO_COMMIT for a repository without one, else NO_GIT.
 
-    Raises ValueError in git's words for a repository that it does not read, such as one of another owner.
+    Raises ValueError with git's message if git refuses to read the repository, for example because of its owner.
     """
     commit = git.head(root)
     if commit is None:
@@ -21,7 +21,7 @@ def head(root: Path = Path()) -> str:
 
 
 def committed_text(path: Path, root: Path = Path()) -> bytes | None:
-    """The file of the commit, or None if the commit has none of this name or there is no commit."""
+    """The bytes of the file in the commit, or None if there is no commit or the commit does not have the file."""
     if git.head(root) is None or not git.git("ls-tree", "HEAD", "--", path.as_posix(), root=root):
         return None
     return git.git_bytes("show", f"HEAD:./{path.as_posix()}", root=root)

@@ -30,7 +30,9 @@ def not_better(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str
 
 
 def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
-    """Each benchmark of the rules whose pairs of split gate are all of one group: an interval over it means nothing."""
+    """One line for each benchmark in the rules whose gate pairs are all of one group. A bootstrap over one group is
+    meaningless.
+    """
     benchmarks = dict.fromkeys(path.partition(".")[0] for _, path in rules.paths())
     return [f"{name}: the pairs of split gate must be of at least 2 groups (scenes or photographs), got "
             f"{len(set(ours[name]['group_id']))}: give split gate more of them, then 'dvc repro'"

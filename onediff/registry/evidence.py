@@ -1,4 +1,4 @@
-"""A score belongs to weights: which files hold the scores of which model folder, and the digest of each.
+"""Which files hold the scores of which model folder, with the digest of each, so that scores cannot be exchanged.
 
     pipeline_evidence(model)     # what stages tune, caption and score made: every digest is the one in dvc.lock
     evidence_of(model, root)     # what was just captioned and scored beside the pipeline
@@ -43,8 +43,8 @@ class Evidence:
         return self.root / SCORED
 
     def tables(self) -> dict[str, dict[str, Any]]:
-        """split -> benchmark -> scores. Raises ValueError if a file is not the one of its digest any more, or holds
-        what no scoring can give.
+        """split -> benchmark -> scores. Raises ValueError if a file no longer has its digest, or holds a value that is
+        not a valid score.
         """
         if md5_of(self.scored) != self.files[SCORED]:
             raise ValueError(f"{self.scored} was changed while it was read; start again")
@@ -61,13 +61,13 @@ class Evidence:
         return tables
 
     def as_tag(self) -> str:
-        """For a version: every digest, and that of each file of pairs."""
+        """The tag of a version: all digests as JSON, also those of the single files in data/scored."""
         pairs = {f"{SCORED}/{path.name}": md5_of(path) for path in sorted(self.scored.glob("*.json"))}
         return json.dumps({"model": self.model_md5, **self.files, **pairs}, sort_keys=True)
 
 
 def evidence_of(model_dir: Path, root: Path) -> Evidence:
-    """The digests of a model folder and of what lies in `root` now, where it was just captioned and scored."""
+    """The digests of a model folder and of the captions and scores in `root` that were just made with it."""
     return Evidence(root, model_digests(model_dir), md5_of(model_dir), {path: _present(root, path) for path in (
         CAPTIONS, *_MADE_BY_SCORE)})
 
@@ -83,8 +83,8 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
     stages = locked(root / LOCK)
     missing = [name for name in ("tune", "caption", "score") if name not in stages]
     if missing:
-        raise ValueError(f"{root / LOCK}: must hold stage {missing[0]}, which says what the model was made of and "
-                         "scored on: 'dvc repro' runs it")
+        raise ValueError(f"{root / LOCK}: must hold stage {missing[0]}, which records how the model was trained "
+                         "and scored: 'dvc repro' runs it")
     evidence = evidence_of(model_dir, root)
     tune, caption, score = (stages[name] for name in ("tune", "caption", "score"))
     wrong = [_must_be(str(model_dir), "the model folder that stage caption read", caption.deps.get(MODEL),
@@ -119,8 +119,8 @@ def _must_be(where: str, rule: str, wanted: str | None, got: str | None) -> str:
 
 
 def _unlike_commit(score: Stage, root: Path) -> str:
-    """One line if dvc.lock of the commit has other scores for the same captions, data and code: scoring gives the same
-    bytes each time, so one of the two was edited. Nothing where git does not keep dvc.lock.
+    """One line if the committed dvc.lock has other scores for the same captions, data and code; empty if git has no
+    dvc.lock. Scoring is deterministic, so a difference means that one of the two was edited.
     """
     content = committed_text(LOCK, root)
     committed = parse_lock(content, LOCK).get("score") if content else None

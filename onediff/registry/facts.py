@@ -1,5 +1,4 @@
-"""What is known of a model folder and of the pairs that it was scored on: they come from data that passed its checks,
-nothing leaks between them, and git has the code.
+"""Facts about a version: the data passed validation, no test pair leaks into the training data, and git has the code.
 
 Read from dvc.lock, in which DVC writes a stage only after it succeeded, and from what lies on disk; no MLflow.
 """
@@ -37,15 +36,15 @@ def facts(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
 
 
 def facts_again(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, str]:
-    """The same facts for a version that was scored again on the DiffCap and by the code that are in `root` now.
+    """Facts for a version that was scored again with the DiffCap and the code that are in `root` now.
 
-    `tags`: what was noted when it was registered: the data card and the state of the code that it was made from.
+    `tags`: the tags of the version, which say from which data and code it was trained.
     """
     stages, data = _stages(root), tracking.provenance(root)["data_digest"]
     broken = _broken_data(stages, root)
     if not broken and tags.get("data_digest") != data:
         broken = (f"the version learned from other data (data card {tags.get('data_digest', 'none')[:12]}) than it was "
-                  f"scored on ({data[:12]}), and nothing audits one against the other; 'dvc repro' trains on this data")
+                  f"scored on ({data[:12]}), and no leak audit compares the two; 'dvc repro' trains on this data")
     return {"data_validated": f"no: {broken}" if broken else YES, "leak_audit": _leaks(broken, root),
             "clean_lineage": _lineage_again(tags, root)}
 

@@ -86,7 +86,7 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
 
 
 def _make_champion(verdict: Verdict, head: Change, *, by: str | None, why: str) -> None:
-    """Records the change, and removes the note that the version was refused once."""
+    """Records the change, and removes the tags that say when and why the version was refused earlier."""
     assert verdict.case, "every verdict of _assess has one"
     wanted, old = verdict.version, head.new.get(CHAMPION)
     change("promote", {**head.new, **({PREVIOUS: old} if old else {}), CHAMPION: wanted}, upon=head, by=by, why=why,
@@ -148,7 +148,7 @@ def _assess(version: str | None, now: Mapping[str, str], file: Path) -> Verdict:
     if wanted == old:
         return Verdict(wanted, True, None, ["is the champion already"], figures, case)
     pairs = pair_scores(candidate)
-    reasons = [*uncommitted(of_rules, first=old is None, file=file), *_unbound(candidate),
+    reasons = [*uncommitted(of_rules, first=old is None, file=file), *_unbound(candidate, pairs),
                *judge(rules, scores, candidate.tags, without_git=old is None and of_rules["commit"] == NO_GIT),
                *too_few_groups(rules, pairs)]
     if old:
@@ -165,12 +165,14 @@ def _scores_digest(version: ModelVersion) -> str:
     return hashlib.sha256(json.dumps(noted).encode()).hexdigest()
 
 
-def _unbound(version: ModelVersion) -> list[str]:
-    """Versions from before scores belonged to a model folder can be loaded and rolled back to, but not promoted."""
-    if MODEL_DIGEST in version.tags and SCORES_DIGEST in version.tags:
-        return []
-    return ["no digest says that its scores are those of its model: score it again: python -m flows.evaluate "
-            f"models:/{NAME}/{version.version}"]
+def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
+    """Why the scores of the version cannot be used: old versions have no digest that connects scores and model (they
+    can still be loaded and rolled back to), or the store has lost the scores of pairs.
+    """
+    again = f"score it again: python -m flows.evaluate models:/{NAME}/{version.version}"
+    if MODEL_DIGEST not in version.tags or SCORES_DIGEST not in version.tags:
+        return [f"no digest says that its scores are those of its model: {again}"]
+    return [] if pairs else [f"its scores of pairs, scored/gate.json, are not in the store: {again}"]
 
 
 def _rolled_back(version: str) -> str | None:

@@ -127,7 +127,7 @@ def _difference(changes: list[Change]) -> str | None:
 
 
 def _past_the_gate(aliases: Mapping[str, str], changes: list[Change]) -> bool:
-    """Whether the champion is a version that no record ever made champion; before the first record nothing is known."""
+    """Whether the champion is a version that no valid record made champion. False while there is no record."""
     gated = {one.new.get(CHAMPION) for one in changes if one.valid}
     return bool(changes) and aliases.get(CHAMPION, "") not in gated | {""}
 

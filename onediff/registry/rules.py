@@ -78,7 +78,7 @@ class Rules(Section):
 
 @dataclass(frozen=True)
 class Case:
-    """What a verdict is about, and what an approval is for. `model`: the digest of the version's folder; `scores`: that
+    """What a verdict judges and what a person approves. `model`: the digest of the version's folder; `scores`: that
     of its scores; `champion`: the version that it was compared with, if any; `rules`: the SHA-256 of
     promotion.yaml; `commit`: which has these rules, or "no git".
     """
@@ -146,7 +146,7 @@ def rules_facts(path: Path = RULES) -> dict[str, str]:
 
 
 def uncommitted(known: Mapping[str, str], *, first: bool, file: Path) -> list[str]:
-    """Why these rules may not decide, given their `rules_facts`; `first`: there is no champion yet."""
+    """Why these rules may not be used. `known`: their `rules_facts`; `first`: there is no champion yet."""
     if known["commit"] == NOT_COMMITTED:
         return [f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
                 f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'"]
@@ -216,7 +216,7 @@ def weighed(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -
 
 
 def number(scores: Mapping[str, Any], path: str) -> float:
-    """The score, or nan if there is none or its value is one that no scoring can give."""
+    """The score, or nan if it is missing or outside its range."""
     value = scores.get(path)
     return float(value) if in_range(path.rpartition(".")[2], value) else math.nan  # type: ignore[arg-type]
 
@@ -225,4 +225,4 @@ def _value(scores: Mapping[str, Any], path: str) -> str:
     if path not in scores:
         return "not in the gate scores"
     value = number(scores, path)
-    return f"{scores[path]!r}, which is no such score" if math.isnan(value) else f"{value:.4g}"
+    return f"{scores[path]!r}, which is outside the range of this score" if math.isnan(value) else f"{value:.4g}"

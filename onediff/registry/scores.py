@@ -1,4 +1,4 @@
-"""The score files of a model, read strictly: a figure that no scoring can give stops here. Imports no MLflow."""
+"""Reads the score files of a model and refuses missing keys and values outside their range. Imports no MLflow."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> N
 
 
 def in_range(name: str, value: object) -> bool:
-    """Whether a figure of this name can have the value; True and texts are no figures."""
+    """Whether the value is a number in the range of the figure of this name. True and strings are not numbers."""
     low, high = FIGURE_RANGES.get(name, (-LARGEST, LARGEST))
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -69,7 +69,7 @@ def _read_mapping(where: str, content: bytes) -> dict[str, Any]:
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in items]
     if len(names) != len(set(names)):
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
     return dict(items)
 
 

@@ -172,7 +172,7 @@ def dvc_lock_edited_to_fit_a_hand_edited_gate_json() -> Any:
     return promoted()
 
 
-@attempt("dvc.lock: must hold stage caption, which says")
+@attempt("dvc.lock: must hold stage caption, which records")
 def dvc_lock_without_a_stage() -> Any:
     Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace('"caption"', '"captions"'))
     return promoted()
@@ -236,7 +236,7 @@ def a_rate_of_seven_for_one_type_of_change() -> Any:
     return scored_as(change_type_accuracy_by_type={"add": 7})
 
 
-@attempt("not valid JSON .the key 'CIDEr' stands twice.")
+@attempt("not valid JSON .the key 'CIDEr' occurs twice.")
 def the_same_key_twice() -> Any:
     return scored_as(GATE.read_text().replace('"CIDEr": 3.0', '"CIDEr": 0.1, "CIDEr": 3.0'))
 
@@ -451,7 +451,7 @@ def scores_of_pairs_changed_in_the_store() -> Any:
     return registry.promote()
 
 
-@attempt("scenes.false_alarm_rate is -1.0, which is no such score, must be at most 0.2")
+@attempt("scenes.false_alarm_rate is -1.0, which is outside the range of this score, must be at most 0.2")
 def scores_that_were_not_read_strictly_when_they_were_registered() -> Any:
     register(TUNE)
     scores = json.loads(registry.version_tags("models:/onediff/1")["scores_gate"])
@@ -563,7 +563,7 @@ def code_that_was_put_back_after_it_trained_and_then_scored_again() -> Any:
     return registry.promote()
 
 
-@attempt("scored/gate.json .*registered")
+@attempt("its scores of pairs, scored/gate.json, are not in the store: score it again")
 def scores_of_pairs_removed_from_the_store() -> Any:
     write_results(groups=1)
     write_lock(TUNE)
