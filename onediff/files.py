@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: they are written beside their place and then renamed.
+"""Writes files and folders under a temporary name and renames them, so that each is either complete or absent.
 
     with new_folder(Path("data/captions")) as folder: ...     # fill the folder; an error keeps the old one
     with new_file(Path("data/probe.parquet")) as path: ...    # write to `path` with any library
@@ -23,7 +23,7 @@ from typing import Any
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}
-# Words of safetensors, SQLite and NumPy, which do not pass on the number of the system's error.
+# Messages of safetensors, SQLite and NumPy, whose exceptions have no errno.
 _WORDS = {errno.ENOSPC: re.compile(r"No space left on device|disk is full|os error 28|requested and \d+ written"),
           errno.EDQUOT: re.compile("quota exceeded", re.IGNORECASE), errno.EFBIG: re.compile("File too large")}
 
@@ -109,7 +109,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _finish_exchange(folder: Path, old: Path) -> None:
-    """After a process that ended between the two renames: the old folder returns. Otherwise `old` is removed."""
+    """Cleans up if a process was killed between the two renames: restores the old folder if `folder` is missing,
+    and removes it otherwise.
+    """
     if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -202,5 +202,7 @@ def stream(make: Callable[[int], list[Batch]], first: int, last: int, *, workers
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to every process of a job must leave the rank its batches until its checkpoint; workers end with it."""
+    """Loader workers ignore signals, so that the rank still gets batches until it has written its checkpoint. They end
+    when the rank ends.
+    """
     interrupts.ignore()

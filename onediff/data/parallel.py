@@ -78,7 +78,7 @@ def _here(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runti
         raise ChildProcessError("a worker process was killed or could not start: where memory is short, "
                                 f"set workers below {count} in runtime.yaml") from None
     finally:
-        if not finished:  # an error or an interrupt: nobody takes what the processes still work on
+        if not finished:  # after an error or an interrupt the remaining results are not needed
             for process in multiprocessing.active_children():
                 process.kill()
         pool.shutdown(cancel_futures=True)

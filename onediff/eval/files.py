@@ -46,7 +46,7 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
 
 
 def rounded(value: Any) -> Any:
-    """Figures as metrics files keep them: six places, so that sums in another order are the same bytes."""
+    """Rounds scores to six decimal places, so that the order of a floating-point sum does not change the file."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Names for models: SHA-256 digests of the files of a model folder."""
+"""SHA-256 digests of the files of a model folder, by which a model is identified."""
 
 from __future__ import annotations
 
