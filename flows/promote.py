@@ -86,12 +86,16 @@ def _told(verdict: registry.Verdict) -> State[Any]:
 
 
 def _asked(case: registry.Case | None, hours: float) -> str:
-    """Who said yes. Raises ValueError if the person says no; Prefect fails the flow if nobody answers in time."""
+    """Who said yes. Raises ValueError if the person says no or gives no name; Prefect fails the flow if nobody answers
+    in time.
+    """
     answer = pause_flow_run(wait_for_input=Approval.with_initial_data(
         description=f"Shall {case} become champion?", approve=False, name=""), timeout=round(hours * 3600))
     if not answer.approve:
         raise ValueError(f"{answer.name or 'nobody named'} did not approve: {answer.reason or 'no reason given'}")
-    return f"{_name()}, approved by {answer.name}"
+    if not answer.name.strip():
+        raise ValueError("the approval must hold the name of the person, got none: start the promotion again")
+    return f"{_name()}, approved by {answer.name.strip()}"
 
 
 @contextmanager

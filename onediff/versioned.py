@@ -103,7 +103,7 @@ def md5_of(path: Path) -> str:
 def tree(folder: Path) -> dict[str, str]:
     """Relative path -> md5 of every file below the folder that DVC counts, in its order."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
-                   and not _IGNORED & set(path.parts))
+                   and not _IGNORED & {*path.relative_to(folder).parts})
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 

@@ -25,8 +25,8 @@ def model_digests(folder: Path) -> ModelDigests:
     """Both digests, each file read once. Raises FileNotFoundError for a folder without weights."""
     weights, listing = hashlib.sha256(), []
     _check_weights(folder)
-    files = (path for path in folder.rglob("*") if path.is_file() and not _NOT_MODEL & set(path.parts))
-    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    for name, path in sorted((name.as_posix(), path) for name, path in files.items() if not _NOT_MODEL & {*name.parts}):
         is_weights = path.parent == folder and path.suffix == ".safetensors"
         listing.append([name, _read(path, weights if is_weights else None)])
     return ModelDigests(hashlib.sha256(json.dumps(listing).encode()).hexdigest(), weights.hexdigest())

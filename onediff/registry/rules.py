@@ -23,9 +23,9 @@ from onediff.registry.scores import in_range
 RULES = Path("mlflow/promotion.yaml")
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}  # what the rules may ask of a benchmark that was not scored
 NOT_COMMITTED = "not committed"
-Bound = Annotated[float, Field(strict=False, allow_inf_nan=False)]
-Loss = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
-Limit = Annotated[float, Field(gt=0, strict=False, allow_inf_nan=False)]
+Bound = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _of_pairs(path: str) -> str:

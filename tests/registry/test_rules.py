@@ -12,6 +12,7 @@ from onediff.registry.rules import check_metrics, judge, weighed
 @pytest.mark.parametrize(("text", "message"), [
     ("minima: {}\nmaxima: {}\nbetter_than_champion: null", "both empty"),
     ("minima: {a.b: high}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: .*got 'high'"),
+    ("minima: {a.b: true}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: .*got True"),
     ("minima: {a.b: .nan}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: "),
     ("minima: {a.b: 1}\nmaxima: {a.b: 0.5}\nbetter_than_champion: null", "above its maximum"),
     ("minima: {a.b: 1}\nmaximum: {}\nbetter_than_champion: null", "maximum: unknown key; did you mean 'maxima'"),
