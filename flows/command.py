@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 from prefect import Flow
+from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.pipeline import training_status
 from flows.processes import below, send
@@ -33,7 +34,7 @@ def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[Non
     `first` is entered and left before the server starts: what it refuses is refused at once.
     """
     start = time.time()
-    interrupts.survive_closed_output()
+    survive_closed_output()
     try:
         limit_s = load_runtime().grace_s + SPARE_S
         interrupts.raise_keyboard_interrupt(limit_s)
@@ -50,6 +51,18 @@ def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[Non
         print(f"onediff: stopped by {interrupt}; {_saved(start)}; '{_command()}' continues", file=sys.stderr,
               flush=True)
         os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's work at exit would need the server
+
+
+def survive_closed_output() -> None:
+    """As in the stages. Prefect's log handlers were made when Prefect was imported, so they need the new standard error
+    too: without it, the library behind them (rich) ends the process when nobody reads the pipe any longer.
+    """
+    before = sys.stderr
+    interrupts.survive_closed_output()
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, PrefectConsoleHandler) and handler.stream is before:
+                handler.stream = handler.console.file = sys.stderr
 
 
 def _limit_the_end(seconds: float) -> None:

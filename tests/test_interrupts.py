@@ -90,6 +90,21 @@ def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
 
 
+def test_a_flow_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
+    """As in `make run 2>&1 | head -3`: the library behind Prefect's log ended the flow at the first line after that."""
+    (tmp_path / "work.py").write_text(
+        "import time; from pathlib import Path; from flows import command; from prefect.logging import get_logger\n"
+        "command.survive_closed_output(); print('up', flush=True)\n"
+        "while not Path('closed').exists(): time.sleep(0.05)\n"
+        "get_logger().error('x'); Path('saved').touch()")
+    process = subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.stdout.close()
+    (tmp_path / "closed").touch()
+    assert process.wait(timeout=60) == 0 and (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize(("trap", "reason"), [(":", "SIGHUP"), ("''", "")])
 def test_work_below_make_learns_that_its_terminal_is_closed_and_still_saves(trap: str, reason: str,
                                                                             tmp_path: Path) -> None:
