@@ -31,7 +31,7 @@ SPARE_S = 4.0  # beside grace_s, for what an interrupted flow does after its sta
 def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[None] | None = None) -> Any:
     """The flow's last state. Exits with one line if the flow cannot start or a signal ends it.
 
-    `first` is entered and left before the server starts: what it refuses is refused at once.
+    `first` is entered before the server starts: what it refuses is refused at once.
     """
     start = time.time()
     survive_closed_output()
@@ -39,10 +39,10 @@ def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[Non
         limit_s = load_runtime().grace_s + SPARE_S
         interrupts.raise_keyboard_interrupt(limit_s)
         _limit_the_end(limit_s)
+        if not Path("dvc.yaml").exists():
+            raise FileNotFoundError(f"{Path('dvc.yaml').absolute()} not found: run this in the project's folder")
         configure_dvc()
-        with first or nullcontext():
-            pass
-        with temporary_server():
+        with first or nullcontext(), temporary_server():
             return flow(*arguments, return_state=True)
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")

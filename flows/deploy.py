@@ -40,7 +40,7 @@ def deploy(patience_s: float = PATIENCE_S) -> None:
         client.create_automation(lost_runs(patience_s))
     done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], check=False)
     if done.returncode:
-        raise ValueError("prefect deploy failed; its message stands above: correct prefect.yaml")
+        raise ValueError("prefect deploy failed; see its message above: correct prefect.yaml")
 
 
 def lost_runs(patience_s: float) -> AutomationCore:

@@ -97,7 +97,7 @@ def reason(folder: Path, since: float) -> str:
     """What a training phase wrote about its end; DVC gives every failure the same exit status."""
     status = training_status(folder, since)
     if status is None:
-        return "; its message stands above"
+        return "; see its message above"
     return f": {status['state']} at step {status['step']}" + (f" ({status['reason']})" if status["reason"] else "")
 
 

@@ -22,6 +22,7 @@ from onediff.train.launch.processes import Group
 CODE = Path(__file__).resolve().parent.parent
 DVC = (sys.executable, "-m", "dvc")
 LOCK = Path(".onediff/pipeline.lock")
+_held: set[Path] = set()  # locks that this process holds
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
@@ -99,19 +100,28 @@ def runs(process: psutil.Process) -> bool:
 
 @contextmanager
 def alone(lock: Path = LOCK) -> Iterator[None]:
-    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on what they share.
+    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on what they share. A command line
+    holds it before its flow does, so within a process the inner block changes nothing.
 
-    Raises ValueError if another run holds it.
+    Raises ValueError if another process holds it.
     """
+    if lock.absolute() in _held:
+        yield
+        return
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{lock}: another run holds the pipeline (process {file.read().strip() or 'unknown'}): "
-                             "wait for it or stop it") from None
+            pid = file.read().strip() or "unknown"
+            raise ValueError(f"{lock}: another run holds the pipeline (process {pid}): wait until it ends, or stop it "
+                             f"with 'kill {pid}'") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        _held.add(lock.absolute())
+        try:
+            yield
+        finally:
+            _held.discard(lock.absolute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -110,3 +111,7 @@ def _alone() -> Iterator[None]:
 
 def _name() -> str:
     return f"flow run {flow_run.name} ({flow_run.id})"
+
+
+if __name__ == "__main__":
+    sys.exit("onediff: this module holds flows for deployments; 'onediff registry promote [VERSION]' promotes")

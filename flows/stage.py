@@ -6,6 +6,7 @@ It works in a git worktree of its own, so that whatever stands in the worker's c
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,7 @@ def _bring(name: str) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' "
                          "on the machine that made it, or remove its entry from dvc.lock")
+
+
+if __name__ == "__main__":
+    sys.exit("onediff: this module holds flows for deployments; 'dvc repro --single-item STAGE' runs a stage")

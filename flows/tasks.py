@@ -126,7 +126,7 @@ def score_again(model: str) -> Evidence:
     for stage, *arguments in (("caption", str(weights)), ("score",)):
         status, _ = stream([sys.executable, "-m", f"onediff.stages.{stage}", *arguments], folder)
         if status:
-            raise ValueError(f"{stage} of {model} failed; its message stands above")
+            raise ValueError(f"{stage} of {model} failed; see its message above")
     return registry.evidence_of(weights, folder)
 
 

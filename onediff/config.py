@@ -480,7 +480,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: 1e-3 is a number
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: write it with 'onediff preset tiny'") from None
+        raise FileNotFoundError(f"{path.absolute()} not found: run this in the project's folder, where 'onediff preset "
+                                "tiny' writes it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except YAMLError as error:

@@ -146,6 +146,8 @@ def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
 
 def _data(found: Survey, needed: set[str]) -> None:
     """Asks `dvc gc` what it would remove. A cache that other clones share is left alone: they need what we do not."""
+    if not Path(".dvc").is_dir():
+        raise FileNotFoundError(f"{Path('.dvc').absolute()} not found: run this in the project's folder")
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
         found.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "

@@ -64,6 +64,26 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
             raise KeyboardInterrupt(stop.reason)
 
     _handle(interrupt)
+    _send_again_where_ignored(stop)
+
+
+def _send_again_where_ignored(stop: Stop) -> None:
+    """Python drops an exception that is raised in a __del__ method or in a callback of weakref, where a signal may
+    arrive too. The signal is then sent once more, a moment later.
+    """
+    report = sys.unraisablehook
+
+    def send_again(ignored: Any) -> None:
+        if not (stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt)):
+            report(ignored)
+            return
+        number = signal.Signals[stop.reason]
+        stop.reason = ""
+        again = threading.Timer(0.05, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = send_again
 
 
 def end_with_starters() -> None:

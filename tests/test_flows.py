@@ -81,7 +81,7 @@ def test_a_stage_known_to_be_up_to_date_is_not_asked_again(tmp_path: Path, monke
 def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -> None:
     tasks.repro.fn("copy")
     state = tasks.repro.fn("broken")
-    assert state.is_failed() and state.message == "broken failed; its message stands above"
+    assert state.is_failed() and state.message == "broken failed; see its message above"
     status = Path(".onediff/scratch/abc/status.json")
     status.parent.mkdir(parents=True)
     status.write_text(json.dumps({"state": "diverged", "step": 12, "reason": "loss nan"}))
@@ -177,12 +177,21 @@ def test_an_interrupted_stage_runs_again_and_dvc_is_left_in_order(project: Path)
 def test_a_second_run_is_refused_before_it_starts_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    Path("dvc.yaml").touch()
     with alone():
         done = subprocess.run([sys.executable, "-m", "flows.retrain"], env=env | {"PYTHONPATH": str(ROOT)},
                               capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not Path(".onediff/prefect/server.log").exists()
     assert done.stderr == (f"onediff: .onediff/pipeline.lock: another run holds the pipeline (process {os.getpid()}): "
-                           "wait for it or stop it\n")
+                           f"wait until it ends, or stop it with 'kill {os.getpid()}'\n")
+
+
+def test_a_flow_outside_of_a_project_ends_before_it_starts_a_server(tmp_path: Path) -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    done = subprocess.run([sys.executable, "-m", "flows.evaluate"], cwd=tmp_path, env=env | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not (tmp_path / ".onediff/prefect/server.log").exists()
+    assert done.stderr == f"onediff: {tmp_path}/dvc.yaml not found: run this in the project's folder\n"
 
 
 def test_the_server_ends_when_the_flow_is_killed(tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
     assert process.communicate(timeout=30) == ("saved\n", "") and process.returncode == 0
 
 
+def test_a_signal_during_a_destructor_is_not_lost() -> None:
+    process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9)\n"
+                    "class Slow:\n"
+                    "    def __del__(self): print('up', flush=True); time.sleep(1)\n"
+                    "try: Slow(); time.sleep(60)\n"
+                    "except KeyboardInterrupt as interrupt: print(interrupt)")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("SIGINT\n", "")
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9); "
                     "print('up', flush=True); time.sleep(1); print('done')", ignored=(signal.SIGHUP,))

@@ -35,7 +35,7 @@ def noted_run(phase: str, config: Config) -> Iterator[Run | None]:
 
 
 def silent(step: int, values: dict[str, float]) -> None:
-    """Where nobody listens."""
+    """No-op logger for ranks without an MLflow run."""
 
 
 def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Path, Log], None]) -> None:
