@@ -31,7 +31,7 @@ SPARE_S = 4.0  # beside grace_s, for what an interrupted flow does after its sta
 def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[None] | None = None) -> Any:
     """The flow's last state. Exits with one line if the flow cannot start or a signal ends it.
 
-    `first` is entered before the server starts: what it refuses is refused at once.
+    `first` is entered before the server starts, so that a refusal comes at once.
     """
     start = time.time()
     survive_closed_output()
@@ -66,8 +66,8 @@ def survive_closed_output() -> None:
 
 
 def _limit_the_end(seconds: float) -> None:
-    """From the first signal on, Prefect is silent, and this process has so many seconds. Prefect's own handler for
-    SIGTERM changes nothing of that.
+    """After the first signal, silences Prefect's log and ends the process when the seconds are over. A thread waits for
+    the signal, because Prefect replaces the handler of SIGTERM while a flow runs.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)

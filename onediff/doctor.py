@@ -25,7 +25,7 @@ LEAST_FREE_GB = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """`needed`: nothing runs without it; else it is only a step not taken yet."""
+    """`needed`: nothing runs without it. Otherwise the finding names a step that can be taken later."""
 
     name: str
     ok: bool

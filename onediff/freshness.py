@@ -49,7 +49,7 @@ def _other_versions(described: dict[str, Any]) -> list[str]:
 
 
 def _installed(name: str) -> str | None:
-    """None: not installed. Optional packages (bpy) may be missing; the import of any other one fails by itself."""
+    """None if it is not installed. bpy is optional; a stage that needs another missing package fails at its import."""
     try:
         return version(name).split("+")[0]
     except PackageNotFoundError:
@@ -75,7 +75,7 @@ def _value(params: dict[str, Any], key: str) -> str | None:
 
 
 def _is_outside(path: Path, folder: Path) -> bool:
-    """False for what is no folder here: it is the name of a model on the Hugging Face hub, or the stage reports it."""
+    """Whether `path` is an existing folder outside of `folder`. A path that does not exist may be a name on the hub."""
     return path.is_dir() and folder.resolve() not in (path.resolve(), *path.resolve().parents)
 
 

@@ -1,6 +1,6 @@
-"""The signals that ask a program to end (Ctrl-C, `kill`, a terminal that closes), and output that nobody reads.
+"""Signals that ask a program to end (Ctrl-C, `kill`, a closed terminal), and output that nobody reads any more.
 
-A signal that was ignored when the program started, as SIGHUP is under `nohup`, stays ignored.
+A signal that was ignored when the program started stays ignored: `nohup` ignores SIGHUP.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Stop:
 
 @contextmanager
 def postponed(stop: Stop) -> Iterator[Stop]:
-    """In the block a signal is only noted in `stop`, so that the block ends at a point of its own choice.
+    """Within the block a signal only sets `stop.reason`. The code of the block reads it and ends when it is ready.
 
-    In a thread other than the main thread, where Python allows no handler, nothing is noted.
+    Python allows signal handlers in the main thread only. In another thread `stop.reason` stays empty.
     """
     before = _handle(stop.ask) if threading.current_thread() is threading.main_thread() else {}
     try:
@@ -50,8 +50,9 @@ def postponed(stop: Stop) -> Iterator[Stop]:
 
 
 def raise_keyboard_interrupt(limit_s: float) -> None:
-    """From now on the first signal raises KeyboardInterrupt with its name. Later ones change nothing: cleaning up is
-    not interrupted, but may take `limit_s` at most, also where a library catches the exception.
+    """From now on the first signal raises KeyboardInterrupt with the name of the signal. Later signals are ignored, so
+    that they do not interrupt the clean-up. After `limit_s` the process exits even if the clean-up has not ended, or
+    if a library has caught the exception.
     """
     stop = Stop()
 
@@ -87,8 +88,8 @@ def _send_again_where_ignored(stop: Stop) -> None:
 
 
 def end_with_starters() -> None:
-    """Under DVC this process gets SIGTERM when DVC ends, or the flow that started DVC. Neither, when killed, may leave
-    a stage writing where the next one writes.
+    """Under DVC this process receives SIGTERM when DVC ends, or when the flow that started DVC ends. Otherwise a stage
+    would go on after its DVC was killed, and would write to the same files as the next run.
     """
     if "DVC_STAGE" in os.environ:
         starters = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
@@ -113,8 +114,8 @@ def ignore() -> None:
 
 
 def end_while_importing() -> None:
-    """For the package of a module that `python -m` runs: until the module has its own handlers, a signal ends the
-    process with one line. Python's own way is the stack trace of the import it was in.
+    """Called by the package of a module that `python -m` runs. Until the module sets its own handlers, a signal ends the
+    process with one line, where Python would print the stack trace of the import that was interrupted.
     """
     if sys.argv[0] == "-m":  # Python's mark while it looks for the module to run
         _handle(_end_at_once)
@@ -129,10 +130,11 @@ def handle_as_python_does() -> None:
 
 
 def survive_closed_output() -> None:
-    """Standard output and error drop what they cannot write after the terminal was closed or the pipe's reader ended.
+    """Makes standard output and standard error drop text that nobody can read any more, because the terminal was closed
+    or the reader of the pipe ended. A training that prints must still reach its checkpoint.
 
-    Work that prints must still reach its checkpoint. A closed terminal counts as SIGHUP: the kernel tells only the
-    process that leads the session, and `make` passes it on to nobody. A job in the background goes on.
+    A closed terminal has the same effect as SIGHUP. The kernel sends SIGHUP only to the process that leads the session,
+    and `make` does not pass it on. A background job continues.
     """
     if _in_foreground():
         threading.Thread(target=_wait_for_hangup, daemon=True).start()
@@ -160,7 +162,7 @@ def _wait_for_hangup() -> None:
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
-    """Sets the handler; gives the handlers before, None of them ignoring."""
+    """Sets the handler for every signal that is not ignored. Returns the previous handlers."""
     used = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in used}
 
