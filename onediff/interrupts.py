@@ -114,8 +114,8 @@ def ignore() -> None:
 
 
 def end_while_importing() -> None:
-    """Called by the package of a module that `python -m` runs. Until the module sets its own handlers, a signal ends the
-    process with one line, where Python would print the stack trace of the import that was interrupted.
+    """Called by the package of a module that `python -m` runs. Until the module sets its own handlers, a signal ends
+    the process with one line, where Python would print the stack trace of the import that was interrupted.
     """
     if sys.argv[0] == "-m":  # Python's mark while it looks for the module to run
         _handle(_end_at_once)
