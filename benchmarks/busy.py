@@ -1,10 +1,10 @@
-"""Training steps of `tune` with and without OMP_WAIT_POLICY=passive, on a quiet machine and beside a busy core.
+"""Training steps of `tune` with and without the OpenMP settings of onediff, quiet and beside a busy core.
 
     python -m benchmarks.busy                  # 200 steps of each contender, on as many threads as there are cores
     python -m benchmarks.busy --steps 20 --rounds 2
 
 Both contenders run the same steps of presets/tiny.yaml on generated pairs, step by step in turn, each in a process of
-its own. The ratio is the time with the policy divided by the time without: below 1 the policy is faster. The busy core
+its own. The ratio is the time with the settings divided by the time without: below 1 they are faster. The busy core
 is kept busy by one process that computes on one thread until the measurement ends.
 """
 
@@ -26,16 +26,17 @@ from benchmarks.train_step import BATCH, KINDS
 from benchmarks.turns import Contender
 
 KIND = "OneDiff, as preset"
-# onediff keeps a value that is set already, so "without" needs one. OpenMP takes the empty text for no policy.
-POLICIES = {"with": "passive", "without": ""}
+# onediff keeps values that are set already, so "without" needs some: no policy, and the spins of GNU OpenMP.
+SETTINGS = {"with": {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ},
+            "without": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}}
 
 
 def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and beside a busy core.")] = 200,
          rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
-    """Times of training steps with and without the policy."""
+    """Times of training steps with and without the settings."""
     if steps % rounds:
         raise ValueError(f"--steps {steps}: must be a multiple of --rounds, got {rounds}")
-    table = Table("machine", "OMP_WAIT_POLICY", "seconds a step", "with / without, by round", "times quiet",
+    table = Table("machine", "settings", "seconds a step", "with / without, by round", "times quiet",
                   title=f"tiny, tune, {steps} steps of {batch} rows, {threads} threads, {os.cpu_count()} cores")
     quiet: dict[str, float] = {}
     for machine, load in (("quiet", nullcontext()), ("beside a busy core", busy_core())):
@@ -45,7 +46,7 @@ def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and b
         for contender in contenders:
             total = sum(contender.rounds)
             quiet.setdefault(contender.name, total)
-            table.add_row(machine, POLICIES[contender.name] or "not set", f"{total / steps:.3f}",
+            table.add_row(machine, contender.name, f"{total / steps:.3f}",
                           _ratio(*contenders) if contender is contenders[0] else "",
                           f"{total / quiet[contender.name]:.2f}")
         table.add_section()
@@ -55,8 +56,7 @@ def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and b
 def _contenders(batch: int, threads: int) -> list[Contender]:
     case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "lora": False,
             "micro": None, "checkpoint_activations": False, "threads": threads, **KINDS[KIND]}
-    return [Contender(name, "benchmarks.train_step", case, environment={"OMP_WAIT_POLICY": policy})
-            for name, policy in POLICIES.items()]
+    return [Contender(name, "benchmarks.train_step", case, environment=values) for name, values in SETTINGS.items()]
 
 
 def _ratio(policy: Contender, none: Contender) -> str:

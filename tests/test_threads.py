@@ -15,12 +15,14 @@ LOAD_TORCH = {"torch", "transformers", "deepspeed", "diffusers", "accelerate", "
 OURS = {"onediff", "flows", "benchmarks"}
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active"), ("", "")])
-def test_the_policy_is_set_unless_the_user_has_set_it(given: str | None, expected: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    code = "import onediff, os; print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "passive 1000"), ({"OMP_WAIT_POLICY": "active"}, "active None"), ({"OMP_WAIT_POLICY": ""}, " None"),
+    ({"GOMP_SPINCOUNT": "7"}, "passive 7")])
+def test_the_policy_is_set_unless_the_user_has_set_it(given: dict[str, str], expected: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = "import onediff, os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
-                          env=environment | ({} if given is None else {"OMP_WAIT_POLICY": given}))
+                          env=environment | given)
     assert done.stdout == f"{expected}\n"
 
 
