@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", GX_ANALYTICS_ENABLED="false", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
@@ -15,14 +14,6 @@ from onediff.config import Config, load_params
 from onediff.data.record import Record
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def no_rank_is_inherited() -> Iterator[None]:
-    """A training in this process sets the variables of rank 0, which later tests and their processes must not see."""
-    yield
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
