@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as scratch:
 """
 DVC, FLOW = (sys.executable, "-m", "dvc", "repro"), (sys.executable, "-m", "flows.retrain")
 INTERRUPTED = ("synthesize@scenes", "synthesize@edits", "build", "align", "tune", "caption")
-MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_", "MAKE")
+MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_", "MAKE", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @pytest.fixture(scope="module")

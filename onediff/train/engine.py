@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -30,30 +30,13 @@ def start_process_group() -> None:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # A store in memory opens no port, which another process could take between its choice and its use.
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch's stubs do not name it
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, dying without a compiler
-    with rank_variables():
-        deepspeed.init_distributed(backend, verbose=False)
-
-
-@contextmanager
-def rank_variables() -> Iterator[None]:
-    """DeepSpeed reads the rank from the environment. Without a launcher the variables of rank 0 are set in the block
-    only: a process that is started later must not take itself for a rank.
-    """
-    if "RANK" in os.environ:
-        yield
-        return
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def limit_waits() -> None:
@@ -114,10 +97,9 @@ class Engine:
             checkpoint_activations(model, phase, zero_level=runtime.zero_level)
         if runtime.compile:
             compile_blocks(model)
-        with rank_variables():
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer,
-                config=settings(model, phase, runtime, world=self.world, micro_batches=micro_batches))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer,
+            config=settings(model, phase, runtime, world=self.world, micro_batches=micro_batches))
         limit_waits()
         self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}

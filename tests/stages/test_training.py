@@ -23,6 +23,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Scratch of a finished phase `align`, whose stage ended before it fetched anything."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "align")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of a training that an earlier test ran in this process
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     write_text(Path("params.yaml"), (ROOT / "presets/micro.yaml").read_text())
     write_text(DIFFCAP / "card.json", "{}")

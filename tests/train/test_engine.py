@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ALONE = """
-import os, sys
+import sys
 from onediff.train.engine import start_process_group
 import deepspeed, torch  # urllib3 binds a socket at import, to see whether there is IPv6
 events = []
@@ -17,7 +17,6 @@ values = torch.ones(3)
 torch.distributed.all_reduce(values)
 assert values.tolist() == [1, 1, 1] and torch.distributed.get_world_size() == 1
 assert not events, f"a port was chosen: {events}"
-assert "RANK" not in os.environ and "LOCAL_RANK" not in os.environ, "later processes would take themselves for ranks"
 """
 
 
