@@ -100,8 +100,9 @@ def runs(process: psutil.Process) -> bool:
 
 @contextmanager
 def alone(lock: Path = LOCK) -> Iterator[None]:
-    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on what they share. A command line
-    holds it before its flow does, so within a process the inner block changes nothing.
+    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on the files that they share.
+
+    The command line takes the lock before it calls the flow, which takes it again; the second time changes nothing.
 
     Raises ValueError if another process holds it.
     """

@@ -27,7 +27,7 @@ def test_the_policy_is_set_unless_the_user_has_set_it(given: dict[str, str], exp
 
 
 def _packages(node: ast.stmt) -> set[str]:
-    """What a statement imports while its module is being imported: nothing inside functions or TYPE_CHECKING."""
+    """Packages that a statement imports when its module is imported. Imports in functions do not count."""
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     if isinstance(node, ast.ImportFrom):

@@ -45,13 +45,13 @@ def run(stage: Callable[..., object]) -> None:
 
 
 def _prepare(stage: str) -> None:
-    """Before any heavy import: the outs that DVC removed return, then packages and params.yaml are checked."""
+    """Puts back the outs that DVC removed, then checks packages and params.yaml. Runs before any slow import."""
     restore_outs(stage)
     freshness.check(stage)
     if not PARAMS.exists():  # the stages that read it say so
         return
     config = load_params(PARAMS)
-    if interrupts.FLOW not in os.environ:  # a flow has checked, and its workers do not have every input
+    if interrupts.FLOW not in os.environ:  # the flow has checked already; a worker may lack inputs of other stages
         check_inputs(config)
     if stage in ("align", "tune"):
         check_mixtures(config)
