@@ -61,7 +61,7 @@ $(STAMP): requirements.lock pyproject.toml $(if $(WELL),,anew)
 	@$(UV) install $(INTO) -r requirements.lock || { echo "== uv could not; trying pip, which takes some minutes"; $(PIP) install -r requirements.lock; }
 	@$(UV) install $(INTO) --quiet --no-deps -e . || $(PIP) install --quiet --no-deps -e .
 	@mkdir -p "$(PREFECT_HOME)"
-	@$(BIN)/python -I -m onediff.doctor || { echo "onediff: $(VENV) does not hold what requirements.lock lists (see above), so the set-up is not complete: mend that, then 'make setup'" >&2; exit 1; }
+	@$(BIN)/python -I -m onediff.ops.doctor || { echo "onediff: $(VENV) does not hold what requirements.lock lists (see above), so the set-up is not complete: mend that, then 'make setup'" >&2; exit 1; }
 	@$(BIN)/python -I -m onediff.git
 	@cd $(VENV) && pwd -P > $(notdir $@)
 
@@ -105,10 +105,10 @@ lock: setup  ## resolve pyproject.toml again into requirements.lock, keeping pin
 	@# Packages that only the CUDA build of torch asks for come with it where it is installed.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock
-	@python -m onediff.dependencies
+	@python -m onediff.repro.dependencies
 
 deps: setup  ## write what each stage depends on into dvc.yaml: its code by the imports, its packages at their versions
-	@python -m onediff.dependencies
+	@python -m onediff.repro.dependencies
 
 services: setup  ## Prefect server, MLflow server and worker in the background, PostgreSQL behind them where it is installed
 	@python -m flows.services start
@@ -134,7 +134,7 @@ gc: setup  ## what is old and no registered version needs: shown, and with YES=1
 	@onediff gc $(if $(DAYS),--days $(DAYS)) $(if $(filter 1,$(YES)),--yes)
 
 backbones: setup  ## train the tiny pretrained tower and language model of presets/backbones/tiny again
-	@python -m onediff.train.backbones
+	@python -m onediff.train.pretrain.backbones
 
 report: setup  ## open data/report.html
 	@test -f data/report.html || { echo "onediff: data/report.html not found: 'make run' makes it" >&2; exit 1; }

@@ -87,7 +87,7 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
     """One variant with one seed."""
     import torch
 
-    from onediff.eval.behaviour import scene_behaviour
+    from onediff.eval.analysis.behaviour import scene_behaviour
     from onediff.eval.caption import caption_records
     from onediff.model.captioner import Captioner
     from onediff.stages.command import quiet
@@ -218,7 +218,7 @@ def make_bert(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-    from onediff.train.chat import sentence
+    from onediff.train.pretrain.dialogue import sentence
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

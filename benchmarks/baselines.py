@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from onediff.data.record import read_table
-from onediff.eval.behaviour import Row, edit_behaviour, scene_behaviour
-from onediff.eval.files import read_predictions
+from onediff.eval.analysis.behaviour import Row, edit_behaviour, scene_behaviour
 from onediff.eval.floors import best_constant, random_captions
-from onediff.eval.metrics import Predictions, Scores, cider, score
+from onediff.eval.jsonl import read_predictions
+from onediff.eval.metrics.compute import Predictions, Scores, cider, score
 from onediff.eval.protocols import protocol_of, references_digest
 from onediff.eval.resample import compare, intervals
 from onediff.paths import DIFFCAP
@@ -96,7 +96,7 @@ def train(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> N
 
 
 def caption(folder: Path) -> None:
-    from onediff.predict import siamese_cnn, write_predictions
+    from onediff.ops.predict import siamese_cnn, write_predictions
 
     for benchmark in BENCHMARKS:
         write_predictions(benchmark, siamese_cnn(folder), folder / f"{benchmark}.jsonl")

@@ -143,8 +143,8 @@ def loader(folder: Path) -> Iterator[Row]:
     """
     import torch
 
-    from onediff.data.corpus import Corpus
-    from onediff.data.loader import decode
+    from onediff.data.batches.corpus import Corpus
+    from onediff.data.batches.loader import decode
 
     torch.set_num_threads(1)
     shards = _stored_pairs(folder)

@@ -30,7 +30,7 @@ from benchmarks.turns import Contender, Ended, Turn
 
 if TYPE_CHECKING:
     from benchmarks.train_step import Bench
-    from onediff.data.loader import Batch
+    from onediff.data.batches.loader import Batch
 
 WORKERS = (0, 1, 2)
 PAIRS = 1000  # of the project for the first table, which makes its own pairs at 512 px
@@ -83,7 +83,7 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 def load(bench: Bench, turn: Turn) -> None:
-    from onediff.data.loader import stream
+    from onediff.data.batches.loader import stream
     from onediff.train import phases
 
     case = bench.case

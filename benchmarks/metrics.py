@@ -25,8 +25,9 @@ import typer
 from rich.table import Table
 
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, phrasings, pick, say
-from onediff.eval import metrics, resample
-from onediff.eval.metrics import FAST_METRICS, METRICS, Predictions, References, Scores, score, stop
+from onediff.eval import resample
+from onediff.eval.metrics import compute as metrics
+from onediff.eval.metrics.compute import FAST_METRICS, METRICS, Predictions, References, Scores, score, stop
 from onediff.eval.pairs import tokenized
 
 REFERENCES = 3
@@ -38,7 +39,7 @@ ENDS = ("", ".", " .", "!", ", I think", "; nothing else", " (it seems)")
 TURN = """
 import time
 from benchmarks.metrics import processor_s, text
-from onediff.eval.metrics import score
+from onediff.eval.metrics.compute import score
 said, truth = text({seed}, {pairs})
 began = time.perf_counter()
 score(said, truth)

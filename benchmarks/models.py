@@ -85,7 +85,7 @@ def processor_of(config: Config) -> OneDiffProcessor:
 
 
 def configuration_of(config: Config, processor: OneDiffProcessor) -> OneDiffConfig:
-    from onediff.model.build import configure
+    from onediff.model.assemble import configure
 
     made = configure(config.model)
     made.image_token_id, made.delta_token_id = processor.image_token_id, processor.delta_token_id

@@ -22,8 +22,8 @@ from onediff.data.record import Record, write_shards
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 if TYPE_CHECKING:
-    from onediff.data.corpus import Corpus
-    from onediff.data.loader import Row, Rows
+    from onediff.data.batches.corpus import Corpus
+    from onediff.data.batches.loader import Row, Rows
     from onediff.inputs.processing import OneDiffProcessor
 
 NUM_SCENES, NUM_EDITS, NUM_CONVERSATIONS = 60, 60, 800  # a scene gives three pairs
@@ -79,7 +79,7 @@ def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
 
 def drawn_rows(corpus: Corpus, config: Config, phase: Phase, *, name: str, masked: bool) -> Rows:
     """As the phase itself draws them; `masked` False: no row whose patches may not be read, for LLaVA has none."""
-    from onediff.data.loader import coupled_rows, tune_entries, tune_rows
+    from onediff.data.batches.loader import coupled_rows, tune_entries, tune_rows
 
     template, share = config.model.template, phase.mask_patches if masked else 0.0
     if name == "align":

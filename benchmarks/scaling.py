@@ -3,9 +3,9 @@
     python -m benchmarks.scaling                       # tiny, tune on pairs, 32 rows a step whatever the processes
     python -m benchmarks.scaling --processes 1 --processes 4 --zero 2
 
-Each case is a run of `fit` started as a stage is (onediff.train.launcher), one thread a process, over gloo on a CPU and
-NCCL on GPUs. The global batch stays, so two processes share its rows: efficiency is steps/s over those of one process
-with ZeRO 0, divided by the number of processes. The cases take turns, step by step (benchmarks/turns.py).
+Each case is a run of `fit` started as a stage is (onediff.train.launch.dispatch), one thread a process, over gloo on
+a CPU and NCCL on GPUs. The global batch stays, so two processes share its rows: efficiency is steps/s over those of one
+process with ZeRO 0, divided by the number of processes. The cases take turns, step by step (benchmarks/turns.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
     """The process that a stage would be, or, started by the launcher, one of its ranks."""
-    from onediff.train import launcher
+    from onediff.train.launch import dispatch as launcher
 
     with tempfile.TemporaryDirectory() as folder:
         if "LOCAL_RANK" in os.environ or case["processes"] == 1:

@@ -46,8 +46,8 @@ from onediff.train.engine import learning_rates
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onediff.data.corpus import Corpus
-    from onediff.data.loader import Batch, Pixels, Row
+    from onediff.data.batches.corpus import Corpus
+    from onediff.data.batches.loader import Batch, Pixels, Row
     from onediff.inputs.processing import OneDiffProcessor
     from onediff.model.onediff import OneDiffForConditionalGeneration
 
@@ -131,7 +131,7 @@ class Bench:
     """A case: phase, rows and corpus, the same for all contenders of a work."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from onediff.data.corpus import Corpus
+        from onediff.data.batches.corpus import Corpus
 
         self.case, self.name = case, "align" if case["work"] == "align" else "tune"
         self.config = models.settings(case["preset"], **case.get("model", {}))
@@ -213,7 +213,7 @@ def onediff(bench: Bench, turn: Turn) -> None:
 def llava(bench: Bench, turn: Turn) -> None:
     from transformers import Trainer, TrainerCallback
 
-    from onediff.data.loader import decode
+    from onediff.data.batches.loader import decode
     from onediff.train import lora
 
     class Turns(TrainerCallback):
@@ -264,7 +264,7 @@ def for_llava(rows: list[Row], *, processor: OneDiffProcessor, pixels_of: Pixels
 
 def overhead(bench: Bench, turn: Turn) -> None:
     """`fit` with batches at hand; facts tell each step's seconds, and those inside DeepSpeed's own three calls."""
-    from onediff.data.loader import collate, decode
+    from onediff.data.batches.loader import collate, decode
     from onediff.train import loop
     from onediff.train.engine import Engine
 
@@ -318,7 +318,7 @@ def attention(bench: Bench, turn: Turn) -> None:
     """Forward and backward of one step, the tower's features at hand; no update."""
     import torch
 
-    from onediff.data.loader import collate, decode
+    from onediff.data.batches.loader import collate, decode
     from onediff.model import packing
     from onediff.train.engine import trainable
 

@@ -15,9 +15,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import command
+from flows.notify import tell, without_secrets
 from flows.start import start_retraining
-from flows.tell import tell, without_secrets
-from onediff.drift import Drift, as_text, examine
+from onediff.ops.drift import Drift, as_text, examine
 
 
 @flow(name="check-drift")

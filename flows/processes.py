@@ -17,7 +17,7 @@ import psutil
 
 from onediff import interrupts
 from onediff.config import load_runtime
-from onediff.train.launch.processes import Group
+from onediff.train.launch.ranks import Group
 
 CODE = Path(__file__).resolve().parent.parent
 DVC = (sys.executable, "-m", "dvc")

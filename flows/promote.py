@@ -14,8 +14,8 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.notify import tell
 from flows.tasks import change, judge, keep_rescored, propose, score_again, turn_back
-from flows.tell import tell
 from onediff import registry
 
 SLOT = "onediff-registry"  # global concurrency limit of 1, made by `make deploy`

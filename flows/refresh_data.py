@@ -12,12 +12,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import command
+from flows.notify import tell, without_secrets
 from flows.processes import alone
 from flows.start import start_retraining
-from flows.tell import tell, without_secrets
 from onediff.config import load_params, load_runtime
-from onediff.data import tracked
-from onediff.data.inbox import Places, Taken, take
+from onediff.data.sources import tracked
+from onediff.data.sources.inbox import Places, Taken, take
 
 RETRAIN = "prefect deployment run retrain/retrain"
 

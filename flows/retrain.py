@@ -17,15 +17,15 @@ from prefect.states import Completed, Failed
 
 from flows import command, pools
 from flows.branch import WITHOUT_GIT, commit_results
+from flows.notify import tell
 from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
 from flows.processes import alone
 from flows.submit import promote
 from flows.tasks import keep_scores, publish_scores, register, repro
-from flows.tell import tell
 from onediff.config import load_params, load_runtime
 from onediff.files import disk_full_named
 from onediff.git import head
-from onediff.preflight import check_inputs
+from onediff.repro.preflight import check_inputs
 
 if TYPE_CHECKING:
     from onediff.tracking import Run

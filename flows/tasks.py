@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline import outcome, reason, small_outs
 from flows.processes import DVC, stream
-from onediff.versioned import lock_kept, restore_outs, uncached_outs
+from onediff.repro.lock import lock_kept, restore_outs, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.registry import Case, Evidence, Verdict
@@ -65,7 +65,7 @@ def keep_scores() -> str:
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
 def register(evaluation: str, *, by: str) -> str:
     """The model that stage `tune` left becomes the candidate; the same model stays the same version."""
-    from onediff import register as registering
+    from onediff.ops import candidate as registering
 
     run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
     return registering.register(Path("data/models/tune"), run_id=run_id, evaluation_run=evaluation, by=by)

@@ -1,3 +1,3 @@
-from onediff.cli import main
+from onediff.cli.main import main
 
 main()

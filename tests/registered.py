@@ -16,7 +16,7 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from onediff import registry
-from onediff.versioned import md5_of
+from onediff.repro.lock import md5_of
 
 REPO = Path(__file__).parents[1]
 BENCHMARK = {"BLEU-1": 0.8, "BLEU-2": 0.7, "BLEU-3": 0.6, "BLEU-4": 0.5, "METEOR": 0.4, "ROUGE-L": 0.6, "CIDEr": 1.0,

@@ -14,7 +14,7 @@ from torch.nn import functional
 from benchmarks import models, rows, turns
 from benchmarks.train_step import Bench, for_llava, layout, padded_inside, padded_rows
 from benchmarks.turns import Contender
-from onediff.data.loader import collate, decode
+from onediff.data.batches.loader import collate, decode
 from onediff.model import packing
 
 CASE = {"preset": "tiny", "batch": 4, "device": "cpu", "lora": False, "micro": None, "checkpoint_activations": False,

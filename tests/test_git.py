@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flows import branch, pools, stage
-from onediff import doctor, housekeeping, tracking, verify
+from onediff import tracking
 from onediff.git import configure_dvc, git, head
+from onediff.ops import doctor, housekeeping, verify
 from onediff.registry import facts
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,7 +36,7 @@ def address() -> Iterator[str]:
 
 @pytest.mark.parametrize("start", [
     "import flows; ask()", "from onediff.stages.command import run; run(ask)",
-    "from onediff import cli; cli.app = ask; cli.main()"], ids=["flows", "stages", "cli"])
+    "from onediff.cli import main as cli; cli.app = ask; cli.main()"], ids=["flows", "stages", "cli"])
 def test_servers_of_this_machine_are_asked_without_the_proxy(address: str, start: str, tmp_path: Path) -> None:
     code = f"import sys, httpx, requests, urllib.request\nurl = sys.argv.pop()\ndef ask(): {ASK}\n{start}"
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")

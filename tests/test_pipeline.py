@@ -25,7 +25,8 @@ CODE = ("onediff", "flows", "mlflow", "presets", "dvc.yaml", ".dvcignore", "pypr
 REGISTER = """
 import json, tempfile
 from pathlib import Path
-from onediff import lineage, registry
+from onediff import registry
+from onediff.ops import lineage
 run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
 with tempfile.TemporaryDirectory() as scratch:
     model = Path("data/models/tune")

@@ -125,7 +125,8 @@ def run(folder: Path, *command: str) -> None:
 
 def register(project: Path, carried: Path) -> str:
     """As the flow does it, without a model card."""
-    from onediff import lineage, registry
+    from onediff import registry
+    from onediff.ops import lineage
 
     lineage.gather(carried, root=project)
     model, run = project / "data/models/tune", json.loads((project / "data/runs/tune.json").read_text())

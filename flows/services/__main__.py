@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from flows.services import databases, plan, run
+from flows.services import databases, run
+from flows.services import topology as plan
 from onediff import interrupts
 from onediff.config import load_runtime
 

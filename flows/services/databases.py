@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.services import background, plan, postgres
-from flows.services.plan import Place
+from flows.services import background, postgres
+from flows.services import topology as plan
+from flows.services.topology import Place
 
 MANIFEST = "manifest.json"
 SUFFIX = {"postgresql": ".dump", "sqlite": ".db"}

@@ -6,9 +6,10 @@ import signal
 import time
 from typing import Any
 
-from flows.services import background, databases, plan, postgres
+from flows.services import background, databases, postgres
+from flows.services import topology as plan
 from flows.services.background import Service
-from flows.services.plan import Place
+from flows.services.topology import Place
 
 
 def start(where: Place) -> str:

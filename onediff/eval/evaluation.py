@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from onediff.eval.behaviour import RATES, edit_behaviour, edit_checks, scene_behaviour, scene_checks
+from onediff.eval.analysis.behaviour import RATES, edit_behaviour, edit_checks, scene_behaviour, scene_checks
+from onediff.eval.analysis.language import language
 from onediff.eval.floors import floor_captions, leave_one_out, oracle
-from onediff.eval.language import language
-from onediff.eval.metrics import METRICS, RANGES, Predictions, References, Scores, score
+from onediff.eval.metrics.compute import METRICS, RANGES, Predictions, References, Scores, score
 from onediff.eval.protocols import (
     Protocol,
     Row,

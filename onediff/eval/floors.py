@@ -12,8 +12,8 @@ import numpy as np
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes import describe, noun
-from onediff.eval.behaviour import Row, matching_templates
-from onediff.eval.metrics import METRICS, Predictions, References, cider, clean, score
+from onediff.eval.analysis.behaviour import Row, matching_templates
+from onediff.eval.metrics.compute import METRICS, Predictions, References, cider, clean, score
 from onediff.eval.protocols import texts_of
 
 NUM_CANDIDATES = 30

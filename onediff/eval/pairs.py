@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onediff.eval import ngrams
-from onediff.eval.words import tokenize
+from onediff.eval.metrics import ngrams
+from onediff.eval.metrics.words import tokenize
 
 Predictions = dict[str, str]
 References = dict[str, list[str]]

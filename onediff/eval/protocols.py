@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onediff.eval.files import read_predictions, read_rows
-from onediff.eval.metrics import METRICS, References, Scores, score
+from onediff.eval.jsonl import read_predictions, read_rows
+from onediff.eval.metrics.compute import METRICS, References, Scores, score
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 
 Row = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onediff.eval import meteor
-from onediff.eval.metrics import Scores
-from onediff.eval.ngrams import bleu
+from onediff.eval.metrics import meteor
+from onediff.eval.metrics.compute import Scores
+from onediff.eval.metrics.ngrams import bleu
 
 Numbers = NDArray[np.float64]
 RESAMPLES = 10_000

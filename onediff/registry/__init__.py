@@ -12,11 +12,11 @@
 from onediff.registry.artifacts import model_folder, pinned, scored_pairs, version_files, version_tags, version_text
 from onediff.registry.evidence import Evidence, evidence_of, pipeline_evidence
 from onediff.registry.promotion import assess, champion_to_score_again, promote, propose, rollback
-from onediff.registry.records import Change, check_trail, difference, repair, trail
 from onediff.registry.rules import RULES, Case, Rules, Verdict, load_rules
 from onediff.registry.store import AUDIT, CANDIDATE, CHAMPION, CHAMPION_URI, NAME, PREVIOUS
+from onediff.registry.trail import Change, check_trail, difference, repair, trail
 from onediff.registry.versions import list_versions, register, rescore, version_with
-from onediff.registry.writers import shared, sole_writer
+from onediff.registry.writer_lock import shared, sole_writer
 
 __all__ = ["AUDIT", "CANDIDATE", "CHAMPION", "CHAMPION_URI", "NAME", "PREVIOUS", "RULES", "Case", "Change", "Evidence",
            "Rules", "Verdict", "assess", "champion_to_score_again", "check_trail", "difference", "evidence_of",

@@ -20,8 +20,8 @@ from ruamel.yaml import YAML
 from onediff import tracking
 from onediff.model.digest import model_digests
 from onediff.registry import store
-from onediff.registry.records import check_champion
 from onediff.registry.store import CHAMPION_URI, NAME
+from onediff.registry.trail import check_champion
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -214,7 +214,7 @@ def _model_in(folder: Path, version: ModelVersion) -> Path:
 
 def _by_reference(reference: dict[str, str], version: ModelVersion) -> Path:
     """The weights that DVC keeps, fetched by digest once. Raises ValueError if they are not those registered."""
-    from onediff.versioned import fetch
+    from onediff.repro.lock import fetch
 
     target = CACHE / f"{_identity(version)}-weights"
     if not target.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onediff.eval.metrics import Scores
+from onediff.eval.metrics.compute import Scores
 from onediff.eval.resample import compare
 from onediff.registry.rules import Rules
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from onediff.model.digest import ModelDigests, model_digests
 from onediff.registry.commits import committed_text
-from onediff.registry.scores import read_pair_scores, read_scores
-from onediff.versioned import LOCK, Stage, locked, md5_of, parse_lock
+from onediff.registry.score_files import read_pair_scores, read_scores
+from onediff.repro.lock import LOCK, Stage, locked, md5_of, parse_lock
 
 MODEL, DIFFCAP, CAPTIONS, SCORED = "data/models/tune", "data/diffcap", "data/captions", "data/scored"
 TABLES = {"test": "data/metrics.json", "gate": "data/gate.json"}

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from onediff import tracking
 from onediff.registry import commits
-from onediff.versioned import LOCK, Stage, locked, md5_of
+from onediff.repro.lock import LOCK, Stage, locked, md5_of
 
 YES = "yes"
 OF_DATA = ("data_validated", "leak_audit")

@@ -13,7 +13,6 @@ from onediff.registry import store
 from onediff.registry.artifacts import MODEL_DIGEST, SCORES_DIGEST, check_whole, pair_scores
 from onediff.registry.commits import NO_GIT
 from onediff.registry.comparison import incomparable, not_better, too_few_groups
-from onediff.registry.records import START, Change, change, settled, trail
 from onediff.registry.rules import (
     RULES,
     Case,
@@ -26,7 +25,8 @@ from onediff.registry.rules import (
     weighed,
 )
 from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS
-from onediff.registry.writers import writing
+from onediff.registry.trail import START, Change, change, settled, trail
+from onediff.registry.writer_lock import writing
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

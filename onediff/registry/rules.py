@@ -18,7 +18,7 @@ from onediff.config import Section
 from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS
 from onediff.registry import commits
 from onediff.registry.facts import YES
-from onediff.registry.scores import in_range
+from onediff.registry.score_files import in_range
 
 RULES = Path("mlflow/promotion.yaml")
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}  # what the rules may ask of a benchmark that was not scored

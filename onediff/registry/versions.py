@@ -21,7 +21,7 @@ from onediff.registry.evidence import Evidence
 from onediff.registry.facts import FACTS, OF_DATA, YES, facts, facts_again, locked_md5, size_mib
 from onediff.registry.promotion import REFUSED, champion_moves, gate_scores, propose
 from onediff.registry.store import CHAMPION, NAME
-from onediff.registry.writers import may_write, shared, writing
+from onediff.registry.writer_lock import may_write, shared, writing
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onediff.usage import UsageLog, Use
+from onediff.serve.usage_log import UsageLog, Use
 
 if TYPE_CHECKING:
     from PIL.Image import Image

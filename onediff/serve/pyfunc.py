@@ -15,7 +15,7 @@ from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.serve.in_use import Say, speaker
-from onediff.usage import usage_log
+from onediff.serve.usage_log import usage_log
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,10 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from onediff.config import Config, Data, Leaks, load_params, load_runtime
-from onediff.data.build import (
+from onediff.data.folders import PAIRS, folder_of, sources_of
+from onediff.data.overlap.verdicts import verdicts
+from onediff.data.quality.checks import check_suite, complaints, judged, refuse, write_report
+from onediff.data.quality.diffcap import (
     card,
     chosen_tables,
     dataset_card,
@@ -24,14 +27,11 @@ from onediff.data.build import (
     staying,
     write_tables,
 )
-from onediff.data.checks import check_suite, complaints, judged, refuse, write_report
-from onediff.data.folders import PAIRS, folder_of, sources_of
-from onediff.data.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
+from onediff.data.quality.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
+from onediff.data.quality.shortcut import pixel_difference_auc
 from onediff.data.record import Record, read_records
-from onediff.data.shortcut import pixel_difference_auc
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.splits import SPLITS
-from onediff.data.verdicts import verdicts
 from onediff.files import new_file, new_folder, write_json, write_text
 from onediff.paths import DIFFCAP, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from onediff import freshness, interrupts
+from onediff import interrupts
 from onediff.config import load_params
 from onediff.files import disk_full_named
 from onediff.network import exempt_loopback_from_proxies
-from onediff.preflight import check_inputs, check_mixtures
-from onediff.versioned import restore_outs
+from onediff.repro import freshness
+from onediff.repro.lock import restore_outs
+from onediff.repro.preflight import check_inputs, check_mixtures
 
 PARAMS = Path("params.yaml")
 END_S = 10.0  # for an interrupted stage to clean up; training writes its checkpoint before

@@ -9,12 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
-from onediff.data.collection import Entry, list_collection
 from onediff.data.folders import PAIRS
 from onediff.data.parallel import spread
 from onediff.data.record import write_shards
+from onediff.data.sources.collection import Entry, list_collection
 from onediff.data.sources.entries import part, read_lines
-from onediff.data.synthesis.instruct_pix2pix import REASONS, Editor, Task, records_of
+from onediff.data.synthesis.diffusion import REASONS, Editor, Task, records_of
 from onediff.files import new_folder, write_json
 from onediff.stages.command import quiet, run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff.config import load_params, load_runtime
-from onediff.data.collection import list_collection
+from onediff.data.sources.collection import list_collection
 from onediff.data.writer.asking import ask
 from onediff.data.writer.jobs import jobs, writer_of
 from onediff.data.writer.request import Request, edit_of_caption

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.folders import folder_of, sources_of
-from onediff.data.probe import count_pairs, probe_folders, write_table
+from onediff.data.quality.probe import count_pairs, probe_folders, write_table
 from onediff.paths import PROBE_TABLE
 from onediff.stages.command import run
 

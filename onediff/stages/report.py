@@ -12,15 +12,15 @@ from typing import Any
 from onediff.config import Config, load_params
 from onediff.data.folders import sources_of
 from onediff.data.record import read_records, read_table
-from onediff.eval.behaviour import Row
-from onediff.eval.charts import standalone
+from onediff.eval.analysis.behaviour import Row
 from onediff.eval.evaluation import PAIR_METRICS
-from onediff.eval.figures import figures
-from onediff.eval.files import read_predictions
-from onediff.eval.gallery import Album, Grid, choose, example, fitted, losses, worst
-from onediff.eval.metrics import Predictions
+from onediff.eval.jsonl import read_predictions
+from onediff.eval.metrics.compute import Predictions
 from onediff.eval.protocols import protocols_of
-from onediff.eval.report import ordered, ordered_sources, render_page
+from onediff.eval.report.charts import standalone
+from onediff.eval.report.figures import figures
+from onediff.eval.report.gallery import Album, Grid, choose, example, fitted, losses, worst
+from onediff.eval.report.page import ordered, ordered_sources, render_page
 from onediff.files import new_folder, write_text
 from onediff.paths import DIFFCAP
 from onediff.stages.command import run

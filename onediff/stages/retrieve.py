@@ -8,10 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
-from onediff.data.collection import list_collection
 from onediff.data.folders import PAIRS
 from onediff.data.record import write_shards
-from onediff.data.retrieval import embed_collection, find_pairs, pair_records
+from onediff.data.sources.collection import list_collection
+from onediff.data.sources.retrieval import embed_collection, find_pairs, pair_records
 from onediff.files import new_folder, write_json
 from onediff.stages.command import quiet, run
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.behaviour import RATES
+from onediff.eval.analysis.behaviour import RATES
 from onediff.eval.evaluation import evaluate
-from onediff.eval.files import read_predictions, rounded
-from onediff.eval.metrics import METRICS, start
+from onediff.eval.jsonl import read_predictions, rounded
+from onediff.eval.metrics.compute import METRICS, start
 from onediff.eval.nearest import nearest_rows
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of
 from onediff.files import new_folder, write_json

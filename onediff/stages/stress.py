@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.files import rounded
-from onediff.eval.metrics import Predictions
-from onediff.eval.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
+from onediff.eval.analysis.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
+from onediff.eval.jsonl import rounded
+from onediff.eval.metrics.compute import Predictions
 from onediff.files import new_folder, write_json
 from onediff.paths import DIFFCAP
 from onediff.stages.command import quiet, run
@@ -84,7 +84,7 @@ def _captions(captioner: Captioner, benchmark: str, records: Sequence[Record],
 
 def _look(captioner: Captioner, benchmark: str, records: Sequence[Record], folder: Path) -> dict[str, Any]:
     """Writes the maps of every pair; the figures of those that show a known region."""
-    from onediff.eval.attention import SIDES, attention_figures, glances, look
+    from onediff.eval.analysis.attention_maps import SIDES, attention_figures, glances, look
 
     found = []
     with (folder / f"{benchmark}.attention.jsonl").open("w", encoding="utf-8") as file:

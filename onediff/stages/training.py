@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from onediff.files import disk_full_named, link_or_copy, new_file, new_folder, write_json
 from onediff.model.digest import weights_digest
 from onediff.paths import DIFFCAP
+from onediff.repro.lock import LOCK, locked, md5_of, outs_of, uncached_outs
 from onediff.stages.command import quiet
-from onediff.versioned import LOCK, locked, md5_of, outs_of, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.config import Config, Runtime
@@ -51,7 +51,8 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     config, runtime = load_params(), load_runtime()
     tracking.check()  # before any work: what is trained must have somewhere to be noted
     quiet()
-    from onediff.train import checkpoint, launcher, phases
+    from onediff.train import checkpoint, phases
+    from onediff.train.launch import dispatch as launcher
     from onediff.train.launch.status import is_finished
 
     def here() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from onediff.config import load_params
-from onediff.data.checks import check_suite, complaints, judged, refuse, suites_of, write_report
 from onediff.data.folders import folder_of, sources_of
+from onediff.data.quality.checks import check_suite, complaints, judged, refuse, suites_of, write_report
 from onediff.files import new_file
 from onediff.paths import PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from onediff.config import Align, Config, Phase, Runtime
-from onediff.data.corpus import Corpus
-from onediff.data.features import FeatureStore
-from onediff.data.loader import (
+from onediff.data.batches.corpus import Corpus
+from onediff.data.batches.features import FeatureStore
+from onediff.data.batches.loader import (
     Batch,
     Pixels,
     Rows,
@@ -28,7 +28,7 @@ from onediff.data.loader import (
     tune_rows,
 )
 from onediff.inputs.processing import OneDiffProcessor
-from onediff.model.build import build
+from onediff.model.assemble import build
 from onediff.model.captioner import pick_device
 from onediff.model.digest import weights_digest
 from onediff.model.onediff import OneDiffForConditionalGeneration

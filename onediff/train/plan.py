@@ -15,7 +15,7 @@ from typing import get_args
 from onediff.config import Align, Config, Model, Phase, Runtime
 from onediff.data.sources.catalog import CATALOG
 from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE, pair_prompt, text_prompt
-from onediff.model.build import configure
+from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
 from onediff.train.cost import Flops, Gpu, Size, sizes
 from onediff.train.memory import Offload, Rows, Saved, Sharing, States, hollow, saved, states

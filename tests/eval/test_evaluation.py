@@ -8,7 +8,7 @@ from onediff.config import load_params
 from onediff.data.synthesis.scenes import scene_records
 from onediff.eval.evaluation import checks, evaluate
 from onediff.eval.floors import leave_one_out, oracle
-from onediff.eval.metrics import METRICS, score
+from onediff.eval.metrics.compute import METRICS, score
 
 
 def test_evaluate_tells_everything_about_scenes() -> None:

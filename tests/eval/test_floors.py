@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from onediff.eval.floors import best_constant, floor_captions, leave_one_out, oracle, random_captions
-from onediff.eval.metrics import FAST_METRICS, cider, score
+from onediff.eval.metrics.compute import FAST_METRICS, cider, score
 
 REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is gone"] for i, color in
               enumerate(["red", "red", "red", "red", "blue", "green"])} | {"p6": ["a small ball appeared"]}

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from onediff.config import Config
 from onediff.inputs.processing import IGNORED, OneDiffProcessor
 from onediff.inputs.prompt import conversation_prompt, coupled_prompt, expand, pair_prompt, single_prompt, text_prompt
-from onediff.model.build import build
+from onediff.model.assemble import build
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from onediff.config import Config, Model
-from onediff.model.build import build
+from onediff.model.assemble import build
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 WORDS = (3, 11, 5)  # tokens after the images, by row: B = 3

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from onediff.config import Config
-from onediff.model.build import build
+from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.model.weights import load_model, load_strictly, load_trained
 

@@ -110,7 +110,7 @@ def test_weights_that_are_not_those_registered_are_not_used(kept: Path) -> None:
         registry.model_folder("models:/onediff/1")
     tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, model_digests(kept).folder)
     shutil.rmtree(".dvc/cache")
-    with pytest.raises(ValueError, match=r"\.dir"):  # what is missing, in the words of onediff/versioned.py
+    with pytest.raises(ValueError, match=r"\.dir"):  # what is missing, in the words of onediff/repro/lock.py
         registry.model_folder("models:/onediff/1")
     with pytest.raises(ValueError, match=r"\.dir"):
         registry.promote()

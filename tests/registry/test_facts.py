@@ -8,7 +8,7 @@ from registered import model
 from ruamel.yaml import YAML
 
 from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts, locked_md5, size_mib
-from onediff.versioned import md5_of
+from onediff.repro.lock import md5_of
 
 
 @pytest.fixture

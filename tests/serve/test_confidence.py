@@ -9,7 +9,7 @@ from PIL import Image
 from onediff.config import Config
 from onediff.data.record import Record
 from onediff.inputs.images import open_image
-from onediff.model.build import build
+from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.serve.confidence import caption_with_confidence
 

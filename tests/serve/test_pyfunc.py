@@ -13,7 +13,7 @@ from registered import register, write_lock, write_results
 from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.serve.in_use import Files
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
-from onediff.usage import read_usage
+from onediff.serve.usage_log import read_usage
 
 RED, GREEN = "#ff0000", "#00ff00"
 

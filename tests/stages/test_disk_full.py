@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from onediff.versioned import md5_of
+from onediff.repro.lock import md5_of
 
 ROOT = Path(__file__).parents[2]
 SIZE_MB = 512

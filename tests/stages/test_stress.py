@@ -11,7 +11,7 @@ from onediff.config import Config
 from onediff.data.record import read_table, write_shards
 from onediff.data.synthesis.edits import edit_record
 from onediff.data.synthesis.scenes import scene_records
-from onediff.model.build import build
+from onediff.model.assemble import build
 from onediff.stages.stress import OUT, stress
 
 PRESET = Path("presets/micro.yaml").resolve()

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from onediff.config import Runtime, load_runtime
-from onediff.data.probe import probe_folders
+from onediff.data.quality.probe import probe_folders
 from onediff.data.record import read_records
 from onediff.stages.synthesize import synthesize
 

@@ -10,10 +10,10 @@ import pytest
 from onediff.config import Config, Runtime, load_params, load_runtime
 from onediff.files import write_json, write_text
 from onediff.paths import DIFFCAP
+from onediff.repro.lock import md5_of
 from onediff.stages.training import fetch, remove_committed, train
 from onediff.train import phases
 from onediff.train.loop import Log
-from onediff.versioned import md5_of
 
 ROOT = Path(__file__).parents[2]
 

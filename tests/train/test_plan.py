@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from onediff import cli
+from onediff.cli import main as cli
 from onediff.config import Config, load_params, load_runtime
-from onediff.model.build import configure
+from onediff.model.assemble import configure
 from onediff.train.cost import find_gpu, sizes
 from onediff.train.memory import Rows, States, hollow, saved
 from onediff.train.plan import (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from onediff.config import Runtime
-from onediff.train import launcher
+from onediff.train.launch import dispatch as launcher
 from onediff.train.launch import slurm
 from onediff.train.launch.status import read_status
 
@@ -57,7 +57,7 @@ STAGE = '''
 import sys
 from pathlib import Path
 from onediff.config import Runtime, Slurm
-from onediff.train import launcher
+from onediff.train.launch import dispatch as launcher
 runtime = Runtime(launcher="slurm", gpus=2, device="cpu", slurm=Slurm(poll_s=0.5, time="5", options=["--overcommit"]))
 try:
     print(launcher.hand_over("align", runtime, Path("scratch"), module="rank"))

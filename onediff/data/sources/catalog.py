@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onediff.data.sources import (
+from onediff.data.sources.readers import (
     birds_to_words,
     clevr_change,
     image_editing_request,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff.data.record import Record, digest
-from onediff.data.sources.files import Files
+from onediff.data.sources.file_index import Files
 from onediff.data.splits import SPLITS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from onediff.config import load_runtime
 from onediff.data.record import Record
-from onediff.data.sources import folder as own
 from onediff.data.sources.catalog import CATALOG, READERS
-from onediff.data.sources.files import Files, open_files
+from onediff.data.sources.file_index import Files, open_files
 from onediff.data.sources.published import PublishedPair, split_of, to_record
+from onediff.data.sources.readers import folder as own
 from onediff.data.sources.tables import aligned
 
 SHOWN = 20  # missing images that are printed

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from onediff.config import Config
-from onediff.data.archives import ENDINGS
 from onediff.data.folders import sources_of
+from onediff.data.sources.archives import ENDINGS
 from onediff.data.sources.catalog import CATALOG, CatalogEntry
-from onediff.data.sources.files import IMAGE_ENDINGS
-from onediff.data.sources.folder import TABLES
+from onediff.data.sources.file_index import IMAGE_ENDINGS
+from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
 
 RAW, PAIRS = Path("data/raw"), Path("data/pairs")

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from onediff.config import Runtime
 from onediff.data.parallel import spread
 from onediff.data.writer.answer import Answer
-from onediff.data.writer.cost import Budget, Tokens, bound
 from onediff.data.writer.endpoint import Endpoint, Stop, shown_url
+from onediff.data.writer.price import Budget, Tokens, bound
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import MIN_FREE_BYTES, Store, spent_usd
 from onediff.interrupts import postponed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onediff import interrupts
 from onediff.config import Runtime
 from onediff.data.writer.answer import Answer, read_completion
-from onediff.data.writer.cost import bound
+from onediff.data.writer.price import bound
 from onediff.data.writer.request import Request
 
 if TYPE_CHECKING:

@@ -85,7 +85,7 @@ def _without_images(folder: Path) -> Iterator[Record]:
 
 
 def _edits(source: str, writer: Writer) -> Iterator[Request]:
-    from onediff.data.collection import list_collection
+    from onediff.data.sources.collection import list_collection
 
     for image in list_collection(Path("data/raw") / source):
         yield edit_of_caption(image.name, writer, caption=image.caption)

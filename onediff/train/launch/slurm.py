@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from onediff.config import Runtime
 from onediff.interrupts import Stop, postponed
-from onediff.train.launch.processes import GRACE_S
+from onediff.train.launch.ranks import GRACE_S
 from onediff.train.launch.status import read_status
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",

@@ -16,7 +16,7 @@ from chat_server import KEY, ChatServer
 from onediff.config import Runtime
 from onediff.data.writer import asking, store
 from onediff.data.writer.asking import ask
-from onediff.data.writer.cost import bound
+from onediff.data.writer.price import bound
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import read_answers, spent_usd
 

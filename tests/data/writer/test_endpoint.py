@@ -14,8 +14,8 @@ from chat_server import KEY, ChatServer
 from onediff.config import Runtime
 from onediff.data.writer import endpoint as module
 from onediff.data.writer.answer import Answer
-from onediff.data.writer.cost import bound
 from onediff.data.writer.endpoint import ATTEMPTS, Endpoint, Pace, Stop, api_key, shown_url
+from onediff.data.writer.price import bound
 from onediff.data.writer.request import Request, differences_from_images
 
 Asks = Callable[[int], Request]

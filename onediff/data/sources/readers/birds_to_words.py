@@ -1,0 +1,52 @@
+"""Birds-to-Words: two photographs of birds and up to five paragraphs on how they differ. Forbes et al., EMNLP 2019.
+
+A TSV with a header, a paragraph per row; the images are URLs of iNaturalist. Photograph 647514
+(".../photos/647514/large.jpg?...") is found as 647514.jpg, 647514_large.jpg, or large.jpg in a folder 647514.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from onediff.data.record import digest
+from onediff.data.sources.entries import read_tsv, sentences
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import OFFICIAL_SPLITS, PublishedPair
+
+ANNOTATIONS = "birds-to-words-v1.0.tsv"
+COLUMNS = ("img1ObservationURL", "img1ImgURL", "img1Species", "img1Selection", "img2ObservationURL", "img2ImgURL",
+           "img2Species", "img2Selection", "split", "annN", "description")
+_PHOTO = re.compile(r"/photos/(\d+)/")
+
+
+def read(files: Files) -> Iterator[PublishedPair]:
+    """Rows about the same two photographs are one pair. Raises ValueError, FileNotFoundError."""
+    tables = files.ending(".tsv")
+    path = tables[0] if len(tables) == 1 else files.require(ANNOTATIONS)
+    merged: dict[tuple[str, str, str], list[tuple[list[str], int]]] = {}
+    species: dict[tuple[str, str, str], list[str]] = {}
+    for place, row in read_tsv(path, COLUMNS):
+        if row["split"] not in OFFICIAL_SPLITS:
+            raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'")
+        key = (row["split"], row["img1ImgURL"].strip(), row["img2ImgURL"].strip())
+        merged.setdefault(key, []).append(sentences([row["description"]], place))
+        species[key] = [row["img1Species"], row["img2Species"]]
+    for key, rows in merged.items():
+        split, *names = key
+        either_way = digest("\n".join(sorted(names)).encode())[:16]
+        yield PublishedPair(digest("\n".join(names).encode())[:16], split, tuple(names),
+                            [text for texts, _ in rows for text in texts], either_way,
+                            provenance={"species": species[key]}, sought=tuple(_sought(name) for name in names),
+                            num_records=len(rows), num_empty=sum(empty for _, empty in rows))
+
+
+def _sought(url: str) -> tuple[str, ...]:
+    path = PurePosixPath(urlsplit(url).path)
+    photo = _PHOTO.search(str(path))
+    if not photo:
+        return (path.name,)
+    number = photo.group(1)
+    return f"{number}{path.suffix}", f"{number}_{path.name}", f"{number}/{path.name}"

@@ -1,0 +1,97 @@
+"""A user's own pairs: a folder with pairs.csv or pairs.jsonl and the images that it names.
+
+Columns: before, after (paths below the folder, or bare names), references (CSV: sentences separated by "|", or columns
+reference, reference_2, ...; JSONL: a list, or one text). Optional: split (train, val, gate, test), change_type,
+instruction, group (pairs that must not be in two splits), pair_id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from onediff.data.record import digest
+from onediff.data.sources.entries import expect, part, read_csv, read_lines, sentences
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import NO_TYPE, PublishedPair
+from onediff.data.splits import SPLITS
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+
+TABLES = ("pairs.csv", "pairs.jsonl")
+SHARES = {"train": 80, "val": 5, "gate": 5, "test": 10}  # of 100, where the table has no splits
+_OPTIONAL = ("split", "change_type", "instruction", "group", "pair_id")
+_REFERENCE = re.compile(r"references?|reference_\d+")
+
+
+def read(files: Files) -> Iterator[PublishedPair]:
+    """Raises ValueError: file, line, what is wrong; FileNotFoundError if there is no table."""
+    found = [path for path in map(files.named, TABLES) if path]
+    if len(found) == 2:
+        raise ValueError(f"{found[0]} and {found[1]}: which of them? leave only one there")
+    path = found[0] if found else files.require(*TABLES)
+    seen: dict[str, str] = {}
+    for number, (place, row) in enumerate(_rows(path), 1):
+        pair = _pair(row, number, place)
+        if pair.official_id in seen:
+            raise ValueError(f"{place}: pair_id '{pair.official_id}' is also that of {seen[pair.official_id]}; "
+                             "give each pair its own")
+        seen[pair.official_id] = place
+        yield pair
+    if not seen:
+        raise ValueError(f"{path}: no pair in it; below the header each line is one")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".jsonl":
+        yield from read_lines(path)
+        return
+    for place, row in read_csv(path):
+        yield place, row | {"references": row.get("references", "").split("|") if row.get("references") else []}
+
+
+def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
+    unknown = [key for key in row if key not in ("before", "after", *_OPTIONAL) and not _REFERENCE.fullmatch(key)]
+    if unknown:
+        raise ValueError(f"{place}: unknown column '{unknown[0]}'; known are before, after, references, reference, "
+                         f"reference_2 and on, {', '.join(_OPTIONAL)}")
+    before, after = (_name(row, side, place) for side in ("before", "after"))
+    texts = {key: " ".join(expect(row.get(key) or "", str, f"{place}, {key}").split()) for key in _OPTIONAL}
+    group = texts["group"] or f"{before}|{after}"
+    split = {"valid": "val", "validation": "val"}.get(texts["split"], texts["split"]) or divided(group)
+    if split not in SPLITS:
+        raise ValueError(f"{place}: split must be one of {', '.join(SPLITS)} or empty, got '{split}'")
+    references, empty = _references(row, place)
+    if split != "train" and not references:
+        raise ValueError(f"{place}: a pair of split {split} without references cannot be scored; write one, or change "
+                         "its split")
+    return PublishedPair(texts["pair_id"] or f"{number:06d}", split, (before, after), references, group, split=split,
+                         change_type=texts["change_type"] or NO_TYPE, num_empty=empty, exact=True,
+                         instruction=texts["instruction"] or DEFAULT_INSTRUCTION)
+
+
+def divided(group: str) -> str:
+    """The split of a group, by digest: the same whatever other pairs there are."""
+    place = int(digest(group.encode()), 16) % 100
+    for split, share in SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    raise AssertionError("shares sum to 100")
+
+
+def _name(row: dict[str, Any], side: str, place: str) -> str:
+    name = part(row, side, str, place).strip()
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not name or path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+        raise ValueError(f"{place}: {side} must be a path below the folder, such as images/1_before.png, got '{name}'")
+    return str(path)
+
+
+def _references(row: dict[str, Any], place: str) -> tuple[list[str], int]:
+    """The sentences of `references`, then of the other reference columns; and how many of `references` were empty."""
+    texts = row.get("references") or []
+    listed = [texts] if isinstance(texts, str) else expect(texts, list, f"{place}, references")
+    columns = [row[key] for key in row if _REFERENCE.fullmatch(key) and key != "references"]
+    return sentences([*listed, *(text for text in columns if text)], f"{place}, references")

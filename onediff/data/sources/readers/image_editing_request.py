@@ -1,0 +1,32 @@
+"""Image-Editing-Request: photographs edited on request. Tan et al., ACL 2019.
+
+{train,valid,test}.json: [{"uid": "...", "img0": "a.jpg", "img1": "b.jpg", "sents": ["..."]}, ...]. A record is known by
+its uid: the same two images may come with several requests, and then stay in one split together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onediff.data.sources.entries import identity, part, read_list, sentences
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import PublishedPair
+
+ANNOTATIONS = {"train": ("train.json",), "val": ("valid.json", "val.json"), "test": ("test.json",)}
+
+
+def read(files: Files) -> Iterator[PublishedPair]:
+    """Raises ValueError for a broken file or a uid that is there twice, FileNotFoundError if there is no file."""
+    found = {split: files.named(*names) for split, names in ANNOTATIONS.items()}
+    if not any(found.values()):
+        files.require("train.json", "valid.json", "test.json")
+    for split, path in found.items():
+        seen: set[str] = set()
+        for place, entry in read_list(path) if path else ():
+            uid = identity(entry, "uid", place)
+            if uid in seen:
+                raise ValueError(f"{place}: uid '{uid}' is there a second time; take the file as published")
+            seen.add(uid)
+            names = (part(entry, "img0", str, place), part(entry, "img1", str, place))
+            references, empty = sentences(part(entry, "sents", list, place), place)
+            yield PublishedPair(uid, split, names, references, "-".join(names), num_empty=empty)

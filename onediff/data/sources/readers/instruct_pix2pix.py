@@ -1,0 +1,45 @@
+"""InstructPix2Pix: images made from a caption and from its edited form. Brooks et al., CVPR 2023.
+
+A folder for each prompt, in shards or not: prompt.json {"input", "edit", "output"}, metadata.jsonl with a sample per
+line {"seed", "sim_image", ...}, images <seed>_0.jpg and <seed>_1.jpg. It has no captions of differences: the writer
+(data.written) makes them from "input", "edit" and "output".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from onediff.data.sources.entries import part, read_json, read_lines
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import PublishedPair
+
+SIMILARITIES = ("sim_0", "sim_1", "sim_direction", "sim_image", "sim_text")
+
+
+def read(files: Files) -> Iterator[PublishedPair]:
+    """A pair for every sample. Raises ValueError for a broken file, FileNotFoundError if there is no prompt."""
+    prompts = sorted(files.all_named("prompt.json"), key=lambda path: path.parent.name)
+    if not prompts:
+        files.require("prompt.json")
+    for before, after in itertools.pairwise(prompts):
+        if before.parent.name == after.parent.name:
+            raise ValueError(f"{before.parent} and {after.parent}: the same prompt twice; leave only one of them there")
+    for path in prompts:
+        yield from _read_prompt(path)
+
+
+def _read_prompt(path: Path) -> Iterator[PublishedPair]:
+    prompt = read_json(path, dict)
+    caption, edit, edited = (" ".join(part(prompt, key, str, str(path)).split()) for key in ("input", "edit", "output"))
+    samples, name = path.with_name("metadata.jsonl"), path.parent.name
+    if not samples.exists():
+        raise FileNotFoundError(f"{samples} not found: unpack the shard again")
+    for place, sample in read_lines(samples):
+        seed = part(sample, "seed", int, place)
+        yield PublishedPair(
+            f"{name}_{seed}", "train", (f"{name}/{seed}_0.jpg", f"{name}/{seed}_1.jpg"), [], name,
+            provenance={"edit": edit, "captions": [caption, edited], "seed": seed,
+                        "similarity": {key: sample[key] for key in SIMILARITIES if key in sample}},
+        )

@@ -1,0 +1,32 @@
+"""Spot-the-Diff: pairs of surveillance frames. Jhamtani and Berg-Kirkpatrick, EMNLP 2018.
+
+{train,val,test}.json: [{"img_id": "1001", "sentences": ["..."]}, ...]; images <img_id>.png and <img_id>_2.png.
+Entries with the same img_id are one pair; every sentence is a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onediff.data.sources.entries import identity, part, read_list, sentences
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import PublishedPair
+
+ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "test": ("test.json",)}
+
+
+def read(files: Files) -> Iterator[PublishedPair]:
+    """Raises ValueError for a broken file, FileNotFoundError if there is none at all."""
+    found = {split: files.named(*names) for split, names in ANNOTATIONS.items()}
+    if not any(found.values()):
+        files.require("train.json", "val.json", "test.json")
+    for split, path in found.items():
+        merged: dict[str, tuple[list[str], list[int]]] = {}
+        for place, entry in read_list(path) if path else ():
+            texts, empty = sentences(part(entry, "sentences", list, place), place)
+            references, empties = merged.setdefault(identity(entry, "img_id", place), ([], []))
+            references.extend(texts)
+            empties.append(empty)
+        for name, (references, empties) in merged.items():
+            yield PublishedPair(name, split, (f"{name}.png", f"{name}_2.png"), references, name,
+                                num_records=len(empties), num_empty=sum(empties))

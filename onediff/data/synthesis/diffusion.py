@@ -1,0 +1,185 @@
+"""Synthetic edits: InstructPix2Pix edits an image as told, CLIP says whether the edit is to be believed.
+
+Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are presets/paper.yaml's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from onediff.config import Diffusion
+from onediff.data.embedding import Embedder
+from onediff.data.record import Record, digest, read_records, write_shards
+from onediff.data.sources.collection import Entry, load
+from onediff.inputs.images import open_image
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+
+SIDE = 64  # images are made multiples of it, which the pipeline's U-Net needs
+NO_LENGTH = 1e-5  # of a difference of unit vectors
+REASONS = ("kept", "image too unlike", "image too unlike its caption", "direction unlike the captions'", "flagged",
+           "unreadable")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image of the collection and the edit that it is to get; `output` is the caption of the edited image."""
+
+    entry: Entry
+    edit: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Editor:
+    """Edits a task's image `num_samples` times and keeps what passes the filters.
+
+    Called in each worker: it loads the pipeline and CLIP once and gives the function that does the work.
+    """
+
+    source: str
+    settings: Diffusion
+    clip: str
+    seed: int
+    max_megapixels: float
+    device: str
+    folder: Path
+
+    def __call__(self) -> Callable[[Task], tuple[Path, dict[str, int]]]:
+        pipeline, embedder = _load_pipeline(self.settings.pipeline, self.device), Embedder(self.clip, self.device)
+        known = f"{identity(pipeline)} {embedder.identity}"
+        return lambda task: self._finish(pipeline, embedder, task, known=known)
+
+    def _finish(self, pipeline: Any, embedder: Embedder, task: Task, *, known: str) -> tuple[Path, dict[str, int]]:
+        """Where the kept records are, and how many samples had which fate; done once, then found again."""
+        [image] = load([task.entry])
+        told = [self.source, self.settings.model_dump(), self.seed, known, task.edit, task.output,
+                task.entry.name, task.entry.caption, digest(image.content)]
+        place = self.folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+        fates = place / "fates.json"
+        if not fates.exists():
+            counts: Counter[str] = Counter()
+            records = list(self._records(pipeline, embedder, task, image.content, counts))
+            write_shards(records, place, "train", shard_pairs=max(1, len(records)))
+            half = fates.with_suffix(".part")
+            half.write_text(json.dumps(counts), encoding="utf-8")
+            half.rename(fates)  # last, so that what is half done is done again
+        return place, json.loads(fates.read_text(encoding="utf-8"))
+
+    def _records(self, pipeline: Any, embedder: Embedder, task: Task, content: bytes,
+                 counts: Counter[str]) -> Iterator[Record]:
+        try:
+            before = _fitted(open_image(content, max_megapixels=self.max_megapixels), self.settings.image_px)
+        except ValueError:
+            counts["unreadable"] += 1
+            return
+        seeds = [int(digest(f"{self.seed}|{task.entry.name}|{number}".encode())[:8], 16)
+                 for number in range(self.settings.num_samples)]
+        edited, flagged = edit(pipeline, before, task.edit, self.settings, seeds)
+        measured = similarities(embedder, before, edited, captions=(task.entry.caption, task.output))
+        for seed, after, unsafe, values in zip(seeds, edited, flagged, measured, strict=True):
+            fate = "flagged" if unsafe else verdict(values, self.settings)
+            counts[fate] += 1
+            if fate == "kept":
+                yield self._record(task, before, after, seed=seed, values=values)
+
+    def _record(self, task: Task, before: Image.Image, after: Image.Image, *, seed: int,
+                values: dict[str, float]) -> Record:
+        key = f"{digest(task.entry.name.encode())[:16]}-{seed:010d}"
+        return Record(
+            pair_id=f"{self.source}-train-{key}", source=self.source, split="train",
+            group_id=f"{self.source}-{task.entry.name}", before=_png(before), after=_png(after), references=[],
+            instruction=DEFAULT_INSTRUCTION, change_type="unlabelled",
+            provenance={"official_id": key, "official_split": "train", "names": [task.entry.name, f"{key}.png"],
+                        "captions": [task.entry.caption, task.output], "edit": task.edit, "seed": seed, **values})
+
+
+def records_of(places: Iterator[Path]) -> Iterator[Record]:
+    """The kept records of finished tasks, in order."""
+    for place in places:
+        if any(place.glob("*.parquet")):
+            yield from read_records(place)
+
+
+def edit(pipeline: Any, before: Image.Image, told: str, settings: Diffusion,
+         seeds: list[int]) -> tuple[list[Image.Image], list[bool]]:
+    """One edited image per seed, and which of them the pipeline's safety checker flags.
+
+    Each sample draws from a generator of its own; the samples of one image make a batch, whatever else is edited.
+    """
+    import torch
+
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    done = pipeline(prompt=[told] * len(seeds), image=[before] * len(seeds), num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
+                    generator=generators, output_type="pil")
+    return done.images, list(done.nsfw_content_detected or [False] * len(seeds))
+
+
+def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Image], *,
+                 captions: tuple[str, str]) -> list[dict[str, float]]:
+    """Cosines per edited image, named as InstructPix2Pix's metadata.jsonl names them.
+
+    sim_image: the two images; sim_0, sim_1: each image and its caption; sim_direction: from image to image and from
+    caption to caption.
+    """
+    first, *others = embedder.images([before, *edited])
+    texts = embedder.texts(list(captions))
+    return [{"sim_image": _cosine(first, other), "sim_0": _cosine(first, texts[0]), "sim_1": _cosine(other, texts[1]),
+             "sim_direction": _cosine(other - first, texts[1] - texts[0])} for other in others]
+
+
+def verdict(values: dict[str, float], settings: Diffusion) -> str:
+    """"kept", or the first filter that the sample does not pass."""
+    if values["sim_image"] < settings.min_image_similarity:
+        return "image too unlike"
+    if min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity:
+        return "image too unlike its caption"
+    if values["sim_direction"] < settings.min_direction_similarity:
+        return "direction unlike the captions'"
+    return "kept"
+
+
+def identity(pipeline: Any) -> str:
+    """Differs when the weights or their precision differ."""
+    parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
+    total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
+    return f"{total:.12g} {pipeline.dtype}"
+
+
+def _load_pipeline(path: str, device: str) -> Any:
+    import torch
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        path, dtype=torch.float16 if cuda else torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if cuda else "cpu")
+
+
+def _fitted(image: Image.Image, longest_px: int) -> Image.Image:
+    """Scaled so that the longer side is about `longest_px`, both sides multiples of SIDE; the rest is cut off."""
+    scale = longest_px / max(image.size)
+    width, height = (max(SIDE, round(side * scale / SIDE) * SIDE) for side in image.size)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _cosine(a: Any, b: Any) -> float:
+    """0 where one has no length but rounding, as the direction between equal captions."""
+    lengths = [float(vector @ vector) ** 0.5 for vector in (a, b)]
+    return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > NO_LENGTH else 0.0
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

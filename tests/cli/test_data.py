@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from onediff.cli import main as cli
+from onediff.data.record import Record, write_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "presets/paper.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _data(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    monkeypatch.setattr(sys, "argv", ["onediff", "data", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
+
+
+def test_status_names_every_source_of_params_and_what_to_do(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _data(monkeypatch, "status", "--json") == 0
+    rows = {row["source"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"spot_the_diff", "clevr_change", "instruct_pix2pix", "llava_665k", "coco"} <= rows.keys()
+    assert "onediff data fetch spot_the_diff" in rows["spot_the_diff"]["todo"]
+
+
+def test_reading_the_example_counts_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                       project: Path) -> None:
+    assert _data(monkeypatch, "read", "mine", str(ROOT / "examples/folder"), "--json") == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert sum(counts["records"] for counts in splits.values()) == 5
+    assert all(counts["missing_images"] == 0 for counts in splits.values())
+
+
+def test_an_error_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = str(_data(monkeypatch, "read", "spot_the_dif", str(project)))
+    assert said.startswith("onediff: ") and "did you mean 'spot_the_diff'?" in said and "\n" not in said
+
+
+def test_a_dry_run_prints_requests_and_cost_and_sends_none(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("INPUT", "OUTPUT"):
+        monkeypatch.setenv(f"ONEDIFF_WRITER_USD_PER_MILLION_{key}", "1.0")
+    monkeypatch.setenv("ONEDIFF_WRITER_KEY", "very-secret")
+    pair = Record("coco-train-1", "coco", "train", "g", b"1", b"2", [], "?", "unlabelled",
+                  {"captions": ["a red car", "a blue car"]})
+    write_shards([pair], project / "data/pairs/coco", "train", shard_pairs=9)
+    assert _data(monkeypatch, "dry-run", "coco") == 0
+    said = capsys.readouterr().out
+    assert "a red car" in said and "USD" in said and "very-secret" not in said
+    assert not (project / "data/answers").exists()
+
+
+def test_browse_writes_a_page(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                              scene_pairs: list[Record]) -> None:
+    write_shards(scene_pairs, project / "data/diffcap", "train", shard_pairs=99)
+    assert _data(monkeypatch, "browse") == 0
+    page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    assert scene_pairs[0].references[0] in page

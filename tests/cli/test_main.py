@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chat_server import serving
+from PIL import Image
+
+from onediff.cli import main as cli
+from onediff.ops import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "presets").mkdir()
+    for path in (ROOT / "presets").glob("*.yaml"):
+        (tmp_path / "presets" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    """What the command exits with: a message is an error."""
+    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
+
+
+def test_help_starts_in_under_a_second() -> None:
+    seconds = []
+    for _ in range(3):  # the best of three: other processes share the machine
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "onediff", "--help"], cwd=ROOT, check=True, capture_output=True)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "onediff", "caption", "no.png", "no.png"], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("onediff: no.png not found") and done.stderr.count("\n") == 1
+
+
+def test_a_preset_keeps_comments_and_takes_its_runtime_along(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _onediff(monkeypatch, "preset", "paper") == 0
+    assert Path("params.yaml").read_bytes() == Path("presets/paper.yaml").read_bytes()
+    assert Path("runtime.yaml").read_bytes() == Path("presets/paper.runtime.yaml").read_bytes()
+
+
+def test_a_preset_leaves_your_runtime_yaml_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("runtime.yaml").write_text("workers: 3\n")
+    assert _onediff(monkeypatch, "preset", "paper") == 0
+    assert Path("runtime.yaml").read_text() == "workers: 3\n"
+
+
+def test_a_preset_replaces_another_but_not_your_own_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _onediff(monkeypatch, "preset", "micro") == _onediff(monkeypatch, "preset", "tiny") == 0
+    mine = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
+    Path("params.yaml").write_text(mine)
+    assert "your own values" in str(_onediff(monkeypatch, "preset", "micro"))
+    assert Path("params.yaml").read_text() == mine
+    assert _onediff(monkeypatch, "preset", "micro", "--force") == 0
+    assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
+
+
+def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("there are: llava_pair, micro, paper, pilot, tiny")
+    assert not Path("params.yaml").exists()
+
+
+def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    said, truth = Path("p.jsonl"), Path("r.jsonl")
+    said.write_text('{"pair_id": "a", "prediction": "the red cube moved"}\n'
+                    '{"pair_id": "b", "prediction": "no change"}\n')
+    truth.write_text('{"pair_id": "a", "references": ["the red cube moved"]}\n'
+                     '{"pair_id": "b", "references": ["no change"]}\n')
+    assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["num_pairs"] == 2 and scores["ROUGE-L"] == pytest.approx(1)
+
+
+def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.jsonl").write_text("".join(f'{{"pair_id": "{k}", "prediction": "car {k} left"}}\n' for k in range(3)))
+    Path("r.jsonl").write_text("".join(f'{{"pair_id": "{k}", "references": ["car {k} left"]}}\n' for k in range(3)))
+    assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "BLEU-1     1.0000  [1.0000, 1.0000]" and lines[-1] == "3 pairs in 3 groups, coco-caption/v1"
+    twice = ("--predictions", "p.jsonl") * 2
+    assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
+    message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
+    assert message == ("onediff: clevr_change/total/v1 scores the official test split with its 7,970 pairs, got 3: "
+                       "take that split whole, or score without a protocol")
+
+
+def test_spice_that_cannot_be_downloaded_is_told_with_address_and_cure(project: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "no change"}\n')
+    Path("r.jsonl").write_text('{"pair_id": "a", "references": ["no change"]}\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    told = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
+    assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in told
+    assert str(project / "cache/onediff/spice") in told and told.endswith("or leave SPICE out")
+
+
+def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"pair_id": f"p{i}", "group_id": f"g{i // 2}", "references": [f"the {word} was removed"]}
+             for i, word in enumerate(["cube", "ball", "car", "man", "dog", "tree", "hat", "bus"])]
+    said = {"good": [pair["references"][0] for pair in pairs], "bad": ["nothing has changed at all"] * 8}
+    Path("r.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    for name, texts in said.items():
+        Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"pair_id": f"p{i}", "prediction": text})
+                                                   for i, text in enumerate(texts)))
+    assert _onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "8 pairs in 4 groups, 10000 resamples of them, coco-caption/v1"
+    assert lines[7].split()[0] == "CIDEr" and lines[7].split()[3].startswith("+")
+    Path("bad.jsonl").write_text(Path("bad.jsonl").read_text().replace("p7", "p9"))
+    message = str(_onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))
+    assert "1 (p7) missing from the predictions, 1 (p9) not among the references" in message
+
+
+def test_a_folder_without_a_model_is_told_with_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (17, 13)).save("a.png")
+    message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "data/models/tune"))
+    assert message.startswith("onediff: data/models/tune is not a model folder (it has no config.json): 'make run' ")
+    assert "such as data/models/tune" not in message  # it is the folder that is missing
+
+
+def test_a_file_that_is_no_image_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.png").write_text("not an image")
+    assert "a.png" in str(_onediff(monkeypatch, "caption", "a.png", "a.png"))
+
+
+def test_the_doctor_names_packages_that_differ_from_the_lock(project: Path) -> None:
+    Path("requirements.lock").write_text("# a comment\ntyper==0.0.1\nno-such-package==1.0\n")
+    finding = doctor._packages()
+    assert not finding.ok and "no-such-package missing (locked: 1.0)" in finding.found and "typer" in finding.found
+
+
+def test_the_doctor_finds_java_without_a_system_java() -> None:
+    assert doctor._java().ok
+
+
+def test_the_doctor_tells_a_wrong_params_file_and_its_cure(project: Path) -> None:
+    Path("params.yaml").write_text("seed: x\n")
+    (finding,) = doctor._project()
+    assert finding.needed and not finding.ok and "seed" in finding.found and "preset" in finding.cure
+
+
+def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ONEDIFF_WORKERS", "1")
+    with Image.open(ROOT / "examples/folder/images/5_before.png") as image:
+        image.convert("RGB").resize((image.width * 2, image.height * 2)).save("copy.jpg")
+    rows = [{"id": "a", "image": ["copy.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "a disc"}]}]
+    Path("rows.json").write_text(json.dumps(rows))
+    asked = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "found.jsonl")
+    assert _onediff(monkeypatch, *asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
+    assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read, and nothing is "
+                         "known of them")
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert {(finding["train_image"], finding["pair_id"]) for finding in found} == {("copy.jpg", "folder-test-000005")}
+    assert _onediff(monkeypatch, *asked, "--fail", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["leaks"] == 1
+    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *asked, "--split", "val"))
+
+
+def test_a_judge_without_a_model_or_references_says_what_to_name(project: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
+    assert said.startswith("onediff: params.yaml: judge: is not set") and "--model" in said and "\n" not in said
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # it has one
+    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
+    assert said.startswith("onediff: --references is needed")
+    assert not Path("data").exists()
+
+
+def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    for side in ("INPUT", "OUTPUT"):
+        monkeypatch.setenv(f"ONEDIFF_WRITER_USD_PER_MILLION_{side}", "0")
+    Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "the cube is gone"}\n'
+                               '{"pair_id": "b", "prediction": "a dog came"}\n')
+    Path("r.jsonl").write_text('{"pair_id": "a", "references": ["the cube is gone"]}\n'
+                               '{"pair_id": "b", "references": ["nothing changed"]}\n')
+    with serving() as server:
+        assert _onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "r.jsonl", "--model", "tiny",
+                        "--base-url", server.url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
+    assert lines[-1] == "2 of 2 captions judged"

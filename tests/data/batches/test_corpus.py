@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onediff.data.batches.corpus import Corpus
+from onediff.data.record import Record, digest, write_shards
+
+
+@pytest.fixture
+def diffcap(scene_pairs: list[Record], tmp_path: Path) -> Path:
+    edits = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={}) for record in scene_pairs[:3]]
+    text = replace(scene_pairs[0], pair_id="t", source="chat", before=b"", after=b"", num_images=0,
+                   provenance={"conversation": [["What\nis it?", "a table"]]})
+    write_shards([*scene_pairs, *edits, text], tmp_path / "diffcap", "train", shard_pairs=7)
+    return tmp_path / "diffcap"
+
+
+def read(folder: Path) -> Corpus:
+    return Corpus.read(folder, "train", ["scenes", "edits", "chat"], store=folder.parent / "store")
+
+
+def test_every_image_comes_back_byte_for_byte_and_lies_there_once(diffcap: Path, scene_pairs: list[Record]) -> None:
+    corpus = read(diffcap)
+    contents = {content for record in scene_pairs for content in record.images}
+    assert {corpus.files[name] for name in corpus.files.places} == contents
+    assert (diffcap.parent / "store/images.bin").stat().st_size == sum(map(len, contents))
+
+
+def test_a_second_start_reads_what_the_first_left(diffcap: Path) -> None:
+    first = read(diffcap)
+    for shard in diffcap.iterdir():
+        shard.unlink()
+    second = read(diffcap)
+    assert (first.samples, first.captions, first.source_of) == (second.samples, second.captions, second.source_of)
+
+
+def test_what_a_killed_start_left_is_not_taken_for_whole(diffcap: Path) -> None:
+    part = diffcap.parent / "store.part"
+    part.mkdir()
+    (part / "images.bin").write_bytes(b"half")
+    assert read(diffcap).files.places
+    assert not part.exists()
+
+
+def test_a_conversation_without_images_is_kept_whole(diffcap: Path) -> None:
+    [chat] = [sample for sample in read(diffcap).samples if sample.source == "chat"]
+    assert (chat.images, chat.turns) == ((), (("What\nis it?", "a table"),))
+
+
+def test_captions_belong_to_single_images(diffcap: Path, scene_pairs: list[Record]) -> None:
+    corpus, pair = read(diffcap), scene_pairs[0]
+    told = [corpus.captions["scenes"][digest(content)] for content in pair.images]
+    assert told == pair.provenance["captions"]

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from published_sets import picture, put
+
+from onediff.data.record import Record
+from onediff.data.sources.file_index import open_files
+from onediff.data.sources.read import records, summarize
+from onediff.data.sources.readers.folder import divided
+from onediff.data.splits import SPLITS
+
+EXAMPLES = Path(__file__).resolve().parents[4] / "examples"
+
+
+def read(folder: Path) -> list[Record]:
+    files = open_files(folder, folder.parent / "scratch")
+    return [record for split in SPLITS for record in records("mine", files, split)]
+
+
+def test_the_examples_work() -> None:
+    found = {record.pair_id.rpartition("-")[2]: record for record in read(EXAMPLES / "folder")}
+    assert sorted(found) == ["000001", "000002", "000003", "000004", "000005"]
+    assert found["000001"].references == ["the red disc is green now", "the disc on the left turned from red to green"]
+    assert found["000004"].references == ["a blue disc, small, appeared at the bottom left"]
+    assert found["000005"].before == found["000005"].after == (EXAMPLES / "folder/images/5_after.png").read_bytes()
+    train, test = read(EXAMPLES / "folder_jsonl")
+    assert (train.pair_id, train.split, train.group_id) == ("mine-train-disc", "train", "mine-table 1")
+    assert train.instruction == "What is different in the second picture?"
+    assert (test.split, len(test.references), test.change_type) == ("test", 2, "add")
+    assert summarize("mine", EXAMPLES / "folder")["missing"] == []
+
+
+def test_references_come_from_all_their_columns(tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", "before,after,references,reference,reference_2\na.png,b.png,one| two |,three,\n")
+    assert read(tmp_path)[0].references == ["one", "two", "three"]
+    put(tmp_path / "pairs.csv", "before,after,reference_2,reference\na.png,b.png,two,one\n")
+    assert read(tmp_path)[0].references == ["two", "one"]
+    (tmp_path / "pairs.csv").unlink()
+    put(tmp_path / "pairs.jsonl", '{"before": "a.png", "after": "b.png", "references": "a|b is one"}\n')
+    assert read(tmp_path)[0].references == ["a|b is one"]
+
+
+def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -> None:
+    splits = [divided(f"group {k}") for k in range(4001)]
+    shares = [splits.count(split) / 4001 for split in SPLITS]
+    assert shares == pytest.approx([0.80, 0.05, 0.05, 0.10], abs=0.02)
+    assert divided("group 7") == divided("group 7")
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    ("before,after\n/etc/passwd,b.png\n", "line 2: before must be a path below the folder"),
+    ("before,after\na.png,../b.png\n", "line 2: after must be a path below the folder"),
+    ("before,after\na.png,\n", "after must be a path below the folder, .* got ''"),
+    ("before,reference\na.png,b\n", "'after' is missing"),
+    ("before,after,captoin\na,b,c\n", "unknown column 'captoin'; known are before, after, references"),
+    ("before,after,split,reference\na,b,tset,c\n", "split must be one of train, val, gate, test or empty, got 'tset'"),
+    ("before,after,split\na,b,test\n", "line 2: a pair of split test without references cannot be scored"),
+    ("before,after,split,reference\na,b,gate, \n", "line 2: a pair of split gate without references cannot be scored"),
+    ("before,after,reference\n", "no pair in it"),
+    ("before,after,reference,reference\na,b,c,d\n", "the header has 'reference' twice"),
+    ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is also that of .*line 2"),
+])
+def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", table)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", "before,after\n")
+    put(tmp_path / "pairs.jsonl", "")
+    with pytest.raises(ValueError, match="which of them"):
+        read(tmp_path)
+
+
+def test_another_image_is_never_taken_for_a_missing_one(tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", "before,after,reference\nimages/frame_1.png,b.png,x\n")
+    for name in ("images/frame_001.png", "images/frame_1.jpg", "old/images/frame_1.png", "deep/b.png"):
+        picture(tmp_path / name, 1)
+    [record] = read(tmp_path)
+    assert record.provenance["missing"] == ["images/frame_1.png"]
+    assert (record.before, record.after) == (b"", (tmp_path / "deep/b.png").read_bytes())
+    exact = picture(tmp_path / "images/frame_1.png", 2)
+    assert read(tmp_path)[0].before == exact.read_bytes()
+
+
+def test_a_missing_image_is_named_and_the_pair_stays(tmp_path: Path) -> None:
+    put(tmp_path / "pairs.csv", "before,after,reference,split\nin/a.png,in/b.png,x,train\n")
+    picture(tmp_path / "in/a.png", 1)
+    assert read(tmp_path)[0].provenance["missing"] == ["in/b.png"]
+    assert summarize("mine", tmp_path)["splits"]["train"]["missing_images"] == 1

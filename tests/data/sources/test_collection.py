@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from onediff.data.sources.collection import CaptionedImage, list_collection, load, read_collection
+
+FOUR = [CaptionedImage(f"{k}.jpg", f"content {k}".encode(), f"caption {k}") for k in range(4)]
+
+
+def write_images(folder: Path, images: list[CaptionedImage] = FOUR) -> Path:
+    folder.mkdir(exist_ok=True)
+    for image in images:
+        (folder / image.name).write_bytes(image.content)
+    return folder
+
+
+def write_csv(folder: Path, lines: list[str]) -> None:
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+
+
+def test_every_layout_gives_the_same_images(tmp_path: Path) -> None:
+    csv = write_images(tmp_path / "csv")
+    write_csv(csv, [f"{image.name},{image.caption}" for image in FOUR])
+    lines = write_images(tmp_path / "jsonl")
+    (lines / "captions.jsonl").write_text("".join(json.dumps({"image": image.name, "caption": image.caption}) + "\n"
+                                                  for image in FOUR))
+    coco = write_images(tmp_path / "coco")
+    told = {"images": [{"id": k, "file_name": image.name} for k, image in enumerate(FOUR)],
+            "annotations": [{"image_id": k, "caption": text} for k, image in enumerate(FOUR)
+                            for text in (image.caption, "another")]}
+    (coco / "captions_train.json").write_text(json.dumps(told))
+    for folder in (csv, lines, coco):
+        assert list(read_collection(folder)) == FOUR
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_is_read_by_row_groups(tmp_path: Path, struct: bool) -> None:
+    images = [{"bytes": image.content, "path": None} for image in FOUR] if struct else [i.content for i in FOUR]
+    table = pa.table({"image": images, "text": [["", image.caption, "more"] for image in FOUR]})
+    pq.write_table(table, tmp_path / "part.parquet", row_group_size=3)
+    found = list(read_collection(tmp_path))
+    assert [(image.content, image.caption) for image in found] == [(image.content, image.caption) for image in FOUR]
+    assert [image.name for image in found] == ["part.parquet#0.0", "part.parquet#0.1", "part.parquet#0.2",
+                                               "part.parquet#1.0"]
+    assert list(load(reversed(list_collection(tmp_path)))) == found[::-1]
+
+
+def test_annotations_without_captions_are_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path, FOUR[:1])
+    images = [{"id": 1, "file_name": "0.jpg"}]
+    for name, told in (("captions", {"caption": "a dog"}), ("instances", {"bbox": [0, 0, 1, 1]})):
+        (tmp_path / f"{name}_train.json").write_text(
+            json.dumps({"images": images, "annotations": [{"image_id": 1} | told]}))
+    assert [image.caption for image in read_collection(tmp_path)] == ["a dog"]
+
+
+def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    write_csv(tmp_path, ["0.jpg, ", "1.jpg,first", "1.jpg,second", "2.jpg,  two\twords "])
+    assert [(image.name, image.caption) for image in read_collection(tmp_path)] == [
+        ("1.jpg", "first"), ("2.jpg", "two words")]
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ([], r"no image with a caption in it; captions\.csv or captions\.jsonl, COCO's JSON"),
+    (["9.jpg,gone", "0.jpg,there"], r"1 of 2 images are not there \(first: 9\.jpg\)"),
+    (["../0.jpg,out"], r"captions\.csv line 2: image must be a path below the folder, .*, got '\.\./0\.jpg'"),
+    (['0.jpg,"never closed'], r"captions\.csv line \d: broken quoting"),
+    (["0.jpg,a,b"], r"captions\.csv line 2: 2 columns expected, got 3"),
+])
+def test_bad_tables_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    write_csv(write_images(tmp_path / "images"), lines)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        list(read_collection(tmp_path / "images"))
+
+
+def test_bad_parquet_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere not found: put images and captions\.csv there"):
+        list(read_collection(tmp_path / "nowhere"))
+    pq.write_table(pa.table({"image": [b"x"], "words": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no column caption, captions, text; got image, words"):
+        list(read_collection(tmp_path))
+    pq.write_table(pa.table({"url": ["x"], "caption": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no column of images"):
+        list(read_collection(tmp_path))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file .*get it again"):
+        list(read_collection(tmp_path))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from published_sets import picture, put
+
+from onediff.data.sources.file_index import Files, open_files
+
+
+def index(folder: Path, *names: str) -> Files:
+    for number, name in enumerate(names):
+        put(folder / name, f"content {number}")
+    return Files([("", folder)])
+
+
+@pytest.mark.parametrize(("wanted", "there"), [
+    ("1001.png", "deep/er/1001.png"),  # whatever the nesting
+    ("a.jpg", "a.gif"), ("a.png", "a.JPEG"), ("a.jpeg", "a.webp"), ("a.jpg", "a.bmp"), ("a.jpg", "a.tif"),
+    ("1001_2.png", "01001_2.png"), ("0007.png", "7.png"), ("CLEVR_default_000012.png", "images/CLEVR_default_12.png"),
+    ("CLEVR_default_12.png", "CLEVR_default_000012.jpg"), ("0.png", "000.png"),
+    ("Site.com_x", "Site.com_x.jpg"),  # published without ending
+    ("images/a.png", "mine/images/a.png"), ("images\\a.png", "images/a.png"),
+])
+def test_an_image_is_found_however_it_is_nested_padded_or_ending(wanted: str, there: str, tmp_path: Path) -> None:
+    assert index(tmp_path, there).find(wanted) == tmp_path / there
+
+
+@pytest.mark.parametrize(("wanted", "there"), [
+    ("after/1.png", "before/1.png"), ("1.png", "1_2.png"), ("10.png", "1.png"), ("a.png", "A.png"), ("a.png", "a.txt"),
+    ("coco/train2017/000000000007.jpg", "gqa/images/7.jpg"), ("a.png", "__MACOSX/a.png"), ("a.png", "._a.png"),
+])
+def test_another_image_is_never_taken_for_it(wanted: str, there: str, tmp_path: Path) -> None:
+    assert index(tmp_path, there).find(wanted) is None
+
+
+def test_the_nearest_name_wins(tmp_path: Path) -> None:
+    files = index(tmp_path, "07.jpg", "7.jpg", "07.png", "7.png", "008.gif", "8.gif")
+    assert files.find("7.png") == tmp_path / "7.png"
+    assert files.find("07.jpg") == tmp_path / "07.jpg"
+    assert files.find("008.png") == tmp_path / "008.gif"
+    with pytest.raises(ValueError, match="both fit and differ"):
+        files.find("007.png")
+
+
+def test_two_unlike_files_of_one_name_stop_it_and_two_equal_ones_do_not(tmp_path: Path) -> None:
+    files = index(tmp_path, "one/7.png", "two/7.png", "one/train.json", "two/train.json")
+    with pytest.raises(ValueError, match=r"7\.png: .*one/7\.png and .*two/7\.png both fit and differ"):
+        files.find("7.png")
+    with pytest.raises(ValueError, match=r"train\.json: .* both fit and differ: leave only one"):
+        files.named("train.json")
+    put(tmp_path / "two/7.png", "content 0")
+    assert files.find("7.png") == tmp_path / "one/7.png"
+
+
+def test_an_archive_is_read_where_it_lies_and_unpacked_once(tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "raw", tmp_path / "scratch"
+    picture(tmp_path / "1.png", 1)
+    (folder / "coco").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "coco/train2017.zip", "w") as archive:
+        archive.write(tmp_path / "1.png", "train2017/0001.png")
+        archive.writestr("train.json", "[]")
+    found = open_files(folder, scratch).find("coco/train2017/0001.jpg")
+    assert found is not None
+    assert found.read_bytes() == (tmp_path / "1.png").read_bytes()
+    written = found.stat().st_mtime_ns
+    again = open_files(folder, scratch)
+    assert again.require("train.json").read_text() == "[]"
+    assert found.stat().st_mtime_ns == written
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "far/1.png", "content")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/images").symlink_to(tmp_path / "far")
+    (tmp_path / "far/loop").symlink_to(tmp_path / "far")
+    assert Files([("", tmp_path / "raw")]).find("1.png") == tmp_path / "raw/images/1.png"

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from onediff.data.sources import inbox, tracked
+from onediff.data.sources.file_index import open_files
+from onediff.data.sources.inbox import Places, Taken, take
+from onediff.data.sources.read import records, summarize
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SOURCES = ["mine", "other"]
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """Without DVC, which tests/flows/test_refresh_data.py has; what was added is kept in the file `added`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inbox").mkdir()
+    monkeypatch.setattr(tracked, "add", lambda folder: Path("added").write_text(str(folder)))
+    return Places(Path("inbox"), Path("scratch"))
+
+
+def taken(places: Places, settle_s: float = 0) -> Taken:
+    return take(places, SOURCES, settle_s=settle_s, max_megapixels=64)
+
+
+def drop(example: str, source: str = "mine") -> Path:
+    return Path(shutil.copytree(EXAMPLES / example, Path("inbox") / source))
+
+
+def pairs_in(folder: Path, source: str = "mine") -> list[tuple[bytes, bytes, tuple[str, ...]]]:
+    files = open_files(folder, Path("scratch"))
+    every = [record for split in ("train", "val", "gate", "test") for record in records(source, files, split)]
+    return sorted((record.before, record.after, tuple(record.references)) for record in every)
+
+
+@pytest.mark.parametrize("example", ["folder", "folder_jsonl"])
+def test_a_batch_becomes_a_source_that_reads_as_the_batch_did(places: Places, example: str) -> None:
+    drop(example)
+    dropped = pairs_in(Path("inbox/mine"))
+    assert taken(places).batches == [("mine", len(dropped))]
+    assert pairs_in(Path("data/raw/mine")) == dropped
+    assert list(Path("inbox").iterdir()) == [] and Path("added").read_text() == "data/raw/mine"
+    assert summarize("mine", Path("data/raw/mine"), scratch=Path("scratch"))["missing"] == []
+
+
+@pytest.mark.parametrize(("first", "second"), [("folder", "folder_jsonl"), ("folder_jsonl", "folder")])
+def test_a_second_batch_is_added_to_what_was_there(places: Places, first: str, second: str) -> None:
+    """What was there is a folder made by hand, in either format."""
+    shutil.copytree(EXAMPLES / first, "data/raw/mine")
+    old = pairs_in(Path("data/raw/mine"))
+    ids = [pair.official_id for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))]
+    drop(second)
+    new = pairs_in(Path("inbox/mine"))
+    assert taken(places).problems == []
+    assert pairs_in(Path("data/raw/mine")) == sorted([*old, *new])
+    every = [pair.official_id for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))]
+    assert every[: len(ids)] == ids and len(set(every)) == len(old) + len(new)
+
+
+def test_a_split_a_group_and_an_id_of_ones_own_are_kept(places: Places) -> None:
+    folder = drop("folder_jsonl")
+    row = {"before": "1_before.png", "after": "1_after.png", "references": ["a|b", "c"], "split": "gate", "group": "g",
+           "pair_id": "x7", "change_type": "color", "instruction": "What?"}
+    (folder / "pairs.jsonl").write_text(json.dumps(row))
+    shutil.copytree(EXAMPLES / "folder", "data/raw/mine")  # a CSV, in which "a|b" would be two references
+    assert taken(places).problems == []
+    [pair] = [pair for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))
+              if pair.official_id == "x7"]
+    assert (pair.split, pair.group, pair.references, pair.change_type, pair.instruction) == (
+        "gate", "g", ["a|b", "c"], "color", "What?")
+
+
+def test_the_same_images_come_into_the_same_split_whatever_they_are_called(places: Places) -> None:
+    for number in range(2):
+        folder = drop("folder_jsonl")
+        for side in ("before", "after"):
+            (folder / f"1_{side}.png").rename(folder / f"{number}{side}.png")
+        row = {"before": f"{number}before.png", "after": f"{number}after.png", "references": ["a"]}
+        (folder / "pairs.jsonl").write_text(json.dumps(row))
+        assert taken(places).problems == []
+    pairs = list(inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch"))))
+    assert len(pairs) == 2 and len({(pair.group, pair.split) for pair in pairs}) == 1
+
+
+def test_nothing_is_taken_while_something_changes(places: Places) -> None:
+    drop("folder")
+    found = taken(places, settle_s=60)
+    assert (found.batches, found.problems, found.waiting) == ([], [], ["mine"])
+    assert Path("inbox/mine/pairs.csv").exists() and not Path("data/raw").exists()
+
+
+def break_image(folder: Path) -> None:
+    path = folder / "images/2_after.png"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def lose_image(folder: Path) -> None:
+    (folder / "images/2_after.png").unlink()
+
+
+def spoil_table(folder: Path) -> None:
+    rows = list(csv.reader((folder / "pairs.csv").open()))
+    rows[2][0] = "../../etc/passwd"
+    with (folder / "pairs.csv").open("w") as file:
+        csv.writer(file).writerows(rows)
+
+
+def link_out(folder: Path) -> None:
+    lose_image(folder)
+    (folder / "images/2_after.png").symlink_to("/etc/passwd")
+
+
+def no_table(folder: Path) -> None:
+    (folder / "pairs.csv").unlink()
+
+
+@pytest.mark.parametrize(("spoil", "told"), [
+    (break_image, r"pair 2: .*2_after\.png: corrupt or truncated"),
+    (lose_image, r"pair 2: images/2_after\.png is not in the folder; put it there"),
+    (spoil_table, r"pairs\.csv line 3: before must be a path below the folder"),
+    (link_out, r"images/2_after\.png is a link; put the file itself there"),
+    (no_table, r"no pairs\.csv or pairs\.jsonl in it"),
+])
+def test_a_bad_batch_stays_where_it_is_and_stops_no_other(places: Places, spoil: Callable[[Path], Any],
+                                                          told: str) -> None:
+    spoil(drop("folder"))
+    drop("folder_jsonl", "other")
+    before = sorted(Path("inbox/mine").rglob("*"))
+    found = taken(places)
+    assert found.batches == [("other", 2)] and len(found.problems) == 1
+    with pytest.raises(ValueError, match=told):
+        raise ValueError(found.problems[0])
+    assert found.problems[0].startswith("inbox/mine")
+    assert sorted(Path("inbox/mine").rglob("*")) == before and not Path("data/raw/mine").exists()
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("mnie", "no source of params.yaml: data.raw, which names mine, other; did you mean 'mine'?"),
+    ("spot_the_diff", "a published set"),
+    ("My pairs", "rename the folder, or add the source there"),
+])
+def test_a_folder_of_a_wrong_name_is_told(places: Places, name: str, told: str) -> None:
+    drop("folder", name)
+    assert told in taken(places).problems[0] and Path("inbox", name, "pairs.csv").exists()
+
+
+def test_a_loose_file_is_told(places: Places) -> None:
+    Path("inbox/pairs.csv").write_text("before,after")
+    [told] = taken(places).problems
+    assert told == "inbox/pairs.csv: not a folder: put a batch into a sub-folder called as its source"
+
+
+def test_an_id_that_the_source_has_is_refused(places: Places) -> None:
+    for reference in ("a", "b"):
+        folder = drop("folder_jsonl")
+        row = {"before": "1_before.png", "after": "1_after.png", "references": [reference], "pair_id": "x7"}
+        (folder / "pairs.jsonl").write_text(json.dumps(row))
+        found = taken(places)
+    assert "pair 1: pair_id 'x7' is in the source already" in found.problems[0]
+    assert len(pairs_in(Path("data/raw/mine"))) == 1
+
+
+def test_the_very_same_batch_again_is_told_and_kept(places: Places) -> None:
+    drop("folder")
+    taken(places)
+    drop("folder")
+    assert "these very files came in before, as data/raw/mine/" in taken(places).problems[0]
+    assert Path("inbox/mine/pairs.csv").exists() and len(pairs_in(Path("data/raw/mine"))) == 5
+
+
+def test_a_source_that_dvc_has_but_this_clone_has_not_is_not_begun_anew(places: Places) -> None:
+    Path("data/raw").mkdir(parents=True)
+    Path("data/raw/mine.dvc").write_text("outs: []\n")
+    drop("folder")
+    assert "'dvc pull data/raw/mine.dvc' first" in taken(places).problems[0]
+    assert not Path("data/raw/mine").exists()
+
+
+def test_without_an_inbox_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"make the folder, or set inbox in runtime\.yaml"):
+        take(Places(tmp_path / "none", tmp_path), SOURCES, settle_s=0, max_megapixels=64)
+
+
+STEPS = ("rename", "replace", "mkdir", "unlink", "rmdir")
+
+
+def _killed_before(step: int, places: Places) -> None:
+    """Takes the batches, and dies by SIGKILL before the step-th thing that it does to the file system."""
+    done = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+    shutil.copyfile = counted(shutil.copyfile)
+    tracked.add = counted(tracked.add)
+    taken(places)
+
+
+@pytest.mark.parametrize("there", [None, "folder"])
+def test_nothing_is_lost_or_doubled_wherever_it_is_killed(places: Places, there: str | None) -> None:
+    context = multiprocessing.get_context("fork")
+    steps = 0
+    while True:
+        for folder in ("inbox/mine", "data"):
+            shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            shutil.copytree(EXAMPLES / there, "data/raw/mine")
+        drop("folder_jsonl")
+        wanted = sorted([*(pairs_in(Path("data/raw/mine")) if there else []), *pairs_in(Path("inbox/mine"))])
+        Path("added").unlink(missing_ok=True)
+        process = context.Process(target=_killed_before, args=(steps, places))
+        process.start()
+        process.join()
+        found = taken(places)
+        assert found.problems == [] and pairs_in(Path("data/raw/mine")) == wanted, steps
+        assert list(Path("inbox").iterdir()) == [] and Path("added").exists(), steps
+        assert not list(Path("data/raw/mine").glob(".*")), steps
+        if process.exitcode == 0:
+            break
+        steps += 1
+    assert steps > 8
+
+
+def test_a_batch_of_large_images_is_refused_as_the_probe_would(places: Places) -> None:
+    folder = drop("folder")
+    Image.new("RGB", (1100, 1000)).save(folder / "images/1_before.png")
+    found = take(places, SOURCES, settle_s=0, max_megapixels=1)
+    assert "pair 1: inbox/mine/images/1_before.png: 1.1 megapixels, at most 1 allowed" in found.problems[0]

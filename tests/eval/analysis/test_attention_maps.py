@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parts import CHANNELS, SIDE, small
+from PIL import Image
+
+from onediff.config import Config
+from onediff.data.record import Record
+from onediff.data.synthesis.scenes import scene_records
+from onediff.eval.analysis.attention_maps import (
+    AttentionMaps,
+    attention_figures,
+    attention_maps,
+    attention_weights,
+    coverage,
+    glances,
+    look,
+    maps_of,
+    on_the_grid,
+    per_image,
+    pixel_change,
+    points_inside,
+    recorded,
+    regions,
+)
+from onediff.model.assemble import build
+from onediff.model.captioner import Captioner
+from onediff.model.delta import Attention
+
+B, N = 3, SIDE**2
+VARIANTS = [{}, {"delta_inputs": "pair_and_difference"}, {"delta_inputs": "pair_and_matched_difference"},
+            {"delta_cross_attention_every": 2}, {"delta_image_ids": False}, {"delta_num_tokens": 1}]
+
+
+def captioner(micro: Config, *, reading: str = "C", pool: int = 2, **delta: Any) -> Captioner:
+    """The micro preset's model, untrained."""
+    settings = micro.model.model_copy(update={"reading": reading, "patch_pool": pool,
+                                              "delta": micro.model.delta.model_copy(update=delta)})
+    return Captioner(*build(settings, seed=7))
+
+
+@pytest.fixture(scope="module")
+def pair(scene_pairs: list[Record]) -> tuple[Image.Image, Image.Image]:
+    return tuple(Image.open(io.BytesIO(image)).convert("RGB") for image in scene_pairs[0].images)
+
+
+@pytest.mark.parametrize("num_queries", [3, 5, 11])
+def test_recomputed_weights_give_the_module_s_own_output(num_queries: int) -> None:
+    torch.manual_seed(1)
+    attention = Attention(12, 3).eval()
+    queries, context = torch.randn(B, num_queries, 12), 3 * torch.randn(B, 7, 12)
+    weights = attention_weights(attention, queries, context)
+    value = attention.value(context).unflatten(-1, (3, -1)).transpose(1, 2)
+    mixed = attention.out((weights @ value).transpose(1, 2).flatten(2))
+    assert weights.shape == (B, 3, num_queries, 7)
+    assert torch.allclose(attention.norm(queries + mixed), attention(queries, context), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_cross_attention_is_recorded_and_nothing_else_changes(variant: dict[str, Any]) -> None:
+    delta = small(**variant).delta
+    before, after = torch.randn(2, B, 4, N, CHANNELS, generator=torch.Generator().manual_seed(2))
+    plain = delta(before, after)
+    with recorded(delta) as weights:
+        watched = delta(before, after)
+    views = 3 if variant.get("delta_inputs") == "pair_and_difference" else 2
+    assert torch.equal(plain, watched)
+    assert [each.shape for each in weights] == [(B, views * N)] * 3
+    assert all(torch.allclose(each.sum(-1), torch.ones(B), atol=1e-5) for each in weights)
+    delta(before, after)
+    assert len(weights) == 3  # nobody listens any more
+
+
+@pytest.mark.parametrize(("reading", "pool"), [("A", 2), ("B", 1), ("C", 2)])
+@pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
+def test_the_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Image.Image], reading: str, pool: int,
+                                     inputs: str) -> None:
+    maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs), *pair)
+    assert maps.before.shape == maps.after.shape == maps.change.shape == (8, 8)
+    assert maps.before.sum() + maps.after.sum() == pytest.approx(1, abs=1e-5)
+    assert set(maps.levels) == {2, 4}
+    assert all(grids.sum() == pytest.approx(1, abs=1e-5) for grids in maps.levels.values())
+    assert np.allclose(sum(maps.levels.values()) / 2, [maps.before, maps.after])
+
+
+@pytest.mark.parametrize("inputs", ["pair", "pair_and_matched_difference"])
+def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inputs: str,
+                                                              pair: tuple[Image.Image, Image.Image]) -> None:
+    blind = captioner(micro, inputs=inputs, image_ids=False)
+    maps, swapped = attention_maps(blind, *pair), attention_maps(blind, *reversed(pair))
+    assert np.allclose(maps.before, swapped.after, atol=1e-6) and np.allclose(maps.after, swapped.before, atol=1e-6)
+    told = attention_maps(captioner(micro, inputs=inputs), *pair)
+    other = attention_maps(captioner(micro, inputs=inputs), *reversed(pair))
+    assert not np.allclose(told.before, other.after, atol=1e-5)
+    assert np.array_equal(told.change, other.change)
+
+
+def test_a_pair_looks_alone_as_in_a_batch(micro: Config, scene_pairs: list[Record]) -> None:
+    model = captioner(micro)
+    for record, together in look(model, scene_pairs[:3]):
+        alone = maps_of(model, [tuple(Image.open(io.BytesIO(image)) for image in record.images)])[0]
+        assert np.allclose(alone.before, together.before, atol=1e-6)
+        assert np.allclose(alone.after, together.after, atol=1e-6)
+
+
+def test_a_model_without_delta_tokens_has_no_maps(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:
+    with pytest.raises(ValueError, match=r"num_tokens is 0: .* has no attention"):
+        attention_maps(captioner(micro, reading="A", num_tokens=0), *pair)
+
+
+def test_a_difference_counts_half_for_each_image() -> None:
+    seen = np.arange(12, dtype=np.float64).reshape(1, 1, 12)
+    maps = per_image(seen, side=2)
+    assert maps[0, 0, 0].tolist() == [[4, 5.5], [7, 8.5]] and maps[0, 0, 1].tolist() == [[8, 9.5], [11, 12.5]]
+    assert maps.sum() == seen.sum()
+
+
+# --- the changed region ----------------------------------------------------------------------------------------------
+
+
+def test_coverage_equals_counting_fine_points() -> None:
+    fine = (np.arange(80) + 0.5) / 20  # 20 points along each of 4 patches
+    for box in ([0.2, 1.1, 2.7, 3.95], [1, 1, 2, 2], [0, 0, 4, 4], [3.05, 0.4, 3.35, 0.6]):
+        inside = ((fine >= box[1]) & (fine < box[3]))[:, None] & ((fine >= box[0]) & (fine < box[2]))[None, :]
+        counted = inside.reshape(4, 20, 4, 20).mean((1, 3))
+        assert np.allclose(coverage(box, side=4), counted, atol=0.05), box
+        assert coverage(box, side=4).sum() == pytest.approx((box[2] - box[0]) * (box[3] - box[1]))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (192, 96), (60, 150)])
+def test_a_box_of_an_image_of_any_shape_is_found_where_the_tower_sees_it(micro: Config, size: tuple[int, int]) -> None:
+    box = [size[0] // 2, size[1] // 4, size[0] // 2 + size[0] // 4, size[1] // 4 + size[1] // 4]
+    before, after = (np.zeros((size[1], size[0], 3), dtype=np.uint8) for _ in range(2))
+    after[box[1] : box[3], box[0] : box[2]] = 255
+    images = captioner(micro).processor.pixels([Image.fromarray(pixels) for pixels in (before, after)])
+    change = pixel_change(images[None], side=8)[0]
+    place = on_the_grid(box, size, side=8)
+    inside = coverage(place, side=8)
+    assert points_inside(change, place)
+    assert (change * inside).sum() > 0.8 * change.sum() * inside.max()
+    assert np.allclose(change / change.max(), inside / inside.max(), atol=0.25)
+
+
+def row(change_type: str, **where: Any) -> dict[str, Any]:
+    return {"change_type": change_type, "provenance": where}
+
+
+def test_each_image_has_its_own_region() -> None:
+    move = row("move", region_before=[1, 2, 3, 4], region_after=[5, 6, 7, 8])
+    assert regions(move) == {"before": [1, 2, 3, 4], "after": [5, 6, 7, 8]}
+    assert regions(row("add", region_before=None, region_after=[5, 6, 7, 8])) == {"after": [5, 6, 7, 8]}
+    assert regions(row("paste", region=[1, 2, 3, 4])) == {"before": [1, 2, 3, 4], "after": [1, 2, 3, 4]}
+    assert regions(row("crop", region=[1, 2, 3, 4])) == regions(row("blur", region=None)) == regions(row("none")) == {}
+    assert regions(row("unlabelled")) == {}
+
+
+def test_a_real_scene_is_looked_at_in_the_images_that_show_its_object(micro: Config) -> None:
+    records = [record for index in range(5) for record in scene_records(micro, "test", index)]
+    found = [glance for record, maps in look(captioner(micro), records) for glance in glances(record, maps)]
+    sides = {(glance.change_type, glance.side) for glance in found}
+    assert ("add", "after") in sides and ("add", "before") not in sides and ("none", "before") not in sides
+    assert {("move", "before"), ("move", "after"), ("drop", "before")} <= sides
+    got = attention_figures(found)
+    assert got["num_images"] == len(found) == sum(kind["num_images"] for kind in got["by_change_type"].values())
+    assert 0 < got["area_share"] < 0.2 and got["intervals"]["inside_share"][0] <= got["inside_share"]
+    assert {"level_2_inside_share", "level_4_pointing_accuracy"} <= got.keys()
+
+
+def test_looking_everywhere_alike_gives_the_area_and_looking_at_the_place_gives_1(scene_pairs: list[Record]) -> None:
+    record = replace(scene_pairs[0], change_type="move", provenance={"region_before": None,
+                                                                     "region_after": [12, 24, 36, 36]})
+    flat, point = np.full((8, 8), 1 / 128), np.zeros((8, 8))
+    point[2, 1] = 0.5
+    for grid, share, pointing in ((flat, 2 / 64, 0.0), (point, 1.0, 1.0)):
+        maps = AttentionMaps(before=flat, after=grid, levels={4: np.stack([flat, grid])}, change=flat)
+        got = attention_figures(glances(record, maps))
+        assert (got["inside_share"], got["pointing_accuracy"]) == (pytest.approx(share), pointing)
+        assert got["area_share"] == got["difference_inside_share"] == pytest.approx(2 / 64)
+        assert got["attention_share"] == pytest.approx(0.5)
+        assert got["level_4_inside_share"] == got["inside_share"]
+        assert (got["pointing_ceiling"], got["centre_pointing_accuracy"]) == (1, 0)
+
+
+def test_a_region_smaller_than_a_patch_may_be_out_of_reach(scene_pairs: list[Record]) -> None:
+    flat = np.full((8, 8), 1 / 128)
+    maps = AttentionMaps(before=flat, after=flat, levels={}, change=flat)
+    record = replace(scene_pairs[0], change_type="move", provenance={"region_after": [11, 11, 17, 17]})
+    assert attention_figures(glances(record, maps))["pointing_ceiling"] == 0
+    assert attention_figures([]) == {}

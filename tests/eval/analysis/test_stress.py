@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onediff.config import Config, Stress
+from onediff.data.record import Record
+from onediff.data.synthesis.edits import CASTS, OPERATIONS, edit_record
+from onediff.data.synthesis.phrases import EDIT_TEMPLATES
+from onediff.data.synthesis.scenes import scene_records
+from onediff.eval.analysis.behaviour import (
+    Change,
+    edit_truth,
+    inverse,
+    inverse_edit,
+    parse,
+    parse_edit,
+    says_the_edit,
+    says_the_truth,
+    scene_behaviour,
+    truth,
+    undone,
+    undone_edit,
+)
+from onediff.eval.analysis.stress import (
+    NUISANCES,
+    WEAR,
+    choose,
+    curve_points,
+    figures,
+    num_trials,
+    stressed,
+    trials,
+    unrelated,
+    worn,
+)
+from onediff.eval.floors import oracle
+from onediff.eval.metrics.compute import score
+from onediff.inputs.images import open_image
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def scenes(micro: Config) -> list[Record]:
+    return [record for index in range(5) for record in scene_records(micro, "test", index)]
+
+
+@pytest.fixture(scope="module")
+def edits(micro: Config) -> list[Record]:
+    return [edit_record(micro, "train", index) for index in range(60)]
+
+
+def pixels(image: bytes) -> np.ndarray:
+    return np.asarray(open_image(image), dtype=np.int64)
+
+
+def said_of(benchmark: str, records: list[Record], settings: Stress, text: Any) -> dict[str, dict[str, str]]:
+    """Captions of every trial as text(trial, pair) says them."""
+    return {trial: {pair.pair_id: text(trial, pair) for pair in pairs}
+            for trial, pairs in trials(benchmark, records, settings, seed=SEED)}
+
+
+# --- what leads back --------------------------------------------------------------------------------------------------
+
+
+def test_the_inverse_of_a_scene_is_what_its_swapped_pair_tells(micro: Config) -> None:
+    records = [record for index in range(20) for record in scene_records(micro, "test", index)]
+    by_id = {record.pair_id: vars(record) for record in records}
+    swapped = [row for row in by_id.values() if row["provenance"]["swap_of"]]
+    assert {row["change_type"] for row in swapped} == {"color", "texture", "add", "drop", "move"}
+    for row in swapped:
+        first, second = truth(by_id[row["provenance"]["swap_of"]]), truth(row)
+        back = undone(first)
+        assert back is not None and says_the_truth(second, back) and undone(back) == first
+        assert inverse(first, second)
+    assert undone(Change("none")) is None and undone(Change(None)) is None
+
+
+def test_the_inverse_of_the_inverse_of_an_edit_is_the_edit(edits: list[Record]) -> None:
+    found = {record.change_type: edit_truth(vars(record)) for record in edits}
+    assert set(found) == set(OPERATIONS)
+    without = {kind for kind, edit in found.items() if undone_edit(edit) is None}
+    assert without - {"remove"} == {"crop", "black_and_white", "blur", "none"}
+    for edit in found.values():
+        back = undone_edit(edit)
+        if back is not None:
+            assert back != edit and undone_edit(back) == edit
+            assert inverse_edit(edit, back) and inverse_edit(back, edit) and not inverse_edit(edit, edit)
+
+
+def test_a_tint_s_inverse_is_the_tint_that_takes_it_back() -> None:
+    def added(name: str) -> np.ndarray:
+        cast = np.array(CASTS[name], dtype=float)
+        return cast - cast @ np.array([0.299, 0.587, 0.114])
+
+    for name in CASTS:
+        back = undone_edit(Change("color_cast", new=name))
+        assert back is not None and back.new is not None
+        assert np.allclose(added(name) + added(back.new), 0)
+
+
+def test_a_hole_in_a_photograph_has_no_way_back_but_a_thing_taken_from_a_canvas_has() -> None:
+    assert undone_edit(Change("remove", new="left")) is None
+    back = undone_edit(Change("remove", color="red", shape="cube", new="left"))
+    assert back == Change("paste", color="red", shape="cube", new="left")
+    assert says_the_edit(parse_edit("put a small red block at the left"), back)
+    assert not says_the_edit(parse_edit("put a red block at the right"), back)
+    assert not says_the_edit(parse_edit("put a blue block at the left"), back)
+
+
+@pytest.mark.parametrize(("a", "b", "undoes"), [
+    ("brighten the image", "make the photo darker", True), ("brighten the image", "lighten the picture", False),
+    ("reduce the contrast", "make the contrast stronger", True),
+    ("make the image more red", "add a cyan tint", True), ("make the image more red", "add a red tint", False),
+    ("turn the photo to the left", "rotate the image to the right", True),
+    ("turn the photo to the left", "rotate the image to the left", False),
+    ("add a red cube at the top", "erase the thing at the top", True),
+    ("add a red cube at the top", "erase the thing at the left", False),
+    ("blur the image", "blur the image", False), ("nothing was edited", "nothing was edited", False),
+    ("what", "what", False)])
+def test_requests_that_undo_each_other(a: str, b: str, undoes: bool) -> None:
+    assert inverse_edit(parse_edit(a), parse_edit(b)) is undoes
+    assert inverse_edit(parse_edit(b), parse_edit(a)) is undoes
+
+
+def test_references_of_edits_tell_the_truth(edits: list[Record]) -> None:
+    for record in edits:
+        for text in record.references:
+            said = parse_edit(text)
+            if "{new}" not in max(EDIT_TEMPLATES[record.change_type], key=len) or said.new:
+                assert says_the_edit(said, edit_truth(vars(record))), text
+
+
+# --- which pairs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_chooses_the_same_pairs_in_their_order() -> None:
+    rows = [{"pair_id": f"p{i:03d}"} for i in range(50)]
+    chosen = choose(rows, 11, seed=3)
+    assert chosen == choose(rows, 11, seed=3) == sorted(chosen) and len(set(chosen)) == 11
+    assert chosen != choose(rows, 11, seed=4)
+    assert choose(rows, 99, seed=3) == [row["pair_id"] for row in rows]
+
+
+def test_a_source_that_is_another_one_under_stress_is_not_stressed() -> None:
+    assert [name for name in ("scenes", "scenes_far", "edits", "street") if stressed(name)] == ["scenes", "edits",
+                                                                                                "street"]
+
+
+def test_trials_hold_every_pair_in_order(micro: Config, scenes: list[Record], edits: list[Record]) -> None:
+    for benchmark, records in (("scenes", scenes), ("edits", edits), ("street", edits)):
+        made = {trial: list(pairs) for trial, pairs in trials(benchmark, records, micro.stress, seed=SEED)}
+        assert len(made) == num_trials(benchmark, micro.stress)
+        assert all([pair.pair_id for pair in pairs] == [record.pair_id for record in records]
+                   for pairs in made.values())
+        assert made["plain"] == records
+        assert all(pair.before == pair.after == record.after
+                   for pair, record in zip(made["identical/after"], records, strict=True))
+        assert [dataclasses.replace(pair, before=pair.after, after=pair.before) for pair in made["swapped"]] == records
+        assert ("shift_percent/5" in made) == (benchmark == "scenes")
+        again = {trial: list(pairs) for trial, pairs in trials(benchmark, records, micro.stress, seed=SEED)}
+        assert again == made
+
+
+def test_unrelated_images_are_of_two_groups(scenes: list[Record]) -> None:
+    group_of = {image: record.group_id for record in scenes for image in record.images}
+    pairs = unrelated(scenes, seed=SEED)
+    assert len(pairs) == len(scenes)
+    assert all(group_of[pair.before] == pair.group_id != group_of[pair.after] for pair in pairs)
+    assert unrelated(scenes[:4], seed=SEED) == []
+
+
+# --- nuisances --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nuisance", ["noise", "shift_percent", "scale_percent", "brightness_percent"])
+def test_strength_0_changes_nothing_and_more_changes_more(scenes: list[Record], nuisance: str) -> None:
+    record = scenes[0]
+    assert all((pixels(new) == pixels(old)).all()
+               for new, old in zip(worn(record, nuisance, 0, seed=SEED).images, record.images, strict=True))
+    moved = [np.abs(pixels(worn(record, nuisance, strength, seed=SEED).after) - pixels(record.after)).mean()
+             for strength in (2, 10, 30)]
+    assert 0 < moved[0] < moved[1] < moved[2]
+
+
+def test_worse_jpeg_is_farther_from_the_image(scenes: list[Record]) -> None:
+    far = [np.abs(pixels(worn(scenes[0], "jpeg_quality", quality, seed=SEED).before) - pixels(scenes[0].before)).mean()
+           for quality in (95, 50, 10)]
+    assert 0 < far[0] < far[1] < far[2] < 20
+
+
+def test_wear_is_on_both_images_and_the_others_between_them(scenes: list[Record]) -> None:
+    record = scenes[0]
+    assert {name for name in NUISANCES if worn(record, name, 20, seed=SEED).before != record.before} == set(WEAR)
+    noisy = worn(record, "noise", 10, seed=SEED)
+    first, second = (pixels(new) - pixels(old) for new, old in zip(noisy.images, record.images, strict=True))
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05 and 9 < first.std() < 10.5
+    other = worn(dataclasses.replace(record, pair_id="another"), "noise", 10, seed=SEED)
+    assert other.before != noisy.before
+
+
+def test_a_shift_moves_the_picture_and_repeats_its_edge(scenes: list[Record]) -> None:
+    old, new = pixels(scenes[0].after), pixels(worn(scenes[0], "shift_percent", 10, seed=SEED).after)
+    found = [(y, x) for y in range(-10, 11) for x in range(-10, 11)
+             if (np.roll(old, (y, x), (0, 1))[10:-10, 10:-10] == new[10:-10, 10:-10]).all()]
+    assert len(found) == 1 and 8 < np.hypot(*found[0]) < 11
+    assert np.abs(new[:, 0] - new[:, -1]).max() > 0  # nothing came round from the other side
+
+
+def test_scale_enlarges_the_middle(scenes: list[Record]) -> None:
+    dot = np.zeros((100, 100, 3), dtype=np.uint8)
+    dot[40:60, 40:60] = 255
+    record = dataclasses.replace(scenes[0], after=_encoded(dot))
+    for percent in (-50, 50, 100):
+        lit = (pixels(worn(record, "scale_percent", percent, seed=SEED).after)[..., 0] > 127).sum()
+        assert lit == pytest.approx(400 * (1 + percent / 100) ** 2, rel=0.1)
+
+
+def _encoded(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("nuisance", NUISANCES)
+def test_a_broken_image_is_told_as_everywhere(scenes: list[Record], nuisance: str) -> None:
+    with pytest.raises(ValueError, match="corrupt or truncated image"):
+        worn(dataclasses.replace(scenes[0], after=scenes[0].after[:300]), nuisance, 5, seed=SEED)
+
+
+def test_only_wear_is_tried_where_brightness_may_be_the_change(micro: Config) -> None:
+    assert {name for name, _ in curve_points("scenes", micro.stress)} == set(NUISANCES)
+    assert {name for name, _ in curve_points("edits", micro.stress)} == set(WEAR)
+    assert {name for name, _ in curve_points("street", micro.stress)} == set(WEAR)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_who_says_the_truth_of_every_pair_is_right_everywhere(micro: Config, scenes: list[Record]) -> None:
+    words = {"drop": "the {} is gone", "add": "a {} was added", "color": "the {} became {}",
+             "texture": "the {} became {}", "move": "the {} moved to the {}"}
+
+    def told(trial: str, pair: Record) -> str:
+        row = vars(pair)
+        if trial.startswith("identical") or pair.change_type == "none":
+            return "nothing has changed"
+        back = undone(truth(row))
+        if trial != "swapped" or back is None:
+            return oracle(row)
+        return words[back.change_type or ""].format(f"{back.color} {back.shape}", back.new or back.direction)
+
+    rows = [vars(record) for record in scenes]
+    got = figures("scenes", said_of("scenes", scenes, micro.stress, told), rows, micro.stress)
+    assert got["identical"]["false_alarm_rate"] == got["identical"]["unreadable_rate"] == 0
+    assert got["identical"]["same_caption_rate"] == got["swapped"]["same_caption_rate"] == 0
+    assert (got["swapped"]["num_pairs"], got["swapped"]["left_out"]) == (10, {})
+    assert got["swapped"]["swap_accuracy"] == got["swapped"]["swap_consistency"] == 1
+    assert got["swapped"]["by_change_type"]["move"]["swap_accuracy"] == 1
+    assert got["unrelated"]["no_change_rate"] == 0.5  # it goes by the pair's own record
+
+
+def test_one_who_never_looks_gives_itself_away(micro: Config, scenes: list[Record]) -> None:
+    rows = [vars(record) for record in scenes]
+    said = said_of("scenes", scenes, micro.stress, lambda _, pair: f"the red cube is gone {pair.pair_id[-1]}"[:20])
+    got = figures("scenes", said, rows, micro.stress)
+    assert got["identical"]["false_alarm_rate"] == got["identical"]["same_caption_rate"] == 1
+    assert got["identical"]["by_change_type"]["none"]["num_pairs"] == 20
+    assert got["unrelated"]["no_change_rate"] == got["swapped"]["swap_consistency"] == 0
+    assert got["swapped"]["false_alarm_rate"] == 1
+    assert parse(said["plain"][scenes[0].pair_id]) == Change("drop", color="red", shape="cube")
+
+
+def test_each_curve_begins_with_the_figures_of_the_plain_captions(micro: Config, scenes: list[Record]) -> None:
+    rows = [vars(record) for record in scenes]
+    said = said_of("scenes", scenes, micro.stress,
+                   lambda trial, pair: oracle(vars(pair)) if trial == "plain" else "nothing was changed")
+    got = figures("scenes", said, rows, micro.stress)["curves"]
+    plain = scene_behaviour(said["plain"], rows)
+    cider = score(said["plain"], {row["pair_id"]: row["references"] for row in rows}, metrics=["CIDEr"]).corpus["CIDEr"]
+    assert set(got) == set(NUISANCES)
+    for curve in got.values():
+        assert next(iter(curve)) == "none" and len(curve) == 2
+        assert curve["none"]["CIDEr"] == cider
+        assert curve["none"]["false_alarm_rate"] == plain["false_alarm_rate"] == 0
+        assert curve["none"]["changed_object_accuracy"] == plain["changed_object_accuracy"] == 1
+        assert curve["none"]["intervals"]["change_type_accuracy"] == plain["intervals"]["change_type_accuracy"]
+        worse = curve[list(curve)[1]]
+        assert worse["change_type_accuracy"] == 0 and worse["CIDEr"] < cider
+
+
+def test_edits_leave_out_what_has_no_inverse(micro: Config, edits: list[Record]) -> None:
+    rows = [vars(record) for record in edits]
+    got = figures("edits", said_of("edits", edits, micro.stress, lambda _, pair: pair.references[0]), rows,
+                  micro.stress)
+    assert {"crop", "black_and_white", "blur"} <= set(got["swapped"]["left_out"])
+    kinds = [record.change_type for record in edits]
+    left = sum(got["swapped"]["left_out"].values())
+    assert got["swapped"]["num_pairs"] + left + kinds.count("none") == len(edits)
+    assert got["swapped"]["swap_accuracy"] == got["swapped"]["swap_consistency"] == 0
+    assert got["swapped"]["same_caption_rate"] == 1 and got["swapped"]["false_alarm_rate"] == 0
+    assert got["curves"]["noise"]["20"]["operation_accuracy"] == 1
+    assert got["identical"]["by_change_type"]["none"]["false_alarm_rate"] == 0
+    assert got["identical"]["false_alarm_rate"] == pytest.approx(1 - kinds.count("none") / len(edits))
+
+
+def test_captions_that_no_grammar_reads_are_only_compared(micro: Config, edits: list[Record]) -> None:
+    rows = [vars(record) | {"change_type": "unlabelled"} for record in edits]
+    said = said_of("street", edits, micro.stress, lambda trial, _: "a car" if trial == "plain" else "a van")
+    got = figures("street", said, rows, micro.stress)
+    for part in ("identical", "unrelated", "swapped"):
+        assert set(got[part]) == {"same_caption_rate", "intervals"} and got[part]["same_caption_rate"] == 0
+    assert set(got["curves"]["jpeg_quality"]["20"]) == {"CIDEr", "intervals"}

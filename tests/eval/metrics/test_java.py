@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from onediff.eval.metrics import words
+from onediff.eval.metrics.java import Program, complaint
+from onediff.eval.metrics.meteor import Meteor, _command
+
+SCORES = ("from onediff.eval.metrics.compute import start, score, FAST_METRICS, METRICS\n"
+          "import psutil, sys, os, signal, time\n"
+          "start(METRICS if 'METEOR' in sys.argv else FAST_METRICS)\n"
+          "said, truth = {'a': 'a cat', 'b': 'x'}, {'a': ['a cat'], 'b': ['y']}\n"
+          "score(said, truth, metrics=FAST_METRICS)\n"
+          "print(*[child.pid for child in psutil.Process().children()], flush=True)\n")
+
+
+def tokenizer(timeout_s: float = 60.0) -> Program:
+    return Program("the PTB tokenizer", words._command, timeout_s=timeout_s)
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def ended(code: str, *metrics: str) -> tuple[list[int], int]:
+    """The Java programs that a process had when it told them, and its exit code."""
+    done = subprocess.run([sys.executable, "-c", SCORES + code, *metrics], stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True, timeout=120, check=False)
+    return [int(pid) for pid in done.stdout.split()], done.returncode
+
+
+@pytest.mark.parametrize(("code", "exits_with"), [
+    ("", 0), ("raise RuntimeError", 1), ("sys.exit(3)", 3), ("os._exit(4)", 4),
+    ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", -15), ("os.kill(os.getpid(), signal.SIGKILL)", -9)])
+def test_no_java_outlives_the_process_however_it_ends(code: str, exits_with: int) -> None:
+    pids, returned = ended(code)
+    assert (len(pids), returned) == (1, exits_with)
+    assert gone(pids, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "exits_with", "within_s"), [
+    ("", 0, 10), ("os.kill(os.getpid(), signal.SIGKILL)", -9, 120)])  # killed, METEOR first loads its tables
+def test_no_meteor_outlives_the_process(code: str, exits_with: int, within_s: float) -> None:
+    pids, returned = ended(code, "METEOR")
+    assert (len(pids), returned) == (2, exits_with)
+    assert gone(pids, within_s)
+
+
+def test_a_forked_child_neither_uses_nor_keeps_the_parents_java() -> None:
+    code = ("pid = os.fork()\n"
+            "if pid == 0:\n"
+            "    print(score(said, truth, metrics=FAST_METRICS).corpus['BLEU-1'] > 0, flush=True)\n"
+            "    os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)\n"
+            "os.wait()")
+    process = subprocess.Popen([sys.executable, "-c", SCORES + code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        assert process.stdout.readline() == "True\n"
+        assert process.wait(30) == -9
+        assert gone(pids, 30)  # though the child still sleeps
+    finally:
+        for child in psutil.process_iter(["cmdline"]):
+            if child.info["cmdline"] and child.info["cmdline"][-1] == SCORES + code:
+                child.kill()
+
+
+def test_a_program_killed_midway_is_told_and_the_next_call_starts_another() -> None:
+    with tokenizer() as program:
+        assert program.ask(["A cat"]) == ["a cat"]
+        first = program.pids
+        lines = [f"a red cat no {i}" for i in range(300_000)]
+        threading.Timer(0.2, lambda: os.kill(first[0], signal.SIGKILL)).start()
+        with pytest.raises(ValueError, match=r"the PTB tokenizer: Java ended with code -9 .*all of 300000 lines"):
+            program.ask(lines)
+        assert gone(first, 1)
+        assert program.ask(["A dog"]) == ["a dog"]
+        assert program.pids != first
+        os.kill(program.pids[0], signal.SIGKILL)  # between calls
+        time.sleep(0.2)
+        assert program.ask(["A bird"]) == ["a bird"]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_shifts_no_later_answer(interruptible: None) -> None:
+    with tokenizer() as program:
+        program.ask(["A cat"])
+        threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            program.ask([f"a red cat no {i}" for i in range(300_000)])
+        assert program.ask(["A dog", "a bird"]) == ["a dog", "a bird"]
+
+
+def test_silence_is_ended_and_told() -> None:
+    with tokenizer(timeout_s=2) as program:
+        program.ask(["A cat"])
+        os.kill(program.pids[0], signal.SIGSTOP)
+        first = program.pids
+        with pytest.raises(ValueError, match=r"no answer in 2 s, so its Java was ended and nothing is scored"):
+            program.ask(["A dog"])
+        assert gone(first, 1)
+        assert program.ask(["A dog"]) == ["a dog"]
+    with Meteor(timeout_s=0.2) as slow, pytest.raises(ValueError, match=r"METEOR: no answer in 0.2 s"):
+        slow.score([("a cat", ["a dog"])])
+
+
+def test_lines_longer_than_all_buffers_block_neither_side() -> None:
+    with tokenizer() as program:
+        lines = ["cat " * 100_000, "dog " * 100_000] * 3
+        assert program.ask(lines) == [line.strip() for line in lines]
+
+
+def test_threads_get_their_own_answers() -> None:
+    found: dict[int, list[str]] = {}
+    with tokenizer() as program:
+        def ask(thread: int) -> None:
+            for turn in range(20):
+                found[thread] = program.ask([f"thread {thread} turn {turn} line {i}" for i in range(50)])
+
+        threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {thread: [f"thread {thread} turn 19 line {i}" for i in range(50)] for thread in range(4)}
+
+
+def test_closing_frees_process_and_files_and_can_be_repeated() -> None:
+    here = psutil.Process()
+    before = here.num_fds()
+    with tokenizer() as program:
+        program.ask(["a cat"])
+        pids = program.pids
+        program.close()
+        program.close()
+        assert program.pids == []
+    assert gone(pids, 1)
+    assert here.num_fds() == before
+
+
+def test_closing_from_another_thread_ends_a_call_that_waits() -> None:
+    with Program("METEOR", _command) as program:
+        threading.Timer(0.3, program.close).start()
+        with pytest.raises(ValueError, match="Java ended"):
+            program.ask(["SCORE ||| a ||| a"])
+
+
+def test_no_java_on_the_path_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("JAVA_HOME", "/nowhere")
+    with tokenizer() as program:
+        assert program.ask(["A cat"]) == ["a cat"]
+
+
+def test_javas_error_is_told_rather_than_where_it_happened() -> None:
+    trace = b'loading\nException in thread "main" java.lang.OutOfMemoryError: Java heap space\n\tat Meteor.main\n'
+    assert complaint(trace) == 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space'
+    assert (complaint(b"one\ntwo\n"), complaint(b"")) == ("two", "no message")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+
+from onediff.eval.metrics import java
+from onediff.eval.metrics.compute import _meteor
+from onediff.eval.metrics.meteor import PAYS, Meteor, meteor, sums
+
+WORDS = ("the", "a", "cat", "dog", "big", "large", "small", "red", "removed", "removing", "gone", "was", "is", "ball",
+         "balls", "of", "in", "")
+
+
+def pairs(seed: int, num: int) -> list[tuple[str, list[str]]]:
+    rng = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.choice((0, 1, 2, 3, 5, 9)))).replace("  ", " ")
+
+    return [(sentence(), [sentence() for _ in range(rng.randint(1, 4))]) for _ in range(num)]
+
+
+def test_scores_are_those_of_meteors_own_program() -> None:
+    corpus, items, counts = _meteor.score(pairs(0, 500))
+    copy = _meteor.program._copies[0]
+    copy.put(None, "EVAL ||| " + " ||| ".join(" ".join(map(str, row)) for row in counts))
+    copy.asked.extend(range(500))  # it is answered by a line for each pair and one for all
+    theirs: list[float] = []
+    while len(theirs) < 501:
+        readable, writable = java._wait([copy], 60)
+        for each in writable:
+            each.send()
+        for each in readable:
+            theirs += [float(line) for _, line in each.receive()]
+    assert items == pytest.approx(theirs[:-1], abs=1e-12)
+    assert corpus == pytest.approx(theirs[-1], abs=1e-12)
+
+
+def test_no_words_and_no_match_score_nothing_and_the_same_words_one() -> None:
+    nothing = np.zeros((1, 23))
+    assert meteor(sums(nothing)).tolist() == [0.0]
+    _, items, _ = _meteor.score([("", ["a"]), ("a", [""]), ("", [""]), ("cat", ["rain"]), ("a cat", ["a cat"])])
+    assert items == [0, 0, 0, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core takes one copy")
+def test_much_work_starts_another_copy_and_both_give_the_same() -> None:
+    with Meteor() as driver:
+        first = driver.score(pairs(1, 400))
+        assert len(driver.program.pids) == 1
+        for seed in range(2 * PAYS // 400 + 5):
+            driver.score(pairs(2 + seed, 400))
+        assert len(driver.program.pids) == 2
+        while not all(copy.ready for copy in driver.program._copies):
+            driver.score(pairs(99, 50))
+        again = driver.score(pairs(1, 400))
+        assert (again[0], again[1]) == (first[0], first[1])
+        assert (again[2] == first[2]).all()

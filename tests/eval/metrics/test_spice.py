@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from onediff.eval.metrics import spice
+from onediff.eval.metrics.compute import score
+from onediff.eval.metrics.spice import DOWNLOADS, Download, fetch, folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onediff" / "spice"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Serves a zip of two jars, one cut short and a jar."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name in ("one.jar", "two.jar"):
+            archive.writestr(f"corenlp/{name}", name)
+    (tmp_path / "served").mkdir()
+    for name, content in (("whole.zip", whole.getvalue()), ("cut.zip", whole.getvalue()[:-40]), ("three.jar", b"3")):
+        (tmp_path / "served" / name).write_bytes(content)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_what_is_downloaded_is_announced_put_in_place_and_not_asked_for_again(
+        server: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = [Download(f"{server}/whole.zip", 384, ("one.jar", "two.jar")),
+              Download(f"{server}/three.jar", 2, ("three.jar",))]
+    fetch(downloads=wanted)
+    assert f"SPICE: downloading 386 MB to {cache}: {server}/whole.zip, {server}/three.jar\n" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in cache.iterdir()} == {"one.jar": "one.jar", "two.jar": "two.jar",
+                                                                         "three.jar": "3"}
+    fetch(downloads=wanted)
+    assert "downloading" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "jar", "why"), [("cut.zip", "one.jar", "zip file"), ("none.zip", "a.jar", "404"),
+                                                  ("whole.zip", "other.jar", "other.jar")])
+def test_a_download_that_fails_names_address_file_and_cure_and_leaves_nothing(server: str, cache: Path, name: str,
+                                                                              jar: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"SPICE needs {jar}, and {server}/{name} could not be downloaded "
+                                                   f"to {cache}") + f".*{why}.*leave SPICE out"):
+        fetch(downloads=[Download(f"{server}/{name}", 1, (jar,))])
+    assert list(cache.iterdir()) == []
+
+
+def test_without_network_spice_is_refused_before_anything_is_scored(cache: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(ValueError, match=r"SPICE needs stanford-corenlp.*nlp\.stanford\.edu.*leave SPICE out"):
+        score({"a": "x"}, {"a": ["x"]}, metrics=["SPICE"])
+
+
+def test_spices_own_program_that_lacks_a_class_says_which(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    for jar in (jar for download in DOWNLOADS for jar in download.jars):
+        with zipfile.ZipFile(cache / jar, "w"):
+            pass
+    with pytest.raises(ValueError, match=rf"SPICE: Java ended with code 1.*edu/stanford/nlp.*remove {cache}"):
+        score({"a": "x"}, {"a": ["x"]}, metrics=["SPICE"])
+
+
+def test_results_are_read_in_the_order_of_the_pairs(tmp_path: Path) -> None:
+    rows = [{"image_id": place, "scores": {"All": {"pr": 1.0, "re": 1.0, "f": place / 4}}} for place in (2, 0, 1)]
+    (tmp_path / "scores.json").write_text(json.dumps(rows))
+    assert spice._read(tmp_path / "scores.json", 3).tolist() == [0, 0.25, 0.5]
+    with pytest.raises(ValueError, match="4 pairs must be scored, got 3"):
+        spice._read(tmp_path / "scores.json", 4)
+
+
+def test_the_folder_is_in_the_users_cache(cache: Path) -> None:
+    assert folder() == cache

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from onediff.eval.metrics.compute import METRICS
+from onediff.eval.protocols import PROTOCOLS
+from onediff.eval.report.published import _all, doubts, published
+
+
+def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
+    assert set(_all()) < set(PROTOCOLS)
+    for rows in _all().values():
+        for row in rows:
+            assert row.keys() <= {"system", "source", "unreproduced", "saw_test_items", "floor", *METRICS}, row
+            assert row["system"] and row["source"] and 10 < row["CIDEr"] < 200
+
+
+def test_the_best_stands_first_and_doubts_are_told() -> None:
+    rows = published("image_editing_request")
+    assert [row["system"] for row in rows[:2]] == ["M3Diff", "OneDiff (the paper)"]
+    assert [doubts(row) for row in rows[:3]] == ["may have trained on test items", "unreproduced", ""]
+    assert published("scenes") == published("spot_the_diff/multi") == []

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from prefect import Flow
+from prefect.client.schemas.schedules import CronSchedule
+from ruamel.yaml import YAML
+
+from flows import deploy, start, submit
+from onediff.config import Pools
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOYMENTS = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+def test_a_deployment_runs_a_flow_that_there_is_in_a_pool_that_there_is(deployment: dict) -> None:
+    path, _, name = deployment["entrypoint"].partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    assert isinstance(flow, Flow)
+    assert set(deployment.get("parameters", {})) <= set(flow.parameters.properties)
+    assert deployment["work_pool"]["name"] in Pools().model_dump().values()
+    assert deployment["concurrency_limit"]["limit"] == 1
+
+
+def test_schedules_are_valid_and_begin_paused() -> None:
+    schedules = [schedule for deployment in DEPLOYMENTS for schedule in deployment.get("schedules", [])]
+    assert len(schedules) == 3
+    for schedule in schedules:
+        CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
+        assert schedule["active"] is False
+
+
+def test_what_is_submitted_to_is_deployed() -> None:
+    names = set()
+    for deployment in DEPLOYMENTS:
+        path, _, name = deployment["entrypoint"].partition(":")
+        flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+        names.add(f"{flow.name}/{deployment['name']}")
+    assert {start.DEPLOYMENT, submit.PROMOTE, submit.ROLLBACK, "stage/cpu", "stage/gpu"} <= names
+
+
+def test_without_a_server_it_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(ValueError, match="PREFECT_API_URL is not set: 'make services'"):
+        deploy.deploy()
+
+
+def test_a_run_counts_as_lost_after_nine_minutes_without_a_heartbeat() -> None:
+    made = deploy.lost_runs(deploy.PATIENCE_S)
+    assert made.trigger.within.total_seconds() >= 540
+    assert made.trigger.after == {"prefect.flow-run.heartbeat"} and made.trigger.posture == "Proactive"

@@ -1,0 +1,47 @@
+"""The flow `promote` up to the question that it asks a person; tests/flows/test_deployments.py answers one for real."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from registered import add, git, score_again, write_rules
+
+from flows import promote as flow
+from onediff import registry
+
+
+@pytest.fixture(autouse=True)
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_rules(registry.RULES, approval_h=1)
+    monkeypatch.setattr(flow, "change", flow.change.fn)
+    monkeypatch.setattr(flow, "tell", lambda *_, **__: None)
+
+
+def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_promoted(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = add("a", CIDEr=3.0), add("b", CIDEr=3.5)
+    case = registry.assess(first).case
+    assert registry.promote(first, approved=case).promoted
+    score_again(first, CIDEr=4.0)
+
+    def refuse_then_score_the_champion_lower(version: str | None) -> registry.Verdict:
+        opinion = registry.assess(version)
+        score_again(first, CIDEr=3.0)
+        return opinion
+
+    monkeypatch.setattr(flow, "judge", refuse_then_score_the_champion_lower)
+    state = flow.promote.fn(second)
+    assert state.is_failed() and "nobody was asked" in state.message
+
+
+def test_nobody_is_asked_about_the_champion(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = add("a")
+    registry.promote(version, approved=registry.assess(version).case)
+    monkeypatch.setattr(flow, "judge", flow.judge.fn)
+    assert "is the champion already" in flow.promote.fn(version).message

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import checkpoints, settings
+from PIL import Image
+from transformers import BertConfig, BertModel, CLIPModel, LlamaForCausalLM
+
+from onediff.config import Config
+from onediff.model.assemble import build
+from onediff.model.captioner import Captioner, pick_device
+from onediff.model.digest import weights_digest
+
+
+@pytest.mark.parametrize(("tower", "talker"), [("clip", "llama"), ("siglip", "qwen2")])
+def test_any_tower_and_any_decoder_can_be_joined_saved_and_put_to_work(tower: str, talker: str, micro: Config,
+                                                                       tmp_path: Path) -> None:
+    model, processor = build(settings(micro, *checkpoints(tmp_path, tower, talker)), seed=3)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
+    pair = (Image.fromarray(pixels[0]), Image.fromarray(pixels[1]))
+    said = Captioner(model, processor).caption([pair], max_new_tokens=5)
+    assert Captioner.load(tmp_path / "out", device="cpu").caption([pair], max_new_tokens=5) == said
+
+
+def test_the_parts_start_from_their_checkpoints_and_the_rest_from_the_seed(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    one, other, third = (build(settings(micro, vision, language), seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(one.vision.tower.embeddings.patch_embedding.weight,
+                       CLIPModel.from_pretrained(vision).vision_model.embeddings.patch_embedding.weight)
+    assert torch.equal(one.language.lm_head.weight, LlamaForCausalLM.from_pretrained(language).lm_head.weight)
+    assert torch.equal(one.delta.tokens, other.delta.tokens)
+    assert not torch.equal(one.delta.tokens, third.delta.tokens)
+
+
+def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> None:
+    bert = BertModel(BertConfig(vocab_size=17, hidden_size=13, num_hidden_layers=2, num_attention_heads=1,
+                                intermediate_size=52))
+    bert.save_pretrained(tmp_path / "bert")
+    init = {"init": str(tmp_path / "bert")}
+    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=init), seed=3)
+    assert torch.equal(model.delta.layers[1].up.weight, bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_a_tower_of_another_size_is_refused_with_its_size(micro: Config) -> None:
+    vision = micro.model.vision.model_copy(update={"image_px": 108})
+    with pytest.raises(ValueError, match=r"model.vision.image_px is 108, but the tower at .* has 96; write 96"):
+        build(micro.model.model_copy(update={"vision": vision}), seed=0)
+
+
+def test_a_folder_without_a_model_is_said(micro: Config, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model.language: .* holds no model .*'make backbones'"):
+        build(micro.model.model_copy(update={"language": str(tmp_path)}), seed=0)
+    with pytest.raises(FileNotFoundError, match="holds no OneDiff model"):
+        Captioner.load(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no error")
+def test_cuda_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees none; use device auto or cpu"):
+        pick_device("cuda")
+
+
+def test_the_weights_digest_changes_with_the_weights(micro: Config, tmp_path: Path) -> None:
+    model, _ = build(micro.model, seed=0)
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        model.delta.tokens[0, 0] += 1
+    model.save_pretrained(tmp_path / "b")
+    assert weights_digest(tmp_path / "a") != weights_digest(tmp_path / "b")

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from registered import register, write_lock, write_results, write_rules
+from ruamel.yaml import YAML
+
+from onediff import registry
+from onediff.config import Config, Drift
+from onediff.data.record import Record, write_shards
+from onediff.data.synthesis.phrases import EDIT_TEMPLATES, SCENE_TEMPLATES
+from onediff.data.synthesis.scenes import scene_records
+from onediff.model.assemble import build
+from onediff.model.captioner import Captioner
+from onediff.model.digest import weights_digest
+from onediff.ops import drift
+from onediff.ops.drift import DISTRIBUTIONS, check, difference_interval, says_no_change, write_profile
+from onediff.serve.usage_log import append
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Drift(num_pairs=20, min_pairs=50, max_distance=0.25, max_rate_change=0.15, chance=0.01)
+CAPTIONS = ("nothing has changed", "the small red metal cube was removed", "the large blue ball turned green")
+
+
+def noted(count: int, seed: int, *, brighter: float = 0, size: int = 96, sure: float = 0.7,
+          captions: tuple[str, ...] = CAPTIONS) -> list[dict[str, Any]]:
+    """Rows as the usage log holds them."""
+    rng = np.random.default_rng(seed)
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return [{"time": now, "model": "m", "weights": "abc", "mode": "RGB",
+             "hash_before": f"{seed}-{number}", "hash_after": "b", "distance": float(rng.exponential(9)),
+             "width_before": size, "height_before": size, "width_after": size, "height_after": size,
+             "brightness": float(rng.normal(120, 15) + brighter), "contrast": float(rng.normal(30, 6)),
+             "confidence": float(np.clip(rng.normal(sure, 0.05), 0, 1)), "instruction": "What?",
+             "caption": str(rng.choice(captions))} for number in range(count)]
+
+
+def profiled(rows: list[dict[str, Any]], alarms: int = 4) -> dict[str, Any]:
+    return {"num_pairs": len(rows), "weights": "abc",
+            "distributions": {name: sorted(of(row) for row in rows) for name, of in DISTRIBUTIONS.items()},
+            "rates": {"no_change": [sum(says_no_change(row["caption"]) for row in rows), len(rows)],
+                      "false_alarms": [alarms, len(rows)], "false_alarms_worn": [alarms, len(rows)]}}
+
+
+def test_a_difference_of_rates_has_newcombes_interval() -> None:
+    """The worked example of Newcombe (1998), table II, method 10: 56/70 against 48/80."""
+    low, high = difference_interval((48, 80), (56, 70), 0.05)
+    assert (low, high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_a_distribution_is_compared_by_the_largest_gap_between_its_steps() -> None:
+    then, now = noted(211, 1), noted(173, 2, brighter=9)
+    [figure] = [each for each in check(profiled(then), now, SETTINGS).figures if each.name == "brightness"]
+    values = sorted(row["brightness"] for row in (*then, *now))
+    gaps = [abs(np.mean([row["brightness"] <= value for row in then])
+                - np.mean([row["brightness"] <= value for row in now])) for value in values]
+    assert figure.difference == pytest.approx(max(gaps))
+    assert figure.then == np.median([row["brightness"] for row in then])
+
+
+def test_the_same_distribution_does_not_drift_in_two_hundred_halves() -> None:
+    rows = noted(400, 3)
+    rng = np.random.default_rng(11)
+    alarms = 0
+    for _ in range(200):
+        order = rng.permutation(len(rows))
+        first, second = ([rows[place] for place in half] for half in (order[:200], order[200:]))
+        alarms += bool(check(profiled(first), second, SETTINGS, alarms={"false_alarms": (3, 100)}).moved)
+    assert alarms <= 2  # at most chance, 1 in 100
+
+
+@pytest.mark.parametrize(("changes", "moved"), [
+    ({"brighter": 40}, ["brightness"]),
+    ({"size": 640}, ["width", "height"]),
+    ({"sure": 0.5}, ["confidence"]),
+    ({"captions": ("the of of cube",)}, ["caption_words", "no_change"]),
+])
+def test_what_moves_is_named(changes: dict[str, Any], moved: list[str]) -> None:
+    found = check(profiled(noted(200, 1)), noted(100, 2, **changes), SETTINGS)
+    assert found.moved == moved and found.verdict == f"drifted: {', '.join(moved)}"
+    assert found.as_dict()["drifted"] is True
+    text = drift.as_text(found)
+    assert all(name in text for name in moved) and "moved" in text and "0.250" in text
+
+
+def test_false_alarms_move_alone() -> None:
+    then, now = profiled(noted(200, 1)), noted(100, 2)
+    assert check(then, now, SETTINGS, alarms={"false_alarms": (40, 100), "false_alarms_worn": (3, 100)}).moved == [
+        "false_alarms"]
+    assert "false alarms in use are not measured" in check(then, now, SETTINGS).notes[0]
+
+
+def test_a_large_gap_that_chance_explains_is_no_drift() -> None:
+    settings = SETTINGS.model_copy(update={"max_distance": 0.01, "max_rate_change": 0.01})
+    figures = check(profiled(noted(200, 1)), noted(100, 2), settings).figures
+    assert any(figure.difference > figure.threshold and figure.by_chance and not figure.moved for figure in figures)
+
+
+def test_too_few_pairs_give_no_verdict() -> None:
+    found = check(profiled(noted(200, 1)), noted(49, 2, brighter=90), SETTINGS)
+    assert (found.figures, found.moved, found.verdict) == ([], [], "no verdict")
+    assert "49 different pairs" in found.notes[0] and "drift.min_pairs asks for 50" in found.notes[0]
+
+
+def test_a_pair_that_is_captioned_again_and_again_counts_once() -> None:
+    assert check(profiled(noted(200, 1)), noted(10, 2) * 30, SETTINGS).num_pairs == 10
+
+
+def test_no_change_is_read_as_scenes_and_edits_say_it() -> None:
+    assert all(map(says_no_change, (*SCENE_TEMPLATES["none"], *EDIT_TEMPLATES["none"], "Nothing has changed.")))
+    assert not any(map(says_no_change, ("the red cube was removed", "brighten the image", "", "no idea")))
+
+
+@pytest.fixture(scope="module")
+def project(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random delta weights, a gate split, and thresholds."""
+    folder = tmp_path_factory.mktemp("project")
+    for part in build(micro.model, seed=5):
+        part.save_pretrained(folder / "model")
+    records = [record for index in range(4) for record in scene_records(micro, "gate", index)]
+    write_shards(records, folder / "diffcap", "gate", shard_pairs=100)
+    params = YAML(typ="safe").load((ROOT / "presets/micro.yaml").read_text())
+    params["drift"] |= {"min_pairs": 10}
+    YAML().dump(params, folder / "params.yaml")
+    (folder / "runtime.yaml").write_text("usage_log: usage\n")
+    return folder
+
+
+def test_a_profile_is_the_same_bytes_again_and_holds_every_figure(project: Path, tmp_path: Path) -> None:
+    first, second = (write_profile(tmp_path / name, project / "model", project / "diffcap", num_pairs=11)
+                     for name in "ab")
+    assert first == tmp_path / "a/profile.json" and first.read_bytes() == second.read_bytes()
+    found = drift.read_profile(first)
+    assert found["weights"] == weights_digest(project / "model") and found["num_pairs"] == 11
+    assert set(found["distributions"]) == set(DISTRIBUTIONS)
+    assert {len(values) for values in found["distributions"].values()} == {11}
+    assert found["rates"]["false_alarms"][1] == found["rates"]["false_alarms_worn"][1] == 11
+
+
+def test_false_alarms_are_counted_on_an_image_shown_twice(project: Path, scene_pairs: list[Record]) -> None:
+    captioner = Captioner.load(project / "model", device="cpu")
+    images = [record.before for record in scene_pairs[:5]]
+    said = captioner.caption([(image, image) for image in map(drift.open_image, images)])
+    assert drift.false_alarms(captioner, images)["false_alarms"] == (sum(not says_no_change(text) for text in said), 5)
+
+
+def test_recent_use_of_a_model_is_held_against_the_profile_beside_it(project: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    path = write_profile(project / "model", project / "model", project / "diffcap", num_pairs=11)
+    weights = json.loads(path.read_text())["weights"]
+    Path("usage").mkdir()
+    rows = [row | {"weights": weights} for row in noted(60, 1, size=640)]
+    day = Path("usage/2099-01-01.jsonl")
+    append(day, [*rows, *noted(7, 2)])
+    day.write_text(day.read_text() + "{cut\n")
+    found = drift.examine(model="model")
+    assert found.num_pairs == 60 and {"width", "height"} <= set(found.moved)
+    assert found.notes[1:] == ["7 captions of other weights left out", "1 broken lines of the log left out"]
+
+
+def test_what_is_missing_is_said_with_its_cure(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((project / "params.yaml").read_bytes())
+    with pytest.raises(ValueError, match=r"runtime\.yaml: usage_log is not set"):
+        drift.examine(model="model")
+    (tmp_path / "runtime.yaml").write_text("usage_log: usage\n")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"model/profile\.json not found: 'onediff profile"):
+        drift.examine(model="model")
+    (tmp_path / "model/profile.json").write_text('{"distributions": {}}')
+    with pytest.raises(ValueError, match="not a whole profile"):
+        drift.examine(model="model")
+
+
+
+@pytest.mark.slow
+def test_the_flow_names_its_end_after_what_it_found(project: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for name in ("params.yaml", "runtime.yaml"):
+        (tmp_path / name).write_bytes((project / name).read_bytes())
+    profile = write_profile(tmp_path / "carried", project / "model", project / "diffcap", num_pairs=11)
+    write_results()
+    write_lock(project / "model")
+    register(project / "model", carried=profile.parent)
+    assert registry.promote(rules=write_rules(Path("rules.yaml"))).promoted
+    Path("usage").mkdir()
+
+    def ended() -> str:
+        done = subprocess.run([sys.executable, "-m", "flows.check_drift", "1"], text=True, capture_output=True,
+                              check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return done.stdout.splitlines()[-1]
+
+    assert ended().startswith("NoVerdict: no verdict; 0 different pairs were captioned")
+    weights = json.loads(profile.read_text())["weights"]
+    append(Path("usage/2099-01-01.jsonl"), [row | {"weights": weights} for row in noted(60, 1, size=640)])
+    assert ended().startswith("Drifted: drifted: width, height")
+    drifted = subprocess.run([sys.executable, "-m", "onediff", "drift", "--json"], text=True, capture_output=True,
+                             check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert drifted.returncode == 1 and json.loads(drifted.stdout)["drifted"] is True
+
+
+def test_the_picture_of_confidence_is_a_png() -> None:
+    from flows.check_drift import picture
+
+    assert picture([0.5, 0.6], [0.1]).startswith(b"\x89PNG")

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_project
+from PIL import Image
+from registered import register, write_lock, write_results
+
+from onediff import registry
+from onediff.config import Config
+from onediff.ops.export import export
+
+CARRIED = {"README.md": "# card\n", "lineage/lineage.json": '{"git": {}}'}
+
+
+@pytest.fixture(scope="module")
+def made(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a small real model as version 1, and as version 2 one without a card."""
+    from onediff.model.assemble import build
+
+    folder = tmp_path_factory.mktemp("export")
+    for part in build(micro.model, seed=3):
+        part.save_pretrained(folder / "model")
+    (folder / "other").mkdir()
+    (folder / "other/model.safetensors").write_bytes(b"other")
+    write_results(folder)
+    for name, text in CARRIED.items():
+        path = folder / "carried" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "bare/lineage").mkdir(parents=True)
+    (folder / "bare/lineage/lineage.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)
+        for model, carried in (("model", "carried"), ("other", "bare")):
+            write_lock(folder / model)
+            register(folder / model, carried=folder / carried)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_exported_folder_says_what_the_registered_model_says(made: Path) -> None:
+    from onediff.inputs.processing import OneDiffProcessor
+    from onediff.model.captioner import Captioner
+    from onediff.model.onediff import OneDiffForConditionalGeneration
+
+    folder = export("1", Path("new/folder"))
+    model, processor = OneDiffForConditionalGeneration.from_pretrained(folder), OneDiffProcessor.from_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 20, 30, 3), dtype=np.uint8)
+    pairs = [(Image.fromarray(pixels[i]), Image.fromarray(pixels[i + 3])) for i in range(3)]
+    expected = Captioner.load(registry.model_folder("models:/onediff/1"), device="cpu").caption(pairs, max_new_tokens=7)
+    assert Captioner(model, processor).caption(pairs, max_new_tokens=7) == expected
+
+
+def test_it_carries_card_licence_and_lineage_and_no_trace_of_the_making() -> None:
+    Path("empty").mkdir()
+    folder = export("1", Path("empty"))
+    assert {"README.md", "LICENSE", "lineage.json", "config.json", "model.safetensors",
+            "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "README.md").read_text() == CARRIED["README.md"] and "Apache" in (folder / "LICENSE").read_text()
+    assert json.loads((folder / "lineage.json").read_text()) == {"git": {}}
+    assert [path.name for path in Path().iterdir()] == ["empty"]
+
+
+def test_a_folder_with_something_in_it_is_left_as_it_is() -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="mine is there and not empty: name a new folder"):
+        export("1", Path("mine"))
+    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
+
+
+def test_weights_that_were_damaged_are_not_exported() -> None:
+    with (tiny_project.flipped(registry.model_folder("models:/onediff/1") / "model.safetensors"),
+          pytest.raises(ValueError, match=r"must have the registered digest \w{12}, got \w{12}: they were changed")):
+        export("1", Path("out"))
+    assert not list(Path().iterdir())
+
+
+def test_a_version_without_a_card_is_not_exported() -> None:
+    with pytest.raises(FileNotFoundError, match="version 2 has no model card; register it again"):
+        export("2", Path("out"))

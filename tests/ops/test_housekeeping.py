@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onediff import tracking
+from onediff.ops.housekeeping import Survey, survey, sweep
+
+OLD = time.time() - 40 * 86400
+NAME = "onediff"
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An MLflow database with its tables and nothing else: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("empty")
+    code = "from onediff import tracking; tracking.client()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env={
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"})
+    return (folder / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bytes) -> Path:
+    """A git and DVC project with an MLflow store of its own; the test stands in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for key, value in {"AUTHOR_NAME": "a", "AUTHOR_EMAIL": "a@example.org", "COMMITTER_NAME": "a",
+                       "COMMITTER_EMAIL": "a@example.org"}.items():
+        monkeypatch.setenv(f"GIT_{key}", value)
+    git("init", "-q", "-b", "main")
+    dvc("init", "-q")
+    (tmp_path / ".gitignore").write_text("/mlflow*\n/.onediff/\n")
+    commit("begin")
+    return tmp_path
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+
+def commit(message: str) -> str:
+    git("add", "-A")
+    git("commit", "-qm", message)
+    return git("rev-parse", "HEAD")
+
+
+def add_data(text: str) -> str:
+    """A folder of two files in the workspace, tracked; gives the lines of dvc.lock that name it."""
+    folder = Path("shards")
+    folder.mkdir(exist_ok=True)
+    (folder / "a").write_text(text)
+    (folder / "b").write_text("the same in every version")
+    dvc("add", "-q", "shards")
+    return Path("shards.dvc").read_text()
+
+
+def register(lock: str | None, **tags: str) -> None:
+    """A version that carries this dvc.lock, or none."""
+    store = tracking.client()
+    if not store.search_registered_models():
+        store.create_registered_model(NAME)
+    number = len(store.search_model_versions())
+    carried = Path(f"mlflow-versions/{number}/lineage")
+    carried.mkdir(parents=True)
+    (carried / "lineage.json").write_text("{}")
+    if lock is not None:
+        (carried / "dvc.lock").write_text(lock)
+    store.create_model_version(NAME, carried.parent.absolute().as_uri(), tags=tags)
+
+
+def objects() -> set[str]:
+    return {path.read_text() for path in Path(".dvc/cache/files").rglob("*") if path.is_file()}
+
+
+def age(folder: Path) -> Path:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (OLD, OLD))
+    return folder
+
+
+def make_run(name: str, *, parent: str | None = None, started: float = OLD, status: str = "FINISHED") -> str:
+    tags = {"mlflow.parentRunId": parent} if parent else {}
+    run = tracking.client().create_run(tracking.experiment_id(), int(started * 1000), tags, name)
+    tracking.client().log_text(run.info.run_id, "x" * 1000, "a.txt")
+    if status != "RUNNING":
+        tracking.client().set_terminated(run.info.run_id, status)
+    return str(run.info.run_id)
+
+
+def test_data_that_only_a_version_needs_survives_and_what_nobody_needs_goes(project: Path) -> None:
+    add_data("nobody's")
+    registered = add_data("a version's")
+    add_data("a tag's")
+    commit("tagged")
+    git("tag", "v1")
+    add_data("the workspace's")
+    register(registered)
+    assert len(objects()) == 9  # of each of the four: its list and its file a; b once
+    found = survey(30)
+    assert found.refused == [] and len(found.names("data")) == 2
+    assert len(objects()) == 9  # a survey removes nothing
+    assert sweep(found) == []
+    left = {text for text in objects() if not text.startswith("[")}
+    assert left == {"a version's", "a tag's", "the workspace's", "the same in every version"}
+    Path("shards.dvc").write_text(registered)
+    dvc("checkout", "-q", "--force", "shards.dvc")
+    assert Path("shards/a").read_text() == "a version's"
+
+
+def test_the_cache_is_not_touched_while_a_version_does_not_say_what_it_needs(project: Path) -> None:
+    add_data("unknown")
+    add_data("the workspace's")
+    register(None)
+    before = objects()
+    found = survey(0)
+    assert found.refused == ["version 1 of 'onediff': its lineage/ holds no dvc.lock",
+                             "branches, MLflow runs and the DVC cache stay as they are until such a version is "
+                             "registered again or deleted"]
+    sweep(found)
+    assert objects() == before
+
+
+def test_a_version_whose_files_are_gone_is_told_by_its_number(project: Path) -> None:
+    register("md5: '" + "0" * 32 + "'\n")
+    subprocess.run(["rm", "-r", "mlflow-versions"], check=True)
+    assert survey(30).refused[0].startswith("version 1 of 'onediff': its lineage/ cannot be read")
+
+
+def test_a_cache_that_others_share_is_left_alone(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    dvc("cache", "dir", str(tmp_path_factory.mktemp("shared")))
+    add_data("nobody's")
+    add_data("the workspace's")
+    found = survey(0)
+    assert found.names("data") == [] and "lies outside this project, so others may share it" in found.refused[0]
+
+
+def test_runs_go_with_their_artifacts_unless_a_version_a_young_or_a_living_run_is_of_their_family(
+        project: Path) -> None:
+    old = make_run("retrain")
+    below = make_run("tune", parent=old)
+    parent = make_run("retrain")
+    ours, sibling = make_run("tune", parent=parent), make_run("evaluate", parent=parent)
+    register("md5: '" + "0" * 32 + "'\n", run_id=ours)
+    young = make_run("retrain", started=time.time())
+    lives = make_run("retrain", status="RUNNING")
+    found = survey(30)
+    assert set(found.names("run")) == {old, below}
+    assert all(item.num_bytes == 1000 for item in found.items if item.kind == "run")
+    sweep(found)
+    left = tracking.client().search_runs([tracking.experiment_id()])
+    assert {run.info.run_id for run in left} == {parent, ours, sibling, young, lives}
+    assert len(list(Path("mlflow-artifacts").rglob("a.txt"))) == 5
+    assert survey(30).names("run") == []
+
+
+def test_old_retrain_branches_go_unless_a_version_names_them(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_COMMITTER_DATE", f"{int(OLD)} +0000")
+    commits = {}
+    for name in ("forgotten", "by_commit", "by_name"):
+        git("checkout", "-q", "-b", f"retrain/{name}", "main")
+        Path("dvc.lock").write_text(name)
+        commits[name] = commit(name)
+    git("checkout", "-q", "main")
+    monkeypatch.delenv("GIT_COMMITTER_DATE")
+    git("checkout", "-q", "-b", "retrain/young")
+    git("commit", "-q", "--allow-empty", "-m", "young")
+    git("checkout", "-q", "main")
+    register("md5: '" + "0" * 32 + "'\n", git_commit=commits["by_commit"], branch="retrain/by_name")
+    found = survey(30)
+    assert found.names("branch") == ["retrain/forgotten"]
+    sweep(found)
+    assert git("branch", "--list", "--format=%(refname:short)", "retrain/*").split() == [
+        "retrain/by_commit", "retrain/by_name", "retrain/young"]
+
+
+def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(project: Path) -> None:
+    scratch, copies = Path(".onediff/scratch"), Path(".onediff/models")
+    for name, state in (("ended", "finished"), ("held", "running"), ("young", "failed")):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "status.json").write_text(json.dumps({"state": state, "step": 1, "reason": ""}))
+        (scratch / name / "lock").touch()
+    for digest in ("champion", "champion-weights", "folder", "nobody"):
+        (copies / digest).mkdir(parents=True)
+    (scratch / "unpacked").mkdir()
+    for folder in (scratch / "ended", scratch / "held", scratch / "unpacked", *copies.iterdir()):
+        age(folder)
+    register("md5: '" + "0" * 32 + "'\n", weights_digest="champion", model_digest="folder")
+    tracking.client().set_registered_model_alias(NAME, "champion", "1")
+    with (scratch / "held/lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = survey(30)
+    assert found.names("scratch") == [str(scratch / "ended")] and found.names("copy") == [str(copies / "nobody")]
+    sweep(found)
+    assert sorted(path.name for path in scratch.iterdir()) == ["held", "unpacked", "young"]
+    assert sorted(path.name for path in copies.iterdir()) == ["champion", "champion-weights", "folder"]
+
+
+@pytest.mark.slow
+def test_the_command_shows_first_and_removes_when_told(project: Path) -> None:
+    add_data("nobody's")
+    add_data("the workspace's")
+    before = objects()
+    shown = onediff("gc")
+    assert "2 data, 0.0 MB: objects of the DVC cache" in shown and "nothing was removed" in shown
+    assert objects() == before
+    assert "removed" in onediff("gc", "--yes") and len(objects()) == len(before) - 2
+    assert json.loads(onediff("gc", "--json")) == {"items": [], "refused": [], "removed": False}
+
+
+def onediff(*arguments: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run([sys.executable, "-m", "onediff", *arguments], check=True, capture_output=True, text=True,
+                          env=env).stdout
+
+
+def test_nothing_is_found_where_there_is_nothing(project: Path) -> None:
+    assert survey(0) == Survey()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_project
+from registered import register, trained
+
+from onediff import registry, tracking
+from onediff.cli import main as cli
+from onediff.ops import lineage
+from onediff.repro import lock as versioned
+
+DIFFCAP, ALIGN = "data/diffcap", "data/models/align"
+
+
+@pytest.fixture(autouse=True)
+def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tiny_version.parent / 'mlflow.db'}")
+    monkeypatch.chdir(tiny_version)
+    return tiny_version
+
+
+def told_of(item: str) -> list[tuple[str, str, bool | None]]:
+    uses, unknown = lineage.versions_of(item)
+    assert unknown == []
+    return [(use.path, use.role, use.here) for use in uses]
+
+
+def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) -> None:
+    found = lineage.told("candidate")
+    assert found["git"] == {"commit": tracking.provenance()["git_commit"], "branch": "main", "dirty": []}
+    assert found["runs"] == {"flow": "flow-7", "parent": "parent-5", "align": "run-of-align", "tune": "run-of-tune",
+                             "evaluation": None}
+    assert found["stages"]["tune"]["params"] == {"tune": {"mixture": {"scenes": 1}}}
+    assert found["stages"]["tune"]["deps"][DIFFCAP] == versioned.md5_of(project / DIFFCAP)
+    assert found["files"][DIFFCAP] == versioned.tree(project / DIFFCAP)
+    assert found["dvc_lock"] == hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
+    carried = registry.version_files("models:/onediff/1") / "lineage"
+    assert {path.name for path in carried.iterdir()} == {"lineage.json", "dvc.lock", "params.yaml", "card.json"}
+    assert (carried / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()
+
+
+def test_a_stranger_can_read_it() -> None:
+    text = lineage.text(lineage.told("1"))
+    assert "align run-of-align, tune run-of-tune" in text and "nothing changed since" in text
+    order = [text.index(f"  {name}: from") for name in ("build", "align", "tune", "caption", "score")]
+    assert order == sorted(order)
+
+
+def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Path) -> None:
+    code = Path("onediff/stages/score.py")
+    before = code.read_text()
+    code.write_text(before + "\n")
+    try:
+        lineage.gather(tmp_path)
+    finally:
+        code.write_text(before)
+    assert json.loads((tmp_path / "lineage/lineage.json").read_text())["git"]["dirty"] == ["onediff/stages/score.py"]
+
+
+@pytest.mark.parametrize(("item", "expected"), [
+    (DIFFCAP, (DIFFCAP, "was trained on it", True)),
+    (ALIGN, (ALIGN, "was trained on it", True)),
+    ("./data/../data/diffcap/train-00000.parquet", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
+    (f"{DIFFCAP}/val-00000.parquet", (f"{DIFFCAP}/val-00000.parquet", "chose its step on it", True)),
+    (f"{DIFFCAP}/gate-00000.parquet", (f"{DIFFCAP}/gate-00000.parquet", "was not trained on it, but scored", True)),
+    ("data/synthetic/scenes/all.parquet", ("data/synthetic/scenes/all.parquet", "was trained on it", True)),
+    ("0123456789abcdef0123456789abcdef", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
+    ("onediff/stages/train.py", ("onediff/stages/train.py", "was trained with it", True)),
+    ("data/captions/gate/scenes.jsonl", ("data/captions/gate/scenes.jsonl", "has it in its lineage", True)),
+])
+def test_from_a_file_to_the_versions_made_with_it(item: str, expected: tuple[str, str, bool]) -> None:
+    assert told_of(item) == [expected]
+
+
+def test_from_a_digest_to_the_versions_made_with_it(project: Path) -> None:
+    shard = versioned.md5_of(project / DIFFCAP / "train-00000.parquet")
+    assert told_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
+    weights = lineage.told("1")["weights_digest"]
+    assert told_of(weights) == [("data/models/tune/*.safetensors", "is made of it", None)]
+    assert told_of("f" * 32) == [] and told_of("data/raw/other") == []
+
+
+def test_other_bytes_under_the_same_path_are_told_apart(project: Path) -> None:
+    shard = f"{DIFFCAP}/train-00000.parquet"
+    with tiny_project.flipped(project / shard):
+        assert told_of(shard) == [(shard, "was trained on it", False)]
+
+
+@pytest.fixture
+def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second version, registered without lineage, in a copy of the store."""
+    shutil.copy(project.parent / "mlflow.db", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    version = register(trained("other"))
+    monkeypatch.chdir(project)
+    return version
+
+
+def test_a_version_without_lineage_is_said_to_be_unknown(bare: str) -> None:
+    with pytest.raises(ValueError, match=f"version {bare} carries no lineage: .* register it again"):
+        lineage.told(bare)
+    uses, unknown = lineage.versions_of(DIFFCAP)
+    assert [use.version for use in uses] == ["1"] and unknown == [bare]
+
+
+def test_the_command_tells_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in ((["1", "--json"], '"version": "1"'),
+                                (["--of", DIFFCAP], f"was trained on it: {DIFFCAP} "),
+                                (["--of", "README.md"], "no version has README.md in its lineage")):
+        monkeypatch.setattr(sys, "argv", ["onediff", "lineage", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert expected in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["onediff", "lineage"])
+    with pytest.raises(SystemExit, match="give a version, or --of"):
+        cli.main()
+
+
+def test_without_results_there_is_no_lineage(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
+        lineage.gather(tmp_path / "out", root=tmp_path)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chat_checkpoints import qwen2_vl
+
+from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner, SiameseCNN, Vocabulary
+from onediff.cli import main as cli
+from onediff.config import Config
+from onediff.data.record import Record, write_shards
+from onediff.eval.jsonl import read_predictions, read_rows
+from onediff.ops import predict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def project(scene_pairs: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with two benchmarks of five and three pairs."""
+    records = [replace(record, source="scenes" if i < 5 else "mine") for i, record in enumerate(scene_pairs[:8])]
+    write_shards(records, tmp_path / "data/diffcap", "test", shard_pairs=4)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "presets/micro.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cnn(project: Path) -> Path:
+    shape = Architecture(image_px=48, channels=(5, 7, 11), width=26, heads=2, layers=1, max_words=6)
+    vocabulary = Vocabulary(["the", "cube", "moved"])
+    SiameseCaptioner(SiameseCNN(shape, len(vocabulary.words)), vocabulary).save(project / "cnn")
+    return project / "cnn"
+
+
+def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
+
+
+def test_predictions_and_references_are_what_score_and_compare_read(project: Path, cnn: Path, scene_pairs: list[Record],
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "said/p.jsonl") == 0
+    assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
+    said, truth = read_predictions(Path("said/p.jsonl")), read_rows(Path("r.jsonl"), "references")
+    assert list(said) == list(truth) == [record.pair_id for record in scene_pairs[:5]]
+    assert list(truth.values()) == [{name: getattr(record, name) for name in predict.REFERENCES}
+                                    for record in scene_pairs[:5]]
+
+
+def test_a_chat_model_is_asked_each_pairs_own_question_and_the_prompt_is_told(
+        project: Path, scene_pairs: list[Record], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    from onediff.baselines.chat import ChatCaptioner
+    from onediff.inputs.images import open_image
+
+    folder = project / "chat"
+    folder.mkdir()
+    prompt = "{question} In few words."
+    assert _onediff(monkeypatch, "predict", "mine", "--chat", qwen2_vl(folder), "--prompt", prompt, "--out",
+                    "p.jsonl", "--batch-size", "2") == 0
+    assert f"prompt, after both images: {prompt}\n" in capsys.readouterr().out
+    captioner = ChatCaptioner.load(str(folder), prompt=prompt)
+    expected = [captioner.caption([(open_image(r.before), open_image(r.after))], [r.instruction],
+                                  max_new_tokens=predict.load_params().caption.max_new_tokens)[0]
+                for r in scene_pairs[5:8]]
+    assert list(read_predictions(Path("p.jsonl")).values()) == expected
+
+
+def test_a_system_that_dies_leaves_the_file_that_was_there(project: Path) -> None:
+    out = Path("p.jsonl")
+    out.write_text("as before\n")
+
+    def dies(records: Iterator[Record]) -> Iterator[tuple[Record, str]]:
+        yield next(records), "something changed"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict.write_predictions("scenes", dies, out)
+    assert out.read_text() == "as before\n" and not list(project.glob("*.part"))
+
+
+def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "onediff: data/diffcap: split test has no benchmark 'scene'; it has scenes, mine"
+    assert _onediff(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == told
+    assert _onediff(monkeypatch, "references", "scene", "--out", "r.jsonl") == told
+    assert not Path("p.jsonl").exists() and not Path("r.jsonl").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ([], "one system is needed: give one of --model, --chat and --cnn"),
+    (["--cnn", "a", "--chat", "b"], "one system is needed"),
+    (["--cnn", "a", "--prompt", "b"], "--prompt is for --chat"),
+    (["--model", "nowhere"], "nowhere is not a model folder"),
+    (["--cnn", "nowhere"], "nowhere holds no Siamese CNN"),
+])
+def test_options_that_do_not_fit_are_refused(options: list[str], message: str, project: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    assert message in str(_onediff(monkeypatch, "predict", "scenes", *options, "--out", "p.jsonl"))
+    assert not Path("p.jsonl").exists()
+
+
+def test_our_own_model_says_what_the_stage_caption_says(project: Path, scene_pairs: list[Record], micro: Config,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from onediff.eval.caption import caption_records
+    from onediff.model.assemble import build
+    from onediff.model.captioner import Captioner
+
+    model, processor = build(micro.model, seed=3)
+    for part in (model, processor):
+        part.save_pretrained("model")
+    assert _onediff(monkeypatch, "predict", "scenes", "--model", "model", "--out", "p.jsonl") == 0
+    expected = caption_records(Captioner.load(Path("model")), scene_pairs[:5], micro.caption, micro.tasks)
+    assert list(read_predictions(Path("p.jsonl")).values()) == [text for _, text in expected]

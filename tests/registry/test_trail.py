@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from registered import REPO, Server, add, aliases, write_rules
+
+from onediff import registry, tracking
+from onediff.registry import trail as records
+from onediff.registry.trail import last, settled
+
+WORK = """
+import json, sys
+from onediff import registry
+done, lost = 0, 0
+with registry.sole_writer():
+    for turn in range(int(sys.argv[1])):
+        try:
+            if turn % 3 == 2:
+                registry.rollback(by=sys.argv[2])
+            else:
+                registry.promote(sys.argv[3 + turn % 2], by=sys.argv[2])
+            done += 1
+        except (ValueError, ConnectionError) as error:
+            assert "came first" in str(error) or "is previous" in str(error), error
+            lost += "came first" in str(error)
+print(json.dumps([done, lost]))
+"""
+DIES = """
+import os, sys
+from onediff import registry
+from onediff.registry import trail as records
+records._follow = lambda made: os._exit(9)  # after the record, before the aliases
+registry.promote("2")
+"""
+
+
+def states() -> list[tuple[dict[str, str], dict[str, str]]]:
+    return [(change.old, change.new) for change in registry.trail() if change.valid]
+
+
+def set_alias(alias: str, version: str) -> None:
+    tracking.client().set_registered_model_alias("onediff", alias, version)
+
+
+def two_champions() -> None:
+    for name, score in (("a", 3.0), ("b", 3.5)):
+        add(name, CIDEr=score)
+        registry.promote(by="me@here")
+
+
+def test_every_change_is_a_record_that_begins_where_the_one_before_ended() -> None:
+    two_champions()
+    registry.rollback(by="flow run red-fox", why="it lies")
+    changes = registry.check_trail()
+    assert [change.number for change in changes] == [1, 2, 3, 4, 5]
+    assert [change.action for change in changes] == ["propose", "promote", "propose", "promote", "rollback"]
+    assert [old for old, _ in states()] == [{}, *(new for _, new in states())][:-1]
+    assert changes[-1].new == {"candidate": "2", "champion": "1"} and changes[-1].by == "flow run red-fox"
+    assert changes[3].figures["scenes.CIDEr"] == 3.5 and changes[3].why == "meets promotion.yaml, better than version 1"
+    assert re.fullmatch(r"4  20\S+  promote  champion 1 -> 2, previous - -> 1  by me@here: meets .*", str(changes[3]))
+    assert changes[3].as_dict()["from"] == {"candidate": "2", "champion": "1"}
+
+
+def test_a_store_from_before_there_was_a_trail_is_adopted_with_the_first_change() -> None:
+    two_champions()
+    tracking.client().delete_registered_model("onediff-audit")
+    assert registry.trail() == [] and registry.difference() is None
+    assert registry.rollback() == "1"
+    adopted, rolled = registry.check_trail()
+    assert adopted.action == "adopted" and adopted.new == {"candidate": "2", "champion": "2", "previous": "1"}
+    assert rolled.old == adopted.new
+
+
+def test_an_alias_that_was_changed_outside_is_told_and_recorded_by_the_next_change() -> None:
+    two_champions()
+    set_alias("champion", "1")
+    for call in (registry.check_trail, lambda: pytest.fail(registry.difference() or "")):
+        with pytest.raises((ValueError, pytest.fail.Exception), match="somebody changed them outside OneDiff"):
+            call()
+    add("c")
+    assert [change.action for change in registry.check_trail()[-2:]] == ["adopted", "propose"]
+    assert registry.trail()[-2].new["champion"] == "1"
+    assert aliases()["1"] == ["champion", "previous"]
+
+
+def test_a_process_that_dies_before_the_aliases_followed_has_made_its_change() -> None:
+    add("a")
+    registry.promote()
+    add("b", CIDEr=3.5)
+    died = subprocess.run([sys.executable, "-c", DIES], env=os.environ | {"PYTHONPATH": str(REPO)}, check=False)
+    assert died.returncode == 9 and aliases() == {"1": ["champion"], "2": ["candidate"]}
+    assert "a change was cut off; the next one finishes it" in str(registry.difference())
+    assert registry.promote("2").reasons == ["is the champion already"]
+    assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
+    assert [change.action for change in registry.check_trail()] == ["propose", "promote", "propose", "promote"]
+
+
+def test_repairing_finishes_a_change_that_was_cut_off_between_two_aliases() -> None:
+    two_champions()
+    tracking.client().delete_model_version_tag("onediff-audit", "4", "applied")
+    set_alias("champion", "1")  # previous is set, champion is not
+    assert registry.repair().number == 4
+    assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
+    assert registry.difference() is None and all(change.applied for change in registry.check_trail())
+
+
+def test_of_two_changes_upon_the_same_record_one_wins_and_the_other_is_told() -> None:
+    two_champions()
+    seen = last(registry.trail())
+    registry.rollback(by="first")
+    with pytest.raises(ValueError, match=r"another change came first: record 5, rollback by first .*record 6 is void"):
+        records.change("promote", {"champion": "1"}, upon=seen, by="second", why="")
+    assert aliases() == {"1": ["champion"], "2": ["candidate"]}
+    registry.promote("2")
+    assert [change.valid for change in registry.check_trail()] == [True] * 5 + [False, True]
+
+
+def test_a_record_that_was_sent_twice_is_one_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    add("a")
+    once = records._created
+    monkeypatch.setattr(records, "_created", lambda tags, told: (once(tags, told), once(tags, told))[1])
+    assert registry.promote().promoted
+    assert [change.valid for change in registry.check_trail()] == [True, True, False]
+
+
+def test_a_gap_and_a_fork_are_found() -> None:
+    two_champions()
+    store, tags = tracking.client(), {"action": "promote", "by": "x", "why": "", "figures": "{}", "mark": "m"}
+    store.create_model_version("onediff-audit", "onediff-audit:/record",
+                               tags=tags | {"from": '{"champion": "7"}', "to": "{}", "follows": "4"})
+    with pytest.raises(ValueError, match="has a fork: record 5 says it was made upon record 4 and champion 7"):
+        registry.check_trail()
+    store.delete_model_version("onediff-audit", "5")
+    assert len(registry.check_trail()) == 4
+    store.delete_model_version("onediff-audit", "2")
+    with pytest.raises(ValueError, match="has a gap: record 2 is missing"):
+        registry.check_trail()
+
+
+def test_a_record_that_cannot_be_read_is_named() -> None:
+    add("a")
+    tracking.client().delete_model_version_tag("onediff-audit", "1", "to")
+    with pytest.raises(ValueError, match=r"record 1 of 'onediff-audit' .* cannot be read .*restore the database"):
+        registry.trail()
+
+
+def test_without_a_change_nothing_is_settled() -> None:
+    add("a")
+    before = registry.trail()
+    assert settled() == before[-1] and registry.trail() == before
+
+
+def contend(turns: int) -> tuple[int, int]:
+    """Changes made and lost by four processes at once; each `turns` changes that cross those of the others."""
+    workers = [subprocess.Popen([sys.executable, "-c", WORK, str(turns), f"process {k}", *("12" if k % 2 else "21")],
+                                env=os.environ | {"PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for k in range(4)]
+    done = lost = 0
+    for worker in workers:
+        said, wrong = worker.communicate(timeout=500)
+        assert worker.returncode == 0, wrong
+        made, told = map(int, said.strip("[]\n ").split(","))
+        done, lost = done + made, lost + told
+    return done, lost
+
+
+def equal_pair() -> None:
+    """Two versions of which each may replace the other."""
+    write_rules(Path("mlflow/promotion.yaml"), better_than_champion=None, not_worse_than_champion={})
+    for name in ("a", "b"):
+        add(name)
+    with registry.sole_writer():
+        registry.promote("1")
+        registry.promote("2")
+
+
+def report(start: float, done: int, lost: int) -> None:
+    changes = registry.check_trail()
+    print(f"\n{done} done, {lost} lost, {len(changes)} records, {sum(not one.valid for one in changes)} void, "
+          f"{sum(one.action == 'adopted' for one in changes)} adopted, {time.monotonic() - start:.1f} s")
+
+
+def test_four_at_once_leave_a_trail_without_gap_or_fork() -> None:
+    equal_pair()
+    before = len(registry.trail())
+
+    def work(version: str) -> None:
+        for _ in range(3):
+            registry.promote(version)
+
+    threads = [threading.Thread(target=work, args=(version,)) for version in "1212"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = registry.check_trail()
+    assert all(change.valid and change.action == "promote" for change in changes[before:]) and len(changes) > before
+
+
+@pytest.mark.slow
+def test_fifty_changes_by_four_processes_at_once_replay_to_the_present_state() -> None:
+    equal_pair()
+    start = time.monotonic()
+    done, lost = contend(13)
+    report(start, done, lost)
+    assert all(change.valid for change in registry.check_trail()) and lost == 0
+
+
+@pytest.mark.slow
+def test_fifty_changes_at_once_through_a_server_without_a_lock_have_one_winner_each(server: Server) -> None:
+    with registry.sole_writer():
+        equal_pair()
+    start = time.monotonic()
+    done, lost = contend(13)
+    with registry.sole_writer():
+        registry.repair()  # the last writers may have passed each other
+    report(start, done, lost)
+    changes = registry.check_trail()
+    follows = [change.follows for change in changes if change.valid]
+    assert len(set(follows)) == len(follows) and lost == sum(not change.valid for change in changes) > 0

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onediff.repro.lock import fetch, files_of, lock_kept, locked, md5_of, outs_of, restore_outs, tree, uncached_outs
+
+FILES = {"a.parquet": "alpha", "b.parquet": "beta", "inner/c.json": "{}"}
+
+
+def dvc(folder: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments, "-q"], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC project with a folder and a file as outs, both pushed to a remote whose address is relative."""
+    folder = tmp_path_factory.mktemp("versioned") / "project"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / "data/shards" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "data/shards" / name).write_text(text)
+    (folder / "one.txt").write_text("one")
+    (folder / "dvc.yaml").write_text("stages:\n  copy:\n    cmd: cp one.txt data/two.txt\n    deps: [one.txt]\n"
+                                     "    params: [p.a]\n    outs: [data/two.txt]\n")
+    (folder / "params.yaml").write_text("p: {a: 1e-3}\n")
+    dvc(folder, "init", "--no-scm")
+    dvc(folder, "remote", "add", "-d", "store", "../store")
+    dvc(folder, "add", "data/shards")
+    dvc(folder, "repro")
+    dvc(folder, "push")
+    return folder
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made.parent, tmp_path / "all")
+    return tmp_path / "all/project"
+
+
+def cached(project: Path, name: str) -> Path:
+    md5 = md5_of(project / name)
+    return project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def test_digests_are_those_of_dvc(project: Path) -> None:
+    assert f"md5: {md5_of(project / 'data/shards')}" in (project / "data/shards.dvc").read_text()
+    assert files_of(md5_of(project / "data/shards"), project=project) == tree(project / "data/shards")
+
+
+@pytest.mark.parametrize("before", ["stages: {}", None])
+def test_a_lock_that_a_full_disk_emptied_is_as_before(before: str | None, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    if before:
+        lock.write_text(before)
+    with lock_kept(lock):
+        lock.write_text("")
+    assert (lock.read_text() if lock.exists() else None) == before and not list(tmp_path.glob("*.part"))
+    with lock_kept(lock):
+        lock.write_text("stages: {a: {}}")
+    assert lock.read_text() == "stages: {a: {}}" and not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_killed_stage_left_half_written_does_not_count(tmp_path: Path) -> None:
+    for name in ("card.json", "index.html.part"):
+        (tmp_path / name).touch()
+    assert list(tree(tmp_path)) == ["card.json"]
+
+
+def test_a_lock_is_read_with_parameters_by_their_full_names(project: Path) -> None:
+    stage = locked(project / "dvc.lock")["copy"]
+    assert stage.deps == stage.deps | {"one.txt": md5_of(project / "one.txt")} and stage.params == {"p.a": 1e-3}
+    assert outs_of(locked(project / "dvc.lock")) == {"data/two.txt": md5_of(project / "one.txt")}
+
+
+@pytest.mark.parametrize("name", ["data/shards", "one.txt"])
+def test_what_is_fetched_has_the_bytes_of_its_digest_and_the_workspace_stays_as_it_is(project: Path, tmp_path: Path,
+                                                                                      name: str) -> None:
+    before = sorted(path for path in project.rglob("*") if ".dvc" not in path.parts)
+    got = fetch(md5_of(project / name), tmp_path / "deep/got", project=project)
+    assert md5_of(got) == md5_of(project / name)
+    assert sorted(path for path in project.rglob("*") if ".dvc" not in path.parts) == before
+    assert [path.name for path in got.parent.iterdir()] == ["got"]
+
+
+def test_what_the_cache_lost_comes_from_the_remote(project: Path, tmp_path: Path) -> None:
+    shutil.rmtree(project / ".dvc/cache")
+    got = fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
+    assert tree(got) == tree(project / "data/shards")
+
+
+def test_a_damaged_cache_file_is_named_and_nothing_is_left(project: Path, tmp_path: Path) -> None:
+    kept, md5 = cached(project, "data/shards/b.parquet"), md5_of(project / "data/shards/b.parquet")
+    kept.chmod(0o644)
+    kept.write_text("bets")
+    kept.chmod(0o444)  # as DVC leaves it, which it then trusts
+    with pytest.raises(ValueError, match=rf"b.parquet is damaged: md5 \w+, must be {md5}: delete {kept}, then"):
+        fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
+    assert not (tmp_path / "got").exists()
+
+
+def test_a_file_that_neither_cache_nor_remote_has_is_named(project: Path, tmp_path: Path) -> None:
+    for store in (project / ".dvc/cache", project.parent / "store"):
+        (store / cached(project, "data/shards/a.parquet").relative_to(project / ".dvc/cache")).unlink()
+    with pytest.raises(ValueError, match=r"a.parquet is missing: neither cache nor remote has .* 'dvc push' on the"):
+        fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
+
+
+def test_a_listing_that_was_damaged_is_refused(project: Path) -> None:
+    kept = cached(project, "data/shards")
+    kept.chmod(0o644)
+    kept.write_text(kept.read_text().replace("a.parquet", "z.parquet"))
+    with pytest.raises(ValueError, match="its bytes are not those of its name"):
+        files_of(md5_of(project / "data/shards"), project=project)
+
+
+@pytest.mark.parametrize("md5", ["../../../etc/passwd", "ABC", "0" * 31])
+def test_what_is_no_md5_is_refused(project: Path, tmp_path: Path, md5: str) -> None:
+    with pytest.raises(ValueError, match="is no md5 of DVC"):
+        fetch(md5, tmp_path / "got", project=project)
+
+
+def test_a_place_that_is_taken_and_a_folder_without_dvc_are_refused(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one\.txt is there already"):
+        fetch("0" * 32, project / "one.txt", project=project)
+    with pytest.raises(FileNotFoundError, match="nothing is kept by digest here"):
+        fetch("0" * 32, tmp_path / "got", project=tmp_path)
+
+
+def test_no_secret_of_a_remote_is_told(project: Path, tmp_path: Path) -> None:
+    (project / ".dvc/config.local").write_text(
+        "['remote \"store\"']\n    url = http://user:secret1@127.0.0.1:9/x\n    password = \"secret2\"\n")
+    with pytest.raises(ValueError, match="is missing") as error:
+        fetch("0" * 32, tmp_path / "got", project=project)
+    assert "secret" not in str(error.value)
+
+
+def test_a_lock_that_is_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_text("a: [1\n" + os.linesep)
+    with pytest.raises(ValueError, match=r"dvc.lock: is no dvc.lock"):
+        locked(tmp_path / "dvc.lock")
+    with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
+        locked(tmp_path / "none.lock")
+
+
+# --- outs that DVC removed --------------------------------------------------------------------------------------------
+
+
+def lock_shards(project: Path) -> None:
+    """As if a stage had made the folder data/shards."""
+    with (project / "dvc.lock").open("a") as file:
+        file.write("  shards:\n    cmd: make\n    outs:\n    - path: data/shards\n      hash: md5\n"
+                   f"      md5: {md5_of(project / 'data/shards')}\n")
+
+
+def test_the_outs_of_a_stage_return_as_links_to_the_cache(project: Path) -> None:
+    lock_shards(project)
+    before = {name: tree(project / "data/shards") for name in ("shards", "copy")}
+    shutil.rmtree(project / "data/shards")
+    (project / "data/two.txt").unlink()
+    assert restore_outs("shards", project=project) == [Path("data/shards")]
+    assert tree(project / "data/shards") == before["shards"] and not (project / "data/two.txt").exists()
+    assert (project / "data/shards/a.parquet").samefile(cached(project, "data/shards/a.parquet"))
+    assert restore_outs("copy", project=project) == [Path("data/two.txt")]
+    assert (project / "data/two.txt").read_text() == "one"
+
+
+def test_an_out_that_exists_is_left_alone(project: Path) -> None:
+    (project / "data/two.txt").write_text("newer")
+    assert restore_outs("copy", project=project) == []
+    assert (project / "data/two.txt").read_text() == "newer"
+
+
+def test_an_out_of_which_the_cache_lacks_a_file_does_not_return_in_part(project: Path) -> None:
+    lock_shards(project)
+    lost = cached(project, "data/shards/b.parquet")
+    shutil.rmtree(project / "data/shards")
+    assert uncached_outs("shards", project=project) == []
+    lost.unlink()
+    assert uncached_outs("shards", project=project) == [Path("data/shards")]
+    assert restore_outs("shards", project=project) == [] and not (project / "data/shards").exists()
+    assert not list(project.rglob("*.part"))
+
+
+def test_without_a_lock_and_for_a_new_stage_nothing_returns(project: Path) -> None:
+    assert restore_outs("new", project=project) == []
+    (project / "dvc.lock").unlink()
+    assert restore_outs("copy", project=project) == []

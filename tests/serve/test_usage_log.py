@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from onediff.config import Config, Runtime
+from onediff.data.quality.probe import probe_record
+from onediff.data.record import Record
+from onediff.inputs.images import open_image
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.model.assemble import build
+from onediff.model.captioner import Captioner
+from onediff.model.digest import weights_digest
+from onediff.serve.in_use import speaker
+from onediff.serve.usage_log import SIDES, UsageLog, Use, append, pair_facts, read_usage, usage_log
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def png(colour: str, size: tuple[int, int] = (11, 7), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def use(before: bytes, after: bytes, caption: str = "nothing has changed") -> Use:
+    return Use((before, after), (open_image(before), open_image(after)), "What?", caption, 0.5)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> UsageLog:
+    return UsageLog(tmp_path / "usage", "models:/onediff@champion", "abc", keep_images=False)
+
+
+def test_facts_are_those_of_the_probe(scene_pairs: list[Record]) -> None:
+    for record in scene_pairs[:5]:
+        facts = pair_facts((record.before, record.after), (open_image(record.before), open_image(record.after)))
+        probed = probe_record(record, max_megapixels=64)
+        assert {name: facts[name] for name in facts if name in probed} == {
+            name: probed[name] for name in facts if name in probed}
+        assert {"width_before", "hash_after", "distance", "mode"} <= set(probed) & set(facts)
+
+
+def test_brightness_and_contrast_are_grey_levels_of_both_images() -> None:
+    dark, light = png("#000000"), png("#c8c8c8")
+    facts = pair_facts((dark, light), (open_image(dark), open_image(light)))
+    assert (facts["brightness"], facts["contrast"], facts["distance"]) == (100, 0, 200)
+
+
+def test_a_row_comes_back_as_it_was_noted(log: UsageLog) -> None:
+    log.add([use(png("red"), png("blue", mode="L"), "ä “quoted”\ncaption"), use(png("red"), png("red"))])
+    rows, broken = read_usage(log.folder, LONG_AGO)
+    assert broken == 0 and [row["caption"] for row in rows] == ["ä “quoted”\ncaption", "nothing has changed"]
+    assert rows[0]["mode"] == "L|RGB" and rows[0]["weights"] == "abc" and rows[0]["instruction"] == "What?"
+    assert not list(log.folder.rglob("images"))
+    assert log.folder.stat().st_mode & 0o077 == 0
+
+
+def test_only_recent_rows_are_read(log: UsageLog) -> None:
+    log.add([use(png("red"), png("blue"))])
+    assert len(read_usage(log.folder, datetime.now(UTC) - timedelta(days=1))[0]) == 1
+    assert read_usage(log.folder, datetime.now(UTC) + timedelta(seconds=5))[0] == []
+
+
+def test_images_are_kept_as_given_and_once(tmp_path: Path) -> None:
+    log = UsageLog(tmp_path / "usage", "m", "abc", keep_images=True)
+    log.add([use(png("red"), png("blue")), use(png("red"), png("red"))])
+    rows, _ = read_usage(log.folder, LONG_AGO)
+    kept = sorted((log.folder / "images").iterdir())
+    assert sorted(path.name for path in kept) == sorted(sha256(png(colour)).hexdigest() for colour in ("red", "blue"))
+    assert (log.folder / rows[0]["file_after"]).read_bytes() == png("blue")
+
+
+def _write(path: Path, name: str) -> None:
+    for number in range(200):
+        append(path, [{"writer": name, "number": number, "text": name * 300}])
+
+
+def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "day.jsonl"
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.starmap(_write, [(path, "a"), (path, "b")])
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    for name in "ab":
+        assert [row["number"] for row in rows if row["writer"] == name] == list(range(200))
+
+
+def test_a_line_cut_off_by_a_full_disk_spoils_no_other(log: UsageLog) -> None:
+    log.add([use(png("red"), png("blue"), "first")])
+    path = next(log.folder.glob("*.jsonl"))
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:40])
+    log.add([use(png("red"), png("blue"), "second")])
+    rows, broken = read_usage(log.folder, LONG_AGO)
+    assert [row["caption"] for row in rows] == ["first", "second"] and broken == 1
+
+
+def test_a_full_disk_is_told_once_and_breaks_nothing(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
+    log.add([use(png("red"), png("blue"))])
+    size = next(log.folder.glob("*.jsonl")).stat().st_size
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1]))  # a file may not grow: as on a full disk
+    try:
+        log.add([use(png("red"), png("blue"))])
+        log.add([use(png("red"), png("blue"))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, before)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "captions are not noted" in told and "runtime.yaml" in told
+
+
+def test_a_folder_that_cannot_be_is_told_and_breaks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    UsageLog(tmp_path / "file" / "usage", "m", "abc", keep_images=False).add([use(png("red"), png("blue"))])
+    assert "captions are not noted (Not a directory)" in capsys.readouterr().err
+
+
+def test_without_a_log_the_reader_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"set usage_log in runtime\.yaml"):
+        read_usage(tmp_path / "none", LONG_AGO)
+
+
+def test_without_the_setting_there_is_no_log(tmp_path: Path) -> None:
+    assert usage_log(Runtime(), "m", tmp_path) is None
+
+
+@pytest.fixture(scope="module")
+def model(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for part in build(micro.model, seed=5):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_noted_captions_are_those_of_the_captioner(model: Path, scene_pairs: list[Record], tmp_path: Path) -> None:
+    captioner = Captioner.load(model, device="cpu")
+    log = usage_log(Runtime(usage_log=str(tmp_path / "usage")), "m", model)
+    files = [(record.before, record.after) for record in scene_pairs[:3]]
+    pairs = [(open_image(before), open_image(after)) for before, after in files]
+    asked = [DEFAULT_INSTRUCTION, "Say it.", "How was the image edited?"]
+    said = speaker(captioner, log)(files, pairs, asked)
+    assert said == speaker(captioner, None)(files, pairs, asked) == captioner.caption(pairs, instructions=asked)
+    rows, _ = read_usage(tmp_path / "usage", LONG_AGO)
+    assert [(row["caption"], row["instruction"]) for row in rows] == list(zip(said, asked, strict=True))
+    assert {row["weights"] for row in rows} == {weights_digest(model)}
+    assert all(0 < row["confidence"] <= 1 for row in rows)
+
+
+def test_the_command_notes_its_caption_where_the_environment_says(model: Path, tmp_path: Path) -> None:
+    for side, colour in zip(SIDES, ("red", "blue"), strict=True):
+        (tmp_path / f"{side}.png").write_bytes(png(colour))
+    command = [sys.executable, "-m", "onediff", "caption", "before.png", "after.png", "--model", str(model)]
+
+    def captioned(**settings: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **settings}, text=True, capture_output=True,
+                              check=True)
+        return done.stdout
+
+    plain = captioned()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after.png", "before.png"]
+    noted = captioned(ONEDIFF_USAGE_LOG=str(tmp_path / "usage"), ONEDIFF_USAGE_IMAGES="true")
+    [row], _ = read_usage(tmp_path / "usage", LONG_AGO)
+    assert noted == plain == row["caption"] + "\n" and row["model"] == str(model)
+    assert (tmp_path / "usage" / row["file_before"]).read_bytes() == png("red")

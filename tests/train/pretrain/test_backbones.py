@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from onediff.data.synthesis.render import COLORS, SHAPES, render
+from onediff.data.synthesis.scenes import draw_things, draw_view
+from onediff.eval.analysis.behaviour import parse, parse_operation
+from onediff.train.pretrain import dialogue as chat
+from onediff.train.pretrain.backbones import (
+    ATTRIBUTES,
+    FOLDER,
+    IMAGE_PX,
+    PATCH_PX,
+    UNKNOWN,
+    make_example,
+    patch_labels,
+    photometry,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_patch_labels_equal_counting_pixels_one_by_one() -> None:
+    rng = np.random.default_rng(4)
+    things = draw_things(rng, 4)
+    assert things
+    _, ids = render(things, draw_view(rng, 1.0), IMAGE_PX)
+    attributes, present, offsets = patch_labels(ids, things)
+    side = IMAGE_PX // PATCH_PX
+    for n in range(side * side):
+        row, column = divmod(n, side)
+        patch = ids[row * PATCH_PX : (row + 1) * PATCH_PX, column * PATCH_PX : (column + 1) * PATCH_PX]
+        counts = [int((patch == k).sum()) for k in range(len(things))]
+        best = int(np.argmax(counts))
+        there = counts[best] > 0.12 * PATCH_PX**2
+        assert present[n] == there
+        if not there:
+            assert (attributes[n] == UNKNOWN).all()
+            continue
+        assert SHAPES[attributes[n, 0]] == things[best].shape
+        assert tuple(COLORS)[attributes[n, 1]] == things[best].color
+        rows, columns = np.nonzero(ids == best)
+        middle = [columns.mean() / PATCH_PX - column - 0.5, rows.mean() / PATCH_PX - row - 0.5]
+        assert np.allclose(offsets[n], middle, atol=1e-5)
+    assert present.sum() > 4
+
+
+def test_same_seed_same_example() -> None:
+    for seed in (0, 5, 11):
+        one, other = make_example(seed), make_example(seed)
+        assert np.array_equal(one.image, other.image)
+        assert np.array_equal(one.attributes, other.attributes)
+        assert one.caption == other.caption
+
+
+def test_photometry_tells_bright_from_dark_and_sharp_from_flat() -> None:
+    images = torch.zeros(2, 3, IMAGE_PX, IMAGE_PX)
+    images[0] = 0.5
+    images[1, :, :, ::2] = 1.0
+    flat, striped = photometry(images)[:, 10]
+    assert torch.allclose(flat[:3], torch.tensor([0.5, 0.5, 0.5]))
+    assert striped[3] > flat[3] + 1
+    assert striped[4] > flat[4] + 1
+
+
+def test_every_sentence_that_teaches_chat_can_be_parsed() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        _, said = chat.sentence(rng)
+        assert parse(said).change_type or parse_operation(said), said
+
+
+def test_no_text_row_speaks_of_an_image_it_does_not_have() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        prompt = chat.text_row(rng, ["a red cube", "a blue sphere"])
+        assert prompt.num_images == 0
+        assert "<image>" not in prompt.question and "<delta>" not in prompt.question
+
+
+def test_the_committed_backbones_are_a_tower_and_a_language_model_and_nothing_else() -> None:
+    parts = {"vision": ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."), "language": ("model.",)}
+    for part, allowed in parts.items():
+        with safe_open(ROOT / FOLDER / part / "model.safetensors", framework="np") as file:
+            assert all(key.startswith(allowed) for key in file.keys())  # noqa: SIM118
+    figures = json.loads((ROOT / FOLDER / "figures.json").read_text())
+    assert {f"{name}_accuracy" for name in ATTRIBUTES} <= figures.keys()
