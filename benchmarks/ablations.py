@@ -89,10 +89,10 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
 
     from onediff.eval.analysis.behaviour import scene_behaviour
     from onediff.eval.caption import caption_records
+    from onediff.library_logs import silence_libraries
     from onediff.model.captioner import Captioner
-    from onediff.stages.command import quiet
 
-    quiet()
+    silence_libraries()
     torch.set_num_threads(1)
     config = varied(load_params(Path("presets/tiny.yaml")), VARIANTS[name], seed=seed, scale=scale)
     with tempfile.TemporaryDirectory(dir=HOME) as scratch:

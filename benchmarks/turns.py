@@ -72,9 +72,9 @@ def peak_gib() -> float:
 
 def contend(work: Callable[[dict[str, Any], Turn], None]) -> None:
     """In a contender's process: its case, until it has had all its turns."""
-    from onediff.stages.command import quiet
+    from onediff.library_logs import silence_libraries
 
-    quiet()
+    silence_libraries()
     try:
         work(json.loads(os.environ[CASE]), Turn())
     except Ended:

@@ -11,10 +11,13 @@ A killed process leaves `<name>.part` behind. The next writer removes it; git an
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +136,45 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """`options`: those of json.dumps."""
     write_text(path, json.dumps(value, **options) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key_of(value: Any) -> str:
+    """The SHA-256 of a JSON value; the order of keys in dictionaries makes no difference. Other types become text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on the file, waiting while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def refusing_lock(path: Path, refusal: str) -> Iterator[None]:
+    """Holds an exclusive lock on the file, which then names this process.
+
+    Raises ValueError with the text `refusal` if another process holds the lock; "{holder}" in it becomes that process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(refusal.format(holder=file.read().strip() or "unknown")) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _sync(path: Path) -> None:

@@ -1,10 +1,40 @@
-"""Paths below data/ that several modules share."""
+"""Every path that more than one module uses, relative to the project's folder, and the address of the champion."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-PROBE_TABLE = Path("data/probe.parquet")
-QUARANTINE = Path("data/quarantine.parquet")
-DIFFCAP = Path("data/diffcap")
-TRAINED = Path("data/models/tune")
+PARAMS = Path("params.yaml")
+RUNTIME = Path("runtime.yaml")
+DVC_YAML = Path("dvc.yaml")
+DVC_LOCK = Path("dvc.lock")
+
+DATA = Path("data")
+RAW = DATA / "raw"  # published sets and pairs of your own
+SYNTHETIC = DATA / "synthetic"  # generated pairs
+PAIRS = DATA / "pairs"  # records read from data/raw
+INSTRUCTED = DATA / "instructed"  # edit instructions by the writer
+WRITTEN = DATA / "written"  # records with captions by the writer
+ANSWERS = DATA / "answers"  # every answer of the writer, as paid for
+PROBE_TABLE = DATA / "probe.parquet"
+QUARANTINE = DATA / "quarantine.parquet"
+DIFFCAP = DATA / "diffcap"
+CARD = DIFFCAP / "card.json"
+READ_REPORTS = DATA / "reports/read"
+VALIDATION_REPORT = DATA / "reports/validation"
+DIFFCAP_REPORTS = DATA / "reports/diffcap"
+MODELS = DATA / "models"
+ALIGNED = MODELS / "align"
+TRAINED = MODELS / "tune"
+CURVES = DATA / "curves"
+RUNS = DATA / "runs"
+CAPTIONS = DATA / "captions"
+SCORED = DATA / "scored"
+METRICS = DATA / "metrics.json"
+GATE = DATA / "gate.json"
+STRESS = DATA / "stress.json"
+STRESS_DETAILS = DATA / "stress"
+REPORT = DATA / "report.html"
+FIGURES = DATA / "figures"
+
+CHAMPION = "models:/onediff@champion"

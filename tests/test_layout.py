@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,21 @@ def test_every_direct_dependency_is_locked() -> None:
     names = {re.split(r"[<>=!~ ]", item, maxsplit=1)[0].lower().replace("_", "-").replace(".", "-") for item in wanted}
     locked = {line.split("==")[0].replace(".", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert names <= locked
+
+
+def test_every_imported_package_is_declared() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {_normal(re.split(r"[<>=!~ \[]", item, maxsplit=1)[0]) for items in lists for item in items}
+    declared |= {"bpy"}  # `make blender` installs it, because its own dependencies do not fit
+    imported = set().union(*(_imports(path) for path in _sources())) - sys.stdlib_module_names - {"onediff", "flows"}
+    other_names = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
+    distributions = packages_distributions()
+    owners = {name: {other_names.get(name, name), *map(_normal, distributions.get(name, []))} for name in imported}
+    assert [name for name, candidates in owners.items() if not candidates & declared] == []
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.lower())

@@ -166,15 +166,15 @@ def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | Non
     from onediff.config import load_runtime
     from onediff.inputs.images import open_image
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+    from onediff.library_logs import silence_libraries
     from onediff.ops.predict import folder_of
     from onediff.serve.in_use import speaker
     from onediff.serve.usage_log import usage_log
-    from onediff.stages.command import quiet
 
     images = [(open_image(before), open_image(after)) for before, after in pairs]
     folder = folder_of(model)
     log = usage_log(load_runtime(), model, folder)
-    quiet()
+    silence_libraries()
     from onediff.model.captioner import Captioner
 
     return speaker(Captioner.load(folder), log)([*pairs], images, [instruction or DEFAULT_INSTRUCTION] * len(pairs))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from onediff import registry
 from onediff.config import load_params
+from onediff.library_logs import silence_libraries
 from onediff.ops.drift import write_profile
 from onediff.ops.lineage import pack
 from onediff.paths import DIFFCAP
 from onediff.serve.latency import caption_ms
-from onediff.stages.command import quiet
 
 
 def register(model: Path, *, run_id: str | None = None, evaluation_run: str | None = None,
@@ -27,7 +27,7 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
         carried = pack(Path(scratch), evaluation_run=evaluation_run)
         measured = {}
         if registry.version_with(evidence.model.folder) is None:
-            quiet()
+            silence_libraries()
             measured["caption_ms"] = caption_ms(model, DIFFCAP)
             if drift := load_params().drift:
                 write_profile(carried, model, num_pairs=drift.num_pairs)

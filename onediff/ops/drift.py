@@ -20,10 +20,10 @@ from onediff import config
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.stress import GRAMMARS, choose, jpeg
 from onediff.inputs.images import open_image
+from onediff.library_logs import silence_libraries
 from onediff.ops.predict import folder_of
 from onediff.paths import DIFFCAP
 from onediff.serve.usage_log import pair_facts, read_usage
-from onediff.stages.command import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +100,7 @@ def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: in
 
     Raises FileNotFoundError without that split or the model.
     """
-    quiet()
+    silence_libraries()
     from onediff.model.captioner import Captioner
     from onediff.model.digest import weights_digest
 
@@ -251,7 +251,7 @@ def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile
     images = _recent_images(Path(runtime.usage_log), own, settings.num_pairs)
     alarms = None
     if len(images) >= settings.min_pairs:
-        quiet()
+        silence_libraries()
         from onediff.model.captioner import Captioner
 
         captioner = Captioner.load(folder_of(model), device=runtime.device)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.inputs.images import open_image
+from onediff.library_logs import silence_libraries
 from onediff.paths import DIFFCAP, TRAINED
-from onediff.stages.command import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,7 +123,7 @@ def question(record: Record, config: Config) -> str:
 
 def _settings() -> tuple[Config, str]:
     config, runtime = load_params(), load_runtime()
-    quiet()
+    silence_libraries()
     return config, runtime.device
 
 

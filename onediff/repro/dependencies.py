@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules that cannot change the outs of a stage, each with the reason; what they import does not count either.
 NO_RESULT = {
     "onediff": "sets how the threads of OpenMP wait",
-    "onediff.config": "checks values that DVC tracks as params; has no defaults and computes nothing (test_config.py)",
+    "onediff.config": "checks values that DVC tracks as params; has no defaults and computes nothing (test_params.py)",
+    "onediff.library_logs": "log levels",
     "onediff.interrupts": "ends a process early; a resumed run equals an uninterrupted one (test_killed.py)",
     "onediff.tracking": "writes to MLflow; the ids of runs are in data/runs, which no stage reads",
-    "onediff.energy": "counts watt-hours for data/runs",
-    "onediff.stages.command": "arguments, signals, checks before the stage and log levels",
+    "onediff.stages.command": "arguments, signals and checks before the stage",
     "onediff.repro.lock": "reads dvc.lock and DVC's cache",
     "onediff.train.launch.dispatch": "starts the ranks, which run the code of the stage",
     "onediff.train.launch.nodes": "the command line and the environment of the ranks",

@@ -14,7 +14,6 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
           "nearest_train": "floor: caption of the nearest training pair"}
 PHASES = ("align", "tune")
-NO_COUNTER = "not measured: this machine has no energy counter"
 CAPTIONS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 BEHAVIOUR = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
              "operation_accuracy")
@@ -43,7 +42,6 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
         unchanged=list(_unchanged(scores, stress)), weak=list(_weak(scores["test"])), stress=list(_stress(stress)),
         incomplete=card.get("incomplete", {}),
         protocols=sorted({its["protocol"] for its in scores["test"].values()}),
-        energy_known=any(run.get("energy_wh") is not None for run in runs.values()),
         generated_only=set(sources_of(config.data)) == set(config.data.generated),
         lineage=_read(lineage) if lineage.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,16 +82,8 @@ def _phases(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[
         found.append({"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
                       "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
                       "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items() if rate),
-                      "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"],
-                      "energy": _energy(run)})
+                      "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"]})
     return found
-
-
-def _energy(run: Mapping[str, Any]) -> str:
-    """Never an estimate. Runs from before it was counted, and those of several nodes, note nothing."""
-    if "energy_wh" not in run:
-        return "not measured"
-    return NO_COUNTER if run["energy_wh"] is None else f"{run['energy_wh']:.1f} Wh"
 
 
 # --- scores, times 100 as papers print them --------------------------------------------------------------------------

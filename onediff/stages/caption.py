@@ -11,7 +11,8 @@ from typing import IO
 from onediff.config import load_params, load_runtime
 from onediff.data.record import Record, read_records
 from onediff.files import new_folder
-from onediff.stages.command import quiet, run
+from onediff.library_logs import silence_libraries
+from onediff.stages.command import run
 
 OUT = Path("data/captions")
 
@@ -19,7 +20,7 @@ OUT = Path("data/captions")
 def caption(model: str = "data/models/tune") -> None:
     """Writes data/captions/<split>/<benchmark>.jsonl for splits test and gate: every pair once, in shard order."""
     config, runtime = load_params(), load_runtime()
-    quiet()
+    silence_libraries()
     from onediff.eval.caption import caption_records
     from onediff.model.captioner import Captioner
 

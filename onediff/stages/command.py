@@ -1,12 +1,10 @@
-"""What every stage's command shares: arguments, errors in one line, quiet libraries, and an end with its parent."""
+"""What the command of every stage does: read arguments, check inputs, and report errors and interrupts in one line."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,15 +54,3 @@ def _prepare(stage: str) -> None:
         check_inputs(config)
     if stage in ("align", "tune"):
         check_mixtures(config)
-
-
-def quiet() -> None:
-    """Libraries tell errors, not their life."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
-    warnings.filterwarnings("ignore", module="torch|transformers|deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

@@ -16,7 +16,8 @@ from onediff.data.sources.collection import Entry, list_collection
 from onediff.data.sources.entries import part, read_lines
 from onediff.data.synthesis.diffusion import REASONS, Editor, Task, records_of
 from onediff.files import new_folder, write_json
-from onediff.stages.command import quiet, run
+from onediff.library_logs import silence_libraries
+from onediff.stages.command import run
 
 
 def diffuse(source: str) -> None:
@@ -29,7 +30,7 @@ def diffuse(source: str) -> None:
     settings, clip = config.data.diffusion, config.data.clip
     if settings is None or clip is None:
         raise ValueError(f"params.yaml: data.diffusion and data.clip are needed to edit the images of '{source}'")
-    quiet()
+    silence_libraries()
     tasks = list(_tasks(Path("data/instructed") / f"{source}.jsonl", list_collection(Path("data/raw") / source)))
     editor = Editor(source, settings, clip, seed=config.seed, max_megapixels=config.data.max_megapixels,
                     device=runtime.device, folder=(Path(runtime.scratch) / "diffuse").absolute())

@@ -13,7 +13,8 @@ from onediff.data.record import write_shards
 from onediff.data.sources.collection import list_collection
 from onediff.data.sources.retrieval import embed_collection, find_pairs, pair_records
 from onediff.files import new_folder, write_json
-from onediff.stages.command import quiet, run
+from onediff.library_logs import silence_libraries
+from onediff.stages.command import run
 
 
 def retrieve(source: str) -> None:
@@ -25,7 +26,7 @@ def retrieve(source: str) -> None:
     settings, clip = config.data.retrieval, config.data.clip
     if settings is None or clip is None:
         raise ValueError(f"params.yaml: data.retrieval and data.clip are needed to find pairs in '{source}'")
-    quiet()
+    silence_libraries()
     entries = list_collection(Path("data/raw") / source)
     vectors, names, broken = [], [], dict[str, str]()
     with tqdm(total=len(entries), desc=f"embed {source}", unit="image") as bar:

@@ -17,8 +17,9 @@ from onediff.eval.analysis.stress import CURVE_FIGURES, choose, figures, num_tri
 from onediff.eval.jsonl import rounded
 from onediff.eval.metrics.compute import Predictions
 from onediff.files import new_folder, write_json
+from onediff.library_logs import silence_libraries
 from onediff.paths import DIFFCAP
-from onediff.stages.command import quiet, run
+from onediff.stages.command import run
 
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
@@ -32,7 +33,7 @@ def stress(model: str = "data/models/tune") -> None:
     and data/stress.json. The same model and pairs, the same bytes.
     """
     config, runtime = load_params(), load_runtime()
-    quiet()
+    silence_libraries()
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)

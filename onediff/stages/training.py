@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onediff.files import disk_full_named, link_or_copy, new_file, new_folder, write_json
+from onediff.library_logs import silence_libraries
 from onediff.model.digest import weights_digest
 from onediff.paths import DIFFCAP
 from onediff.repro.lock import LOCK, locked, md5_of, outs_of, uncached_outs
-from onediff.stages.command import quiet
 
 if TYPE_CHECKING:
     from onediff.config import Config, Runtime
@@ -46,25 +46,21 @@ def train(phase: str, *, start: Path | None, work: Callable[[Config, Runtime, Pa
     """
     from onediff import tracking
     from onediff.config import load_params, load_runtime
-    from onediff.energy import counter
 
     config, runtime = load_params(), load_runtime()
     tracking.check()  # before any work: what is trained must have somewhere to be noted
-    quiet()
+    silence_libraries()
     from onediff.train import checkpoint, phases
     from onediff.train.launch import dispatch as launcher
     from onediff.train.launch.status import is_finished
 
     def here() -> None:
         with disk_full_named(folder), noted_run(phase, config) as noted:
-            used_wh = counter() if noted else None
             work(config, runtime, folder, noted.log if noted else silent)
             if noted:
                 described = noted.describe(digest=weights_digest(folder / phases.FINAL))
                 summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-                # Other nodes' counters cannot be read here.
-                energy = {"energy_wh": round(used_wh(), 2) if used_wh else None} if runtime.nodes == 1 else {}
-                write_json(folder / "run.json", described | summary | energy, indent=1)
+                write_json(folder / "run.json", described | summary, indent=1)
 
     if "LOCAL_RANK" not in os.environ and not runtime.node_rank:
         remove_committed(phase, Path(runtime.scratch))

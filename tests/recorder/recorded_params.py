@@ -17,9 +17,10 @@ PHASES = {"align", "tune"}  # stages/training.py reads the parameters for both
 def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
     """note(stage, key) is called for every value that a stage takes from params.yaml."""
     from onediff import config
+    from onediff.config import params
 
     recorder = Recorder(note, config.Section)
-    checked, copied, dumped = config._checked, config.Section.model_copy, config.Section.model_dump
+    checked, copied, dumped = params.checked, config.Section.model_copy, config.Section.model_dump
 
     def load(kind: type[config.Section], values: dict[str, Any], path: Path) -> config.Section:
         loaded: config.Section = checked(kind, values, path)
@@ -45,7 +46,7 @@ def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str,
             recorder.read(section, name)
         return dumped(section, **options)
 
-    set_attribute(config, "_checked", load)
+    set_attribute(params, "checked", load)
     for name, method in (("__getattribute__", get), ("model_copy", copy), ("model_dump", dump)):
         set_attribute(config.Section, name, method)
 

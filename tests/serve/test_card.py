@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onediff.serve.card import NO_COUNTER, write_card
+from onediff.serve.card import write_card
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {split: {"scenes": {"add": 11, "none": 13}} for split in ("train", "val", "gate", "test")}
@@ -58,14 +58,6 @@ def test_it_shows_intervals_floors_false_alarms_data_and_limits(project: Path) -
     assert "| scenes | 24 | 24 | 24 | 24 | rendered from a seed | Apache-2.0 | here |" in text
     assert "All of its pairs were generated" in text and "scenes: worst on `" in text
     assert not [line for line in text.splitlines() if line.startswith("|") and not line.endswith("|")]
-
-
-def test_energy_is_measured_or_said_to_be_unknown_but_never_guessed(project: Path) -> None:
-    write(project / "data/runs/tune.json", RUN | {"energy_wh": 12.34})
-    text = write_card(project / "out", root=project).read_text()
-    assert "Energy: 12.3 Wh" in text and "Energy: not measured." in text  # the second is a run that notes nothing
-    write(project / "data/runs/align.json", RUN | {"energy_wh": None})
-    assert f"Energy: {NO_COUNTER}." in write_card(project / "out", root=project).read_text()
 
 
 def test_it_names_the_lineage_that_lies_beside_it(project: Path) -> None:

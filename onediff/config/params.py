@@ -1,32 +1,25 @@
-"""params.yaml -> one frozen tree. Every value is checked here, once, before any work.
+"""params.yaml as frozen, checked objects: everything that changes a result.
 
-DVC tracks the values, not this file: a new key of one stage must not make the others stale. So nothing here may decide
-a result: the sections that a stage reads have no defaults, and no methods but checks (tests/test_config.py).
+DVC tracks the values in params.yaml, not this file: a new key of one stage must not make the other stages stale. So
+nothing here may decide a result: sections that a stage reads have no defaults, and no methods other than checks
+(tests/test_config.py).
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, model_validator
+
+from onediff.config.reading import Count, Rate, Section, checked, read_yaml
+from onediff.paths import PARAMS
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0)]
-Port = Annotated[int, Field(ge=1024, le=65535)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
-T = TypeVar("T", bound="Section")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class SplitCounts(Section):
@@ -369,160 +362,6 @@ def _cure(name: str, sources: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else "correct the name, or add the source to data"
 
 
-class Slurm(Section):
-    """What sbatch is asked for beside nodes and GPUs; `options` are further lines, such as --qos=long."""
-
-    partition: str | None = None
-    account: str | None = None
-    time: str = "24:00:00"
-    options: list[str] = []
-    poll_s: Annotated[float, Field(gt=0)] = 15.0
-
-
-class Pools(Section):
-    """Names of Prefect work pools."""
-
-    cpu: str = "onediff-cpu"
-    gpu: str = "onediff-gpu"
-
-
-class Services(Section):
-    """Servers and workers that `make services` keeps on this machine, on 127.0.0.1 alone; `folder` holds all of it.
-
-    database: auto, PostgreSQL where it is installed. What a folder began with, it stays with.
-    """
-
-    folder: str = ".onediff/services"
-    database: Literal["auto", "postgresql", "sqlite"] = "auto"
-    prefect_port: Port = 4200
-    mlflow_port: Port = 5000
-    postgres_port: Port = 5433  # Debian's own cluster has 5432
-    start_s: Annotated[float, Field(gt=0)] = 180.0  # that a service may take until it answers
-
-
-class Runtime(Section):
-    """Where and how it runs; nothing here may change a result. Environment variables ONEDIFF_<KEY> win."""
-
-    launcher: Literal["local", "deepspeed", "slurm"] = "local"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = 0  # 0: one per core
-    loader_workers: Annotated[int, Field(ge=0)] | None = None  # None: none on a CPU, else the cores shared by the GPUs
-    micro_batch_size: Count | None = None  # None: the whole batch at once
-    nodes: Count = 1
-    gpus: Count = 1  # of each node
-    hostfile: str | None = None  # DeepSpeed's: a line `name slots=8` for each node
-    node_rank: Annotated[int, Field(ge=0)] | None = None  # set: the launcher is started on every node, without ssh
-    master_addr: str | None = None
-    master_port: Count = 29500
-    slurm: Slurm = Slurm()
-    zero_level: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU's memory; all: weights too (ZeRO 3)
-    checkpoint_activations: bool = False
-    compile: bool = False
-    feature_cache_gb: Annotated[float, Field(ge=0)] = 20.0  # of a frozen tower's features, on disk; above: none
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one GPU, for MFU; None: known for common ones
-    checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
-    grace_s: Annotated[float, Field(gt=0)] = 10.0  # from an interrupt until a stage is killed
-    scratch: str = ".onediff/scratch"
-    mlflow_uri: str | None = None  # None: SQLite in .onediff
-    pools: Pools | None = None  # Prefect's work pools, by what a stage needs; None: stages run where the flow does
-    git_remote: str | None = None  # where the branches retrain/RUN are pushed to; None: they stay here
-    register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
-    services: Services = Services()
-    notify: list[str] = []  # Prefect blocks that are told, such as custom-webhook/onediff
-    usage_log: str | None = None  # folder in which each caption made in use is noted; None: nowhere
-    usage_images: bool = False  # with the images themselves, which false alarms in use are measured on
-    inbox: str | None = None  # folder whose sub-folders are batches of pairs for sources of your own
-    engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None  # None: a cluster of this machine alone
-    writer_url: str | None = None  # an OpenAI-compatible endpoint; None: OpenAI's own
-    writer_concurrency: Count = 8
-    writer_requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    writer_tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
-    writer_max_usd: Rate = 0.0
-    writer_usd_per_million_input: Rate | None = None  # None: unknown, and nothing is asked
-    writer_usd_per_million_output: Rate | None = None
-
-    @model_validator(mode="after")
-    def _offloads(self) -> Self:
-        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
-        if self.zero_level < least:
-            raise ValueError(f"offload '{self.offload}' needs zero_level {least} or more, got {self.zero_level}")
-        return self
-
-    @property
-    def num_workers(self) -> int:
-        return self.workers or len(os.sched_getaffinity(0))
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes that train together, one per GPU."""
-        return 1 if self.launcher == "local" else self.nodes * self.gpus
-
-
-def load_params(path: Path = Path("params.yaml")) -> Config:
+def load_params(path: Path = PARAMS) -> Config:
     """Raises ValueError with one line per wrong value: where, rule, got, cure."""
-    return _checked(Config, _read(path), path)
-
-
-def load_runtime(path: Path = Path("runtime.yaml")) -> Runtime:
-    """runtime.yaml if it is there, then ONEDIFF_* variables over it. Raises ValueError."""
-    values = _read(path) if path.exists() else {}
-    yaml = YAML(typ="safe")
-    for key in Runtime.model_fields:
-        text = os.environ.get(f"ONEDIFF_{key.upper()}")
-        if text is not None:
-            values[key] = yaml.load(text)
-    return _checked(Runtime, values, path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: 1e-3 is a number
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.absolute()} not found: run this in the project's folder, where 'onediff preset "
-                                "tiny' writes it") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:  # comments alone, as in runtime.example.yaml
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
-    return values
-
-
-def _checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(kind, item, path) for item in error.errors()]
-        raise ValueError("\n".join(lines)) from None
-
-
-def _explain(kind: type[Section], item: Any, path: Path) -> str:
-    """One pydantic error -> `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1]), 1)
-        return f"{path}: {where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
-    if item["type"] == "missing":
-        return f"{path}: {where}: missing; see presets/ for a complete file"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return "\n".join(f"{path}: {where + ': ' if where else ''}{line}" for line in message.split("\n"))
-    return f"{path}: {where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
-
-
-def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        annotation = kind.model_fields[str(part)].annotation
-        sections = [its for its in (annotation, *get_args(annotation))  # of one that may be null, too
-                    if isinstance(its, type) and issubclass(its, Section)]
-        if not sections:
-            return []
-        kind = sections[0]
-    return list(kind.model_fields)
+    return checked(Config, read_yaml(path), path)

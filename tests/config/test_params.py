@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from onediff.config import Config, Drift, Judge, Section, load_params, load_runtime
 from onediff.train.engine import learning_rates
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = (ROOT / "presets/tiny.yaml").read_text()
 
 
@@ -152,7 +152,7 @@ SECTIONS_OF_STAGES = sorted(set(_sections(Config)) - {Drift, Judge}, key=lambda 
 
 @pytest.mark.parametrize("section", SECTIONS_OF_STAGES)
 def test_no_default_can_change_what_a_stage_reads(section: type[Section]) -> None:
-    """DVC would not see another default: config.py is no dep of any stage."""
+    """DVC would not see another default: onediff/config is no dep of any stage."""
     optional = {name for name, field in section.model_fields.items() if not field.is_required()}
     assert optional == ({"drift", "judge"} if section is Config else set())
 

@@ -1,0 +1,19 @@
+"""Log levels of the libraries that this project loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def silence_libraries() -> None:
+    """Silences library logging below ERROR, and progress bars of transformers. Call it before loading a model."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+    warnings.filterwarnings("ignore", module="torch|transformers|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
