@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline import outcome, reason, small_outs
 from flows.processes import DVC, stream
-from onediff.repro.lock import lock_kept, restore_outs, uncached_outs
+from onediff.repro.lock import preserved_dvc_lock, restore_outs, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.registry import Case, Evidence, Verdict
@@ -35,7 +35,7 @@ def repro(stage: str, *, ask: bool = True) -> State[Any]:
     if not ask:
         return Completed(name="UpToDate", message=f"{stage}: UpToDate")
     start = time.time()
-    with lock_kept():
+    with preserved_dvc_lock():
         status, said = stream([*DVC, "repro", "--single-item", stage])
     if status:
         restore_outs(stage)  # for a stage that was killed before it could do so

@@ -18,10 +18,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
@@ -35,29 +34,25 @@ class NotWrittenError(OSError):
     """One line: which path could not be written, why, and the cure."""
 
 
-class disk_full_named:
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
     """Raises NotWrittenError in place of any exception by which a library reports a full disk.
 
     `path`: what is being written; an error that names a file itself is more exact.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if error is None or isinstance(error, (NotWrittenError, ValueError)):  # these are explained already
-            return
-        number = _full(error)
+    try:
+        yield
+    except (NotWrittenError, ValueError):  # these explain the failure already
+        raise
+    except BaseException as error:
+        number = _disk_full_errno(error)
         if number:
-            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else self.path
+            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else path
             raise NotWrittenError(_explanation(Path(named), number)) from error
+        raise
 
 
-def _full(error: BaseException | None) -> int | None:
+def _disk_full_errno(error: BaseException | None) -> int | None:
     """The error number of a full disk if the exception or one of its causes reports one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REASONS:
@@ -136,6 +131,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """`options`: those of json.dumps."""
     write_text(path, json.dumps(value, **options) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Writes each row as one line of JSON, without holding all of them in memory. Returns the number of lines."""
+    num_rows = 0
+    with new_file(path) as part, part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            num_rows += 1
+    return num_rows
 
 
 def sha256_of(path: Path) -> str:

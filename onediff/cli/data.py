@@ -1,19 +1,18 @@
-"""`onediff data ...`: what there is, what is missing, what it costs, how it looks. Thin, like cli.py."""
+"""`onediff data ...`: the sources of pairs, what is missing of them, what the writer would cost, a page of pairs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from onediff.cli.output import Json, print_result, print_text
+from onediff.paths import DIFFCAP, PARAMS
 
 GALLERY = Path(".onediff/gallery")
 
 app = typer.Typer(help="Sources of pairs: status, fetch, read, dry-run, browse.", no_args_is_help=True)
-
-Stage = Literal["write", "instruct"]
-Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 
 @app.command()
@@ -22,8 +21,8 @@ def status(as_json: Json = False) -> None:
     from onediff.config import load_params
     from onediff.data.sources import status as sources
 
-    rows = sources.status(load_params() if Path("params.yaml").exists() else None)
-    _print(rows, sources.as_text(rows), as_json)
+    rows = sources.status(load_params() if PARAMS.exists() else None)
+    print_result(rows, sources.as_text(rows), as_json)
 
 
 @app.command()
@@ -40,28 +39,26 @@ def read(source: str, folder: Path, as_json: Json = False) -> None:
     from onediff.data.sources.read import as_text, summarize
 
     summary = summarize(source, folder)
-    _print(summary, as_text(summary), as_json)
+    print_result(summary, as_text(summary), as_json)
 
 
 @app.command("dry-run")
-def dry_run(source: str, stage: Annotated[Stage, typer.Option(help="Captions, or edit instructions.")] = "write",
+def dry_run(source: str,
+            stage: Annotated[Literal["write", "instruct"], typer.Option(
+                help="Captions, or edit instructions.")] = "write",
             as_json: Json = False) -> None:
     """The exact requests to the writer and what they would cost; nothing is asked. `dvc repro write@SOURCE` asks."""
     from onediff.config import load_params, load_runtime
     from onediff.data.writer.dry_run import as_text, plan
 
     planned = plan(source, load_params(), load_runtime(), stage=stage)
-    _print(planned, as_text(planned), as_json)
+    print_result(planned, as_text(planned), as_json)
 
 
 @app.command()
-def browse(folder: Annotated[Path, typer.Option(help="Folder of shards.")] = Path("data/diffcap"),
+def browse(folder: Annotated[Path, typer.Option(help="Folder of shards.")] = DIFFCAP,
            per_group: Annotated[int, typer.Option(help="Pairs of each source, split and type.")] = 12) -> None:
     """A page with pairs and captions: filters by source, split and type, and a search."""
     from onediff.data.browse import browse as write_page
 
-    typer.echo(write_page(folder, GALLERY, per_group=per_group))
-
-
-def _print(values: Any, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
+    print_text(write_page(folder, GALLERY, per_group=per_group))

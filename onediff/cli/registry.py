@@ -1,18 +1,17 @@
-"""`onediff registry ...`: versions of the model and who is champion. Thin, like cli.py."""
+"""`onediff registry ...`: versions of the model and which one is the champion."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from onediff.cli.output import Json, print_result, print_text
 from onediff.paths import TRAINED
 
 app = typer.Typer(help="Versions of the model: list, register, promote, rollback, trail.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Why = Annotated[str | None, typer.Option(help="For the trail.")]
 
 
@@ -22,7 +21,8 @@ def list_versions(as_json: Json = False) -> None:
     from onediff import registry
 
     rows = registry.list_versions()
-    _print(rows, "\n".join(_version_text(row) for row in rows) or "no version yet: 'make run' registers one", as_json)
+    text = "\n".join(_version_text(row) for row in rows) or "no version yet: 'make run' registers one"
+    print_result(rows, text, as_json)
 
 
 @app.command()
@@ -33,9 +33,9 @@ def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TR
 
     version = registering.register(model)
     if registry.shared():
-        typer.echo(f"version {version}; 'onediff registry promote {version}' submits it to the deployment")
+        print_text(f"version {version}; 'onediff registry promote {version}' submits it to the deployment")
     else:
-        typer.echo(f"version {version} is the candidate")
+        print_text(f"version {version} is the candidate")
 
 
 @app.command()
@@ -47,7 +47,7 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
     if registry.shared():
         from flows.submit import promote as submit
 
-        typer.echo(submit(version, why))
+        print_text(submit(version, why))
         return
     approved = None
     if registry.load_rules().approval_h and (opinion := registry.assess(version)).promoted and not opinion.reasons:
@@ -57,7 +57,7 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
     if not verdict.promoted:
         raise ValueError("\n  ".join([f"version {verdict.version} is refused:", *verdict.reasons]))
     was = f"; version {verdict.replaced} was" if verdict.replaced else ""
-    typer.echo(f"version {verdict.version} is champion{was}")
+    print_text(f"version {verdict.version} is champion{was}")
 
 
 @app.command()
@@ -68,9 +68,9 @@ def rollback(why: Why = None) -> None:
     if registry.shared():
         from flows.submit import rollback as submit
 
-        typer.echo(submit(why))
+        print_text(submit(why))
         return
-    typer.echo(f"version {registry.rollback(why=why)} is champion again")
+    print_text(f"version {registry.rollback(why=why)} is champion again")
 
 
 @app.command()
@@ -80,10 +80,10 @@ def trail(as_json: Json = False) -> None:
 
     changes = registry.trail()
     lines = [str(change) for change in changes] or ["no change yet"]
-    _print([change.as_dict() for change in changes], "\n".join(lines), as_json)
-    unlike = registry.difference()
-    if unlike:
-        typer.echo(unlike, err=True)
+    print_result([change.as_dict() for change in changes], "\n".join(lines), as_json)
+    difference = registry.difference()
+    if difference:
+        typer.echo(difference, err=True)
 
 
 @app.command()
@@ -93,7 +93,7 @@ def check() -> None:
 
     registry.load_rules()
     changes = registry.check_trail()
-    typer.echo(f"{len(changes)} records, no gap, no fork; MLflow's aliases are as they say; {registry.RULES} is valid")
+    print_text(f"{len(changes)} records, no gap, no fork; MLflow's aliases are as they say; {registry.RULES} is valid")
 
 
 @app.command()
@@ -101,7 +101,7 @@ def repair() -> None:
     """Finish a change that was cut off, or record one that was made outside; every change does so first."""
     from onediff import registry
 
-    typer.echo(f"MLflow's aliases and the trail agree: {registry.repair()}")
+    print_text(f"MLflow's aliases and the trail agree: {registry.repair()}")
 
 
 def _version_text(row: dict[str, Any]) -> str:
@@ -109,7 +109,3 @@ def _version_text(row: dict[str, Any]) -> str:
     refused = f"refused {row['refused']}" if row["refused"] else ""
     return "\n  ".join([f"version {row['version']}  {', '.join(row['aliases']) or '-'}  {row['created']}  "
                         f"weights {row['weights_digest'][:12]}", *filter(None, [scores, *row["changes"], refused])])
-
-
-def _print(values: Any, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)

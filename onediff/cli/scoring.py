@@ -1,24 +1,19 @@
-"""Scoring: what any system says of a benchmark, what that scores, whether it saw the test set. Thin, like cli.py."""
+"""`onediff predict`, `references`, `score`, `compare`, `judge`, `audit` and `report`: captions, scores and leaks."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from onediff.config import Judge as JudgeSettings
+from onediff.cli.output import Json, print_result, print_text
+from onediff.paths import CHAMPION, DIFFCAP, PARAMS
 
-app = typer.Typer()
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 Protocol = Annotated[str | None, typer.Option(help="Such as spot_the_diff/single: what its papers report, on "
                                               "the official test split or not at all.")]
 
 
-@app.command()
 def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
             out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
             model: Annotated[str | None, typer.Option(help="A model folder, or an MLflow address.")] = None,
@@ -30,34 +25,32 @@ def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diff
             batch_size: Annotated[int, typer.Option(min=1, help="Pairs that the chat model reads at once.")] = 8,
             split: str = "test") -> None:
     """What a system says about every pair of a benchmark: ours, a chat model as it comes, or the Siamese CNN."""
-    from onediff.ops import predict as predictions
+    from onediff.ops import predict as systems
 
     if (model, chat, cnn).count(None) != 2:
         raise ValueError("one system is needed: give one of --model, --chat and --cnn")
     if chat is None and prompt is not None:
         raise ValueError("--prompt is for --chat: OneDiff is asked as its records say, the CNN reads no words")
-    predictions.check_benchmark(benchmark, split)
+    systems.check_benchmark(benchmark, split)
     if chat is not None:
-        system, asked = predictions.chat(chat, prompt=prompt, batch_size=batch_size)
-        typer.echo(f"prompt, after both images: {asked}")
+        system, full_prompt = systems.chat(chat, prompt=prompt, batch_size=batch_size)
+        print_text(f"prompt, after both images: {full_prompt}")
     else:
-        system = predictions.siamese_cnn(cnn) if cnn else predictions.onediff(predictions.folder_of(str(model)))
-    number = predictions.write_predictions(benchmark, system, out, split=split)
-    typer.echo(f"{out}: {number} predictions, {benchmark}, split {split}")
+        system = systems.siamese_cnn(cnn) if cnn else systems.onediff(systems.folder_of(str(model)))
+    num_predictions = systems.write_predictions(benchmark, system, out, split=split)
+    print_text(f"{out}: {num_predictions} predictions, {benchmark}, split {split}")
 
 
-@app.command()
 def references(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
                out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
                split: str = "test") -> None:
     """What people or the generator say about every pair of a benchmark, and which pairs are of one scene."""
     from onediff.ops.predict import write_references
 
-    number = write_references(benchmark, out, split=split)
-    typer.echo(f"{out}: references of {number} pairs, {benchmark}, split {split}")
+    num_pairs = write_references(benchmark, out, split=split)
+    print_text(f"{out}: references of {num_pairs} pairs, {benchmark}, split {split}")
 
 
-@app.command()
 def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pair_id", "prediction"}. Given more than '
                                                           'once, one for each seed: mean and spread.')],
           references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '
@@ -69,26 +62,21 @@ def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pa
     """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) as by the COCO toolkit, with 95 % intervals by bootstrap."""
     from onediff.eval.metrics.compute import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
-
-    metrics = METRICS + OPTIONAL if spice else METRICS
-    found = score_files(predictions, references, key=protocol, metrics=metrics)
-    lines = [f"{name:<10} {found[name]:.4f}  "
-             + ("[{:.4f}, {:.4f}]".format(*found["intervals"][name]) if "intervals" in found
-                else f"+- {found['spread'][name]:.4f}, {found['num_runs']} runs") for name in metrics]
-    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['protocol']}")
-    _print(found, "\n".join([*lines, *(_peers(protocol) if protocol else [])]), as_json)
-
-
-def _peers(benchmark: str) -> list[str]:
-    """Published numbers of the same protocol, in the scale of ours."""
     from onediff.eval.report.published import doubts, published
 
-    told = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}"
-            + (f" ({doubts(row)})" if doubts(row) else "") for row in published(benchmark)]
-    return ["published, not run here:", *told] if told else []
+    metrics = METRICS + OPTIONAL if spice else METRICS
+    scores = score_files(predictions, references, key=protocol, metrics=metrics)
+    lines = [f"{name:<10} {scores[name]:.4f}  "
+             + ("[{:.4f}, {:.4f}]".format(*scores["intervals"][name]) if "intervals" in scores
+                else f"+- {scores['spread'][name]:.4f}, {scores['num_runs']} runs") for name in metrics]
+    lines.append(f"{scores['num_pairs']} pairs in {scores['num_groups']} groups, {scores['protocol']}")
+    # Published numbers of the same protocol, in the scale of ours.
+    peers = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}" + (f" ({doubts(row)})" if doubts(row) else "")
+             for row in (published(protocol) if protocol else ())]
+    lines += ["published, not run here:", *peers] if peers else []
+    print_result(scores, "\n".join(lines), as_json)
 
 
-@app.command()
 def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", "prediction"}.')], second: Path,
             references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]} and, for pairs '
                                                      'of one scene or photograph, the same "group_id".')],
@@ -97,18 +85,18 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
     from onediff.eval.metrics.compute import METRICS
     from onediff.eval.protocols import compare_files
 
-    found = compare_files(first, second, references, key=protocol)
+    differences = compare_files(first, second, references, key=protocol)
     lines = [f"{'':<10} {'first':>8} {'second':>8} {'difference and its 95 % interval':>36}        p"]
     for name in METRICS:
-        m = found[name]
-        shown = f"{m['first'] - m['second']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}]"
-        lines.append(f"{name:<10} {m['first']:>8.4f} {m['second']:>8.4f} {shown:>36} {m['p']:>8.4f}")
-    lines.append(f"{found['num_pairs']} pairs in {found['num_groups']} groups, {found['resamples']} resamples of them, "
-                 f"{found['protocol']}")
-    _print(found, "\n".join(lines), as_json)
+        metric = differences[name]
+        first_score, second_score = metric["first"], metric["second"]
+        interval = f"{first_score - second_score:+.4f} [{metric['low']:+.4f}, {metric['high']:+.4f}]"
+        lines.append(f"{name:<10} {first_score:>8.4f} {second_score:>8.4f} {interval:>36} {metric['p']:>8.4f}")
+    lines.append(f"{differences['num_pairs']} pairs in {differences['num_groups']} groups, "
+                 f"{differences['resamples']} resamples of them, {differences['protocol']}")
+    print_result(differences, "\n".join(lines), as_json)
 
 
-@app.command()
 def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
           references: Annotated[Path | None, typer.Option(help='JSONL lines {"pair_id", "references": [...]}, and '
                                                           '"group_id" as for compare.')] = None,
@@ -117,26 +105,30 @@ def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id"
                                                             "writer_url.")] = None,
           truth: Annotated[str | None, typer.Option(help="Whose grammar knows the truth: scenes, scenes_far or edits. "
                                                          "Tells what the judge is worth.")] = None,
-          shards: Annotated[Path, typer.Option(help="Where --truth finds its pairs.")] = Path("data/diffcap"),
+          shards: Annotated[Path, typer.Option(help="Where --truth finds its pairs.")] = DIFFCAP,
           out: Annotated[Path | None, typer.Option(help="JSONL with every verdict.")] = None,
           as_json: Json = False) -> None:
     """Ask a language model whether captions state the change and invent none; answers are paid for once and kept."""
     from dataclasses import asdict
 
-    from onediff.config import load_runtime
+    from onediff.config import Judge, load_params, load_runtime
     from onediff.eval.analysis import judge as judging
+    from onediff.files import write_jsonl
 
+    settings = load_params().judge if PARAMS.exists() else None
+    if model is not None:
+        settings = settings.model_copy(update={"model": model}) if settings else Judge(model=model)
+    if settings is None:
+        raise ValueError("params.yaml: judge: is not set, so no model is known: name one with --model, or write the "
+                         "section as presets/paper.yaml has it")
     runtime = load_runtime()
     runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
-    result, verdicts = judging.judge_files(predictions, references, _judge(model), runtime, known=truth, shards=shards)
+    result, verdicts = judging.judge_files(predictions, references, settings, runtime, known=truth, shards=shards)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
-        out.write_text("".join(lines), encoding="utf-8")
-    _print(result, judging.as_text(result), as_json)
+        write_jsonl(out, map(asdict, verdicts))
+    print_result(result, judging.as_text(result), as_json)
 
 
-@app.command()
 def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a folder as published or of your own pairs, "
                                                      "or a JSON list of LLaVA's rows.")],
           benchmark: Annotated[Path, typer.Argument(help="A folder of shards, or one as published.")],
@@ -157,24 +149,21 @@ def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a fold
     from onediff.data.overlap.datasets import rows_of
 
     runtime = load_runtime()
-    trained = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
-    tested = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
-    result = auditing.audit_to(out, trained, tested, max_distance=max_distance, runtime=runtime)
-    _print(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
+    training_rows = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
+    test_rows = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    result = auditing.audit_to(out, training_rows, test_rows, max_distance=max_distance, runtime=runtime)
+    print_result(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
     if fail and result["leaks"]:
         raise typer.Exit(1)
 
 
-def _judge(model: str | None) -> JudgeSettings:
-    """params.yaml's, with another model if one is named. Raises ValueError if neither names one."""
-    from onediff.config import Judge, load_params
+def report(against: Annotated[str, typer.Option(help="Another version, such as models:/onediff@previous.")] = CHAMPION,
+           out: Path = Path(".onediff/report.html")) -> None:
+    """data/report.html again, with the pairs on which the scored model loses most against another version."""
+    from onediff.files import write_text
+    from onediff.registry import scored_pairs
+    from onediff.stages.report import make_page
 
-    settings = load_params().judge if Path("params.yaml").exists() else None
-    if model is None and settings is None:
-        raise ValueError("params.yaml: judge: is not set, so no model is known: name one with --model, or write the "
-                         "section as presets/paper.yaml has it")
-    return settings.model_copy(update={"model": model or settings.model}) if settings else Judge(model=str(model))
-
-
-def _print(values: Any, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
+    page, _ = make_page(against=scored_pairs(against))
+    write_text(out, page)
+    print_text(f"{out}: against {against}")

@@ -1,4 +1,4 @@
-"""What a newcomer must know when something does not work: what is here, what is missing, what to do about it.
+"""Checks of the installation and the project, each with its cure: where to start when something does not work.
 
 `python -m onediff.ops.doctor` checks only what `make setup` installs.
 """
@@ -39,40 +39,40 @@ def examine() -> list[Finding]:
 
 
 def _python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", sys.version_info >= (3, 11), f"{found} ({sys.executable})",
+    version_text = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", sys.version_info >= (3, 11), f"{version_text} ({sys.executable})",
                    "install Python 3.11 or newer, then 'make setup'")
 
 
 def _packages() -> Finding:
     if not LOCK.exists():
         return Finding("packages", False, f"{LOCK} not found", "run this in the project's folder")
-    wrong = []
-    lines = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(), re.MULTILINE)
-    for name, wanted in lines:
+    problems = []
+    pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(), re.MULTILINE)
+    for name, locked in pins:
         try:
             installed = version(name).split("+")[0]  # the local label says which build of torch, not which version
         except PackageNotFoundError:
             installed = "missing"
-        if installed != wanted:
-            wrong.append(f"{name} {installed} (locked: {wanted})")
-    more = f" and {len(wrong) - 5} more" if wrong[5:] else ""
-    found = ", ".join(wrong[:5]) + more if wrong else f"{len(lines)} as locked"
-    return Finding("packages", not wrong, found, "'touch requirements.lock', then 'make setup'")
+        if installed != locked:
+            problems.append(f"{name} {installed} (locked: {locked})")
+    more = f" and {len(problems) - 5} more" if problems[5:] else ""
+    return Finding("packages", not problems, ", ".join(problems[:5]) + more if problems else f"{len(pins)} as locked",
+                   "'touch requirements.lock', then 'make setup'")
 
 
 def _imports() -> Finding:
     """A package can be listed as installed and lack files, or come from another environment than this one."""
-    wrong = []
+    problems = []
     for name in IMPORTED:
         try:
-            place = import_module(name).__file__
+            file = import_module(name).__file__
         except ImportError as error:
-            wrong.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
             continue
-        if place is None or not Path(place).is_relative_to(sys.prefix):
-            wrong.append(f"{name}: imported from {place or 'a folder without code'}, not from {sys.prefix}")
-    return Finding("imports", not wrong, "; ".join(wrong) or f"{', '.join(IMPORTED)}: from {sys.prefix}",
+        if file is None or not Path(file).is_relative_to(sys.prefix):
+            problems.append(f"{name}: imported from {file or 'a folder without code'}, not from {sys.prefix}")
+    return Finding("imports", not problems, "; ".join(problems) or f"{', '.join(IMPORTED)}: from {sys.prefix}",
                    "remove .venv, then 'make setup'")
 
 
@@ -101,10 +101,9 @@ def _device() -> Finding:
     except ImportError as error:
         return Finding("device", False, f"torch cannot be imported: {error}", "'make setup'")
     cores = len(os.sched_getaffinity(0))
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return Finding("device", True, f"{torch.cuda.device_count()} GPU ({names}), {cores} cores", "")
-    return Finding("device", True, f"CPU, {cores} cores; torch {torch.__version__} sees no GPU", "")
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return Finding("device", True, f"{len(gpus)} GPU ({', '.join(gpus)}), {cores} cores" if gpus else
+                   f"CPU, {cores} cores; torch {torch.__version__} sees no GPU", "")
 
 
 def _git() -> Finding:
@@ -131,25 +130,25 @@ def _project() -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding("params", False, str(error), "correct what each line above names; presets/ has complete files "
                                                      "to compare with")]
-    parts = [params.model.vision.path, params.model.language]
-    local = [Path(part) for part in parts if part.startswith(("presets/", ".", "/"))]
-    gone = [str(path) for path in local if not (path / "model.safetensors").exists()]
-    backbones = Finding("backbones", not gone, "not found: " + ", ".join(gone) if gone else ", ".join(parts),
+    models = [params.model.vision.path, params.model.language]
+    missing = [model for model in models if model.startswith(("presets/", ".", "/"))
+               and not (Path(model) / "model.safetensors").exists()]
+    backbones = Finding("backbones", not missing, "not found: " + ", ".join(missing) if missing else ", ".join(models),
                         "they are in git ('git checkout presets/backbones'), or 'make backbones' trains them")
     return [Finding("params", True, f"params.yaml, seed {params.seed}", ""), backbones, _pipeline(), _champion()]
 
 
 def _pipeline() -> Finding:
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode:
-        said = (asked.stderr.strip().splitlines() or ["dvc status failed"])[-1]
+    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+        message = (done.stderr.strip().splitlines() or ["dvc status failed"])[-1]
         cure = ("'make run' sets DVC up for a folder without git, or 'python -m onediff.git'"
-                if "not a git repository" in said else "'dvc doctor'")
-        return Finding("pipeline", False, said, cure, needed=False)
-    stale = list(json.loads(asked.stdout))
-    found = "to do: " + ", ".join(stale) if stale else "up to date"
-    return Finding("pipeline", not stale, found, "'make run'", needed=False)
+                if "not a git repository" in message else "'dvc doctor'")
+        return Finding("pipeline", False, message, cure, needed=False)
+    stale = list(json.loads(done.stdout))
+    return Finding("pipeline", not stale, "to do: " + ", ".join(stale) if stale else "up to date", "'make run'",
+                   needed=False)
 
 
 def _champion() -> Finding:
@@ -159,17 +158,17 @@ def _champion() -> Finding:
         rows = registry.list_versions()
     except (ValueError, OSError) as error:
         return Finding("champion", False, str(error), "'make run' trains, registers and promotes one", needed=False)
-    crowned = next((row["version"] for row in rows if "champion" in row["aliases"]), None)
-    if crowned is None:
+    champion = next((row["version"] for row in rows if registry.CHAMPION in row["aliases"]), None)
+    if champion is None:
         return Finding("champion", False, f"none of {len(rows)} versions",
                        "'onediff registry promote' says what is missing", needed=False)
-    return Finding("champion", True, f"version {crowned}; try 'onediff caption BEFORE AFTER'", "", needed=False)
+    return Finding("champion", True, f"version {champion}; try 'onediff caption BEFORE AFTER'", "", needed=False)
 
 
 def main() -> None:
-    wrong = [item for item in (_python(), _packages(), _imports()) if not item.ok]
-    if wrong:
-        sys.exit("\n".join(f"onediff: {item.name}: {item.found}" for item in wrong))
+    findings = [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]
+    if findings:
+        sys.exit("\n".join(f"onediff: {finding.name}: {finding.found}" for finding in findings))
 
 
 if __name__ == "__main__":

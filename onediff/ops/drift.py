@@ -1,38 +1,36 @@
 """Whether use still looks like training: the pairs, the model's confidence, and how often it sees a change in none.
 
-A profile is measured on split gate when a version is registered, and lies with it; recent rows of the usage log are
-held against it.
+A profile is measured on split gate when a version is registered, and the version carries it. Recent rows of the usage
+log are compared with the profile.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onediff import config
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.stress import GRAMMARS, choose, jpeg
+from onediff.files import write_json
 from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries
 from onediff.ops.predict import folder_of
-from onediff.paths import DIFFCAP
+from onediff.paths import CHAMPION, DIFFCAP
 from onediff.serve.usage_log import pair_facts, read_usage
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from onediff.model.captioner import Captioner
 
 PROFILE = "profile.json"
 WORN_JPEG = 90  # quality of the disturbed copy: nobody would call it a change
-_BATCH = 32
+_BATCH_SIZE = 32
 _CURE = "'onediff profile .onediff/profile' measures one for 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
 # What is compared of a row; both images count where they may differ.
@@ -46,15 +44,14 @@ DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "confidence": lambda row: row["confidence"],
 }
 
-T = TypeVar("T")
-Row = Mapping[str, Any]
+UsageRow = Mapping[str, Any]
 Rate = tuple[int, int]  # how many of how many
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One comparison: `then` and `now` are medians, or rates; `difference` is what the threshold bounds. It moved if
-    the difference is above the threshold and chance alone does not explain it.
+    """One comparison: `then` and `now` are medians, or rates; `difference` is what the threshold bounds. `by_chance`:
+    chance alone explains the difference.
     """
 
     name: str
@@ -63,7 +60,10 @@ class Figure:
     difference: float
     threshold: float
     by_chance: bool
-    moved: bool
+
+    @property
+    def moved(self) -> bool:
+        return self.difference > self.threshold and not self.by_chance
 
 
 @dataclass(frozen=True)
@@ -89,56 +89,66 @@ class Drift:
 
     def as_dict(self) -> dict[str, Any]:
         return {"drifted": bool(self.moved), "verdict": self.verdict, "num_pairs": self.num_pairs,
-                "figures": [asdict(figure) for figure in self.figures], "notes": self.notes}
+                "figures": [asdict(figure) | {"moved": figure.moved} for figure in self.figures], "notes": self.notes}
 
 
-# --- then -------------------------------------------------------------------------------------------------------------
+def load_settings() -> config.Drift:
+    """Raises ValueError if params.yaml has no section drift."""
+    settings = config.load_params().drift
+    if settings is None:
+        raise ValueError("params.yaml: drift: missing; copy it from presets/tiny.yaml")
+    return settings
+
+
+# --- the profile ------------------------------------------------------------------------------------------------------
 
 
 def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: int = 200) -> Path:
     """Writes <folder>/profile.json of a model folder, from pairs of split gate. Same model and data, same bytes.
 
-    Raises FileNotFoundError without that split or the model.
+    It holds `distributions` (every value, in order) and `rates` ([how many, of how many]) of pairs that the model
+    captions as in use, with false alarms on the first image of each. Raises FileNotFoundError without that split or
+    the model.
     """
     silence_libraries()
     from onediff.model.captioner import Captioner
     from onediff.model.digest import weights_digest
 
-    rows = [row for row in read_table(data, "gate-*.parquet") if row["num_images"] == 2]
-    wanted = set(choose(rows, num_pairs, seed=0))
-    records = [record for record in read_records(data, "gate-*.parquet") if record.pair_id in wanted]
-    found = measure(Captioner.load(model), records) | {"weights": weights_digest(model)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PROFILE
-    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return path
-
-
-def measure(captioner: Captioner, records: Sequence[Record]) -> dict[str, Any]:
-    """`distributions` (every value, in order) and `rates` ([how many, of how many]) of pairs that the model captions
-    as in use; false alarms on the first image of each.
-    """
-    rows: list[dict[str, Any]] = []
-    for some in _batches(records):
-        rows += _rows(captioner, some)
+    pairs = [row for row in read_table(data, "gate-*.parquet") if row["num_images"] == 2]
+    pair_ids = set(choose(pairs, num_pairs, seed=0))
+    records = [record for record in read_records(data, "gate-*.parquet") if record.pair_id in pair_ids]
+    captioner = Captioner.load(model)
+    rows: list[UsageRow] = []
+    for start in range(0, len(records), _BATCH_SIZE):
+        rows += _usage_rows(captioner, records[start:start + _BATCH_SIZE])
     rates = {"no_change": _no_change(rows), **false_alarms(captioner, [record.before for record in records])}
-    return {"num_pairs": len(rows), "distributions": _values(rows),
-            "rates": {name: list(rate) for name, rate in rates.items()}}
+    write_json(folder / PROFILE, {"num_pairs": len(rows), "distributions": _distributions(rows), "rates": rates,
+                                  "weights": weights_digest(model)})
+    return folder / PROFILE
 
 
-def false_alarms(captioner: Captioner, images: Iterable[bytes]) -> dict[str, Rate]:
+def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRow]:
+    """Captions the records. Returns the rows that the usage log would hold."""
+    from onediff.serve.confidence import caption_with_confidence
+
+    pairs = [(open_image(record.before), open_image(record.after)) for record in records]
+    captions = caption_with_confidence(captioner, pairs, instructions=[record.instruction for record in records])
+    return [{"caption": caption, "confidence": round(confidence, 5), **pair_facts((record.before, record.after), pair)}
+            for record, pair, (caption, confidence) in zip(records, pairs, captions, strict=True)]
+
+
+def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rate]:
     """How often the model does not say that nothing changed: of an image shown twice, and of it beside a copy that was
     saved as JPEG once more.
     """
-    alarms, total = dict.fromkeys(_ALARMS, 0), 0
-    for some in _batches(images):
-        opened = [open_image(content) for content in some]
-        worn = [open_image(jpeg(image, WORN_JPEG, np.random.default_rng(0))) for image in opened]
-        for name, others in zip(_ALARMS, (opened, worn), strict=True):
-            said = captioner.caption(list(zip(opened, others, strict=True)))
-            alarms[name] += sum(not says_no_change(text) for text in said)
-        total += len(some)
-    return {name: (count, total) for name, count in alarms.items()}
+    alarms = dict.fromkeys(_ALARMS, 0)
+    for start in range(0, len(images), _BATCH_SIZE):
+        originals = [open_image(content) for content in images[start:start + _BATCH_SIZE]]
+        worn = [open_image(jpeg(image, WORN_JPEG, np.random.default_rng(0))) for image in originals]
+        for name, copies in zip(_ALARMS, (originals, worn), strict=True):
+            captions = captioner.caption(list(zip(originals, copies, strict=True)))
+            alarms[name] += sum(not says_no_change(caption) for caption in captions)
+    return {name: (count, len(images)) for name, count in alarms.items()}
 
 
 def says_no_change(caption: str) -> bool:
@@ -146,41 +156,80 @@ def says_no_change(caption: str) -> bool:
     return any(grammar.read(caption).change_type == "none" for grammar in GRAMMARS.values())
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    rest = iter(items)
-    while batch := list(islice(rest, _BATCH)):
-        yield batch
+def _distributions(rows: Sequence[UsageRow]) -> dict[str, list[float]]:
+    return {name: sorted(value_of(row) for row in rows) for name, value_of in DISTRIBUTIONS.items()}
 
 
-def _rows(captioner: Captioner, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """As the usage log would hold them."""
-    from onediff.serve.confidence import caption_with_confidence
-
-    pairs = [(open_image(record.before), open_image(record.after)) for record in records]
-    said = caption_with_confidence(captioner, pairs, instructions=[record.instruction for record in records])
-    return [_row(record, pair, *told) for record, pair, told in zip(records, pairs, said, strict=True)]
-
-
-def _row(record: Record, pair: tuple[Image.Image, Image.Image], caption: str, confidence: float) -> dict[str, Any]:
-    facts = pair_facts((record.before, record.after), pair)
-    return {"caption": caption, "confidence": round(confidence, 5), **facts}
-
-
-def _values(rows: Sequence[Row]) -> dict[str, list[float]]:
-    return {name: sorted(of(row) for row in rows) for name, of in DISTRIBUTIONS.items()}
-
-
-def _no_change(rows: Sequence[Row]) -> Rate:
+def _no_change(rows: Sequence[UsageRow]) -> Rate:
     return sum(says_no_change(row["caption"]) for row in rows), len(rows)
 
 
-# --- now --------------------------------------------------------------------------------------------------------------
+def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
+    """The profile in a file, or else the one that a registered version carries or a model folder holds.
+
+    Raises FileNotFoundError if there is none, ValueError if it is not a profile of this version of OneDiff.
+    """
+    if path is None and model.startswith("models:/"):
+        from onediff.registry import version_text
+
+        where = f"{model}, {PROFILE}"
+        try:
+            text = version_text(model, PROFILE)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{model} was registered without {PROFILE}: {_CURE}") from None
+    else:
+        path = path or Path(model) / PROFILE
+        where = str(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} not found: {_CURE}")
+        text = path.read_text(encoding="utf-8")
+    try:
+        profile = json.loads(text)
+        complete = (set(profile["distributions"]) >= set(DISTRIBUTIONS) and "weights" in profile
+                    and set(profile["rates"]) >= {"no_change", *_ALARMS})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{where}: not a whole profile; {_CURE}")
+    return dict(profile)
 
 
-def check(then: Mapping[str, Any], rows: Sequence[Row], settings: config.Drift, *,
-          alarms: Mapping[str, Rate] | None = None) -> Drift:
-    """Recent rows of the usage log, each pair once, against a profile; `alarms` is what `false_alarms` found on recent
-    images, where they are kept.
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = None) -> Drift:
+    """Compares the usage log of the last days with a model's profile: by default the one that was registered with it.
+
+    Raises ValueError or FileNotFoundError with the cure if the log, the thresholds or the profile is missing.
+    """
+    settings, runtime = load_settings(), config.load_runtime()
+    if runtime.usage_log is None:
+        raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
+    if days <= 0:
+        raise ValueError(f"days must be above 0, got {days:g}")
+    then, log = read_profile(model, profile), Path(runtime.usage_log)
+    all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
+    rows = [row for row in all_rows if row["weights"] == then["weights"]]
+    names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
+    images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]  # the latest
+    alarms = None
+    if len(images) >= settings.min_pairs:
+        silence_libraries()
+        from onediff.model.captioner import Captioner
+
+        captioner = Captioner.load(folder_of(model), device=runtime.device)
+        alarms = false_alarms(captioner, [path.read_bytes() for path in images])
+    drift = compare(then, rows, settings, alarms=alarms)
+    other_weights = len(all_rows) - len(rows)
+    notes = [f"{other_weights} captions of other weights left out"] if other_weights else []
+    notes += [f"{num_broken} broken lines of the log left out"] if num_broken else []
+    return replace(drift, notes=[*drift.notes, *notes])
+
+
+def compare(then: Mapping[str, Any], rows: Sequence[UsageRow], settings: config.Drift, *,
+            alarms: Mapping[str, Rate] | None = None) -> Drift:
+    """Compares recent rows of the usage log, each pair once, with a profile. `alarms`: the `false_alarms` of recent
+    images, where the log has images.
     """
     distinct = list({(row["hash_before"], row["hash_after"], row["caption"]): row for row in rows}.values())
     if len(distinct) < settings.min_pairs:
@@ -190,127 +239,47 @@ def check(then: Mapping[str, Any], rows: Sequence[Row], settings: config.Drift, 
     rates = {name: rate for name, rate in rates.items() if rate[1] >= settings.min_pairs}
     notes = [] if alarms else ["false alarms in use are not measured: runtime.yaml: usage_images is off"]
     level = settings.chance / (len(DISTRIBUTIONS) + len(rates))  # all figures share it: Bonferroni
-    values = _values(distinct)
-    figures = [_distribution(name, then["distributions"][name], now, settings, level) for name, now in values.items()]
-    figures += [_rate(name, then["rates"][name], rate, settings, level) for name, rate in rates.items()]
+    values = _distributions(distinct)
+    figures = [_compare_values(name, then["distributions"][name], now, settings, level) for name, now in values.items()]
+    figures += [_compare_rates(name, then["rates"][name], rate, settings, level) for name, rate in rates.items()]
     return Drift(len(distinct), figures, notes, (then["distributions"]["confidence"], values["confidence"]))
 
 
-def _distribution(name: str, then: list[float], now: list[float], settings: config.Drift, level: float) -> Figure:
+def _compare_values(name: str, then: list[float], now: list[float], settings: config.Drift, level: float) -> Figure:
     """Kolmogorov and Smirnov's distance: the largest gap between the shares of values below any value."""
     from scipy.stats import ks_2samp
 
-    tested = ks_2samp(then, now)
-    distance, by_chance = float(tested.statistic), bool(tested.pvalue > level)
-    return Figure(name, float(np.median(then)), float(np.median(now)), distance, settings.max_distance, by_chance,
-                  distance > settings.max_distance and not by_chance)
+    test = ks_2samp(then, now)
+    return Figure(name, float(np.median(then)), float(np.median(now)), float(test.statistic), settings.max_distance,
+                  by_chance=bool(test.pvalue > level))
 
 
-def _rate(name: str, then: Sequence[int], now: Rate, settings: config.Drift, level: float) -> Figure:
+def _compare_rates(name: str, then: Sequence[int], now: Rate, settings: config.Drift, level: float) -> Figure:
     first, second = then[0] / then[1], now[0] / now[1]
     low, high = difference_interval((then[0], then[1]), now, level)
-    by_chance = low <= 0 <= high
-    difference = abs(second - first)
-    return Figure(name, first, second, difference, settings.max_rate_change, by_chance,
-                  difference > settings.max_rate_change and not by_chance)
+    return Figure(name, first, second, abs(second - first), settings.max_rate_change, by_chance=low <= 0 <= high)
 
 
 def difference_interval(first: Rate, second: Rate, level: float) -> tuple[float, float]:
     """Of second minus first, at confidence 1 - level, from both rates' Wilson intervals. Newcombe, 1998, method 10."""
-    (low1, rate1, high1), (low2, rate2, high2) = (_wilson(rate, level) for rate in (first, second))
-    below = np.hypot(rate2 - low2, high1 - rate1)
-    above = np.hypot(high2 - rate2, rate1 - low1)
-    return float(rate2 - rate1 - below), float(rate2 - rate1 + above)
-
-
-def _wilson(rate: Rate, level: float) -> tuple[float, float, float]:
     from scipy.stats import binomtest
 
-    bounds = binomtest(*rate).proportion_ci(1 - level, method="wilson")
-    return float(bounds.low), rate[0] / rate[1], float(bounds.high)
-
-
-# --- the champion in use ----------------------------------------------------------------------------------------------
-
-
-def examine(*, days: float = 7, model: str = "models:/onediff@champion", profile: Path | None = None) -> Drift:
-    """The usage log of the last days against a model's profile: by default the one that was registered with it.
-
-    Raises ValueError or FileNotFoundError, saying what to do, without a log, thresholds or profile.
-    """
-    settings, runtime = config.load_params().drift, config.load_runtime()
-    if settings is None:
-        raise ValueError("params.yaml: drift: missing; copy it from presets/tiny.yaml")
-    if runtime.usage_log is None:
-        raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
-    if days <= 0:
-        raise ValueError(f"days must be above 0, got {days:g}")
-    then = read_profile(profile) if profile else profile_of(model)
-    rows, broken = read_usage(Path(runtime.usage_log), datetime.now(UTC) - timedelta(days=days))
-    own = [row for row in rows if row["weights"] == then["weights"]]
-    images = _recent_images(Path(runtime.usage_log), own, settings.num_pairs)
-    alarms = None
-    if len(images) >= settings.min_pairs:
-        silence_libraries()
-        from onediff.model.captioner import Captioner
-
-        captioner = Captioner.load(folder_of(model), device=runtime.device)
-        alarms = false_alarms(captioner, (path.read_bytes() for path in images))
-    found = check(then, own, settings, alarms=alarms)
-    notes = [f"{len(rows) - len(own)} captions of other weights left out"] if len(own) < len(rows) else []
-    notes += [f"{broken} broken lines of the log left out"] if broken else []
-    return replace(found, notes=[*found.notes, *notes])
-
-
-def profile_of(model: str) -> dict[str, Any]:
-    """What a registered version carries, or what lies in a model folder.
-
-    Raises FileNotFoundError if there is none, ValueError if it is none of this version of OneDiff.
-    """
-    if not model.startswith("models:/"):
-        return read_profile(Path(model) / PROFILE)
-    from onediff.registry import version_text
-
-    try:
-        return _parsed(version_text(model, PROFILE), f"{model}, {PROFILE}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{model} was registered without {PROFILE}: {_CURE}") from None
-
-
-def read_profile(path: Path) -> dict[str, Any]:
-    """Raises as `profile_of`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: {_CURE}")
-    return _parsed(path.read_text(encoding="utf-8"), str(path))
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-        whole = (set(found["distributions"]) >= set(DISTRIBUTIONS) and "weights" in found
-                 and set(found["rates"]) >= {"no_change", *_ALARMS})
-    except (json.JSONDecodeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{where}: not a whole profile; {_CURE}")
-    return dict(found)
-
-
-def _recent_images(log: Path, rows: Sequence[Row], count: int) -> list[Path]:
-    """The first images of the latest pairs that were kept, each once."""
-    names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
-    return [path for path in (log / name for name in names) if path.exists()][:count]
+    rate1, rate2 = first[0] / first[1], second[0] / second[1]
+    wilson1, wilson2 = (binomtest(*rate).proportion_ci(1 - level, method="wilson") for rate in (first, second))
+    below = np.hypot(rate2 - wilson2.low, wilson1.high - rate1)
+    above = np.hypot(wilson2.high - rate2, rate1 - wilson1.low)
+    return float(rate2 - rate1 - below), float(rate2 - rate1 + above)
 
 
 def as_text(drift: Drift) -> str:
     """Markdown: the figures in a table, then the notes."""
-    head = ["figure", "then", "now", "difference", "threshold", ""]
-    rows = [[figure.name, f"{figure.then:.3f}", f"{figure.now:.3f}", f"{figure.difference:.3f}",
-             f"{figure.threshold:.3f}", "moved" if figure.moved else "by chance" if figure.by_chance else ""]
-            for figure in drift.figures]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rows = [["figure", "then", "now", "difference", "threshold", ""]]
+    rows += [[figure.name, f"{figure.then:.3f}", f"{figure.now:.3f}", f"{figure.difference:.3f}",
+              f"{figure.threshold:.3f}", "moved" if figure.moved else "by chance" if figure.by_chance else ""]
+             for figure in drift.figures]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in [head, *rows]]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    table = [lines[0], rule, *lines[1:], ""] if rows else []
+             for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    table = [*lines, ""] if drift.figures else []
     return "\n".join([*table, f"{drift.verdict} ({drift.num_pairs} pairs)", *drift.notes])

@@ -1,6 +1,6 @@
-"""What may go: old branches, runs, checkpoints, copies and cached data that no registered version needs.
+"""What can be removed: old branches, runs, checkpoints, copies and cached data that no registered version needs.
 
-`survey` only looks; `sweep` removes what a survey found. A version needs what its dvc.lock (kept with it in `lineage/`)
+`survey` only examines; `sweep` removes the items of a survey. A version needs what its dvc.lock (in its `lineage/`)
 names, the runs that it or its lineage names with their whole families, and, if an alias points at it, its copy here.
 """
 
@@ -21,6 +21,7 @@ from typing import Literal
 from onediff import tracking
 from onediff.config import load_runtime
 from onediff.git import git, head
+from onediff.ops.lineage import FOLDER
 from onediff.registry import NAME, retention
 from onediff.registry.artifacts import copies_of
 from onediff.registry.retention import Registered
@@ -33,7 +34,6 @@ KINDS: dict[Kind, str] = {
     "branch": "branches retrain/* that no version names",
     "run": "MLflow runs, with their artifacts, that no version refers to",
     "data": "objects of the DVC cache that neither the workspace, nor a branch or tag, nor a version needs"}
-LINEAGE = "lineage"  # folder of a version
 _DIGEST = re.compile(r"\bmd5: '?([0-9a-f]{32}(?:\.dir)?)\b")
 _RUN = re.compile(r"\b[0-9a-f]{32}\b")
 
@@ -47,60 +47,60 @@ class Item:
 
 @dataclass
 class Survey:
-    """`items` may go. `refused`: what was not looked at, and why."""
+    """`items` can be removed. `refused`: what was not examined, and why."""
 
     items: list[Item] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
-    def names(self, kind: Kind) -> list[str]:
-        return [item.name for item in self.items if item.kind == kind]
+    def names(self, *kinds: Kind) -> list[str]:
+        return [item.name for item in self.items if item.kind in kinds]
 
 
 def survey(days: float) -> Survey:
-    """What may go: older than `days`, or, in the DVC cache, whatever nobody needs. Removes nothing.
+    """What can be removed: older than `days`, or, in the DVC cache, whatever nobody needs. Removes nothing.
 
     Raises ValueError if MLflow cannot say which versions there are: then nothing is known to be unneeded.
     """
-    versions, found = retention.registered(), Survey()
+    versions, surveyed = retention.registered(), Survey()
     ours = [version for version in versions if version.model == NAME]
-    found.items += [*_scratch(days), *_copies(days, ours)]
-    lineages = _lineages(ours, found)
-    if found.refused:
-        found.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is "
-                             "registered again or deleted")
-        return found
-    said = "\n".join([*lineages, *(text for version in versions for text in (*version.tags.values(),
-                                                                            version.run_id or ""))])
-    found.items += _branches(days, said)
-    found.items += [Item("run", run.id, run.num_bytes) for run in retention.old_runs(days, set(_RUN.findall(said)))]
-    _data(found, set(_DIGEST.findall(said)))
-    return found
+    ended = [path.parent for path in sorted(Path(load_runtime().scratch).glob("*/status.json"))
+             if not _is_held(path.parent)]
+    needed_copies = {name for version in ours if version.aliases for name in copies_of(version.tags)}
+    copies = [folder for folder in sorted((tracking.HOME / "models").glob("*")) if folder.name not in needed_copies]
+    surveyed.items += _old_folders("scratch", [*ended, tracking.HOME / "evaluate"], days)
+    surveyed.items += _old_folders("copy", copies, days)
+    lineages = _lineages(ours, surveyed)
+    if surveyed.refused:
+        surveyed.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is "
+                                "registered again or deleted")
+        return surveyed
+    needed = "\n".join([*lineages, *(text for version in versions
+                                     for text in (*version.tags.values(), version.run_id or ""))])
+    surveyed.items += _branches(days, needed)
+    surveyed.items += [Item("run", run.id, run.num_bytes)
+                       for run in retention.old_runs(days, set(_RUN.findall(needed)))]
+    _survey_cache(surveyed, set(_DIGEST.findall(needed)))
+    return surveyed
 
 
-def sweep(found: Survey) -> list[str]:
-    """Removes what the survey found. Gives the runs that a server has only marked as deleted."""
-    for name in (*found.names("scratch"), *found.names("copy")):
+def sweep(surveyed: Survey) -> list[str]:
+    """Removes the items of a survey. Returns the runs that a server has only marked as deleted."""
+    for name in surveyed.names("scratch", "copy"):
         shutil.rmtree(name)
-    for name in found.names("branch"):
+    for name in surveyed.names("branch"):
         git("branch", "-D", name)
-    for name in found.names("data"):
+    for name in surveyed.names("data"):
         Path(name).unlink(missing_ok=True)
-    runs = found.names("run")
+    runs = surveyed.names("run")
     return [] if not runs or retention.remove_runs(runs) else runs
 
 
-def _scratch(days: float) -> list[Item]:
-    """Runs that nobody holds and that have not changed for so long."""
-    root = Path(load_runtime().scratch)
-    ended = [path.parent for path in sorted(root.glob("*/status.json")) if not _is_held(path.parent)]
-    beside = [path for path in [tracking.HOME / "evaluate"] if path.is_dir()]
-    return [Item("scratch", str(folder), _num_bytes(folder)) for folder in (*ended, *beside) if _age(folder) > days]
-
-
 def _is_held(folder: Path) -> bool:
-    """Whether a process trains there: on this machine it holds the lock; on another, its status was written lately."""
+    """Whether a process trains in this folder. A process of this machine holds the lock; one of another machine has
+    written its status lately.
+    """
     if not (folder / "lock").exists():
-        return read_status(folder)["state"] == "running" and _age(folder) < 1
+        return read_status(folder)["state"] == "running" and _days_unchanged(folder) < 1
     with (folder / "lock").open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,67 +109,69 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def _copies(days: float, versions: Iterable[Registered]) -> list[Item]:
-    wanted = {name for version in versions if version.aliases for name in copies_of(version.tags)}
-    return [Item("copy", str(folder), _num_bytes(folder)) for folder in sorted((tracking.HOME / "models").glob("*"))
-            if folder.is_dir() and folder.name not in wanted and _age(folder) > days]
+def _old_folders(kind: Kind, folders: Iterable[Path], days: float) -> list[Item]:
+    return [Item(kind, str(folder), sum(path.stat().st_size for path in folder.rglob("*")
+                                        if path.is_file() and not path.is_symlink()))
+            for folder in folders if folder.is_dir() and _days_unchanged(folder) > days]
 
 
-def _branches(days: float, said: str) -> list[Item]:
-    """`said`: all that versions say; it may name a branch, or a commit that only that branch holds."""
+def _days_unchanged(folder: Path) -> float:
+    """Days since anything in the folder changed."""
+    last = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    return (time.time() - last) / 86400
+
+
+def _branches(days: float, needed: str) -> list[Item]:
+    """`needed`: every text of the versions, which may name a branch, or a commit that only that branch holds."""
     if head() is None:
         return []
-    listed = git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)", "refs/heads/retrain/")
+    branches = git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)", "refs/heads/retrain/")
     items = []
-    for line in listed.splitlines():
+    for line in branches.splitlines():
         name, when, *current = line.split()
-        wanted = any(text in said for text in (name, *git("rev-list", name, "--not", "HEAD").split()))
-        if time.time() - int(when) > days * 86400 and not current and not wanted:
+        is_needed = any(text in needed for text in (name, *git("rev-list", name, "--not", "HEAD").split()))
+        if time.time() - int(when) > days * 86400 and not current and not is_needed:
             items.append(Item("branch", name, 0))
     return items
 
 
-def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
-    """The texts that each version carries about itself; one that carries no dvc.lock is told in `refused`."""
+def _lineages(versions: Iterable[Registered], surveyed: Survey) -> list[str]:
+    """The texts in the lineage of each version. A version without a dvc.lock there is added to `refused`."""
     texts: list[str] = []
     for version in versions:
         try:
-            carried = retention.carried(version, LINEAGE)
+            carried = retention.carried(version, FOLDER)
         except ValueError as error:
-            found.refused.append(str(error))
+            surveyed.refused.append(str(error))
             continue
         if not _DIGEST.search(carried.get("dvc.lock", "")):
-            found.refused.append(f"version {version.version} of '{version.model}': its {LINEAGE}/ holds no dvc.lock")
+            surveyed.refused.append(f"version {version.version} of '{version.model}': its {FOLDER}/ holds no dvc.lock")
         texts += carried.values()
     return texts
 
 
-def _data(found: Survey, needed: set[str]) -> None:
-    """Asks `dvc gc` what it would remove. A cache that other clones share is left alone: they need what we do not."""
+def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
+    """Adds what `dvc gc` would remove. Refuses a cache that other clones share, because they need other objects."""
     if not Path(".dvc").is_dir():
         raise FileNotFoundError(f"{Path('.dvc').absolute()} not found: run this in the project's folder")
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
-        found.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "
-                             "'dvc gc --projects' with all of them")
+        surveyed.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "
+                                "'dvc gc --projects' with all of them")
         return
     if not (cache / "files").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _needing(Path(scratch), needed, cache)
+        # A project that needs what the versions need. It has our cache, because DVC reads the files of a folder there.
+        (Path(scratch) / ".dvc").mkdir()
+        (Path(scratch) / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
+        # Quoted, for a digest may look like a number: 12e4.
+        outs = "".join(f"- {{md5: '{digest}', hash: md5, path: '{digest}'}}\n" for digest in sorted(needed))
+        (Path(scratch) / "versions.dvc").write_text(f"outs:\n{outs}" if outs else "outs: []\n")
         branches = ["--all-branches", "--all-tags"] if head() else []
-        said = _dvc("gc", "--workspace", *branches, "--projects", scratch, "--force", "--dry")
-    gone = [Path(line.removeprefix("Removing ")) for line in said.splitlines() if line.startswith("Removing ")]
-    found.items += [Item("data", str(path), path.stat().st_size) for path in gone if path.exists()]
-
-
-def _needing(folder: Path, digests: set[str], cache: Path) -> None:
-    """A DVC project that needs just these objects. With our cache: it must read a folder's list to know its files."""
-    (folder / ".dvc").mkdir()
-    (folder / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
-    # Quoted, for a digest may look like a number: 12e4.
-    outs = "".join(f"- {{md5: '{digest}', hash: md5, path: '{digest}'}}\n" for digest in sorted(digests))
-    (folder / "versions.dvc").write_text(f"outs:\n{outs}" if outs else "outs: []\n")
+        stdout = _dvc("gc", "--workspace", *branches, "--projects", scratch, "--force", "--dry")
+    unneeded = [Path(line.removeprefix("Removing ")) for line in stdout.splitlines() if line.startswith("Removing ")]
+    surveyed.items += [Item("data", str(path), path.stat().st_size) for path in unneeded if path.exists()]
 
 
 def _dvc(*arguments: str) -> str:
@@ -177,13 +179,3 @@ def _dvc(*arguments: str) -> str:
     if done.returncode:
         raise ValueError(f"dvc {arguments[0]}: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _age(folder: Path) -> float:
-    """Days since anything in it changed."""
-    last = max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
-    return (time.time() - last) / 86400

@@ -1,15 +1,14 @@
-"""Where a version comes from, and what came of a file: what a version carries about itself, and how it is asked.
+"""Lineage of a version: which files, code and runs it was made from, and which versions were made from a file.
 
     pack(folder)                              # before registering: lineage/ and README.md, the model card
-    told("3"), text(told("3"))                # `onediff lineage 3`
+    lineage_of("3"), as_text(lineage_of("3"))   # `onediff lineage 3`
     versions_of("data/diffcap/train-00001.parquet")
 
-onediff/ops/verify.py proves what is told here.
+onediff/ops/verify.py proves the lineage.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,76 +18,68 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onediff import registry, tracking
-from onediff.repro import lock as versioned
-from onediff.repro.lock import LOCK, Stage
+from onediff import paths, registry, tracking
+from onediff.files import write_json
+from onediff.paths import CARD, DVC_LOCK, PARAMS
+from onediff.repro.lock import Stage, files_of, md5_of, md5_of_files, read_dvc_lock
 from onediff.serve.card import write_card
 
-FOLDER = "lineage"
-WEIGHTS = "data/models/tune"
-DIFFCAP = "data/diffcap"
+FOLDER = "lineage"  # of a version's files
+WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # as dvc.lock names them
 TRAINING, SCORING = ("align", "tune"), ("score",)
-FLOW_RUN = "PREFECT__FLOW_RUN_ID"
-_SOURCES = ("raw", "pairs", "synthetic", "written")  # data/<one of these>/<source>
-_CARRIED = (LOCK, Path("params.yaml"), Path(DIFFCAP) / "card.json")
+_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # data/<one of these>/<source>
 
 
-def pack(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None, flow_run: str | None = None) -> Path:
-    """Lineage and model card of the pipeline's present results, in a folder that a version carries; gives it."""
-    gather(folder, root=root, evaluation_run=evaluation_run, flow_run=flow_run)
+def pack(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> Path:
+    """Writes lineage and model card of the pipeline's present results into a folder that a version carries, and returns
+    the folder.
+    """
+    write_lineage(folder, root=root, evaluation_run=evaluation_run)
     write_card(folder, root=root)
     return folder
 
 
-def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None,
-           flow_run: str | None = None) -> None:
-    """Writes folder/lineage: what the pipeline's present results were made of, and dvc.lock, params.yaml and data card
-    as they are. `flow_run`: Prefect's; default: that which a worker set for this process.
+def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
+    """Writes folder/lineage: from what the pipeline's present results were made, with copies of dvc.lock, params.yaml
+    and the data card.
 
     Raises FileNotFoundError for what 'dvc repro' has not made yet.
     """
-    stages = versioned.locked(root / LOCK)
-    place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
-    for path in _CARRIED:
+    stages = read_dvc_lock(root / DVC_LOCK)
+    target = folder / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (DVC_LOCK, PARAMS, CARD):
         if not (root / path).exists():
             raise FileNotFoundError(f"{root / path} not found: a version carries it; 'dvc repro' makes it")
-        shutil.copyfile(root / path, place / path.name)
-    made = tracking.provenance(root)
-    told = {
-        "git": {"commit": made["git_commit"], "branch": tracking.branch(root), "dirty": tracking.changed_files(root)},
-        "dvc_lock": made["dvc_lock"], "data_card": made["data_digest"],
-        "runs": {"flow": flow_run or os.environ.get(FLOW_RUN), **_runs(root), "evaluation": evaluation_run},
+        shutil.copyfile(root / path, target / path.name)
+    provenance = tracking.provenance(root)
+    # data/runs comes out of DVC's cache with a stage, so each file names the run that made the outs.
+    stage_runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"]
+                  for path in sorted((root / paths.RUNS).glob("*.json"))}
+    folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
+               if path.startswith("data/") and md5.endswith(".dir")}
+    write_json(target / "lineage.json", {
+        "git": {"commit": provenance["git_commit"], "branch": tracking.branch(root),
+                "dirty": tracking.changed_files(root)},
+        "dvc_lock": provenance["dvc_lock"], "data_card": provenance["data_digest"],
+        "runs": {"flow": os.environ.get("PREFECT__FLOW_RUN_ID"), "parent": os.environ.get(tracking.PARENT),
+                 **stage_runs, "evaluation": evaluation_run},
         "stages": {name: asdict(stage) for name, stage in stages.items()},
-        "files": _files(stages, root),
-        "shards": json.loads((root / DIFFCAP / "card.json").read_text(encoding="utf-8"))["digests"],
-    }
-    (place / "lineage.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        "files": {path: _files_in(path, md5, root) for path, md5 in sorted(folders.items())},
+        "shards": json.loads((root / CARD).read_text(encoding="utf-8"))["digests"],
+    }, indent=1)
 
 
-def _runs(root: Path) -> dict[str, Any]:
-    """Run ids of MLflow. data/runs comes out of DVC's cache with a stage, and so names the run that made it."""
-    notes = sorted((root / "data/runs").glob("*.json"))
-    return {"parent": os.environ.get(tracking.PARENT),
-            **{path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"] for path in notes}}
-
-
-def _files(stages: Mapping[str, Stage], root: Path) -> dict[str, dict[str, str] | None]:
-    """Folder below data -> its files, for what goes in and comes out; None where no cache here lists them."""
-    known = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
-             if path.startswith("data/") and md5.endswith(".dir")}
-    return {path: _listing(path, md5, root) for path, md5 in sorted(known.items())}
-
-
-def _listing(path: str, md5: str, root: Path) -> dict[str, str] | None:
+def _files_in(folder: str, md5: str, root: Path) -> dict[str, str] | None:
+    """Relative path -> md5 of the files; None if neither the cache nor the workspace has the folder."""
     try:
-        return versioned.files_of(md5, project=root)
-    except FileNotFoundError:  # trained elsewhere, or a folder of outs that are listed one by one
-        there = (root / path).is_dir() and versioned.md5_of(root / path) == md5
-        return versioned.tree(root / path) if there else None
+        return files_of(md5, project=root)
+    except FileNotFoundError:  # trained on another machine, or a folder whose files are separate outs
+        in_workspace = (root / folder).is_dir() and md5_of(root / folder) == md5
+        return md5_of_files(root / folder) if in_workspace else None
 
 
-# --- asked of a version ----------------------------------------------------------------------------------------------
+# --- of a version ----------------------------------------------------------------------------------------------------
 
 
 def uri_of(version: str) -> str:
@@ -98,79 +89,75 @@ def uri_of(version: str) -> str:
     return f"models:/{registry.NAME}{'/' if version.isdigit() else '@'}{version}"
 
 
-def told(version: str) -> dict[str, Any]:
-    """What a version carries about itself, with what the registry notes of it.
+def lineage_of(version: str) -> dict[str, Any]:
+    """The content of the version's lineage.json, with the version's number and the digest of the weights.
 
-    Raises ValueError if there is no such version or it was registered without.
+    Raises ValueError if there is no such version or it was registered without lineage.
     """
     uri = uri_of(version)
     tags = registry.version_tags(uri)
     try:
-        found = json.loads(registry.version_text(uri, f"{FOLDER}/lineage.json"))
+        lineage = json.loads(registry.version_text(uri, f"{FOLDER}/lineage.json"))
     except FileNotFoundError as error:
         raise ValueError(f"version {tags['version']} carries no lineage: it was registered before lineage was kept, or "
                          f"its files are gone ({error}); register it again") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"version {tags['version']}: its {FOLDER}/lineage.json is damaged ({error}): bring it back "
                          "from a backup, or register it again") from None
-    return {"version": tags["version"], "weights_digest": tags["weights_digest"], **found}
+    return {"version": tags["version"], "weights_digest": tags["weights_digest"], **lineage}
 
 
-def text(found: Mapping[str, Any]) -> str:
+def as_text(lineage: Mapping[str, Any]) -> str:
     """For people: from the weights back to the sources."""
-    git, runs, stages = found["git"], found["runs"], _stages(found)
+    git, stages = lineage["git"], stages_of(lineage)
     dirty = f"; CHANGED since the commit: {', '.join(git['dirty'])}" if git["dirty"] else ", nothing changed since"
-    lines = [f"version {found['version']} of {registry.NAME}",
-             f"  weights     sha256 {found['weights_digest']}",
+    lines = [f"version {lineage['version']} of {registry.NAME}",
+             f"  weights     sha256 {lineage['weights_digest']}",
              f"  code        commit {git['commit']}" + (f" on {git['branch']}" if git["branch"] else "") + dirty,
-             f"  dvc.lock    sha256 {found['dvc_lock']}",
-             f"  data card   sha256 {found['data_card']}",
-             "  runs        " + ", ".join(f"{what} {run}" for what, run in runs.items() if run),
+             f"  dvc.lock    sha256 {lineage['dvc_lock']}",
+             f"  data card   sha256 {lineage['data_card']}",
+             "  runs        " + ", ".join(f"{what} {run}" for what, run in lineage["runs"].items() if run),
              f"  parameters, dvc.lock and data card as they were: in {FOLDER}/ of the version's files in MLflow", "",
              "how it was made:"]
-    for name in _in_order(stages, set(TRAINING + SCORING)):
+    order = list(stages)  # after it, a stage comes before the stages that need it
+    for name in sorted(upstream(stages, TRAINING + SCORING),
+                       key=lambda name: (len(upstream(stages, [name])), order.index(name))):
         stage = stages[name]
         data = [f"{path} {md5[:8]}" for path, md5 in stage.deps.items() if path.startswith("data/")]
         code = len(stage.deps) - len(data)
         lines.append(f"  {name}: from {', '.join([*data, f'{code} files of code', f'{len(stage.params)} parameters'])}")
         lines += [f"    -> {path} {md5}" for path, md5 in stage.outs.items()]
-    return "\n".join([*lines, "", f"to prove it: onediff lineage {found['version']} --verify"])
+    return "\n".join([*lines, "", f"to prove it: onediff lineage {lineage['version']} --verify"])
 
 
-def _stages(found: Mapping[str, Any]) -> dict[str, Stage]:
-    return {name: Stage(**stage) for name, stage in found["stages"].items()}
+def stages_of(lineage: Mapping[str, Any]) -> dict[str, Stage]:
+    return {name: Stage(**stage) for name, stage in lineage["stages"].items()}
 
 
-def before(stages: Mapping[str, Stage], wanted: Iterable[str]) -> set[str]:
-    """These stages and all that they need."""
-    found: set[str] = set()
-    waiting = [name for name in wanted if name in stages]
+def upstream(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """These stages and all stages that they need, directly or through others."""
+    needed: set[str] = set()
+    waiting = [name for name in names if name in stages]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += [other for other, stage in stages.items()
-                        if any(_holds(dep, out) or _holds(out, dep) for dep in stages[name].deps for out in stage.outs)]
-    return found
+        if name not in needed:
+            needed.add(name)
+            waiting += [other for other, stage in stages.items() if any(
+                _contains(dep, out) or _contains(out, dep) for dep in stages[name].deps for out in stage.outs)]
+    return needed
 
 
-def _in_order(stages: Mapping[str, Stage], wanted: Iterable[str]) -> list[str]:
-    """What was needed first comes first."""
-    chosen = before(stages, wanted)
-    return sorted(chosen, key=lambda name: (len(before(stages, [name])), list(stages).index(name)))
+def _contains(folder: str, path: str) -> bool:
+    return PurePosixPath(path).is_relative_to(folder)
 
 
-def _holds(outer: str, inner: str) -> bool:
-    return PurePosixPath(inner).is_relative_to(outer)
-
-
-# --- asked of a file -------------------------------------------------------------------------------------------------
+# --- of a file -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Use:
-    """That a version has a file or folder in its lineage. `here`: whether the workspace has the same bytes now; None
-    if it has none under that path.
+    """A file or folder in the lineage of a version. `here`: whether the workspace has the same bytes now; None if it
+    has nothing under that path.
     """
 
     version: str
@@ -187,73 +174,55 @@ def versions_of(item: str, *, root: Path = Path()) -> tuple[list[Use], list[str]
 
     Raises ValueError if nothing is registered.
     """
-    name = item if _is_digest(item) else _relative(item, root)
-    found, unknown = [], []
+    uses, without_lineage = [], []
     for row in registry.list_versions():
         try:
-            lineage = told(row["version"])
+            lineage = lineage_of(row["version"])
         except ValueError:
-            unknown.append(row["version"])
+            without_lineage.append(row["version"])
             continue
-        for path, digest in _matches(name, lineage).items():
-            here = versioned.md5_of(root / path) == digest if (root / path).exists() else None
-            found.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage), here))
-    return found, unknown
+        for path, digest in _digests_of(item, lineage, root.absolute()).items():
+            here = md5_of(root / path) == digest if (root / path).exists() else None
+            uses.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage), here))
+    return uses, without_lineage
 
 
-def _matches(name: str, lineage: Mapping[str, Any]) -> dict[str, str]:
-    """What of a version's lineage has this path or digest; else the folder that holds the path, if its files are not
-    listed.
+def _digests_of(item: str, lineage: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """Path -> digest of what in the lineage has this path or digest. A path whose folder is in the lineage, without a
+    list of the folder's files, gives the folder.
     """
-    entries = _entries(lineage)
-    if _is_digest(name):  # the data card names shards by half the SHA-256
-        shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if name[:32] == half}
-        return {path: digest for path, digest in entries.items()
-                if name.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
-    if name in entries:
-        return {name: entries[name]}
-    return {path: digest for path, digest in entries.items()
-            if digest.endswith(".dir") and _holds(path, name) and not lineage["files"].get(path)}
-
-
-def _is_digest(item: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}", item) is not None
-
-
-def _relative(item: str, root: Path) -> str:
-    path = Path(os.path.normpath(root.absolute() / item))
-    return path.relative_to(root.absolute()).as_posix() if path.is_relative_to(root.absolute()) else item
-
-
-def _entries(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> digest of all in a version's lineage: deps, outs, files in them, and the weights by SHA-256."""
-    entries: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for stage in lineage["stages"].values():
-        entries |= stage["deps"] | stage["outs"]
+        digests |= stage["deps"] | stage["outs"]
     for folder, files in lineage["files"].items():
-        entries |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
-    return entries | {f"{WEIGHTS}/*.safetensors": lineage["weights_digest"], f"{LOCK} (SHA-256)": lineage["dvc_lock"],
-                      f"{DIFFCAP}/card.json (SHA-256)": lineage["data_card"]}
+        digests |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
+    digests |= {f"{WEIGHTS}/*.safetensors": lineage["weights_digest"], f"{DVC_LOCK} (SHA-256)": lineage["dvc_lock"],
+                f"{CARD} (SHA-256)": lineage["data_card"]}
+    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}", item):  # the data card names shards by half the SHA-256
+        shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if item[:32] == half}
+        return {path: digest for path, digest in digests.items()
+                if item.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
+    path = Path(os.path.normpath(root / item))
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else item
+    if name in digests:
+        return {name: digests[name]}
+    return {path: digest for path, digest in digests.items()
+            if digest.endswith(".dir") and _contains(path, name) and not lineage["files"].get(path)}
 
 
 def _role(path: str, lineage: Mapping[str, Any]) -> str:
-    """What the version did with it."""
-    stages = _stages(lineage)
+    """How the version used the file."""
+    stages = stages_of(lineage)
     parts = path.split("/")
-    learned = {source for phase in TRAINING if phase in stages
-               for source in (stages[phase].params.get(phase) or {}).get("mixture", {})}
-    if _holds(WEIGHTS, path):
+    mixtures = {source for phase in TRAINING if phase in stages
+                for source in (stages[phase].params.get(phase) or {}).get("mixture", {})}
+    if _contains(WEIGHTS, path):
         return "is made of it"
     if path.startswith(f"{DIFFCAP}/") and not parts[2].startswith("train-"):
         return {"val": "chose its step on it"}.get(parts[2].split("-")[0], "was not trained on it, but scored")
-    if len(parts) > 2 and parts[1] in _SOURCES and parts[2] not in learned:
+    if len(parts) > 2 and parts[1] in _ONE_PER_SOURCE and parts[2] not in mixtures:
         return "was not trained on it, but scored"
-    needed = [stages[name] for name in before(stages, TRAINING)]
-    if any(_holds(dep, path) for stage in needed for dep in stage.deps) or any(path in stage.outs for stage in needed):
+    needed = [stages[name] for name in upstream(stages, TRAINING)]
+    if any(path in stage.outs or any(_contains(dep, path) for dep in stage.deps) for stage in needed):
         return "was trained on it" if path.startswith("data/") else "was trained with it"
     return "has it in its lineage"
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

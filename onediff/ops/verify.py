@@ -16,22 +16,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onediff import registry, tracking
+from onediff import paths, registry, tracking
+from onediff.files import sha256_of
 from onediff.git import git, head
-from onediff.ops import lineage
-from onediff.ops.lineage import DIFFCAP, FOLDER, WEIGHTS
-from onediff.repro import lock as versioned
-from onediff.repro.lock import LOCK, Stage
+from onediff.ops.lineage import (
+    DIFFCAP,
+    FOLDER,
+    SCORING,
+    TRAINING,
+    WEIGHTS,
+    lineage_of,
+    stages_of,
+    upstream,
+    uri_of,
+)
+from onediff.paths import DVC_LOCK, PARAMS
+from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read_dvc_lock
 
-CAPTIONS, SCORED = "data/captions", "data/scored"
-SCORES = {"scores_test": "data/metrics.json", "scores_gate": "data/gate.json"}
+CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
+SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # by the version's tag
 NUM_BATCHES = 4  # of split gate, captioned again
 SAME_CAPTIONS = 0.98  # share that must be word for word the same; on the machine that made them all are
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `problem` says what, where, expected and got, and is empty if it holds."""
+    """One check. `problem` says where, expected and got; it is empty if the check passed."""
 
     what: str
     problem: str = ""
@@ -41,208 +51,198 @@ class Check:
 
 
 def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
-    """Checks one after the other, as they are done; those that a failure makes impossible are not tried.
+    """Yields each check when it is done. A check that needs something that failed before is left out.
 
     Raises ValueError if the version, its lineage or its commit cannot be had.
     """
-    found = lineage.told(version)
-    carried = registry.version_files(lineage.uri_of(version)) / FOLDER
-    stages = {name: Stage(**stage) for name, stage in found["stages"].items()}
-    outs = versioned.outs_of(stages)
-    commit = _commit(found, root)
+    lineage = lineage_of(version)
+    uri = uri_of(version)
+    carried = registry.version_files(uri) / FOLDER
+    stages = stages_of(lineage)
+    outs = outs_of(stages)
+    commit = _commit(lineage, root)
     tracking.HOME.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=tracking.HOME) as scratch:
-        clone = _clone(commit, Path(scratch).absolute() / "clone", root=root.absolute())
-        yield _carried(found, carried, stages)
-        yield _code(found, stages, clone)
-        shutil.copyfile(carried / LOCK, clone / LOCK)
-        shutil.copyfile(carried / "params.yaml", clone / "params.yaml")
+        clone = Path(scratch).absolute() / "clone"
+        git("clone", "--quiet", "--shared", "--no-checkout", str(root.absolute()), str(clone))
+        git("checkout", "--quiet", "--detach", commit, root=clone)
+        yield _check_carried(lineage, carried, stages)
+        yield _check_code(lineage, stages, clone)
+        for name in (DVC_LOCK, PARAMS):
+            shutil.copyfile(carried / name, clone / name)
         fetched = {}
         for path in (WEIGHTS, DIFFCAP, CAPTIONS, SCORED):
-            fetched[path] = _fetched(path, outs, clone, root)
+            fetched[path] = _fetch(path, outs, clone, root)
             yield fetched[path]
-        weights = _weights(version, found, outs, clone)
+        weights = _check_weights(uri, lineage, outs, clone)
         yield weights
-        yield _workspace(found, stages, root)
+        yield _check_workspace(lineage, stages, root)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
-            yield _rescored(version, outs, clone)
-        if not any(check.problem for check in (weights, fetched[DIFFCAP], fetched[CAPTIONS])):
-            yield _recaptioned(version, stages, clone, Path(scratch).absolute() / "again")
+            yield _score_again(registry.version_tags(uri), outs, clone)
+            if not weights.problem:
+                yield _caption_again(registry.model_folder(uri), stages, clone, Path(scratch).absolute() / "again")
 
 
-def _commit(found: Mapping[str, Any], root: Path) -> str:
-    """Raises ValueError if this repository has not got it."""
-    commit = str(found["git"]["commit"])
+def _commit(lineage: Mapping[str, Any], root: Path) -> str:
+    """Raises ValueError if this repository does not have the version's commit."""
+    commit = str(lineage["git"]["commit"])
     if commit == "none":
-        raise ValueError(f"version {found['version']} was made outside git: no commit to prove it by")
+        raise ValueError(f"version {lineage['version']} was made outside git: no commit to prove it by")
     if head(root) is None:
-        raise ValueError(f"version {found['version']} was made at commit {commit}, and no git commit holds this "
+        raise ValueError(f"version {lineage['version']} was made at commit {commit}, and no git commit holds this "
                          "folder: verify the version in a clone of the repository")
     try:
         git("cat-file", "-e", f"{commit}^{{commit}}", root=root)
     except ValueError:
-        branch = found["git"]["branch"] or "not noted"
-        raise ValueError(f"version {found['version']} was made at commit {commit}, which is not in this repository: "
+        branch = lineage["git"]["branch"] or "not noted"
+        raise ValueError(f"version {lineage['version']} was made at commit {commit}, which is not in this repository: "
                          f"'git fetch origin' its branch ({branch}) and try again") from None
     return commit
-
-
-def _clone(commit: str, clone: Path, *, root: Path) -> Path:
-    """The commit's files, from this repository's objects."""
-    git("clone", "--quiet", "--shared", "--no-checkout", str(root), str(clone))
-    git("checkout", "--quiet", "--detach", commit, root=clone)
-    return clone
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _carried(found: Mapping[str, Any], carried: Path, stages: Mapping[str, Stage]) -> Check:
+def _check_carried(lineage: Mapping[str, Any], carried: Path, stages: Mapping[str, Stage]) -> Check:
     what = "dvc.lock and data card that the version carries"
-    for path, key in ((carried / LOCK, "dvc_lock"), (carried / "card.json", "data_card")):
+    for path, key in ((carried / DVC_LOCK, "dvc_lock"), (carried / "card.json", "data_card")):
         if not path.exists():
             return Check(what, f"{path} not found")
-        if lineage.digest(path) != found[key]:
-            return Check(what, f"{path}: SHA-256 must be {found[key]}, got {lineage.digest(path)}")
-    if versioned.locked(carried / LOCK) != stages:
-        return Check(what, f"{carried}/lineage.json names other digests than {carried / LOCK}")
+        if sha256_of(path) != lineage[key]:
+            return Check(what, f"{path}: SHA-256 must be {lineage[key]}, got {sha256_of(path)}")
+    if read_dvc_lock(carried / DVC_LOCK) != stages:
+        return Check(what, f"{carried}/lineage.json names other digests than {carried / DVC_LOCK}")
     return Check(what)
 
 
-def _code(found: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Check:
-    """Whether the commit holds the very code that each stage on the way to the scores ran with."""
-    what = f"code at commit {found['git']['commit'][:12]}"
-    wrong = [f"{path} had changes that are in no commit" for path in found["git"]["dirty"]]
-    for name in sorted(lineage.before(stages, lineage.TRAINING + lineage.SCORING)):
+def _check_code(lineage: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Check:
+    """Whether the commit has exactly the code with which the stages up to the scores ran."""
+    problems = [f"{path} had changes that are in no commit" for path in lineage["git"]["dirty"]]
+    for name in sorted(upstream(stages, TRAINING + SCORING)):
         for path, md5 in stages[name].deps.items():
-            if path.startswith("data/"):
-                continue
-            got = versioned.md5_of(clone / path) if (clone / path).exists() else "nothing"
-            if got != md5:
-                wrong.append(f"{path}: stage {name} ran with md5 {md5}, the commit has {got}")
-    return Check(what, "; ".join(wrong))
+            if not path.startswith("data/"):
+                actual = md5_of(clone / path) if (clone / path).exists() else "nothing"
+                if actual != md5:
+                    problems.append(f"{path}: stage {name} ran with md5 {md5}, the commit has {actual}")
+    return Check(f"code at commit {lineage['git']['commit'][:12]}", "; ".join(problems))
 
 
-def _fetched(path: str, outs: Mapping[str, str], clone: Path, root: Path) -> Check:
+def _fetch(path: str, outs: Mapping[str, str], clone: Path, root: Path) -> Check:
     if path not in outs:
         return Check(f"{path} by digest", "the version's dvc.lock has no such out")
     what = f"{path} by digest {outs[path]}"
     shutil.rmtree(clone / path, ignore_errors=True)
     try:
-        versioned.fetch(outs[path], clone / path, project=root)
+        fetch(outs[path], clone / path, project=root)
     except ValueError as error:
         return Check(what, str(error).removeprefix(f"{outs[path]}: "))
     return Check(what)
 
 
-def _weights(version: str, found: Mapping[str, Any], outs: Mapping[str, str], clone: Path) -> Check:
-    """The registered files against the version's digest (`model_folder` does that), and against what dvc.lock says that
-    training left.
+def _check_weights(uri: str, lineage: Mapping[str, Any], outs: Mapping[str, str], clone: Path) -> Check:
+    """Compares the registered files with the digest of the version (`model_folder` does that) and with the out of
+    training in dvc.lock.
     """
-    what = f"registered weights are those that training left (SHA-256 {found['weights_digest'][:12]})"
+    what = f"registered weights are those that training left (SHA-256 {lineage['weights_digest'][:12]})"
     try:
-        folder = registry.model_folder(lineage.uri_of(version))
+        folder = registry.model_folder(uri)
     except ValueError as error:
         return Check(what, str(error))
-    files = found["files"].get(WEIGHTS) or (versioned.tree(clone / WEIGHTS) if (clone / WEIGHTS).exists() else None)
+    files = lineage["files"].get(WEIGHTS) or (md5_of_files(clone / WEIGHTS) if (clone / WEIGHTS).exists() else None)
     if files is None:
         return Check(what, f"nothing lists the files of {outs.get(WEIGHTS)}")
-    return Check(what, "; ".join(_unlike(folder, files)))
+    return Check(what, "; ".join(_differences(folder, files)))
 
 
-def _workspace(found: Mapping[str, Any], stages: Mapping[str, Stage], root: Path) -> Check:
-    """The files here of all data that this dvc.lock has under the same digest; what is not here is passed over."""
-    here = _data(versioned.locked(root / LOCK)) if (root / LOCK).exists() else {}
-    looked_at, wrong = 0, []
+def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage], root: Path) -> Check:
+    """Reads every file in the workspace of the data that the workspace's dvc.lock has under the version's digest."""
+    present = _data(read_dvc_lock(root / DVC_LOCK)) if (root / DVC_LOCK).exists() else {}
+    num_files, problems = 0, []
     for path, md5 in _data(stages).items():
-        files = found["files"].get(path) if md5.endswith(".dir") else {"": md5}
-        if here.get(path) == md5 and files is not None and (root / path).exists():
-            looked_at += len(files)
-            wrong += _unlike(root / path, files)
-    return Check(f"{looked_at} data files in this workspace", "; ".join(wrong))
+        files = lineage["files"].get(path) if md5.endswith(".dir") else {"": md5}
+        if present.get(path) == md5 and files is not None and (root / path).exists():
+            num_files += len(files)
+            problems += _differences(root / path, files)
+    return Check(f"{num_files} data files in this workspace", "; ".join(problems))
 
 
 def _data(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """Path -> md5 of what goes in and comes out below data, but no folder of others."""
-    known = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
-             if path.startswith("data/")}
-    return {path: md5 for path, md5 in known.items() if not any(other.startswith(f"{path}/") for other in known)}
+    """Path -> md5 of the deps and outs below data, without folders that contain other deps or outs."""
+    md5s = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
+            if path.startswith("data/")}
+    return {path: md5 for path, md5 in md5s.items() if not any(other.startswith(f"{path}/") for other in md5s)}
 
 
-def _unlike(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Each file that is not there or has other bytes than listed."""
-    wrong = []
+def _differences(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """One line for each file that is missing or whose md5 is not the listed one."""
+    problems = []
     for name, md5 in files.items():
         path = folder / name
         if not path.exists():
-            wrong.append(f"{path} is missing")
-        elif (got := versioned.md5_of(path)) != md5:
-            wrong.append(f"{path}: md5 must be {md5}, got {got}")
-    return wrong
+            problems.append(f"{path} is missing")
+        elif (actual := md5_of(path)) != md5:
+            problems.append(f"{path}: md5 must be {md5}, got {actual}")
+    return problems
 
 
-def _rescored(version: str, outs: Mapping[str, str], clone: Path) -> Check:
+def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> Check:
     what = "scored again by the commit's code: the registered scores, to the last digit"
     shutil.rmtree(clone / SCORED, ignore_errors=True)
-    problem = _stage("score", clone, code=clone)
+    problem = _run_stage("score", clone, code=clone)
     if problem:
         return Check(what, problem)
-    tags, wrong = registry.version_tags(lineage.uri_of(version)), []
+    problems: list[str] = []
     for tag, path in SCORES.items():
-        got = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
-        noted = json.loads(tags[tag])
-        wrong += [f"{path}: {key}: the version has {noted[key]}, got {got.get(key)}"
-                  for key in sorted(noted) if noted[key] != got.get(key)][:3]
-        if not wrong and path in outs and versioned.md5_of(clone / path) != outs[path]:
-            wrong.append(f"{path}: md5 must be {outs[path]}, got {versioned.md5_of(clone / path)}")
-    if not wrong and versioned.md5_of(clone / SCORED) != outs.get(SCORED):
-        wrong.append(f"{SCORED}: md5 must be {outs.get(SCORED)}, got {versioned.md5_of(clone / SCORED)}")
-    return Check(what, "; ".join(wrong))
+        scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
+        registered = json.loads(tags[tag])
+        problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
+                     for key in sorted(registered) if registered[key] != scores.get(key)][:3]
+        if not problems and path in outs and md5_of(clone / path) != outs[path]:
+            problems.append(f"{path}: md5 must be {outs[path]}, got {md5_of(clone / path)}")
+    if not problems and md5_of(clone / SCORED) != outs.get(SCORED):
+        problems.append(f"{SCORED}: md5 must be {outs.get(SCORED)}, got {md5_of(clone / SCORED)}")
+    return Check(what, "; ".join(problems))
 
 
-def _recaptioned(version: str, stages: Mapping[str, Stage], clone: Path, again: Path) -> Check:
-    """Whole batches of split gate, as they were then, captioned with the registered weights."""
+def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again: Path) -> Check:
+    """Captions some batches of split gate with the registered weights, in the same batches as the stage `caption`."""
     what = "captioned again with the registered weights"
-    wanted = _sample(clone, again, stages["caption"].params["caption"]["batch_size"])
-    problem = _stage("caption", again, str(registry.model_folder(lineage.uri_of(version)).absolute()), code=clone)
+    pair_ids = _write_sample(clone, again, stages["caption"].params["caption"]["batch_size"])
+    problem = _run_stage("caption", again, str(model.absolute()), code=clone)
     if problem:
         return Check(what, problem)
-    before, now = _said(clone / CAPTIONS), _said(again / CAPTIONS)
-    other = [key for key in wanted if now.get(key) != before.get(key)]
-    same = 1 - len(other) / len(wanted)
-    told = (f"{what}: {100 * same:.1f} % of {len(wanted)} pairs of split gate the same, "
-            f"at least {100 * SAME_CAPTIONS:.0f} % asked")
+    before, now = ({row["pair_id"]: row["prediction"] for path in sorted((folder / CAPTIONS / "gate").glob("*.jsonl"))
+                    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+                   for folder in (clone, again))
+    changed = [pair_id for pair_id in pair_ids if now.get(pair_id) != before.get(pair_id)]
+    same = 1 - len(changed) / len(pair_ids)
+    what += (f": {100 * same:.1f} % of {len(pair_ids)} pairs of split gate the same, "
+             f"at least {100 * SAME_CAPTIONS:.0f} % asked")
     if same >= SAME_CAPTIONS:
-        return Check(told)
-    return Check(told, f"{other[0]}: must be '{before.get(other[0])}', got '{now.get(other[0])}'")
+        return Check(what)
+    return Check(what, f"{changed[0]}: must be '{before.get(changed[0])}', got '{now.get(changed[0])}'")
 
 
-def _sample(clone: Path, again: Path, size: int) -> list[str]:
-    """Writes a folder with some batches of split gate as its only data, and gives the ids of its pairs."""
+def _write_sample(clone: Path, again: Path, batch_size: int) -> list[str]:
+    """Writes a folder with some batches of split gate as its only data. Returns the ids of its pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from onediff.data.record import shards
 
     table = pa.concat_tables(pq.read_table(path) for path in shards(clone / DIFFCAP, "gate-*.parquet"))
-    starts = range(0, table.num_rows, size)
+    starts = range(0, table.num_rows, batch_size)
     chosen = starts[::max(1, len(starts) // NUM_BATCHES)][:NUM_BATCHES]
-    part = pa.concat_tables(table.slice(start, size) for start in chosen)
+    sample = pa.concat_tables(table.slice(start, batch_size) for start in chosen)
     (again / DIFFCAP).mkdir(parents=True)
-    pq.write_table(part, again / DIFFCAP / "gate-00000.parquet")
-    pq.write_table(part.slice(0, 1), again / DIFFCAP / "test-00000.parquet")  # the stage wants one
-    shutil.copyfile(clone / "params.yaml", again / "params.yaml")
-    return [str(key) for key in part["pair_id"].to_pylist()]
+    pq.write_table(sample, again / DIFFCAP / "gate-00000.parquet")
+    pq.write_table(sample.slice(0, 1), again / DIFFCAP / "test-00000.parquet")  # the stage needs one
+    shutil.copyfile(clone / PARAMS, again / PARAMS)
+    return [str(pair_id) for pair_id in sample["pair_id"].to_pylist()]
 
 
-def _said(captions: Path) -> dict[str, str]:
-    """pair_id -> what was said, of split gate."""
-    return {line["pair_id"]: line["prediction"] for path in sorted((captions / "gate").glob("*.jsonl"))
-            for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-
-
-def _stage(name: str, folder: Path, *arguments: str, code: Path) -> str:
-    """Runs a stage of the commit in a folder; why it failed, or an empty text."""
+def _run_stage(name: str, folder: Path, *arguments: str, code: Path) -> str:
+    """Runs a stage of the commit in a folder. Returns why it failed, or an empty text."""
     environ = os.environ | {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-P", "-m", f"onediff.stages.{name}", *arguments], cwd=folder, env=environ,
                           capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from typing import Any
 from onediff.model.digest import ModelDigests, model_digests
 from onediff.registry.commits import committed_text
 from onediff.registry.score_files import read_pair_scores, read_scores
-from onediff.repro.lock import LOCK, Stage, locked, md5_of, parse_lock
+from onediff.repro.lock import LOCK, Stage, md5_of, parse_dvc_lock, read_dvc_lock
 
 MODEL, DIFFCAP, CAPTIONS, SCORED = "data/models/tune", "data/diffcap", "data/captions", "data/scored"
 TABLES = {"test": "data/metrics.json", "gate": "data/gate.json"}
@@ -80,7 +80,7 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
     are also those of the commit, where that had the same captions. Raises FileNotFoundError for what is missing, else
     ValueError with all that does not agree.
     """
-    stages = locked(root / LOCK)
+    stages = read_dvc_lock(root / LOCK)
     missing = [name for name in ("tune", "caption", "score") if name not in stages]
     if missing:
         raise ValueError(f"{root / LOCK}: must hold stage {missing[0]}, which records how the model was trained "
@@ -123,7 +123,7 @@ def _unlike_commit(score: Stage, root: Path) -> str:
     dvc.lock. Scoring is deterministic, so a difference means that one of the two was edited.
     """
     content = committed_text(LOCK, root)
-    committed = parse_lock(content, LOCK).get("score") if content else None
+    committed = parse_dvc_lock(content, LOCK).get("score") if content else None
     if committed is None or (committed.deps, committed.params) != (score.deps, score.params):
         return ""
     wrong = [path for path in _MADE_BY_SCORE if committed.outs.get(path) != score.outs.get(path)]

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from onediff import tracking
 from onediff.registry import commits
-from onediff.repro.lock import LOCK, Stage, locked, md5_of
+from onediff.repro.lock import LOCK, Stage, md5_of, read_dvc_lock
 
 YES = "yes"
 OF_DATA = ("data_validated", "leak_audit")
@@ -63,7 +63,7 @@ def locked_md5(model_dir: Path, *, root: Path = Path()) -> str | None:
 
 
 def _stages(root: Path) -> dict[str, Stage]:
-    return locked(root / LOCK) if (root / LOCK).exists() else {}
+    return read_dvc_lock(root / LOCK) if (root / LOCK).exists() else {}
 
 
 def _broken_chain(model_dir: Path, root: Path) -> str:

@@ -22,6 +22,7 @@ import grimp
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from onediff.paths import DVC_YAML
 from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,18 +80,45 @@ USED_BY_MODULES = {"onediff.data.synthesis.edits": ["scikit-learn"]}  # two of t
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrites dvc.yaml and packages.yaml; comments and everything else stay."""
-    yaml, path = _yaml(), root / "dvc.yaml"
-    content = yaml.load(path.read_text(encoding="utf-8"))
-    named: set[str] = set()
+    """Rewrites dvc.yaml and packages.yaml. Comments and everything else stay."""
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 1000  # ruamel would leave spaces at the end of lines
+    yaml.preserve_quotes = True
+    content = yaml.load((root / DVC_YAML).read_text(encoding="utf-8"))
+    used: set[str] = set()
     for name, stage in content["stages"].items():
         code, packages = dependencies(name, stage["cmd"])
-        named |= set(packages)
+        used |= set(packages)
         _replace(stage["deps"], [*code, *(dep for dep in stage["deps"] if not dep.startswith("onediff/"))])
-        _set_packages(stage, packages)
-    with path.open("w", encoding="utf-8") as file:
+        if "params" not in stage:
+            stage.insert(list(stage).index("deps") + 1, "params", CommentedSeq())
+        tracked = CommentedSeq(packages)
+        tracked.fa.set_flow_style()
+        params = [item for item in stage["params"] if not (isinstance(item, dict) and PACKAGES in item)]
+        _replace(stage["params"], [*params, CommentedMap({PACKAGES: tracked})])
+        stage["params"].fa.set_block_style()
+    with (root / DVC_YAML).open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
-    _write_versions(root, named)
+    _write_versions(root, used)
+
+
+def _replace(items: CommentedSeq, new: list[Any]) -> None:
+    """A comment stays beside its item; ruamel keeps it by the item's number."""
+    comments = {str(items[number]): comment for number, comment in items.ca.items.items()}
+    items[:] = new
+    items.ca.items.clear()
+    items.ca.items.update({number: comments[str(item)] for number, item in enumerate(new) if str(item) in comments})
+
+
+def _write_versions(root: Path, packages: set[str]) -> None:
+    """Versions are those of requirements.lock; a package that it does not hold keeps its version in packages.yaml."""
+    text = (root / PACKAGES).read_text(encoding="utf-8")
+    pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
+    versions = YAML(typ="safe").load(text) | dict(pin.split("==") for pin in pins)
+    head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
+    lines = [f'{name}: "{versions[name]}"\n' for name in sorted(packages)]
+    (root / PACKAGES).write_text("".join([*head, *lines]), encoding="utf-8")
 
 
 def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
@@ -100,21 +128,14 @@ def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
         modules = reached(module)
         return files_of(modules), packages_of(modules)
     parent = ITEMS[name]
-    of_items = [reached(module, avoided=_others(parent, item)) for item in items_of(parent)]
-    modules = set().union(*of_items)
-    own = tuple(f"{parent}/{item}/" for item in items_of(parent))
-    files = [file for file in files_of(modules) if not file.startswith(own)]
+    items = {path.parent.name for path in (ROOT / parent).glob("*/__init__.py")}
+    modules = set()
+    for item in items:
+        others = tuple(f"{parent}/{other}".replace("/", ".") for other in items - {item})
+        modules |= reached(module, avoided={name for name in graph().modules if name.startswith(others)})
+    folders = tuple(f"{parent}/{item}/" for item in items)
+    files = [file for file in files_of(modules) if not file.startswith(folders)]
     return sorted([*files, f"{parent}/${{item.source}}"]), packages_of(modules)
-
-
-def items_of(parent: str) -> list[str]:
-    return sorted(path.parent.name for path in (ROOT / parent).glob("*/__init__.py"))
-
-
-def _others(parent: str, item: str) -> set[str]:
-    """The modules of the other items."""
-    prefixes = tuple(f"{parent}/{other}".replace("/", ".") for other in items_of(parent) if other != item)
-    return {module for module in graph().modules if module.startswith(prefixes)}
 
 
 def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
@@ -135,14 +156,14 @@ def graph() -> grimp.ImportGraph:
 
 
 def files_of(modules: Iterable[str]) -> list[str]:
-    """Their files and those that they open. Packages count if their __init__.py holds code."""
+    """The files of the modules and the files that they open. Packages count if their __init__.py holds code."""
     files: set[Path] = set()
     for module in modules:
-        if module.split(".")[0] != "onediff":
-            continue
-        packages = [module[:place] for place, letter in enumerate(module) if letter == "."]
-        files |= {path for name in (module, *packages) if name not in NO_RESULT and _holds_code(path := _file_of(name))}
-        files |= {(_file_of(module).parent / name).resolve() for name in FILES.get(module, ())}
+        if module.split(".")[0] == "onediff":
+            packages = [module[:place] for place, letter in enumerate(module) if letter == "."]
+            files |= {_file_of(name) for name in (module, *packages)
+                      if name not in NO_RESULT and _holds_code(_file_of(name))}
+            files |= {(_file_of(module).parent / name).resolve() for name in FILES.get(module, ())}
     return sorted(path.relative_to(ROOT).as_posix() for path in files)
 
 
@@ -158,56 +179,20 @@ def _holds_code(path: Path) -> bool:
 
 
 def packages_of(modules: Iterable[str]) -> list[str]:
-    """The distributions that the modules import, and those that compute for them."""
+    """The distributions that the modules import, and those that compute for them, as requirements.lock spells them."""
     modules = set(modules)
+    distributions = _installed_distributions() | DISTRIBUTIONS
     others = {name for name in modules if name.split(".")[0] != "onediff"} - sys.stdlib_module_names
-    found = {_distributions()[name] for name in others}
-    found |= {name for module in modules for name in USED_BY_MODULES.get(module, ())}
-    found |= {other for name in found for other in USED_BY_PACKAGES.get(name, ())}
-    return sorted(found - PACKAGES_WITHOUT_RESULT.keys())
+    packages = {distributions[name] for name in others}
+    packages |= {name for module in modules for name in USED_BY_MODULES.get(module, ())}
+    packages |= {other for name in packages for other in USED_BY_PACKAGES.get(name, ())}
+    return sorted(packages - PACKAGES_WITHOUT_RESULT.keys())
 
 
 @cache
-def _distributions() -> dict[str, str]:
-    """Name of a module -> its package, as requirements.lock spells it."""
-    installed = {module: re.sub(r"[-_.]+", "-", names[0]).lower() for module, names in packages_distributions().items()}
-    return installed | DISTRIBUTIONS
-
-
-def _set_packages(stage: CommentedMap, packages: list[str]) -> None:
-    if "params" not in stage:
-        stage.insert(list(stage).index("deps") + 1, "params", CommentedSeq())
-    names = CommentedSeq(packages)
-    names.fa.set_flow_style()
-    kept = [item for item in stage["params"] if not (isinstance(item, dict) and PACKAGES in item)]
-    _replace(stage["params"], [*kept, CommentedMap({PACKAGES: names})])
-    stage["params"].fa.set_block_style()
-
-
-def _replace(items: CommentedSeq, new: list[Any]) -> None:
-    """A comment stays beside its item; ruamel keeps it by the item's number."""
-    comments = {str(items[number]): comment for number, comment in items.ca.items.items()}
-    items[:] = new
-    items.ca.items.clear()
-    items.ca.items.update({number: comments[str(item)] for number, item in enumerate(new) if str(item) in comments})
-
-
-def _write_versions(root: Path, named: set[str]) -> None:
-    """Versions are those of requirements.lock; a package that it does not hold keeps its version in packages.yaml."""
-    yaml, path = _yaml(), root / PACKAGES
-    pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
-    versions = yaml.load(path.read_text(encoding="utf-8")) | dict(pin.split("==") for pin in pins)
-    lines = [f'{name}: "{versions[name]}"\n' for name in sorted(named)]
-    head = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#")]
-    path.write_text("".join([*head, *lines]), encoding="utf-8")
-
-
-def _yaml() -> Any:
-    yaml = YAML()
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.width = 1000  # ruamel would leave spaces at the end of lines
-    yaml.preserve_quotes = True
-    return yaml
+def _installed_distributions() -> dict[str, str]:
+    """Name of a module -> its distribution."""
+    return {module: re.sub(r"[-_.]+", "-", names[0]).lower() for module, names in packages_distributions().items()}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What DVC keeps, by digest: a file or folder that a dvc.lock names comes out as it was, whatever the workspace holds.
+"""Reads dvc.lock and DVC's cache: a file or folder that a dvc.lock names can be had again, whatever the workspace has.
 
-    for name, stage in locked().items(): ...             # digest of every dep and out
+    for name, stage in read_dvc_lock().items(): ...      # md5 of every dep and out
     fetch("b3b470bb...dir", Path("scratch/diffcap"))     # from the cache or the default remote, every byte checked
 
-DVC is asked as a command, in a throw-away project that has the cache and the remotes of this one.
+DVC runs as a command, in a temporary project that has the cache and the remotes of this project.
 """
 
 from __future__ import annotations
@@ -27,36 +27,40 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff.files import link_or_copy, new_file, new_folder
+from onediff.paths import DVC_LOCK
 
-LOCK = Path("dvc.lock")
+LOCK = DVC_LOCK
 _IGNORED = {"__pycache__", ".gitignore"}
 _SHOWN = 3  # files in a message
-_PLAIN = ("url", "region", "type", "profile", "version_aware", "worktree")  # what a remote's settings may show
+_PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # settings of a remote that hold no secret
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage ran with and left: path -> md5, ending in .dir for a folder; keys of params.yaml by full name."""
+    """A stage's entry in dvc.lock. deps and outs: path -> md5, which ends in .dir for a folder. params: the keys of
+    params.yaml by full name.
+    """
 
     deps: dict[str, str]
     outs: dict[str, str]
     params: dict[str, Any]
 
 
-def locked(path: Path = LOCK) -> dict[str, Stage]:
-    """Stage -> its digests and parameters. Raises FileNotFoundError, or ValueError for what is no dvc.lock."""
+def read_dvc_lock(path: Path = DVC_LOCK) -> dict[str, Stage]:
+    """Name of the stage -> its entry. Raises FileNotFoundError, or ValueError if the file is not a dvc.lock."""
     try:
-        return parse_lock(path.read_bytes(), path)
+        return parse_dvc_lock(path.read_bytes(), path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None
 
 
-def parse_lock(content: bytes, path: Path) -> dict[str, Stage]:
-    """The content of a dvc.lock. Raises ValueError, naming the path, for what is none."""
+def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
+    """The content of a dvc.lock. Raises ValueError that names the path if it is not the content of a dvc.lock."""
     try:
         stages = YAML(typ="safe").load(content.decode("utf-8"))["stages"]
-        return {name: Stage(_digests(stage, "deps"), _digests(stage, "outs"),
-                            dict(stage.get("params", {}).get("params.yaml", {})))
+        return {name: Stage(deps={dep["path"]: dep["md5"] for dep in stage.get("deps", ())},
+                            outs={out["path"]: out["md5"] for out in stage.get("outs", ())},
+                            params=dict(stage.get("params", {}).get("params.yaml", {})))
                 for name, stage in stages.items()}
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no dvc.lock ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
@@ -64,8 +68,8 @@ def parse_lock(content: bytes, path: Path) -> dict[str, Stage]:
 
 
 @contextmanager
-def lock_kept(path: Path = LOCK) -> Iterator[None]:
-    """Brings the old dvc.lock back if DVC spoils it: DVC writes it in place, and a full disk leaves an empty file."""
+def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
+    """Restores dvc.lock if DVC empties it: DVC writes the file in place, so a full disk leaves an empty file."""
     copy = path.with_name(f"{path.name}.part")
     if path.exists():
         shutil.copyfile(path, copy)
@@ -79,29 +83,22 @@ def lock_kept(path: Path = LOCK) -> Iterator[None]:
         copy.unlink(missing_ok=True)
 
 
-def _digests(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
-    return {item["path"]: item["md5"] for item in stage.get(kind, ())}
-
-
 def outs_of(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """Path -> md5 of everything that the stages left."""
+    """Path -> md5 of the outs of all stages."""
     return {path: md5 for stage in stages.values() for path, md5 in stage.outs.items()}
 
 
 def md5_of(path: Path) -> str:
     """The md5 by which DVC knows a file, or a folder (with .dir at its end)."""
     if path.is_dir():
-        listing = [{"md5": md5, "relpath": name} for name, md5 in tree(path).items()]
+        listing = [{"md5": md5, "relpath": name} for name, md5 in md5_of_files(path).items()]
         return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
-    found = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def tree(folder: Path) -> dict[str, str]:
-    """Relative path -> md5 of every file below the folder that DVC counts, in its order."""
+def md5_of_files(folder: Path) -> dict[str, str]:
+    """Relative path -> md5 of every file below the folder that DVC counts, in DVC's order."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
                    and not _IGNORED & {*path.relative_to(folder).parts})
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
@@ -112,10 +109,13 @@ def files_of(md5: str, *, project: Path = Path()) -> dict[str, str]:
 
     Raises FileNotFoundError if the cache has no such listing, ValueError if it was damaged.
     """
-    return _listing(md5, _cache(project, _config(project)))
+    return _listed_files(md5, _cache_of(project))
 
 
-def _listing(md5: str, cache: Path) -> dict[str, str]:
+def _listed_files(md5: str, cache: Path) -> dict[str, str]:
+    """As files_of; the md5 of a file gives that file, under an empty path."""
+    if not md5.endswith(".dir"):
+        return {"": md5}
     path = _object(cache, md5)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: it lists the files of {md5}; 'dvc pull', after a 'dvc push' on the "
@@ -126,84 +126,85 @@ def _listing(md5: str, cache: Path) -> dict[str, str]:
 
 
 def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """Puts the outs of the stage's last run back where the workspace lacks them; gives their paths.
+    """Restores the outs of the stage's last run that the workspace lacks. Returns their paths.
 
     DVC removes them before it runs the stage, so without this a run that fails would leave nothing. The files are hard
     links to DVC's cache, or copies where the cache is on another file system. An out that dvc.lock or the cache does
     not have is left out.
     """
-    lock = project / LOCK
-    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
+    outs = _locked_outs(stage, project)
     missing = {path: md5 for path, md5 in outs.items() if not os.path.lexists(project / path)}
-    cache = _cache(project, _config(project)) if missing else project
-    return [Path(path) for path, md5 in missing.items() if _link_out(md5, project / path, cache)]
+    cache = _cache_of(project) if missing else project
+    restored = []
+    for path, md5 in missing.items():
+        files = _cached_files(md5, cache)
+        if files:
+            with (new_folder if md5.endswith(".dir") else new_file)(project / path) as part:
+                for name, file_md5 in files.items():
+                    (part / name).parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(_object(cache, file_md5), part / name)
+            restored.append(Path(path))
+    return restored
 
 
 def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """The outs that dvc.lock names for the stage and the cache does not have, those with `cache: false` among them.
+    """The outs that dvc.lock names for the stage and the cache does not have, including those with `cache: false`.
 
     When the disk is full after a stage has run, DVC prints an error, writes dvc.lock and ends with status 0.
     """
-    lock = project / LOCK
-    outs = locked(lock).get(stage, Stage({}, {}, {})).outs if lock.exists() else {}
-    cache = _cache(project, _config(project)) if outs else project
+    outs = _locked_outs(stage, project)
+    cache = _cache_of(project) if outs else project
     if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another cache
         return []
     return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
 
 
+def _locked_outs(stage: str, project: Path) -> dict[str, str]:
+    lock = project / DVC_LOCK
+    stages = read_dvc_lock(lock) if lock.exists() else {}
+    return stages[stage].outs if stage in stages else {}
+
+
 def _cached_files(md5: str, cache: Path) -> dict[str, str]:
     """Relative path -> md5 of the file, or of every file of the folder; empty if the cache lacks any of them."""
     try:
-        files = _listing(md5, cache) if md5.endswith(".dir") else {"": md5}
-    except (FileNotFoundError, ValueError):  # absent, or damaged: as good as absent
+        files = _listed_files(md5, cache)
+    except (FileNotFoundError, ValueError):  # a damaged listing is of as little use as an absent one
         return {}
-    return files if all(_object(cache, digest).exists() for digest in files.values()) else {}
-
-
-def _link_out(md5: str, out: Path, cache: Path) -> bool:
-    """True if the cache had the file or every file of the folder, so that `out` exists now."""
-    files = _cached_files(md5, cache)
-    if not files:
-        return False
-    with (new_folder if md5.endswith(".dir") else new_file)(out) as part:
-        for name, digest in files.items():
-            target = part / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(_object(cache, digest), target)
-    return True
+    return files if all(_object(cache, file_md5).exists() for file_md5 in files.values()) else {}
 
 
 def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
-    """Brings the file or folder of this md5 out of the project's cache, or else of its default remote, to `target`.
+    """Copies the file or folder of this md5 from the project's cache, or else from its default remote, to `target`.
 
-    Whole or not at all, and every file is read again: DVC itself takes a cache file by its name. Raises ValueError
-    that names each file which is missing or damaged; FileNotFoundError if `project` is none of DVC's.
+    `target` is complete or absent, and the md5 of every file is computed again, because DVC trusts the name of a cache
+    file. Raises ValueError that names each file which is missing or damaged; FileNotFoundError if `project` is not a
+    DVC project.
     """
     if os.path.lexists(target):
         raise ValueError(f"{target} is there already: name a place where nothing is")
     config = _config(project)
-    cache = _cache(project, config)
+    cache = project / config.get("cache", "dir")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        got = Path(scratch) / "out"
-        said = _pull(md5, got, config=config, cache=cache)
-        wrong = _wrong(md5, got, cache)
-        if wrong:
-            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(f"{md5}: {'; '.join(wrong[:_SHOWN])}{more}{said}. If no remote has it: "
+        out = Path(scratch) / "out"
+        complaint = _pull(md5, out, config)
+        problems = _problems(md5, out, cache)
+        if problems:
+            more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ValueError(f"{md5}: {'; '.join(problems[:_SHOWN])}{more}{complaint}. If no remote has it: "
                              "'dvc push' on the machine that made it")
-        got.rename(target)
+        out.rename(target)
     return target
 
 
-def _pull(md5: str, got: Path, *, config: configparser.RawConfigParser, cache: Path) -> str:
-    """Asks DVC; gives what it complained of, without secrets."""
-    root = got.parent
+def _pull(md5: str, out: Path, config: configparser.RawConfigParser) -> str:
+    """Runs 'dvc pull' in a project of its own. Returns DVC's complaints, without secrets."""
+    root = out.parent
     (root / ".dvc").mkdir()
     with (root / ".dvc/config").open("w", encoding="utf-8") as file:
         config.write(file)
-    (root / "out.dvc").write_text(f"outs:\n- md5: {md5}\n  hash: md5\n  path: {got.name}\n", encoding="utf-8")
+    (root / "out.dvc").write_text(f"outs:\n- md5: {md5}\n  hash: md5\n  path: {out.name}\n", encoding="utf-8")
     environ = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(root / ".dvc/site")}
     done = subprocess.run([sys.executable, "-m", "dvc", "pull"], cwd=root, env=environ, capture_output=True, text=True,
                           check=False)
@@ -211,31 +212,28 @@ def _pull(md5: str, got: Path, *, config: configparser.RawConfigParser, cache: P
         return ""
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines()
              if line.startswith("ERROR") or "remote" in line]
-    return f" (dvc: {without_secrets(' '.join(dict.fromkeys(lines)), config)})" if lines else ""
+    return f" (dvc: {_without_secrets(' '.join(dict.fromkeys(lines)), config)})" if lines else ""
 
 
-def _wrong(md5: str, got: Path, cache: Path) -> list[str]:
-    """Each file that is missing or not what its digest says."""
-    if not md5.endswith(".dir"):
-        return _amiss({"": md5}, got, cache)
+def _problems(md5: str, out: Path, cache: Path) -> list[str]:
+    """One line for each file that is missing or whose bytes are not those of its md5."""
     try:
-        return _amiss(_listing(md5, cache), got, cache)
+        files = _listed_files(md5, cache)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
-
-
-def _amiss(files: Mapping[str, str], got: Path, cache: Path) -> list[str]:
-    wrong = []
-    for name, md5 in files.items():
-        path, kept = got / name, _object(cache, md5)
-        if path.exists() and (is_now := md5_of(path)) != md5:
-            wrong.append(f"{name or kept} is damaged: md5 {is_now}, must be {md5}: delete {kept}, then 'dvc pull'")
-        elif not path.exists() and not kept.exists():  # without one file DVC lays out none of the folder
-            wrong.append(f"{name or 'it'} is missing: neither cache nor remote has {md5}")
-    return wrong or ([] if got.exists() else ["DVC did not lay it out"])
+    problems = []
+    for name, file_md5 in files.items():
+        path, cached = out / name, _object(cache, file_md5)
+        if path.exists() and (actual := md5_of(path)) != file_md5:
+            problems.append(f"{name or cached} is damaged: md5 {actual}, must be {file_md5}: delete {cached}, then "
+                            "'dvc pull'")
+        elif not path.exists() and not cached.exists():  # without one file DVC writes no file of the folder
+            problems.append(f"{name or 'it'} is missing: neither cache nor remote has {file_md5}")
+    return problems or ([] if out.exists() else ["DVC did not lay it out"])
 
 
 def _object(cache: Path, md5: str) -> Path:
+    """The cache's file of this md5."""
     if not re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
         raise ValueError(f"'{md5}' is no md5 of DVC: 32 hexadecimal digits, and .dir for a folder")
     return cache / "files/md5" / md5[:2] / md5[2:]
@@ -245,7 +243,7 @@ def _object(cache: Path, md5: str) -> Path:
 
 
 def _config(project: Path) -> configparser.RawConfigParser:
-    """.dvc/config and .dvc/config.local with paths made absolute: cache and remotes as the project has them."""
+    """.dvc/config and .dvc/config.local with absolute paths, so that another project has the same cache and remotes."""
     home = (project / ".dvc").absolute()
     if not home.is_dir():
         raise FileNotFoundError(f"{home} not found: nothing is kept by digest here; run this in the project's folder")
@@ -267,14 +265,14 @@ def _config(project: Path) -> configparser.RawConfigParser:
     return config
 
 
-def _cache(project: Path, config: configparser.RawConfigParser) -> Path:
-    return project / config.get("cache", "dir")
+def _cache_of(project: Path) -> Path:
+    return project / _config(project).get("cache", "dir")
 
 
-def without_secrets(text: str, config: configparser.RawConfigParser) -> str:
-    """Addresses without user, password and query, and no value that a remote's settings keep to themselves."""
+def _without_secrets(text: str, config: configparser.RawConfigParser) -> str:
+    """Hides user, password and query of addresses, and every value of a remote's settings that may be a secret."""
     for section in config.sections():
         for key, value in config.items(section):
-            if section.startswith("'remote") and key not in _PLAIN and len(value) > 3:
+            if section.startswith("'remote") and key not in _PUBLIC and len(value) > 3:
                 text = text.replace(value.strip("\"'"), "***")
     return re.sub(r"\?\S+", "?***", re.sub(r"//[^/@\s]+@", "//***@", text))

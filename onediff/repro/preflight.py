@@ -11,10 +11,8 @@ from typing import Any
 from onediff.config import Config, Data
 from onediff.data.folders import sources_of
 from onediff.data.splits import SPLITS
-from onediff.paths import DIFFCAP
-from onediff.repro.lock import LOCK, Stage, locked
-
-RAW = Path("data/raw")
+from onediff.paths import CARD, DIFFCAP, DVC_LOCK, RAW
+from onediff.repro.lock import Stage, read_dvc_lock
 
 
 def check_inputs(config: Config) -> None:
@@ -22,7 +20,7 @@ def check_inputs(config: Config) -> None:
 
     What dvc.lock already has a result for may be absent.
     """
-    stages = locked() if LOCK.exists() else {}
+    stages = read_dvc_lock() if DVC_LOCK.exists() else {}
     used = {text for stage in stages.values() for text in _texts(stage.params)}
     lines = [*_raw_folders(config.data, stages), *_photographs(config.data, used), *_empty_splits(config.data),
              *_checkpoints(config, used)]
@@ -32,7 +30,7 @@ def check_inputs(config: Config) -> None:
 
 def check_mixtures(config: Config) -> None:
     """Raises ValueError with one line for each source of a mixture that has no pairs in data/diffcap."""
-    counts = json.loads((DIFFCAP / "card.json").read_text(encoding="utf-8"))["num_pairs"]
+    counts = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]
     phases = {"align": config.align, "tune": config.tune}
     lines = [f"{name}.mixture: '{source}' has no pair in split train of {DIFFCAP}; add pairs, or remove it from the "
              "mixture" for name, phase in phases.items() if phase for source in phase.mixture
@@ -45,7 +43,7 @@ def check_mixtures(config: Config) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested parameters: a path among them was there when a stage of dvc.lock ran."""
+    """Every text in nested parameters. A path among them existed when a stage of dvc.lock ran."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -54,13 +52,13 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
-    reader = {"raw": "read", "retrieved": "retrieve", "diffused": "diffuse"}
-    for key, stage in reader.items():
+    stage_of = {"raw": "read", "retrieved": "retrieve", "diffused": "diffuse"}
+    for key, stage in stage_of.items():
         for source in getattr(data, key):
             folder = RAW / source
             if not folder.is_dir() and not Path(f"{folder}.dvc").exists() and f"{stage}@{source}" not in stages:
-                there = sorted(path.name for path in RAW.glob("*") if path.is_dir())
-                near = difflib.get_close_matches(source, there, 1)
+                folders = [path.name for path in sorted(RAW.glob("*")) if path.is_dir()]
+                near = difflib.get_close_matches(source, folders, 1)
                 yield (f"data.{key}: '{source}' needs the folder {folder}, which does not exist; "
                        + (f"did you mean '{near[0]}'?" if near else "see data/README.md for what belongs there, or "
                           f"remove '{source}'"))
@@ -94,9 +92,9 @@ def _empty_splits(data: Data) -> Iterator[str]:
 
 
 def _checkpoints(config: Config, used: set[str]) -> Iterator[str]:
-    named = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
+    paths = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
              "model.delta.init": config.model.delta.init, "data.clip": config.data.clip,
              "data.diffusion.pipeline": config.data.diffusion and config.data.diffusion.pipeline}
-    for key, path in named.items():
+    for key, path in paths.items():
         if path and path not in used and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir():
             yield f"{key}: folder {path} does not exist; correct the path, or name a model of the Hugging Face hub"

@@ -14,7 +14,7 @@ from onediff.files import disk_full_named, link_or_copy, new_file, new_folder, w
 from onediff.library_logs import silence_libraries
 from onediff.model.digest import weights_digest
 from onediff.paths import DIFFCAP
-from onediff.repro.lock import LOCK, locked, md5_of, outs_of, uncached_outs
+from onediff.repro.lock import LOCK, md5_of, outs_of, read_dvc_lock, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.config import Config, Runtime
@@ -101,7 +101,7 @@ def remove_committed(phase: str, scratch: Path) -> None:
 
     if not LOCK.exists() or uncached_outs(phase):  # after a commit on a full disk dvc.lock names what no cache has
         return
-    committed = outs_of(locked()).get(f"data/runs/{phase}.json")
+    committed = outs_of(read_dvc_lock()).get(f"data/runs/{phase}.json")
     for folder in scratch.glob(f"{phase}-*"):
         if is_finished(folder) and md5_of(folder / "run.json") == committed:
             shutil.rmtree(folder)

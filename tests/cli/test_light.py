@@ -23,7 +23,7 @@ class Absent(MetaPathFinder):
         if name.partition(".")[0] in refused:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-from onediff.cli import main
+from onediff.cli.main import main
 sys.argv = ["onediff", *{arguments!r}]
 main()
 """

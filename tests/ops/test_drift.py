@@ -22,7 +22,7 @@ from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.model.digest import weights_digest
 from onediff.ops import drift
-from onediff.ops.drift import DISTRIBUTIONS, check, difference_interval, says_no_change, write_profile
+from onediff.ops.drift import DISTRIBUTIONS, compare, difference_interval, says_no_change, write_profile
 from onediff.serve.usage_log import append
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def test_a_difference_of_rates_has_newcombes_interval() -> None:
 
 def test_a_distribution_is_compared_by_the_largest_gap_between_its_steps() -> None:
     then, now = noted(211, 1), noted(173, 2, brighter=9)
-    [figure] = [each for each in check(profiled(then), now, SETTINGS).figures if each.name == "brightness"]
+    [figure] = [each for each in compare(profiled(then), now, SETTINGS).figures if each.name == "brightness"]
     values = sorted(row["brightness"] for row in (*then, *now))
     gaps = [abs(np.mean([row["brightness"] <= value for row in then])
                 - np.mean([row["brightness"] <= value for row in now])) for value in values]
@@ -73,7 +73,7 @@ def test_the_same_distribution_does_not_drift_in_two_hundred_halves() -> None:
     for _ in range(200):
         order = rng.permutation(len(rows))
         first, second = ([rows[place] for place in half] for half in (order[:200], order[200:]))
-        alarms += bool(check(profiled(first), second, SETTINGS, alarms={"false_alarms": (3, 100)}).moved)
+        alarms += bool(compare(profiled(first), second, SETTINGS, alarms={"false_alarms": (3, 100)}).moved)
     assert alarms <= 2  # at most chance, 1 in 100
 
 
@@ -84,7 +84,7 @@ def test_the_same_distribution_does_not_drift_in_two_hundred_halves() -> None:
     ({"captions": ("the of of cube",)}, ["caption_words", "no_change"]),
 ])
 def test_what_moves_is_named(changes: dict[str, Any], moved: list[str]) -> None:
-    found = check(profiled(noted(200, 1)), noted(100, 2, **changes), SETTINGS)
+    found = compare(profiled(noted(200, 1)), noted(100, 2, **changes), SETTINGS)
     assert found.moved == moved and found.verdict == f"drifted: {', '.join(moved)}"
     assert found.as_dict()["drifted"] is True
     text = drift.as_text(found)
@@ -93,25 +93,25 @@ def test_what_moves_is_named(changes: dict[str, Any], moved: list[str]) -> None:
 
 def test_false_alarms_move_alone() -> None:
     then, now = profiled(noted(200, 1)), noted(100, 2)
-    assert check(then, now, SETTINGS, alarms={"false_alarms": (40, 100), "false_alarms_worn": (3, 100)}).moved == [
+    assert compare(then, now, SETTINGS, alarms={"false_alarms": (40, 100), "false_alarms_worn": (3, 100)}).moved == [
         "false_alarms"]
-    assert "false alarms in use are not measured" in check(then, now, SETTINGS).notes[0]
+    assert "false alarms in use are not measured" in compare(then, now, SETTINGS).notes[0]
 
 
 def test_a_large_gap_that_chance_explains_is_no_drift() -> None:
     settings = SETTINGS.model_copy(update={"max_distance": 0.01, "max_rate_change": 0.01})
-    figures = check(profiled(noted(200, 1)), noted(100, 2), settings).figures
+    figures = compare(profiled(noted(200, 1)), noted(100, 2), settings).figures
     assert any(figure.difference > figure.threshold and figure.by_chance and not figure.moved for figure in figures)
 
 
 def test_too_few_pairs_give_no_verdict() -> None:
-    found = check(profiled(noted(200, 1)), noted(49, 2, brighter=90), SETTINGS)
+    found = compare(profiled(noted(200, 1)), noted(49, 2, brighter=90), SETTINGS)
     assert (found.figures, found.moved, found.verdict) == ([], [], "no verdict")
     assert "49 different pairs" in found.notes[0] and "drift.min_pairs asks for 50" in found.notes[0]
 
 
 def test_a_pair_that_is_captioned_again_and_again_counts_once() -> None:
-    assert check(profiled(noted(200, 1)), noted(10, 2) * 30, SETTINGS).num_pairs == 10
+    assert compare(profiled(noted(200, 1)), noted(10, 2) * 30, SETTINGS).num_pairs == 10
 
 
 def test_no_change_is_read_as_scenes_and_edits_say_it() -> None:
@@ -138,7 +138,7 @@ def test_a_profile_is_the_same_bytes_again_and_holds_every_figure(project: Path,
     first, second = (write_profile(tmp_path / name, project / "model", project / "diffcap", num_pairs=11)
                      for name in "ab")
     assert first == tmp_path / "a/profile.json" and first.read_bytes() == second.read_bytes()
-    found = drift.read_profile(first)
+    found = drift.read_profile("model", first)
     assert found["weights"] == weights_digest(project / "model") and found["num_pairs"] == 11
     assert set(found["distributions"]) == set(DISTRIBUTIONS)
     assert {len(values) for values in found["distributions"].values()} == {11}

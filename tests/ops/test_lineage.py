@@ -25,20 +25,20 @@ def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_version
 
 
-def told_of(item: str) -> list[tuple[str, str, bool | None]]:
+def uses_of(item: str) -> list[tuple[str, str, bool | None]]:
     uses, unknown = lineage.versions_of(item)
     assert unknown == []
     return [(use.path, use.role, use.here) for use in uses]
 
 
 def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) -> None:
-    found = lineage.told("candidate")
+    found = lineage.lineage_of("candidate")
     assert found["git"] == {"commit": tracking.provenance()["git_commit"], "branch": "main", "dirty": []}
     assert found["runs"] == {"flow": "flow-7", "parent": "parent-5", "align": "run-of-align", "tune": "run-of-tune",
                              "evaluation": None}
     assert found["stages"]["tune"]["params"] == {"tune": {"mixture": {"scenes": 1}}}
     assert found["stages"]["tune"]["deps"][DIFFCAP] == versioned.md5_of(project / DIFFCAP)
-    assert found["files"][DIFFCAP] == versioned.tree(project / DIFFCAP)
+    assert found["files"][DIFFCAP] == versioned.md5_of_files(project / DIFFCAP)
     assert found["dvc_lock"] == hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
     carried = registry.version_files("models:/onediff/1") / "lineage"
     assert {path.name for path in carried.iterdir()} == {"lineage.json", "dvc.lock", "params.yaml", "card.json"}
@@ -46,7 +46,7 @@ def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) ->
 
 
 def test_a_stranger_can_read_it() -> None:
-    text = lineage.text(lineage.told("1"))
+    text = lineage.as_text(lineage.lineage_of("1"))
     assert "align run-of-align, tune run-of-tune" in text and "nothing changed since" in text
     order = [text.index(f"  {name}: from") for name in ("build", "align", "tune", "caption", "score")]
     assert order == sorted(order)
@@ -57,7 +57,7 @@ def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Pat
     before = code.read_text()
     code.write_text(before + "\n")
     try:
-        lineage.gather(tmp_path)
+        lineage.write_lineage(tmp_path)
     finally:
         code.write_text(before)
     assert json.loads((tmp_path / "lineage/lineage.json").read_text())["git"]["dirty"] == ["onediff/stages/score.py"]
@@ -75,21 +75,21 @@ def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Pat
     ("data/captions/gate/scenes.jsonl", ("data/captions/gate/scenes.jsonl", "has it in its lineage", True)),
 ])
 def test_from_a_file_to_the_versions_made_with_it(item: str, expected: tuple[str, str, bool]) -> None:
-    assert told_of(item) == [expected]
+    assert uses_of(item) == [expected]
 
 
 def test_from_a_digest_to_the_versions_made_with_it(project: Path) -> None:
     shard = versioned.md5_of(project / DIFFCAP / "train-00000.parquet")
-    assert told_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
-    weights = lineage.told("1")["weights_digest"]
-    assert told_of(weights) == [("data/models/tune/*.safetensors", "is made of it", None)]
-    assert told_of("f" * 32) == [] and told_of("data/raw/other") == []
+    assert uses_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
+    weights = lineage.lineage_of("1")["weights_digest"]
+    assert uses_of(weights) == [("data/models/tune/*.safetensors", "is made of it", None)]
+    assert uses_of("f" * 32) == [] and uses_of("data/raw/other") == []
 
 
 def test_other_bytes_under_the_same_path_are_told_apart(project: Path) -> None:
     shard = f"{DIFFCAP}/train-00000.parquet"
     with tiny_project.flipped(project / shard):
-        assert told_of(shard) == [(shard, "was trained on it", False)]
+        assert uses_of(shard) == [(shard, "was trained on it", False)]
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_version_without_lineage_is_said_to_be_unknown(bare: str) -> None:
     with pytest.raises(ValueError, match=f"version {bare} carries no lineage: .* register it again"):
-        lineage.told(bare)
+        lineage.lineage_of(bare)
     uses, unknown = lineage.versions_of(DIFFCAP)
     assert [use.version for use in uses] == ["1"] and unknown == [bare]
 
@@ -125,4 +125,4 @@ def test_the_command_tells_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_without_results_there_is_no_lineage(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
-        lineage.gather(tmp_path / "out", root=tmp_path)
+        lineage.write_lineage(tmp_path / "out", root=tmp_path)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from onediff.repro.lock import fetch, files_of, lock_kept, locked, md5_of, outs_of, restore_outs, tree, uncached_outs
+from onediff.repro.lock import (
+    fetch,
+    files_of,
+    md5_of,
+    md5_of_files,
+    outs_of,
+    preserved_dvc_lock,
+    read_dvc_lock,
+    restore_outs,
+    uncached_outs,
+)
 
 FILES = {"a.parquet": "alpha", "b.parquet": "beta", "inner/c.json": "{}"}
 
@@ -50,7 +60,7 @@ def cached(project: Path, name: str) -> Path:
 
 def test_digests_are_those_of_dvc(project: Path) -> None:
     assert f"md5: {md5_of(project / 'data/shards')}" in (project / "data/shards.dvc").read_text()
-    assert files_of(md5_of(project / "data/shards"), project=project) == tree(project / "data/shards")
+    assert files_of(md5_of(project / "data/shards"), project=project) == md5_of_files(project / "data/shards")
 
 
 @pytest.mark.parametrize("before", ["stages: {}", None])
@@ -58,10 +68,10 @@ def test_a_lock_that_a_full_disk_emptied_is_as_before(before: str | None, tmp_pa
     lock = tmp_path / "dvc.lock"
     if before:
         lock.write_text(before)
-    with lock_kept(lock):
+    with preserved_dvc_lock(lock):
         lock.write_text("")
     assert (lock.read_text() if lock.exists() else None) == before and not list(tmp_path.glob("*.part"))
-    with lock_kept(lock):
+    with preserved_dvc_lock(lock):
         lock.write_text("stages: {a: {}}")
     assert lock.read_text() == "stages: {a: {}}" and not list(tmp_path.glob("*.part"))
 
@@ -69,13 +79,13 @@ def test_a_lock_that_a_full_disk_emptied_is_as_before(before: str | None, tmp_pa
 def test_what_a_killed_stage_left_half_written_does_not_count(tmp_path: Path) -> None:
     for name in ("card.json", "index.html.part"):
         (tmp_path / name).touch()
-    assert list(tree(tmp_path)) == ["card.json"]
+    assert list(md5_of_files(tmp_path)) == ["card.json"]
 
 
 def test_a_lock_is_read_with_parameters_by_their_full_names(project: Path) -> None:
-    stage = locked(project / "dvc.lock")["copy"]
+    stage = read_dvc_lock(project / "dvc.lock")["copy"]
     assert stage.deps == stage.deps | {"one.txt": md5_of(project / "one.txt")} and stage.params == {"p.a": 1e-3}
-    assert outs_of(locked(project / "dvc.lock")) == {"data/two.txt": md5_of(project / "one.txt")}
+    assert outs_of(read_dvc_lock(project / "dvc.lock")) == {"data/two.txt": md5_of(project / "one.txt")}
 
 
 @pytest.mark.parametrize("name", ["data/shards", "one.txt"])
@@ -91,7 +101,7 @@ def test_what_is_fetched_has_the_bytes_of_its_digest_and_the_workspace_stays_as_
 def test_what_the_cache_lost_comes_from_the_remote(project: Path, tmp_path: Path) -> None:
     shutil.rmtree(project / ".dvc/cache")
     got = fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
-    assert tree(got) == tree(project / "data/shards")
+    assert md5_of_files(got) == md5_of_files(project / "data/shards")
 
 
 def test_a_damaged_cache_file_is_named_and_nothing_is_left(project: Path, tmp_path: Path) -> None:
@@ -143,9 +153,9 @@ def test_no_secret_of_a_remote_is_told(project: Path, tmp_path: Path) -> None:
 def test_a_lock_that_is_none_says_so(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text("a: [1\n" + os.linesep)
     with pytest.raises(ValueError, match=r"dvc.lock: is no dvc.lock"):
-        locked(tmp_path / "dvc.lock")
+        read_dvc_lock(tmp_path / "dvc.lock")
     with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
-        locked(tmp_path / "none.lock")
+        read_dvc_lock(tmp_path / "none.lock")
 
 
 # --- outs that DVC removed --------------------------------------------------------------------------------------------
@@ -160,11 +170,11 @@ def lock_shards(project: Path) -> None:
 
 def test_the_outs_of_a_stage_return_as_links_to_the_cache(project: Path) -> None:
     lock_shards(project)
-    before = {name: tree(project / "data/shards") for name in ("shards", "copy")}
+    before = {name: md5_of_files(project / "data/shards") for name in ("shards", "copy")}
     shutil.rmtree(project / "data/shards")
     (project / "data/two.txt").unlink()
     assert restore_outs("shards", project=project) == [Path("data/shards")]
-    assert tree(project / "data/shards") == before["shards"] and not (project / "data/two.txt").exists()
+    assert md5_of_files(project / "data/shards") == before["shards"] and not (project / "data/two.txt").exists()
     assert (project / "data/shards/a.parquet").samefile(cached(project, "data/shards/a.parquet"))
     assert restore_outs("copy", project=project) == [Path("data/two.txt")]
     assert (project / "data/two.txt").read_text() == "one"

@@ -1,0 +1,19 @@
+"""The only code that prints the results of commands."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+
+
+def print_text(text: object) -> None:
+    typer.echo(text)
+
+
+def print_result(result: Any, text: str, as_json: bool) -> None:
+    """Prints the result as one line of JSON, or as text for people."""
+    print_text(json.dumps(result, ensure_ascii=False) if as_json else text)
