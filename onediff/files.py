@@ -47,8 +47,14 @@ def disk_full_named(path: Path) -> Iterator[None]:
     except BaseException as error:
         number = _disk_full_errno(error)
         if number:
-            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else path
-            raise NotWrittenError(_explanation(Path(named), number)) from error
+            if isinstance(error, OSError) and isinstance(error.filename, str):
+                path = Path(error.filename)
+            existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+            free = shutil.disk_usage(existing).free / 1e6
+            raise NotWrittenError(
+                f"{path} could not be written: {_REASONS[number]} ({free:,.0f} MB are free on the file system of "
+                f"{existing}); what was there before is unchanged: make room, then run the same command again"
+            ) from error
         raise
 
 
@@ -62,13 +68,6 @@ def _disk_full_errno(error: BaseException | None) -> int | None:
                 return number
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
-
-
-def _explanation(path: Path, number: int) -> str:
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free / 1e6
-    return (f"{path} could not be written: {_REASONS[number]} ({free:,.0f} MB are free on the file system of "
-            f"{existing}); what was there before is unchanged: make room, then run the same command again")
 
 
 @contextmanager

@@ -41,9 +41,9 @@ def head(root: Path = Path()) -> str | None:
 
     Raises ValueError in git's words if git refuses to read the checkout, as it does for another owner's.
     """
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD:./"]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False,
+        done = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD:./"], cwd=root, capture_output=True,
+                              text=True, check=False,
                               env={**os.environ, **_ENV, "LC_ALL": "C"})  # the message is compared below
     except FileNotFoundError:  # git is not installed
         return None

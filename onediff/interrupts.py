@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -54,37 +54,31 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
     that they do not interrupt the clean-up. After `limit_s` the process exits even if the clean-up has not ended, or
     if a library has caught the exception.
     """
-    stop = Stop()
+    stop, report = Stop(), sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not stop.reason:
             stop.ask(number, frame)
-            late = threading.Timer(limit_s, os._exit, [1])
-            late.daemon = True
-            late.start()
+            _start_timer(limit_s, os._exit, 1)
             raise KeyboardInterrupt(stop.reason)
 
-    _handle(interrupt)
-    _send_again_where_ignored(stop)
-
-
-def _send_again_where_ignored(stop: Stop) -> None:
-    """Python drops an exception that is raised in a __del__ method or in a callback of weakref, where a signal may
-    arrive too. The signal is then sent once more, a moment later.
-    """
-    report = sys.unraisablehook
-
+    # Python drops an exception that is raised in a __del__ method or in a callback of weakref, where a signal may
+    # arrive too. The signal is then sent once more, a moment later.
     def send_again(ignored: Any) -> None:
-        if not (stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt)):
+        if stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt):
+            number, stop.reason = signal.Signals[stop.reason], ""
+            _start_timer(0.05, os.kill, os.getpid(), number)
+        else:
             report(ignored)
-            return
-        number = signal.Signals[stop.reason]
-        stop.reason = ""
-        again = threading.Timer(0.05, os.kill, [os.getpid(), number])
-        again.daemon = True
-        again.start()
 
+    _handle(interrupt)
     sys.unraisablehook = send_again
+
+
+def _start_timer(seconds: float, function: Callable[..., Any], *arguments: int) -> None:
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def end_with_starters() -> None:
@@ -99,12 +93,10 @@ def end_with_starters() -> None:
 def _end_with(starters: list[int]) -> None:
     import psutil
 
-    try:
-        watched = [psutil.Process(pid) for pid in starters]
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+    with suppress(psutil.NoSuchProcess):
+        processes = [psutil.Process(pid) for pid in starters]
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
             time.sleep(0.5)
-    except psutil.NoSuchProcess:
-        pass
     os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
 
 
@@ -136,21 +128,15 @@ def survive_closed_output() -> None:
     A closed terminal has the same effect as SIGHUP. The kernel sends SIGHUP only to the process that leads the session,
     and `make` does not pass it on. A background job continues.
     """
-    if _in_foreground():
-        threading.Thread(target=_wait_for_hangup, daemon=True).start()
+    with suppress(OSError):  # raised if standard error is not the terminal of this session
+        if os.tcgetpgrp(2) == os.getpgrp():
+            threading.Thread(target=_wait_for_hangup, daemon=True).start()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream.flush()
         raw: Any = _Forgiving(stream.fileno(), "wb", closefd=False)
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors,
                                             line_buffering=stream.line_buffering, write_through=stream.write_through))
-
-
-def _in_foreground() -> bool:
-    try:
-        return os.tcgetpgrp(2) == os.getpgrp()
-    except OSError:  # standard error is not the terminal of this session
-        return False
 
 
 def _wait_for_hangup() -> None:
@@ -163,8 +149,8 @@ def _wait_for_hangup() -> None:
 
 def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
     """Sets the handler for every signal that is not ignored. Returns the previous handlers."""
-    used = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in used}
+    return {number: signal.signal(number, handler) for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

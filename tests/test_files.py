@@ -103,9 +103,9 @@ def _wrapped() -> None:
 def test_every_way_to_report_a_full_disk_becomes_one_line(write: Callable[[], None], tmp_path: Path) -> None:
     with pytest.raises(NotWrittenError) as caught, disk_full_named(tmp_path / "out"):
         write()
-    said = str(caught.value)
-    assert " could not be written: the disk is full (" in said and "run the same command again" in said
-    assert "MB are free" in said and "\n" not in said
+    message = str(caught.value)
+    assert " could not be written: the disk is full (" in message and "run the same command again" in message
+    assert "MB are free" in message and "\n" not in message
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:

@@ -58,14 +58,14 @@ def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ask", [
     lambda: branch.commit_results("r1"), pools.commit, lambda: stage.check_out("1234" * 10), tracking.provenance,
     tracking.changed_files, tracking.branch, lambda: housekeeping._branches(30, ""), lambda: facts._lineage(Path()),
-    lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}}, Path())])
+    lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}})])
 def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monkeypatch: pytest.MonkeyPatch,
                                                          ask: Callable[[], object]) -> None:
     (repository / "dvc.lock").write_text("stages: {new: {}}\n")
     monkeypatch.setenv(OTHER_OWNER, "1")
     with pytest.raises(ValueError, match=r"detected dubious ownership .* git config --global --add safe.directory"):
         ask()
-    assert doctor._git().needed and "dubious ownership" in doctor._git().found
+    assert doctor._git().needed and "dubious ownership" in doctor._git().message
 
 
 def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.Mo
     assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
     assert tracking.changed_files() == housekeeping._branches(30, "") == [] and tracking.branch() == ""
     assert not doctor._git().ok and not doctor._git().needed and "git init" in doctor._git().cure
-    for ask in (pools.commit, lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}}, Path())):
+    for ask in (pools.commit, lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}})):
         with pytest.raises(ValueError, match="git commit"):
             ask()
 

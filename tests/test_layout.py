@@ -29,13 +29,13 @@ def _sources() -> list[Path]:
 
 
 def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    packages: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            packages |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            packages.add(node.module.split(".")[0])
+    return packages
 
 
 @pytest.mark.parametrize("name", ["flows", "onediff", "data", "mlflow", "tests", "presets", ".ci/run", "Makefile",

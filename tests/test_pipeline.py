@@ -26,12 +26,14 @@ REGISTER = """
 import json, tempfile
 from pathlib import Path
 from onediff import registry
-from onediff.ops import lineage
+from onediff.ops.lineage import write_lineage
+from onediff.serve.card import write_card
 run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
 with tempfile.TemporaryDirectory() as scratch:
-    model = Path("data/models/tune")
-    print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id,
-                            carried=lineage.pack(Path(scratch) / "carried")))
+    model, carried = Path("data/models/tune"), Path(scratch) / "carried"
+    write_lineage(carried)
+    write_card(carried)
+    print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id, carried=carried))
 """
 DVC, FLOW = (sys.executable, "-m", "dvc", "repro"), (sys.executable, "-m", "flows.retrain")
 INTERRUPTED = ("synthesize@scenes", "synthesize@edits", "build", "align", "tune", "caption")

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import typer
 
-from onediff.cli import captioning, data, lineage, operations, registry, scoring, training
+from onediff.cli import data, project, registry, scoring
 from onediff.network import exempt_loopback_from_proxies
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    captioning.caption, training.preset, training.plan, captioning.example, scoring.report, training.manifest,
-    operations.doctor, scoring.predict, scoring.references, scoring.score, scoring.compare, scoring.judge,
-    scoring.audit, lineage.lineage, lineage.export, operations.drift, operations.profile, operations.gc)
+    scoring.caption, project.preset, project.plan, scoring.example, scoring.report, project.manifest, project.doctor,
+    scoring.predict, scoring.references, scoring.score, scoring.compare, scoring.judge, scoring.audit,
+    registry.lineage, registry.export, project.drift, project.profile, project.gc)
 
 app = typer.Typer(help="Two images in, one sentence about what changed out.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

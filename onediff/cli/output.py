@@ -1,4 +1,4 @@
-"""The only code that prints the results of commands."""
+"""The only code that prints the results of commands, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
 
 
 def print_text(text: object) -> None:

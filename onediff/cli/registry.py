@@ -1,7 +1,8 @@
-"""`onediff registry ...`: versions of the model and which one is the champion."""
+"""Versions of the model: `onediff registry ...`, `lineage` and `export`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from onediff.paths import TRAINED
 
 app = typer.Typer(help="Versions of the model: list, register, promote, rollback, trail.", no_args_is_help=True)
 
+VERSION = "Its number, an alias such as champion, or an MLflow address."
 Why = Annotated[str | None, typer.Option(help="For the trail.")]
 
 
@@ -32,10 +34,8 @@ def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TR
     from onediff.ops import candidate as registering
 
     version = registering.register(model)
-    if registry.shared():
-        print_text(f"version {version}; 'onediff registry promote {version}' submits it to the deployment")
-    else:
-        print_text(f"version {version} is the candidate")
+    print_text(f"version {version}; 'onediff registry promote {version}' submits it to the deployment"
+               if registry.shared() else f"version {version} is the candidate")
 
 
 @app.command()
@@ -79,8 +79,7 @@ def trail(as_json: Json = False) -> None:
     from onediff import registry
 
     changes = registry.trail()
-    lines = [str(change) for change in changes] or ["no change yet"]
-    print_result([change.as_dict() for change in changes], "\n".join(lines), as_json)
+    print_result([change.as_dict() for change in changes], "\n".join(map(str, changes)) or "no change yet", as_json)
     difference = registry.difference()
     if difference:
         typer.echo(difference, err=True)
@@ -92,8 +91,8 @@ def check() -> None:
     from onediff import registry
 
     registry.load_rules()
-    changes = registry.check_trail()
-    print_text(f"{len(changes)} records, no gap, no fork; MLflow's aliases are as they say; {registry.RULES} is valid")
+    num_records = len(registry.check_trail())
+    print_text(f"{num_records} records, no gap, no fork; MLflow's aliases are as they say; {registry.RULES} is valid")
 
 
 @app.command()
@@ -109,3 +108,57 @@ def _version_text(row: dict[str, Any]) -> str:
     refused = f"refused {row['refused']}" if row["refused"] else ""
     return "\n  ".join([f"version {row['version']}  {', '.join(row['aliases']) or '-'}  {row['created']}  "
                         f"weights {row['weights_digest'][:12]}", *filter(None, [scores, *row["changes"], refused])])
+
+
+def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
+            of: Annotated[str | None, typer.Option(metavar="PATH_OR_DIGEST", help="Which versions were made with this "
+                                                   "file, folder or digest.")] = None,
+            verify: Annotated[bool, typer.Option("--verify", help="Prove it: code, data and weights by digest, scores "
+                                                 "and captions again; exit code 1 if anything differs.")] = False,
+            as_json: Json = False) -> None:
+    """What a version was made of, back to the sources; with --of, which versions were made with a file."""
+    from onediff.ops.lineage import as_text, lineage_of, versions_of
+
+    if (version is None) == (of is None):
+        raise ValueError("give a version, or --of with a path or digest")
+    if version is not None and verify:
+        _verify(version, as_json)
+    elif version is not None:
+        result = lineage_of(version)
+        print_result(result, as_text(result), as_json)
+    elif of is not None:
+        uses, without_lineage = versions_of(of)
+        now = {True: ", the bytes that are here now", False: ", OTHER bytes than are here now", None: ""}
+        lines = [f"version {use.version}{''.join(f' ({alias})' for alias in use.aliases)} {use.role}: "
+                 f"{use.path} {use.digest}{now[use.here]}" for use in uses] or [f"no version has {of} in its lineage"]
+        if without_lineage:
+            lines.append(f"nothing is known of version {', '.join(without_lineage)}, which carries no lineage")
+        print_result({"of": of, "versions": [asdict(use) for use in uses], "without_lineage": without_lineage},
+                     "\n".join(lines), as_json)
+
+
+def export(version: Annotated[str, typer.Argument(help=VERSION)],
+           folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write a version as a folder that from_pretrained loads: weights, processor, model card, licence, lineage."""
+    from onediff.ops import export as exporting
+
+    exporting.export(version, folder)
+    print_text(f"{folder}: version {version}, model card in {folder}/README.md\n"
+               f"to put it on the Hub, which is not done here: hf upload YOUR_NAME/onediff {folder}")
+
+
+def _verify(version: str, as_json: bool) -> None:
+    """Prints each check when it is done, or all of them as JSON."""
+    from onediff.ops import verify as proving
+
+    checks = []
+    for check in proving.verify(version):
+        checks.append(check)
+        if not as_json:
+            print_text(check)
+    num_failed = sum(bool(check.problem) for check in checks)
+    print_result({"version": version, "verified": not num_failed, "checks": [asdict(check) for check in checks]},
+                 f"version {version}: " + (f"{num_failed} of {len(checks)} checks FAILED" if num_failed
+                                           else f"proven, {len(checks)} checks"), as_json)
+    if num_failed:
+        raise typer.Exit(1)

@@ -197,10 +197,9 @@ class Delta(Section):
     def _divides(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        cross = len(self.levels)
         if self.levels != sorted(self.levels):
             raise ValueError(f"levels {self.levels} must not go down")
-        if self.cross_attention_every == 2 and len(set(self.levels)) != cross:
+        if self.cross_attention_every == 2 and len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels {self.levels} repeat, but with cross_attention_every 2 each level is read once")
         return self
 
@@ -340,17 +339,17 @@ class Config(Section):
     caption: Caption
     stress: Stress
     drift: Drift | None = None  # None: `onediff drift` has no thresholds, and says so
-    judge: Judge | None = None  # None: `onediff judge` is told its model, or there is none
+    judge: Judge | None = None  # None: `onediff judge` needs --model
 
     @model_validator(mode="after")
     def _names_are_sources(self) -> Self:
         """One line for each wrong name, so that one run shows all of them."""
         sources = _sources(self.data)
-        named: dict[str, Iterable[str]] = {
+        names_at: dict[str, Iterable[str]] = {
             "data.leaks.max_distance": self.data.leaks.max_distance, "tasks": self.tasks,
             "align.mixture": self.align.mixture if self.align else (), "tune.mixture": self.tune.mixture}
         lines = [f"{key}: '{name}' is not one of the sources {', '.join(sources)}; {_cure(name, sources)}"
-                 for key, names in named.items() for name in names
+                 for key, names in names_at.items() for name in names
                  if name not in sources and (key, name) != ("tasks", "scenes_far")]
         if lines:
             raise ValueError("\n".join(lines))

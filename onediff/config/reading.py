@@ -42,8 +42,7 @@ def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, item, path) for item in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError("\n".join(_explain(kind, item, path) for item in error.errors())) from None
 
 
 def _explain(kind: type[Section], item: Any, path: Path) -> str:
@@ -61,10 +60,10 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
 
 
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        annotation = kind.model_fields[str(part)].annotation
-        sections = [its for its in (annotation, *get_args(annotation))  # of one that may be null, too
-                    if isinstance(its, type) and issubclass(its, Section)]
+    for key in loc:
+        annotation = kind.model_fields[str(key)].annotation
+        sections = [part for part in (annotation, *get_args(annotation))  # the arguments of `Section | None`, too
+                    if isinstance(part, type) and issubclass(part, Section)]
         if not sections:
             return []
         kind = sections[0]

@@ -75,7 +75,7 @@ class Runtime(Section):
     git_remote: str | None = None  # where the branches retrain/RUN are pushed to; None: they stay here
     register_by_reference_gb: Rate = 2.0  # a model folder above is not copied into MLflow: DVC keeps the weights
     services: Services = Services()
-    notify: list[str] = Field(default=[])  # Prefect blocks that are told, such as custom-webhook/onediff
+    notify: list[str] = Field(default=[])  # Prefect blocks that send notifications, such as custom-webhook/onediff
     usage_log: str | None = None  # folder in which each caption made in use is noted; None: nowhere
     usage_images: bool = False  # with the images themselves, which false alarms in use are measured on
     inbox: str | None = None  # folder whose sub-folders are batches of pairs for sources of your own
@@ -109,9 +109,6 @@ class Runtime(Section):
 def load_runtime(path: Path = RUNTIME) -> Runtime:
     """runtime.yaml if it is there, then ONEDIFF_* variables over it. Raises ValueError."""
     values = read_yaml(path) if path.exists() else {}
-    yaml = YAML(typ="safe")
-    for key in Runtime.model_fields:
-        text = os.environ.get(f"ONEDIFF_{key.upper()}")
-        if text is not None:
-            values[key] = yaml.load(text)
+    variables = {key: f"ONEDIFF_{key.upper()}" for key in Runtime.model_fields}
+    values |= {key: YAML(typ="safe").load(os.environ[name]) for key, name in variables.items() if name in os.environ}
     return checked(Runtime, values, path)

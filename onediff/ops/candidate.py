@@ -9,8 +9,9 @@ from onediff import registry
 from onediff.config import load_params
 from onediff.library_logs import silence_libraries
 from onediff.ops.drift import write_profile
-from onediff.ops.lineage import pack
+from onediff.ops.lineage import write_lineage
 from onediff.paths import DIFFCAP
+from onediff.serve.card import write_card
 from onediff.serve.latency import caption_ms
 
 
@@ -24,7 +25,9 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
     """
     evidence = registry.pipeline_evidence(model)
     with tempfile.TemporaryDirectory() as scratch:
-        carried = pack(Path(scratch), evaluation_run=evaluation_run)
+        carried = Path(scratch)
+        write_lineage(carried, evaluation_run=evaluation_run)
+        write_card(carried)
         measured = {}
         if registry.version_with(evidence.model.folder) is None:
             silence_libraries()

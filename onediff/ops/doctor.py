@@ -29,7 +29,7 @@ class Finding:
 
     name: str
     ok: bool
-    found: str
+    message: str
     cure: str
     needed: bool = True
 
@@ -168,7 +168,7 @@ def _champion() -> Finding:
 def main() -> None:
     findings = [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]
     if findings:
-        sys.exit("\n".join(f"onediff: {finding.name}: {finding.found}" for finding in findings))
+        sys.exit("\n".join(f"onediff: {finding.name}: {finding.message}" for finding in findings))
 
 
 if __name__ == "__main__":

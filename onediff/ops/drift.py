@@ -23,6 +23,7 @@ from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries
 from onediff.ops.predict import folder_of
 from onediff.paths import CHAMPION, DIFFCAP
+from onediff.registry import version_text
 from onediff.serve.usage_log import pair_facts, read_usage
 
 if TYPE_CHECKING:
@@ -169,20 +170,13 @@ def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
 
     Raises FileNotFoundError if there is none, ValueError if it is not a profile of this version of OneDiff.
     """
-    if path is None and model.startswith("models:/"):
-        from onediff.registry import version_text
-
-        where = f"{model}, {PROFILE}"
-        try:
-            text = version_text(model, PROFILE)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{model} was registered without {PROFILE}: {_CURE}") from None
-    else:
-        path = path or Path(model) / PROFILE
-        where = str(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found: {_CURE}")
-        text = path.read_text(encoding="utf-8")
+    is_registered = path is None and model.startswith("models:/")
+    where = f"{model}, {PROFILE}" if is_registered else str(path or Path(model) / PROFILE)
+    try:
+        text = version_text(model, PROFILE) if is_registered else Path(where).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        problem = f"{model} was registered without {PROFILE}" if is_registered else f"{where} not found"
+        raise FileNotFoundError(f"{problem}: {_CURE}") from None
     try:
         profile = json.loads(text)
         complete = (set(profile["distributions"]) >= set(DISTRIBUTIONS) and "weights" in profile
@@ -207,9 +201,9 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
         raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
     if days <= 0:
         raise ValueError(f"days must be above 0, got {days:g}")
-    then, log = read_profile(model, profile), Path(runtime.usage_log)
+    expected, log = read_profile(model, profile), Path(runtime.usage_log)
     all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
-    rows = [row for row in all_rows if row["weights"] == then["weights"]]
+    rows = [row for row in all_rows if row["weights"] == expected["weights"]]
     names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
     images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]  # the latest
     alarms = None
@@ -219,14 +213,14 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
 
         captioner = Captioner.load(folder_of(model), device=runtime.device)
         alarms = false_alarms(captioner, [path.read_bytes() for path in images])
-    drift = compare(then, rows, settings, alarms=alarms)
+    drift = compare(expected, rows, settings, alarms=alarms)
     other_weights = len(all_rows) - len(rows)
     notes = [f"{other_weights} captions of other weights left out"] if other_weights else []
     notes += [f"{num_broken} broken lines of the log left out"] if num_broken else []
     return replace(drift, notes=[*drift.notes, *notes])
 
 
-def compare(then: Mapping[str, Any], rows: Sequence[UsageRow], settings: config.Drift, *,
+def compare(profile: Mapping[str, Any], rows: Sequence[UsageRow], settings: config.Drift, *,
             alarms: Mapping[str, Rate] | None = None) -> Drift:
     """Compares recent rows of the usage log, each pair once, with a profile. `alarms`: the `false_alarms` of recent
     images, where the log has images.
@@ -240,9 +234,10 @@ def compare(then: Mapping[str, Any], rows: Sequence[UsageRow], settings: config.
     notes = [] if alarms else ["false alarms in use are not measured: runtime.yaml: usage_images is off"]
     level = settings.chance / (len(DISTRIBUTIONS) + len(rates))  # all figures share it: Bonferroni
     values = _distributions(distinct)
-    figures = [_compare_values(name, then["distributions"][name], now, settings, level) for name, now in values.items()]
-    figures += [_compare_rates(name, then["rates"][name], rate, settings, level) for name, rate in rates.items()]
-    return Drift(len(distinct), figures, notes, (then["distributions"]["confidence"], values["confidence"]))
+    figures = [_compare_values(name, profile["distributions"][name], now, settings, level)
+               for name, now in values.items()]
+    figures += [_compare_rates(name, profile["rates"][name], rate, settings, level) for name, rate in rates.items()]
+    return Drift(len(distinct), figures, notes, (profile["distributions"]["confidence"], values["confidence"]))
 
 
 def _compare_values(name: str, then: list[float], now: list[float], settings: config.Drift, level: float) -> Figure:

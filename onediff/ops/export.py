@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -39,10 +40,8 @@ def _licence() -> Path:
     in_clone = Path(__file__).parents[2] / LICENCE
     if in_clone.exists():
         return in_clone
-    try:
-        installed = [path for path in files("onediff-idc") or () if path.name == LICENCE]
-    except PackageNotFoundError:
-        installed = []
-    if not installed:
-        raise FileNotFoundError(f"{in_clone} not found: an exported model carries its licence; run this in a clone")
-    return Path(str(installed[0].locate()))
+    with suppress(PackageNotFoundError):
+        for path in files("onediff-idc") or ():
+            if path.name == LICENCE:
+                return Path(str(path.locate()))
+    raise FileNotFoundError(f"{in_clone} not found: an exported model carries its licence; run this in a clone")

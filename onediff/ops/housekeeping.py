@@ -117,20 +117,19 @@ def _old_folders(kind: Kind, folders: Iterable[Path], days: float) -> list[Item]
 
 def _days_unchanged(folder: Path) -> float:
     """Days since anything in the folder changed."""
-    last = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
-    return (time.time() - last) / 86400
+    return (time.time() - max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))) / 86400
 
 
 def _branches(days: float, needed: str) -> list[Item]:
     """`needed`: every text of the versions, which may name a branch, or a commit that only that branch holds."""
     if head() is None:
         return []
-    branches = git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)", "refs/heads/retrain/")
     items = []
-    for line in branches.splitlines():
-        name, when, *current = line.split()
+    for line in git("for-each-ref", "--format=%(refname:short) %(committerdate:unix) %(HEAD)",
+                    "refs/heads/retrain/").splitlines():
+        name, committed_s, *current = line.split()
         is_needed = any(text in needed for text in (name, *git("rev-list", name, "--not", "HEAD").split()))
-        if time.time() - int(when) > days * 86400 and not current and not is_needed:
+        if time.time() - int(committed_s) > days * 86400 and not current and not is_needed:
             items.append(Item("branch", name, 0))
     return items
 

@@ -1,6 +1,6 @@
 """Lineage of a version: which files, code and runs it was made from, and which versions were made from a file.
 
-    pack(folder)                              # before registering: lineage/ and README.md, the model card
+    write_lineage(folder)                       # before registering
     lineage_of("3"), as_text(lineage_of("3"))   # `onediff lineage 3`
     versions_of("data/diffcap/train-00001.parquet")
 
@@ -22,21 +22,11 @@ from onediff import paths, registry, tracking
 from onediff.files import write_json
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, files_of, md5_of, md5_of_files, read_dvc_lock
-from onediff.serve.card import write_card
 
 FOLDER = "lineage"  # of a version's files
 WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # as dvc.lock names them
 TRAINING, SCORING = ("align", "tune"), ("score",)
 _ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # data/<one of these>/<source>
-
-
-def pack(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> Path:
-    """Writes lineage and model card of the pipeline's present results into a folder that a version carries, and returns
-    the folder.
-    """
-    write_lineage(folder, root=root, evaluation_run=evaluation_run)
-    write_card(folder, root=root)
-    return folder
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
@@ -116,7 +106,7 @@ def as_text(lineage: Mapping[str, Any]) -> str:
              f"  code        commit {git['commit']}" + (f" on {git['branch']}" if git["branch"] else "") + dirty,
              f"  dvc.lock    sha256 {lineage['dvc_lock']}",
              f"  data card   sha256 {lineage['data_card']}",
-             "  runs        " + ", ".join(f"{what} {run}" for what, run in lineage["runs"].items() if run),
+             "  runs        " + ", ".join(f"{name} {run}" for name, run in lineage["runs"].items() if run),
              f"  parameters, dvc.lock and data card as they were: in {FOLDER}/ of the version's files in MLflow", "",
              "how it was made:"]
     order = list(stages)  # after it, a stage comes before the stages that need it
@@ -168,7 +158,7 @@ class Use:
     here: bool | None
 
 
-def versions_of(item: str, *, root: Path = Path()) -> tuple[list[Use], list[str]]:
+def versions_of(item: str) -> tuple[list[Use], list[str]]:
     """Every version with an item in its lineage: a path as in dvc.yaml, a file below one, or an md5 or SHA-256; then
     the versions that carry no lineage, of which nothing is known. Newest first.
 
@@ -181,13 +171,13 @@ def versions_of(item: str, *, root: Path = Path()) -> tuple[list[Use], list[str]
         except ValueError:
             without_lineage.append(row["version"])
             continue
-        for path, digest in _digests_of(item, lineage, root.absolute()).items():
-            here = md5_of(root / path) == digest if (root / path).exists() else None
+        for path, digest in _digests_of(item, lineage).items():
+            here = md5_of(Path(path)) == digest if Path(path).exists() else None
             uses.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage), here))
     return uses, without_lineage
 
 
-def _digests_of(item: str, lineage: Mapping[str, Any], root: Path) -> dict[str, str]:
+def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
     """Path -> digest of what in the lineage has this path or digest. A path whose folder is in the lineage, without a
     list of the folder's files, gives the folder.
     """
@@ -202,8 +192,8 @@ def _digests_of(item: str, lineage: Mapping[str, Any], root: Path) -> dict[str, 
         shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if item[:32] == half}
         return {path: digest for path, digest in digests.items()
                 if item.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
-    path = Path(os.path.normpath(root / item))
-    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else item
+    path = Path(os.path.normpath(Path.cwd() / item))
+    name = path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else item
     if name in digests:
         return {name: digests[name]}
     return {path: digest for path, digest in digests.items()

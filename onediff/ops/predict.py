@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from PIL import Image
 from tqdm import tqdm
 
 from onediff.config import Config, load_params, load_runtime
@@ -16,11 +16,7 @@ from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries
 from onediff.paths import CHAMPION, DIFFCAP, TRAINED
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    Pair = tuple[Image.Image, Image.Image]
-
+Pair = tuple[Image.Image, Image.Image]
 System = Callable[[Iterator[Record]], Iterator[tuple[Record, str]]]
 REFERENCES = ("pair_id", "references", "group_id", "change_type")
 
@@ -75,9 +71,8 @@ def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[
 
     def caption(records: list[Record], pairs: list[Pair]) -> list[str]:
         longest = max(decoding(record, config.caption, config.tasks)[0] for record in records)
-        tasks = [config.tasks.get(record.source) for record in records]
-        questions = [(task and task.instruction) or record.instruction
-                     for task, record in zip(tasks, records, strict=True)]
+        questions = [(record.source in config.tasks and config.tasks[record.source].instruction) or record.instruction
+                     for record in records]
         return captioner.caption(pairs, questions, max_new_tokens=longest)
 
     return lambda records: _caption_batches(records, caption, batch_size), captioner.prompt

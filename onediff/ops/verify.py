@@ -50,7 +50,7 @@ class Check:
         return f"FAILED  {self.what}: {self.problem}" if self.problem else f"ok      {self.what}"
 
 
-def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
+def verify(version: str) -> Iterator[Check]:
     """Yields each check when it is done. A check that needs something that failed before is left out.
 
     Raises ValueError if the version, its lineage or its commit cannot be had.
@@ -60,39 +60,41 @@ def verify(version: str, *, root: Path = Path()) -> Iterator[Check]:
     carried = registry.version_files(uri) / FOLDER
     stages = stages_of(lineage)
     outs = outs_of(stages)
-    commit = _commit(lineage, root)
+    commit = _commit(lineage)
     tracking.HOME.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=tracking.HOME) as scratch:
         clone = Path(scratch).absolute() / "clone"
-        git("clone", "--quiet", "--shared", "--no-checkout", str(root.absolute()), str(clone))
+        git("clone", "--quiet", "--shared", "--no-checkout", str(Path.cwd()), str(clone))
         git("checkout", "--quiet", "--detach", commit, root=clone)
-        yield _check_carried(lineage, carried, stages)
-        yield _check_code(lineage, stages, clone)
+        yield Check("dvc.lock and data card that the version carries",
+                    next(_carried_problems(lineage, carried, stages), ""))
+        yield Check(f"code at commit {commit[:12]}", "; ".join(_code_problems(lineage, stages, clone)))
         for name in (DVC_LOCK, PARAMS):
             shutil.copyfile(carried / name, clone / name)
         fetched = {}
         for path in (WEIGHTS, DIFFCAP, CAPTIONS, SCORED):
-            fetched[path] = _fetch(path, outs, clone, root)
+            fetched[path] = _fetch(path, outs, clone)
             yield fetched[path]
         weights = _check_weights(uri, lineage, outs, clone)
         yield weights
-        yield _check_workspace(lineage, stages, root)
+        yield _check_workspace(lineage, stages)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
-            yield _score_again(registry.version_tags(uri), outs, clone)
+            yield Check("scored again by the commit's code: the registered scores, to the last digit",
+                        "; ".join(_score_again(registry.version_tags(uri), outs, clone)))
             if not weights.problem:
                 yield _caption_again(registry.model_folder(uri), stages, clone, Path(scratch).absolute() / "again")
 
 
-def _commit(lineage: Mapping[str, Any], root: Path) -> str:
+def _commit(lineage: Mapping[str, Any]) -> str:
     """Raises ValueError if this repository does not have the version's commit."""
     commit = str(lineage["git"]["commit"])
     if commit == "none":
         raise ValueError(f"version {lineage['version']} was made outside git: no commit to prove it by")
-    if head(root) is None:
+    if head() is None:
         raise ValueError(f"version {lineage['version']} was made at commit {commit}, and no git commit holds this "
                          "folder: verify the version in a clone of the repository")
     try:
-        git("cat-file", "-e", f"{commit}^{{commit}}", root=root)
+        git("cat-file", "-e", f"{commit}^{{commit}}")
     except ValueError:
         branch = lineage["git"]["branch"] or "not noted"
         raise ValueError(f"version {lineage['version']} was made at commit {commit}, which is not in this repository: "
@@ -103,37 +105,34 @@ def _commit(lineage: Mapping[str, Any], root: Path) -> str:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_carried(lineage: Mapping[str, Any], carried: Path, stages: Mapping[str, Stage]) -> Check:
-    what = "dvc.lock and data card that the version carries"
+def _carried_problems(lineage: Mapping[str, Any], carried: Path, stages: Mapping[str, Stage]) -> Iterator[str]:
     for path, key in ((carried / DVC_LOCK, "dvc_lock"), (carried / "card.json", "data_card")):
         if not path.exists():
-            return Check(what, f"{path} not found")
-        if sha256_of(path) != lineage[key]:
-            return Check(what, f"{path}: SHA-256 must be {lineage[key]}, got {sha256_of(path)}")
+            yield f"{path} not found"
+        elif (actual := sha256_of(path)) != lineage[key]:
+            yield f"{path}: SHA-256 must be {lineage[key]}, got {actual}"
     if read_dvc_lock(carried / DVC_LOCK) != stages:
-        return Check(what, f"{carried}/lineage.json names other digests than {carried / DVC_LOCK}")
-    return Check(what)
+        yield f"{carried}/lineage.json names other digests than {carried / DVC_LOCK}"
 
 
-def _check_code(lineage: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Check:
-    """Whether the commit has exactly the code with which the stages up to the scores ran."""
-    problems = [f"{path} had changes that are in no commit" for path in lineage["git"]["dirty"]]
+def _code_problems(lineage: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Iterator[str]:
+    """Where the code of the commit is not the code with which the stages up to the scores ran."""
+    yield from (f"{path} had changes that are in no commit" for path in lineage["git"]["dirty"])
     for name in sorted(upstream(stages, TRAINING + SCORING)):
-        for path, md5 in stages[name].deps.items():
-            if not path.startswith("data/"):
-                actual = md5_of(clone / path) if (clone / path).exists() else "nothing"
-                if actual != md5:
-                    problems.append(f"{path}: stage {name} ran with md5 {md5}, the commit has {actual}")
-    return Check(f"code at commit {lineage['git']['commit'][:12]}", "; ".join(problems))
+        code = {path: md5 for path, md5 in stages[name].deps.items() if not path.startswith("data/")}
+        for path, md5 in code.items():
+            actual = md5_of(clone / path) if (clone / path).exists() else "nothing"
+            if actual != md5:
+                yield f"{path}: stage {name} ran with md5 {md5}, the commit has {actual}"
 
 
-def _fetch(path: str, outs: Mapping[str, str], clone: Path, root: Path) -> Check:
+def _fetch(path: str, outs: Mapping[str, str], clone: Path) -> Check:
     if path not in outs:
         return Check(f"{path} by digest", "the version's dvc.lock has no such out")
     what = f"{path} by digest {outs[path]}"
     shutil.rmtree(clone / path, ignore_errors=True)
     try:
-        fetch(outs[path], clone / path, project=root)
+        fetch(outs[path], clone / path)
     except ValueError as error:
         return Check(what, str(error).removeprefix(f"{outs[path]}: "))
     return Check(what)
@@ -154,15 +153,16 @@ def _check_weights(uri: str, lineage: Mapping[str, Any], outs: Mapping[str, str]
     return Check(what, "; ".join(_differences(folder, files)))
 
 
-def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage], root: Path) -> Check:
+def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage]) -> Check:
     """Reads every file in the workspace of the data that the workspace's dvc.lock has under the version's digest."""
-    present = _data(read_dvc_lock(root / DVC_LOCK)) if (root / DVC_LOCK).exists() else {}
-    num_files, problems = 0, []
+    present = _data(read_dvc_lock()) if DVC_LOCK.exists() else {}
+    num_files = 0
+    problems: list[str] = []
     for path, md5 in _data(stages).items():
         files = lineage["files"].get(path) if md5.endswith(".dir") else {"": md5}
-        if present.get(path) == md5 and files is not None and (root / path).exists():
+        if present.get(path) == md5 and files is not None and Path(path).exists():
             num_files += len(files)
-            problems += _differences(root / path, files)
+            problems += _differences(Path(path), files)
     return Check(f"{num_files} data files in this workspace", "; ".join(problems))
 
 
@@ -173,35 +173,32 @@ def _data(stages: Mapping[str, Stage]) -> dict[str, str]:
     return {path: md5 for path, md5 in md5s.items() if not any(other.startswith(f"{path}/") for other in md5s)}
 
 
-def _differences(folder: Path, files: Mapping[str, str]) -> list[str]:
+def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
     """One line for each file that is missing or whose md5 is not the listed one."""
-    problems = []
     for name, md5 in files.items():
         path = folder / name
         if not path.exists():
-            problems.append(f"{path} is missing")
+            yield f"{path} is missing"
         elif (actual := md5_of(path)) != md5:
-            problems.append(f"{path}: md5 must be {md5}, got {actual}")
-    return problems
+            yield f"{path}: md5 must be {md5}, got {actual}"
 
 
-def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> Check:
-    what = "scored again by the commit's code: the registered scores, to the last digit"
+def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> list[str]:
+    """Runs stage `score` of the commit. Returns where the scores or files differ from those of the version."""
     shutil.rmtree(clone / SCORED, ignore_errors=True)
-    problem = _run_stage("score", clone, code=clone)
-    if problem:
-        return Check(what, problem)
+    failure = _run_stage("score", clone, code=clone)
+    if failure:
+        return [failure]
     problems: list[str] = []
     for tag, path in SCORES.items():
         scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
         registered = json.loads(tags[tag])
         problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
                      for key in sorted(registered) if registered[key] != scores.get(key)][:3]
-        if not problems and path in outs and md5_of(clone / path) != outs[path]:
-            problems.append(f"{path}: md5 must be {outs[path]}, got {md5_of(clone / path)}")
-    if not problems and md5_of(clone / SCORED) != outs.get(SCORED):
-        problems.append(f"{SCORED}: md5 must be {outs.get(SCORED)}, got {md5_of(clone / SCORED)}")
-    return Check(what, "; ".join(problems))
+    for path in (*SCORES.values(), SCORED):
+        if not problems and (path in outs or path == SCORED) and md5_of(clone / path) != outs.get(path):
+            problems.append(f"{path}: md5 must be {outs.get(path)}, got {md5_of(clone / path)}")
+    return problems
 
 
 def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again: Path) -> Check:

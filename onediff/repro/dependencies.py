@@ -100,7 +100,13 @@ def write(root: Path = ROOT) -> None:
         stage["params"].fa.set_block_style()
     with (root / DVC_YAML).open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
-    _write_versions(root, used)
+    # Versions are those of requirements.lock; a package that it does not hold keeps its version in packages.yaml.
+    text = (root / PACKAGES).read_text(encoding="utf-8")
+    pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
+    versions = YAML(typ="safe").load(text) | dict(pin.split("==") for pin in pins)
+    head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
+    lines = [f'{name}: "{versions[name]}"\n' for name in sorted(used)]
+    (root / PACKAGES).write_text("".join([*head, *lines]), encoding="utf-8")
 
 
 def _replace(items: CommentedSeq, new: list[Any]) -> None:
@@ -109,16 +115,6 @@ def _replace(items: CommentedSeq, new: list[Any]) -> None:
     items[:] = new
     items.ca.items.clear()
     items.ca.items.update({number: comments[str(item)] for number, item in enumerate(new) if str(item) in comments})
-
-
-def _write_versions(root: Path, packages: set[str]) -> None:
-    """Versions are those of requirements.lock; a package that it does not hold keeps its version in packages.yaml."""
-    text = (root / PACKAGES).read_text(encoding="utf-8")
-    pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
-    versions = YAML(typ="safe").load(text) | dict(pin.split("==") for pin in pins)
-    head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
-    lines = [f'{name}: "{versions[name]}"\n' for name in sorted(packages)]
-    (root / PACKAGES).write_text("".join([*head, *lines]), encoding="utf-8")
 
 
 def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:

@@ -132,8 +132,7 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
     links to DVC's cache, or copies where the cache is on another file system. An out that dvc.lock or the cache does
     not have is left out.
     """
-    outs = _locked_outs(stage, project)
-    missing = {path: md5 for path, md5 in outs.items() if not os.path.lexists(project / path)}
+    missing = {path: md5 for path, md5 in _locked_outs(stage, project).items() if not os.path.lexists(project / path)}
     cache = _cache_of(project) if missing else project
     restored = []
     for path, md5 in missing.items():
@@ -160,8 +159,7 @@ def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
 
 
 def _locked_outs(stage: str, project: Path) -> dict[str, str]:
-    lock = project / DVC_LOCK
-    stages = read_dvc_lock(lock) if lock.exists() else {}
+    stages = read_dvc_lock(project / DVC_LOCK) if (project / DVC_LOCK).exists() else {}
     return stages[stage].outs if stage in stages else {}
 
 
@@ -184,35 +182,27 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
     if os.path.lexists(target):
         raise ValueError(f"{target} is there already: name a place where nothing is")
     config = _config(project)
-    cache = project / config.get("cache", "dir")
     target.parent.mkdir(parents=True, exist_ok=True)
+    # 'dvc pull' runs in a project of its own.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        out = Path(scratch) / "out"
-        complaint = _pull(md5, out, config)
-        problems = _problems(md5, out, cache)
+        root, out = Path(scratch), Path(scratch) / "out"
+        (root / ".dvc").mkdir()
+        with (root / ".dvc/config").open("w", encoding="utf-8") as file:
+            config.write(file)
+        (root / "out.dvc").write_text(f"outs:\n- md5: {md5}\n  hash: md5\n  path: out\n", encoding="utf-8")
+        environ = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(root / ".dvc/site")}
+        done = subprocess.run([sys.executable, "-m", "dvc", "pull"], cwd=root, env=environ, capture_output=True,
+                              text=True, check=False)
+        problems = _problems(md5, out, project / config.get("cache", "dir"))
         if problems:
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            lines = [line.strip() for line in (done.stderr + done.stdout).splitlines()
+                     if done.returncode and (line.startswith("ERROR") or "remote" in line)]
+            complaint = f" (dvc: {_without_secrets(' '.join(dict.fromkeys(lines)), config)})" if lines else ""
             raise ValueError(f"{md5}: {'; '.join(problems[:_SHOWN])}{more}{complaint}. If no remote has it: "
                              "'dvc push' on the machine that made it")
         out.rename(target)
     return target
-
-
-def _pull(md5: str, out: Path, config: configparser.RawConfigParser) -> str:
-    """Runs 'dvc pull' in a project of its own. Returns DVC's complaints, without secrets."""
-    root = out.parent
-    (root / ".dvc").mkdir()
-    with (root / ".dvc/config").open("w", encoding="utf-8") as file:
-        config.write(file)
-    (root / "out.dvc").write_text(f"outs:\n- md5: {md5}\n  hash: md5\n  path: {out.name}\n", encoding="utf-8")
-    environ = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(root / ".dvc/site")}
-    done = subprocess.run([sys.executable, "-m", "dvc", "pull"], cwd=root, env=environ, capture_output=True, text=True,
-                          check=False)
-    if not done.returncode:
-        return ""
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines()
-             if line.startswith("ERROR") or "remote" in line]
-    return f" (dvc: {_without_secrets(' '.join(dict.fromkeys(lines)), config)})" if lines else ""
 
 
 def _problems(md5: str, out: Path, cache: Path) -> list[str]:
@@ -249,19 +239,15 @@ def _config(project: Path) -> configparser.RawConfigParser:
         raise FileNotFoundError(f"{home} not found: nothing is kept by digest here; run this in the project's folder")
     config = configparser.RawConfigParser(strict=False)
     config.optionxform = str  # type: ignore[assignment, method-assign]
+    config.read_dict({"cache": {"dir": str(home / "cache")}})
     config.read([home / "config", home / "config.local"], encoding="utf-8")
     for section in config.sections():
         for key, value in config.items(section):
             path = home / value.strip("\"'")
             if "://" not in value and (key in ("url", "dir") or ("/" in value and path.exists())):
                 config.set(section, key, os.path.normpath(path))
-    for section in ("core", "cache"):
-        if not config.has_section(section):
-            config.add_section(section)
-    config.set("core", "no_scm", "true")
-    if not config.has_option("cache", "dir"):
-        config.set("cache", "dir", str(home / "cache"))
-    config.set("cache", "type", '"reflink,copy"')  # a link would let a change of the copy change the cache
+    # Links would let a change of the copy change the cache.
+    config.read_dict({"core": {"no_scm": "true"}, "cache": {"type": '"reflink,copy"'}})
     return config
 
 

@@ -20,10 +20,22 @@ def check_inputs(config: Config) -> None:
 
     What dvc.lock already has a result for may be absent.
     """
+    from onediff.data.sources.catalog import CATALOG
+
     stages = read_dvc_lock() if DVC_LOCK.exists() else {}
     used = {text for stage in stages.values() for text in _texts(stage.params)}
-    lines = [*_raw_folders(config.data, stages), *_photographs(config.data, used), *_empty_splits(config.data),
-             *_checkpoints(config, used)]
+    data, sources = config.data, sources_of(config.data)
+    lines = [*_raw_folders(data, stages), *_photographs(data, used)]
+    if all(source in (*data.retrieved, *data.diffused)
+           or (source in CATALOG and CATALOG[source].expected.keys() == {"train"}) for source in sources):
+        lines.append(f"data: the sources {', '.join(sources)} have pairs for split train only, so val, gate and test "
+                     "would be empty; add a benchmark or pairs of your own to data.raw, or scenes to data.generated")
+    checkpoints = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
+                   "model.delta.init": config.model.delta.init, "data.clip": data.clip,
+                   "data.diffusion.pipeline": data.diffusion and data.diffusion.pipeline}
+    lines += [f"{key}: folder {path} does not exist; correct the path, or name a model of the Hugging Face hub"
+              for key, path in checkpoints.items()
+              if path and path not in used and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir()]
     if lines:
         raise ValueError("\n".join(f"params.yaml: {line}" for line in lines))
 
@@ -31,10 +43,9 @@ def check_inputs(config: Config) -> None:
 def check_mixtures(config: Config) -> None:
     """Raises ValueError with one line for each source of a mixture that has no pairs in data/diffcap."""
     counts = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]
-    phases = {"align": config.align, "tune": config.tune}
     lines = [f"{name}.mixture: '{source}' has no pair in split train of {DIFFCAP}; add pairs, or remove it from the "
-             "mixture" for name, phase in phases.items() if phase for source in phase.mixture
-             if source not in counts["train"]]
+             "mixture" for name, phase in (("align", config.align), ("tune", config.tune)) if phase
+             for source in phase.mixture if source not in counts["train"]]
     if config.tune.validate_every and not counts["val"].keys() & config.tune.mixture.keys():
         lines.append(f"tune.validate_every: no source of tune.mixture has a pair in split val of {DIFFCAP}; add "
                      "pairs, or set it to null")
@@ -52,8 +63,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
-    stage_of = {"raw": "read", "retrieved": "retrieve", "diffused": "diffuse"}
-    for key, stage in stage_of.items():
+    for key, stage in (("raw", "read"), ("retrieved", "retrieve"), ("diffused", "diffuse")):
         for source in getattr(data, key):
             folder = RAW / source
             if not folder.is_dir() and not Path(f"{folder}.dvc").exists() and f"{stage}@{source}" not in stages:
@@ -78,23 +88,3 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
             return
         except ValueError as error:
             yield str(error)
-
-
-def _empty_splits(data: Data) -> Iterator[str]:
-    from onediff.data.sources.catalog import CATALOG
-
-    for source in sources_of(data):
-        is_collection = source in (*data.retrieved, *data.diffused)
-        if not is_collection and (source not in CATALOG or CATALOG[source].expected.keys() != {"train"}):
-            return
-    yield (f"data: the sources {', '.join(sources_of(data))} have pairs for split train only, so val, gate and test "
-           "would be empty; add a benchmark or pairs of your own to data.raw, or scenes to data.generated")
-
-
-def _checkpoints(config: Config, used: set[str]) -> Iterator[str]:
-    paths = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
-             "model.delta.init": config.model.delta.init, "data.clip": config.data.clip,
-             "data.diffusion.pipeline": config.data.diffusion and config.data.diffusion.pipeline}
-    for key, path in paths.items():
-        if path and path not in used and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir():
-            yield f"{key}: folder {path} does not exist; correct the path, or name a model of the Hugging Face hub"

@@ -44,8 +44,8 @@ def test_reading_the_example_counts_it(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_an_error_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = str(_data(monkeypatch, "read", "spot_the_dif", str(project)))
-    assert said.startswith("onediff: ") and "did you mean 'spot_the_diff'?" in said and "\n" not in said
+    message = str(_data(monkeypatch, "read", "spot_the_dif", str(project)))
+    assert message.startswith("onediff: ") and "did you mean 'spot_the_diff'?" in message and "\n" not in message
 
 
 def test_a_dry_run_prints_requests_and_cost_and_sends_none(
@@ -57,8 +57,8 @@ def test_a_dry_run_prints_requests_and_cost_and_sends_none(
                   {"captions": ["a red car", "a blue car"]})
     write_shards([pair], project / "data/pairs/coco", "train", shard_pairs=9)
     assert _data(monkeypatch, "dry-run", "coco") == 0
-    said = capsys.readouterr().out
-    assert "a red car" in said and "USD" in said and "very-secret" not in said
+    output = capsys.readouterr().out
+    assert "a red car" in output and "USD" in output and "very-secret" not in output
     assert not (project / "data/answers").exists()
 
 

@@ -31,18 +31,18 @@ main()
 
 def installed_by(names: list[str]) -> set[str]:
     """The distributions that these bring with them, without extras."""
-    found: set[str] = set()
+    distributions: set[str] = set()
     while names:
         requirement = Requirement(names.pop())
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if name in distributions or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
-        found.add(name)
+        distributions.add(name)
         try:
             names += metadata.requires(requirement.name) or []
         except metadata.PackageNotFoundError:  # for another platform
             continue
-    return found
+    return distributions
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def onediff(absent: list[str], *arguments: str) -> subprocess.CompletedProcess[s
 
 def test_scoring_and_comparing_need_the_light_install_only(absent: list[str], tmp_path: Path) -> None:
     assert {"torch", "transformers", "pyarrow", "mlflow", "prefect", "PIL"} - {"PIL"} <= set(absent)
-    said, truth = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
-    said.write_text("".join(json.dumps({"pair_id": k, "prediction": "the red car left"}) + "\n" for k in "ab"))
+    predictions, truth = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
+    predictions.write_text("".join(json.dumps({"pair_id": k, "prediction": "the red car left"}) + "\n" for k in "ab"))
     truth.write_text("".join(json.dumps({"pair_id": k, "references": [f"the {k} car left"]}) + "\n" for k in "ab"))
-    done = onediff(absent, "score", "--predictions", str(said), "--references", str(truth), "--json")
+    done = onediff(absent, "score", "--predictions", str(predictions), "--references", str(truth), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_pairs"] == 2 and json.loads(done.stdout)["BLEU-1"] == pytest.approx(0.75)
-    done = onediff(absent, "compare", str(said), str(said), "--references", str(truth), "--json")
+    done = onediff(absent, "compare", str(predictions), str(predictions), "--references", str(truth), "--json")
     assert json.loads(done.stdout)["CIDEr"]["p"] == 1, done.stderr
 
 

@@ -78,9 +78,9 @@ def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: py
 
 def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    said, truth = Path("p.jsonl"), Path("r.jsonl")
-    said.write_text('{"pair_id": "a", "prediction": "the red cube moved"}\n'
-                    '{"pair_id": "b", "prediction": "no change"}\n')
+    predictions, truth = Path("p.jsonl"), Path("r.jsonl")
+    predictions.write_text('{"pair_id": "a", "prediction": "the red cube moved"}\n'
+                           '{"pair_id": "b", "prediction": "no change"}\n')
     truth.write_text('{"pair_id": "a", "references": ["the red cube moved"]}\n'
                      '{"pair_id": "b", "references": ["no change"]}\n')
     assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--json") == 0
@@ -109,18 +109,18 @@ def test_spice_that_cannot_be_downloaded_is_told_with_address_and_cure(project: 
     Path("r.jsonl").write_text('{"pair_id": "a", "references": ["no change"]}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
-    told = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
-    assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in told
-    assert str(project / "cache/onediff/spice") in told and told.endswith("or leave SPICE out")
+    message = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
+    assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in message
+    assert str(project / "cache/onediff/spice") in message and message.endswith("or leave SPICE out")
 
 
 def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [{"pair_id": f"p{i}", "group_id": f"g{i // 2}", "references": [f"the {word} was removed"]}
              for i, word in enumerate(["cube", "ball", "car", "man", "dog", "tree", "hat", "bus"])]
-    said = {"good": [pair["references"][0] for pair in pairs], "bad": ["nothing has changed at all"] * 8}
+    captions = {"good": [pair["references"][0] for pair in pairs], "bad": ["nothing has changed at all"] * 8}
     Path("r.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
-    for name, texts in said.items():
+    for name, texts in captions.items():
         Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"pair_id": f"p{i}", "prediction": text})
                                                    for i, text in enumerate(texts)))
     assert _onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
@@ -147,7 +147,7 @@ def test_a_file_that_is_no_image_is_told(project: Path, monkeypatch: pytest.Monk
 def test_the_doctor_names_packages_that_differ_from_the_lock(project: Path) -> None:
     Path("requirements.lock").write_text("# a comment\ntyper==0.0.1\nno-such-package==1.0\n")
     finding = doctor._packages()
-    assert not finding.ok and "no-such-package missing (locked: 1.0)" in finding.found and "typer" in finding.found
+    assert not finding.ok and "no-such-package missing (locked: 1.0)" in finding.message and "typer" in finding.message
 
 
 def test_the_doctor_finds_java_without_a_system_java() -> None:
@@ -157,7 +157,7 @@ def test_the_doctor_finds_java_without_a_system_java() -> None:
 def test_the_doctor_tells_a_wrong_params_file_and_its_cure(project: Path) -> None:
     Path("params.yaml").write_text("seed: x\n")
     (finding,) = doctor._project()
-    assert finding.needed and not finding.ok and "seed" in finding.found and "preset" in finding.cure
+    assert finding.needed and not finding.ok and "seed" in finding.message and "preset" in finding.cure
 
 
 def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
@@ -167,27 +167,28 @@ def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
         image.convert("RGB").resize((image.width * 2, image.height * 2)).save("copy.jpg")
     rows = [{"id": "a", "image": ["copy.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "a disc"}]}]
     Path("rows.json").write_text(json.dumps(rows))
-    asked = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "found.jsonl")
-    assert _onediff(monkeypatch, *asked) == 0
+    command = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "findings.jsonl")
+    assert _onediff(monkeypatch, *command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
     assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read, and nothing is "
                          "known of them")
-    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
-    assert {(finding["train_image"], finding["pair_id"]) for finding in found} == {("copy.jpg", "folder-test-000005")}
-    assert _onediff(monkeypatch, *asked, "--fail", "--json") == 1
+    findings = [json.loads(line) for line in Path("findings.jsonl").read_text().splitlines()]
+    assert {(row["train_image"], row["pair_id"]) for row in findings} == {("copy.jpg", "folder-test-000005")}
+    assert _onediff(monkeypatch, *command, "--fail", "--json") == 1
     assert json.loads(capsys.readouterr().out)["leaks"] == 1
-    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *asked, "--split", "val"))
+    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *command, "--split", "val"))
 
 
 def test_a_judge_without_a_model_or_references_says_what_to_name(project: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
-    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
-    assert said.startswith("onediff: params.yaml: judge: is not set") and "--model" in said and "\n" not in said
+    message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
+    assert message.startswith("onediff: params.yaml: judge: is not set") and "--model" in message
+    assert "\n" not in message
     Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # it has one
-    said = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
-    assert said.startswith("onediff: --references is needed")
+    message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
+    assert message.startswith("onediff: --references is needed")
     assert not Path("data").exists()
 
 

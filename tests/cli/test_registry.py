@@ -21,7 +21,7 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_rules(Path("mlflow/promotion.yaml"))
 
 
-def said(*words: str) -> str:
+def run(*words: str) -> str:
     done = CliRunner().invoke(app, words)
     if done.exception:
         raise done.exception
@@ -29,16 +29,16 @@ def said(*words: str) -> str:
 
 
 def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
-    assert "no change yet" in said("trail")
+    assert "no change yet" in run("trail")
     for name, score in (("a", 3.0), ("b", 3.5)):
         add(name, CIDEr=score)
-        said("promote")
-    assert said("promote", "--why", "again") == "version 2 is champion\n"
-    assert said("rollback", "--why", "it lies") == "version 1 is champion again\n"
-    assert "rollback  champion 2 -> 1, previous 1 -> -  by " in said("trail") and "it lies" in said("list")
-    changes = json.loads(said("trail", "--json"))
+        run("promote")
+    assert run("promote", "--why", "again") == "version 2 is champion\n"
+    assert run("rollback", "--why", "it lies") == "version 1 is champion again\n"
+    assert "rollback  champion 2 -> 1, previous 1 -> -  by " in run("trail") and "it lies" in run("list")
+    changes = json.loads(run("trail", "--json"))
     assert [change["to"] for change in changes][:-1] == [change["from"] for change in changes][1:]
-    assert said("check") == ("5 records, no gap, no fork; MLflow's aliases are as they say; mlflow/promotion.yaml is "
+    assert run("check") == ("5 records, no gap, no fork; MLflow's aliases are as they say; mlflow/promotion.yaml is "
                              "valid\n")
 
 
@@ -53,24 +53,24 @@ def test_where_the_rules_want_approval_the_command_names_the_case_and_asks() -> 
 def test_a_refusal_names_every_rule() -> None:
     add("a", CIDEr=3.0, change_type_accuracy=0.1, false_alarm_rate=0.9)
     with pytest.raises(ValueError, match=r"version 1 is refused:\n  scenes\.change_type.*\n  scenes\.false_alarm_rate"):
-        said("promote")
+        run("promote")
 
 
 def test_an_alias_changed_outside_is_shown_and_taken_up() -> None:
     for name, score in (("a", 3.0), ("b", 3.5)):
         add(name, CIDEr=score)
-        said("promote")
+        run("promote")
     tracking.client().set_registered_model_alias("onediff", "champion", "1")
-    assert "somebody changed them outside OneDiff" in said("trail")
+    assert "somebody changed them outside OneDiff" in run("trail")
     with pytest.raises(ValueError, match="somebody changed them outside"):
-        said("check")
-    assert "adopted  champion 2 -> 1" in said("repair")
-    assert "5 records" in said("check")
+        run("check")
+    assert "adopted  champion 2 -> 1" in run("repair")
+    assert "5 records" in run("check")
 
 
 def test_a_champion_set_outside_that_never_met_the_gate_is_set_back() -> None:
     add("a")
     tracking.client().set_registered_model_alias("onediff", "champion", "1")
-    assert "the next change sets champion back: that version never met the gate" in said("trail")
-    assert "restored" in said("repair") and aliases() == {"1": ["candidate"]}
-    assert "2 records" in said("check")
+    assert "the next change sets champion back: that version never met the gate" in run("trail")
+    assert "restored" in run("repair") and aliases() == {"1": ["candidate"]}
+    assert "2 records" in run("check")

@@ -84,10 +84,10 @@ def test_the_same_distribution_does_not_drift_in_two_hundred_halves() -> None:
     ({"captions": ("the of of cube",)}, ["caption_words", "no_change"]),
 ])
 def test_what_moves_is_named(changes: dict[str, Any], moved: list[str]) -> None:
-    found = compare(profiled(noted(200, 1)), noted(100, 2, **changes), SETTINGS)
-    assert found.moved == moved and found.verdict == f"drifted: {', '.join(moved)}"
-    assert found.as_dict()["drifted"] is True
-    text = drift.as_text(found)
+    result = compare(profiled(noted(200, 1)), noted(100, 2, **changes), SETTINGS)
+    assert result.moved == moved and result.verdict == f"drifted: {', '.join(moved)}"
+    assert result.as_dict()["drifted"] is True
+    text = drift.as_text(result)
     assert all(name in text for name in moved) and "moved" in text and "0.250" in text
 
 
@@ -105,9 +105,9 @@ def test_a_large_gap_that_chance_explains_is_no_drift() -> None:
 
 
 def test_too_few_pairs_give_no_verdict() -> None:
-    found = compare(profiled(noted(200, 1)), noted(49, 2, brighter=90), SETTINGS)
-    assert (found.figures, found.moved, found.verdict) == ([], [], "no verdict")
-    assert "49 different pairs" in found.notes[0] and "drift.min_pairs asks for 50" in found.notes[0]
+    result = compare(profiled(noted(200, 1)), noted(49, 2, brighter=90), SETTINGS)
+    assert (result.figures, result.moved, result.verdict) == ([], [], "no verdict")
+    assert "49 different pairs" in result.notes[0] and "drift.min_pairs asks for 50" in result.notes[0]
 
 
 def test_a_pair_that_is_captioned_again_and_again_counts_once() -> None:
@@ -138,18 +138,19 @@ def test_a_profile_is_the_same_bytes_again_and_holds_every_figure(project: Path,
     first, second = (write_profile(tmp_path / name, project / "model", project / "diffcap", num_pairs=11)
                      for name in "ab")
     assert first == tmp_path / "a/profile.json" and first.read_bytes() == second.read_bytes()
-    found = drift.read_profile("model", first)
-    assert found["weights"] == weights_digest(project / "model") and found["num_pairs"] == 11
-    assert set(found["distributions"]) == set(DISTRIBUTIONS)
-    assert {len(values) for values in found["distributions"].values()} == {11}
-    assert found["rates"]["false_alarms"][1] == found["rates"]["false_alarms_worn"][1] == 11
+    profile = drift.read_profile("model", first)
+    assert profile["weights"] == weights_digest(project / "model") and profile["num_pairs"] == 11
+    assert set(profile["distributions"]) == set(DISTRIBUTIONS)
+    assert {len(values) for values in profile["distributions"].values()} == {11}
+    assert profile["rates"]["false_alarms"][1] == profile["rates"]["false_alarms_worn"][1] == 11
 
 
 def test_false_alarms_are_counted_on_an_image_shown_twice(project: Path, scene_pairs: list[Record]) -> None:
     captioner = Captioner.load(project / "model", device="cpu")
     images = [record.before for record in scene_pairs[:5]]
-    said = captioner.caption([(image, image) for image in map(drift.open_image, images)])
-    assert drift.false_alarms(captioner, images)["false_alarms"] == (sum(not says_no_change(text) for text in said), 5)
+    captions = captioner.caption([(image, image) for image in map(drift.open_image, images)])
+    num_alarms = sum(not says_no_change(caption) for caption in captions)
+    assert drift.false_alarms(captioner, images)["false_alarms"] == (num_alarms, 5)
 
 
 def test_recent_use_of_a_model_is_held_against_the_profile_beside_it(project: Path,
@@ -162,9 +163,9 @@ def test_recent_use_of_a_model_is_held_against_the_profile_beside_it(project: Pa
     day = Path("usage/2099-01-01.jsonl")
     append(day, [*rows, *noted(7, 2)])
     day.write_text(day.read_text() + "{cut\n")
-    found = drift.examine(model="model")
-    assert found.num_pairs == 60 and {"width", "height"} <= set(found.moved)
-    assert found.notes[1:] == ["7 captions of other weights left out", "1 broken lines of the log left out"]
+    result = drift.examine(model="model")
+    assert result.num_pairs == 60 and {"width", "height"} <= set(result.moved)
+    assert result.notes[1:] == ["7 captions of other weights left out", "1 broken lines of the log left out"]
 
 
 def test_what_is_missing_is_said_with_its_cure(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,10 +109,10 @@ def test_data_that_only_a_version_needs_survives_and_what_nobody_needs_goes(proj
     add_data("the workspace's")
     register(registered)
     assert len(objects()) == 9  # of each of the four: its list and its file a; b once
-    found = survey(30)
-    assert found.refused == [] and len(found.names("data")) == 2
+    surveyed = survey(30)
+    assert surveyed.refused == [] and len(surveyed.names("data")) == 2
     assert len(objects()) == 9  # a survey removes nothing
-    assert sweep(found) == []
+    assert sweep(surveyed) == []
     left = {text for text in objects() if not text.startswith("[")}
     assert left == {"a version's", "a tag's", "the workspace's", "the same in every version"}
     Path("shards.dvc").write_text(registered)
@@ -125,11 +125,11 @@ def test_the_cache_is_not_touched_while_a_version_does_not_say_what_it_needs(pro
     add_data("the workspace's")
     register(None)
     before = objects()
-    found = survey(0)
-    assert found.refused == ["version 1 of 'onediff': its lineage/ holds no dvc.lock",
+    surveyed = survey(0)
+    assert surveyed.refused == ["version 1 of 'onediff': its lineage/ holds no dvc.lock",
                              "branches, MLflow runs and the DVC cache stay as they are until such a version is "
                              "registered again or deleted"]
-    sweep(found)
+    sweep(surveyed)
     assert objects() == before
 
 
@@ -143,8 +143,8 @@ def test_a_cache_that_others_share_is_left_alone(project: Path, tmp_path_factory
     dvc("cache", "dir", str(tmp_path_factory.mktemp("shared")))
     add_data("nobody's")
     add_data("the workspace's")
-    found = survey(0)
-    assert found.names("data") == [] and "lies outside this project, so others may share it" in found.refused[0]
+    surveyed = survey(0)
+    assert surveyed.names("data") == [] and "lies outside this project, so others may share it" in surveyed.refused[0]
 
 
 def test_runs_go_with_their_artifacts_unless_a_version_a_young_or_a_living_run_is_of_their_family(
@@ -156,10 +156,10 @@ def test_runs_go_with_their_artifacts_unless_a_version_a_young_or_a_living_run_i
     register("md5: '" + "0" * 32 + "'\n", run_id=ours)
     young = make_run("retrain", started=time.time())
     lives = make_run("retrain", status="RUNNING")
-    found = survey(30)
-    assert set(found.names("run")) == {old, below}
-    assert all(item.num_bytes == 1000 for item in found.items if item.kind == "run")
-    sweep(found)
+    surveyed = survey(30)
+    assert set(surveyed.names("run")) == {old, below}
+    assert all(item.num_bytes == 1000 for item in surveyed.items if item.kind == "run")
+    sweep(surveyed)
     left = tracking.client().search_runs([tracking.experiment_id()])
     assert {run.info.run_id for run in left} == {parent, ours, sibling, young, lives}
     assert len(list(Path("mlflow-artifacts").rglob("a.txt"))) == 5
@@ -179,9 +179,9 @@ def test_old_retrain_branches_go_unless_a_version_names_them(project: Path, monk
     git("commit", "-q", "--allow-empty", "-m", "young")
     git("checkout", "-q", "main")
     register("md5: '" + "0" * 32 + "'\n", git_commit=commits["by_commit"], branch="retrain/by_name")
-    found = survey(30)
-    assert found.names("branch") == ["retrain/forgotten"]
-    sweep(found)
+    surveyed = survey(30)
+    assert surveyed.names("branch") == ["retrain/forgotten"]
+    sweep(surveyed)
     assert git("branch", "--list", "--format=%(refname:short)", "retrain/*").split() == [
         "retrain/by_commit", "retrain/by_name", "retrain/young"]
 
@@ -201,9 +201,9 @@ def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(proj
     tracking.client().set_registered_model_alias(NAME, "champion", "1")
     with (scratch / "held/lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        found = survey(30)
-    assert found.names("scratch") == [str(scratch / "ended")] and found.names("copy") == [str(copies / "nobody")]
-    sweep(found)
+        surveyed = survey(30)
+    assert surveyed.names("scratch") == [str(scratch / "ended")] and surveyed.names("copy") == [str(copies / "nobody")]
+    sweep(surveyed)
     assert sorted(path.name for path in scratch.iterdir()) == ["held", "unpacked", "young"]
     assert sorted(path.name for path in copies.iterdir()) == ["champion", "champion-weights", "folder"]
 

@@ -32,14 +32,14 @@ def uses_of(item: str) -> list[tuple[str, str, bool | None]]:
 
 
 def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) -> None:
-    found = lineage.lineage_of("candidate")
-    assert found["git"] == {"commit": tracking.provenance()["git_commit"], "branch": "main", "dirty": []}
-    assert found["runs"] == {"flow": "flow-7", "parent": "parent-5", "align": "run-of-align", "tune": "run-of-tune",
+    recorded = lineage.lineage_of("candidate")
+    assert recorded["git"] == {"commit": tracking.provenance()["git_commit"], "branch": "main", "dirty": []}
+    assert recorded["runs"] == {"flow": "flow-7", "parent": "parent-5", "align": "run-of-align", "tune": "run-of-tune",
                              "evaluation": None}
-    assert found["stages"]["tune"]["params"] == {"tune": {"mixture": {"scenes": 1}}}
-    assert found["stages"]["tune"]["deps"][DIFFCAP] == versioned.md5_of(project / DIFFCAP)
-    assert found["files"][DIFFCAP] == versioned.md5_of_files(project / DIFFCAP)
-    assert found["dvc_lock"] == hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
+    assert recorded["stages"]["tune"]["params"] == {"tune": {"mixture": {"scenes": 1}}}
+    assert recorded["stages"]["tune"]["deps"][DIFFCAP] == versioned.md5_of(project / DIFFCAP)
+    assert recorded["files"][DIFFCAP] == versioned.md5_of_files(project / DIFFCAP)
+    assert recorded["dvc_lock"] == hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
     carried = registry.version_files("models:/onediff/1") / "lineage"
     assert {path.name for path in carried.iterdir()} == {"lineage.json", "dvc.lock", "params.yaml", "card.json"}
     assert (carried / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()

@@ -45,10 +45,10 @@ def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | No
 
 def test_predictions_and_references_are_what_score_and_compare_read(project: Path, cnn: Path, scene_pairs: list[Record],
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "said/p.jsonl") == 0
+    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "out/p.jsonl") == 0
     assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
-    said, truth = read_predictions(Path("said/p.jsonl")), read_rows(Path("r.jsonl"), "references")
-    assert list(said) == list(truth) == [record.pair_id for record in scene_pairs[:5]]
+    predictions, truth = read_predictions(Path("out/p.jsonl")), read_rows(Path("r.jsonl"), "references")
+    assert list(predictions) == list(truth) == [record.pair_id for record in scene_pairs[:5]]
     assert list(truth.values()) == [{name: getattr(record, name) for name in predict.REFERENCES}
                                     for record in scene_pairs[:5]]
 
@@ -87,9 +87,9 @@ def test_a_system_that_dies_leaves_the_file_that_was_there(project: Path) -> Non
 
 def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "onediff: data/diffcap: split test has no benchmark 'scene'; it has scenes, mine"
-    assert _onediff(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == told
-    assert _onediff(monkeypatch, "references", "scene", "--out", "r.jsonl") == told
+    message = "onediff: data/diffcap: split test has no benchmark 'scene'; it has scenes, mine"
+    assert _onediff(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == message
+    assert _onediff(monkeypatch, "references", "scene", "--out", "r.jsonl") == message
     assert not Path("p.jsonl").exists() and not Path("r.jsonl").exists()
 
 

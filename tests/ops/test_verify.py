@@ -70,11 +70,11 @@ def test_one_byte_of_a_cached_shard_of_the_workspace_or_of_the_weights_is_named_
             stack.enter_context(tiny_project.flipped(path))
         with pytest.raises(SystemExit) as left:
             cli.main()
-    told = json.loads(capsys.readouterr().out)
-    found = failed([Check(**check) for check in told["checks"]])
-    workspace, weights = (next(found[key] for key in found if part in key) for part in ("workspace", "weights"))
-    assert left.value.code == 1 and not told["verified"] and len(found) == 3
-    assert "train-00000.parquet is damaged: md5 " in found["data/diffcap"]
+    result = json.loads(capsys.readouterr().out)
+    failures = failed([Check(**check) for check in result["checks"]])
+    workspace, weights = (next(failures[key] for key in failures if part in key) for part in ("workspace", "weights"))
+    assert left.value.code == 1 and not result["verified"] and len(failures) == 3
+    assert "train-00000.parquet is damaged: md5 " in failures["data/diffcap"]
     assert workspace.startswith(f"{SHARD}: md5 must be ") and "they were changed" in weights
     assert weights.startswith(f"version 1: the files in {registered_weights().parent} must have the registered digest")
 
@@ -83,9 +83,9 @@ def test_a_score_that_was_touched_up_is_named(monkeypatch: pytest.MonkeyPatch) -
     tags = registry.version_tags("models:/onediff/1")
     better = json.dumps(json.loads(tags["scores_gate"]) | {"scenes.CIDEr": 999.0})
     monkeypatch.setattr(registry, "version_tags", lambda uri: tags | {"scores_gate": better})
-    found = failed(list(verify.verify("1")))
-    assert list(found) == ["scored again"]
-    assert "data/gate.json: scenes.CIDEr: the version has 999.0, got " in found["scored again"]
+    failures = failed(list(verify.verify("1")))
+    assert list(failures) == ["scored again"]
+    assert "data/gate.json: scenes.CIDEr: the version has 999.0, got " in failures["scored again"]
 
 
 def test_what_cache_and_remote_lack_is_named_and_what_needs_it_is_not_tried() -> None:
@@ -102,8 +102,8 @@ def test_what_cache_and_remote_lack_is_named_and_what_needs_it_is_not_tried() ->
 
 def test_code_that_is_not_in_the_commit_is_named() -> None:
     with edited(git={"commit": head(), "branch": "main", "dirty": ["onediff/stages/score.py"]}):
-        found = failed(list(islice(verify.verify("1"), 2)))
-    assert list(found.values()) == ["onediff/stages/score.py had changes that are in no commit"]
+        failures = failed(list(islice(verify.verify("1"), 2)))
+    assert list(failures.values()) == ["onediff/stages/score.py had changes that are in no commit"]
 
 
 def test_a_lock_that_is_not_the_one_noted_is_named() -> None:

@@ -82,7 +82,7 @@ def _files(folder: str) -> list[str]:
 
 def test_what_has_no_result_is_imported_by_a_stage_and_has_a_reason() -> None:
     graph = dependencies.graph()
-    used = {found for stage in DVC_YAML for found in graph.find_upstream_modules(f"onediff.stages.{stage}")}
+    used = {module for stage in DVC_YAML for module in graph.find_upstream_modules(f"onediff.stages.{stage}")}
     assert {name for name in NO_RESULT if name not in used} == {"onediff"}  # runs before each of them, by no import
     assert all(NO_RESULT.values()) and all(PACKAGES_WITHOUT_RESULT.values())
 
@@ -90,8 +90,8 @@ def test_what_has_no_result_is_imported_by_a_stage_and_has_a_reason() -> None:
 def test_no_stage_imports_another_stage() -> None:
     graph = dependencies.graph()
     shared = {"onediff.stages.command", "onediff.stages.training"}
-    assert {(stage, found) for stage in DVC_YAML for found in graph.find_upstream_modules(f"onediff.stages.{stage}")
-            if found.startswith("onediff.stages.")} - {(stage, module) for stage in DVC_YAML for module in shared} \
+    assert {(stage, module) for stage in DVC_YAML for module in graph.find_upstream_modules(f"onediff.stages.{stage}")
+            if module.startswith("onediff.stages.")} - {(stage, name) for stage in DVC_YAML for name in shared} \
         == set()
 
 

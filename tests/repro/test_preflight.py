@@ -57,14 +57,14 @@ def test_every_input_that_is_not_on_this_machine_is_told_at_once(project: Path) 
                     ("language: presets/backbones/tiny/language", "language: ./llama"))
     with pytest.raises(ValueError, match=r"^params\.yaml: ") as caught:
         check_inputs(config)
-    said = str(caught.value).splitlines()
-    assert len(said) == 4
-    assert said[0] == ("params.yaml: data.raw: 'mien' needs the folder data/raw/mien, which does not exist; did you "
-                       "mean 'mine'?")
-    assert said[1].startswith("params.yaml: data.raw: 'birds_to_words' needs the folder data/raw/birds_to_words, which "
-                              "does not exist; see data/README.md")
-    assert said[2].startswith("params.yaml: data.edits.photos: folder holidays not found")
-    assert said[3].startswith("params.yaml: model.language: folder ./llama does not exist; correct the path")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert lines[0] == ("params.yaml: data.raw: 'mien' needs the folder data/raw/mien, which does not exist; did you "
+                        "mean 'mine'?")
+    assert lines[1].startswith("params.yaml: data.raw: 'birds_to_words' needs the folder data/raw/birds_to_words, "
+                               "which does not exist; see data/README.md")
+    assert lines[2].startswith("params.yaml: data.edits.photos: folder holidays not found")
+    assert lines[3].startswith("params.yaml: model.language: folder ./llama does not exist; correct the path")
 
 
 def test_sources_without_pairs_to_validate_and_to_test_on_are_told(project: Path) -> None:
@@ -124,11 +124,11 @@ def test_every_stage_checks_before_it_works(stage: str, change: tuple[str, str],
 
 def test_the_cure_of_the_doctor_fits_the_fault(project: Path) -> None:
     missing = doctor._project()[0]
-    assert "params.yaml not found" in missing.found and missing.cure.startswith("'onediff preset tiny' writes")
+    assert "params.yaml not found" in missing.message and missing.cure.startswith("'onediff preset tiny' writes")
     with pytest.raises(ValueError, match="mien"):
         params(("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1}"))
     wrong = doctor._project()[0]
-    assert re.search(r"tune\.mixture: 'mien'", wrong.found) and "preset tiny" not in wrong.cure
+    assert re.search(r"tune\.mixture: 'mien'", wrong.message) and "preset tiny" not in wrong.cure
     params(("raw: []", "raw: [mine]"))
     absent = doctor._project()[0]
-    assert not absent.ok and "data/raw/mine" in absent.found
+    assert not absent.ok and "data/raw/mine" in absent.message
