@@ -205,6 +205,12 @@ def object_ids(things: list[Thing], view: View, image_px: int, *, samples: int =
     return np.ascontiguousarray(ids[::samples, ::samples])
 
 
+def bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
+    """Left, top, right and bottom of the true pixels; None if there are none."""
+    rows, columns = np.nonzero(mask)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1] if rows.size else None
+
+
 def render(things: list[Thing], view: View, image_px: int, *,
            samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """-> image (P, P, 3) uint8, and ids (P, P): which object each pixel shows, -1 for the table.
