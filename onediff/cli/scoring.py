@@ -154,12 +154,12 @@ def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a fold
     """Whether a training set, ours or others', holds images or captions of a benchmark's test pairs."""
     from onediff.config import load_runtime
     from onediff.data.overlap import audit as auditing
-    from onediff.data.overlap.datasets import rows_of
+    from onediff.data.overlap.datasets import read_examples
 
     runtime = load_runtime()
-    trained = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
-    tested = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
-    result = auditing.audit_to(out, trained, tested, max_distance=max_distance, runtime=runtime)
+    trained = read_examples(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
+    tested = read_examples(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    result = auditing.audit(trained, tested, out=out, max_distance=max_distance, runtime=runtime)
     _print(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
     if fail and result["leaks"]:
         raise typer.Exit(1)
