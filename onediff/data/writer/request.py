@@ -12,7 +12,7 @@ import functools
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from string import Template
 from typing import Any, Literal
@@ -28,6 +28,7 @@ ANSWER_TOKENS = 60
 MESSAGE_TOKENS = 16  # what roles and the chat format add
 IMAGE_TOKENS, MAX_IMAGE_TOKENS = 255, 8500
 
+_SECTIONS: dict[Form, str] = {"differences": "data.writer", "edit": "data.writer", "judgement": "judge"}
 _TEXT = {"type": "string"}
 # Without minItems and the like, which not every endpoint takes; answers.py checks the rest.
 SCHEMAS: dict[Form, dict[str, Any]] = {
@@ -63,7 +64,7 @@ class Request:
     @property
     def section(self) -> str:
         """The section of params.yaml that holds the settings."""
-        return "judge" if self.form == "judgement" else "data.writer"
+        return _SECTIONS[self.form]
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent. Raises ValueError for an image that cannot be read."""
@@ -92,34 +93,34 @@ def _data_uri(name: str, image: bytes) -> str:
 
 
 def differences_from_captions(name: str, writer: Writer, *, before: str, after: str, edit: str) -> Request:
-    """As the paper: the writer knows each image by its caption alone. `edit` is empty where there was none."""
-    system, user = load_prompt(writer.prompts, "differences_text")
-    question = user.substitute(before=_quoted(before), after=_quoted(after), edit=_quoted(edit) if edit else "none")
-    return Request(name, "differences", writer, system, question)
+    """As in the paper: the writer knows each image by its caption only. `edit` is empty where there was none."""
+    return _filled(name, "differences", writer, "differences_text", before=_quoted(before), after=_quoted(after),
+                   edit=_quoted(edit) if edit else "none")
 
 
 def differences_from_images(name: str, writer: Writer, *, before: bytes, after: bytes) -> Request:
-    system, user = load_prompt(writer.prompts, "differences_vision")
-    return Request(name, "differences", writer, system, user.substitute(), (before, after))
+    return replace(_filled(name, "differences", writer, "differences_vision"), images=(before, after))
 
 
 def edit_of_caption(name: str, writer: Writer, *, caption: str) -> Request:
-    """As InstructPix2Pix: an edit invented from a caption. It is always text, so the mode leaves its key alone."""
-    system, user = load_prompt(writer.prompts, "edit")
-    text_only = writer.model_copy(update={"mode": "text"})
-    return Request(name, "edit", text_only, system, user.substitute(caption=_quoted(caption)))
+    """As InstructPix2Pix: an edit invented from a caption. It is always text, so the mode does not change its key."""
+    return _filled(name, "edit", writer.model_copy(update={"mode": "text"}), "edit", caption=_quoted(caption))
 
 
 def judgement_of_caption(name: str, writer: Writer, *, caption: str, references: Sequence[str]) -> Request:
     """Whether a caption of two images is true, by what people wrote about them."""
-    system, user = load_prompt(writer.prompts, "judgement", section="judge")
-    listed = "[" + ", ".join(map(_quoted, references)) + "]"
-    return Request(name, "judgement", writer, system, user.substitute(references=listed, caption=_quoted(caption)))
+    return _filled(name, "judgement", writer, "judgement", caption=_quoted(caption),
+                   references="[" + ", ".join(map(_quoted, references)) + "]")
+
+
+def _filled(name: str, form: Form, writer: Writer, prompt: str, **words: str) -> Request:
+    system, user = load_prompt(writer.prompts, prompt, section=_SECTIONS[form])
+    return Request(name, form, writer, system, user.substitute(words))
 
 
 @functools.cache
 def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tuple[str, Template]:
-    """The system's words, and the template of the question behind the line `---`. Raises ValueError if unknown."""
+    """The system's words, and the template of the question after the line `---`. Raises ValueError if unknown."""
     root = resources.files("onediff.data.writer") / "prompts"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if version not in known:
