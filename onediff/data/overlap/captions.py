@@ -145,11 +145,11 @@ class CaptionIndex:
         """equal_caption: pairs with a caption that is equal to a text; rare_caption: with a rare one that is equal;
         near_caption: with a rare one that is near, and none that is equal.
         """
-        pairs: dict[str, set[str]] = {"equal_caption": set(), "rare_caption": set(), "near_caption": set()}
-        for match in self.matches():
-            if match.equal:
-                pairs["equal_caption"] |= match.pairs
-            if match.rare:
-                pairs["rare_caption" if match.equal else "near_caption"] |= match.pairs
-        pairs["near_caption"] -= pairs["rare_caption"]
-        return pairs
+        equal = [match for match in self.matches() if match.equal]
+        rare = _pairs(match for match in equal if match.rare)
+        return {"equal_caption": _pairs(equal), "rare_caption": rare,
+                "near_caption": _pairs(match for match in self.matches() if match.rare) - rare}
+
+
+def _pairs(matches: Iterable[CaptionMatch]) -> set[str]:
+    return {pair_id for match in matches for pair_id in match.pairs}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from onediff.data.overlap.captions import RULE, CaptionIndex, prepared
-from onediff.data.record import shards
-
-_COLUMNS = ["pair_id", "source", "references", "provenance"]
+from onediff.data.record import read_table, shards
 
 
 def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str, Any]:
@@ -29,7 +25,7 @@ def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str,
         texts[row["source"]] += [(row["pair_id"], text) for text in row["references"]]
     indexes = {source: CaptionIndex(captions) for source, captions in texts.items()}
     for row in _rows(folder, "train"):
-        turns = json.loads(row["provenance"]).get("conversation") or []
+        turns = row["provenance"].get("conversation") or []
         for text in map(prepared, [*row["references"], *(answer for _, answer in turns)]):
             for index in indexes.values():
                 index.add_text(text, row["pair_id"])
@@ -48,10 +44,9 @@ def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str,
 
 
 def _rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Each row without its images."""
+    """Each row without its images, a shard in memory at a time."""
     for path in shards(folder, f"{split}-*.parquet"):
-        for batch in pq.ParquetFile(path).iter_batches(columns=_COLUMNS):
-            yield from batch.to_pylist()
+        yield from read_table(folder, path.name)
 
 
 def _leak_check(leaks: pd.DataFrame, source: str) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Editor:
     folder: Path
 
     def __call__(self) -> Callable[[Task], tuple[Path, dict[str, int]]]:
-        pipeline, embedder = _load_pipeline(self.settings.pipeline, self.device), Embedder(self.clip, self.device)
+        embedder = Embedder(self.clip, self.device)
+        pipeline = _load_pipeline(self.settings.pipeline, embedder)
         models = f"{_identity(pipeline)} {embedder.identity}"
 
         def work(task: Task) -> tuple[Path, dict[str, int]]:
@@ -135,13 +136,11 @@ def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Ima
 
 def verdict(values: dict[str, float], settings: Diffusion) -> str:
     """"kept", or the first filter that the sample does not pass."""
-    if values["sim_image"] < settings.min_image_similarity:
-        return "image too unlike"
-    if min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity:
-        return "image too unlike its caption"
-    if values["sim_direction"] < settings.min_direction_similarity:
-        return "direction unlike the captions'"
-    return "kept"
+    is_too_low = {
+        "image too unlike": values["sim_image"] < settings.min_image_similarity,
+        "image too unlike its caption": min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity,
+        "direction unlike the captions'": values["sim_direction"] < settings.min_direction_similarity}
+    return next((outcome for outcome, applies in is_too_low.items() if applies), "kept")
 
 
 def _identity(pipeline: Any) -> str:
@@ -151,19 +150,17 @@ def _identity(pipeline: Any) -> str:
     return f"{total:.12g} {pipeline.dtype}"
 
 
-def _load_pipeline(path: str, device: str) -> Any:
-    import torch
+def _load_pipeline(path: str, embedder: Embedder) -> Any:
+    """On the device and in the precision of the embedder."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        path, dtype=torch.float16 if cuda else torch.float32)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(path, dtype=embedder.model.dtype)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if cuda else "cpu")
+    return pipeline.to(embedder.model.device)
 
 
 def _fitted(image: Image.Image, longest_px: int) -> Image.Image:
-    """Scaled so that the longer side is about `longest_px`, both sides multiples of SIDE; the rest is cut off."""
+    """Resized and cropped: the longer side becomes about `longest_px`, both sides multiples of SIDE."""
     scale = longest_px / max(image.size)
     width, height = (max(SIDE, round(side * scale / SIDE) * SIDE) for side in image.size)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

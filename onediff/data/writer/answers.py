@@ -5,6 +5,7 @@ A file of answers has one line each. A line is appended in a single write and ne
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -183,52 +184,44 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-@dataclass(frozen=True)
-class AnswerFile:
-    """The answers of one source and stage, open for appending by one run at a time."""
-
-    path: Path
-    file: FileIO
-
-    def append(self, answer: Answer, *, usd: float) -> None:
-        """On disk when this returns. Raises OSError, with the file unchanged, if there is no room."""
-        self._write(asdict(answer) | {"usd": usd})
-
-    def has_room(self) -> bool:
-        disk = os.statvfs(self.path.parent)
-        return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
-
-    def mend(self) -> None:
-        """Makes what a kill left of the last line a line by itself, which is no answer."""
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if content[end:]:
-            self.file.truncate(end)
-            self._write({"torn": content[end:].decode("utf-8", "replace")})
-
-    def _write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            written = self.file.write(line)
-            os.fsync(self.file)
-        except OSError as error:
-            raise OSError(f"{self.path}: an answer could not be kept ({error.strerror}); make room and run again"
-                          ) from None
-        if written < len(line):
-            self.file.truncate(size)
-            raise OSError(f"{self.path}: an answer could not be kept (the disk is full); make room and run again")
-
-
 @contextmanager
-def open_answers(path: Path) -> Iterator[AnswerFile]:
-    """Raises ValueError if another run holds the file. Closing the file frees its lock, as a kill does."""
+def open_answers(path: Path) -> Iterator[FileIO]:
+    """The file, for `append`. Raises ValueError if another run holds it. Closing it frees the lock, as a kill does.
+
+    What a kill left of the last line becomes a line by itself, which is no answer.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileIO(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path}: another run is asking the writer for it; wait for its end") from None
-        answer_file = AnswerFile(path, file)
-        answer_file.mend()
-        yield answer_file
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if content[end:]:
+            file.truncate(end)
+            _write(file, {"torn": content[end:].decode("utf-8", "replace")})
+        yield file
+
+
+def append(answer: Answer, file: FileIO, *, usd: float) -> None:
+    """On disk when this returns. Raises OSError, with the file unchanged, if there is no room."""
+    _write(file, asdict(answer) | {"usd": usd})
+
+
+def has_room(file: FileIO) -> bool:
+    disk = os.fstatvfs(file.fileno())
+    return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
+
+
+def _write(file: FileIO, row: dict[str, Any]) -> None:
+    line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, "the disk is full")
+        os.fsync(file)
+    except OSError as error:
+        raise OSError(f"{file.name}: an answer could not be kept ({error.strerror}); make room and run again"
+                      ) from None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,8 +18,9 @@ from onediff.data.parallel import spread
 from onediff.data.writer.answers import (
     MIN_FREE_BYTES,
     Answer,
-    AnswerFile,
     answers_path,
+    append,
+    has_room,
     open_answers,
     read_answers,
     spent_usd,
@@ -85,7 +87,7 @@ def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
     reach, OSError on a full disk.
     """
     stop = Stop()
-    with open_answers(path) as answer_file, postponed(stop):
+    with open_answers(path) as file, postponed(stop):
         unanswered = _unanswered(requests, set(read_answers(path)))
         first = next(unanswered, None)
         if first is None:
@@ -94,7 +96,7 @@ def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
         send: Send = functools.partial(_send_by_cluster, runtime)
         if runtime.engine != "ray":
             send = functools.partial(_send_by_threads, Endpoint(runtime, stop), runtime.writer_concurrency)
-        run = _Run(itertools.chain([first], unanswered), answer_file, runtime, stop)
+        run = _Run(itertools.chain([first], unanswered), file, runtime, stop)
         with tqdm(desc=f"asking {shown_url(runtime)}", unit="answer") as progress:
             run.ask_all(send, progress.update)
         if stop.reason:
@@ -112,9 +114,9 @@ def _unanswered(requests: Iterable[Request], keys: set[str]) -> Iterator[Request
 class _Run:
     """Rounds of requests. A round sends while the budget allows it, and ends when all that it sent has come back."""
 
-    def __init__(self, requests: Iterator[Request], answer_file: AnswerFile, runtime: Runtime, stop: Stop) -> None:
+    def __init__(self, requests: Iterator[Request], file: FileIO, runtime: Runtime, stop: Stop) -> None:
         self.tally = Tally()
-        self._requests, self._answer_file, self._runtime, self._stop = requests, answer_file, runtime, stop
+        self._requests, self._file, self._runtime, self._stop = requests, file, runtime, stop
         self._budget = Budget(runtime.writer_max_usd, spent_usd())
         self._is_finished = False
 
@@ -135,7 +137,7 @@ class _Run:
                 raise self._blocked()
 
     def _affordable(self) -> Iterator[Request]:
-        while not self._stop.reason and self._answer_file.has_room():
+        while not self._stop.reason and has_room(self._file):
             request = next(self._requests, None)
             if request is None:
                 self._is_finished = True
@@ -152,7 +154,7 @@ class _Run:
         usd = Tokens(outcome.input_tokens, outcome.output_tokens).usd(self._runtime) + outcome.lost * reserved
         self._budget.spent += usd
         try:
-            self._answer_file.append(outcome, usd=usd)
+            append(outcome, self._file, usd=usd)
         except OSError as error:
             return error
         self.tally.add(outcome, usd)
@@ -160,8 +162,8 @@ class _Run:
 
     def _blocked(self) -> Exception:
         """Why nothing can be sent: the disk is full, or the budget does not allow the next request."""
-        if not self._answer_file.has_room():
-            return OSError(f"{self._answer_file.path}: less than {MIN_FREE_BYTES >> 20} MiB are free on its disk, so "
+        if not has_room(self._file):
+            return OSError(f"{self._file.name}: less than {MIN_FREE_BYTES >> 20} MiB are free on its disk, so "
                            f"nothing is asked; make room and run again. {self.tally}")
         usd = max_tokens(next(self._requests)).usd(self._runtime)
         return ValueError(f"runtime.yaml: writer_max_usd {self._budget.cap:g}: {self._budget.spent:.4f} USD are spent "

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import email.utils
 import json
+import math
 import os
 import random
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +183,9 @@ class _Again:
 
 def _retry_after_s(header: str) -> float | None:
     """Seconds that the endpoint asks for, as a number or as a date; at most ten minutes."""
-    try:
+    seconds = math.nan
+    with suppress(ValueError, TypeError):
+        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    with suppress(ValueError):
         seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.001), 600.0) if seconds == seconds else None
+    return None if math.isnan(seconds) else min(max(seconds, 0.001), 600.0)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow.parquet as pq
-
 from onediff.config import Config, Writer
-from onediff.data.record import SCHEMA, Record, read_records, shards
+from onediff.data.record import Record, read_records, read_table, shards
 from onediff.data.sources.collection import list_collection
 from onediff.data.writer.request import Request, differences_from_captions, differences_from_images, edit_of_caption
 from onediff.paths import PAIRS, RAW
 
 Stage = Literal["write", "instruct"]
-_TEXT_COLUMNS = [name for name in SCHEMA.names if name not in ("before", "after")]
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,5 @@ def caption_job(record: Record, writer: Writer) -> Request | Unfit:
 
 def _records_without_images(source: str) -> Iterator[Record]:
     for path in shards(PAIRS / source):
-        for batch in pq.ParquetFile(path).iter_batches(columns=_TEXT_COLUMNS):
-            for row in batch.to_pylist():
-                yield Record(**row | {"before": b"", "after": b"", "provenance": json.loads(row["provenance"])})
+        for row in read_table(path.parent, path.name):
+            yield Record(**row, before=b"", after=b"")

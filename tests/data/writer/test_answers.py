@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from onediff.data.writer.answers import Answer, open_answers, parse, read_answers, read_completion, spent_usd
+from onediff.data.writer.answers import Answer, append, open_answers, parse, read_answers, read_completion, spent_usd
 from onediff.data.writer.request import Request, max_tokens
 
 GOOD = '{"differences": ["a dog\\n came", "the sky is grey"]}'
@@ -91,8 +91,8 @@ def path(tmp_path: Path) -> Path:
 def test_answers_come_back_as_they_were(path: Path) -> None:
     kept = [ANSWER, replace(ANSWER, key="k1", status="refused", reason="no", counted=False, lost=2)]
     for answer in kept:
-        with open_answers(path) as store:
-            store.append(answer, usd=0.25)
+        with open_answers(path) as file:
+            append(answer, file, usd=0.25)
     assert read_answers(path) == {answer.key: answer for answer in kept}
     assert len(path.read_bytes().splitlines()) == 2
     assert spent_usd(path.parents[1]) == 0.5
@@ -105,24 +105,24 @@ def test_no_file_is_no_answer(path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 150])
 def test_a_torn_last_line_is_set_aside_and_asked_again(path: Path, cut: int) -> None:
-    with open_answers(path) as store:
-        store.append(numbered(1), usd=0.5)
-        store.append(numbered(2), usd=0.5)
+    with open_answers(path) as file:
+        append(numbered(1), file, usd=0.5)
+        append(numbered(2), file, usd=0.5)
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     assert set(read_answers(path)) == {"k1"}
     assert spent_usd(path.parents[1]) == 0.5
-    with open_answers(path) as store:
+    with open_answers(path) as file:
         assert set(read_answers(path)) == {"k1"}
-        store.append(numbered(2), usd=0.5)
+        append(numbered(2), file, usd=0.5)
     assert set(read_answers(path)) == {"k1", "k2"}
     torn = json.loads(path.read_bytes().splitlines()[1])
     assert torn.keys() == {"torn"} and torn["torn"] and whole.splitlines()[1].decode().startswith(torn["torn"])
 
 
 def test_a_broken_line_inside_is_an_error_with_its_number(path: Path) -> None:
-    with open_answers(path) as store:
-        store.append(numbered(1), usd=0.5)
+    with open_answers(path) as file:
+        append(numbered(1), file, usd=0.5)
     path.write_bytes(path.read_bytes() + b"{broken\n" + path.read_bytes())
     with pytest.raises(ValueError, match=r"write.jsonl line 2: not a JSON object; fetch the file again"):
         read_answers(path)
@@ -139,17 +139,17 @@ def test_only_one_run_asks_at_a_time(path: Path) -> None:
 
 
 def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
-    with open_answers(path) as store:
-        store.append(numbered(1), usd=0.5)
+    with open_answers(path) as file:
+        append(numbered(1), file, usd=0.5)
         before = path.read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         try:
             for number in (2, 3):
                 with pytest.raises(OSError, match=r"an answer could not be kept .*; make room and run again"):
-                    store.append(numbered(number), usd=0.5)
+                    append(numbered(number), file, usd=0.5)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
-        store.append(numbered(2), usd=0.5)
+        append(numbered(2), file, usd=0.5)
     assert set(read_answers(path)) == {"k1", "k2"}
