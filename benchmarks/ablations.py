@@ -172,7 +172,7 @@ def trained(config: Config, scratch: Path) -> float:
 
 
 def make_scenes(folder: Path) -> None:
-    from onediff.data.synthesis.scenes import scene_records
+    from onediff.data.synthesis.scenes.records import scene_records
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
     values = load_params(Path("presets/tiny.yaml")).model_dump(mode="json")

@@ -173,7 +173,7 @@ def loader(folder: Path) -> Iterator[Row]:
 def _stored_pairs(folder: Path) -> Path:
     """Shards of edits at 512 px, made once."""
     from onediff.data.record import write_shards
-    from onediff.data.synthesis.edits import edit_record
+    from onediff.data.synthesis.edits.records import edit_record
 
     shards = folder / "loader"
     if not shards.exists():

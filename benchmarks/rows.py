@@ -48,8 +48,8 @@ def shards_of(config: Config) -> Path:
 
 
 def _records(config: Config) -> Iterator[Record]:
-    from onediff.data.synthesis.edits import edit_record
-    from onediff.data.synthesis.scenes import scene_records
+    from onediff.data.synthesis.edits.records import edit_record
+    from onediff.data.synthesis.scenes.records import scene_records
 
     words: list[str] = []
     for index in range(NUM_SCENES):

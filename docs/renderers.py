@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from onediff.config import Config, load_params
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 
 SIDE, COLUMNS, GAP = 224, 4, 4
 

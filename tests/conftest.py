@@ -46,7 +46,7 @@ def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scene_pairs(micro: Config) -> list[Record]:
     """Train pairs of a few base scenes."""
-    from onediff.data.synthesis.scenes import scene_records
+    from onediff.data.synthesis.scenes.records import scene_records
 
     return [record for index in range(5) for record in scene_records(micro, "train", index)]
 

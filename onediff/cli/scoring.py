@@ -202,12 +202,12 @@ def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a fold
     """Whether a training set, ours or others', holds images or captions of a benchmark's test pairs."""
     from onediff.config import load_runtime
     from onediff.data.overlap import audit as auditing
-    from onediff.data.overlap.datasets import rows_of
+    from onediff.data.overlap.datasets import read_examples
 
     runtime = load_runtime()
-    training_rows = rows_of(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
-    test_rows = rows_of(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
-    result = auditing.audit_to(out, training_rows, test_rows, max_distance=max_distance, runtime=runtime)
+    train_examples = read_examples(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
+    test_examples = read_examples(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    result = auditing.audit(train_examples, test_examples, out=out, max_distance=max_distance, runtime=runtime)
     print_result(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
     if fail and result["leaks"]:
         raise typer.Exit(1)

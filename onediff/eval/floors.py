@@ -11,7 +11,7 @@ import numpy as np
 
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import Thing
-from onediff.data.synthesis.scenes import describe, noun
+from onediff.data.synthesis.scenes.captions import describe, noun
 from onediff.eval.analysis.behaviour import Row, matching_templates
 from onediff.eval.metrics.compute import METRICS, Predictions, References, cider, clean, score
 from onediff.eval.protocols import texts_of

@@ -76,7 +76,7 @@ USED_BY_PACKAGES = {  # packages that compute for a package that we import
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],
 }
-USED_BY_MODULES = {"onediff.data.synthesis.edits": ["scikit-learn"]}  # two of the photographs
+USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}  # two of the photographs
 
 
 def write(root: Path = ROOT) -> None:

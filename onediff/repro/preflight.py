@@ -78,7 +78,7 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
     folder = data.edits.photos
     if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
         return
-    from onediff.data.synthesis.edits import photo_paths
+    from onediff.data.synthesis.edits.pictures import photo_paths
 
     for split in SPLITS:
         try:

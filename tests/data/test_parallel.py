@@ -218,7 +218,7 @@ def test_a_cluster_gives_what_this_machine_gives(nodes: Any, tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_a_node_killed_midway_changes_no_byte(nodes: Any, micro: Config) -> None:
-    from onediff.data.synthesis.scenes import scene_records
+    from onediff.data.synthesis.scenes.records import scene_records
 
     doomed = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()

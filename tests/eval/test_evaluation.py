@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from onediff.config import load_params
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.evaluation import checks, evaluate
 from onediff.eval.floors import leave_one_out, oracle
 from onediff.eval.metrics.compute import METRICS, score

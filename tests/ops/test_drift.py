@@ -17,7 +17,7 @@ from onediff import registry
 from onediff.config import Config, Drift
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, SCENE_TEMPLATES
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.model.digest import weights_digest

@@ -7,7 +7,7 @@ from checkpoints import checkpoints, settings
 
 from onediff.config import Config
 from onediff.data.record import Record, write_shards
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.model.assemble import build
 from onediff.serve.latency import caption_ms
 

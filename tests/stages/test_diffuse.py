@@ -25,8 +25,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                       "image_guidance": 1.5, "num_samples": 2, **low},
         "writer": {"model": "m", "mode": "text", "prompts": "v1", "temperature": 0.5, "max_tokens": 9}}
     YAML().dump(values, tmp_path / "params.yaml")
-    folder, told = tmp_path / "data/raw/drawn", tmp_path / "data/instructed/drawn.jsonl"
-    for made in (folder, told.parent):
+    folder, instructions = tmp_path / "data/raw/drawn", tmp_path / "data/instructed/drawn.jsonl"
+    for made in (folder, instructions.parent):
         made.mkdir(parents=True)
     rows = []
     for k in range(3):
@@ -34,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(pixels).save(folder / f"{k}.png")
         rows.append({"name": f"{k}.png", "caption": f"dog {k}", "edit": "make it a cat", "output": f"cat {k}"})
     (folder / "captions.csv").write_text("image,caption\n" + "".join(f"{k}.png,dog {k}\n" for k in range(3)))
-    told.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    instructions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
     monkeypatch.setenv("ONEDIFF_DEVICE", "cpu")
@@ -56,7 +56,7 @@ def test_every_instructed_image_is_edited_and_the_same_bytes_come_of_a_restart(p
     assert (done / "fates.json").stat().st_mtime_ns == kept
 
 
-def test_filters_that_let_nothing_through_are_told_with_their_counts(project: Path) -> None:
+def test_filters_that_let_nothing_through_are_an_error_with_their_counts(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace("min_direction_similarity: -1.0", "min_direction_similarity: 1.0"))
     with pytest.raises(ValueError, match=r"'drawn': no edit passes the filters \(kept 0, .*direction .* 6, flagged 0"):
@@ -64,10 +64,10 @@ def test_filters_that_let_nothing_through_are_told_with_their_counts(project: Pa
 
 
 def test_without_instructions_or_with_foreign_ones_it_stops(project: Path) -> None:
-    told = project / "data/instructed/drawn.jsonl"
-    told.write_text('{"name": "9.png", "edit": "a", "output": "b"}\n')
+    instructions = project / "data/instructed/drawn.jsonl"
+    instructions.write_text('{"name": "9.png", "edit": "a", "output": "b"}\n')
     with pytest.raises(ValueError, match=r"drawn\.jsonl line 1: image '9\.png' is not in the collection"):
         diffuse("drawn")
-    told.unlink()
+    instructions.unlink()
     with pytest.raises(FileNotFoundError, match=r"'dvc repro instruct@drawn' has the writer make it"):
         diffuse("drawn")

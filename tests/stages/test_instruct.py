@@ -11,7 +11,7 @@ from chat_server import serving
 from ruamel.yaml import YAML
 
 from onediff.config import Config
-from onediff.data.synthesis.edits import edit_record
+from onediff.data.synthesis.edits.records import edit_record
 from onediff.stages.instruct import instruct
 
 ROOT = Path(__file__).parents[2]

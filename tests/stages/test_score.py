@@ -9,7 +9,7 @@ from PIL import Image
 
 from onediff.config import load_params
 from onediff.data.record import Record, write_shards
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.stages.report import report
 from onediff.stages.score import score
 

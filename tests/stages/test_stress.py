@@ -9,8 +9,8 @@ import pytest
 
 from onediff.config import Config
 from onediff.data.record import read_table, write_shards
-from onediff.data.synthesis.edits import edit_record
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.edits.records import edit_record
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.model.assemble import build
 from onediff.stages.stress import OUT, stress
 

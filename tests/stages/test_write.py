@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from onediff.config import Config
 from onediff.data.record import Record, digest, read_records, write_shards
-from onediff.data.synthesis.edits import edit_record
+from onediff.data.synthesis.edits.records import edit_record
 from onediff.stages.write import write
 
 ROOT = Path(__file__).parents[2]

@@ -102,7 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DiffCap of a few scenes, and the micro preset with more steps."""
-    from onediff.data.synthesis.scenes import scene_records
+    from onediff.data.synthesis.scenes.records import scene_records
 
     folder = tmp_path_factory.mktemp("shared")
     text = (ROOT / "presets/micro.yaml").read_text()

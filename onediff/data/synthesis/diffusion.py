@@ -1,11 +1,10 @@
-"""Synthetic edits: InstructPix2Pix edits an image as told, CLIP says whether the edit is to be believed.
+"""Synthetic edits: InstructPix2Pix edits an image by an instruction, and CLIP decides whether the edit is credible.
 
-Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are presets/paper.yaml's.
+Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are in presets/paper.yaml.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -20,18 +19,19 @@ from onediff.config import Diffusion
 from onediff.data.embedding import Embedder
 from onediff.data.record import Record, digest, read_records, write_shards
 from onediff.data.sources.collection import Entry, load
+from onediff.files import write_json
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 SIDE = 64  # images are made multiples of it, which the pipeline's U-Net needs
-NO_LENGTH = 1e-5  # of a difference of unit vectors
-REASONS = ("kept", "image too unlike", "image too unlike its caption", "direction unlike the captions'", "flagged",
-           "unreadable")
+MIN_LENGTH = 1e-5  # a shorter difference of unit vectors is due to rounding
+OUTCOMES = ("kept", "image too unlike", "image too unlike its caption", "direction unlike the captions'", "flagged",
+            "unreadable")
 
 
 @dataclass(frozen=True)
 class Task:
-    """An image of the collection and the edit that it is to get; `output` is the caption of the edited image."""
+    """An image of the collection and the edit to apply; `output` is the caption of the edited image."""
 
     entry: Entry
     edit: str
@@ -54,74 +54,71 @@ class Editor:
     folder: Path
 
     def __call__(self) -> Callable[[Task], tuple[Path, dict[str, int]]]:
-        pipeline, embedder = _load_pipeline(self.settings.pipeline, self.device), Embedder(self.clip, self.device)
-        known = f"{identity(pipeline)} {embedder.identity}"
-        return lambda task: self._finish(pipeline, embedder, task, known=known)
+        embedder = Embedder(self.clip, self.device)
+        pipeline = _load_pipeline(self.settings.pipeline, embedder)
+        models = f"{_identity(pipeline)} {embedder.identity}"
 
-    def _finish(self, pipeline: Any, embedder: Embedder, task: Task, *, known: str) -> tuple[Path, dict[str, int]]:
-        """Where the kept records are, and how many samples had which fate; done once, then found again."""
-        [image] = load([task.entry])
-        told = [self.source, self.settings.model_dump(), self.seed, known, task.edit, task.output,
-                task.entry.name, task.entry.caption, digest(image.content)]
-        place = self.folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-        fates = place / "fates.json"
-        if not fates.exists():
-            counts: Counter[str] = Counter()
-            records = list(self._records(pipeline, embedder, task, image.content, counts))
-            write_shards(records, place, "train", shard_pairs=max(1, len(records)))
-            half = fates.with_suffix(".part")
-            half.write_text(json.dumps(counts), encoding="utf-8")
-            half.rename(fates)  # last, so that what is half done is done again
-        return place, json.loads(fates.read_text(encoding="utf-8"))
+        def work(task: Task) -> tuple[Path, dict[str, int]]:
+            """The folder of the kept records, and how many samples had which outcome. A finished task is reused."""
+            [image] = load([task.entry])
+            inputs = [self.source, self.settings.model_dump(), self.seed, models, task.edit, task.output,
+                      task.entry.name, task.entry.caption, digest(image.content)]
+            folder = self.folder / digest(json.dumps(inputs).encode())
+            outcomes = folder / "fates.json"
+            if not outcomes.exists():
+                counts: Counter[str] = Counter()
+                records = list(self._records(pipeline, embedder, task, image.content, counts))
+                write_shards(records, folder, "train", shard_pairs=max(1, len(records)))
+                write_json(outcomes, counts)  # last: without this file, a restart repeats the task
+            return folder, json.loads(outcomes.read_text(encoding="utf-8"))
+
+        return work
 
     def _records(self, pipeline: Any, embedder: Embedder, task: Task, content: bytes,
                  counts: Counter[str]) -> Iterator[Record]:
+        name, captions = task.entry.name, (task.entry.caption, task.output)
         try:
             before = _fitted(open_image(content, max_megapixels=self.max_megapixels), self.settings.image_px)
         except ValueError:
             counts["unreadable"] += 1
             return
-        seeds = [int(digest(f"{self.seed}|{task.entry.name}|{number}".encode())[:8], 16)
+        seeds = [int(digest(f"{self.seed}|{name}|{number}".encode())[:8], 16)
                  for number in range(self.settings.num_samples)]
-        edited, flagged = edit(pipeline, before, task.edit, self.settings, seeds)
-        measured = similarities(embedder, before, edited, captions=(task.entry.caption, task.output))
-        for seed, after, unsafe, values in zip(seeds, edited, flagged, measured, strict=True):
-            fate = "flagged" if unsafe else verdict(values, self.settings)
-            counts[fate] += 1
-            if fate == "kept":
-                yield self._record(task, before, after, seed=seed, values=values)
-
-    def _record(self, task: Task, before: Image.Image, after: Image.Image, *, seed: int,
-                values: dict[str, float]) -> Record:
-        key = f"{digest(task.entry.name.encode())[:16]}-{seed:010d}"
-        return Record(
-            pair_id=f"{self.source}-train-{key}", source=self.source, split="train",
-            group_id=f"{self.source}-{task.entry.name}", before=_png(before), after=_png(after), references=[],
-            instruction=DEFAULT_INSTRUCTION, change_type="unlabelled",
-            provenance={"official_id": key, "official_split": "train", "names": [task.entry.name, f"{key}.png"],
-                        "captions": [task.entry.caption, task.output], "edit": task.edit, "seed": seed, **values})
+        edited, flagged = _edit(pipeline, before, task.edit, self.settings, seeds)
+        measured = similarities(embedder, before, edited, captions=captions)
+        for seed, after, is_flagged, values in zip(seeds, edited, flagged, measured, strict=True):
+            outcome = "flagged" if is_flagged else verdict(values, self.settings)
+            counts[outcome] += 1
+            if outcome == "kept":
+                key = f"{digest(name.encode())[:16]}-{seed:010d}"
+                yield Record(
+                    pair_id=f"{self.source}-train-{key}", source=self.source, split="train",
+                    group_id=f"{self.source}-{name}", before=_png(before), after=_png(after), references=[],
+                    instruction=DEFAULT_INSTRUCTION, change_type="unlabelled",
+                    provenance={"official_id": key, "official_split": "train", "names": [name, f"{key}.png"],
+                                "captions": list(captions), "edit": task.edit, "seed": seed, **values})
 
 
-def records_of(places: Iterator[Path]) -> Iterator[Record]:
+def records_of(folders: Iterator[Path]) -> Iterator[Record]:
     """The kept records of finished tasks, in order."""
-    for place in places:
-        if any(place.glob("*.parquet")):
-            yield from read_records(place)
+    for folder in folders:
+        if any(folder.glob("*.parquet")):
+            yield from read_records(folder)
 
 
-def edit(pipeline: Any, before: Image.Image, told: str, settings: Diffusion,
-         seeds: list[int]) -> tuple[list[Image.Image], list[bool]]:
+def _edit(pipeline: Any, before: Image.Image, instruction: str, settings: Diffusion,
+          seeds: list[int]) -> tuple[list[Image.Image], list[bool]]:
     """One edited image per seed, and which of them the pipeline's safety checker flags.
 
     Each sample draws from a generator of its own; the samples of one image make a batch, whatever else is edited.
     """
     import torch
 
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    done = pipeline(prompt=[told] * len(seeds), image=[before] * len(seeds), num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
-                    generator=generators, output_type="pil")
-    return done.images, list(done.nsfw_content_detected or [False] * len(seeds))
+    count = len(seeds)
+    output = pipeline(prompt=[instruction] * count, image=[before] * count, num_inference_steps=settings.steps,
+                      guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
+                      generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pil")
+    return output.images, list(output.nsfw_content_detected or [False] * count)
 
 
 def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Image], *,
@@ -139,35 +136,31 @@ def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Ima
 
 def verdict(values: dict[str, float], settings: Diffusion) -> str:
     """"kept", or the first filter that the sample does not pass."""
-    if values["sim_image"] < settings.min_image_similarity:
-        return "image too unlike"
-    if min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity:
-        return "image too unlike its caption"
-    if values["sim_direction"] < settings.min_direction_similarity:
-        return "direction unlike the captions'"
-    return "kept"
+    is_too_low = {
+        "image too unlike": values["sim_image"] < settings.min_image_similarity,
+        "image too unlike its caption": min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity,
+        "direction unlike the captions'": values["sim_direction"] < settings.min_direction_similarity}
+    return next((outcome for outcome, applies in is_too_low.items() if applies), "kept")
 
 
-def identity(pipeline: Any) -> str:
+def _identity(pipeline: Any) -> str:
     """Differs when the weights or their precision differ."""
     parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
     total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
     return f"{total:.12g} {pipeline.dtype}"
 
 
-def _load_pipeline(path: str, device: str) -> Any:
-    import torch
+def _load_pipeline(path: str, embedder: Embedder) -> Any:
+    """On the device and in the precision of the embedder."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        path, dtype=torch.float16 if cuda else torch.float32)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(path, dtype=embedder.model.dtype)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if cuda else "cpu")
+    return pipeline.to(embedder.model.device)
 
 
 def _fitted(image: Image.Image, longest_px: int) -> Image.Image:
-    """Scaled so that the longer side is about `longest_px`, both sides multiples of SIDE; the rest is cut off."""
+    """Resized and cropped: the longer side becomes about `longest_px`, both sides multiples of SIDE."""
     scale = longest_px / max(image.size)
     width, height = (max(SIDE, round(side * scale / SIDE) * SIDE) for side in image.size)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -176,7 +169,7 @@ def _fitted(image: Image.Image, longest_px: int) -> Image.Image:
 def _cosine(a: Any, b: Any) -> float:
     """0 where one has no length but rounding, as the direction between equal captions."""
     lengths = [float(vector @ vector) ** 0.5 for vector in (a, b)]
-    return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > NO_LENGTH else 0.0
+    return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > MIN_LENGTH else 0.0
 
 
 def _png(image: Image.Image) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,14 +92,13 @@ class Camera:
         return _dot(offset, self.right) / (depth * FOV), _dot(offset, self.up) / (depth * FOV), depth
 
 
-def _dot(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _dot(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _hit(thing: Thing, o: tuple, d: tuple[Array, ...]) -> Array:
     """Distance along rays o + t d to the surface, inf where they miss. o: scalars or arrays, d: unit vectors."""
-    cx, cy, cz = thing.centre
-    ox, oy, oz = o[0] - cx, o[1] - cy, o[2] - cz
+    ox, oy, oz = (axis - centre for axis, centre in zip(o, thing.centre, strict=True))
     dx, dy, dz = d
     half = thing.half
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -130,22 +130,20 @@ def _hit(thing: Thing, o: tuple, d: tuple[Array, ...]) -> Array:
 
 def _normal(thing: Thing, p: tuple[Array, ...]) -> tuple[Array, ...]:
     """Outward unit normal at surface points."""
-    cx, cy, cz = thing.centre
-    x, y, z = p[0] - cx, p[1] - cy, p[2] - cz
+    x, y, z = (axis - centre for axis, centre in zip(p, thing.centre, strict=True))
     half = thing.half
-    zero = np.zeros_like(x)
     if thing.shape == "sphere":
         return x / half, y / half, z / half
     top = np.abs(z) > half * (1 - 1e-6)
     lid = np.where(z > 0, 1.0, -1.0)
     if thing.shape == "cylinder":
-        return np.where(top, 0.0, x / half), np.where(top, 0.0, y / half), np.where(top, lid, zero)
+        return np.where(top, 0.0, x / half), np.where(top, 0.0, y / half), np.where(top, lid, 0.0)
     c, s = math.cos(thing.rotation), math.sin(thing.rotation)
     lx, ly = x * c + y * s, y * c - x * s
     side_x = np.abs(lx) >= np.abs(ly)
     nx = np.where(side_x, np.where(lx > 0, 1.0, -1.0), 0.0)
     ny = np.where(side_x, 0.0, np.where(ly > 0, 1.0, -1.0))
-    return np.where(top, 0.0, nx * c - ny * s), np.where(top, 0.0, nx * s + ny * c), np.where(top, lid, zero)
+    return np.where(top, 0.0, nx * c - ny * s), np.where(top, 0.0, nx * s + ny * c), np.where(top, lid, 0.0)
 
 
 def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
@@ -160,8 +158,8 @@ def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
 def _rays(camera: Camera, side: int) -> tuple[Array, ...]:
     axis = (np.arange(side) + 0.5) * (2.0 * FOV / side) - FOV
     u, v = axis[None, :], -axis[:, None]
-    raw = [camera.forward[i] + u * camera.right[i] + v * camera.up[i] for i in range(3)]
-    length = np.sqrt(raw[0] * raw[0] + raw[1] * raw[1] + raw[2] * raw[2])
+    raw = tuple(camera.forward[i] + u * camera.right[i] + v * camera.up[i] for i in range(3))
+    length = np.sqrt(_dot(raw, raw))
     return tuple(component / length for component in raw)
 
 
@@ -182,10 +180,9 @@ def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np
     """Which points the light reaches."""
     lit = np.ones(p[0].shape, dtype=bool)
     for thing in things:
-        cx, cy, cz = thing.centre
-        ox, oy, oz = cx - p[0], cy - p[1], cz - p[2]
-        along = ox * light[0] + oy * light[1] + oz * light[2]
-        near = (ox * ox + oy * oy + oz * oz - along * along < thing.bound**2) & (along > -thing.bound)
+        offset = tuple(centre - axis for centre, axis in zip(thing.centre, p, strict=True))
+        along = _dot(offset, light)
+        near = (_dot(offset, offset) - along * along < thing.bound**2) & (along > -thing.bound)
         where = np.nonzero(near & lit)
         o = tuple(axis[where] + 1e-4 * towards for axis, towards in zip(p, light, strict=True))
         towards = tuple(np.full(o[0].shape, value) for value in light)
@@ -205,6 +202,12 @@ def object_ids(things: list[Thing], view: View, image_px: int, *, samples: int =
     return np.ascontiguousarray(ids[::samples, ::samples])
 
 
+def bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
+    """Left, top, right and bottom of the true pixels; None if there are none."""
+    rows, columns = np.nonzero(mask)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1] if rows.size else None
+
+
 def render(things: list[Thing], view: View, image_px: int, *,
            samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """-> image (P, P, 3) uint8, and ids (P, P): which object each pixel shows, -1 for the table.
@@ -222,11 +225,10 @@ def render(things: list[Thing], view: View, image_px: int, *,
     ground = (view.ambient + view.light_power * light[2] * lit) * fade
     image = np.stack([ground * TABLE[i] for i in range(3)])
     for k, thing in enumerate(things):
-        where = np.nonzero(ids == k)
-        if where[0].size:
-            shaded = _shade(thing, view, light, tuple(a[where] for a in p), tuple(a[where] for a in d), lit[where])
-            for channel in range(3):
-                image[channel][where] = shaded[channel]
+        where = ids == k
+        if where.any():
+            image[:, where] = _shade(thing, view, light, tuple(a[where] for a in p), tuple(a[where] for a in d),
+                                     lit[where])
     mean = image.reshape(3, image_px, samples, image_px, samples).mean(axis=(2, 4))
     pixels = np.floor(np.sqrt(np.clip(mean, 0.0, 1.0)) * 255.0 + 0.5).astype(np.uint8)  # gamma 2
     return np.ascontiguousarray(pixels.transpose(1, 2, 0)), np.ascontiguousarray(ids[::samples, ::samples])
@@ -234,16 +236,16 @@ def render(things: list[Thing], view: View, image_px: int, *,
 
 def _shade(thing: Thing, view: View, light: Vector, p: tuple, d: tuple, lit: NDArray[np.bool_]) -> list[Array]:
     n = _normal(thing, p)
-    facing = np.maximum(n[0] * light[0] + n[1] * light[1] + n[2] * light[2], 0.0) * lit
+    facing = np.maximum(_dot(n, light), 0.0) * lit
     diffuse = view.ambient * (0.7 + 0.3 * n[2]) + view.light_power * facing
     base = COLORS[thing.color]
     if thing.material == "matte":
         return [diffuse * base[i] for i in range(3)]
-    cosine = 2.0 * (d[0] * n[0] + d[1] * n[1] + d[2] * n[2])
+    cosine = 2.0 * _dot(d, n)
     r = tuple(d[i] - cosine * n[i] for i in range(3))  # the mirrored ray meets bright ceiling, dark wall or table
     table = 0.75 / (1.0 + 2.0 * p[2] / np.maximum(-r[2], 0.05))
     room = np.where(r[2] > 0.4, 1.3, np.where(r[2] > 0.0, 0.1, table)) * (0.5 + view.ambient)
-    glint = np.maximum(r[0] * light[0] + r[1] * light[1] + r[2] * light[2], 0.0)
+    glint = np.maximum(_dot(r, light), 0.0)
     for _ in range(4):  # to the 16th power
         glint = glint * glint
     white = 0.9 * view.light_power * glint * lit

@@ -1,23 +1,24 @@
-"""How a request is sent: paced, repeated with back-off while that can help, and never with the key in sight."""
+"""Sends requests: at a limited rate, repeated with back-off while that can help, and with the key hidden in all texts.
+"""
 
 from __future__ import annotations
 
 import email.utils
 import json
+import math
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from onediff import interrupts
 from onediff.config import Runtime
-from onediff.data.writer.answer import Answer, read_completion
-from onediff.data.writer.price import bound
-from onediff.data.writer.request import Request
+from onediff.data.writer.answers import Answer, excerpt, read_completion
+from onediff.data.writer.request import Request, max_tokens
 
 if TYPE_CHECKING:
     import openai
@@ -56,7 +57,7 @@ class Pace:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self, tokens: int) -> float:
-        """Seconds to wait before a request that may take so many tokens."""
+        """Seconds to wait before a request of at most so many tokens."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next)
@@ -65,7 +66,8 @@ class Pace:
 
 
 class Stop(interrupts.Stop):
-    """Asks threads to end, and says why. A plain attribute, because a signal's handler may not wait for a lock."""
+    """Asks threads to end; `reason` is why. A plain attribute, because the handler of a signal may not wait for a lock.
+    """
 
     def wait(self, seconds: float) -> bool:
         """Whether the end was asked for within so many seconds."""
@@ -81,16 +83,13 @@ class Endpoint:
     def __init__(self, runtime: Runtime, stop: Stop, *, share: int = 1) -> None:
         import openai
 
-        key = api_key(runtime)
-        self.url = shown_url(runtime)
-        self.stop = stop
-        self._hide: Callable[[str], str] = lambda text: text.replace(key, "***") if key != "none" else text
-        self._client = openai.OpenAI(api_key=key, base_url=runtime.writer_url or OPENAI_URL, max_retries=0,
+        self.url, self.stop = shown_url(runtime), stop
+        self._key = api_key(runtime)
+        self._client = openai.OpenAI(api_key=self._key, base_url=runtime.writer_url or OPENAI_URL, max_retries=0,
                                      timeout=TIMEOUT_S)
-        per_minute = [(limit or float("inf")) / share
-                      for limit in (runtime.writer_requests_per_minute, runtime.writer_tokens_per_minute)]
-        self._pace = Pace(per_minute[0], per_minute[1])
-        self._left_out: set[str] = set()  # what this endpoint turned out not to know
+        self._pace = Pace((runtime.writer_requests_per_minute or float("inf")) / share,
+                          (runtime.writer_tokens_per_minute or float("inf")) / share)
+        self._unsupported: set[str] = set()  # parameters that this endpoint refused
 
     def answer(self, request: Request) -> Answer | None:
         """None if `stop` was set before there was an answer; "unreadable" if an image cannot be sent.
@@ -101,16 +100,17 @@ class Endpoint:
             body = request.body()
         except ValueError as error:
             return Answer(request.key, "unreadable", str(error), "", request.writer.model, 0, 0, counted=True)
-        tokens = bound(request)
+        bound = max_tokens(request)
         lost, reason = 0, ""
         for attempt in range(ATTEMPTS):
-            if self.stop.wait(self._pace.turn(tokens.input + tokens.output)):
+            if self.stop.wait(self._pace.turn(bound.input + bound.output)):
                 return None
             reply = self._attempt(request, body)
             if isinstance(reply, Answer):
-                return self._finished(reply, request, lost)
+                return replace(reply, lost=lost)
             lost, reason = lost + reply.lost, reply.reason
-            if attempt + 1 < ATTEMPTS and self.stop.wait(reply.wait_s or _backoff(attempt)):
+            backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** attempt) * random.uniform(0.5, 1)
+            if attempt + 1 < ATTEMPTS and self.stop.wait(reply.wait_s or backoff_s):
                 return None
         raise ConnectionError(f"{self.url}: no answer after {ATTEMPTS} attempts, the last: {reason}; what was answered "
                               "is kept, run again to go on")
@@ -118,10 +118,12 @@ class Endpoint:
     def _attempt(self, request: Request, body: dict[str, Any]) -> Answer | _Again:
         import openai
 
-        known = self._known(body)
+        sent = {name: value for name, value in body.items() if name not in self._unsupported}
+        if "max_tokens" in self._unsupported:  # it has a newer name
+            sent["max_completion_tokens"] = body["max_tokens"]
         try:
             raw = self._client.chat.completions.with_raw_response.create(
-                **known, extra_headers={"Idempotency-Key": request.key})
+                **sent, extra_headers={"Idempotency-Key": request.key})
             return self._read(request, self._hide(raw.text), raw.headers.get("content-type", ""))
         except openai.APITimeoutError:
             return _Again(f"nothing came within {TIMEOUT_S:g} s", lost=1)
@@ -129,52 +131,45 @@ class Endpoint:
             never_sent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
             return _Again(self._hide(f"cannot connect ({error.__cause__ or error})"), lost=0 if never_sent else 1)
         except openai.APIStatusError as error:
-            return self._refused(request, known, error)
+            return self._on_http_error(request, sent, error)
 
-    def _read(self, request: Request, text: str, kind: str) -> Answer | _Again:
+    def _read(self, request: Request, text: str, content_type: str) -> Answer | _Again:
         try:
             completion = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"{self.url}: answered with {_kind(kind, text)} instead of JSON: {self._short(text)}; "
+            is_html = "html" in content_type or text.lstrip()[:9].lower().startswith(("<!doctype", "<html"))
+            kind = "HTML" if is_html else content_type.split(";")[0] or "text"
+            raise ValueError(f"{self.url}: answered with {kind} instead of JSON: {self._excerpt(text)}; "
                              "set writer_url in runtime.yaml to the endpoint's address, mostly ending in /v1") from None
         answer = read_completion(request, completion) if isinstance(completion, dict) else None
-        return answer or _Again(f"not a chat completion: {self._short(text)}")
+        return answer or _Again(f"not a chat completion: {self._excerpt(text)}")
 
-    def _refused(self, request: Request, body: dict[str, Any], error: openai.APIStatusError) -> Answer | _Again:
+    def _on_http_error(self, request: Request, body: dict[str, Any],
+                       error: openai.APIStatusError) -> Answer | _Again:
         """An HTTP error: worth another attempt, a refusal of this one request, or the end (ValueError)."""
         status, text = error.status_code, error.response.text
-        said = f"HTTP {status}: {self._short(text)}"
+        message = f"HTTP {status}: {self._excerpt(text)}"
         if status == 429 and "insufficient_quota" in text:
-            raise ValueError(f"{self.url}: {said}; the account has no credit left")
+            raise ValueError(f"{self.url}: {message}; the account has no credit left")
         if status in (408, 409, 429) or status >= 500:
-            return _Again(said, wait_s=_retry_after(error.response.headers))
+            return _Again(message, wait_s=_retry_after_s(error.response.headers.get("retry-after", "")))
         if status == 401:
             raise ValueError(f"{self.url}: HTTP 401: the key is not accepted; set {KEY_NAMES[0]} to a valid one")
         if status == 400 and any(word in text.lower() for word in _FILTERED):
-            return Answer(request.key, "refused", f"the endpoint's content filter refused: {self._short(text)}", "",
+            return Answer(request.key, "refused", f"the endpoint's content filter refused: {self._excerpt(text)}", "",
                           request.writer.model, 0, 0, counted=True)
-        for name in ("response_format", "max_tokens"):
+        for name in ("response_format", "max_tokens"):  # the prompt describes the form as well
             if status in (400, 422) and name in text and name in body:
-                self._left_out.add(name)
-                return _Again(said, wait_s=0.001)
-        raise ValueError(f"{self.url}: {said}; correct {request.section} in params.yaml or writer_url in runtime.yaml")
+                self._unsupported.add(name)
+                return _Again(message, wait_s=0.001)
+        raise ValueError(f"{self.url}: {message}; correct {request.section} in params.yaml or writer_url in "
+                         "runtime.yaml")
 
-    def _known(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Without what the endpoint does not know: the prompts tell the form too, and max_tokens has a newer name."""
-        known = {name: value for name, value in body.items() if name not in self._left_out}
-        if "max_tokens" in self._left_out:
-            known["max_completion_tokens"] = body["max_tokens"]
-        return known
+    def _hide(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key != "none" else text
 
-    def _finished(self, answer: Answer, request: Request, lost: int) -> Answer:
-        if not answer.counted:
-            most = bound(request)
-            answer = replace(answer, input_tokens=most.input, output_tokens=most.output)
-        return replace(answer, lost=lost)
-
-    def _short(self, text: str) -> str:
-        line = " ".join(self._hide(text).split())
-        return repr(line if len(line) <= 160 else line[:157] + "...")
+    def _excerpt(self, text: str) -> str:
+        return excerpt(self._hide(text), 160)
 
 
 @dataclass(frozen=True)
@@ -186,23 +181,11 @@ class _Again:
     lost: int = 0
 
 
-def _backoff(attempt: int) -> float:
-    return min(MAX_BACKOFF_S, BACKOFF_S * 2 ** attempt) * random.uniform(0.5, 1)
-
-
-def _retry_after(headers: Any) -> float | None:
+def _retry_after_s(header: str) -> float | None:
     """Seconds that the endpoint asks for, as a number or as a date; at most ten minutes."""
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.001), 600.0) if seconds == seconds else None
-
-
-def _kind(content_type: str, text: str) -> str:
-    looks_html = "html" in content_type or text.lstrip()[:9].lower().startswith(("<!doctype", "<html"))
-    return "HTML" if looks_html else content_type.split(";")[0] or "text"
+    seconds = math.nan
+    with suppress(ValueError, TypeError):
+        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    with suppress(ValueError):
+        seconds = float(header)
+    return None if math.isnan(seconds) else min(max(seconds, 0.001), 600.0)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import pyarrow.parquet as pq
-
 from onediff.config import Config, Writer
-from onediff.data.folders import PAIRS
-from onediff.data.record import SCHEMA, Record, read_records, shards
-from onediff.data.splits import SPLITS, Split
+from onediff.data.record import Record, read_records, read_table, shards
+from onediff.data.sources.collection import list_collection
 from onediff.data.writer.request import Request, differences_from_captions, differences_from_images, edit_of_caption
+from onediff.paths import PAIRS, RAW
 
 Stage = Literal["write", "instruct"]
-_LIGHT = [name for name in SCHEMA.names if name not in ("before", "after")]
 
 
 @dataclass(frozen=True)
 class Unfit:
-    """What cannot be asked about, and why."""
+    """A pair that the writer cannot be asked about, and why."""
 
     name: str
     reason: str
@@ -41,14 +36,17 @@ def writer_of(source: str, config: Config, stage: Stage) -> Writer:
 def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]:
     """One for each pair or image, in order. Raises ValueError if none of them can be asked about."""
     writer = writer_of(source, config, stage)
-    made: Iterator[Request | Unfit] = _edits(source, writer)
-    if stage == "write":
-        made = _captions(source, writer)
+    if stage == "instruct":
+        for image in list_collection(RAW / source):
+            yield edit_of_caption(image.name, writer, caption=image.caption)
+        return
     unfit, any_fit = None, False
-    for job in made:
-        any_fit = any_fit or isinstance(job, Request)
-        unfit = unfit or (job if isinstance(job, Unfit) else None)
-        yield job
+    for record in read_records(PAIRS / source) if writer.mode == "vision" else _records_without_images(source):
+        if not is_captioned(record):
+            job = caption_job(record, writer)
+            any_fit = any_fit or isinstance(job, Request)
+            unfit = unfit or (job if isinstance(job, Unfit) else None)
+            yield job
     if unfit and not any_fit:
         raise ValueError(f"{source}: the writer can be asked about nothing; {unfit.name}: {unfit.reason}")
 
@@ -71,26 +69,7 @@ def caption_job(record: Record, writer: Writer) -> Request | Unfit:
                                      edit=record.provenance.get("edit") or "")
 
 
-def _captions(source: str, writer: Writer) -> Iterator[Request | Unfit]:
-    folder = PAIRS / source
-    records = read_records(folder) if writer.mode == "vision" else _without_images(folder)
-    return (caption_job(record, writer) for record in records if not is_captioned(record))
-
-
-def _without_images(folder: Path) -> Iterator[Record]:
-    for path in shards(folder):
-        for batch in pq.ParquetFile(path).iter_batches(columns=_LIGHT):
-            for row in batch.to_pylist():
-                yield Record(**row | {"before": b"", "after": b"", "provenance": json.loads(row["provenance"])})
-
-
-def _edits(source: str, writer: Writer) -> Iterator[Request]:
-    from onediff.data.sources.collection import list_collection
-
-    for image in list_collection(Path("data/raw") / source):
-        yield edit_of_caption(image.name, writer, caption=image.caption)
-
-
-def splits_of(folder: Path) -> list[Split]:
-    """The splits that the folder has shards of, in their order."""
-    return [split for split in SPLITS if any(folder.glob(f"{split}-*.parquet"))]
+def _records_without_images(source: str) -> Iterator[Record]:
+    for path in shards(PAIRS / source):
+        for row in read_table(path.parent, path.name):
+            yield Record(**row, before=b"", after=b"")

@@ -1,4 +1,9 @@
-"""One request to the writer or the judge: what is asked, in which words, and the key under which its answer is kept."""
+"""One request to the writer or the judge: its content, its words, the key under which its answer is stored, its price.
+
+Expected tokens: a token per 4 characters, 60 tokens of answer. Bound: a token per byte of UTF-8 and all of max_tokens,
+because no byte-level tokenizer makes more. An image of at most one tile of 512 px: 255 tokens (85 + 170 of OpenAI's
+tile rule), 8,500 with gpt-4o-mini (2,833 + 5,667); the bound takes the larger for every model.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,25 @@ import functools
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from string import Template
 from typing import Any, Literal
 
-from onediff.config import Writer
+from onediff.config import Runtime, Writer
 from onediff.data.record import digest
 from onediff.inputs.images import open_image
 
 Form = Literal["differences", "edit", "judgement"]
 IMAGE_PX = 512  # longest side of an image that is sent: one tile where images are priced by tiles of 512
 JPEG_QUALITY = 90
+ANSWER_TOKENS = 60
+MESSAGE_TOKENS = 16  # what roles and the chat format add
+IMAGE_TOKENS, MAX_IMAGE_TOKENS = 255, 8500
 
+_SECTIONS: dict[Form, str] = {"differences": "data.writer", "edit": "data.writer", "judgement": "judge"}
 _TEXT = {"type": "string"}
-# Without minItems and the like, which not every endpoint takes; answer.py checks the rest.
+# Without minItems and the like, which not every endpoint takes; answers.py checks the rest.
 SCHEMAS: dict[Form, dict[str, Any]] = {
     "differences": {"type": "object", "properties": {"differences": {"type": "array", "items": _TEXT}},
                     "required": ["differences"], "additionalProperties": False},
@@ -35,7 +44,7 @@ SCHEMAS: dict[Form, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """`name` says for whom (a pair_id or an image's name) and is not sent; `images` are encoded files as they came."""
+    """`name` is the pair_id or the name of the image and is not sent; `images` are encoded files as they came."""
 
     name: str
     form: Form
@@ -48,22 +57,22 @@ class Request:
     def key(self) -> str:
         """Digest of all that can change the answer: equal keys are one question, asked and paid for once."""
         images = [{"sha256": digest(image), "px": IMAGE_PX, "quality": JPEG_QUALITY} for image in self.images]
-        asked = {"form": self.form, "schema": SCHEMAS[self.form], "system": self.system, "user": self.user,
-                 "images": images, **self.writer.model_dump()}
-        return digest(json.dumps(asked, sort_keys=True).encode())
+        question = {"form": self.form, "schema": SCHEMAS[self.form], "system": self.system, "user": self.user,
+                    "images": images, **self.writer.model_dump()}
+        return digest(json.dumps(question, sort_keys=True).encode())
 
     @property
     def section(self) -> str:
-        """Where in params.yaml the settings stand."""
-        return "judge" if self.form == "judgement" else "data.writer"
+        """The section of params.yaml that holds the settings."""
+        return _SECTIONS[self.form]
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent. Raises ValueError for an image that cannot be read."""
         content: str | list[dict[str, Any]] = self.user
         if self.images:
-            content = [{"type": "text", "text": self.user}]
-            for name, image in zip(("first", "second"), self.images, strict=True):
-                content.append({"type": "image_url", "image_url": {"url": _data_uri(name, image)}})
+            images = [{"type": "image_url", "image_url": {"url": _data_uri(name, image)}}
+                      for name, image in zip(("first", "second"), self.images, strict=True)]
+            content = [{"type": "text", "text": self.user}, *images]
         schema = {"name": self.form, "strict": True, "schema": SCHEMAS[self.form]}
         return {"model": self.writer.model, "temperature": self.writer.temperature,
                 "max_tokens": self.writer.max_tokens,
@@ -72,7 +81,7 @@ class Request:
 
 
 def _data_uri(name: str, image: bytes) -> str:
-    """A JPEG of at most IMAGE_PX pixels a side, as an address that holds its own content."""
+    """A JPEG of at most IMAGE_PX pixels a side, as an address that holds the content."""
     try:
         picture = open_image(image)
     except ValueError as error:
@@ -84,34 +93,34 @@ def _data_uri(name: str, image: bytes) -> str:
 
 
 def differences_from_captions(name: str, writer: Writer, *, before: str, after: str, edit: str) -> Request:
-    """As the paper: the writer knows each image by its caption alone. `edit` is empty where there was none."""
-    system, user = load_prompt(writer.prompts, "differences_text")
-    told = user.substitute(before=_quoted(before), after=_quoted(after), edit=_quoted(edit) if edit else "none")
-    return Request(name, "differences", writer, system, told)
+    """As in the paper: the writer knows each image by its caption only. `edit` is empty where there was none."""
+    return _filled(name, "differences", writer, "differences_text", before=_quoted(before), after=_quoted(after),
+                   edit=_quoted(edit) if edit else "none")
 
 
 def differences_from_images(name: str, writer: Writer, *, before: bytes, after: bytes) -> Request:
-    system, user = load_prompt(writer.prompts, "differences_vision")
-    return Request(name, "differences", writer, system, user.substitute(), (before, after))
+    return replace(_filled(name, "differences", writer, "differences_vision"), images=(before, after))
 
 
 def edit_of_caption(name: str, writer: Writer, *, caption: str) -> Request:
-    """As InstructPix2Pix: an edit invented from a caption. It is always text, so the mode leaves its key alone."""
-    system, user = load_prompt(writer.prompts, "edit")
-    text_only = writer.model_copy(update={"mode": "text"})
-    return Request(name, "edit", text_only, system, user.substitute(caption=_quoted(caption)))
+    """As InstructPix2Pix: an edit invented from a caption. It is always text, so the mode does not change its key."""
+    return _filled(name, "edit", writer.model_copy(update={"mode": "text"}), "edit", caption=_quoted(caption))
 
 
 def judgement_of_caption(name: str, writer: Writer, *, caption: str, references: Sequence[str]) -> Request:
     """Whether a caption of two images is true, by what people wrote about them."""
-    system, user = load_prompt(writer.prompts, "judgement", section="judge")
-    told = "[" + ", ".join(map(_quoted, references)) + "]"
-    return Request(name, "judgement", writer, system, user.substitute(references=told, caption=_quoted(caption)))
+    return _filled(name, "judgement", writer, "judgement", caption=_quoted(caption),
+                   references="[" + ", ".join(map(_quoted, references)) + "]")
+
+
+def _filled(name: str, form: Form, writer: Writer, prompt: str, **words: str) -> Request:
+    system, user = load_prompt(writer.prompts, prompt, section=_SECTIONS[form])
+    return Request(name, form, writer, system, user.substitute(words))
 
 
 @functools.cache
 def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tuple[str, Template]:
-    """The system's words, and the template of the question behind the line `---`. Raises ValueError if unknown."""
+    """The system's words, and the template of the question after the line `---`. Raises ValueError if unknown."""
     root = resources.files("onediff.data.writer") / "prompts"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if version not in known:
@@ -122,3 +131,37 @@ def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tup
 
 def _quoted(caption: str) -> str:
     return json.dumps(" ".join(caption.split()), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    input: int
+    output: int
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.input + other.input, self.output + other.output)
+
+    def usd(self, runtime: Runtime) -> float:
+        """Raises ValueError where a price is unknown: no request may be sent then."""
+        prices = {"input": runtime.writer_usd_per_million_input, "output": runtime.writer_usd_per_million_output}
+        for name, price in prices.items():
+            if price is None:
+                raise ValueError(f"runtime.yaml: writer_usd_per_million_{name} is not set: give what a million {name} "
+                                 "tokens cost, 0 for an endpoint of your own")
+        return (self.input * (prices["input"] or 0) + self.output * (prices["output"] or 0)) / 1e6
+
+
+def expected_tokens(request: Request) -> Tokens:
+    image = MAX_IMAGE_TOKENS if request.writer.model.startswith("gpt-4o-mini") else IMAGE_TOKENS
+    text = -(-sum(map(len, _texts(request))) // 4)
+    return Tokens(MESSAGE_TOKENS + text + image * len(request.images), min(ANSWER_TOKENS, request.writer.max_tokens))
+
+
+def max_tokens(request: Request) -> Tokens:
+    """A request never takes more than this."""
+    text = sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(request))
+    return Tokens(MESSAGE_TOKENS + text + MAX_IMAGE_TOKENS * len(request.images), request.writer.max_tokens)
+
+
+def _texts(request: Request) -> tuple[str, str, str]:
+    return request.system, request.user, json.dumps(SCHEMAS[request.form])

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onediff.config import Judge, Runtime, Writer
 from onediff.data.record import read_table
 from onediff.data.sources.tables import aligned
+from onediff.data.writer.answers import answers_path, read_answers
+from onediff.data.writer.answers import parse as parse_answer
 from onediff.data.writer.asking import ask
 from onediff.data.writer.request import judgement_of_caption
-from onediff.data.writer.store import answers_path, read_answers
 from onediff.eval.analysis.behaviour import RESAMPLES, Row, interval, parse, parse_operation, says_the_truth, truth
 from onediff.eval.jsonl import read_predictions
 from onediff.eval.pairs import Predictions, References, check_keys
@@ -99,7 +100,7 @@ def judge(predictions: Predictions, references: References, settings: Judge, run
     verdicts = []
     for pair_id, request in asked.items():
         answer = answers[request.key]
-        said = answer.content("judgement") if answer.status == "ok" else {"states": "", "invents": ""}
+        said = parse_answer(answer.text, "judgement") if answer.status == "ok" else {"states": "", "invents": ""}
         verdicts.append(Verdict(pair_id, predictions[pair_id], list(references[pair_id]), answer.status, answer.reason,
                                 said["states"], said["invents"], answer.model, answer.key))
     return verdicts

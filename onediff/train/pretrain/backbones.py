@@ -26,10 +26,11 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from onediff.config import load_params, load_runtime
-from onediff.data.synthesis.edits import photo_paths
+from onediff.data.synthesis.edits.pictures import photo_paths
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View, render, visible
-from onediff.data.synthesis.scenes import draw_things, draw_view, name_objects
+from onediff.data.synthesis.scenes.captions import name_objects
+from onediff.data.synthesis.scenes.drawing import draw_things, draw_view
 from onediff.inputs.images import open_image
 from onediff.train.pretrain import dialogue as chat
 

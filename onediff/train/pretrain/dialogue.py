@@ -15,7 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from onediff.data.synthesis.edits import CASTS, PLACES, TURNS
+from onediff.data.synthesis.edits.operations import CASTS, TURNS
+from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
 from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt

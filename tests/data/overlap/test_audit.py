@@ -13,13 +13,13 @@ from PIL import Image
 from published_sets import put
 
 from onediff.config import Runtime
-from onediff.data.overlap.audit import as_text, audit_to, verdict
-from onediff.data.overlap.datasets import rows_of
+from onediff.data.overlap.audit import as_text, audit, verdict
+from onediff.data.overlap.datasets import read_examples
 from onediff.data.record import Record, write_shards
 
 CASES = Path(__file__).parents[4] / "shared/cases"
 NUM = 7
-SAID = ["the woman who carried the green suitcase has left the platform",
+CAPTIONS = ["the woman who carried the green suitcase has left the platform",
         "two of the bicycles near the old gate are gone",
         "a delivery van now blocks half of the narrow side street", "nothing has changed",
         "someone took the yellow ladder away from the brick wall", "the cat on the window sill looks the other way",
@@ -57,18 +57,18 @@ def benchmark(tmp_path: Path) -> Path:
         for k in range(NUM):
             for side in (0, 1):
                 saved(folder / f"images/{split}{k}_{side}.png", drawn(start + 2 * k + side))
-            said = SAID[k] if split == "test" else f"training sentence {k}"
+            caption = CAPTIONS[k] if split == "test" else f"training sentence {k}"
             lines.append({"before": f"images/{split}{k}_0.png", "after": f"images/{split}{k}_1.png",
-                          "references": [said], "split": split, "pair_id": f"{split}{k}"})
+                          "references": [caption], "split": split, "pair_id": f"{split}{k}"})
     put(folder / "pairs.jsonl", "\n".join(map(json.dumps, lines)))
     return folder
 
 
 def audited(train: Path, benchmark: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     out = train.parent / "findings.jsonl"
-    trained = rows_of(train, split="train", scratch=train.parent / "scratch", **options)
-    tested = rows_of(benchmark, split="test", scratch=train.parent / "scratch")
-    result = audit_to(out, trained, tested, max_distance=2.0, runtime=RUNTIME)
+    trained = read_examples(train, split="train", scratch=train.parent / "scratch", **options)
+    tested = read_examples(benchmark, split="test", scratch=train.parent / "scratch")
+    result = audit(trained, tested, out=out, max_distance=2.0, runtime=RUNTIME)
     return result, [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -81,21 +81,21 @@ def others(folder: Path) -> Path:
     for k in range(4):
         saved(folder / f"new/{k}.jpg", drawn(500 + k))
     put(folder / "new/broken.jpg", "no image")
-    rows = [row("a", ["coco/1a.jpg", "coco/1b.jpg"], SAID[1].upper()),
-            row("b", ["coco/3a.jpg", "coco/3b.jpg"], SAID[3]), row("c", "vqa/x.png", "What a nice picture."),
-            row("d", ["new/0.jpg", "new/1.jpg"], f"Well. {SAID[2]}."),
+    rows = [row("a", ["coco/1a.jpg", "coco/1b.jpg"], CAPTIONS[1].upper()),
+            row("b", ["coco/3a.jpg", "coco/3b.jpg"], CAPTIONS[3]), row("c", "vqa/x.png", "What a nice picture."),
+            row("d", ["new/0.jpg", "new/1.jpg"], f"Well. {CAPTIONS[2]}."),
             row("e", ["new/2.jpg", "new/gone.jpg"], "the dog left"), row("f", "new/broken.jpg", "nothing has changed"),
-            {"id": 7, "conversations": [{"from": "gpt", "value": f"they say {SAID[4]} at noon"}]}]
+            {"id": 7, "conversations": [{"from": "gpt", "value": f"they say {CAPTIONS[4]} at noon"}]}]
     return put(folder / "rows.json", rows)
 
 
-def test_copies_in_others_json_are_found_and_unrelated_images_are_not(benchmark: Path, tmp_path: Path) -> None:
+def test_copies_in_others_json_are_matched_and_unrelated_images_are_not(benchmark: Path, tmp_path: Path) -> None:
     result, findings = audited(others(tmp_path / "m4"), benchmark)
     assert result["benchmarks"] == {"mine": {
         "num_pairs": 7, "equal_image": 1, "near_image": 2, "equal_caption": 3, "rare_caption": 2, "near_caption": 1,
         "image_and_caption": 2, "leaks": 5}}
-    found = {(finding["reason"], finding["pair_id"], finding["train"]) for finding in findings}
-    assert found == {("near image", "mine-test-test1", "a"), ("near image", "mine-test-test3", "b"),
+    matches = {(finding["reason"], finding["pair_id"], finding["train"]) for finding in findings}
+    assert matches == {("near image", "mine-test-test1", "a"), ("near image", "mine-test-test3", "b"),
                      ("equal image", "mine-test-test5", "c"), ("equal caption", "mine-test-test1", "a"),
                      ("equal caption", "mine-test-test3", "b"), ("equal caption", "mine-test-test2", "d"),
                      ("near caption", "mine-test-test4", "7")}
@@ -104,10 +104,10 @@ def test_copies_in_others_json_are_found_and_unrelated_images_are_not(benchmark:
                                                               "coco/3b.jpg", "vqa/x.png"}
     assert all(0 < finding["distance"] <= 2 for finding in images if finding["reason"] == "near image")
     near = next(finding for finding in findings if finding["reason"] == "near caption")
-    assert (near["caption"], near["train_caption"]) == (SAID[4], f"they say {SAID[4]} at noon")
+    assert (near["caption"], near["train_caption"]) == (CAPTIONS[4], f"they say {CAPTIONS[4]} at noon")
 
 
-def test_images_that_cannot_be_read_are_counted_and_told(benchmark: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_counted_and_listed(benchmark: Path, tmp_path: Path) -> None:
     result, _ = audited(others(tmp_path / "m4"), benchmark)
     train = result["train"]
     assert (train["rows"], train["images"], train["missing_images"], train["corrupt_images"]) == (7, 10, 1, 1)
@@ -130,22 +130,23 @@ def test_the_published_training_split_is_audited_against_its_own_test_split(benc
     assert result["train"]["rows"] == NUM and result["leaks"] == 0 and findings == []
 
 
-def test_shards_are_read_by_split_and_benchmarks_told_apart(benchmark: Path, tmp_path: Path) -> None:
+def test_shards_are_read_by_split_and_benchmarks_kept_apart(benchmark: Path, tmp_path: Path) -> None:
     def encoded(image: Image.Image, kind: str) -> bytes:
         file = io.BytesIO()
         image.save(file, kind)
         return file.getvalue()
 
     def record(number: int, source: str, split: str, kind: str = "PNG") -> Record:
-        return Record(f"{source}-{split}-{number}", source, split, f"g{number}", encoded(drawn(2 * number), kind),
-                      encoded(drawn(2 * number + 1), kind), [f"the pair number {number} {SAID[0]}"], "?", "none", {})
+        before, after = (encoded(drawn(2 * number + side), kind) for side in (0, 1))
+        return Record(f"{source}-{split}-{number}", source, split, f"g{number}", before, after,
+                      [f"the pair number {number} {CAPTIONS[0]}"], "?", "none", {})
 
     tested = [record(k, source, "test") for k, source in enumerate(["web", "film"] * 3)]
     trained = [record(k, "web", "train", "JPEG") for k in (0, 1, 20, 21)]
     write_shards(trained, tmp_path / "shards", "train", shard_pairs=3)
     write_shards(tested, tmp_path / "shards", "test", shard_pairs=3)
     result, _ = audited(tmp_path / "shards", tmp_path / "shards")
-    assert {name: (its["num_pairs"], its["near_image"]) for name, its in result["benchmarks"].items()} == {
+    assert {name: (counts["num_pairs"], counts["near_image"]) for name, counts in result["benchmarks"].items()} == {
         "web": (3, 1), "film": (3, 1)}
     assert result["train"]["rows"] == 4
 
@@ -171,7 +172,7 @@ def test_dark_pictures_of_unlike_things_are_not_near(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="shared/cases is not beside the project")
-def test_real_photographs_are_found_again_as_small_jpegs_and_other_photographs_are_not(tmp_path: Path) -> None:
+def test_real_photographs_are_recognised_as_small_jpegs_and_other_photographs_are_not(tmp_path: Path) -> None:
     photos = sorted((CASES / "photos").glob("*.jpg"))
     assert len(photos) > 10
     rows = []
@@ -187,9 +188,10 @@ def test_real_photographs_are_found_again_as_small_jpegs_and_other_photographs_a
     pairs = ["before,after,references,split", *(f"{k}.png,{k}.png,a photograph {k},test"
                                                 for k, (tested, _) in enumerate(rows) if tested)]
     put(tmp_path / "mine/pairs.csv", "\n".join(pairs))
-    clean, _ = audited(put(tmp_path / "m4/new.json", [its for tested, its in rows if not tested]), tmp_path / "mine")
-    found, _ = audited(put(tmp_path / "m4/old.json", [its for tested, its in rows if tested]), tmp_path / "mine")
-    assert (clean["leaks"], found["leaks"]) == (0, len(pairs) - 1)
+    new, old = ([entry for tested, entry in rows if tested == is_copy] for is_copy in (False, True))
+    clean, _ = audited(put(tmp_path / "m4/new.json", new), tmp_path / "mine")
+    copied, _ = audited(put(tmp_path / "m4/old.json", old), tmp_path / "mine")
+    assert (clean["leaks"], copied["leaks"]) == (0, len(pairs) - 1)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -200,13 +202,14 @@ def test_real_photographs_are_found_again_as_small_jpegs_and_other_photographs_a
     ([{"id": "b", "conversations": [{"from": "gpt", "text": "x"}]}], r"entry 1 .*, conversations: 'value' is missing"),
     ([], r"rows\.json: no row in it; a list of LLaVA's rows is read"),
 ])
-def test_json_that_is_not_llavas_is_told_by_entry(benchmark: Path, tmp_path: Path, content: Any, message: str) -> None:
+def test_json_that_is_not_llavas_is_an_error_that_names_the_entry(benchmark: Path, tmp_path: Path, content: Any,
+                                                                  message: str) -> None:
     with pytest.raises(ValueError, match=message):
         audited(put(tmp_path / "m4/rows.json", content), benchmark)
     assert not list((tmp_path / "m4").glob("findings*"))
 
 
-def test_what_is_not_there_is_told_with_a_cure(benchmark: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_an_error_with_a_cure(benchmark: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere not found: give a folder of shards, a folder as published"):
         audited(tmp_path / "nowhere", benchmark)
     with pytest.raises(FileNotFoundError, match="photos not found, or no folder: --images names the folder"):
@@ -218,7 +221,7 @@ def test_what_is_not_there_is_told_with_a_cure(benchmark: Path, tmp_path: Path) 
         audited(tmp_path / "m4", benchmark)
 
 
-def test_a_benchmark_without_the_split_is_told(benchmark: Path, tmp_path: Path) -> None:
+def test_a_benchmark_without_the_split_is_an_error(benchmark: Path, tmp_path: Path) -> None:
     lines = (benchmark / "pairs.jsonl").read_text().replace('"split": "test"', '"split": "val"')
     put(benchmark / "pairs.jsonl", lines)
     with pytest.raises(ValueError, match=r"mine: no pair in split 'test'; it has val \(7\), train \(7\): name"):

@@ -4,27 +4,27 @@ import random
 
 import pytest
 
-from onediff.data.overlap.captions import COMMON, CONTAINED, MIN_WORDS, OWN, Captions, Match, prepared, words
+from onediff.data.overlap.captions import COMMON, CONTAINED, MIN_WORDS, OWN, CaptionIndex, CaptionMatch, prepared, words
 
 RARE = "the man with the striped umbrella has walked away from the fountain"
 WORDS = ("man", "dog", "car", "left", "gone", "red", "tree", "moved", "the", "near")
 
 
-def passed(captions: list[tuple[str, str]], texts: list[str]) -> tuple[Captions, list[Match]]:
-    index = Captions(captions)
+def passed(captions: list[tuple[str, str]], texts: list[str]) -> tuple[CaptionIndex, list[CaptionMatch]]:
+    index = CaptionIndex(captions)
     for number, text in enumerate(texts):
-        index.look(prepared(text), f"row-{number}")
+        index.add_text(prepared(text), f"row-{number}")
     return index, list(index.matches())
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    said = words(text)
-    return {tuple(said[k : k + 3]) for k in range(len(said) - 2)}
+    listed = words(text)
+    return {tuple(listed[k : k + 3]) for k in range(len(listed) - 2)}
 
 
 def slow_pairs(captions: list[tuple[str, str]], texts: list[str]) -> dict[str, set[str]]:
     """By comparing every caption with every text, as the rule is written."""
-    found: dict[str, set[str]] = {"equal_caption": set(), "rare_caption": set(), "near_caption": set()}
+    pairs: dict[str, set[str]] = {"equal_caption": set(), "rare_caption": set(), "near_caption": set()}
     different = {" ".join(words(text)) for text in texts}
     for pair_id, caption in captions:
         plain = " ".join(words(caption))
@@ -35,11 +35,11 @@ def slow_pairs(captions: list[tuple[str, str]], texts: list[str]) -> dict[str, s
         equal = plain in different
         near = any(len(grams(caption) & grams(text)) >= CONTAINED * len(grams(caption)) for text in different)
         if equal:
-            found["equal_caption"].add(pair_id)
+            pairs["equal_caption"].add(pair_id)
         if rare and (equal or near):
-            found["rare_caption" if equal else "near_caption"].add(pair_id)
-    found["near_caption"] -= found["rare_caption"]
-    return found
+            pairs["rare_caption" if equal else "near_caption"].add(pair_id)
+    pairs["near_caption"] -= pairs["rare_caption"]
+    return pairs
 
 
 def holders(captions: list[tuple[str, str]], plain: str) -> set[str]:

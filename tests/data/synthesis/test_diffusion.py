@@ -50,8 +50,8 @@ def test_an_edited_image_becomes_a_record_with_all_that_made_it(models: tuple[st
     records = list(records_of(iter([place])))
     assert fates == {"kept": 2} and len(records) == 2
     for record in records:
-        told = record.provenance
-        assert (told["captions"], told["edit"]) == (["a dog on grass", "a cat on grass"], "make it a cat")
+        provenance = record.provenance
+        assert (provenance["captions"], provenance["edit"]) == (["a dog on grass", "a cat on grass"], "make it a cat")
         assert (record.split, record.references, record.group_id) == ("train", [], "drawn-a.png")
         before, after = (Image.open(io.BytesIO(content)) for content in record.images)
         assert before.size == after.size == (128, 64)  # multiples of 64 near 96 x 64
@@ -61,11 +61,11 @@ def test_an_edited_image_becomes_a_record_with_all_that_made_it(models: tuple[st
 
 def test_similarities_equal_cosines_one_by_one(models: tuple[str, str]) -> None:
     embedder, before, after = Embedder(models[1], "cpu"), picture(1), picture(2)
-    [found] = similarities(embedder, before, [after], captions=("a dog", "a cat"))
+    [cosines] = similarities(embedder, before, [after], captions=("a dog", "a cat"))
     (a, b), (s, t) = embedder.images([before, after]), embedder.texts(["a dog", "a cat"])
     expected = {"sim_image": a @ b, "sim_0": a @ s, "sim_1": b @ t,
                 "sim_direction": (b - a) @ (t - s) / np.linalg.norm(b - a) / np.linalg.norm(t - s)}
-    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-5)
+    assert cosines == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-5)
     [same] = similarities(embedder, before, [after], captions=("a dog", "a dog"))
     assert same["sim_direction"] == 0
 

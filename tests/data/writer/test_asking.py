@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import threading
@@ -14,11 +15,10 @@ import pytest
 from chat_server import KEY, ChatServer
 
 from onediff.config import Runtime
-from onediff.data.writer import asking, store
-from onediff.data.writer.asking import ask
-from onediff.data.writer.price import bound
-from onediff.data.writer.request import Request
-from onediff.data.writer.store import read_answers, spent_usd
+from onediff.data.writer import answers as module
+from onediff.data.writer.answers import read_answers, spent_usd
+from onediff.data.writer.asking import ROUND, Budget, ask
+from onediff.data.writer.request import Request, max_tokens
 
 Asks = Callable[[int], Request]
 PATH = Path("data/answers/mine/write.jsonl")
@@ -63,13 +63,13 @@ def test_unknown_prices_ask_nothing(server: ChatServer, runtime: Runtime, ask_ab
 
 def test_the_cap_stops_before_it_is_passed_and_keeps_everything(server: ChatServer, runtime: Runtime,
                                                                 ask_about: Asks) -> None:
-    cap = 3.5 * bound(ask_about(1)).usd(runtime)
+    cap = 3.5 * max_tokens(ask_about(1)).usd(runtime)
     capped = runtime.model_copy(update={"writer_max_usd": cap})
     with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* USD are spent .*; set it higher"):
         ask([ask_about(number) for number in range(50)], PATH, capped)
     kept = len(read_answers(PATH))
     assert 3 < kept < 50  # what answers cost less than the most leaves room for more of them
-    assert spent_usd() <= cap < spent_usd() + bound(ask_about(1)).usd(runtime)
+    assert spent_usd() <= cap < spent_usd() + max_tokens(ask_about(1)).usd(runtime)
     assert len(server.seen) == kept
     with pytest.raises(ValueError, match="0 new answers"):
         ask([ask_about(number) for number in range(50)], Path("data/answers/other/write.jsonl"), capped)
@@ -114,7 +114,7 @@ def test_the_rate_limit_spaces_requests(server: ChatServer, runtime: Runtime, as
 
 def test_without_room_on_the_disk_nothing_is_asked(server: ChatServer, runtime: Runtime, ask_about: Asks,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MIN_FREE_BYTES", 2**62)
+    monkeypatch.setattr(module, "MIN_FREE_BYTES", 2**62)
     with pytest.raises(OSError, match="free on its disk, so nothing is asked; make room"):
         ask([ask_about(1)], PATH, runtime)
     assert not server.seen
@@ -137,6 +137,25 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, 
     assert set(server.paid.values()) == {1}
 
 
+def test_the_budget_never_passes_its_cap() -> None:
+    generator, budget, flying = random.Random(3), Budget(cap=1.0, spent=0.25), []
+    for number in range(500):
+        if budget.reserve(str(number), generator.uniform(0.001, 0.1)):
+            flying.append(str(number))
+        if flying and generator.random() < 0.6:
+            budget.spent += budget.reserved.pop(flying.pop(0)) * generator.random()
+        assert budget.reserved.keys() == set(flying)
+        assert budget.spent + sum(budget.reserved.values()) <= 1.0 + 1e-9
+    assert budget.spent > 0.9
+
+
+def test_a_free_endpoint_needs_no_budget(ask_about: Asks) -> None:
+    free = Runtime(writer_usd_per_million_input=0.0, writer_usd_per_million_output=0.0)
+    budget = Budget(cap=free.writer_max_usd, spent=0.0)
+    requests = map(ask_about, range(100))
+    assert all(budget.reserve(request.key, max_tokens(request).usd(free)) for request in requests)
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_answers(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     ray = pytest.importorskip("ray")
@@ -151,4 +170,4 @@ def test_a_ray_cluster_gives_the_same_answers(server: ChatServer, runtime: Runti
     assert tally.counts == {"ok": 97}
     assert read_answers(other) == read_answers(PATH)
     assert set(server.paid.values()) == {1}
-    assert len(requests) > 2 * 2 * asking.ROUND**2  # more than one round
+    assert len(requests) > 2 * 2 * ROUND**2  # more than one round

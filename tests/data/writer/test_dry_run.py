@@ -15,11 +15,11 @@ from ruamel.yaml import YAML
 
 from onediff.config import Config, Runtime
 from onediff.data.record import Record, write_shards
+from onediff.data.writer.answers import answers_path
 from onediff.data.writer.asking import ask
 from onediff.data.writer.dry_run import as_text, plan
 from onediff.data.writer.jobs import Unfit, jobs
 from onediff.data.writer.request import Request
-from onediff.data.writer.store import answers_path
 
 ROOT = Path(__file__).parents[3]
 

@@ -13,10 +13,9 @@ from chat_server import KEY, ChatServer
 
 from onediff.config import Runtime
 from onediff.data.writer import endpoint as module
-from onediff.data.writer.answer import Answer
+from onediff.data.writer.answers import Answer
 from onediff.data.writer.endpoint import ATTEMPTS, Endpoint, Pace, Stop, api_key, shown_url
-from onediff.data.writer.price import bound
-from onediff.data.writer.request import Request, differences_from_images
+from onediff.data.writer.request import Request, differences_from_images, max_tokens
 
 Asks = Callable[[int], Request]
 
@@ -63,7 +62,7 @@ def test_retry_after_is_honoured(server: ChatServer, runtime: Runtime, ask_about
     assert 0.7 <= server.times[1] - server.times[0] <= 2.5
 
 
-def test_after_the_last_attempt_the_reason_is_told(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+def test_after_the_last_attempt_the_reason_is_reported(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     server.faults += ["500 overloaded"] * ATTEMPTS
     with pytest.raises(ConnectionError, match=rf"no answer after {ATTEMPTS} attempts, the last: HTTP 500: .*overload"):
         answer_of(runtime, ask_about(1))
@@ -78,7 +77,7 @@ def test_nobody_there_is_an_error_that_names_the_address(runtime: Runtime, ask_a
         answer_of(closed, ask_about(1))
 
 
-@pytest.mark.parametrize(("fault", "said"), [
+@pytest.mark.parametrize(("fault", "message"), [
     ("401 your key " + KEY + " is wrong", "HTTP 401: the key is not accepted; set ONEDIFF_WRITER_KEY"),
     ("400 bad temperature " + KEY, "HTTP 400: .*bad temperature.*correct data.writer"),
     ("403 not you", "HTTP 403"), ("404 no such model", "HTTP 404: .*no such model"), ("422 what", "HTTP 422"),
@@ -86,9 +85,9 @@ def test_nobody_there_is_an_error_that_names_the_address(runtime: Runtime, ask_a
     ("html", r"/v1: answered with HTML instead of JSON: .*Bad Gateway.*; set writer_url"),
 ])
 def test_what_does_not_pass_is_not_tried_again(server: ChatServer, runtime: Runtime, ask_about: Asks, fault: str,
-                                               said: str) -> None:
+                                               message: str) -> None:
     server.faults.append(fault)
-    with pytest.raises(ValueError, match=said) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         answer_of(runtime, ask_about(1))
     assert len(server.seen) == 1
     assert KEY not in str(raised.value)
@@ -117,13 +116,13 @@ def test_missing_usage_counts_as_the_most(server: ChatServer, runtime: Runtime, 
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     whole = server.completion
     monkeypatch.setattr(server, "completion", lambda body: whole(body) | {"usage": None})
-    answer, most = answer_of(runtime, ask_about(1)), bound(ask_about(1))
+    answer, most = answer_of(runtime, ask_about(1)), max_tokens(ask_about(1))
     assert (answer.counted, answer.input_tokens, answer.output_tokens) == (False, most.input, most.output)
 
 
 def test_an_image_that_cannot_be_read_is_not_sent(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
-    asked = differences_from_images("a", ask_about(1).writer, before=b"no", after=b"no")
-    assert answer_of(runtime, asked).status == "unreadable"
+    request = differences_from_images("a", ask_about(1).writer, before=b"no", after=b"no")
+    assert answer_of(runtime, request).status == "unreadable"
     assert not server.seen
 
 

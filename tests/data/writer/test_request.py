@@ -1,4 +1,4 @@
-"""Requests: the same question has the same key, and nothing but the question changes it."""
+"""Requests: equal questions have equal keys, and the bound of tokens is never below what a tokenizer makes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onediff.config import Writer
+from onediff.config import Runtime, Writer
 from onediff.data.writer import request as module
 from onediff.data.writer.request import (
     IMAGE_PX,
     SCHEMAS,
+    Tokens,
     differences_from_captions,
     differences_from_images,
     edit_of_caption,
+    expected_tokens,
     load_prompt,
+    max_tokens,
 )
 
+ROOT = Path(__file__).parents[3]
 PROMPTS = Path(module.__file__).parent / "prompts"
 
 
@@ -33,8 +37,8 @@ def picture(width: int, height: int, grey: int) -> bytes:
 
 
 def test_the_body_is_a_chat_completion_with_a_schema(writer: Writer) -> None:
-    asked = differences_from_captions("a", writer, before='a "red"\n car', after="a $5 note", edit="")
-    body = asked.body()
+    request = differences_from_captions("a", writer, before='a "red"\n car', after="a $5 note", edit="")
+    body = request.body()
     system = (PROMPTS / "v1/differences_text.md").read_text().split("\n---\n")[0].strip()
     user = 'Caption of the first image: "a \\"red\\" car"\nCaption of the second image: "a $5 note"\nEdit: none'
     assert body == {
@@ -78,8 +82,8 @@ def test_the_mode_of_captions_does_not_change_an_edit(writer: Writer) -> None:
 
 
 def test_the_words_of_a_prompt_are_part_of_the_key(writer: Writer) -> None:
-    asked = edit_of_caption("a", writer, caption="x")
-    assert replace(asked, system=asked.system + ".").key != asked.key
+    request = edit_of_caption("a", writer, caption="x")
+    assert replace(request, system=request.system + ".").key != request.key
 
 
 def test_every_version_has_every_prompt_and_names_its_json() -> None:
@@ -100,3 +104,36 @@ def test_an_unknown_version_names_the_known_ones(writer: Writer) -> None:
 def test_a_broken_image_is_refused(writer: Writer) -> None:
     with pytest.raises(ValueError, match="first image: not an image"):
         differences_from_images("a", writer, before=b"GIF8 no", after=b"").body()
+
+
+@pytest.mark.parametrize("caption", ["a red car on a street", "\u732b\u304c\u3044\u308b" * 20, "\U0001f408" * 30,
+                                     "x" * 997])
+def test_the_bound_holds_for_a_real_byte_level_tokenizer(writer: Writer, caption: str) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ROOT / "presets/backbones/tiny/language/tokenizer.json"))
+    request = differences_from_captions("a", writer, before=caption, after=caption, edit=caption)
+    assert len(tokenizer.encode(request.system + request.user).ids) <= max_tokens(request).input
+    assert expected_tokens(request).input < max_tokens(request).input
+    assert max_tokens(request).output == writer.max_tokens
+
+
+def test_images_cost_by_the_model(writer: Writer) -> None:
+    def tokens(model: str, images: int) -> int:
+        named = writer.model_copy(update={"model": model})
+        request = differences_from_images("a", named, before=b"x", after=b"y")
+        return expected_tokens(replace(request, images=request.images[:images])).input
+
+    assert tokens("gpt-4o", 2) - tokens("gpt-4o", 0) == 2 * 255
+    assert tokens("gpt-4o-mini-2024-07-18", 2) - tokens("gpt-4o-mini", 0) == 2 * 8500
+
+
+def test_dollars_are_per_million(runtime: Runtime) -> None:
+    assert Tokens(300_000, 20_000).usd(runtime) == pytest.approx(0.3 * 10 + 0.02 * 100)
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_an_unknown_price_says_what_to_set(runtime: Runtime, name: str) -> None:
+    unknown = runtime.model_copy(update={f"writer_usd_per_million_{name}": None})
+    with pytest.raises(ValueError, match=rf"runtime.yaml: writer_usd_per_million_{name} is not set.*0 for an endpoint"):
+        Tokens(1, 1).usd(unknown)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from onediff.config import Config
 from onediff.data.record import Record
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.analysis.attention_maps import (
     AttentionMaps,
     attention_figures,

@@ -10,7 +10,7 @@ import pytest
 from onediff.config import load_params
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.analysis.behaviour import (
     UNREADABLE,
     Change,

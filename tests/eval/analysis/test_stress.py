@@ -10,9 +10,10 @@ from PIL import Image
 
 from onediff.config import Config, Stress
 from onediff.data.record import Record
-from onediff.data.synthesis.edits import CASTS, OPERATIONS, edit_record
+from onediff.data.synthesis.edits.operations import CASTS, OPERATIONS
+from onediff.data.synthesis.edits.records import edit_record
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES
-from onediff.data.synthesis.scenes import scene_records
+from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.analysis.behaviour import (
     Change,
     edit_truth,

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from onediff.data.synthesis.render import COLORS, SHAPES, render
-from onediff.data.synthesis.scenes import draw_things, draw_view
+from onediff.data.synthesis.scenes.drawing import draw_things, draw_view
 from onediff.eval.analysis.behaviour import parse, parse_operation
 from onediff.train.pretrain import dialogue as chat
 from onediff.train.pretrain.backbones import (

@@ -13,7 +13,7 @@ import importlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ CEILING = (1.3, 0.25)  # what shiny objects mirror: brightness straight above, a
 def load() -> Any:
     """The module bpy. Raises ValueError if it is not installed or lacks a library of the system."""
     try:
-        with _silenced(1, 2):  # it complains about missing loudspeakers and about NumPy 2, which it is not handed here
+        with _silenced(1, 2):  # it warns about missing audio devices and about NumPy 2, which is not passed to it
             return importlib.import_module("bpy")
     except ModuleNotFoundError as error:
         if error.name != "bpy":
@@ -47,17 +47,16 @@ def load() -> Any:
 
 
 def choose_device(device: str) -> None:
-    """`cuda` renders on the first GPU kind that Cycles finds, `cpu` on one core, `auto` on a GPU where there is one."""
+    """`cuda` renders on the first kind of GPU that Cycles has, `cpu` on one core, `auto` on a GPU if there is one."""
     bpy = _studio()
     kinds = ("OPTIX", "CUDA") if device == "cuda" or (device == "auto" and os.path.exists("/dev/nvidia0")) else ()
     preferences = bpy.context.preferences.addons["cycles"].preferences
     for kind in kinds:
         preferences.compute_device_type = kind
         preferences.get_devices()
-        found = [entry for entry in preferences.devices if entry.type == kind]
-        if found:
+        if any(entry.type == kind for entry in preferences.devices):
             for entry in preferences.devices:
-                entry.use = entry in found
+                entry.use = entry.type == kind
             bpy.context.scene.cycles.device = "GPU"
             return
     if device == "cuda":
@@ -66,38 +65,47 @@ def choose_device(device: str) -> None:
 
 
 def render(things: list[Thing], view: View, image_px: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """-> image (P, P, 3) uint8, and ids (P, P) as render.py's own: which object each pixel shows, -1 for the table."""
+    """-> image (P, P, 3) uint8, and ids (P, P) as in render.py: which object each pixel shows, -1 for the table."""
     bpy = _studio()
     scene = bpy.context.scene
-    made = [_add(bpy, thing) for thing in things]
+    objects = [_add(bpy, thing) for thing in things]
     _aim(scene, view)
-    scene.render.resolution_x = scene.render.resolution_y = image_px
     with tempfile.TemporaryDirectory(prefix="onediff-") as folder:
         path = Path(folder) / "frame.png"
-        scene.render.filepath = str(path)
+        _set(scene.render, resolution_x=image_px, resolution_y=image_px, filepath=str(path))
         with _silenced(1):
             bpy.ops.render.render(write_still=True)
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
-    for placed in made:
+    for placed in objects:
         bpy.data.meshes.remove(placed.data)  # and with it the object
     return pixels, object_ids(things, view, image_px)
 
 
 @contextmanager
 def _silenced(*streams: int) -> Iterator[None]:
-    """Sends the process's own streams to nowhere: Blender writes past Python's."""
-    kept = [(stream, os.dup(stream)) for stream in streams]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Sends the streams of the process to /dev/null: Blender does not use Python's streams."""
+    copies = {stream: os.dup(stream) for stream in streams}
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
         for stream in streams:
-            os.dup2(nowhere, stream)
+            os.dup2(null, stream)
         yield
     finally:
-        for stream, copy in kept:
+        for stream, copy in copies.items():
             os.dup2(copy, stream)
             os.close(copy)
-        os.close(nowhere)
+        os.close(null)
+
+
+def _set(target: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(target, name, value)
+
+
+def _set_inputs(node: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        node.inputs[name].default_value = value
 
 
 # --- what stays from frame to frame -----------------------------------------------------------------------------------
@@ -105,53 +113,39 @@ def _silenced(*streams: int) -> Iterator[None]:
 
 @functools.cache
 def _studio() -> Any:
-    """bpy with an empty scene in it: table, camera, sun, surroundings, and how Cycles is to work."""
+    """bpy with an empty scene: table, camera, sun, surroundings, and the settings of Cycles."""
     bpy = load()
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
-    _set_up_cycles(scene)
+    _set(scene.render, engine="CYCLES", threads_mode="FIXED", threads=1)  # there is one process per core already
+    _set(scene.cycles, samples=SAMPLES, seed=0, use_adaptive_sampling=False, use_denoising=False, max_bounces=4)
+    _set(scene.render.image_settings, file_format="PNG", compression=0, color_mode="RGB")
+    scene.view_settings.view_transform = "Standard"
     camera, sun = bpy.data.cameras.new("camera"), bpy.data.lights.new("sun", "SUN")
     camera.angle, sun.angle = 2 * math.atan(FOV), SUN_ANGLE
-    for name, data in (("camera", camera), ("sun", sun)):
-        scene.collection.objects.link(bpy.data.objects.new(name, data))
-    scene.camera = bpy.data.objects["camera"]
-    half = TABLE_SIZE / 2
-    table = bpy.data.meshes.new("table")
+    table, half = bpy.data.meshes.new("table"), TABLE_SIZE / 2
     table.from_pydata([(-half, -half, 0), (half, -half, 0), (half, half, 0), (-half, half, 0)], [], [(0, 1, 2, 3)])
     table.materials.append(_material(bpy, "table", TABLE, metallic=0.0, roughness=0.85))
-    scene.collection.objects.link(bpy.data.objects.new("table", table))
+    for name, data in (("camera", camera), ("sun", sun), ("table", table)):
+        scene.collection.objects.link(bpy.data.objects.new(name, data))
+    scene.camera = bpy.data.objects["camera"]
     _surround(bpy, scene)
     return bpy
 
 
-def _set_up_cycles(scene: Any) -> None:
-    scene.render.engine = "CYCLES"
-    scene.cycles.samples, scene.cycles.seed = SAMPLES, 0
-    scene.cycles.use_adaptive_sampling = False
-    scene.cycles.use_denoising = False
-    scene.cycles.max_bounces = 4
-    scene.render.threads_mode, scene.render.threads = "FIXED", 1  # one process per core already
-    scene.render.image_settings.file_format, scene.render.image_settings.compression = "PNG", 0
-    scene.render.image_settings.color_mode = "RGB"
-    scene.view_settings.view_transform = "Standard"
-
-
 def _surround(bpy: Any, scene: Any) -> None:
-    """Even light for matte surfaces, and for mirrors a ceiling that is brightest above: nothing else is there."""
+    """Even light for matte surfaces, and for mirrors a ceiling that is brightest above."""
     world = scene.world = bpy.data.worlds.new("room")
     world.use_nodes = True
     world.cycles.sampling_method = "NONE"  # a map of where its light comes from would cost a second per frame
     nodes, links = world.node_tree.nodes, world.node_tree.links
     nodes.clear()
-    path, where = nodes.new("ShaderNodeLightPath"), nodes.new("ShaderNodeTexCoord")
-    split, ramp = nodes.new("ShaderNodeSeparateXYZ"), nodes.new("ShaderNodeMapRange")
-    even, mirrored = nodes.new("ShaderNodeBackground"), nodes.new("ShaderNodeBackground")
+    path, position, split, ramp, even, mirrored, mix, out = (nodes.new(f"ShaderNode{kind}") for kind in (
+        "LightPath", "TexCoord", "SeparateXYZ", "MapRange", "Background", "Background", "MixShader", "OutputWorld"))
     even.name, mirrored.name = "even", "mirrored"
-    mix, out = nodes.new("ShaderNodeMixShader"), nodes.new("ShaderNodeOutputWorld")
     ramp.interpolation_type = "SMOOTHSTEP"
-    for name, value in (("From Min", 0.2), ("From Max", 0.6), ("To Min", CEILING[1]), ("To Max", CEILING[0])):
-        ramp.inputs[name].default_value = value
-    for start, end in ((where.outputs["Generated"], split.inputs[0]), (split.outputs["Z"], ramp.inputs["Value"]),
+    _set_inputs(ramp, {"From Min": 0.2, "From Max": 0.6, "To Min": CEILING[1], "To Max": CEILING[0]})
+    for start, end in ((position.outputs["Generated"], split.inputs[0]), (split.outputs["Z"], ramp.inputs["Value"]),
                        (ramp.outputs["Result"], mirrored.inputs["Color"]),
                        (path.outputs["Is Glossy Ray"], mix.inputs[0]), (even.outputs[0], mix.inputs[1]),
                        (mirrored.outputs[0], mix.inputs[2]), (mix.outputs[0], out.inputs["Surface"])):
@@ -162,10 +156,8 @@ def _material(bpy: Any, name: str, color: tuple[float, float, float], *, metalli
     material = bpy.data.materials.get(name) or bpy.data.materials.new(name)
     material.use_nodes = True
     surface = next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
-    surface.inputs["Base Color"].default_value = (*color, 1.0)
-    surface.inputs["Metallic"].default_value = metallic
-    surface.inputs["Roughness"].default_value = roughness
-    surface.inputs["Specular IOR Level"].default_value = 0.5 if metallic else 0.2
+    _set_inputs(surface, {"Base Color": (*color, 1.0), "Metallic": metallic, "Roughness": roughness,
+                          "Specular IOR Level": 0.5 if metallic else 0.2})
     return material
 
 
@@ -178,12 +170,11 @@ def _aim(scene: Any, view: View) -> None:
     camera = Camera.of(view)
     axes = (camera.right, camera.up, tuple(-value for value in camera.forward), camera.eye)
     scene.camera.matrix_world = Matrix([[axis[i] for axis in axes] for i in range(3)] + [[0, 0, 0, 1]])
-    sun = scene.objects["sun"]
+    sun, nodes = scene.objects["sun"], scene.world.node_tree.nodes
     sun.rotation_euler = (math.pi / 2 - view.light_elevation, 0.0, math.pi - view.light_azimuth)
     sun.data.energy = math.pi * view.light_power  # a matte surface then gives back its colour times light_power
-    nodes = scene.world.node_tree.nodes
-    nodes["even"].inputs["Strength"].default_value = view.ambient
-    nodes["mirrored"].inputs["Strength"].default_value = 0.5 + view.ambient
+    _set_inputs(nodes["even"], {"Strength": view.ambient})
+    _set_inputs(nodes["mirrored"], {"Strength": 0.5 + view.ambient})
 
 
 def _add(bpy: Any, thing: Thing) -> Any:
@@ -203,9 +194,9 @@ def _add(bpy: Any, thing: Thing) -> Any:
         face.smooth = thing.shape == "sphere" or (thing.shape == "cylinder" and abs(face.normal.z) < 0.5)
     shape.to_mesh(mesh)
     shape.free()
-    shiny = thing.material == "shiny"
-    mesh.materials.append(_material(bpy, f"{thing.material} {thing.color}", COLORS[thing.color],
-                                    metallic=1.0 if shiny else 0.0, roughness=0.18 if shiny else 0.75))
+    metallic, roughness = (1.0, 0.18) if thing.material == "shiny" else (0.0, 0.75)
+    mesh.materials.append(_material(bpy, f"{thing.material} {thing.color}", COLORS[thing.color], metallic=metallic,
+                                    roughness=roughness))
     placed = bpy.data.objects.new("thing", mesh)
     placed.location, placed.rotation_euler = thing.centre, (0.0, 0.0, thing.rotation)
     bpy.context.scene.collection.objects.link(placed)

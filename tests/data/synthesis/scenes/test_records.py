@@ -9,8 +9,9 @@ from PIL import Image
 from onediff.config import Config
 from onediff.data.synthesis.phrases import SYNONYMS
 from onediff.data.synthesis.render import Thing
-from onediff.data.synthesis.scenes import CHANGE_TYPES, Change, describe, name_objects, scene_records
-from onediff.data.synthesis.scenes import draw_view as draw
+from onediff.data.synthesis.scenes.captions import describe, name_objects
+from onediff.data.synthesis.scenes.drawing import Change, draw_view
+from onediff.data.synthesis.scenes.records import CHANGE_TYPES, scene_records
 
 RED = Thing("cube", "red", "big", "matte", -1.0, 0.0, 0.0)
 
@@ -105,7 +106,8 @@ def test_the_inverse_of_the_inverse_is_the_change() -> None:
 
 def test_objects_are_named_from_left_to_right() -> None:
     scene = [moved(RED, x=1.5), moved(RED, x=-1.5, color="blue", shape="sphere", material="shiny")]
-    assert name_objects(scene, draw(np.random.default_rng(0), 0.0)) == "a big blue shiny sphere, a big red matte cube"
+    view = draw_view(np.random.default_rng(0), 0.0)
+    assert name_objects(scene, view) == "a big blue shiny sphere, a big red matte cube"
 
 
 def test_a_scene_that_cannot_be_drawn_says_so(micro: Config) -> None:

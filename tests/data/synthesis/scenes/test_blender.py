@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from onediff.config import Config
 from onediff.data.synthesis.render import Thing, View, object_ids, render
-from onediff.data.synthesis.scenes import blender, scene_records
+from onediff.data.synthesis.scenes import blender
+from onediff.data.synthesis.scenes.records import scene_records
 
 needs_blender = pytest.mark.skipif(importlib.util.find_spec("bpy") is None,
                                    reason="bpy is not installed: 'make blender'")

@@ -1,0 +1,69 @@
+"""The source `edits`: a photograph or a rendered canvas, edited by a program, with the edit as a request.
+
+Every record has a random stream that depends on nothing else, so any process can generate any record with equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image
+
+from onediff.config import Config
+from onediff.data.record import Record
+from onediff.data.splits import SPLITS
+from onediff.data.synthesis.edits.operations import OPERATIONS, Edit
+from onediff.data.synthesis.edits.pictures import Picture, Pixels, draw_canvas, draw_window
+from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
+from onediff.inputs.images import png
+
+SEED_TAG = 4  # the number of this source in every random stream; scenes has 1 and 2
+NUM_REFERENCES = 3
+STEP = 20  # a pixel has changed if a channel moved by more; an edit shows if this share of the pixels has:
+MIN_CHANGED = {"none": 0.0, "remove": 0.02, "paste": 0.02, "black_and_white": 0.03, "blur": 0.03,
+               "more_contrast": 0.06, "less_contrast": 0.06}
+MIN_CHANGED_ELSEWHERE = 0.2
+
+
+def edit_record(config: Config, split: str, index: int) -> Record:
+    """Record `index` of the split; no other record is needed for it. Raises ValueError if no edit can be seen."""
+    seed = [config.seed, SEED_TAG, SPLITS.index(split), index]
+    rng = np.random.default_rng(seed)
+    operation = pick(rng, tuple(EDIT_TEMPLATES))
+    on_canvas = rng.random() < config.data.edits.canvas_share
+    picture, edit = _visible_edit(rng, config, split, operation=operation, on_canvas=on_canvas)
+    thing = edit.thing
+    return Record(
+        pair_id=f"edits-{split}-{index:06d}", source="edits", split=split,
+        group_id=f"canvas/{split}/{index}" if on_canvas else f"photo/{picture.name}",
+        before=_encode(rng, picture.pixels), after=_encode(rng, edit.after),
+        references=[template.format(old=f"{thing.color} {say(rng, thing.shape)}" if thing else "", new=edit.new)
+                    for template in phrasings(rng, EDIT_TEMPLATES[operation], NUM_REFERENCES)],
+        instruction=pick(rng, INSTRUCTIONS["edits"]), change_type=operation,
+        provenance={"seed": seed, "photo": picture.name, "new": edit.new, "region": edit.region,
+                    "object": thing and {key: getattr(thing, key) for key in ("shape", "color", "size", "material")}})
+
+
+def _visible_edit(rng: Generator, config: Config, split: str, *, operation: str,
+                  on_canvas: bool) -> tuple[Picture, Edit]:
+    """Draws pictures until the edit shows: a blur of clear sky would not."""
+    image_px, folder = config.data.image_px, config.data.edits.photos
+    for _ in range(100):
+        picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
+        edit = OPERATIONS[operation](rng, picture)
+        difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)
+        if float((difference > STEP).mean()) >= MIN_CHANGED.get(operation, MIN_CHANGED_ELSEWHERE):
+            return picture, edit
+    raise ValueError(
+        f"edits: '{operation}' cannot be seen in any of 100 windows of the photographs of split '{split}'; "
+        "use photographs with more colour and detail"
+    )
+
+
+def _encode(rng: Generator, pixels: Pixels) -> bytes:
+    """PNG bytes after a JPEG round trip of random quality, so that equal bytes do not give `none` away."""
+    lossy = io.BytesIO()
+    Image.fromarray(pixels).save(lossy, "JPEG", quality=int(rng.integers(88, 98)), subsampling=0)
+    return png(Image.open(lossy))

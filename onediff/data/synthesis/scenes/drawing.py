@@ -1,0 +1,95 @@
+"""Draws what a pair of scenes shows: objects on a table, cameras with their light, and a change of one object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from numpy.random import Generator
+
+from onediff.data.synthesis.phrases import pick
+from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View
+
+TABLE_REACH = 2.2  # objects stand within this distance of the middle, in x and in y
+GAP = 0.45  # free table between two objects
+MIN_MOVE = 1.7
+OPPOSITE = {"add": "drop", "drop": "add", "left": "right", "right": "left", "front": "back", "back": "front"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened to which object; `before` or `after` is None where the object was added or dropped."""
+
+    change_type: str
+    before: Thing | None
+    after: Thing | None
+    direction: str | None = None
+
+    @property
+    def inverse(self) -> Change:
+        direction = OPPOSITE[self.direction] if self.direction else None
+        return Change(OPPOSITE.get(self.change_type, self.change_type), self.after, self.before, direction)
+
+    @property
+    def new(self) -> str | None:
+        """What the changed object has become: a color, a material or a direction."""
+        if self.after is None or self.change_type in ("add", "none"):
+            return None
+        return {"color": self.after.color, "texture": self.after.material, "move": self.direction}[self.change_type]
+
+
+def draw_things(rng: Generator, count: int) -> list[Thing] | None:
+    """Random objects with free table between them, or None if one of them finds no place."""
+    things: list[Thing] = []
+    for _ in range(count):
+        thing = _draw_thing(rng, things)
+        if thing is None:
+            return None
+        things.append(thing)
+    return things
+
+
+def _draw_thing(rng: Generator, others: list[Thing]) -> Thing | None:
+    thing = Thing(pick(rng, SHAPES), pick(rng, tuple(COLORS)), pick(rng, tuple(SIZES)), pick(rng, MATERIALS), 0.0, 0.0,
+                  float(rng.uniform(0, math.pi / 2)))
+    return _place(rng, thing, others)
+
+
+def _place(rng: Generator, thing: Thing, others: list[Thing]) -> Thing | None:
+    """The object at a random point that is clear of the others, or None if 30 points are not."""
+    for _ in range(30):
+        x, y = (float(value) for value in rng.uniform(-TABLE_REACH, TABLE_REACH, 2))
+        if all(math.hypot(x - other.x, y - other.y) > thing.half + other.half + GAP for other in others):
+            return replace(thing, x=x, y=y)
+    return None
+
+
+def draw_view(rng: Generator, jitter: float) -> View:
+    """A camera and a light near their usual places; jitter 0 is the usual place."""
+    spread = rng.uniform(-1, 1, 9) * jitter
+    return View(azimuth=0.19 * spread[0], elevation=0.66 + 0.05 * spread[1], distance=11.0 * (1 + 0.06 * spread[2]),
+                target_x=0.45 * spread[3], target_y=0.45 * spread[4], light_azimuth=-0.6 + 0.9 * spread[5],
+                light_elevation=0.9 + 0.18 * spread[6], light_power=0.75 * (1 + 0.45 * spread[7]),
+                ambient=0.35 * (1 + 0.3 * spread[8]))
+
+
+def draw_change(rng: Generator, things: list[Thing], change_type: str) -> Change | None:
+    """A change of one object of the scene (`add`: of a new one), or None if there is no room for it."""
+    old = things[int(rng.integers(len(things)))]
+    if change_type == "add":
+        new = _draw_thing(rng, things)
+        return Change("add", None, new) if new else None
+    if change_type == "drop":
+        return Change("drop", old, None)
+    if change_type == "color":
+        return Change("color", old, replace(old, color=pick(rng, tuple(c for c in COLORS if c != old.color))))
+    if change_type == "texture":
+        return Change("texture", old, replace(old, material=MATERIALS[1 - MATERIALS.index(old.material)]))
+    moved = _place(rng, old, [thing for thing in things if thing is not old])
+    if moved is None:
+        return None
+    dx, dy = moved.x - old.x, moved.y - old.y
+    if math.hypot(dx, dy) < MIN_MOVE or not (abs(dx) > 2 * abs(dy) or abs(dy) > 2 * abs(dx)):
+        return None
+    direction = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("back" if dy > 0 else "front")
+    return Change("move", old, moved, direction)

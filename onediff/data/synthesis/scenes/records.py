@@ -1,0 +1,129 @@
+"""`scenes`: table tops as in CLEVR-Change: camera and light move in every pair, and at most one object changes.
+
+Each base scene gives four frames (before and after, each from two cameras), hence changed pairs, their reversals with
+the inverse caption, and distractors in which only camera and light moved. Park et al., ICCV 2019 (CLEVR-Change).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+
+from onediff.config import Config, Data
+from onediff.data.record import Record
+from onediff.data.splits import SPLITS
+from onediff.data.synthesis.phrases import INSTRUCTIONS, pick
+from onediff.data.synthesis.render import Camera, Thing, View, bounding_box, render, visible
+from onediff.data.synthesis.scenes.captions import caption, name_objects
+from onediff.data.synthesis.scenes.drawing import Change, draw_change, draw_things, draw_view
+from onediff.inputs.images import png
+
+CHANGE_TYPES = ("color", "texture", "add", "drop", "move")
+MAX_TRIES = 400
+SEED_TAGS = {"scenes": 1, "scenes_far": 2}  # the number of each source in every random stream; edits has 4
+
+
+@dataclass
+class Shot:
+    """A scene from one camera; it is rendered once, when a pair first needs it."""
+
+    things: list[Thing]
+    view: View
+    data: Data
+
+    @cached_property
+    def frame(self) -> tuple[bytes, NDArray[np.int8]]:
+        """PNG bytes, and which object each pixel shows (P, P)."""
+        if self.data.scenes.renderer == "blender":
+            from onediff.data.synthesis.scenes import blender  # heavy, and an extra
+
+            image, ids = blender.render(self.things, self.view, self.data.image_px)
+        else:
+            image, ids = render(self.things, self.view, self.data.image_px)
+        return png(Image.fromarray(image)), ids
+
+    def region(self, thing: Thing | None) -> list[int] | None:
+        """The bounding box of the object, None if no pixel shows it."""
+        numbers = [number for number, other in enumerate(self.things) if other is thing]
+        return bounding_box(np.isin(self.frame[1], numbers))
+
+
+Pair = tuple[str, Change, Shot, Shot, list[str]]  # letter of its id, change, before, after, references
+
+
+def scene_records(config: Config, split: str, index: int, *, source: str = "scenes") -> list[Record]:
+    """All pairs of one base scene.
+
+    Three for train (changed, reversed, distractor), else four (changed, its exact swap, two distractors).
+    """
+    jitter = config.data.scenes.far_jitter if source == "scenes_far" else config.data.scenes.jitter
+    for attempt in range(MAX_TRIES):
+        seed = [config.seed, SEED_TAGS[source], SPLITS.index(split), index, attempt]
+        rng = np.random.default_rng(seed)
+        pairs = _draw_pairs(rng, config.data, split, CHANGE_TYPES[index % len(CHANGE_TYPES)], jitter)
+        if pairs:
+            break
+    else:
+        raise ValueError(f"params.yaml: data.scenes: no decidable scene in {MAX_TRIES} tries; "
+                         "lower max_objects or min_visible")
+    name = f"{source}-{split}-{index:06d}"
+    return [Record(pair_id=f"{name}{letter}", source=source, split=split, group_id=f"{source}/{split}/{index:06d}",
+                   before=left.frame[0], after=right.frame[0], references=references,
+                   instruction=pick(rng, INSTRUCTIONS["scenes"]), change_type=change.change_type,
+                   provenance={"seed": seed} | _provenance(change, left, right)
+                   | {"swap_of": f"{name}c" if letter == "s" else None,
+                      "captions": [name_objects(shot.things, shot.view) for shot in (left, right)]})
+            for letter, change, left, right, references in pairs]
+
+
+def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter: float) -> list[Pair] | None:
+    """The pairs of one draw; None if a person could not decide what changes in one of them."""
+    scenes = data.scenes
+    before = draw_things(rng, int(rng.integers(scenes.min_objects, scenes.max_objects + 1)))
+    change = draw_change(rng, before, change_type) if before else None
+    if before is None or change is None:
+        return None
+    after = [thing for thing in before if thing is not change.before] + ([change.after] if change.after else [])
+    shots = [Shot(things, draw_view(rng, jitter), data) for things in (before, before, after, after)]
+    if any(visible(shot.things, shot.view).min() < scenes.min_visible for shot in shots):
+        return None
+    b0, b1, a0, a1 = shots
+    if change.direction and not _moves_visibly(change, b0.view):
+        return None
+    same = Change("none", None, None)
+    if split == "train":
+        plan = [("c", change, b0, a1), ("r", change.inverse, a0, b1),
+                ("n", same, *((b0, b1) if rng.random() < 0.5 else (a1, a0)))]
+    else:
+        plan = [("c", change, b0, a1), ("s", change.inverse, a1, b0), ("n", same, b1, b0), ("m", same, a0, a1)]
+    captions = [caption(rng, what, left.things, right.things) for _, what, left, right in plan]
+    pairs = [(*pair, references) for pair, references in zip(plan, captions, strict=True) if references]
+    return pairs if len(pairs) == len(plan) else None
+
+
+def _moves_visibly(change: Change, view: View) -> bool:
+    """Whether the object moves by at least a tenth of the image, for the camera of the first frame."""
+    assert change.before and change.after, "a moved object is in both scenes"
+    camera = Camera.of(view)
+    (u0, v0, _), (u1, v1, _) = camera.project(change.before.centre), camera.project(change.after.centre)
+    return math.hypot(u1 - u0, v1 - v0) > 0.2
+
+
+def _provenance(change: Change, before: Shot, after: Shot) -> dict[str, Any]:
+    thing, renderer = change.before or change.after, before.data.scenes.renderer
+    return {"object": _attributes(thing) if thing else None, "new": change.new,
+            "region_before": before.region(change.before), "region_after": after.region(change.after),
+            "objects": [_attributes(thing) for thing in before.things],
+            **({} if renderer == "raytracer" else {"renderer": renderer})}
+
+
+def _attributes(thing: Thing) -> dict[str, Any]:
+    return {"shape": thing.shape, "color": thing.color, "size": thing.size, "material": thing.material,
+            "x": round(thing.x, 3), "y": round(thing.y, 3)}

@@ -1,0 +1,227 @@
+"""Answers of the writer: sentences that can be used, or the reason why not. Both were paid for, so both are stored.
+
+A file of answers has one line each. A line is appended in a single write and never changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from io import FileIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from onediff.data.writer.request import Form, Request, Tokens, max_tokens
+from onediff.paths import ANSWERS
+
+MAX_SENTENCES, MAX_WORDS = 5, 100
+MIN_FREE_BYTES = 16 * 2**20  # no request is sent with less room on the disk: the answers in flight must still be stored
+_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_CURE = "fetch the file again ('dvc checkout {}'), or delete the line: its answer is then asked and paid for again"
+
+Status = Literal["ok", "refused", "malformed", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` as it came, `reason` why it cannot be used; `lost` attempts got no reply but may have been billed.
+
+    Tokens are the counts of the endpoint, or their bound where it gives none (`counted` False).
+    """
+
+    key: str
+    status: Status
+    reason: str
+    text: str
+    model: str
+    input_tokens: int
+    output_tokens: int
+    counted: bool
+    lost: int = 0
+
+
+# --- what an answer holds ---------------------------------------------------------------------------------------------
+
+
+def _sentence(text: str) -> str:
+    sentence = " ".join(text.split())
+    words = len(sentence.split())
+    if not 1 <= words <= MAX_WORDS:
+        raise ValueError(f"a sentence must have 1 to {MAX_WORDS} words, got {words}")
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char == "\ufffd" for char in sentence):
+        raise ValueError("a sentence holds control characters or broken text")
+    return sentence
+
+
+def _sentences(texts: list[str]) -> list[str]:
+    sentences = [_sentence(text) for text in texts]
+    if not 1 <= len(sentences) <= MAX_SENTENCES:
+        raise ValueError(f"must hold 1 to {MAX_SENTENCES} sentences, got {len(sentences)}")
+    return sentences
+
+
+def _lower_case(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Differences(_Reply):
+    differences: Annotated[list[str], AfterValidator(_sentences)]
+
+
+class Edit(_Reply):
+    edit: Annotated[str, AfterValidator(_sentence)]
+    output: Annotated[str, AfterValidator(_sentence)]
+
+
+class Judgement(_Reply):
+    states: Annotated[Literal["yes", "no", "partly"], BeforeValidator(_lower_case)]
+    invents: Annotated[Literal["yes", "no"], BeforeValidator(_lower_case)]
+
+
+_FORMS: dict[Form, type[_Reply]] = {"differences": Differences, "edit": Edit, "judgement": Judgement}
+
+
+def parse(text: str, form: Form) -> dict[str, Any]:
+    """The JSON of an answer, bare or in a fence, checked against its schema. Raises ValueError: what it is instead."""
+    fenced = _FENCE.fullmatch(text)
+    try:
+        return _FORMS[form].model_validate(json.loads(fenced[1] if fenced else text)).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the answer"
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}: {excerpt(text)}") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"not JSON: {excerpt(text)}") from None
+
+
+def read_completion(request: Request, completion: Mapping[str, Any]) -> Answer | None:
+    """A chat completion -> answer; None if it is not a chat completion."""
+    try:
+        choice = completion["choices"][0]
+        refusal, text = choice["message"].get("refusal") or "", choice["message"].get("content") or ""
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if not isinstance(text, str) or not isinstance(refusal, str):
+        return None
+    status, reason = _judge(request, text, refusal, choice.get("finish_reason"))
+    usage = completion.get("usage")
+    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")] if isinstance(usage, dict) else [None]
+    counted = all(isinstance(count, int) and count >= 0 for count in counts)
+    tokens = Tokens(*counts) if counted else max_tokens(request)
+    return Answer(request.key, status, reason, text or refusal, str(completion.get("model") or request.writer.model),
+                  tokens.input, tokens.output, counted)
+
+
+def _judge(request: Request, text: str, refusal: str, finish_reason: Any) -> tuple[Status, str]:
+    if refusal:
+        return "refused", f"the writer refused: {excerpt(refusal)}"
+    if finish_reason == "content_filter":
+        return "refused", "the endpoint's content filter stopped the answer"
+    if finish_reason == "length":
+        return "malformed", f"cut off at {request.section}.max_tokens {request.writer.max_tokens}"
+    try:
+        parse(text, request.form)
+    except ValueError as error:
+        return "malformed", str(error)
+    return "ok", ""
+
+
+def excerpt(text: str, length: int = 80) -> str:
+    """The text in quotes, in one line of at most `length` characters."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= length else line[:length - 3] + "...")
+
+
+# --- where answers are stored -----------------------------------------------------------------------------------------
+
+
+def answers_path(source: str, stage: str) -> Path:
+    return ANSWERS / source / f"{stage}.jsonl"
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """Key -> answer; empty without a file. A torn last line counts as no answer. Raises ValueError."""
+    answers: dict[str, Answer] = {}
+    names = [field.name for field in fields(Answer)]
+    for number, row in _rows(path):
+        missing = [name for name in names if name not in row]
+        if "torn" not in row and missing:
+            raise ValueError(f"{path} line {number}: lacks {', '.join(missing)}; {_CURE.format(path)}")
+        if not missing:
+            answers.setdefault(row["key"], Answer(**{name: row[name] for name in names}))
+    return answers
+
+
+def spent_usd(folder: Path = ANSWERS) -> float:
+    """What all stored answers cost, of every source and stage."""
+    return sum((sum(float(row.get("usd", 0)) for _, row in _rows(path)) for path in sorted(folder.glob("*/*.jsonl"))),
+               start=0.0)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, content) of every complete line."""
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content[:content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number}: not a JSON object; {_CURE.format(path)}")
+        yield number, row
+
+
+@contextmanager
+def open_answers(path: Path) -> Iterator[FileIO]:
+    """The file, for `append`. Raises ValueError if another run holds it. Closing it frees the lock, as a kill does.
+
+    What a kill left of the last line becomes a line by itself, which is no answer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileIO(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another run is asking the writer for it; wait for its end") from None
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if content[end:]:
+            file.truncate(end)
+            _write(file, {"torn": content[end:].decode("utf-8", "replace")})
+        yield file
+
+
+def append(answer: Answer, file: FileIO, *, usd: float) -> None:
+    """On disk when this returns. Raises OSError, with the file unchanged, if there is no room."""
+    _write(file, asdict(answer) | {"usd": usd})
+
+
+def has_room(file: FileIO) -> bool:
+    disk = os.fstatvfs(file.fileno())
+    return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
+
+
+def _write(file: FileIO, row: dict[str, Any]) -> None:
+    line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, "the disk is full")
+        os.fsync(file)
+    except OSError as error:
+        raise OSError(f"{file.name}: an answer could not be kept ({error.strerror}); make room and run again"
+                      ) from None
