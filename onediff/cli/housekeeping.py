@@ -23,10 +23,10 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it i
        days: Annotated[float, typer.Option(min=0, help="What is younger stays.")] = 30,
        as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False) -> None:
     """Remove what is old and no registered version needs: cached data, runs, branches, checkpoints, copies."""
-    from flows.processes import alone
+    from flows.processes import pipeline_lock
     from onediff.ops.housekeeping import survey, sweep
 
-    with alone() if yes else nullcontext():
+    with pipeline_lock() if yes else nullcontext():
         found = survey(days)
         left = sweep(found) if yes else []
     said = "nothing to remove" if not found.items else (
@@ -39,12 +39,11 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it i
 
 def _purge(runs: list[str]) -> str:
     """A server that this machine keeps loses them for good; of another one, its machine must do it."""
-    from flows.services import databases
-    from flows.services import topology as plan
+    from flows.services import databases, topology
     from onediff import tracking
     from onediff.config import load_runtime
 
-    where = plan.place(load_runtime())
+    where = topology.place(load_runtime())
     if tracking.uri().rstrip("/") == where.mlflow:
         return databases.purge(where, runs)
     return f"the MLflow server keeps {len(runs)} runs as deleted; how they go for good: deploy/README.md"
