@@ -28,10 +28,9 @@ def code_env() -> dict[str, str]:
     """Variables with which a child process finds `python` and `dvc` of this environment and the packages of this
     checkout, and writes its output at once.
     """
-    code = Path(__file__).resolve().parents[1]
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
-            "PYTHONUNBUFFERED": "1"}
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:

@@ -52,11 +52,13 @@ def retrain() -> State[Any]:
 
 def _retrain() -> State[Any]:
     runtime = load_runtime()
-    if not runtime.pools:
+    if runtime.pools:
+        stale, run_stages = stale_elsewhere(), run_on_workers
+    else:
         check_inputs(load_params())  # before any stage: workers have inputs of their own
-    stale = stale_elsewhere() if runtime.pools else stale_stages()
+        stale, run_stages = stale_stages(), run_here
     with parent_run("retrain", load_params()) if stale else nullcontext() as run:
-        state = run_on_workers(stale) if runtime.pools else run_here(stale)
+        state = run_stages(stale)
         if not state.is_completed():
             if run:
                 run.fail(str(state.message))
@@ -74,7 +76,7 @@ def _retrain() -> State[Any]:
 
 
 def run_here(stale: set[str]) -> State[Any]:
-    """Runs the stages in this folder, from the first stale one on; DVC has checked that those before are up to date."""
+    """Runs the stale stages in this folder, and every stage after one that ran."""
     ran = False
     for stage in stages(load_params().data):
         if ran or stage in stale:
@@ -133,10 +135,9 @@ def _check_crashes() -> None:
     """Raises ValueError if the last runs all crashed: a crashed run is started again (prefect.yaml), without end."""
     if deployment.id is None:
         return
-    same_deployment = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(deployment_filter=same_deployment, sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-                                     limit=MAX_CRASHES + 1)
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+                                     sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MAX_CRASHES + 1)
     before = [run for run in runs if str(run.id) != str(flow_run.id)][:MAX_CRASHES]
     if len(before) == MAX_CRASHES and all(run.state and run.state.is_crashed() for run in before):
         raise ValueError(f"the last {MAX_CRASHES} runs crashed: {before[0].state.message if before[0].state else ''}; "

@@ -11,25 +11,25 @@ from typing import Any
 
 from flows.services import background, databases, postgres, topology
 from flows.services.background import Service
-from flows.services.topology import Place
+from flows.services.topology import Stack
 from onediff import interrupts
 from onediff.config import load_runtime
 
 
-def start(where: Place) -> str:
+def start(stack: Stack) -> str:
     """Starts the services that do not run, each after those that it needs; returns the addresses. If one fails, those
     that this call started are ended again.
 
     Raises ValueError if a port is in use, or if a service does not answer in time, with the end of its log.
     """
     begin = time.monotonic()
-    topology.begin(where)
-    folder, settings, started = where.folder, where.runtime.services, list[str]()
+    topology.begin(stack)
+    folder, settings, started = stack.folder, stack.runtime.services, list[str]()
     try:
-        if where.database == "postgresql" and background.running(folder, "postgres") is None:
+        if stack.database == "postgresql" and background.running(folder, "postgres") is None:
             started.append("postgres")
             postgres.start(folder, settings.postgres_port, settings.start_s)
-        for group in (topology.servers(where), topology.workers(where)):
+        for group in (topology.servers(stack), topology.workers(stack)):
             missing = [service for service in group if background.running(folder, service.name) is None]
             for service in missing:
                 if service.port is not None:  # a child of a killed server may hold the port; flows outlive a worker
@@ -44,38 +44,38 @@ def start(where: Place) -> str:
         for name in reversed(started):
             background.end(folder, name)
         raise
-    lines = topology.shell_lines(where)
+    lines = topology.shell_lines(stack)
     (folder / "env").write_text(lines, encoding="utf-8")
     what = f"{', '.join(started)} started in {time.monotonic() - begin:.0f} s" if started else "all of them run already"
-    return "\n".join([f"{what}; database: {where.database}, logs: {folder / 'logs'}",
-                      f"  Prefect  {where.prefect_api.removesuffix('/api')}", f"  MLflow   {where.mlflow}",
+    return "\n".join([f"{what}; database: {stack.database}, logs: {folder / 'logs'}",
+                      f"  Prefect  {stack.prefect_api.removesuffix('/api')}", f"  MLflow   {stack.mlflow}",
                       f"For a shell: . {folder / 'env'}", *(f"  {line}" for line in lines.splitlines())])
 
 
-def stop(where: Place) -> str:
+def stop(stack: Stack) -> str:
     """Ends the workers and their flows, also of pools that runtime.yaml no longer has; then the servers, and last
     PostgreSQL.
     """
-    grace_s = max(background.GRACE_S, where.runtime.grace_s)
-    recorded = [path.stem for path in sorted((where.folder / "run").glob("*.json"))]
-    names = dict.fromkeys(["postgres", "prefect", "mlflow", *recorded, *topology.pools(where.runtime)])
-    ended = [name for name in reversed(names) if background.end(where.folder, name, grace_s=grace_s)]
+    grace_s = max(background.GRACE_S, stack.runtime.grace_s)
+    recorded = [path.stem for path in sorted((stack.folder / "run").glob("*.json"))]
+    names = dict.fromkeys(["postgres", "prefect", "mlflow", *recorded, *topology.pools(stack.runtime)])
+    ended = [name for name in reversed(names) if background.end(stack.folder, name, grace_s=grace_s)]
     return f"ended: {', '.join(ended)}" if ended else "none ran"
 
 
-def status(where: Place) -> list[dict[str, Any]]:
+def status(stack: Stack) -> list[dict[str, Any]]:
     """One row for each service: name, running, pid, address, healthy, problem, database, memory_mb."""
 
     def row(service: Service) -> dict[str, Any]:
-        process = background.running(where.folder, service.name)
+        process = background.running(stack.folder, service.name)
         problem = service.problem() if process else "'make services' starts it"
         return {"name": service.name, "running": process is not None, "pid": process.pid if process else None,
-                "address": service.address, "healthy": problem is None, "problem": problem, "database": where.database,
-                "memory_mb": background.memory_mb(where.folder, service.name)}
+                "address": service.address, "healthy": problem is None, "problem": problem, "database": stack.database,
+                "memory_mb": background.memory_mb(stack.folder, service.name)}
 
-    services = [*topology.servers(where), *topology.workers(where)]
-    if where.database == "postgresql":
-        services.insert(0, postgres.service(where.folder, where.runtime.services.postgres_port))
+    services = [*topology.servers(stack), *topology.workers(stack)]
+    if stack.database == "postgresql":
+        services.insert(0, postgres.service(stack.folder, stack.runtime.services.postgres_port))
     return list(map(row, services))
 
 
@@ -101,15 +101,15 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     interrupts.handle_as_python_does()
     try:
-        where = topology.place(load_runtime())
+        stack = topology.load_stack(load_runtime())
         if arguments.command == "status":
-            rows = status(where)
+            rows = status(stack)
             print(json.dumps(rows) if arguments.json else status_text(rows))
             sys.exit(0 if all(row["healthy"] for row in rows) else 1)
-        with topology.exclusive(where.folder):
-            print({"start": lambda: start(where), "stop": lambda: stop(where),
-                   "backup": lambda: databases.backup(where, arguments.folder),
-                   "restore": lambda: databases.restore(where, arguments.folder),
-                   "upgrade": lambda: databases.upgrade(where)}[arguments.command]())
+        with topology.exclusive(stack.folder):
+            print({"start": lambda: start(stack), "stop": lambda: stop(stack),
+                   "backup": lambda: databases.backup(stack, arguments.folder),
+                   "restore": lambda: databases.restore(stack, arguments.folder),
+                   "upgrade": lambda: databases.upgrade(stack)}[arguments.command]())
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")

@@ -38,8 +38,8 @@ QUIET = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY
 
 
 @dataclass(frozen=True)
-class Place:
-    """One folder of services: the database that it began with (`services.json`), and what runtime.yaml says now."""
+class Stack:
+    """The services of one folder: the database that it began with (`services.json`), and what runtime.yaml says now."""
 
     folder: Path
     runtime: Runtime
@@ -60,7 +60,7 @@ class Place:
         return f"{drivers[1]}:///{(self.folder / 'databases' / f'{name}.db').absolute()}"
 
 
-def place(runtime: Runtime) -> Place:
+def load_stack(runtime: Runtime) -> Stack:
     """The folder of runtime.yaml. A new one gets the database that services.database names; nothing is written yet.
 
     Raises ValueError if PostgreSQL is required and cannot run there.
@@ -76,33 +76,33 @@ def place(runtime: Runtime) -> Place:
     if database == "postgresql" and obstacle:
         raise ValueError(f"{folder}: {obstacle}: set services.folder to one that it can use"
                          + ("" if began_with else ", or services.database to sqlite"))
-    return Place(folder, runtime, database)
+    return Stack(folder, runtime, database)
 
 
-def begin(where: Place) -> None:
+def begin(stack: Stack) -> None:
     """Makes the folder, records its settings, and undoes a restore of SQLite files that was killed between its two
     renames.
 
     Raises ValueError if a server that asked for a password would now be started without one.
     """
-    settings = _settings(where.folder)
+    settings = _settings(stack.folder)
     for key in LOGINS:
         if settings.get(key) and not os.environ.get(key):
-            raise ValueError(f"{where.folder}: its server was started with {key}; set it, as before")
-    databases, old = where.folder / "databases", where.folder / "databases.old"
+            raise ValueError(f"{stack.folder}: its server was started with {key}; set it, as before")
+    databases, old = stack.folder / "databases", stack.folder / "databases.old"
     if old.exists() and not databases.exists():
         old.rename(databases)
-    for rest in (old, where.folder / "databases.new"):
+    for rest in (old, stack.folder / "databases.new"):
         shutil.rmtree(rest, ignore_errors=True)
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
-        (where.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    where.folder.chmod(0o755)  # user `postgres` must enter it; each secret file in it is closed to other users
-    settings |= {"database": where.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
-    (where.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
-    if not (where.folder / "flask_key").exists():
-        postgres.write_secret(where.folder / "flask_key", secrets.token_urlsafe(32))
-    (where.folder / "mlflow/auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {where.database_address('mlflow')}\n", encoding="utf-8")
+        (stack.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+    stack.folder.chmod(0o755)  # user `postgres` must enter it; each secret file in it is closed to other users
+    settings |= {"database": stack.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
+    (stack.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
+    if not (stack.folder / "flask_key").exists():
+        postgres.write_secret(stack.folder / "flask_key", secrets.token_urlsafe(32))
+    (stack.folder / "mlflow/auth.ini").write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {stack.database_address('mlflow')}\n", encoding="utf-8")
 
 
 def exclusive(folder: Path) -> AbstractContextManager[None]:
@@ -116,33 +116,33 @@ def pools(runtime: Runtime) -> list[str]:
     return ["onediff-cpu", *(["onediff-gpu"] if gpu else [])]
 
 
-def servers(where: Place) -> list[Service]:
-    settings, api = where.runtime.services, where.prefect_api
+def servers(stack: Stack) -> list[Service]:
+    settings, api = stack.runtime.services, stack.prefect_api
     login, password = os.environ.get(PREFECT_LOGIN), os.environ.get(MLFLOW_PASSWORD)
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
                "--port", str(settings.prefect_port)]
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(settings.mlflow_port),
               "--workers", "1", *(["--app-name", "basic-auth"] if password else [])]
-    return [Service("prefect", prefect, prefect_env(where), where.folder / "prefect", api, settings.prefect_port,
+    return [Service("prefect", prefect, prefect_env(stack), stack.folder / "prefect", api, settings.prefect_port,
                     lambda: [_query(f"{api}/{path}", PREFECT_LOGIN, login) for path in ("admin/version", "ready")]),
-            Service("mlflow", mlflow, mlflow_env(where), where.folder / "mlflow", where.mlflow, settings.mlflow_port,
-                    lambda: _query(f"{where.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", MLFLOW_PASSWORD,
+            Service("mlflow", mlflow, mlflow_env(stack), stack.folder / "mlflow", stack.mlflow, settings.mlflow_port,
+                    lambda: _query(f"{stack.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", MLFLOW_PASSWORD,
                                    f"{MLFLOW_USER}:{password}" if password else None))]
 
 
-def workers(where: Place) -> list[Service]:
+def workers(stack: Stack) -> list[Service]:
     """One for each pool, in the project's folder. A worker makes its pool if the server has none."""
-    clone = hashlib.sha256(str(where.folder.absolute()).encode()).hexdigest()[:6]  # one machine may have several
+    clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]  # one machine may have several
     name = f"{socket.gethostname()}-{clone}"
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
                            "--name", name, "--install-policy", "never"],
-                    worker_env(where), Path.cwd(), pool, None, partial(_check_worker, where, pool, name))
-            for pool in pools(where.runtime)]
+                    worker_env(stack), Path.cwd(), pool, None, partial(_check_worker, stack, pool, name))
+            for pool in pools(stack.runtime)]
 
 
-def shell_lines(where: Place) -> str:
+def shell_lines(stack: Stack) -> str:
     """The lines with which a shell uses the servers; they refer to passwords in the environment of the shell."""
-    lines = [f"export PREFECT_API_URL={where.prefect_api}", f"export MLFLOW_TRACKING_URI={where.mlflow}"]
+    lines = [f"export PREFECT_API_URL={stack.prefect_api}", f"export MLFLOW_TRACKING_URI={stack.mlflow}"]
     if os.environ.get(PREFECT_LOGIN):
         lines.append(f'export PREFECT_API_AUTH_STRING="${{{PREFECT_LOGIN}:?}}"')
     if os.environ.get(MLFLOW_PASSWORD):
@@ -151,44 +151,44 @@ def shell_lines(where: Place) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _base_env(where: Place) -> dict[str, str]:
+def _base_env(stack: Stack) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
-    return {**inherited, **QUIET, **code_env(), "PREFECT_HOME": str((where.folder / "prefect").absolute()),
-            "PREFECT_API_URL": where.prefect_api}
+    return {**inherited, **QUIET, **code_env(), "PREFECT_HOME": str((stack.folder / "prefect").absolute()),
+            "PREFECT_API_URL": stack.prefect_api}
 
 
-def prefect_env(where: Place) -> dict[str, str]:
+def prefect_env(stack: Stack) -> dict[str, str]:
     """Of the Prefect server and of the tool that upgrades its database."""
     login = os.environ.get(PREFECT_LOGIN)
-    return {**_base_env(where), **(postgres.client_env(where.folder) if where.database == "postgresql" else {}),
+    return {**_base_env(stack), **(postgres.client_env(stack.folder) if stack.database == "postgresql" else {}),
             **({PREFECT_LOGIN: login, "PREFECT_API_AUTH_STRING": login} if login else {}),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL":
-                where.database_address("prefect", ("postgresql+asyncpg", "sqlite+aiosqlite"))}
+                stack.database_address("prefect", ("postgresql+asyncpg", "sqlite+aiosqlite"))}
 
 
-def mlflow_env(where: Place) -> dict[str, str]:
+def mlflow_env(stack: Stack) -> dict[str, str]:
     """Of the MLflow server and of the tools that work on its database."""
-    folder, key = where.folder / "mlflow", where.folder / "flask_key"
+    folder, key = stack.folder / "mlflow", stack.folder / "flask_key"
     password = os.environ.get(MLFLOW_PASSWORD)
     auth = {"MLFLOW_AUTH_CONFIG_PATH": str((folder / "auth.ini").absolute()), "MLFLOW_AUTH_ADMIN_USERNAME": MLFLOW_USER,
             "MLFLOW_AUTH_ADMIN_PASSWORD": password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": key.read_text() if key.exists() else ""} if password else {}
-    return {**_base_env(where), **(postgres.client_env(where.folder) if where.database == "postgresql" else {}), **auth,
-            "MLFLOW_BACKEND_STORE_URI": where.database_address("mlflow"), "MLFLOW_SERVE_ARTIFACTS": "true",
+    return {**_base_env(stack), **(postgres.client_env(stack.folder) if stack.database == "postgresql" else {}), **auth,
+            "MLFLOW_BACKEND_STORE_URI": stack.database_address("mlflow"), "MLFLOW_SERVE_ARTIFACTS": "true",
             "MLFLOW_ARTIFACTS_DESTINATION": (folder / "artifacts").absolute().as_uri()}
 
 
-def worker_env(where: Place) -> dict[str, str]:
+def worker_env(stack: Stack) -> dict[str, str]:
     """Of a worker. The flows that it starts inherit it, so they use these servers and send heartbeats."""
     login, password = os.environ.get(PREFECT_LOGIN), os.environ.get(MLFLOW_PASSWORD)
-    return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(where), "ONEDIFF_PROJECT": str(Path.cwd()),
-            "MLFLOW_TRACKING_URI": where.mlflow,
+    return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(stack), "ONEDIFF_PROJECT": str(Path.cwd()),
+            "MLFLOW_TRACKING_URI": stack.mlflow,
             **({"PREFECT_API_AUTH_STRING": login} if login else {}),
             **({"MLFLOW_TRACKING_USERNAME": MLFLOW_USER, "MLFLOW_TRACKING_PASSWORD": password} if password else {})}
 
 
-def _check_worker(where: Place, pool: str, name: str) -> None:
-    url = f"{where.prefect_api}/work_pools/{pool}/workers/filter"
+def _check_worker(stack: Stack, pool: str, name: str) -> None:
+    url = f"{stack.prefect_api}/work_pools/{pool}/workers/filter"
     workers = _query(url, PREFECT_LOGIN, os.environ.get(PREFECT_LOGIN), body={})
     if not any(worker["name"] == name and worker["status"] == "ONLINE" for worker in workers):
         raise ValueError("the Prefect server has not heard of it")

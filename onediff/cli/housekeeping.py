@@ -43,9 +43,9 @@ def _purge(runs: list[str]) -> str:
     from onediff import tracking
     from onediff.config import load_runtime
 
-    where = topology.place(load_runtime())
-    if tracking.uri().rstrip("/") == where.mlflow:
-        return databases.purge(where, runs)
+    stack = topology.load_stack(load_runtime())
+    if tracking.uri().rstrip("/") == stack.mlflow:
+        return databases.purge(stack, runs)
     return f"the MLflow server keeps {len(runs)} runs as deleted; how they go for good: deploy/README.md"
 
 

@@ -49,24 +49,24 @@ def refuse() -> None:
 
 
 @pytest.fixture
-def sqlite_place(tmp_path: Path) -> topology.Place:
+def sqlite_stack(tmp_path: Path) -> topology.Stack:
     """A folder of services whose databases hold one row each; nothing runs."""
     runtime = Runtime.model_validate({"services": {"folder": str(tmp_path / "services"), "database": "sqlite"}})
-    where = topology.place(runtime)
-    topology.begin(where)
+    stack = topology.load_stack(runtime)
+    topology.begin(stack)
     for name in postgres.DATABASES:
-        write_rows(where, name, ["old"])
-    return where
+        write_rows(stack, name, ["old"])
+    return stack
 
 
-def write_rows(where: topology.Place, name: str, rows: list[str]) -> None:
-    with closing(sqlite3.connect(where.folder / f"databases/{name}.db")) as opened, opened:
+def write_rows(stack: topology.Stack, name: str, rows: list[str]) -> None:
+    with closing(sqlite3.connect(stack.folder / f"databases/{name}.db")) as opened, opened:
         opened.execute("create table if not exists kept (what text)")
         opened.executemany("insert into kept values (?)", [(row,) for row in rows])
 
 
-def read_rows(where: topology.Place, name: str) -> list[str]:
-    with closing(sqlite3.connect(where.folder / f"databases/{name}.db")) as opened:
+def read_rows(stack: topology.Stack, name: str) -> list[str]:
+    with closing(sqlite3.connect(stack.folder / f"databases/{name}.db")) as opened:
         return [row[0] for row in opened.execute("select what from kept")]
 
 
@@ -140,25 +140,25 @@ def test_a_port_in_use_is_an_error_with_the_cure() -> None:
 # -- what runs where ---------------------------------------------------------------------------------------------
 
 def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPatch,
-                                                    sqlite_place: topology.Place) -> None:
+                                                    sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv(topology.MLFLOW_PASSWORD, "secret-of-mlflow")
     monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
-    where = topology.Place(sqlite_place.folder, sqlite_place.runtime, "postgresql")
-    assert where.database_address("mlflow") == "postgresql+psycopg2://onediff@127.0.0.1:5433/mlflow"
-    texts = [where.database_address("prefect"), topology.shell_lines(where)]
-    for service in (*topology.servers(where), *topology.workers(where)):
+    stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
+    assert stack.database_address("mlflow") == "postgresql+psycopg2://onediff@127.0.0.1:5433/mlflow"
+    texts = [stack.database_address("prefect"), topology.shell_lines(stack)]
+    for service in (*topology.servers(stack), *topology.workers(stack)):
         texts += [*service.command, service.address]
     assert "secret-of" not in " ".join(texts)
-    assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in topology.shell_lines(where)
+    assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in topology.shell_lines(stack)
 
 
 def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(monkeypatch: pytest.MonkeyPatch,
-                                                                          sqlite_place: topology.Place) -> None:
+                                                                          sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv("PREFECT_API_KEY", "of another server")
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
-    where = topology.Place(sqlite_place.folder, sqlite_place.runtime, "postgresql")
-    env = topology.workers(where)[0].env
-    assert env["PREFECT_API_URL"] == "http://127.0.0.1:4200/api" and env["MLFLOW_TRACKING_URI"] == where.mlflow
+    stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
+    env = topology.workers(stack)[0].env
+    assert env["PREFECT_API_URL"] == "http://127.0.0.1:4200/api" and env["MLFLOW_TRACKING_URI"] == stack.mlflow
     assert "PREFECT_API_KEY" not in env and env["PREFECT_LOGGING_LEVEL"] == "DEBUG"
     assert not {"PGPASSFILE", "MLFLOW_BACKEND_STORE_URI", "PREFECT_SERVER_DATABASE_CONNECTION_URL"} & env.keys()
 
@@ -168,11 +168,11 @@ def test_gpu_work_is_served_where_runtime_says_so_and_never_where_it_says_cpu() 
     assert topology.pools(Runtime(device="cpu")) == ["onediff-cpu"]
 
 
-def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_place: topology.Place) -> None:
-    folder = str(sqlite_place.folder)
-    assert topology.place(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
+def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topology.Stack) -> None:
+    folder = str(sqlite_stack.folder)
+    assert topology.load_stack(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
     with pytest.raises(ValueError, match=r"services.database is postgresql, but .* began with sqlite"):
-        topology.place(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
+        topology.load_stack(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or postgres.binaries() is None, reason="is about root and PostgreSQL")
@@ -180,16 +180,16 @@ def test_root_gets_the_error_that_postgres_may_not_enter_the_folder(tmp_path: Pa
     tmp_path.chmod(0o700)
     runtime = {"services": {"folder": str(tmp_path / "services"), "database": "postgresql"}}
     with pytest.raises(ValueError, match=rf"user 'postgres' may not enter {tmp_path}: set services.folder .* sqlite"):
-        topology.place(Runtime.model_validate(runtime))
+        topology.load_stack(Runtime.model_validate(runtime))
 
 
 def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: pytest.MonkeyPatch,
-                                                                   sqlite_place: topology.Place) -> None:
+                                                                   sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
-    topology.begin(sqlite_place)
+    topology.begin(sqlite_stack)
     monkeypatch.delenv(topology.PREFECT_LOGIN)
     with pytest.raises(ValueError, match="was started with PREFECT_SERVER_API_AUTH_STRING; set it, as before"):
-        topology.begin(sqlite_place)
+        topology.begin(sqlite_stack)
 
 
 def test_two_starts_at_once_are_one_start(tmp_path: Path) -> None:
@@ -208,39 +208,39 @@ def test_services_are_set_by_the_environment_too(monkeypatch: pytest.MonkeyPatch
 
 # -- backup and restore, without servers ---------------------------------------------------------------------------
 
-def test_a_restore_brings_back_what_the_backup_saw(sqlite_place: topology.Place, tmp_path: Path) -> None:
-    databases.backup(sqlite_place, tmp_path / "kept")
+def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
+    databases.backup(sqlite_stack, tmp_path / "kept")
     for name in postgres.DATABASES:
-        write_rows(sqlite_place, name, ["new"])
-    assert "as of" in databases.restore(sqlite_place, tmp_path / "kept")
-    assert [read_rows(sqlite_place, name) for name in postgres.DATABASES] == [["old"], ["old"]]
+        write_rows(sqlite_stack, name, ["new"])
+    assert "as of" in databases.restore(sqlite_stack, tmp_path / "kept")
+    assert [read_rows(sqlite_stack, name) for name in postgres.DATABASES] == [["old"], ["old"]]
     with pytest.raises(ValueError, match="holds something already: name a new folder"):
-        databases.backup(sqlite_place, tmp_path / "kept")
+        databases.backup(sqlite_stack, tmp_path / "kept")
 
 
-def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_place: topology.Place, tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    databases.backup(sqlite_place, kept)
-    write_rows(sqlite_place, "prefect", ["new"])
+    databases.backup(sqlite_stack, kept)
+    write_rows(sqlite_stack, "prefect", ["new"])
     with (kept / "mlflow.db").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"mlflow.db is not as manifest.json says: the backup is damaged"):
-        databases.restore(sqlite_place, kept)
+        databases.restore(sqlite_stack, kept)
     manifest = json.loads((kept / "manifest.json").read_text())
     (kept / "manifest.json").write_text(json.dumps({**manifest, "database": "postgresql"}))
     with pytest.raises(ValueError, match=r"is a backup of postgresql, but .* keeps sqlite"):
-        databases.restore(sqlite_place, kept)
+        databases.restore(sqlite_stack, kept)
     with pytest.raises(FileNotFoundError, match="is no backup, or not a whole one"):
-        databases.restore(sqlite_place, tmp_path)
-    assert read_rows(sqlite_place, "prefect") == ["old", "new"]
+        databases.restore(sqlite_stack, tmp_path)
+    assert read_rows(sqlite_stack, "prefect") == ["old", "new"]
 
 
-def test_a_restore_that_was_killed_midway_is_undone(sqlite_place: topology.Place) -> None:
-    folder = sqlite_place.folder
+def test_a_restore_that_was_killed_midway_is_undone(sqlite_stack: topology.Stack) -> None:
+    folder = sqlite_stack.folder
     (folder / "databases").rename(folder / "databases.old")
     (folder / "databases.new").mkdir()
-    topology.begin(sqlite_place)
-    assert read_rows(sqlite_place, "mlflow") == ["old"]
+    topology.begin(sqlite_stack)
+    assert read_rows(sqlite_stack, "mlflow") == ["old"]
     assert not list(folder.glob("databases.*"))
 
 
@@ -369,11 +369,11 @@ def test_an_artifact_goes_through_the_server_to_its_folder(services: RunningServ
 @pytest.mark.slow
 def test_runs_marked_as_deleted_are_purged_with_their_artifacts(services: RunningServices, monkeypatch) -> None:
     monkeypatch.setenv("ONEDIFF_SERVICES", services.env["ONEDIFF_SERVICES"])
-    where = topology.place(load_runtime())
+    stack = topology.load_stack(load_runtime())
     [run] = services.ask("mlflow", "runs/search", {"experiment_ids": [services.ask(
         "mlflow", "experiments/get-by-name?experiment_name=with_artifact")["experiment"]["experiment_id"]]})["runs"]
     services.ask("mlflow", "runs/delete", {"run_id": run["info"]["run_id"]})
-    assert databases.purge(where, [run["info"]["run_id"]]) == "1 runs are gone from the MLflow server for good"
+    assert databases.purge(stack, [run["info"]["run_id"]]) == "1 runs are gone from the MLflow server for good"
     assert not list((services.folder / "services/mlflow/artifacts").rglob("a.txt"))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         services.ask("mlflow", f"runs/get?run_id={run['info']['run_id']}")
