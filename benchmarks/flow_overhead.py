@@ -13,9 +13,10 @@ from statistics import median
 
 from prefect import flow
 
-from flows.pipeline import DVC, stages, stale_stages
-from flows.processes import prepare
-from flows.retrain import here
+from flows.pipeline import stages, stale_stages
+from flows.processes import DVC
+from flows.retrain import run_here
+from flows.server import temporary_server
 from onediff.config import load_params
 
 ROUNDS = 5
@@ -26,7 +27,7 @@ def measured() -> tuple[list[float], list[float], float]:
     ours, theirs = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        state = here(stale_stages())
+        state = run_here(stale_stages())
         ours.append(time.perf_counter() - start)
         if state.name != "UpToDate":
             sys.exit("onediff: this folder is not up to date: 'dvc repro' first")
@@ -41,8 +42,8 @@ def _seconds(command: str) -> float:
 
 
 if __name__ == "__main__":
-    prepare()
-    ours, theirs, start = measured()
+    with temporary_server():
+        ours, theirs, start = measured()
     number = len(stages(load_params().data))
     more = [(a - start) - (b - start) for a, b in zip(ours, theirs, strict=True)]
     print(f"{number} stages: flow {median(ours) - start:.2f} s, dvc repro {median(theirs) - start:.2f} s; "

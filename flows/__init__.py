@@ -1,6 +1,7 @@
-"""Prefect flows: when the stages of dvc.yaml run, in which order, who is told. They hold no logic of their own.
+"""Prefect flows: when and in which order the stages of dvc.yaml run, and who is notified. They hold no other logic.
 
-Prefect reads these settings at its first import, so they are set here, before any flow is; those already set stay.
+Prefect reads the settings below when it is first imported, so this package sets them before it imports any flow.
+Variables that the environment sets already keep their values.
 """
 
 import os

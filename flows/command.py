@@ -1,4 +1,4 @@
-"""What every flow's command line shares: one run in a folder, a server, and clean termination after an interrupt."""
+"""What the command lines of all flows share: one run in a folder, a server, and a clean end after an interrupt."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from prefect import Flow
+from prefect import Flow, State
 from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.pipeline import training_status
-from flows.processes import below, send
+from flows.processes import send_signal
 from flows.server import temporary_server
 from onediff import interrupts
 from onediff.config import load_runtime
 from onediff.git import configure_dvc
+from onediff.paths import DVC_YAML
 
 SPARE_S = 4.0  # beside grace_s, for what an interrupted flow does after its stage has ended
 
 
-def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[None] | None = None) -> Any:
-    """The flow's last state. Exits with one line if the flow cannot start or a signal ends it.
+def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None] | None = None) -> State[Any]:
+    """The last state of the flow. Exits with one line if the flow cannot start, fails, or is ended by a signal.
 
-    `first` is entered before the server starts, so that a refusal comes at once.
+    `lock` is taken before the server starts, so that a refusal comes at once.
     """
     start = time.time()
     survive_closed_output()
@@ -39,18 +40,24 @@ def run(flow: Flow[Any, Any], *arguments: Any, first: AbstractContextManager[Non
         limit_s = load_runtime().grace_s + SPARE_S
         interrupts.raise_keyboard_interrupt(limit_s)
         _limit_the_end(limit_s)
-        if not Path("dvc.yaml").exists():
-            raise FileNotFoundError(f"{Path('dvc.yaml').absolute()} not found: run this in the project's folder")
+        if not DVC_YAML.exists():
+            raise FileNotFoundError(f"{DVC_YAML.absolute()} not found: run this in the project's folder")
         configure_dvc()
-        with first or nullcontext(), temporary_server():
-            return flow(*arguments, return_state=True)
+        with lock or nullcontext(), temporary_server():
+            state: Any = flow(*arguments, return_state=True)
     except (ValueError, OSError) as error:
         sys.exit(f"onediff: {error}")
     except KeyboardInterrupt as interrupt:
-        _end_all()
-        print(f"onediff: stopped by {interrupt}; {_saved(start)}; '{_command()}' continues", file=sys.stderr,
-              flush=True)
+        _end_descendants()
+        status = training_status(Path(), start)
+        progress = f", and training up to step {status['step']}" if status else ""
+        again = "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])
+        print(f"onediff: stopped by {interrupt}; finished stages are kept{progress}; '{again}' continues",
+              file=sys.stderr, flush=True)
         os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's work at exit would need the server
+    if not state.is_completed():
+        sys.exit(f"onediff: {state.message}")
+    return state
 
 
 def survive_closed_output() -> None:
@@ -80,22 +87,13 @@ def _exit_after(receiver: socket.socket, seconds: float) -> None:
         pass
     logging.disable()
     time.sleep(seconds)
-    _end_all()
+    _end_descendants()
     os._exit(1)
 
 
-def _end_all() -> None:
-    """Ends what is left below this process: its server, and what it was just starting."""
-    family = below(os.getpid())
-    send(family, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=1)
-    send(left, signal.SIGKILL)
-
-
-def _saved(since: float) -> str:
-    status = training_status(Path(), since)
-    return "finished stages are kept" + (f", and training up to step {status['step']}" if status else "")
-
-
-def _command() -> str:
-    return "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])
+def _end_descendants() -> None:
+    """Ends the server of this process, and every command that it was starting."""
+    family = psutil.Process().children(recursive=True)
+    send_signal(family, signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=1)
+    send_signal(alive, signal.SIGKILL)

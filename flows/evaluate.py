@@ -5,37 +5,30 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from prefect import flow
-from prefect.client.schemas.objects import State
+from prefect import State, flow
 from prefect.states import Completed, Failed
 
 from flows import command
-from flows.processes import alone
-from flows.tasks import keep_rescored, publish_scores, score_again
-from onediff import registry
+from flows.notify import publish_scores
+from flows.processes import pipeline_lock
+from flows.tasks import rescore, score_again
+from onediff import paths, registry
 
 
 @flow(name="evaluate")
-def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
+def evaluate(model: str = paths.CHAMPION) -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:
-        with alone():
-            chosen = registry.pinned(model)  # once: an alias may move while the version is scored
-            evidence = score_again(chosen)
-            print(publish_scores(evidence.root / "data/metrics.json", "scores-again"))
-            version = chosen.rpartition("/")[2]
-            keep_rescored(version, evidence)
+        with pipeline_lock():
+            uri = registry.pinned(model)  # once: an alias may move while the version is scored
+            evidence = score_again(uri)
+            print(publish_scores(evidence.root / paths.METRICS, "scores-again"))
+            version = uri.rpartition("/")[2]
+            rescore(version, evidence)
             return Completed(message=f"version {version} has its new scores")
     except (ValueError, OSError) as error:
         return Failed(message=str(error))
 
 
-def main() -> None:
-    state = command.run(evaluate, *sys.argv[1:2], first=alone())
-    if not state.is_completed():
-        sys.exit(f"onediff: {state.message}")
-    print(state.message)
-
-
 if __name__ == "__main__":
-    main()
+    print(command.run(evaluate, *sys.argv[1:2], lock=pipeline_lock()).message)

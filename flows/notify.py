@@ -1,50 +1,72 @@
-"""Being told: what happened, why, and what to type next, as artifacts in Prefect and by the blocks of runtime.yaml."""
+"""Reports of the flows: events and score tables, as artifacts in Prefect and through the blocks of runtime.yaml."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
-import prefect.blocks.notifications  # noqa: F401 - its kinds of blocks are known once it is imported
+import prefect.blocks.notifications  # noqa: F401 - Prefect knows these kinds of blocks once the module is imported
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
+from prefect.cache_policies import NO_CACHE
 
 from onediff.config import load_runtime
 
 Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
-HIDDEN = re.compile(r"(?<=//)[^/@\s]+(?=@)")  # user and password of an address
+TABLE_COLUMNS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy",
+                 "false_alarm_rate", "swap_consistency", "operation_accuracy")
 
 
-def tell(event: Event, what: str, *, why: str, then: str, table: str = "") -> None:
-    """`what` happened, `why`, and `then`, the command to type next; `table`: more, as Markdown.
+def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> None:
+    """`what` happened, `why`, and `then`, the command to type next; `table`: details, as Markdown.
 
-    A block that cannot be reached or does not exist is said, and fails nothing: what happened has happened.
+    A block that cannot be reached or does not exist is printed, and no error is raised: the event itself has happened.
     """
     what, why = without_secrets(what), without_secrets(why)
     text = f"**{what}**\n\n{why}\n\nNext: `{then}`\n" + (f"\n{without_secrets(table)}\n" if table else "")
     create_markdown_artifact(text, key=event, description=what)
     for slug in load_runtime().notify:
-        problem = _send(slug, subject=f"OneDiff: {what}", body=f"{what}\n{why}\nNext: {then}\n")
-        if problem:
-            print(f"runtime.yaml: notify: {slug} was not told: {problem}")
+        try:
+            block = Block.load(slug)
+            if not isinstance(block, NotificationBlock):
+                raise ValueError(f"is no block that can notify, but {type(block).__name__}")
+            send: Any = block.notify  # outside of an event loop it is no coroutine
+            send(body=f"{what}\n{why}\nNext: {then}\n", subject=f"OneDiff: {what}")
+        except Exception as error:  # noqa: BLE001 - a service may raise anything, and its message may hold its address
+            problem = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
+            print(f"runtime.yaml: notify: {slug} was not notified: {without_secrets(problem)}")
 
 
 def without_secrets(text: str) -> str:
-    """Addresses without user and password."""
-    return HIDDEN.sub("***", text)
+    """The text with *** in place of user and password of each address."""
+    return re.sub(r"(?<=//)[^/@\s]+(?=@)", "***", text)
 
 
-def _send(slug: str, *, subject: str, body: str) -> str | None:
-    """Why the block could not be told, or None."""
-    try:
-        block = Block.load(slug)
-        if not isinstance(block, NotificationBlock):
-            return f"is no block that can notify, but {type(block).__name__}"
-        notify: Any = block.notify  # outside of an event loop it is no coroutine
-        notify(body=body, subject=subject)
-    except ValueError as error:  # no such block
-        return without_secrets(" ".join(str(error).split()))
-    except Exception as error:  # noqa: BLE001 - whatever a service of others raises; what it says may hold its address
-        return type(error).__name__
-    return None
+@task(cache_policy=NO_CACHE)
+def publish_scores(scores: Path, key: str) -> str:
+    """Creates the score table as a Markdown artifact in Prefect; returns the table."""
+    table = score_table(json.loads(scores.read_text()))
+    create_markdown_artifact(table, key=key, description=f"Scores in {scores}")
+    return table
+
+
+def score_table(metrics: dict[str, Any]) -> str:
+    """Markdown: one row per benchmark with its floors below, one column per score, aligned for reading as text too."""
+    columns = [name for name in TABLE_COLUMNS if any(name in scores for scores in metrics.values())]
+    rows = [["", "pairs", *columns]]
+    for benchmark, scores in metrics.items():
+        rows.append([benchmark, str(scores["num_pairs"]), *_cells(scores, columns)])
+        rows += [[f"floor: {floor}", "", *_cells(values, columns)] for floor, values in scores.get("floor", {}).items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cells(scores: dict[str, Any], columns: list[str]) -> list[str]:
+    return [f"{scores[name]:.3f}" if isinstance(scores.get(name), (int, float)) else "" for name in columns]

@@ -1,42 +1,47 @@
-"""Processes that a flow starts, and how none of them outlives it."""
+"""Starts the processes of a flow, and ends every one of them with the flow."""
 
 from __future__ import annotations
 
 import codecs
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from onediff import interrupts
 from onediff.config import load_runtime
+from onediff.files import refusing_lock
 from onediff.train.launch.ranks import Group
 
-CODE = Path(__file__).resolve().parent.parent
 DVC = (sys.executable, "-m", "dvc")
 LOCK = Path(".onediff/pipeline.lock")
-_held: set[Path] = set()  # locks that this process holds
+_held_locks: set[Path] = set()  # by this process
+
+
+def code_env() -> dict[str, str]:
+    """Variables with which a child process finds `python` and `dvc` of this environment and the packages of this
+    checkout, and writes its output at once.
+    """
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
-    """Runs the command in the folder, shows its output as it comes; returns exit status and what it wrote to stdout.
+    """Runs the command in the folder and shows its output as it comes; returns its exit status and its stdout.
 
     However this process is interrupted, the command ends with all its children, within runtime.yaml's grace_s.
     """
     grace_s = load_runtime().grace_s
-    bin_folder = str(Path(sys.executable).parent)  # `python` and `dvc` of this environment
-    env = {**os.environ, "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]), "PYTHONUNBUFFERED": "1"}
-    env[interrupts.FLOW] = str(os.getpid())
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), env.get("PYTHONPATH")]))
+    env = os.environ | code_env() | {interrupts.FLOW: str(os.getpid())}
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, env=env, process_group=0)
-    assert process.stdout is not None, "asked for a pipe"
+    assert process.stdout is not None, "stdout must be a pipe"
     decoder, stdout = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     try:
         while chunk := os.read(process.stdout.fileno(), 65536):
@@ -51,78 +56,74 @@ def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
 
 
 def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ends a command and all processes below it. Each process of its process group gets SIGTERM; what is still there
-    after `grace_s` is killed.
+    """Ends a command and all its descendants. Each process of its process group gets SIGTERM; a process that still
+    runs after `grace_s` is killed.
 
     DVC itself gets no signal: it ends when its stage has ended. Ended while it writes, it leaves half of dvc.lock.
     """
-    group, told, family = Group(command.pid), set[int](), set[psutil.Process]()
+    group, signalled, family = Group(command.pid), set[int](), set[psutil.Process]()
     if isinstance(command.args, Sequence) and tuple(command.args[: len(DVC)]) == DVC:
-        told.add(command.pid)
-    last = time.monotonic() + grace_s
-    while command.poll() is None and time.monotonic() < last:
+        signalled.add(command.pid)
+    deadline = time.monotonic() + grace_s
+    while command.poll() is None and time.monotonic() < deadline:
         members = group.members()
-        family |= {*members, *below(command.pid)}
-        send([member for member in members if member.pid not in told], signal.SIGTERM)
-        told |= {member.pid for member in members}
+        family |= {*members, *psutil.Process(command.pid).children(recursive=True)}
+        send_signal([member for member in members if member.pid not in signalled], signal.SIGTERM)
+        signalled |= {member.pid for member in members}
         time.sleep(0.1)
-    while (left := [process for process in family if runs(process)]) and time.monotonic() < last:
-        time.sleep(0.1)
-    send(left, signal.SIGKILL)
+    send_signal(wait_for_end(list(family), deadline - time.monotonic()), signal.SIGKILL)
     group.kill()
-    command.wait()  # as a zombie it would hold DVC's lock of the stage
+    command.wait()  # a zombie would hold DVC's lock of the stage
 
 
-def below(pid: int) -> list[psutil.Process]:
-    """All that the process started and that they started, in other sessions too."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], folder: Path = Path()) -> str:
+    """What the command prints. Raises ValueError with the text `failure` and the end of the command's message."""
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{failure}: {' '.join((done.stderr or done.stdout).split())[-500:]}")
+    return done.stdout
 
 
-def send(family: list[psutil.Process], number: signal.Signals) -> None:
-    """The signal to those that still live."""
-    for process in family:
-        try:
+def send_signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it has ended
             process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue  # went by itself
 
 
-def runs(process: psutil.Process) -> bool:
-    """False also for one that died and whose parent took no notice yet."""
+def is_alive(process: psutil.Process) -> bool:
+    """False also for a zombie: a process that has ended and whose parent has not read its exit status yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
+def wait_for_end(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    """Waits until the processes have ended; returns those that still run after the time."""
+    deadline = time.monotonic() + limit_s
+    while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
 @contextmanager
-def alone(lock: Path = LOCK) -> Iterator[None]:
+def pipeline_lock(path: Path = LOCK) -> Iterator[None]:
     """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on the files that they share.
 
-    The command line takes the lock before it calls the flow, which takes it again; the second time changes nothing.
+    The command line takes the lock before it calls the flow. The flow takes it again, which changes nothing.
 
     Raises ValueError if another process holds it.
     """
-    if lock.absolute() in _held:
+    if path.absolute() in _held_locks:
         yield
         return
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise ValueError(f"{lock}: another run holds the pipeline (process {pid}): wait until it ends, or stop it "
+            stack.enter_context(refusing_lock(path, "{holder}"))
+        except ValueError as holder:  # "PID on HOST"
+            pid = str(holder).partition(" ")[0]
+            raise ValueError(f"{path}: another run holds the pipeline (process {pid}): wait until it ends, or stop it "
                              f"with 'kill {pid}'") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        _held.add(lock.absolute())
-        try:
-            yield
-        finally:
-            _held.discard(lock.absolute())
+        _held_locks.add(path.absolute())
+        stack.callback(_held_locks.discard, path.absolute())
+        yield

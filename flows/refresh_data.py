@@ -1,52 +1,52 @@
-"""`python -m flows.refresh_data`: what changed elsewhere and what was dropped here becomes raw data under DVC."""
+"""`python -m flows.refresh_data`: adds updates of imported sources and new batches of the inbox to the raw data."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import command
-from flows.notify import tell, without_secrets
-from flows.processes import alone
-from flows.start import start_retraining
+from flows import command, deployments
+from flows.notify import notify, without_secrets
+from flows.processes import pipeline_lock
 from onediff.config import load_params, load_runtime
 from onediff.data.sources import tracked
 from onediff.data.sources.inbox import Places, Taken, take
-
-RETRAIN = "prefect deployment run retrain/retrain"
 
 
 @flow(name="refresh-data")
 def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]:
     """Updates imported sources and takes batches in whose files did not change for `settle_s`; Changed or Unchanged.
 
-    What cannot be had or read is told and stops nothing else. `then_retrain`: what changed starts a retraining.
+    A source or batch that cannot be read is reported and stops no other. `then_retrain`: a change starts a retraining.
     """
     try:
-        with alone():
+        with pipeline_lock():
             changed, problems = update_sources()
-            taken = take_batches(settle_s)
+            batches = take_batches(settle_s)
     except (ValueError, OSError) as error:
         return Failed(message=without_secrets(str(error)))
-    changed += [f"{source}: {number} pairs came in" for source, number in taken.batches]
-    problems += [without_secrets(problem) for problem in taken.problems]
-    started = start_retraining(f"data-{tracked.state()}") if changed and then_retrain else ""
-    _tell(changed, problems, started)
+    changed += [f"{source}: {number} pairs came in" for source, number in batches.batches]
+    problems += [without_secrets(problem) for problem in batches.problems]
+    started = []
+    if changed:
+        started = [deployments.start_retraining(f"data-{tracked.state()}")] if then_retrain else []
+        notify("data", "Raw data changed", why="\n".join(changed + started),
+               then="git diff data/raw" if started else deployments.RETRAIN_COMMAND)
+    if problems:
+        notify("failure", "Some raw data could not be refreshed", why="\n".join(problems), then="onediff data status")
     if problems and not changed:
         return Failed(message="; ".join(problems))
-    notes = [*changed, *problems, *(f"{name}: still changing" for name in taken.waiting), *filter(None, [started])]
+    notes = [*changed, *problems, *(f"{name}: still changing" for name in batches.waiting), *started]
     return Completed(name="Changed" if changed else "Unchanged", message="; ".join(notes) or "nothing is new")
 
 
 @task(cache_policy=NO_CACHE)
 def update_sources() -> tuple[list[str], list[str]]:
-    """What changed, and what could not be had, of everything that `onediff data fetch` or `dvc import` brought."""
+    """Updates everything that `onediff data fetch` or `dvc import` brought; returns the changes and the problems."""
     changed, problems = [], []
     for path in tracked.imported():
         try:
@@ -59,7 +59,7 @@ def update_sources() -> tuple[list[str], list[str]]:
 
 @task(cache_policy=NO_CACHE)
 def take_batches(settle_s: float) -> Taken:
-    """Every whole batch of runtime.yaml's inbox; none where there is no inbox."""
+    """Takes in every complete batch of runtime.yaml's inbox; none where there is no inbox."""
     runtime, data = load_runtime(), load_params().data
     if runtime.inbox is None:
         return Taken()
@@ -67,20 +67,6 @@ def take_batches(settle_s: float) -> Taken:
                 max_megapixels=data.max_megapixels)
 
 
-def _tell(changed: list[str], problems: list[str], started: str) -> None:
-    if changed:
-        tell("data", "Raw data changed", why="\n".join([*changed, *filter(None, [started])]),
-             then="git diff data/raw" if started else RETRAIN)
-    if problems:
-        tell("failure", "Some raw data could not be refreshed", why="\n".join(problems), then="onediff data status")
-
-
-def main() -> None:
-    state = command.run(refresh_data, first=alone())
-    if not state.is_completed():
-        sys.exit(f"onediff: {state.message}")
-    print(f"{state.name}: {state.message}")
-
-
 if __name__ == "__main__":
-    main()
+    state = command.run(refresh_data, lock=pipeline_lock())
+    print(f"{state.name}: {state.message}")

@@ -2,135 +2,147 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import os
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prefect import flow, get_client
+from prefect import State, flow, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-from prefect.client.schemas.objects import State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
-from flows import command, pools
-from flows.branch import WITHOUT_GIT, commit_results
-from flows.notify import tell
+from flows import command, deployments, tasks
+from flows.notify import notify, publish_scores
 from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
-from flows.processes import alone
-from flows.submit import promote
-from flows.tasks import keep_scores, publish_scores, register, repro
+from flows.processes import pipeline_lock
+from flows.promote import promote
+from flows.stage import commit_for_workers, run_on_worker
+from onediff import paths, registry
 from onediff.config import load_params, load_runtime
 from onediff.files import disk_full_named
-from onediff.git import head
+from onediff.git import CURE, git, git_paths, head
 from onediff.repro.preflight import check_inputs
+from onediff.tracking import parent_run
 
-if TYPE_CHECKING:
-    from onediff.tracking import Run
-
-AGAIN = "prefect deployment run retrain/retrain"
-READ = ("data/diffcap", "data/quarantine.parquet", "data/reports/validation", "data/reports/diffcap",  # to register
-        "data/models/tune", "data/runs/align.json", "data/runs/tune.json", "data/captions", "data/scored",
-        "data/report.html")
-MOST_CRASHES = 3
+READ_TO_REGISTER = (paths.DIFFCAP, paths.QUARANTINE, paths.VALIDATION_REPORT, paths.DIFFCAP_REPORTS, paths.TRAINED,
+                    paths.RUNS / "align.json", paths.RUNS / "tune.json", paths.CAPTIONS, paths.SCORED, paths.REPORT)
+MAX_CRASHES = 3
+WITHOUT_GIT = ("no git commit holds this folder: there is no branch of results, the lineage of the version names no "
+               f"commit, and the promotion rule clean_lineage cannot be met. {CURE}")
 
 
 @flow(name="retrain")
 def retrain() -> State[Any]:
-    """Runs what is out of date, here or on the workers of runtime.yaml's pools; a stage that fails ends the flow with
-    its message. Then the model is registered, and promoted if mlflow/promotion.yaml lets it.
+    """Runs the stages that are out of date, here or on the workers of runtime.yaml's pools; a stage that fails ends
+    the flow with its message. Then the model is registered, and promoted if mlflow/promotion.yaml lets it.
     """
     try:
         _check_crashes()
-        with alone(), disk_full_named(Path(".onediff")):
+        with pipeline_lock(), disk_full_named(Path(".onediff")):
             state = _retrain()
-    except (ValueError, OSError) as error:  # told in one line; Prefect would print the whole stack
+    except (ValueError, OSError) as error:  # as one line; Prefect would print the whole stack
         state = Failed(message=str(error))
     if state.is_failed():
-        tell("failure", "a retraining failed", why=str(state.message), then=AGAIN)
+        notify("failure", "a retraining failed", why=str(state.message), then=deployments.RETRAIN_COMMAND)
     return state
 
 
 def _retrain() -> State[Any]:
-    work = _on_workers if load_runtime().pools else here
-    if work is here:
+    runtime = load_runtime()
+    if runtime.pools:
+        stale, run_stages = stale_elsewhere(), run_on_workers
+    else:
         check_inputs(load_params())  # before any stage: workers have inputs of their own
-    stale = stale_elsewhere() if load_runtime().pools else stale_stages()
-    with _parent_run() if stale else nullcontext() as run:
-        state = work(stale)
+        stale, run_stages = stale_stages(), run_here
+    with parent_run("retrain", load_params()) if stale else nullcontext() as run:
+        state = run_stages(stale)
         if not state.is_completed():
             if run:
                 run.fail(str(state.message))
             return state
         if state.name == "Ran":
-            commit_results(str(flow_run.id).partition("-")[0], remote=load_runtime().git_remote)
+            commit_results(str(flow_run.id).partition("-")[0], remote=runtime.git_remote)
             if head() is None:
                 print(f"onediff: {WITHOUT_GIT}")
-        print(publish_scores(Path("data/metrics.json"), "scores"))
-        evaluation = keep_scores()
-        version = register(evaluation, by=f"flow run {flow_run.name} ({flow_run.id})")
-    said = promote(candidate=version)  # as the candidate: promoting it by its number would undo a rollback
-    return Completed(name=state.name, message=said)
+        print(publish_scores(paths.METRICS, "scores"))
+        version = tasks.register()
+    # As the candidate: promoting it by its number would undo a rollback.
+    message = (deployments.submit(deployments.PROMOTE, candidate=version) if registry.shared()
+               else deployments.message_of(promote(candidate=version, return_state=True)))
+    return Completed(name=state.name, message=message)
 
 
-def here(stale: set[str]) -> State[Any]:
-    """Every stage in this folder; what stands before the first stale one is known to be up to date."""
+def run_here(stale: set[str]) -> State[Any]:
+    """Runs the stale stages in this folder, and every stage after one that ran."""
     ran = False
     for stage in stages(load_params().data):
-        state = repro(stage, ask=ran or stage in stale, return_state=True)
-        if not state.is_completed():
-            return Failed(message=state.message)
-        ran = ran or state.name != "UpToDate"
+        if ran or stage in stale:
+            state = tasks.repro(stage, return_state=True)
+            if not state.is_completed():
+                return Failed(message=state.message)
+            ran = ran or state.name != "UpToDate"
     return Completed(name="Ran" if ran else "UpToDate")
 
 
-def _on_workers(stale: set[str]) -> State[Any]:
-    """Every stale stage on a worker of its kind; then what registering reads is pulled."""
-    revision, ran = pools.commit(), False
+def run_on_workers(stale: set[str]) -> State[Any]:
+    """Runs every stale stage on a worker of its kind, and pulls the outs that registering reads."""
+    revision, ran = commit_for_workers(), False
     if raw_files():
         dvc(Path(), "push", *map(str, raw_files()))
     for stage in stages(load_params().data):
-        if stage not in stale:
-            continue
-        state = pools.send(stage, revision, return_state=True)
-        if not state.is_completed():
-            return Failed(message=state.message)
-        if state.name != "UpToDate":
-            ran, stale = True, stale_elsewhere()
-    dvc(Path(), "pull", "--force", "--allow-missing", *READ)
+        if stage in stale:
+            state = run_on_worker(stage, revision, return_state=True)
+            if not state.is_completed():
+                return Failed(message=state.message)
+            if state.name != "UpToDate":
+                ran, stale = True, stale_elsewhere()
+    dvc(Path(), "pull", "--force", "--allow-missing", *map(str, READ_TO_REGISTER))
     return Completed(name="Ran" if ran else "UpToDate")
 
 
+def commit_results(run: str, *, remote: str | None = None) -> str | None:
+    """Commits dvc.lock, and metrics and .dvc files under data/, as branch retrain/RUN above the checked-out commit, and
+    pushes it to the remote; returns the branch, or None if nothing changed or no commit holds this folder.
+
+    Neither the checked-out branch nor the working tree changes. Raises ValueError in git's words if git refuses to read
+    the checkout or if the branch cannot be pushed.
+    """
+    if head() is None:
+        return None
+    changed = git_paths("diff", "--relative", "--name-only", "HEAD", "--", "dvc.lock", "data")
+    changed += git_paths("ls-files", "--others", "--exclude-standard", "--", "dvc.lock", "data/*.dvc")
+    if not changed:
+        return None
+    branch = f"retrain/{run}"
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        git("read-tree", "HEAD", env=index)
+        git("add", "--", *changed, env=index)
+        tree = git("write-tree", env=index)
+    defaults = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
+                for part, value in (("NAME", "OneDiff"), ("EMAIL", "onediff@localhost"))}
+    commit = git("commit-tree", tree, "-p", "HEAD", "-m", f"retrain: results of run {run}", env=defaults | os.environ)
+    git("update-ref", f"refs/heads/{branch}", commit)
+    if remote:
+        git("push", "--quiet", "--force", remote, f"refs/heads/{branch}")
+    return branch
+
+
 def _check_crashes() -> None:
-    """A crashed run is started again (prefect.yaml); raises ValueError if that did not help several times in a row."""
+    """Raises ValueError if the last runs all crashed: a crashed run is started again (prefect.yaml), without end."""
     if deployment.id is None:
         return
-    of_ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(deployment_filter=of_ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-                                     limit=MOST_CRASHES + 1)
-    before = [run for run in runs if str(run.id) != str(flow_run.id)][:MOST_CRASHES]
-    if len(before) == MOST_CRASHES and all(run.state and run.state.is_crashed() for run in before):
-        raise ValueError(f"the last {MOST_CRASHES} runs crashed: {before[0].state.message if before[0].state else ''}; "
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+                                     sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MAX_CRASHES + 1)
+    before = [run for run in runs if str(run.id) != str(flow_run.id)][:MAX_CRASHES]
+    if len(before) == MAX_CRASHES and all(run.state and run.state.is_crashed() for run in before):
+        raise ValueError(f"the last {MAX_CRASHES} runs crashed: {before[0].state.message if before[0].state else ''}; "
                          "see the worker's log; this run ends the row, and the next one tries again")
 
 
-@contextmanager
-def _parent_run() -> Iterator[Run]:
-    """The MLflow run that those of the phases and of the evaluation nest under."""
-    from onediff.tracking import parent_run
-
-    with parent_run("retrain", load_params()) as run:
-        yield run
-
-
-def main() -> None:
-    state = command.run(retrain, first=alone())
-    if not state.is_completed():
-        sys.exit(f"onediff: {state.message}")
-
-
 if __name__ == "__main__":
-    main()
+    command.run(retrain, lock=pipeline_lock())

@@ -76,15 +76,6 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
-def _serve(listener: socket.socket) -> None:
-    import uvicorn
-
-    interrupts.handle_as_python_does()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    config = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
-    uvicorn.Server(config).run(sockets=[listener])
-
-
 def _end_with_parent() -> None:
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -93,4 +84,9 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    import uvicorn
+
+    interrupts.handle_as_python_does()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    config = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])

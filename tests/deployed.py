@@ -49,19 +49,18 @@ class Site:
         return done.stdout
 
     def trigger(self, deployment: str = "retrain/retrain", **parameters: Any) -> str:
-        said = httpx.get(f"{self.api}/deployments/name/{deployment}", timeout=60).json()
-        address = f"{self.api}/deployments/{said['id']}/create_flow_run"
-        while (made := httpx.post(address, json={"parameters": parameters}, timeout=60)).status_code == 503:
+        deployment_id = httpx.get(f"{self.api}/deployments/name/{deployment}", timeout=60).json()["id"]
+        address = f"{self.api}/deployments/{deployment_id}/create_flow_run"
+        while (run := httpx.post(address, json={"parameters": parameters}, timeout=60)).status_code == 503:
             time.sleep(0.2)  # SQLite is busy; clients of Prefect wait, too
-        return str(made.json()["id"])
+        return str(run.json()["id"])
 
     def state(self, run: str) -> dict[str, Any]:
         return dict(httpx.get(f"{self.api}/flow_runs/{run}", timeout=60).json()["state"])
 
     def runs(self) -> list[dict[str, Any]]:
-        found = httpx.post(f"{self.api}/flow_runs/filter", json={"sort": "START_TIME_ASC", "limit": 200,
-                                                                 "flows": {"name": {"any_": ["retrain"]}}})
-        return list(found.json())
+        body = {"sort": "START_TIME_ASC", "limit": 200, "flows": {"name": {"any_": ["retrain"]}}}
+        return list(httpx.post(f"{self.api}/flow_runs/filter", json=body).json())
 
     def status(self) -> dict[str, Any]:
         written = sorted(self.folder.glob(".onediff/scratch/*/status.json"), key=lambda path: path.stat().st_mtime)
@@ -73,9 +72,9 @@ class Site:
                 and process.info["cwd"] == str(self.folder)]
 
     def close(self) -> None:
-        for process in [psutil.Process(started.pid) for started in self.started if started.poll() is None]:
-            for one in [*process.children(recursive=True), process]:
-                one.kill()
+        for leader in [psutil.Process(started.pid) for started in self.started if started.poll() is None]:
+            for process in [*leader.children(recursive=True), leader]:
+                process.kill()
 
 
 @contextmanager
@@ -93,18 +92,18 @@ def running_site(folder: Path, params: str) -> Iterator[Site]:
     (folder / "runtime.yaml").write_text("checkpoint_every_s: 2.0\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        made = Site(folder, free.getsockname()[1])
-    made.run("git", "init", "-q")
-    made.run(sys.executable, "-m", "dvc", "init", "-q")
-    made.run("git", "add", "-A")
-    made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "all")
-    made.start("server", "prefect", "server", "start", "--port", made.api.split(":")[2].split("/")[0])
-    until(lambda: answers(f"{made.api}/health"), 120)
-    made.run(sys.executable, "-m", "flows.deploy")
+        site = Site(folder, free.getsockname()[1])
+    site.run("git", "init", "-q")
+    site.run(sys.executable, "-m", "dvc", "init", "-q")
+    site.run("git", "add", "-A")
+    site.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "all")
+    site.start("server", "prefect", "server", "start", "--port", site.api.split(":")[2].split("/")[0])
+    until(lambda: answers(f"{site.api}/health"), 120)
+    site.run(sys.executable, "-m", "flows.deploy")
     try:
-        yield made
+        yield site
     finally:
-        made.close()
+        site.close()
 
 
 def answers(address: str) -> bool:
@@ -114,11 +113,12 @@ def answers(address: str) -> bool:
         return False
 
 
-def until(told: Callable[[], Any], seconds: float) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = told()
-        if found:
-            return found
+def until(condition: Callable[[], Any], seconds: float) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
         time.sleep(0.5)
     raise AssertionError("waited in vain")

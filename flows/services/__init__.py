@@ -2,6 +2,7 @@
 
     python -m flows.services start | status [--json] | stop | backup DIR | restore DIR | upgrade
 
-`plan.py` says what runs, `background.py` starts and ends it, `postgres.py` and `databases.py` keep what it writes.
-All of it lies in one folder (runtime.yaml: services.folder) and listens on 127.0.0.1.
+`__main__.py` has these commands, `topology.py` describes the services, `background.py` starts and ends their processes,
+`postgres.py` and `databases.py` look after the data. All files are in one folder (runtime.yaml: services.folder), and
+the servers listen on 127.0.0.1.
 """

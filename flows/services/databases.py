@@ -1,186 +1,167 @@
-"""Backup, restore, schema upgrade and purge of the databases `prefect` and `mlflow`, whichever kind they are.
+"""Backup, restore, schema upgrade and purge of the databases `prefect` and `mlflow`, in PostgreSQL or SQLite.
 
 MLflow's artifacts are files beside them (`mlflow/artifacts`, or S3): copy those as any other files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sqlite3
-import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.services import background, postgres
-from flows.services import topology as plan
-from flows.services.topology import Place
+from flows.processes import run_tool
+from flows.services import background, postgres, topology
+from flows.services.topology import Stack
+from onediff.files import new_folder, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 SUFFIX = {"postgresql": ".dump", "sqlite": ".db"}
 
 
-def backup(where: Place, target: Path) -> str:
-    """Both databases into a new folder, also while the servers run; the folder gets its name when it is whole.
+def backup(stack: Stack, target: Path) -> str:
+    """Writes both databases into a new folder, also while the servers run. The folder is complete or absent.
 
-    Raises ValueError if the folder holds something already, or there is nothing to keep.
+    Raises ValueError if the folder is not empty, or if there is no database yet.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} holds something already: name a new folder")
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True, mode=0o700)
-    with _database_up(where):
-        for name in postgres.NAMES:
-            _dump(where, name, part / f"{name}{SUFFIX[where.database]}")
-    names = [path.name for path in sorted(part.iterdir())]
-    files = {name: {"bytes": (part / name).stat().st_size, "sha256": _digest(part / name)} for name in names}
-    said = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "database": where.database,
-            "versions": {name: version(name) for name in postgres.NAMES}, "files": files}
-    (part / MANIFEST).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    part.rename(target)
-    return (f"{target}: {', '.join(names)} ({sum((target / name).stat().st_size for name in names) / 2**20:.1f} MB); "
-            f"MLflow's artifacts are not in it: copy {where.folder / 'mlflow/artifacts'} too")
+    with new_folder(target) as part:
+        part.chmod(0o700)
+        with _database_up(stack):
+            for name in postgres.DATABASES:
+                _dump(stack, name, part / f"{name}{SUFFIX[stack.database]}")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                 for path in sorted(part.iterdir())}
+        write_json(part / MANIFEST, {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"), "database": stack.database,
+            "versions": {name: version(name) for name in postgres.DATABASES}, "files": files}, indent=2)
+    return (f"{target}: {', '.join(files)} ({sum((target / name).stat().st_size for name in files) / 2**20:.1f} MB); "
+            f"MLflow's artifacts are not in it: copy {stack.folder / 'mlflow/artifacts'} too")
 
 
-def restore(where: Place, source: Path) -> str:
-    """Both databases as they were in the backup, or, if anything fails, as they are.
+def restore(stack: Stack, source: Path) -> str:
+    """Restores both databases from the backup; if one fails, both stay unchanged.
 
-    Raises ValueError while the servers run, or if the backup is not whole, or of another kind of database.
+    Raises ValueError while the servers run, or if the backup is damaged or of the other kind of database.
     """
-    _refuse_while_running(where, f"python -m flows.services restore {source}")
-    said = _checked_manifest(where, source)
-    plan.begin(where)
-    finish_restore(where)
-    if where.database == "postgresql":
-        with _database_up(where):
-            _restore_postgres(where, source)
+    _refuse_while_running(stack, f"python -m flows.services restore {source}")
+    manifest = _checked_manifest(stack, source)
+    topology.begin(stack)
+    if stack.database == "postgresql":
+        with _database_up(stack):
+            _restore_postgres(stack, source)
     else:
-        _restore_sqlite(where, source)
-    return f"{where.folder}: as of {said['made']}; 'make services' starts it"
+        _restore_sqlite(stack, source)
+    return f"{stack.folder}: as of {manifest['made']}; 'make services' starts it"
 
 
-def upgrade(where: Place) -> str:
-    """Schemas as the installed Prefect and MLflow want them, after a backup. Raises ValueError if one fails."""
-    _refuse_while_running(where, "make upgrade")
-    plan.begin(where)
-    finish_restore(where)
-    kept = where.folder / "backups" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    said = [backup(where, kept)]
-    commands = {"mlflow": ["db", "upgrade", where.database_address("mlflow")],
-                "prefect": ["--no-prompt", "server", "database", "upgrade", "-y"]}
-    with _database_up(where):
-        for name, arguments in commands.items():
-            done = subprocess.run([sys.executable, "-m", name, *arguments], env=plan.server_env(where, name),
-                                  cwd=where.folder / name, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ValueError(f"{name} {version(name)} cannot upgrade its database: "
-                                 f"{' '.join((done.stderr or done.stdout).split())[-500:]}; "
-                                 f"back to what was: python -m flows.services restore {kept}")
-            said.append(f"{name}: schema of version {version(name)}")
-    return "\n".join(said)
+def upgrade(stack: Stack) -> str:
+    """Upgrades both schemas to the installed Prefect and MLflow, after a backup. Raises ValueError if one fails."""
+    _refuse_while_running(stack, "make upgrade")
+    topology.begin(stack)
+    target = stack.folder / "backups" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    lines = [backup(stack, target)]
+    commands = {"mlflow": (topology.mlflow_env(stack), ["db", "upgrade", stack.database_address("mlflow")]),
+                "prefect": (topology.prefect_env(stack), ["--no-prompt", "server", "database", "upgrade", "-y"])}
+    with _database_up(stack):
+        for name, (env, arguments) in commands.items():
+            run_tool([sys.executable, "-m", name, *arguments],
+                     f"{name} {version(name)} cannot upgrade its database ('python -m flows.services restore {target}' "
+                     "brings the old one back)", env=env, folder=stack.folder / name)
+            lines.append(f"{name}: schema of version {version(name)}")
+    return "\n".join(lines)
 
 
-def purge(where: Place, runs: Sequence[str]) -> str:
-    """Runs that the server has marked as deleted go for good, with their artifacts. The server must run."""
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", where.database_address("mlflow"),
-               "--run-ids", ",".join(runs)]
-    done = subprocess.run(command, env={**plan.worker_env(where), **plan.server_env(where, "mlflow")},
-                          cwd=where.folder / "mlflow", capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
+def purge(stack: Stack, runs: Sequence[str]) -> str:
+    """Removes runs that the server has marked as deleted, with their artifacts. The server must run."""
+    run_tool([sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", stack.database_address("mlflow"),
+              "--run-ids", ",".join(runs)], "mlflow gc", folder=stack.folder / "mlflow",
+             env=topology.worker_env(stack) | topology.mlflow_env(stack))
     return f"{len(runs)} runs are gone from the MLflow server for good"
 
 
-def finish_restore(where: Place) -> None:
-    """A restore of SQLite files that was killed between its two renames is undone."""
-    now, old = where.folder / "databases", where.folder / "databases.old"
-    if old.exists() and not now.exists():
-        old.rename(now)
-    for beside in (old, where.folder / "databases.new"):
-        shutil.rmtree(beside, ignore_errors=True)
+def _refuse_while_running(stack: Stack, again: str) -> None:
+    for name in postgres.DATABASES:
+        if background.running(stack.folder, name):
+            raise ValueError(f"{stack.folder}: the {name} server runs: 'make services-stop', then {again}")
 
 
-def _refuse_while_running(where: Place, again: str) -> None:
-    for name in postgres.NAMES:
-        if background.running(where.folder, name):
-            raise ValueError(f"{where.folder}: the {name} server runs: 'make services-stop', then {again}")
+@contextmanager
+def _database_up(stack: Stack) -> Iterator[None]:
+    """PostgreSQL runs inside the block: the server that runs already, or one that is started for the block only."""
+    if stack.database == "sqlite" or background.running(stack.folder, "postgres"):
+        yield
+        return
+    settings = stack.runtime.services
+    postgres.start(stack.folder, settings.postgres_port, settings.start_s)
+    try:
+        yield
+    finally:
+        background.end(stack.folder, "postgres")
 
 
-def _database_up(where: Place) -> AbstractContextManager[None]:
-    ports = where.runtime.services
-    return (postgres.up(where.folder, ports.postgres_port, ports.start_s) if where.database == "postgresql"
-            else nullcontext())
-
-
-def _dump(where: Place, name: str, target: Path) -> None:
-    if where.database == "postgresql":
-        postgres.tool(where.folder, where.runtime.services.postgres_port, "pg_dump", "-Fc", "-f", str(target), name)
+def _dump(stack: Stack, name: str, target: Path) -> None:
+    if stack.database == "postgresql":
+        postgres.tool(stack.folder, stack.runtime.services.postgres_port, "pg_dump", "-Fc", "-f", str(target), name)
         target.chmod(0o600)
         return
-    kept = where.folder / "databases" / f"{name}.db"
-    if not kept.exists():
-        raise ValueError(f"{kept} not found: nothing to keep; 'make services' makes it")
-    with closing(sqlite3.connect(kept)) as old, closing(sqlite3.connect(target)) as new:
+    database = stack.folder / "databases" / f"{name}.db"
+    if not database.exists():
+        raise ValueError(f"{database} not found: nothing to keep; 'make services' makes it")
+    with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)  # a consistent state, while others write
 
 
-def _restore_postgres(where: Place, source: Path) -> None:
-    """Beside the old databases, which change names with the new ones in one transaction."""
-    port, folder = where.runtime.services.postgres_port, where.folder
+def _restore_postgres(stack: Stack, source: Path) -> None:
+    """Restores beside the old databases; then one transaction exchanges the names."""
+    port, folder = stack.runtime.services.postgres_port, stack.folder
 
     def drop(suffix: str) -> None:
-        for name in postgres.NAMES:
+        for name in postgres.DATABASES:
             postgres.tool(folder, port, "dropdb", "--if-exists", "--force", f"{name}{suffix}")
 
     drop("_new")
     drop("_old")
-    for name in postgres.NAMES:
+    for name in postgres.DATABASES:
         postgres.tool(folder, port, "createdb", f"{name}_new")
         postgres.tool(folder, port, "pg_restore", "--exit-on-error", "--no-owner", "-d", f"{name}_new",
                       str(source / f"{name}.dump"))
-    renames = [command for name in postgres.NAMES
+    renames = [command for name in postgres.DATABASES
                for command in ("-c", f"alter database {name} rename to {name}_old",
                                "-c", f"alter database {name}_new rename to {name}")]
     postgres.tool(folder, port, "psql", "-d", "postgres", "-v", "ON_ERROR_STOP=1", "--single-transaction", *renames)
     drop("_old")
 
 
-def _restore_sqlite(where: Place, source: Path) -> None:
-    now, new, old = (where.folder / f"databases{suffix}" for suffix in ("", ".new", ".old"))
+def _restore_sqlite(stack: Stack, source: Path) -> None:
+    now, new, old = (stack.folder / f"databases{suffix}" for suffix in ("", ".new", ".old"))
     new.mkdir(mode=0o700)
-    for name in postgres.NAMES:
+    for name in postgres.DATABASES:
         shutil.copyfile(source / f"{name}.db", new / f"{name}.db")
-        with closing(sqlite3.connect(new / f"{name}.db")) as opened:
-            opened.execute("pragma quick_check").fetchall()
+        with closing(sqlite3.connect(new / f"{name}.db")) as database:
+            database.execute("pragma quick_check").fetchall()
     now.rename(old)
     new.rename(now)
     shutil.rmtree(old)
 
 
-def _checked_manifest(where: Place, source: Path) -> dict[str, Any]:
+def _checked_manifest(stack: Stack, source: Path) -> dict[str, Any]:
     try:
-        said = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{source / MANIFEST} not found: {source} is no backup, or not a whole one") from None
-    if said["database"] != where.database:
-        raise ValueError(f"{source} is a backup of {said['database']}, but {where.folder} keeps {where.database}: "
+    if manifest["database"] != stack.database:
+        raise ValueError(f"{source} is a backup of {manifest['database']}, but {stack.folder} keeps {stack.database}: "
                          "restore into a folder that began with the same kind (services.folder, services.database)")
-    for name in postgres.NAMES:
-        path = source / f"{name}{SUFFIX[where.database]}"
-        if not path.exists() or _digest(path) != said["files"].get(path.name, {}).get("sha256"):
+    for name in postgres.DATABASES:
+        path = source / f"{name}{SUFFIX[stack.database]}"
+        if not path.exists() or sha256_of(path) != manifest["files"].get(path.name, {}).get("sha256"):
             raise ValueError(f"{path} is not as {MANIFEST} says: the backup is damaged; take another one")
-    return dict(said)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return dict(manifest)

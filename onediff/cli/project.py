@@ -104,10 +104,10 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it i
        days: Annotated[float, typer.Option(min=0, help="What is younger stays.")] = 30,
        as_json: Json = False) -> None:
     """Remove what is old and no registered version needs: cached data, runs, branches, checkpoints, copies."""
-    from flows.processes import alone
+    from flows.processes import pipeline_lock
     from onediff.ops.housekeeping import KINDS, survey, sweep
 
-    with alone() if yes else nullcontext():
+    with pipeline_lock() if yes else nullcontext():
         surveyed = survey(days)
         deleted_runs = sweep(surveyed) if yes else []
     lines = []
@@ -131,7 +131,7 @@ def _purge(runs: list[str]) -> str:
     from onediff import tracking
     from onediff.config import load_runtime
 
-    place = topology.place(load_runtime())
-    if tracking.uri().rstrip("/") == place.mlflow:
-        return databases.purge(place, runs)
+    stack = topology.load_stack(load_runtime())
+    if tracking.uri().rstrip("/") == stack.mlflow:
+        return databases.purge(stack, runs)
     return f"the MLflow server keeps {len(runs)} runs as deleted; how they go for good: deploy/README.md"

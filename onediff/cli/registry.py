@@ -45,9 +45,9 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
     from onediff import registry
 
     if registry.shared():
-        from flows.submit import promote as submit
+        from flows import deployments
 
-        print_text(submit(version, why))
+        print_text(deployments.submit(deployments.PROMOTE, version=version, why=why))
         return
     approved = None
     if registry.load_rules().approval_h and (opinion := registry.assess(version)).promoted and not opinion.reasons:
@@ -66,9 +66,9 @@ def rollback(why: Why = None) -> None:
     from onediff import registry
 
     if registry.shared():
-        from flows.submit import rollback as submit
+        from flows import deployments
 
-        print_text(submit(why))
+        print_text(deployments.submit(deployments.ROLLBACK, why=why))
         return
     print_text(f"version {registry.rollback(why=why)} is champion again")
 

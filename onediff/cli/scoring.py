@@ -205,8 +205,9 @@ def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a fold
     from onediff.data.overlap.datasets import read_examples
 
     runtime = load_runtime()
-    train_examples = read_examples(train, split=train_split, scratch=Path(runtime.scratch), source=train_source, images=images)
-    test_examples = read_examples(benchmark, split=split, scratch=Path(runtime.scratch), source=source)
+    scratch = Path(runtime.scratch)
+    train_examples = read_examples(train, split=train_split, scratch=scratch, source=train_source, images=images)
+    test_examples = read_examples(benchmark, split=split, scratch=scratch, source=source)
     result = auditing.audit(train_examples, test_examples, out=out, max_distance=max_distance, runtime=runtime)
     print_result(result | {"verdict": auditing.verdict(result)}, auditing.as_text(result), as_json)
     if fail and result["leaks"]:

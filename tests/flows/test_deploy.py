@@ -8,14 +8,14 @@ from prefect import Flow
 from prefect.client.schemas.schedules import CronSchedule
 from ruamel.yaml import YAML
 
-from flows import deploy, start, submit
+from flows import deploy, deployments
 from onediff.config import Pools
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOYMENTS = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
 def test_a_deployment_runs_a_flow_that_there_is_in_a_pool_that_there_is(deployment: dict) -> None:
     path, _, name = deployment["entrypoint"].partition(":")
     flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
@@ -39,16 +39,16 @@ def test_what_is_submitted_to_is_deployed() -> None:
         path, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
         names.add(f"{flow.name}/{deployment['name']}")
-    assert {start.DEPLOYMENT, submit.PROMOTE, submit.ROLLBACK, "stage/cpu", "stage/gpu"} <= names
+    assert {deployments.RETRAIN, deployments.PROMOTE, deployments.ROLLBACK, "stage/cpu", "stage/gpu"} <= names
 
 
-def test_without_a_server_it_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_the_error_names_the_command_that_starts_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(ValueError, match="PREFECT_API_URL is not set: 'make services'"):
         deploy.deploy()
 
 
 def test_a_run_counts_as_lost_after_nine_minutes_without_a_heartbeat() -> None:
-    made = deploy.lost_runs(deploy.PATIENCE_S)
-    assert made.trigger.within.total_seconds() >= 540
-    assert made.trigger.after == {"prefect.flow-run.heartbeat"} and made.trigger.posture == "Proactive"
+    automation = deploy.lost_runs(deploy.PATIENCE_S)
+    assert automation.trigger.within.total_seconds() >= 540
+    assert automation.trigger.after == {"prefect.flow-run.heartbeat"} and automation.trigger.posture == "Proactive"

@@ -22,19 +22,55 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def site(tmp_path: Path) -> Iterator[Site]:
     first, second = (ROOT / "presets/micro.yaml").read_text().split("\nalign:")
     long = second.replace("steps: 4", "steps: 4000", 1)  # enough to be interrupted four times
-    with running_site(tmp_path / "onediff", f"{first}\nalign:{long}") as made:
-        yield made
+    with running_site(tmp_path / "onediff", f"{first}\nalign:{long}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prefect_server() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    import flows  # noqa: F401 - its settings before Prefect's first import
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_missing_deployment_starts_no_retraining_and_is_no_error() -> None:
+    from flows.deployments import start_retraining
+
+    message = start_retraining("a")
+    assert message.startswith("no retraining was started: retrain/retrain")
+    assert message.endswith("'make deploy' deploys it")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_one_cause_starts_one_run_however_often_it_occurs() -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+
+    from flows.deployments import start_retraining
+
+    @flow(name="retrain")
+    def retrain() -> None: ...
+
+    retrain.to_deployment(name="retrain").apply()
+    first, again, other = (start_retraining(key) for key in ("data-1", "data-1", "data-2"))
+    assert first == again != other and first.startswith("retraining '")
+    with get_client(sync_client=True) as client:
+        assert len(client.read_flow_runs()) == 2
 
 
 def _in_training(site: Site, after: int = 0) -> bool:
     return site.status()["state"] == "running" and site.status()["step"] > after
 
 
-def _until_heard(site: Site) -> None:
+def _wait_for_heartbeat(site: Site) -> None:
     """The automation counts from a heartbeat that comes after it was made."""
-    heard = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "order": "DESC"}}
-    seen = httpx.post(f"{site.api}/events/filter", json=heard, timeout=60).json()["total"]
-    until(lambda: httpx.post(f"{site.api}/events/filter", json=heard, timeout=60).json()["total"] > seen, 120)
+    heartbeats = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "order": "DESC"}}
+    before = httpx.post(f"{site.api}/events/filter", json=heartbeats, timeout=60).json()["total"]
+    until(lambda: httpx.post(f"{site.api}/events/filter", json=heartbeats, timeout=60).json()["total"] > before, 120)
 
 
 def test_triggers_cancelling_a_killed_flow_and_a_lost_machine(site: Site) -> None:
@@ -63,7 +99,7 @@ def test_triggers_cancelling_a_killed_flow_and_a_lost_machine(site: Site) -> Non
 
     # The whole machine is lost: nothing is heard any more, until another one takes the work up.
     site.run(sys.executable, "-m", "flows.deploy", "90")
-    _until_heard(site)
+    _wait_for_heartbeat(site)
     lost = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
     third = next(run["id"] for run in site.runs() if run["state_type"] == "RUNNING")
     for process in lost:

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import pipeline, processes, tasks
-from flows.processes import DVC, alone, end, stream
+from flows import pipeline, processes, retrain, tasks
+from flows.notify import score_table
+from flows.processes import DVC, end, pipeline_lock, stream
 from onediff.config import load_params
 from onediff.interrupts import SIGNALS
 
@@ -62,7 +63,7 @@ def test_an_out_that_has_no_room_in_the_cache_fails_the_stage(tmp_path: Path, mo
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
     try:
         monkeypatch.chdir(tmp_path)
-        subprocess.run([*pipeline.DVC, "init", "-q", "--no-scm"], check=True)
+        subprocess.run([*DVC, "init", "-q", "--no-scm"], check=True)
         Path("dvc.yaml").write_text("stages: {copy: {cmd: mkdir -p out && cp in.txt out, deps: [in.txt], outs: [out]}}")
         Path("in.txt").write_text("x" * 3_000_000)
         assert tasks.repro.fn("copy").is_failed()
@@ -73,9 +74,10 @@ def test_an_out_that_has_no_room_in_the_cache_fails_the_stage(tmp_path: Path, mo
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_a_stage_known_to_be_up_to_date_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # no DVC project here: asking would fail
-    assert tasks.repro.fn("anything", ask=False).name == "UpToDate"
+def test_stages_known_to_be_up_to_date_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no DVC project here, so DVC would fail
+    shutil.copy(ROOT / "presets/micro.yaml", "params.yaml")
+    assert retrain.run_here(set()).name == "UpToDate"
 
 
 def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -> None:
@@ -89,11 +91,11 @@ def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -
     assert tasks.repro.fn("broken").message == "broken failed: diverged at step 12 (loss nan)"
 
 
-def test_a_broken_pipeline_file_is_told_in_one_line(project: Path) -> None:
+def test_a_broken_pipeline_file_is_an_error_of_one_line(project: Path) -> None:
     Path("dvc.yaml").write_text("stages: [")
-    with pytest.raises(ValueError, match=r"^dvc status: '\./dvc\.yaml' is invalid\. .*line 2") as told:
+    with pytest.raises(ValueError, match=r"^dvc status: '\./dvc\.yaml' is invalid\. .*line 2") as error:
         pipeline.stale_stages()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_output_is_shown_and_returned(capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,15 +105,15 @@ def test_output_is_shown_and_returned(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_a_second_run_is_refused_while_one_holds_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = "from flows.processes import alone\nwith alone(): print('held', flush=True); input()"
+    code = "from flows.processes import pipeline_lock\nwith pipeline_lock(): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert holder.stdin is not None and holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=rf"another run holds the pipeline \(process {holder.pid}\)"), alone():
+    with pytest.raises(ValueError, match=rf"another run holds the pipeline \(process {holder.pid}\)"), pipeline_lock():
         pass
     holder.communicate("\n", timeout=30)
-    with alone():
+    with pipeline_lock():
         pass
 
 
@@ -124,7 +126,7 @@ def test_nothing_a_stage_started_outlives_an_interrupted_run(tmp_path: Path, num
     run.send_signal(number)
     run.send_signal(number)  # by an impatient user
     assert run.communicate(timeout=60)[0] == f"{number.name}, no child\n"
-    assert not any(processes.runs(process) for process in family)
+    assert not any(processes.is_alive(process) for process in family)
 
 
 def test_a_rank_in_a_session_of_its_own_does_not_outlive_its_grace(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_rank_in_a_session_of_its_own_does_not_outlive_its_grace(tmp_path: Pat
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "SIGTERM, no child\n"
-    assert not any(processes.runs(process) for process in family)
+    assert not any(processes.is_alive(process) for process in family)
 
 
 def _interruptible(folder: Path, child: str) -> subprocess.Popen[str]:
@@ -178,7 +180,7 @@ def test_a_second_run_is_refused_before_it_starts_a_server(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     Path("dvc.yaml").touch()
-    with alone():
+    with pipeline_lock():
         done = subprocess.run([sys.executable, "-m", "flows.retrain"], env=env | {"PYTHONPATH": str(ROOT)},
                               capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not Path(".onediff/prefect/server.log").exists()
@@ -212,13 +214,13 @@ def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) ->
                            env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "any"})
     family = _wait_for_children(run.pid, 1)
     time.sleep(3)  # it watches by then
-    assert all(map(processes.runs, family))
+    assert all(map(processes.is_alive, family))
     run.kill()
     run.wait()
     last = time.monotonic() + 30
-    while any(map(processes.runs, family)) and time.monotonic() < last:
+    while any(map(processes.is_alive, family)) and time.monotonic() < last:
         time.sleep(0.2)
-    assert not any(map(processes.runs, family))
+    assert not any(map(processes.is_alive, family))
 
 
 def test_what_ignores_sigterm_is_killed() -> None:
@@ -235,7 +237,7 @@ def test_the_score_table_has_floors_below_each_benchmark() -> None:
     floor = {"constant": {"CIDEr": 0.25}}
     metrics = {"scenes": {"CIDEr": 5.0, "num_pairs": 7, "false_alarm_rate": 0.02, "floor": floor},
                "edits": {"CIDEr": 3.0, "num_pairs": 11, "operation_accuracy": 0.9, "floor": {}}}
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tasks.score_table(metrics).splitlines()]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in score_table(metrics).splitlines()]
     assert lines[0] == ["", "pairs", "CIDEr", "false_alarm_rate", "operation_accuracy"]
     assert lines[2:] == [["scenes", "7", "5.000", "0.020", ""], ["floor: constant", "", "0.250", "", ""],
                          ["edits", "11", "3.000", "", "0.900"]]
@@ -257,9 +259,9 @@ def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_p
     order = {name: place for place, name in enumerate(named)}
     command = [*DVC, "dag", "--dot"]
     edges = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
-    assert len(found) > 20
-    assert all(order[first] < order[then] for first, then in found)
+    pairs = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
+    assert len(pairs) > 20
+    assert all(order[first] < order[then] for first, then in pairs)
 
 
 def _wait_for_children(pid: int, count: int) -> list[psutil.Process]:
@@ -276,4 +278,4 @@ def test_a_worker_brings_what_dvc_tracks_inside_a_dep(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "presets/backbones").mkdir(parents=True)
     (tmp_path / "presets/backbones/mine.dvc").write_text("outs: []\n")
-    assert pipeline.outs_for(tmp_path, "align") == (["presets/backbones/mine.dvc"], [])
+    assert pipeline.inputs_of("align", tmp_path) == (["presets/backbones/mine.dvc"], [])

@@ -11,38 +11,39 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.notify import tell, without_secrets
+from flows.notify import notify, without_secrets
 
 
-def test_addresses_are_told_without_user_and_password() -> None:
-    said = "git push: fatal: https://bob:hunter2@example.org/x.git and postgresql://u:p@db/x, not bob@example.org"
-    assert without_secrets(said) == ("git push: fatal: https://***@example.org/x.git and postgresql://***@db/x, "
+def test_addresses_have_no_user_and_password() -> None:
+    text = "git push: fatal: https://bob:hunter2@example.org/x.git and postgresql://u:p@db/x, not bob@example.org"
+    assert without_secrets(text) == ("git push: fatal: https://***@example.org/x.git and postgresql://***@db/x, "
                                      "not bob@example.org")
 
 
 @pytest.mark.slow
-def test_blocks_are_told_what_why_and_what_next_and_a_lost_one_stops_nothing(
+def test_blocks_get_what_why_and_what_next_and_a_lost_one_stops_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    heard: list[dict[str, str]] = []
+    received: list[dict[str, str]] = []
 
-    class Ear(BaseHTTPRequestHandler):
+    class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Ear)
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     blocks = "custom-webhook/ear, custom-webhook/gone, slack-webhook/none, secret/key"
     Path("runtime.yaml").write_text(f"notify: [{blocks}]\n")
 
     @flow
     def refuse() -> None:
-        tell("refusal", "version 2 is refused", why="scenes.CIDEr is 1 at postgresql://me:hunter2@db", then="onediff x")
+        notify("refusal", "version 2 is refused", why="scenes.CIDEr is 1 at postgresql://me:hunter2@db",
+               then="onediff x")
 
     with prefect_test_harness(server_startup_timeout=120):
         for name, port in (("ear", server.server_port), ("gone", 9)):
@@ -52,11 +53,11 @@ def test_blocks_are_told_what_why_and_what_next_and_a_lost_one_stops_nothing(
         Secret(value="x").save("key", _sync=True)
         refuse()
         with get_client(sync_client=True) as client:
-            kept = client.read_artifacts()
+            artifacts = client.read_artifacts()
     server.shutdown()
-    assert heard == [{"subject": "OneDiff: version 2 is refused", "body":
+    assert received == [{"subject": "OneDiff: version 2 is refused", "body":
                       "version 2 is refused\nscenes.CIDEr is 1 at postgresql://***@db\nNext: onediff x\n"}]
-    assert [one.key for one in kept] == ["refusal"] and "`onediff x`" in str(kept[0].data)
-    said = capsys.readouterr().out
-    assert said.count("was not told") == 3 and "hunter2" not in said
-    assert "secret/key was not told: is no block that can notify, but Secret" in said
+    assert [artifact.key for artifact in artifacts] == ["refusal"] and "`onediff x`" in str(artifacts[0].data)
+    stdout = capsys.readouterr().out
+    assert stdout.count("was not notified") == 3 and "hunter2" not in stdout
+    assert "secret/key was not notified: is no block that can notify, but Secret" in stdout

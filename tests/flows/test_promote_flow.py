@@ -9,6 +9,7 @@ import pytest
 from registered import add, git, score_again, write_rules
 
 from flows import promote as flow
+from flows import tasks
 from onediff import registry
 
 
@@ -19,8 +20,8 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     write_rules(registry.RULES, approval_h=1)
-    monkeypatch.setattr(flow, "change", flow.change.fn)
-    monkeypatch.setattr(flow, "tell", lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "promote", tasks.promote.fn)
+    monkeypatch.setattr(flow, "notify", lambda *_, **__: None)
 
 
 def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_promoted(
@@ -31,11 +32,11 @@ def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_p
     score_again(first, CIDEr=4.0)
 
     def refuse_then_score_the_champion_lower(version: str | None) -> registry.Verdict:
-        opinion = registry.assess(version)
+        verdict = registry.assess(version)
         score_again(first, CIDEr=3.0)
-        return opinion
+        return verdict
 
-    monkeypatch.setattr(flow, "judge", refuse_then_score_the_champion_lower)
+    monkeypatch.setattr(tasks, "assess", refuse_then_score_the_champion_lower)
     state = flow.promote.fn(second)
     assert state.is_failed() and "nobody was asked" in state.message
 
@@ -43,5 +44,5 @@ def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_p
 def test_nobody_is_asked_about_the_champion(monkeypatch: pytest.MonkeyPatch) -> None:
     version = add("a")
     registry.promote(version, approved=registry.assess(version).case)
-    monkeypatch.setattr(flow, "judge", flow.judge.fn)
+    monkeypatch.setattr(tasks, "assess", tasks.assess.fn)
     assert "is the champion already" in flow.promote.fn(version).message

@@ -96,8 +96,8 @@ def test_a_dropped_folder_is_raw_data_that_dvc_keeps_and_onediff_reads(project: 
     from flows.refresh_data import take_batches
 
     shutil.copytree(ROOT / "examples/folder", "inbox/mine")
-    found = take_batches.fn(settle_s=0)
-    assert (found.batches, found.problems) == ([("mine", 5)], [])
+    taken = take_batches.fn(settle_s=0)
+    assert (taken.batches, taken.problems) == ([("mine", 5)], [])
     shutil.copytree(ROOT / "examples/folder_jsonl", "inbox/mine")
     assert take_batches.fn(settle_s=0).batches == [("mine", 2)]
     read = subprocess.run([sys.executable, "-m", "onediff", "data", "read", "mine", "data/raw/mine"], text=True,
@@ -127,7 +127,7 @@ def test_the_flow_says_whether_anything_changed_and_why_no_retraining_starts(pro
 
     assert run("settle_s=0") == "END Unchanged nothing is new"
     shutil.copytree(ROOT / "examples/folder", "inbox/mine")
-    said = run("settle_s=0", "then_retrain=True")
-    assert said.startswith("END Changed mine: 5 pairs came in; no retraining was started: retrain/retrain")
+    end = run("settle_s=0", "then_retrain=True")
+    assert end.startswith("END Changed mine: 5 pairs came in; no retraining was started: retrain/retrain")
     shutil.copytree(ROOT / "examples/folder", "inbox/mnie")
     assert run("settle_s=0").startswith("END Failed inbox/mnie: no source of params.yaml")

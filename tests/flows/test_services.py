@@ -22,8 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.services import background, databases, postgres
-from flows.services import topology as plan
+from flows.services import background, databases, postgres, topology
 from flows.services.background import Service
 from onediff.config import Runtime, load_runtime
 
@@ -41,29 +40,33 @@ def free_ports() -> dict[str, int]:
     return ports
 
 
-def sleeper(folder: Path, command: str = "sleep 60", problem: str | None = None) -> Service:
-    return Service("sleeper", ["sh", "-c", command], dict(os.environ), folder, "nowhere", None, lambda: problem)
+def sleeper(folder: Path, command: str = "sleep 60") -> Service:
+    return Service("sleeper", ["sh", "-c", command], dict(os.environ), folder, "nowhere", None, refuse)
+
+
+def refuse() -> None:
+    raise ValueError("Connection refused")
 
 
 @pytest.fixture
-def sqlite_place(tmp_path: Path) -> plan.Place:
+def sqlite_stack(tmp_path: Path) -> topology.Stack:
     """A folder of services whose databases hold one row each; nothing runs."""
     runtime = Runtime.model_validate({"services": {"folder": str(tmp_path / "services"), "database": "sqlite"}})
-    where = plan.place(runtime)
-    plan.begin(where)
-    for name in postgres.NAMES:
-        write_rows(where, name, ["old"])
-    return where
+    stack = topology.load_stack(runtime)
+    topology.begin(stack)
+    for name in postgres.DATABASES:
+        write_rows(stack, name, ["old"])
+    return stack
 
 
-def write_rows(where: plan.Place, name: str, rows: list[str]) -> None:
-    with closing(sqlite3.connect(where.folder / f"databases/{name}.db")) as opened, opened:
+def write_rows(stack: topology.Stack, name: str, rows: list[str]) -> None:
+    with closing(sqlite3.connect(stack.folder / f"databases/{name}.db")) as opened, opened:
         opened.execute("create table if not exists kept (what text)")
         opened.executemany("insert into kept values (?)", [(row,) for row in rows])
 
 
-def read_rows(where: plan.Place, name: str) -> list[str]:
-    with closing(sqlite3.connect(where.folder / f"databases/{name}.db")) as opened:
+def read_rows(stack: topology.Stack, name: str) -> list[str]:
+    with closing(sqlite3.connect(stack.folder / f"databases/{name}.db")) as opened:
         return [row[0] for row in opened.execute("select what from kept")]
 
 
@@ -93,12 +96,12 @@ def test_a_pid_that_is_anothers_by_now_is_neither_taken_for_the_service_nor_ende
         other.kill()
 
 
-def test_a_service_that_ends_or_does_not_answer_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
-    service = sleeper(tmp_path, "echo no such column; exit 3", "Connection refused")
+def test_a_service_that_ends_or_does_not_answer_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    service = sleeper(tmp_path, "echo no such column; exit 3")
     background.launch(service, tmp_path)
     with pytest.raises(ValueError, match=r"sleeper ended at once; .*ends with:\n(.*\n)*  \| no such column"):
         background.wait_until_it_answers(service, tmp_path, 20)
-    service = sleeper(tmp_path, "sleep 60", "Connection refused")
+    service = sleeper(tmp_path)
     background.launch(service, tmp_path)
     with pytest.raises(ValueError, match=r"sleeper does not answer after 0 s \(Connection refused\)"):
         background.wait_until_it_answers(service, tmp_path, 0.3)
@@ -124,73 +127,74 @@ def test_the_lock_of_a_postmaster_that_was_killed_is_lifted_before_its_parent_ta
     server.wait()
 
 
-def test_a_port_in_use_is_told_with_the_cure() -> None:
+def test_a_port_in_use_is_an_error_with_the_cure() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"port {port} is in use: .* services: {{mlflow_port: {port + 1000}}}"):
-            background.need_free(port, "mlflow_port")
-    background.need_free(port, "mlflow_port")
+            background.check_port_is_free(port, "mlflow_port")
+    background.check_port_is_free(port, "mlflow_port")
 
 
 # -- what runs where ---------------------------------------------------------------------------------------------
 
-def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPatch, sqlite_place: plan.Place) -> None:
-    monkeypatch.setenv(plan.MLFLOW_PASSWORD, "secret-of-mlflow")
-    monkeypatch.setenv(plan.PREFECT_LOGIN, "admin:secret-of-prefect")
-    where = plan.Place(sqlite_place.folder, sqlite_place.runtime, "postgresql")
-    assert where.database_address("mlflow") == "postgresql+psycopg2://onediff@127.0.0.1:5433/mlflow"
-    said = [where.database_address("prefect"), plan.shell_lines(where)]
-    for service in (*plan.servers(where), *plan.workers(where)):
-        said += [*service.command, service.address]
-    assert "secret-of" not in " ".join(said)
-    assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in plan.shell_lines(where)
+def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPatch,
+                                                    sqlite_stack: topology.Stack) -> None:
+    monkeypatch.setenv(topology.MLFLOW_PASSWORD, "secret-of-mlflow")
+    monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
+    stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
+    assert stack.database_address("mlflow") == "postgresql+psycopg2://onediff@127.0.0.1:5433/mlflow"
+    texts = [stack.database_address("prefect"), topology.shell_lines(stack)]
+    for service in (*topology.servers(stack), *topology.workers(stack)):
+        texts += [*service.command, service.address]
+    assert "secret-of" not in " ".join(texts)
+    assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in topology.shell_lines(stack)
 
 
 def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(monkeypatch: pytest.MonkeyPatch,
-                                                                          sqlite_place: plan.Place) -> None:
+                                                                          sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv("PREFECT_API_KEY", "of another server")
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
-    where = plan.Place(sqlite_place.folder, sqlite_place.runtime, "postgresql")
-    env = plan.workers(where)[0].env
-    assert env["PREFECT_API_URL"] == "http://127.0.0.1:4200/api" and env["MLFLOW_TRACKING_URI"] == where.mlflow
+    stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
+    env = topology.workers(stack)[0].env
+    assert env["PREFECT_API_URL"] == "http://127.0.0.1:4200/api" and env["MLFLOW_TRACKING_URI"] == stack.mlflow
     assert "PREFECT_API_KEY" not in env and env["PREFECT_LOGGING_LEVEL"] == "DEBUG"
     assert not {"PGPASSFILE", "MLFLOW_BACKEND_STORE_URI", "PREFECT_SERVER_DATABASE_CONNECTION_URL"} & env.keys()
 
 
 def test_gpu_work_is_served_where_runtime_says_so_and_never_where_it_says_cpu() -> None:
-    assert plan.pools(Runtime(device="cuda")) == ["onediff-cpu", "onediff-gpu"]
-    assert plan.pools(Runtime(device="cpu")) == ["onediff-cpu"]
+    assert topology.pools(Runtime(device="cuda")) == ["onediff-cpu", "onediff-gpu"]
+    assert topology.pools(Runtime(device="cpu")) == ["onediff-cpu"]
 
 
-def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_place: plan.Place) -> None:
-    folder = str(sqlite_place.folder)
-    assert plan.place(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
+def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topology.Stack) -> None:
+    folder = str(sqlite_stack.folder)
+    assert topology.load_stack(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
     with pytest.raises(ValueError, match=r"services.database is postgresql, but .* began with sqlite"):
-        plan.place(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
+        topology.load_stack(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or postgres.binaries() is None, reason="is about root and PostgreSQL")
-def test_root_is_told_that_postgres_may_not_enter_the_folder(tmp_path: Path) -> None:
+def test_root_gets_the_error_that_postgres_may_not_enter_the_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     runtime = {"services": {"folder": str(tmp_path / "services"), "database": "postgresql"}}
     with pytest.raises(ValueError, match=rf"user 'postgres' may not enter {tmp_path}: set services.folder .* sqlite"):
-        plan.place(Runtime.model_validate(runtime))
+        topology.load_stack(Runtime.model_validate(runtime))
 
 
 def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: pytest.MonkeyPatch,
-                                                                   sqlite_place: plan.Place) -> None:
-    monkeypatch.setenv(plan.PREFECT_LOGIN, "admin:secret-of-prefect")
-    plan.begin(sqlite_place)
-    monkeypatch.delenv(plan.PREFECT_LOGIN)
+                                                                   sqlite_stack: topology.Stack) -> None:
+    monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
+    topology.begin(sqlite_stack)
+    monkeypatch.delenv(topology.PREFECT_LOGIN)
     with pytest.raises(ValueError, match="was started with PREFECT_SERVER_API_AUTH_STRING; set it, as before"):
-        plan.begin(sqlite_place)
+        topology.begin(sqlite_stack)
 
 
 def test_two_starts_at_once_are_one_start(tmp_path: Path) -> None:
-    with plan.held(tmp_path), pytest.raises(ValueError, match="another start, stop, backup or restore goes on"), \
-            plan.held(tmp_path):
+    refusal = "another start, stop, backup or restore goes on"
+    with topology.exclusive(tmp_path), pytest.raises(ValueError, match=refusal), topology.exclusive(tmp_path):
         pass
 
 
@@ -204,63 +208,63 @@ def test_services_are_set_by_the_environment_too(monkeypatch: pytest.MonkeyPatch
 
 # -- backup and restore, without servers ---------------------------------------------------------------------------
 
-def test_a_restore_brings_back_what_the_backup_saw(sqlite_place: plan.Place, tmp_path: Path) -> None:
-    databases.backup(sqlite_place, tmp_path / "kept")
-    for name in postgres.NAMES:
-        write_rows(sqlite_place, name, ["new"])
-    assert "as of" in databases.restore(sqlite_place, tmp_path / "kept")
-    assert [read_rows(sqlite_place, name) for name in postgres.NAMES] == [["old"], ["old"]]
+def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
+    databases.backup(sqlite_stack, tmp_path / "kept")
+    for name in postgres.DATABASES:
+        write_rows(sqlite_stack, name, ["new"])
+    assert "as of" in databases.restore(sqlite_stack, tmp_path / "kept")
+    assert [read_rows(sqlite_stack, name) for name in postgres.DATABASES] == [["old"], ["old"]]
     with pytest.raises(ValueError, match="holds something already: name a new folder"):
-        databases.backup(sqlite_place, tmp_path / "kept")
+        databases.backup(sqlite_stack, tmp_path / "kept")
 
 
-def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_place: plan.Place, tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    databases.backup(sqlite_place, kept)
-    write_rows(sqlite_place, "prefect", ["new"])
+    databases.backup(sqlite_stack, kept)
+    write_rows(sqlite_stack, "prefect", ["new"])
     with (kept / "mlflow.db").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"mlflow.db is not as manifest.json says: the backup is damaged"):
-        databases.restore(sqlite_place, kept)
-    said = json.loads((kept / "manifest.json").read_text())
-    (kept / "manifest.json").write_text(json.dumps({**said, "database": "postgresql"}))
+        databases.restore(sqlite_stack, kept)
+    manifest = json.loads((kept / "manifest.json").read_text())
+    (kept / "manifest.json").write_text(json.dumps({**manifest, "database": "postgresql"}))
     with pytest.raises(ValueError, match=r"is a backup of postgresql, but .* keeps sqlite"):
-        databases.restore(sqlite_place, kept)
+        databases.restore(sqlite_stack, kept)
     with pytest.raises(FileNotFoundError, match="is no backup, or not a whole one"):
-        databases.restore(sqlite_place, tmp_path)
-    assert read_rows(sqlite_place, "prefect") == ["old", "new"]
+        databases.restore(sqlite_stack, tmp_path)
+    assert read_rows(sqlite_stack, "prefect") == ["old", "new"]
 
 
-def test_a_restore_that_was_killed_midway_is_undone(sqlite_place: plan.Place) -> None:
-    folder = sqlite_place.folder
+def test_a_restore_that_was_killed_midway_is_undone(sqlite_stack: topology.Stack) -> None:
+    folder = sqlite_stack.folder
     (folder / "databases").rename(folder / "databases.old")
     (folder / "databases.new").mkdir()
-    databases.finish_restore(sqlite_place)
-    assert read_rows(sqlite_place, "mlflow") == ["old"]
+    topology.begin(sqlite_stack)
+    assert read_rows(sqlite_stack, "mlflow") == ["old"]
     assert not list(folder.glob("databases.*"))
 
 
 # -- real servers --------------------------------------------------------------------------------------------------
 
-class Running:
-    """Services of a folder of their own, told by the command line as a user does."""
+class RunningServices:
+    """Services of a folder of their own, started and stopped by the command line as a user does."""
 
     def __init__(self, database: str, folder: Path, **env: str) -> None:
         self.database, self.folder, self.ports = database, folder, free_ports()
         settings = {"folder": str(folder / "services"), "database": database, **self.ports}
         self.env = {**os.environ, "PYTHONPATH": str(REPO), "ONEDIFF_SERVICES": json.dumps(settings), **env}
 
-    def tell(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "flows.services", *arguments], cwd=self.folder, env=self.env,
                               capture_output=True, text=True, check=False)
 
-    def done(self, *arguments: str) -> str:
-        done = self.tell(*arguments)
+    def run(self, *arguments: str) -> str:
+        done = self.command(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in json.loads(self.tell("status", "--json").stdout)}
+        return {row["name"]: row for row in json.loads(self.command("status", "--json").stdout)}
 
     def ask(self, service: str, path: str, body: dict[str, Any] | None = None, login: str | None = None) -> Any:
         base = {"prefect": f"http://127.0.0.1:{self.ports['prefect_port']}/api/",
@@ -272,11 +276,11 @@ class Running:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
 
-    def make(self, name: str) -> None:
+    def create(self, name: str) -> None:
         self.ask("mlflow", "experiments/create", {"name": name})
         self.ask("prefect", "variables/", {"name": name, "value": 1})
 
-    def made(self) -> tuple[set[str], set[str]]:
+    def created(self) -> tuple[set[str], set[str]]:
         """The names that each server knows."""
         runs = self.ask("mlflow", "experiments/search", {"max_results": 100})["experiments"]
         return ({item["name"] for item in runs} - {"Default"},
@@ -284,75 +288,75 @@ class Running:
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def services(request: pytest.FixtureRequest) -> Iterator[Running]:
+def services(request: pytest.FixtureRequest) -> Iterator[RunningServices]:
     if request.param == "postgresql" and postgres.binaries() is None:
         pytest.skip("PostgreSQL is not installed")
     folder = Path(tempfile.mkdtemp(prefix="onediff-services-"))  # not tmp_path, which user `postgres` may not enter
     folder.chmod(0o755)
-    running = Running(request.param, folder)
+    running = RunningServices(request.param, folder)
     try:
-        print(running.done("start"))
+        print(running.run("start"))
         yield running
     finally:
-        running.tell("stop")
+        running.command("stop")
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_all_of_them_are_well_and_a_second_start_doubles_none(services: Running) -> None:
+def test_all_of_them_are_well_and_a_second_start_doubles_none(services: RunningServices) -> None:
     before = services.rows()
     assert all(row["healthy"] and row["running"] and row["database"] == services.database for row in before.values())
     assert list(before)[-3:] == ["prefect", "mlflow", "onediff-cpu"]
-    assert "all of them run already" in services.done("start")
+    assert "all of them run already" in services.run("start")
     assert {name: row["pid"] for name, row in services.rows().items()} == {
         name: row["pid"] for name, row in before.items()}
     assert "MLFLOW_TRACKING_URI=http://127.0.0.1:" in (services.folder / "services/env").read_text()
 
 
 @pytest.mark.slow
-def test_what_was_killed_is_told_and_starts_again_with_its_data(services: Running) -> None:
-    services.make("before_the_kills")
+def test_a_killed_service_is_reported_and_starts_again_with_its_data(services: RunningServices) -> None:
+    services.create("before_the_kills")
     for name in services.rows():
         before = services.rows()
         psutil.Process(before[name]["pid"]).send_signal(signal.SIGKILL)
         while services.rows()[name]["running"]:
             time.sleep(0.1)
-        assert services.tell("status").returncode == 1
-        assert f"\n--  {name}" in f"\n{services.tell('status').stdout}"
-        assert name in services.done("start").split(" started in ")[0]
+        assert services.command("status").returncode == 1
+        assert f"\n--  {name}" in f"\n{services.command('status').stdout}"
+        assert name in services.run("start").split(" started in ")[0]
         after = services.rows()
         assert all(row["healthy"] for row in after.values()), after
         assert [other for other in after if after[other]["pid"] != before[other]["pid"]] == [name]
-        assert services.made() == ({"before_the_kills"}, {"before_the_kills"})
+        assert services.created() == ({"before_the_kills"}, {"before_the_kills"})
 
 
 @pytest.mark.slow
-def test_a_restore_brings_back_the_state_of_the_backup(services: Running) -> None:
-    kept, state = services.folder / "kept", services.made()
-    services.done("backup", str(kept))  # while they run
-    services.make("after_the_backup")
-    refused = services.tell("restore", str(kept))
+def test_a_restore_brings_back_the_state_of_the_backup(services: RunningServices) -> None:
+    kept, state = services.folder / "kept", services.created()
+    services.run("backup", str(kept))  # while they run
+    services.create("after_the_backup")
+    refused = services.command("restore", str(kept))
     assert refused.returncode == 1 and "the prefect server runs: 'make services-stop'" in refused.stderr
-    services.done("stop")
-    services.done("restore", str(kept))
-    services.done("start")
-    assert services.made() == state
+    services.run("stop")
+    services.run("restore", str(kept))
+    services.run("start")
+    assert services.created() == state
 
 
 @pytest.mark.slow
-def test_an_upgrade_keeps_the_data_and_makes_a_backup_first(services: Running) -> None:
-    state = services.made()
-    assert "runs: 'make services-stop', then make upgrade" in services.tell("upgrade").stderr
-    services.done("stop")
-    said = services.done("upgrade")
-    assert "mlflow: schema of version" in said and "prefect: schema of version" in said
+def test_an_upgrade_keeps_the_data_and_makes_a_backup_first(services: RunningServices) -> None:
+    state = services.created()
+    assert "runs: 'make services-stop', then make upgrade" in services.command("upgrade").stderr
+    services.run("stop")
+    stdout = services.run("upgrade")
+    assert "mlflow: schema of version" in stdout and "prefect: schema of version" in stdout
     assert len(list((services.folder / "services/backups").glob("*/manifest.json"))) == 1
-    services.done("start")
-    assert services.made() == state
+    services.run("start")
+    assert services.created() == state
 
 
 @pytest.mark.slow
-def test_an_artifact_goes_through_the_server_to_its_folder(services: Running) -> None:
+def test_an_artifact_goes_through_the_server_to_its_folder(services: RunningServices) -> None:
     code = ("from mlflow import MlflowClient\nimport sys\nc = MlflowClient()\n"
             "run = c.create_run(c.create_experiment('with_artifact'))\nc.log_text(run.info.run_id, 'hello', 'a.txt')\n")
     address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
@@ -363,13 +367,13 @@ def test_an_artifact_goes_through_the_server_to_its_folder(services: Running) ->
 
 
 @pytest.mark.slow
-def test_runs_marked_as_deleted_are_purged_with_their_artifacts(services: Running, monkeypatch) -> None:
+def test_runs_marked_as_deleted_are_purged_with_their_artifacts(services: RunningServices, monkeypatch) -> None:
     monkeypatch.setenv("ONEDIFF_SERVICES", services.env["ONEDIFF_SERVICES"])
-    where = plan.place(load_runtime())
+    stack = topology.load_stack(load_runtime())
     [run] = services.ask("mlflow", "runs/search", {"experiment_ids": [services.ask(
         "mlflow", "experiments/get-by-name?experiment_name=with_artifact")["experiment"]["experiment_id"]]})["runs"]
     services.ask("mlflow", "runs/delete", {"run_id": run["info"]["run_id"]})
-    assert databases.purge(where, [run["info"]["run_id"]]) == "1 runs are gone from the MLflow server for good"
+    assert databases.purge(stack, [run["info"]["run_id"]]) == "1 runs are gone from the MLflow server for good"
     assert not list((services.folder / "services/mlflow/artifacts").rglob("a.txt"))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         services.ask("mlflow", f"runs/get?run_id={run['info']['run_id']}")
@@ -397,7 +401,7 @@ run_deployment("wait/wait", parameters={"folder": sys.argv[1]}, timeout=0)
 
 
 @pytest.mark.slow
-def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(services: Running) -> None:
+def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(services: RunningServices) -> None:
     folder = services.folder / "flow"
     folder.mkdir()
     (folder / "waiting.py").write_text(FLOW)
@@ -413,29 +417,29 @@ def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(servic
     worker.kill()
     while services.rows()["onediff-cpu"]["running"]:
         time.sleep(0.1)
-    services.done("start")
+    services.run("start")
     assert psutil.pid_exists(int(pid))
-    assert "onediff-cpu" in services.done("stop")
+    assert "onediff-cpu" in services.run("stop")
     assert not psutil.pid_exists(int(pid))
-    services.done("start")
+    services.run("start")
 
 
 @pytest.mark.slow
-def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: Running) -> None:
-    services.done("stop")
+def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: RunningServices) -> None:
+    services.run("stop")
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", services.ports["mlflow_port"]))
         taken.listen()
-        refused = services.tell("start")
+        refused = services.command("start")
     assert refused.returncode == 1 and f"port {services.ports['mlflow_port']} is in use" in refused.stderr
     assert not [name for name, row in services.rows().items() if row["running"]]
 
 
 @pytest.mark.slow
-def test_no_log_and_no_process_list_shows_a_password(services: Running) -> None:
+def test_no_log_and_no_process_list_shows_a_password(services: RunningServices) -> None:
     """Last of the module: over everything that the tests before did."""
-    services.done("start")
+    services.run("start")
     hidden = [(services.folder / "services/flask_key").read_text()]
     if services.database == "postgresql":
         hidden.append((services.folder / "services/pgpass").read_text().strip().rpartition(":")[2])
@@ -455,13 +459,13 @@ def test_no_log_and_no_process_list_shows_a_password(services: Running) -> None:
 def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: str) -> None:
     if database == "postgresql" and postgres.binaries() is None:
         pytest.skip("PostgreSQL is not installed")
-    secrets = {plan.MLFLOW_PASSWORD: "a-secret-of-mlflow", plan.PREFECT_LOGIN: "admin:a-secret-of-prefect"}
+    secrets = {topology.MLFLOW_PASSWORD: "a-secret-of-mlflow", topology.PREFECT_LOGIN: "admin:a-secret-of-prefect"}
     folder = Path(tempfile.mkdtemp(prefix="onediff-services-"))
     folder.chmod(0o755)
-    services = Running(database, folder, **secrets)
+    services = RunningServices(database, folder, **secrets)
     without = {key: value for key, value in services.env.items() if key not in secrets}
     try:
-        services.done("start")
+        services.run("start")
         assert all(row["healthy"] for row in services.rows().values())  # the worker came in as well
         for service, path, login in (("mlflow", "experiments/search?max_results=1", "admin:a-secret-of-mlflow"),
                                      ("prefect", "admin/version", "admin:a-secret-of-prefect")):
@@ -469,17 +473,17 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: st
                 with pytest.raises(urllib.error.HTTPError, match="401"):
                     services.ask(service, path, login=wrong)
             assert services.ask(service, path, login=login)
-        told = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=folder,
+        status = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=folder,
                               capture_output=True, text=True, check=False)
-        assert told.returncode == 1 and f"it asks for credentials: set {plan.MLFLOW_PASSWORD}" in told.stdout
+        assert status.returncode == 1 and f"it asks for credentials: set {topology.MLFLOW_PASSWORD}" in status.stdout
         address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
         refused = subprocess.run([sys.executable, "-c", "from onediff import tracking; tracking.client()"], cwd=folder,
                                  env={**without, "MLFLOW_TRACKING_URI": address}, capture_output=True, text=True,
                                  check=False)
-        told_by_us = refused.stderr.splitlines()[-1]
-        assert re.match(f"ValueError: MLflow at {address} .*(401|credentials|password)", told_by_us)
+        message = refused.stderr.splitlines()[-1]
+        assert re.match(f"ValueError: MLflow at {address} .*(401|credentials|password)", message)
         written = [path for path in (folder / "services").rglob("*") if path.is_file()]
         assert len(written) > 10 and not [path for path in written if b"a-secret-of" in path.read_bytes()]
     finally:
-        services.tell("stop")
+        services.command("stop")
         shutil.rmtree(folder)

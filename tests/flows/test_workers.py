@@ -9,7 +9,9 @@ import pytest
 from ruamel.yaml import YAML
 from sftp import sftp_server
 
-from flows import branch, pipeline, pools, stage
+from flows import pipeline, stage
+from flows.processes import DVC
+from flows.retrain import commit_results
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC_YAML = """
@@ -37,13 +39,13 @@ def clones(tmp_path: Path) -> tuple[Path, Path, str]:
     (base / "code.txt").write_text("four")
     (base / ".gitignore").write_text("/.onediff/\n")
     _run(base, "git", "init", "-q", "-b", "main")
-    _run(base, *pipeline.DVC, "init", "-q")
+    _run(base, *DVC, "init", "-q")
     (base / "data/made/.gitignore").write_text("/one.txt\n")
     _commit(base)
     for name in ("first", "second"):
         _run(tmp_path, "git", "clone", "-q", str(base), name)
         _run(tmp_path / name, "git", "remote", "remove", "origin")
-        _run(tmp_path / name, *pipeline.DVC, "remote", "add", "-q", "--local", "-d", "shared", str(tmp_path / "remote"))
+        _run(tmp_path / name, *DVC, "remote", "add", "-q", "--local", "-d", "shared", str(tmp_path / "remote"))
     return tmp_path / "first", tmp_path / "second", _run(base, "git", "rev-parse", "HEAD").strip()
 
 
@@ -60,8 +62,8 @@ def _work(folder: Path, name: str, commit: str, files: dict[str, str],
           patch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:
     patch.chdir(folder)
     stage.check_out(commit)
-    stage.lay(files)
-    return stage.work(name)
+    stage.write_inputs(files)
+    return stage.run_stage(name)
 
 
 def test_a_stage_finds_what_another_machine_made_and_hands_back_small_files(
@@ -77,20 +79,20 @@ def test_a_stage_finds_what_another_machine_made_and_hands_back_small_files(
     assert _work(first, "count", commit, files, monkeypatch)[0] == "UpToDate"
 
 
-def test_two_machines_share_a_remote_over_ssh_and_one_without_the_key_is_told(
+def test_two_machines_share_a_remote_over_ssh_and_one_without_the_key_gets_an_error(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first, second, commit = clones
     with sftp_server(tmp_path) as (port, key):
         for folder in (first, second):
             remote = ("remote", "modify", "-q", "--local", "shared")
-            _run(folder, *pipeline.DVC, *remote, "url", f"ssh://dvc@127.0.0.1:{port}{tmp_path}/far")
-            _run(folder, *pipeline.DVC, *remote, "keyfile", str(key))
+            _run(folder, *DVC, *remote, "url", f"ssh://dvc@127.0.0.1:{port}{tmp_path}/far")
+            _run(folder, *DVC, *remote, "keyfile", str(key))
         files = _work(first, "make@one", commit, {}, monkeypatch)[1]
         assert list((tmp_path / "far/files").rglob("*/*/*"))
-        _run(second, *pipeline.DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", "/dev/null")
+        _run(second, *DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", "/dev/null")
         with pytest.raises(ValueError, match=r"^dvc pull: .*(ermission|key|auth)"):
             _work(second, "count", commit, files, monkeypatch)
-        _run(second, *pipeline.DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", str(key))
+        _run(second, *DVC, "remote", "modify", "-q", "--local", "shared", "keyfile", str(key))
         assert _work(second, "count", commit, files, monkeypatch)[1]["data/count.json"] == "4"
 
 
@@ -138,24 +140,24 @@ def test_a_sender_may_not_write_outside_the_project(
     stage.check_out(clones[2])
     for name in ("../evil", "/tmp/evil", "data/../../evil"):
         with pytest.raises(ValueError, match="lies outside the project"):
-            stage.lay({name: "x"})
+            stage.write_inputs({name: "x"})
 
 
 def test_every_stage_says_what_machine_it_needs() -> None:
     listed = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-    found = {name: pipeline.needs(name, ROOT) for name in listed}
-    assert found["tune"] == found["align"] == "gpu" and found["probe"] == "cpu"
-    assert set(found.values()) == {"cpu", "gpu"}
+    kinds = {name: pipeline.needs(name, ROOT) for name in listed}
+    assert kinds["tune"] == kinds["align"] == "gpu" and kinds["probe"] == "cpu"
+    assert set(kinds.values()) == {"cpu", "gpu"}
 
 
 def test_uncommitted_code_is_not_sent_to_workers(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, _, commit = clones
     monkeypatch.chdir(first)
-    assert pools.commit() == commit
+    assert stage.commit_for_workers() == commit
     (first / "code.txt").write_text("other")
     with pytest.raises(ValueError, match=r"code.txt changed since commit .*commit it first"):
-        pools.commit()
+        stage.commit_for_workers()
 
 
 def test_results_are_committed_to_a_branch_of_their_own_and_pushed(
@@ -163,19 +165,19 @@ def test_results_are_committed_to_a_branch_of_their_own_and_pushed(
     first, _, commit = clones
     files = _work(first, "make@one", commit, {}, monkeypatch)[1]
     (first / "dvc.lock").write_text(files["dvc.lock"])
-    assert branch.commit_results("r0") == "retrain/r0"
+    assert commit_results("r0") == "retrain/r0"
     assert _run(first, "git", "diff", "--name-only", "HEAD", "retrain/r0").split() == ["dvc.lock"]
     _run(first, "git", "add", "dvc.lock")
     _run(first, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "lock")
-    assert branch.commit_results("r1") is None  # nothing new
+    assert commit_results("r1") is None  # nothing new
     (first / "dvc.lock").write_text(files["dvc.lock"] + "# new\n")
     (first / "code.txt").write_text("not a result")
     head = _run(first, "git", "rev-parse", "HEAD")
     _run(tmp_path, "git", "init", "-q", "--bare", "hub")
-    assert branch.commit_results("r2", remote=str(tmp_path / "hub")) == "retrain/r2"
+    assert commit_results("r2", remote=str(tmp_path / "hub")) == "retrain/r2"
     assert _run(first, "git", "rev-parse", "HEAD", "retrain/r2^") == head * 2
     assert _run(first, "git", "diff", "--name-only", "HEAD", "retrain/r2").split() == ["dvc.lock"]
     assert _run(first, "git", "status", "--porcelain").split() == ["M", "code.txt", "M", "dvc.lock"]
     assert "retrain/r2" in _run(tmp_path / "hub", "git", "branch")
     with pytest.raises(ValueError, match="git push"):
-        branch.commit_results("r3", remote=str(tmp_path / "nowhere"))
+        commit_results("r3", remote=str(tmp_path / "nowhere"))
