@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from onediff.config import Config, Data, Leaks, load_params, load_runtime
-from onediff.data.folders import PAIRS, folder_of, sources_of
+from onediff.data.folders import folder_of, sources_of
 from onediff.data.overlap.verdicts import verdicts
 from onediff.data.quality.checks import check_suite, complaints, judged, refuse, write_report
 from onediff.data.quality.diffcap import (
@@ -29,11 +29,10 @@ from onediff.data.quality.diffcap import (
 )
 from onediff.data.quality.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
 from onediff.data.quality.shortcut import pixel_difference_auc
-from onediff.data.record import Record, read_records
+from onediff.data.record import SPLITS, Record, read_records
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.splits import SPLITS
 from onediff.files import new_file, new_folder, write_json, write_text
-from onediff.paths import DIFFCAP, PROBE_TABLE, QUARANTINE
+from onediff.paths import DIFFCAP, PAIRS, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
 
 REPORTS = Path("data/reports/diffcap")

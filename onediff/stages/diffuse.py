@@ -9,7 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
-from onediff.data.folders import PAIRS
 from onediff.data.parallel import spread
 from onediff.data.record import write_shards
 from onediff.data.sources.collection import Entry, list_collection
@@ -17,6 +16,7 @@ from onediff.data.sources.entries import part, read_lines
 from onediff.data.synthesis.diffusion import REASONS, Editor, Task, records_of
 from onediff.files import new_folder, write_json
 from onediff.library_logs import silence_libraries
+from onediff.paths import PAIRS
 from onediff.stages.command import run
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from onediff.config import Writer, load_params, load_runtime
-from onediff.data.folders import PAIRS, WRITTEN
 from onediff.data.record import Record, read_records, write_shards
 from onediff.data.writer.answer import Answer
 from onediff.data.writer.asking import ask
@@ -16,6 +15,7 @@ from onediff.data.writer.jobs import caption_job, is_captioned, jobs, splits_of,
 from onediff.data.writer.request import Request
 from onediff.data.writer.store import answers_path, read_answers
 from onediff.files import new_folder, write_text
+from onediff.paths import PAIRS, WRITTEN
 from onediff.stages.command import run
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from onediff.config import Data
 from onediff.data.quality.checks_page import offline, page, read_offenders
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS
 from onediff.files import write_text
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from jinja2 import Environment, StrictUndefined
 
 from onediff.config import Data
 from onediff.data.quality.probe import row_groups
-from onediff.data.record import ROW_GROUP, SCHEMA, digest
+from onediff.data.record import ROW_GROUP, SCHEMA, SPLITS, digest
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.splits import SPLITS
 
 LICENCE = "Apache-2.0"  # this project's, and so that of what it draws
 

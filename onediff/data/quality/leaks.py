@@ -20,7 +20,7 @@ from PIL import Image
 from onediff.config import Leaks, Runtime
 from onediff.data.parallel import spread
 from onediff.data.quality.probe import row_groups
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS
 from onediff.inputs.images import open_image
 
 COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "partner": "str",

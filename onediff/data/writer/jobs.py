@@ -11,10 +11,9 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from onediff.config import Config, Writer
-from onediff.data.folders import PAIRS
-from onediff.data.record import SCHEMA, Record, read_records, shards
-from onediff.data.splits import SPLITS, Split
+from onediff.data.record import SCHEMA, SPLITS, Record, Split, read_records, shards
 from onediff.data.writer.request import Request, differences_from_captions, differences_from_images, edit_of_caption
+from onediff.paths import PAIRS
 
 Stage = Literal["write", "instruct"]
 _LIGHT = [name for name in SCHEMA.names if name not in ("before", "after")]

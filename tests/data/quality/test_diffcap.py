@@ -21,8 +21,7 @@ from onediff.data.quality.diffcap import (
     write_tables,
 )
 from onediff.data.quality.leaks import COLUMNS
-from onediff.data.record import Record, digest, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, digest, write_shards
 
 
 def record(number: int, split: str, source: str = "edits") -> Record:

@@ -12,8 +12,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from onediff.config import Config
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis import edits as source
 from onediff.data.synthesis.edits import PHOTOS, PLACES, Picture, edit_record, photo_paths, split_of
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from onediff.config import Config
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
 from onediff.data.synthesis.render import COLORS, FOV, MATERIALS, SHAPES, SIZES, Camera, Thing, View, render
 from onediff.inputs.images import open_image, png

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onediff.config import Config
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.phrases import DIRECTIONS, INSTRUCTIONS, SCENE_TEMPLATES, phrasings, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Camera, Thing, View, render, visible
 from onediff.inputs.images import png
