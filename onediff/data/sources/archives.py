@@ -71,18 +71,21 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
             if special:
                 raise ValueError(f"{archive}: the member {name!r} is a link or a device; unpack it yourself if you "
                                  "trust it")
-            path = _safe(name, archive)
+            path = PurePosixPath(name.replace("\\", "/"))
+            if "\0" in name or path.is_absolute() or ".." in path.parts or name[1:2] == ":":
+                raise ValueError(f"{archive}: the member {name!r} would be written outside its folder; do not trust "
+                                 "this file")
             source = opened() if opened else None
             if source is None:
                 continue
-            names.append(path)
+            names.append(str(path))
             if len(names) > max_files:
                 raise ValueError(f"{archive}: more than {max_files} files; unpack it yourself if that is right")
             try:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 file = (target / path).open("xb")
             except (FileExistsError, NotADirectoryError):
-                raise ValueError(f"{archive}: holds '{Path(path).name}' twice; unpack it yourself") from None
+                raise ValueError(f"{archive}: holds '{path.name}' twice; unpack it yourself") from None
             with source, file:
                 while content := source.read(_CHUNK):
                     total += len(content)
@@ -91,14 +94,6 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
                                          "too small; unpack it yourself if that is right")
                     file.write(content)
     return names
-
-
-def _safe(name: str, archive: Path) -> str:
-    """The member's path below the target. Raises ValueError if it would lie elsewhere."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if "\0" in name or path.is_absolute() or ".." in path.parts or name[1:2] == ":":
-        raise ValueError(f"{archive}: the member {name!r} would be written outside its folder; do not trust this file")
-    return str(path)
 
 
 def _members(archive: Path) -> Generator[Member, None, None]:

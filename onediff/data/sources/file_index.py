@@ -40,7 +40,18 @@ class Files:
         Folders in a name are binding ("after/1.png" is never "before/1.png"); none means anywhere.
         Raises ValueError if different images fit equally well.
         """
-        return next((path for path in map(self._match, names) if path), None)
+        for name in names:
+            published = PurePosixPath(name.replace("\\", "/"))
+            stem = published.stem if published.suffix.lower() in IMAGE_ENDINGS else published.name
+            folders = published.parts[:-1]
+            ranked: dict[int, list[Path]] = defaultdict(list)
+            for place in self._images.get(_unpadded(stem), []):
+                parents = PurePosixPath(self._roots[place[0]][0], place[1]).parts[:-1]
+                if folders == parents[len(parents) - len(folders):]:
+                    ranked[_unlikeness(published, self._path(place))].append(self._path(place))
+            if ranked:
+                return _only(ranked[min(ranked)], name)
+        return None
 
     def at(self, name: str) -> Path | None:
         """The file of exactly this path below the folder; a bare name may lie anywhere in it.
@@ -79,17 +90,6 @@ class Files:
     def ending(self, ending: str) -> list[Path]:
         """Every file, images aside, that ends so, such as ".tsv"."""
         return [path for name in sorted(self._others) if name.endswith(ending) for path in self.all_named(name)]
-
-    def _match(self, name: str) -> Path | None:
-        published = PurePosixPath(name.replace("\\", "/"))
-        stem = published.stem if published.suffix.lower() in IMAGE_ENDINGS else published.name
-        folders = published.parts[:-1]
-        ranked: dict[int, list[Path]] = defaultdict(list)
-        for place in self._images.get(_unpadded(stem), []):
-            parents = PurePosixPath(self._roots[place[0]][0], place[1]).parts[:-1]
-            if folders == parents[len(parents) - len(folders):]:
-                ranked[_unlikeness(published, self._path(place))].append(self._path(place))
-        return _only(ranked[min(ranked)], name) if ranked else None
 
     def _path(self, place: _Place) -> Path:
         return self._roots[place[0]][1] / place[1]

@@ -158,10 +158,15 @@ def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
 def _check(batch: Batch, inbox: Inbox) -> None:
     """Raises ValueError for an image that is missing or broken, and for an id or a batch that the source has already.
     """
-    known = _known_ids(batch.source, inbox)
-    target = RAW / batch.source
-    if target.is_dir() and _holds(_table(target, inbox), batch):
-        raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
+    target, dvc_file = RAW / batch.source, RAW / f"{batch.source}.dvc"
+    if not target.is_dir() and dvc_file.exists():
+        raise ValueError(f"{target} is not here, and {dvc_file} says that there is one: 'dvc pull {dvc_file}' first")
+    known: set[str] = set()
+    if target.is_dir():
+        files = open_files(target, inbox.scratch)
+        known = {pair.official_id for pair in own.read(files)} if any(map(files.named, own.TABLES)) else known
+        if _holds(_table(files, target), batch):
+            raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
             if path is None:
@@ -175,20 +180,11 @@ def _check(batch: Batch, inbox: Inbox) -> None:
                              "or leave the column out")
 
 
-def _known_ids(source: str, inbox: Inbox) -> set[str]:
-    """Raises ValueError if DVC has the source and its files are not here."""
-    target, dvc_file = RAW / source, RAW / f"{source}.dvc"
-    if not target.is_dir() and dvc_file.exists():
-        raise ValueError(f"{target} is not here, and {dvc_file} says that there is one: 'dvc pull {dvc_file}' first")
-    files = open_files(target, inbox.scratch) if target.is_dir() else None
-    return {pair.official_id for pair in own.read(files)} if files and any(map(files.named, own.TABLES)) else set()
-
-
 # --- into the source --------------------------------------------------------------------------------------------------
 
 
-def _table(target: Path, inbox: Inbox) -> Path:
-    return open_files(target, inbox.scratch).named(*own.TABLES) or target / "pairs.jsonl"
+def _table(files: Files, target: Path) -> Path:
+    return files.named(*own.TABLES) or target / "pairs.jsonl"
 
 
 def _holds(table: Path, batch: Batch) -> bool:
@@ -201,7 +197,7 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for left in target.glob("*.part"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    table = _table(target, inbox)
+    table = _table(open_files(target, inbox.scratch), target)
     if _holds(table, batch):
         return
     # Called by content, so that no image of one batch is taken for that of another.

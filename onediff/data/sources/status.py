@@ -53,7 +53,11 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     if not archives:  # what is missing may be in an archive
         missing += [name for name in entry.annotations if name not in names] if needs_all or not annotated else []
         missing += [] if has_images else ["images"]
-    missing += _known_missing(source)
+    reports = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
+    if reports:  # of the last run of stage read; that of stage retrieve has no splits
+        splits = json.loads(reports[0].read_text(encoding="utf-8")).get("splits", {})
+        num_missing = sum(counts["missing_images"] for counts in splits.values())
+        missing += [f"{num_missing:,} images by name ({reports[0]})"] if num_missing else []
     steps = []
     if missing:
         present = [place for place in entry.addresses if (folder / place).exists() or Path(place).name in names]
@@ -81,13 +85,3 @@ def _listing(folder: Path) -> tuple[set[str], list[str], bool]:
         if num_entries > _MAX_ENTRIES:
             break
     return names, archives, has_images
-
-
-def _known_missing(source: str) -> list[str]:
-    """The number of missing images that stage read counted when it last ran."""
-    paths = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
-    if not paths:
-        return []
-    splits = json.loads(paths[0].read_text(encoding="utf-8"))["splits"].values()
-    missing = sum(counts["missing_images"] for counts in splits)
-    return [f"{missing:,} images by name ({paths[0]})"] if missing else []

@@ -60,3 +60,11 @@ def test_the_catalog_has_every_reader() -> None:
         assert entry.addresses or entry.manual
         assert all(address.startswith("http") for address in entry.addresses.values())
         assert not any(Path(place).is_absolute() or ".." in place for place in entry.addresses)
+
+
+def test_the_report_of_stage_retrieve_names_no_missing_image(config: Config, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "data/pairs/coco/report.json", {"images": 5, "pairs": 2, "unreadable": {}})
+    row = {row["source"]: row for row in status(config)}["coco"]
+    assert row["missing"] == "images"
