@@ -14,7 +14,7 @@ from flows.notify import notify, without_secrets
 from flows.processes import pipeline_lock
 from onediff.config import load_params, load_runtime
 from onediff.data.sources import tracked
-from onediff.data.sources.inbox import Places, Taken, take
+from onediff.data.sources.inbox import Inbox, InboxReport, import_batches
 
 
 @flow(name="refresh-data")
@@ -58,13 +58,12 @@ def update_sources() -> tuple[list[str], list[str]]:
 
 
 @task(cache_policy=NO_CACHE)
-def take_batches(settle_s: float) -> Taken:
+def take_batches(settle_s: float) -> InboxReport:
     """Takes in every complete batch of runtime.yaml's inbox; none where there is no inbox."""
     runtime, data = load_runtime(), load_params().data
     if runtime.inbox is None:
-        return Taken()
-    return take(Places(Path(runtime.inbox), Path(runtime.scratch)), data.raw, settle_s=settle_s,
-                max_megapixels=data.max_megapixels)
+        return InboxReport()
+    return import_batches(Inbox(Path(runtime.inbox), Path(runtime.scratch), data.raw, settle_s, data.max_megapixels))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def fetch(source: str) -> None:
     """Bring in what has a direct address by `dvc import-url`; say what to put where of the rest."""
-    from onediff.data.sources.fetch import fetch as bring
+    from onediff.data.sources.tracked import fetch as bring
 
     bring(source)
 

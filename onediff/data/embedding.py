@@ -22,8 +22,8 @@ class Embedder:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        self.model = AutoModel.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32).eval()
-        self.model.to("cuda" if cuda else "cpu")
+        loaded = AutoModel.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
+        self.model = loaded.eval().to("cuda" if cuda else "cpu")
         self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._longest = self.model.config.text_config.max_position_embeddings
@@ -52,7 +52,7 @@ class Embedder:
         rows = []
         with torch.inference_mode():
             for start in range(0, len(items), BATCH):
-                found = features(items[start : start + BATCH])
-                found = getattr(found, "pooler_output", found).float()  # older transformers give the tensor itself
-                rows.append(torch.nn.functional.normalize(found, dim=-1).cpu().numpy())
+                output = features(items[start : start + BATCH])
+                vectors = getattr(output, "pooler_output", output).float()  # older transformers give the tensor itself
+                rows.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
         return np.concatenate(rows)

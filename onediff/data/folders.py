@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from onediff.config import Data
-
-SYNTHETIC, PAIRS, WRITTEN = Path("data/synthetic"), Path("data/pairs"), Path("data/written")
+from onediff.paths import PAIRS, SYNTHETIC, WRITTEN
 
 
 def sources_of(data: Data) -> list[str]:

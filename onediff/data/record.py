@@ -6,18 +6,17 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+Split = Literal["train", "val", "gate", "test"]
+# Their order seeds generated pairs, and decides which of two equal pairs counts as a leak.
+SPLITS: tuple[Split, ...] = get_args(Split)
 ROW_GROUP = 64  # pairs decoded together when streaming
-
-_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
-             "references": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}}
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,16 @@ class Record:
         return (self.before, self.after)[: self.num_images]
 
 
-_TEXT = [field.name for field in fields(Record)
-         if field.name not in ("before", "after", "references", "provenance", "num_images")]
-_FEATURES |= {name: {"dtype": "string", "_type": "Value"} for name in (*_TEXT, "provenance")}
-_FEATURES |= {"num_images": {"dtype": "int64", "_type": "Value"}}
+_TEXTS = ("pair_id", "source", "split", "group_id", "instruction", "change_type")
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_TEXT_FEATURE = {"dtype": "string", "_type": "Value"}
+_FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
+             "references": {"feature": _TEXT_FEATURE, "_type": "List"},
+             **dict.fromkeys((*_TEXTS, "provenance"), _TEXT_FEATURE),
+             "num_images": {"dtype": "int64", "_type": "Value"}}
 _ENDINGS = {b"\xff\xd8": "jpg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in _TEXT]
+    [(name, pa.string()) for name in _TEXTS]
     + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string()),
        ("num_images", pa.int64())],
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},  # datasets.load_dataset decodes the images
@@ -61,42 +63,63 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _row(record: Record) -> dict[str, Any]:
-    row = asdict(record)
-    for number, side in enumerate(("before", "after")):
-        ending = next((ending for magic, ending in _ENDINGS.items() if row[side].startswith(magic)), "png")
-        image = {"bytes": row[side], "path": f"{record.pair_id}_{side}.{ending}"}
-        row[side] = image if number < record.num_images else None
-    row["provenance"] = json.dumps(record.provenance, sort_keys=True)
-    return row
-
-
 def write_shards(records: Iterable[Record], folder: Path, prefix: str, *, shard_pairs: int) -> int:
     """Writes <folder>/<prefix>-00000.parquet and on, a row group in memory; returns the number of pairs.
 
     Same records, same bytes.
     """
+    return write_tables(_tables(records), folder, prefix, shard_pairs=shard_pairs)
+
+
+def _tables(records: Iterable[Record]) -> Iterator[pa.Table]:
+    rest = iter(records)
+    while group := list(itertools.islice(rest, ROW_GROUP)):
+        yield pa.Table.from_pylist([_row(record) for record in group], schema=SCHEMA)
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = asdict(record) | {"provenance": json.dumps(record.provenance, sort_keys=True)}
+    for number, side in enumerate(("before", "after")):
+        ending = next((ending for magic, ending in _ENDINGS.items() if row[side].startswith(magic)), "png")
+        image = {"bytes": row[side], "path": f"{record.pair_id}_{side}.{ending}"}
+        row[side] = image if number < record.num_images else None
+    return row
+
+
+def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard_pairs: int) -> int:
+    """Like `write_shards`, from Arrow tables of any size in SCHEMA."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows, total = iter(records), 0
+    sizes = [min(ROW_GROUP, shard_pairs - start) for start in range(0, shard_pairs, ROW_GROUP)]
+    groups, total = _in_sizes(tables, itertools.cycle(sizes)), 0
     for shard in itertools.count():
-        part = itertools.islice(rows, shard_pairs)
-        group = list(itertools.islice(part, ROW_GROUP))
-        if not group:
+        first = next(groups, None)
+        if first is None:
             return total
         with pq.ParquetWriter(folder / f"{prefix}-{shard:05d}.parquet", SCHEMA, compression="zstd") as writer:
-            while group:
-                writer.write_table(pa.Table.from_pylist([_row(record) for record in group], schema=SCHEMA))
+            for group in itertools.chain([first], itertools.islice(groups, len(sizes) - 1)):
+                writer.write_table(group)
                 total += len(group)
-                group = list(itertools.islice(part, ROW_GROUP))
     raise AssertionError("unreachable")
+
+
+def _in_sizes(tables: Iterable[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
+    """The rows of the tables, cut into tables of the given sizes; the last one may be smaller."""
+    rest, size = SCHEMA.empty_table(), next(sizes)
+    for table in tables:
+        rest = pa.concat_tables([rest, table])
+        while len(rest) >= size:
+            yield rest.slice(0, size).combine_chunks()
+            rest, size = rest.slice(size), next(sizes)
+    if len(rest):
+        yield rest.combine_chunks()
 
 
 def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
     """The shard files in order. Raises FileNotFoundError if there are none."""
-    found = sorted(folder.glob(pattern))
-    if not found:
+    paths = sorted(folder.glob(pattern))
+    if not paths:
         raise FileNotFoundError(f"{folder}/{pattern} not found: 'dvc repro' makes it, or see data/README.md")
-    return found
+    return paths
 
 
 def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
@@ -105,16 +128,11 @@ def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
                 row |= {side: row[side]["bytes"] if row[side] else b"" for side in ("before", "after")}
-                row["provenance"] = json.loads(row["provenance"])
-                yield Record(**row)
+                yield Record(**row | {"provenance": json.loads(row["provenance"])})
 
 
 def read_table(folder: Path, pattern: str = "*.parquet") -> list[dict[str, Any]]:
     """Every row without its images: what scoring and reports need."""
     columns = [name for name in SCHEMA.names if name not in ("before", "after")]
-    rows: list[dict[str, Any]] = []
-    for path in shards(folder, pattern):
-        rows += pq.read_table(path, columns=columns).to_pylist()
-    for row in rows:
-        row["provenance"] = json.loads(row["provenance"])
-    return rows
+    return [row | {"provenance": json.loads(row["provenance"])} for path in shards(folder, pattern)
+            for row in pq.read_table(path, columns=columns).to_pylist()]

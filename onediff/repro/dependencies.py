@@ -32,6 +32,7 @@ NO_RESULT = {
     "onediff": "sets how the threads of OpenMP wait",
     "onediff.config": "checks values that DVC tracks as params; has no defaults and computes nothing (test_params.py)",
     "onediff.library_logs": "log levels",
+    "onediff.paths": "names paths; dvc.yaml names those that a stage reads and writes, too",
     "onediff.interrupts": "ends a process early; a resumed run equals an uninterrupted one (test_killed.py)",
     "onediff.tracking": "writes to MLflow; the ids of runs are in data/runs, which no stage reads",
     "onediff.stages.command": "arguments, signals and checks before the stage",

@@ -10,7 +10,6 @@ from typing import Any
 
 from onediff.config import Config, Data
 from onediff.data.folders import sources_of
-from onediff.data.splits import SPLITS
 from onediff.paths import CARD, DIFFCAP, DVC_LOCK, RAW
 from onediff.repro.lock import Stage, read_dvc_lock
 
@@ -78,6 +77,7 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
     folder = data.edits.photos
     if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
         return
+    from onediff.data.record import SPLITS
     from onediff.data.synthesis.edits.pictures import photo_paths
 
     for split in SPLITS:

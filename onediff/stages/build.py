@@ -13,10 +13,10 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from onediff.config import Config, Data, Leaks, load_params, load_runtime
-from onediff.data.folders import PAIRS, folder_of, sources_of
+from onediff.config import Config, load_params, load_runtime
+from onediff.data.folders import folder_of, sources_of
 from onediff.data.overlap.verdicts import verdicts
-from onediff.data.quality.checks import check_suite, complaints, judged, refuse, write_report
+from onediff.data.quality.checks import check_suite, judged, write_report
 from onediff.data.quality.diffcap import (
     card,
     chosen_tables,
@@ -25,20 +25,17 @@ from onediff.data.quality.diffcap import (
     incomplete_tests,
     leak_card,
     staying,
-    write_tables,
 )
 from onediff.data.quality.leaks import find_leaks, near_train_images, read_thumbnails, refuse_leaks, shared_names
 from onediff.data.quality.shortcut import pixel_difference_auc
-from onediff.data.record import Record, read_records
+from onediff.data.record import SPLITS, Record, read_records, write_tables
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.splits import SPLITS
 from onediff.files import new_file, new_folder, write_json, write_text
-from onediff.paths import DIFFCAP, PROBE_TABLE, QUARANTINE
+from onediff.paths import DIFFCAP, DIFFCAP_REPORTS, PAIRS, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
 
-REPORTS = Path("data/reports/diffcap")
-LEAKS = REPORTS / "leaks.parquet"
-AUDIT = REPORTS / "audit.json"  # not in the card, on which trainings depend
+LEAKS = DIFFCAP_REPORTS / "leaks.parquet"
+AUDIT = DIFFCAP_REPORTS / "audit.json"  # not in the card, on which trainings depend
 AUC_PAIRS = 3000  # of train, and of test
 
 
@@ -49,37 +46,40 @@ def build() -> None:
     written breaks a rule of the suite `diffcap`.
     """
     config = load_params()
-    probed, bad = (_read_table(path) for path in (PROBE_TABLE, QUARANTINE))
+    for path in (PROBE_TABLE, QUARANTINE):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} not found: 'dvc repro validate' makes it")
+    probed, bad = pd.read_parquet(PROBE_TABLE), pd.read_parquet(QUARANTINE)
     good = good_rows(probed, quarantined=frozenset(bad["pair_id"]))
     folders = [folder_of(config.data, source) for source in sources_of(config.data)]
     leaks = _leaks(good, folders, config)
     rows = staying(good, leaks)
-    _check(rows, folders)
+    checked = check_suite("diffcap", judged(rows.assign(suite="diffcap")), tolerance=0)
+    write_report([checked], DIFFCAP_REPORTS, shard_folders=folders)
     with new_folder(DIFFCAP) as folder:
         for split in SPLITS:
-            tables = chosen_tables(folders, rows, split)
-            with tqdm(tables, desc=f"build {split}", unit="group") as shown:
-                write_tables(shown, folder, split, shard_pairs=config.data.shard_pairs)
+            tables = tqdm(chosen_tables(folders, rows, split), f"build {split}", unit="group")
+            write_tables(tables, folder, split, shard_pairs=config.data.shard_pairs)
         values = _card(config, folder, probed=probed, rows=rows, leaks=leaks) | {"num_quarantined": len(bad)}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         write_text(folder / "card.json", text)
         write_text(folder / "README.md", dataset_card(json.loads(text)))
-        _audit(folder, rows, leaks)
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: 'dvc repro validate' makes it")
-    return pd.read_parquet(path)
+        audit = verdicts(folder, rows, leaks)
+        write_json(AUDIT, audit, indent=1, sort_keys=True)
+    print("train against test: " + "; ".join(f"{name}: {counts['verdict']}"
+                                             for name, counts in audit["benchmarks"].items()))
 
 
 def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFrame:
     thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
                                    runtime=load_runtime())
-    leaks = find_leaks(good, _measured(config.data), thumbnails)
+    settings = config.data.leaks
+    own = {source: None for source in config.data.raw if source not in CATALOG}  # measured even if it is not named
+    measured = settings.model_copy(update={"max_distance": own | settings.max_distance})
+    leaks = find_leaks(good, measured, thumbnails)
     with new_file(LEAKS) as path:
         leaks.to_parquet(path, index=False)
-    if config.data.leaks.action == "stop":
+    if settings.action == "stop":
         refuse_leaks(leaks, report=LEAKS)
     reported = leaks[~leaks["leaks"] & leaks["distance"].notna()]
     if len(reported):
@@ -88,47 +88,27 @@ def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFr
     return leaks
 
 
-def _measured(data: Data) -> Leaks:
-    """Pairs of one's own are measured even where max_distance does not name them."""
-    own = {source: None for source in data.raw if source not in CATALOG}
-    return data.leaks.model_copy(update={"max_distance": own | data.leaks.max_distance})
-
-
-def _check(rows: pd.DataFrame, folders: list[Path]) -> None:
-    checked = [check_suite("diffcap", judged(rows.assign(suite="diffcap")), tolerance=0)]
-    found = complaints(checked)
-    refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
-
-
-def _audit(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> None:
-    told = verdicts(folder, rows, leaks)
-    write_json(AUDIT, told, indent=1, sort_keys=True)
-    print("train against test: " + "; ".join(f"{name}: {its['verdict']}" for name, its in told["benchmarks"].items()))
-
-
 def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFrame,
           leaks: pd.DataFrame) -> dict[str, Any]:
     bits = config.data.leaks.near_bits
-    told = leak_card(rows, leaks, near_bits=bits, near_train=near_train_images(rows, bits=bits),
-                     names=shared_names(probed))
+    about_leaks = leak_card(rows, leaks, near_bits=bits, near_train=near_train_images(rows, bits=bits),
+                            names=shared_names(probed))
     auc = {source: _auc(folder, source) for source in ("scenes", "scenes_far") if (rows["source"] == source).any()}
-    return card(rows, folder, data=config.data, leaks=told, auc=auc,
-                incomplete=incomplete_tests(probed, rows, _read_reports(config)))
-
-
-def _read_reports(config: Config) -> dict[str, Any]:
     paths = {source: PAIRS / source / "report.json" for source in config.data.raw}
-    return {source: json.loads(path.read_text(encoding="utf-8")) for source, path in paths.items() if path.exists()}
+    reports = {source: json.loads(path.read_text(encoding="utf-8")) for source, path in paths.items() if path.exists()}
+    return card(rows, folder, config.data) | {"leaks": about_leaks, "pixel_difference_auc": auc,
+                                              "incomplete": incomplete_tests(probed, rows, reports)}
 
 
 def _auc(folder: Path, source: str) -> float | None:
-    train, test = _of(folder, "train", "scenes"), _of(folder, "test", source)
+    train, test = _some(folder, "train", "scenes"), _some(folder, "test", source)
     with threadpool_limits(1):  # on a busy machine scikit-learn's threads wait for each other
-        return pixel_difference_auc(itertools.islice(train, AUC_PAIRS), itertools.islice(test, AUC_PAIRS))
+        return pixel_difference_auc(train, test)
 
 
-def _of(folder: Path, split: str, source: str) -> Iterator[Record]:
-    return (record for record in read_records(folder, f"{split}-*.parquet") if record.source == source)
+def _some(folder: Path, split: str, source: str) -> Iterator[Record]:
+    records = (record for record in read_records(folder, f"{split}-*.parquet") if record.source == source)
+    return itertools.islice(records, AUC_PAIRS)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.parallel import spread
-from onediff.data.record import Record, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, write_shards
 from onediff.data.synthesis.edits.records import edit_record
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.files import new_folder

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
 from onediff.config import load_params
 from onediff.data.folders import folder_of, sources_of
-from onediff.data.quality.checks import check_suite, complaints, judged, refuse, suites_of, write_report
+from onediff.data.quality.checks import check_suite, judged, suites_of, write_report
 from onediff.files import new_file
-from onediff.paths import PROBE_TABLE, QUARANTINE
+from onediff.paths import PROBE_TABLE, QUARANTINE, VALIDATION_REPORT
 from onediff.stages.command import run
-
-REPORTS = Path("data/reports/validation")
 
 
 def validate() -> None:
@@ -29,12 +25,10 @@ def validate() -> None:
     table = judged(table.assign(suite=suites_of(table, data)))
     checked = [check_suite(suite, table, tolerance=tolerance, partial=tuple(data.partial))
                for suite, tolerance in (("raw", data.tolerance.raw), ("generated", data.tolerance.generated))]
-    bad = pd.concat([one.bad for one in checked]).sort_index()
     with new_file(QUARANTINE) as path:
-        bad.to_parquet(path, index=False)
-    found = complaints(checked, whole=tuple(source for source in data.raw if source not in data.partial))
-    folders = [folder_of(data, source) for source in sources_of(data)]
-    refuse(found, report=write_report(checked, found, REPORTS, shard_folders=folders))
+        pd.concat([suite.bad for suite in checked]).sort_index().to_parquet(path, index=False)
+    write_report(checked, VALIDATION_REPORT, shard_folders=[folder_of(data, source) for source in sources_of(data)],
+                 whole=tuple(source for source in data.raw if source not in data.partial))
 
 
 if __name__ == "__main__":

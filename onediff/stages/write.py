@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from onediff.config import Writer, load_params, load_runtime
-from onediff.data.record import Record, read_records, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, read_records, write_shards
 from onediff.data.writer.answers import Answer, parse
 from onediff.data.writer.asking import ask_for_stage
 from onediff.data.writer.jobs import Unfit, caption_job, is_captioned, writer_of

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from onediff.data.browse import THUMBNAIL_PX, browse, choose
-from onediff.data.record import Record, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, write_shards
 
 
 def png(seed: int, height: int = 229, width: int = 331) -> bytes:

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from onediff.data.record import Record, read_records, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, read_records, write_shards
 from onediff.stages.build import build
 from onediff.stages.probe import probe
 from onediff.stages.validate import validate

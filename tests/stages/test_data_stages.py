@@ -12,8 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from onediff.config import Config
-from onediff.data.record import Record, read_records, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, read_records, write_shards
 from onediff.data.synthesis.edits.records import edit_record
 from onediff.stages.build import build
 from onediff.stages.probe import probe

@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from onediff.data.record import Record, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, write_shards
 from onediff.stages.probe import probe
 from onediff.stages.validate import validate
 

@@ -1,31 +1,27 @@
 """May this data be used? One list of rules per suite gives both Great Expectations' suite and the quarantine list.
 
-GX caps its lists of failing values, so every bad pair is found here, and GX writes a part of the page for people.
+GX caps its lists of failing values, so this module lists every bad pair, and GX writes a part of the page for people.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from onediff.config import Data
-from onediff.data.quality.checks_page import offline, page, read_offenders
-from onediff.data.splits import SPLITS
+from onediff.data.quality.checks_page import offline, page, read_bad_pairs
+from onediff.data.record import SPLITS
 from onediff.files import write_text
-
-if TYPE_CHECKING:
-    from great_expectations.expectations.expectation import Expectation
 
 MIN_PX = 32
 MAX_WORDS = {"generated": 100, "raw": 500}  # people write paragraphs about two birds
 ASPECT = 1.02  # before and after may differ in size, not in shape; rounding is forgiven
-NUM_SHOWN = 4  # offenders of a rule whose images the page shows
+NUM_SHOWN = 4  # bad pairs of a rule whose images the page shows
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ SUITES = {
 
 
 @dataclass(frozen=True)
-class Checked:
+class SuiteResult:
     """A suite's verdict: its judged rows, labelled by their place in the shards, and which of them are bad.
 
     `bad`: pair_id, source, split, suite, reasons (one text), error (from reading its images), labelled as the rows.
@@ -99,19 +95,17 @@ def suites_of(table: pd.DataFrame, data: Data) -> pd.Series:
 def judged(table: pd.DataFrame) -> pd.DataFrame:
     """The probe table, with its column `suite`, and the columns that rules need and a probe of one pair cannot know."""
     images = table["decodes"] & (table["num_images"] > 0)
-    sides = {side: table[[f"width_{side}", f"height_{side}"]].where(images).replace(0, np.nan).astype("float64")
-             for side in ("before", "after")}
-    before, after = sides["before"], sides["after"]
+    sizes = table[["width_before", "height_before", "width_after", "height_after"]].astype("float64")
+    sizes = sizes.where(images).replace(0, np.nan)
     texts = table[["pair_id", "source", "group_id", "change_type"]]
     return table.assign(
         readable=table["decodes"] | (table["num_missing_images"] > 0),
-        smallest_px=pd.concat([before, after], axis=1).min(axis=1),
-        aspect_ratio=before["width_before"] * after["height_after"] / (before["height_before"] * after["width_after"]),
+        smallest_px=sizes.min(axis=1),
+        aspect_ratio=sizes["width_before"] * sizes["height_after"] / (sizes["height_before"] * sizes["width_after"]),
         num_words=table["max_words"].where(table["num_images"] > 1),
         num_missing=(texts == "").sum(axis=1),
         num_same_id=table["pair_id"].map(table["pair_id"].value_counts()).astype("int64"),
-        num_image_splits=pd.concat([_num_splits(table, "hash_before", "hash_after")[name]
-                                    for name in ("hash_before", "hash_after")], axis=1).max(axis=1),
+        num_image_splits=_num_splits(table, "hash_before", "hash_after").max(axis=1),
         num_group_splits=_num_splits(table, "group_id")["group_id"],
     )
 
@@ -119,11 +113,11 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
 def _num_splits(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """In how many splits of its suite each value occurs, in whichever of the columns; 0 where it is empty."""
     values = pd.concat([table["suite"] + "\0" + table[name] for name in columns], ignore_index=True)
-    given = np.concatenate([(table[name] != "").to_numpy() for name in columns])
+    present = np.concatenate([(table[name] != "").to_numpy() for name in columns])
     codes, kinds = pd.factorize(values)
     splits, names = pd.factorize(table["split"])
     seen = np.zeros((len(kinds), len(names)), dtype=bool)
-    seen[codes[given], np.tile(splits, len(columns))[given]] = True
+    seen[codes[present], np.tile(splits, len(columns))[present]] = True
     counts = seen.sum(axis=1)[codes].reshape(len(columns), len(table)).T
     return pd.DataFrame(counts, columns=list(columns), index=table.index)
 
@@ -133,61 +127,46 @@ def broken(rule: Rule, table: pd.DataFrame) -> pd.Series:
     values = table[rule.column]
     if rule.allowed is not None:
         return ~values.isin(rule.allowed)
-    low, high = (-float("inf") if rule.low is None else rule.low), (float("inf") if rule.high is None else rule.high)
-    return values.notna() & ~values.between(low, high)
+    low, high = (-np.inf if rule.low is None else rule.low), (np.inf if rule.high is None else rule.high)
+    return (values < low) | (values > high)
 
 
-def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: tuple[str, ...] = ()) -> Checked:
+def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: tuple[str, ...] = ()) -> SuiteResult:
     """The verdict on a judged table's rows of the suite; `partial`: sources that may lack images."""
     rows = table[table["suite"] == suite]
     reasons = pd.Series([""] * len(rows), index=rows.index, dtype=object)
     for rule in SUITES[suite]:
-        wrong = broken(rule, rows)
-        reasons[wrong] = reasons[wrong].map(lambda said, reason=rule.reason: f"{said}; {reason}" if said else reason)
-    bad = rows.assign(reasons=reasons).loc[reasons != "", ["pair_id", "source", "split", "suite", "reasons", "error"]]
-    excused = (bad["reasons"] == _MISSING.reason) & rows.loc[bad.index, "listed_as"].isin(list(partial))
-    return Checked(suite, rows, bad, excused, tolerance)
+        reasons += np.where(broken(rule, rows), f"; {rule.reason}", "")
+    bad = rows.assign(reasons=reasons.str.removeprefix("; "))[reasons != ""]
+    excused = (bad["reasons"] == _MISSING.reason) & bad["listed_as"].isin(list(partial))
+    columns = ["pair_id", "source", "split", "suite", "reasons", "error"]
+    return SuiteResult(suite, rows, bad[columns], excused, tolerance)
 
 
 # --- going on or stopping ---------------------------------------------------------------------------------------------
 
 
-def complaints(all_checked: list[Checked], *, whole: tuple[str, ...] = ()) -> list[str]:
+def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -> list[str]:
     """Why the data may not be used, a line each; `whole`: sources whose test split must not lose a pair."""
     splits = {split for checked in all_checked for split in checked.rows["split"].unique()}
-    found = [f"no pair in split {split}; each of {', '.join(SPLITS)} needs some"
+    lines = [f"no pair in split {split}; each of {', '.join(SPLITS)} needs some"
              for split in SPLITS if split not in splits]
     for checked in all_checked:
-        found += [*_fatal(checked), *_shrunk(checked, whole), *_too_many(checked)]
-    return found
-
-
-def refuse(found: list[str], *, report: Path) -> None:
-    """Raises ValueError if there is any complaint."""
-    if found:
-        raise ValueError("\n".join(f"{complaint}; see {report}" for complaint in found))
-
-
-def _fatal(checked: Checked) -> Iterator[str]:
-    for rule in SUITES[checked.suite]:
-        rows = checked.rows[broken(rule, checked.rows)] if rule.fatal else checked.rows.iloc[:0]
-        if len(rows):
-            yield f"{len(rows)} pairs: {rule.reason} (first: {rows['pair_id'].iloc[0]})"
-
-
-def _shrunk(checked: Checked, whole: tuple[str, ...]) -> Iterator[str]:
-    tests = checked.bad[checked.bad["split"] == "test"]
-    for source, bad in tests.groupby(checked.rows.loc[tests.index, "listed_as"]):
-        if source in whole:
-            yield (f"{source}: {_count(len(bad), 'test pair')} bad (first: {_first(bad)}), and a test set must not "
-                   f"shrink in silence: mend data/raw/{source}, or add {source} to data.partial")
-
-
-def _too_many(checked: Checked) -> Iterator[str]:
-    counted = checked.bad[~checked.excused]
-    if checked.share > checked.tolerance:
-        yield (f"{len(counted)} of {len(checked.rows)} {checked.suite} pairs are bad ({checked.share:.2%}, tolerance "
-               f"{checked.tolerance:.2%}; first: {_first(counted)})")
+        for rule in SUITES[checked.suite]:
+            rows = checked.rows[broken(rule, checked.rows)]
+            if rule.fatal and len(rows):
+                lines.append(f"{len(rows)} pairs: {rule.reason} (first: {rows['pair_id'].iloc[0]})")
+        tests = checked.bad[checked.bad["split"] == "test"]
+        for source, bad in tests.groupby(checked.rows.loc[tests.index, "listed_as"]):
+            if source in whole:
+                count = "1 test pair is" if len(bad) == 1 else f"{len(bad)} test pairs are"
+                lines.append(f"{source}: {count} bad (first: {_first(bad)}), and a test set must not shrink in "
+                             f"silence: mend data/raw/{source}, or add {source} to data.partial")
+        counted = checked.bad[~checked.excused]
+        if checked.share > checked.tolerance:
+            lines.append(f"{len(counted)} of {len(checked.rows)} {checked.suite} pairs are bad ({checked.share:.2%}, "
+                         f"tolerance {checked.tolerance:.2%}; first: {_first(counted)})")
+    return lines
 
 
 def _first(bad: pd.DataFrame) -> str:
@@ -195,73 +174,66 @@ def _first(bad: pd.DataFrame) -> str:
     return f"{pair_id}: {reasons}" + (f" ({error})" if error else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def write_report(all_checked: list[Checked], found: list[str], folder: Path, *, shard_folders: list[Path]) -> Path:
-    """One page on all suites and complaints that needs no network, with images of offenders; returns its path.
+def write_report(all_checked: list[SuiteResult], folder: Path, *, shard_folders: list[Path],
+                 whole: tuple[str, ...] = ()) -> None:
+    """Writes one page on all suites and complaints that needs no network, with images of bad pairs.
 
     `shard_folders`: where the records are, in the order in which the rows were probed. Raises ValueError if the shards
-    are not those that the table is of.
+    are not those that the table is of, and then, after the page is written, if there is any complaint.
     """
+    lines = complaints(all_checked, whole=whole)
     parts = [_part(checked) for checked in all_checked if len(checked.rows)]
-    wanted = {place: row["pair_id"] for part in parts for rule in part["rules"] for place, row in rule["shown"]}
+    pair_ids = {place: row["pair_id"] for part in parts for rule in part["rules"] for place, row in rule["shown"]}
     path = folder / "index.html"
-    write_text(path, page(parts, found, read_offenders(shard_folders, wanted)))
-    return path
+    write_text(path, page(parts, lines, read_bad_pairs(shard_folders, pair_ids)))
+    if lines:
+        raise ValueError("\n".join(f"{line}; see {path}" for line in lines))
 
 
-def _part(checked: Checked) -> dict[str, Any]:
+def _part(checked: SuiteResult) -> dict[str, Any]:
     """What the page says about a suite."""
+    result = validate(checked)
+    from great_expectations.render import renderer, view
+
+    document = renderer.ValidationResultsPageRenderer().render(result)
     rules = []
     for rule in SUITES[checked.suite]:
-        found = checked.rows.index[broken(rule, checked.rows)]
-        shown = checked.bad.loc[found[:NUM_SHOWN]].to_dict("index")
-        rules.append({"reason": rule.reason, "fatal": rule.fatal, "count": len(found), "shown": list(shown.items())})
-    languages = checked.rows.loc[checked.rows["language"] != "", ["listed_as", "language"]]
-    sources = checked.rows.assign(bad=checked.rows.index.isin(checked.bad.index)).groupby(["listed_as", "split"])["bad"]
-    counts = sources.agg(["size", "sum"]).reset_index()
-    spoken = languages.value_counts().sort_index().reset_index()
+        places = checked.rows.index[broken(rule, checked.rows)]
+        shown = checked.bad.loc[places[:NUM_SHOWN]].to_dict("index")
+        rules.append({"reason": rule.reason, "fatal": rule.fatal, "count": len(places), "shown": list(shown.items())})
+    languages = checked.rows.loc[checked.rows["language"] != "", ["listed_as", "language"]].value_counts().sort_index()
+    is_bad = checked.rows.index.isin(checked.bad.index)
+    counts = checked.rows.assign(bad=is_bad).groupby(["listed_as", "split"])["bad"].agg(["size", "sum"])
     return {
         "suite": checked.suite, "tolerance": checked.tolerance, "share": checked.share, "num_pairs": len(checked.rows),
         "num_bad": len(checked.bad), "num_excused": int(checked.excused.sum()), "rules": rules,
-        "counts": counts.to_numpy().tolist(), "languages": spoken.to_numpy().tolist(),
-        "expectations": offline(_data_docs(checked)),
+        "counts": counts.reset_index().to_numpy().tolist(), "languages": languages.reset_index().to_numpy().tolist(),
+        "expectations": offline(view.DefaultJinjaPageView().render(document)),
     }
 
 
-def validate(checked: Checked) -> Any:
+def validate(checked: SuiteResult) -> Any:
     """Great Expectations' own result for a suite (an ExpectationSuiteValidationResult)."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read at import
     import great_expectations as gx
 
     rules = SUITES[checked.suite]
+    expectations = [
+        gx.expectations.ExpectColumnValuesToBeBetween(column=rule.column, min_value=rule.low, max_value=rule.high)
+        if rule.allowed is None
+        else gx.expectations.ExpectColumnValuesToBeInSet(column=rule.column, value_set=list(rule.allowed))
+        for rule in rules]
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     asset = context.data_sources.add_pandas("probe").add_dataframe_asset("pairs")
     batch = asset.add_batch_definition_whole_dataframe("all")
-    suite = context.suites.add(gx.ExpectationSuite(checked.suite, expectations=[_expectation(rule) for rule in rules]))
+    suite = context.suites.add(gx.ExpectationSuite(checked.suite, expectations=expectations))
     definition = context.validation_definitions.add(
         gx.ValidationDefinition(name=checked.suite, data=batch, suite=suite))
     columns = checked.rows[[rule.column for rule in rules]]
     return definition.run(batch_parameters={"dataframe": columns}, result_format="SUMMARY")
 
 
-def _data_docs(checked: Checked) -> str:
-    result = validate(checked)
-    from great_expectations.render.renderer import ValidationResultsPageRenderer
-    from great_expectations.render.view import DefaultJinjaPageView
-
-    return str(DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result)))
-
-
-def _expectation(rule: Rule) -> Expectation:
-    from great_expectations import expectations as gxe
-
-    if rule.allowed is not None:
-        return gxe.ExpectColumnValuesToBeInSet(column=rule.column, value_set=list(rule.allowed))
-    return gxe.ExpectColumnValuesToBeBetween(column=rule.column, min_value=rule.low, max_value=rule.high)

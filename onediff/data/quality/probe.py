@@ -45,8 +45,11 @@ MIN_LANGUAGE_WORDS = 12  # of fewer words py3langid guesses
 _MISSING = " is missing"
 _ROWS = 4096  # rows that are written together
 _EMBEDDED = 16  # pairs whose images are embedded together
+# Texts are read as bytes, because pyarrow would stop at text that is not UTF-8.
+_AS_BYTES = {field.name: pa.binary() for field in RECORD_SCHEMA if field.type == pa.string()} \
+    | {"references": pa.list_(pa.binary())}
 
-Images = Mapping[str, Image.Image]
+Images = dict[str, Image.Image]
 
 
 def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") -> dict[str, Any]:
@@ -74,18 +77,16 @@ def count_pairs(folder: Path) -> int:
     return sum(_open(path).metadata.num_rows for path in shards(folder))
 
 
-def write_table(tables: Iterable[pa.Table], path: Path) -> int:
-    """The probe table as one Parquet file, a few thousand rows in memory at a time; returns their number."""
-    waiting, total = SCHEMA.empty_table(), 0
+def write_table(tables: Iterable[pa.Table], path: Path) -> None:
+    """The probe table as one Parquet file, a few thousand rows in memory at a time."""
+    waiting = SCHEMA.empty_table()
     with new_file(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
         for table in tables:
-            total += len(table)
             waiting = pa.concat_tables([waiting, table])
             while len(waiting) >= _ROWS:
                 writer.write_table(waiting.slice(0, _ROWS))
                 waiting = waiting.slice(_ROWS)
         writer.write_table(waiting)
-    return total
 
 
 class _Prober:
@@ -131,15 +132,11 @@ def _open(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())}); make it again") from None
-    wanted, got = ({field.name: field.type for field in schema} for schema in (RECORD_SCHEMA, file.schema_arrow))
-    if got != wanted:
-        raise ValueError(
-            f"{path}: its columns must be {_told(wanted)}; got {_told(got)}; make it again with 'dvc repro'")
+    kinds = [{field.name: field.type for field in schema} for schema in (RECORD_SCHEMA, file.schema_arrow)]
+    if kinds[0] != kinds[1]:
+        rule, got = (", ".join(f"{name} ({kind})" for name, kind in columns.items()) for columns in kinds)
+        raise ValueError(f"{path}: its columns must be {rule}; got {got}; make it again with 'dvc repro'")
     return file
-
-
-def _told(columns: Mapping[str, pa.DataType]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
 def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
@@ -156,6 +153,18 @@ def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
             start = end
 
 
+def row_groups_with(folders: Iterable[Path],
+                    places: NDArray[np.int64]) -> Iterator[tuple[Path, int, NDArray[np.int64], slice]]:
+    """(shard, row group, rows of it, part of `places` that these rows are) where a row group has any of the places.
+
+    `places` are those of `row_groups`, sorted.
+    """
+    for path, group, start, end in row_groups(folders):
+        low, high = np.searchsorted(places, [start, end])
+        if low < high:
+            yield path, group, places[low:high] - start, slice(low, high)
+
+
 def read_group(path: Path, group: int) -> Iterator[Record]:
     """The records of a shard's row group, like read_records, but bytes that are not UTF-8 become U+FFFD.
 
@@ -167,21 +176,13 @@ def read_group(path: Path, group: int) -> Iterator[Record]:
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: row group {group} is broken ({reason}); make it again with 'dvc repro'") from None
-    # As bytes, because pyarrow would stop at text that is not UTF-8.
-    columns = [column.cast(_as_bytes(column.type)) for column in table.columns]
-    for row in pa.table(columns, names=table.column_names).to_pylist():
-        num_images = row.pop("num_images")
-        values: dict[str, Any] = {side: (row.pop(side) or {}).get("bytes") or b"" for side in SIDES}
-        values["references"] = [_text(reference) for reference in row.pop("references") or []]
-        values["provenance"] = _provenance(_text(row.pop("provenance")))
-        values |= {name: _text(value) for name, value in row.items()}
-        yield Record(**values, num_images=2 if num_images is None else num_images)
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(kind):
-        return pa.list_(_as_bytes(kind.value_type))
-    return pa.binary() if pa.types.is_string(kind) else kind
+    columns = {name: table[name].cast(_AS_BYTES.get(name, table[name].type)) for name in table.column_names}
+    for row in pa.table(columns).to_pylist():
+        values: dict[str, Any] = {name: _text(row[name]) for name in _AS_BYTES if name != "references"}
+        values |= {side: (row[side] or {}).get("bytes") or b"" for side in SIDES}
+        values["references"] = [_text(reference) for reference in row["references"] or []]
+        values["provenance"] = _provenance(values["provenance"])
+        yield Record(**values, num_images=2 if row["num_images"] is None else row["num_images"])
 
 
 def _text(value: bytes | None) -> str:
@@ -200,29 +201,35 @@ def _provenance(text: str) -> dict[str, Any]:
 
 
 def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> dict[str, Any]:
-    names = _texts(record.provenance.get("names"))
+    before, after, *_ = [*_texts(record.provenance.get("names")), "", ""]
     row: dict[str, Any] = {name: getattr(record, name) for name in _NAMES}
-    row |= {"listed_as": listed_as, "official_split": str(record.provenance.get("official_split") or "")}
-    row |= {f"name_{side}": name for side, name in zip(SIDES, (*names, "", ""), strict=False)}
-    row |= {"num_images": record.num_images, "decodes": not errors, "error": "; ".join(errors),
+    row |= {"listed_as": listed_as, "official_split": str(record.provenance.get("official_split") or ""),
+            "name_before": before, "name_after": after,
+            "num_images": record.num_images, "decodes": not errors, "error": "; ".join(errors),
             "num_missing_images": sum(error.endswith(_MISSING) for error in errors)}
-    row["mode"] = "|".join(sorted({_mode(getattr(record, side)) for side in images}))
+    modes = {Image.open(io.BytesIO(getattr(record, side)), formats=FORMATS).mode for side in images}
+    row["mode"] = "|".join(sorted(modes))
     greys = {side: image.convert("L") for side, image in images.items()}
     for side in SIDES:
-        row |= {f"{name}_{side}": value for name, value in _image_facts(images.get(side), greys.get(side)).items()}
-    row["distance"] = _distance(greys["before"], greys["after"]) if len(greys) == 2 else None
+        row |= {f"width_{side}": 0, f"height_{side}": 0, f"hash_{side}": "", f"phash_{side}": 0}
+    for side, image in images.items():
+        size = f"{image.width}x{image.height}:".encode()
+        row |= {f"width_{side}": image.width, f"height_{side}": image.height,
+                f"hash_{side}": digest(size + image.tobytes()), f"phash_{side}": difference_hash(greys[side])}
+    cells = [_cells(grey, 32, 32) for grey in greys.values()]
+    row["distance"] = float(np.abs(cells[0] - cells[1]).mean()) if len(cells) == 2 else None
     return row | {"clip_distance": None} | _text_facts(record)
 
 
-def _open_images(record: Record, max_megapixels: float) -> tuple[dict[str, Image.Image], list[str]]:
+def _open_images(record: Record, max_megapixels: float) -> tuple[Images, list[str]]:
     """The images that can be read, and what is wrong with the others."""
     images, errors = {}, []
-    gone, names = (_texts(record.provenance.get(key)) for key in ("missing", "names"))
+    missing, names = (_texts(record.provenance.get(key)) for key in ("missing", "names"))
     for number, side in enumerate(SIDES[: record.num_images]):
         content = getattr(record, side)
-        if not content and gone:
-            name = names[number] if number < len(names) and names[number] in gone else " or ".join(gone)
-            errors.append(f"{side}: {name}{_MISSING}")
+        if not content and missing:
+            named = number < len(names) and names[number] in missing
+            errors.append(f"{side}: {names[number] if named else ' or '.join(missing)}{_MISSING}")
             continue
         try:
             images[side] = open_image(content, max_megapixels=max_megapixels)
@@ -235,31 +242,10 @@ def _texts(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
-def _image_facts(image: Image.Image | None, grey: Image.Image | None) -> dict[str, Any]:
-    if image is None or grey is None:
-        return {"width": 0, "height": 0, "hash": "", "phash": 0}
-    size = f"{image.width}x{image.height}:".encode()
-    return {
-        "width": image.width,
-        "height": image.height,
-        "hash": digest(size + image.tobytes()),
-        "phash": difference_hash(grey),
-    }
-
-
-def _mode(content: bytes) -> str:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return image.mode
-
-
 def difference_hash(image: Image.Image) -> int:
     """64 bits: whether each cell of a grid is darker than its right neighbour. Near pictures differ in few bits."""
     cells = _cells(image.convert("L"), 9, 8)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
-
-
-def _distance(before: Image.Image, after: Image.Image) -> float:
-    return float(np.abs(_cells(before, 32, 32) - _cells(after, 32, 32)).mean())
 
 
 def _cells(grey: Image.Image, width: int, height: int) -> NDArray[np.int16]:
@@ -268,16 +254,16 @@ def _cells(grey: Image.Image, width: int, height: int) -> NDArray[np.int16]:
 
 def _text_facts(record: Record) -> dict[str, Any]:
     words = [len(reference.split()) for reference in record.references]
-    said = [*record.references, record.instruction]
+    texts = [*record.references, record.instruction]
     if record.num_images < 2:  # general instruction data is written in lines and is never scored
-        said = [text.translate(_LINES) for text in said]
-    texts = [*said, *(getattr(record, name) for name in _NAMES)]
+        texts = [text.translate(_LINES) for text in texts]
+    texts += [getattr(record, name) for name in _NAMES]
     # A published test pair whose every sentence is empty: papers score it, so it is no fault of the record.
-    published_so = record.references == [""] and record.provenance.get("empty_references", 0) > 0
+    as_published = record.references == [""] and record.provenance.get("empty_references", 0) > 0
     language, score = _language(" ".join(record.references)) if sum(words) >= MIN_LANGUAGE_WORDS else ("", None)
     return {"num_references": len(words), "min_words": min(words, default=0), "max_words": max(words, default=0),
-            "num_empty_references": 0 if published_so else words.count(0),
-            "has_bad_text": any(is_bad_text(text) for text in texts), "language": language, "language_score": score}
+            "num_empty_references": 0 if as_published else words.count(0),
+            "has_bad_text": any(map(is_bad_text, texts)), "language": language, "language_score": score}
 
 
 def is_bad_text(text: str) -> bool:

@@ -17,8 +17,7 @@ PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 def difference_features(record: Record) -> NDArray[np.float64]:
     """|after - before|: its mean per cell of a raster and channel; mean, max, spread and percentiles of the whole."""
     before = open_image(record.before)
-    after = open_image(record.after).resize(before.size)
-    delta = np.abs(np.asarray(after, dtype=np.float64) - np.asarray(before))
+    delta = np.abs(np.asarray(open_image(record.after).resize(before.size), dtype=np.float64) - np.asarray(before))
     rows = [part.mean(axis=0) for part in np.array_split(delta, GRID, axis=0)]
     cells = [part.mean(axis=0) for row in rows for part in np.array_split(row, GRID, axis=0)]
     whole = [delta.mean(), delta.max(), delta.std(), *np.percentile(delta, PERCENTILES)]
@@ -30,24 +29,18 @@ def pixel_difference_auc(train: Iterable[Record], test: Iterable[Record]) -> flo
 
     None if either side lacks changed or unchanged pairs.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import ensemble, linear_model, metrics, pipeline, preprocessing
 
     x, y = _examples(train)
     x_test, y_test = _examples(test)
     if len(set(y)) < 2 or len(set(y_test)) < 2:
         return None
-    models = [make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)),
-              HistGradientBoostingClassifier(learning_rate=0.05, max_iter=100, random_state=0)]
-    return max(float(roc_auc_score(y_test, model.fit(x, y).predict_proba(x_test)[:, 1])) for model in models)
+    models = [pipeline.make_pipeline(preprocessing.StandardScaler(),
+                                     linear_model.LogisticRegression(C=0.1, max_iter=2000)),
+              ensemble.HistGradientBoostingClassifier(learning_rate=0.05, max_iter=100, random_state=0)]
+    return max(float(metrics.roc_auc_score(y_test, model.fit(x, y).predict_proba(x_test)[:, 1])) for model in models)
 
 
 def _examples(records: Iterable[Record]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    features, labels = [], []
-    for record in records:
-        features.append(difference_features(record))
-        labels.append(record.change_type != "none")
-    return np.array(features), np.array(labels)
+    examples = [(difference_features(record), record.change_type != "none") for record in records]
+    return np.array([features for features, _ in examples]), np.array([changed for _, changed in examples])

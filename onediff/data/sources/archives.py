@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import lzma
 import shutil
 import stat
@@ -19,8 +20,10 @@ from onediff.data.record import digest
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_FILES = 5_000_000
 _CHUNK = 1 << 20
+_PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
-Member = tuple[str, Callable[[], IO[bytes] | None]]
+# (name, how to open it or None for a folder, whether it is a link or a device) of a member
+Member = tuple[str, Callable[[], IO[bytes] | None] | None, bool]
 
 
 def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> list[Path]:
@@ -64,73 +67,47 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
     names: list[str] = []
     total = 0
     with contextlib.closing(_members(archive)) as members:
-        for name, opened in members:
-            path = _safe(name, archive)
-            source = opened()
+        for name, opened, special in members:
+            if special:
+                raise ValueError(f"{archive}: the member {name!r} is a link or a device; unpack it yourself if you "
+                                 "trust it")
+            path = PurePosixPath(name.replace("\\", "/"))
+            if "\0" in name or path.is_absolute() or ".." in path.parts or name[1:2] == ":":
+                raise ValueError(f"{archive}: the member {name!r} would be written outside its folder; do not trust "
+                                 "this file")
+            source = opened() if opened else None
             if source is None:
                 continue
-            names.append(path)
+            names.append(str(path))
             if len(names) > max_files:
                 raise ValueError(f"{archive}: more than {max_files} files; unpack it yourself if that is right")
-            total = _copy(source, target / path, archive, total, max_bytes)
+            try:
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                file = (target / path).open("xb")
+            except (FileExistsError, NotADirectoryError):
+                raise ValueError(f"{archive}: holds '{path.name}' twice; unpack it yourself") from None
+            with source, file:
+                while content := source.read(_CHUNK):
+                    total += len(content)
+                    if total > max_bytes:
+                        raise ValueError(f"{archive}: unpacked it is larger than {max_bytes} bytes: a bomb, or a disk "
+                                         "too small; unpack it yourself if that is right")
+                    file.write(content)
     return names
 
 
-def _copy(source: IO[bytes], path: Path, archive: Path, total: int, max_bytes: int) -> int:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("xb")
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{archive}: holds '{path.name}' twice; unpack it yourself") from None
-    with source, file:
-        while content := source.read(_CHUNK):
-            total += len(content)
-            if total > max_bytes:
-                raise ValueError(f"{archive}: unpacked it is larger than {max_bytes} bytes: a bomb, or a disk too "
-                                 "small; unpack it yourself if that is right")
-            file.write(content)
-    return total
-
-
-def _safe(name: str, archive: Path) -> str:
-    """The member's path below the target. Raises ValueError if it would lie elsewhere."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    bad = "\0" in name or path.is_absolute() or ".." in path.parts or name[1:2] == ":"
-    if bad:
-        raise ValueError(f"{archive}: the member {name!r} would be written outside its folder; do not trust this file")
-    return str(path)
-
-
 def _members(archive: Path) -> Generator[Member, None, None]:
-    """(name, how to open it; None for a folder) of each member, in order. Raises ValueError for links and devices."""
-    if archive.name.lower().endswith(".zip"):
-        yield from _zip_members(archive)
-    elif archive.name.lower().endswith(ENDINGS):
-        yield from _tar_members(archive)
-    else:
+    """Each member, in order. Raises ValueError for a file that is no archive."""
+    name = archive.name.lower()
+    if not name.endswith(ENDINGS):
         raise ValueError(f"{archive}: {', '.join(ENDINGS)} can be unpacked; unpack it yourself")
-
-
-def _zip_members(archive: Path) -> Generator[Member, None, None]:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                _refuse(archive, info.filename)
-            if info.is_dir():
-                yield info.filename, lambda: None
-            else:
-                yield info.filename, lambda info=info: file.open(info)  # type: ignore[misc]
-
-
-def _tar_members(archive: Path) -> Generator[Member, None, None]:
-    with tarfile.open(archive, "r|*") as file:  # as a stream: one pass, whatever the size
-        for info in file:
-            if not (info.isreg() or info.isdir()):
-                _refuse(archive, info.name)
-            yield info.name, lambda info=info: file.extractfile(info)  # type: ignore[misc]
-            file.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
-
-
-def _refuse(archive: Path, name: str) -> None:
-    raise ValueError(f"{archive}: the member {name!r} is a link or a device; unpack it yourself if you trust it")
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                special = stat.S_IFMT(info.external_attr >> 16) not in _PLAIN
+                yield info.filename, None if info.is_dir() else functools.partial(packed.open, info), special
+        return
+    with tarfile.open(archive, "r|*") as stream:  # one pass, whatever the size
+        for member in stream:
+            yield member.name, functools.partial(stream.extractfile, member), not (member.isreg() or member.isdir())
+            stream.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them

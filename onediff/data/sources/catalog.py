@@ -1,16 +1,23 @@
-"""Every published source: what it is, whose, where it comes from, and how many of what it must have."""
+"""Every published source: what it is, whose, where it comes from, how it is read, and how many of what it must have.
+
+To add a source, write onediff/data/sources/readers/<source>.py with `read(files) -> Iterator[PublishedPair]`, and one
+entry in CATALOG that names it. Nothing else lists the sources.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from onediff.data.sources.file_index import Files
+from onediff.data.sources.published import PublishedPair
 from onediff.data.sources.readers import (
     birds_to_words,
     clevr_change,
+    folder,
     image_editing_request,
     instruct_pix2pix,
-    llava_558k,
-    llava_665k,
+    llava,
     spot_the_diff,
 )
 
@@ -25,7 +32,8 @@ _VG = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
 class CatalogEntry:
     """`addresses`: path below data/raw/<source> -> direct address; `manual`: the rest, in words.
 
-    `annotations` must be there for anything to be read; `expected`: official counts by split and name.
+    `annotations` must be there for anything to be read; `expected`: official counts by split and name. `read`: the
+    reader, by default that of pairs.csv.
     """
 
     what: str
@@ -36,10 +44,12 @@ class CatalogEntry:
     manual: str
     addresses: dict[str, str] = field(default_factory=dict)
     expected: dict[str, dict[str, int]] = field(default_factory=dict)
+    read: Callable[[Files], Iterator[PublishedPair]] = folder.read
 
 
 CATALOG = {
     "spot_the_diff": CatalogEntry(
+        read=spot_the_diff.read,
         what="12,562 annotations of 11,329 pairs of surveillance frames, benchmark",
         licence="none stated", home="https://github.com/harsh19/spot-the-diff", size="not stated",
         annotations=("train.json", "val.json", "test.json"),
@@ -50,6 +60,7 @@ CATALOG = {
                   "val": {"records": 1634, "pairs": 1493, "references": 3310},
                   "test": {"records": 1404, "pairs": 1270, "references": 2107}}),
     "image_editing_request": CatalogEntry(
+        read=image_editing_request.read,
         what="3,939 requests to edit a photograph with the result, benchmark",
         licence="none stated", home="https://github.com/airsplay/VisualRelationships", size="not stated",
         annotations=("train.json", "valid.json", "test.json"),
@@ -58,6 +69,7 @@ CATALOG = {
         expected={"train": {"records": 3061, "pairs": 2507}, "val": {"records": 383, "pairs": 357},
                   "test": {"records": 495, "pairs": 446}}),
     "birds_to_words": CatalogEntry(
+        read=birds_to_words.read,
         what="pairs of bird photographs with up to five paragraphs each, benchmark",
         licence="texts: see the home page; photographs: each photographer's own (iNaturalist)",
         home="https://github.com/google-research-datasets/birds-to-words", size="not stated",
@@ -66,6 +78,7 @@ CATALOG = {
                "many are gone from the web, so add birds_to_words to data.partial",
         addresses={birds_to_words.ANNOTATIONS: _BIRDS}),
     "clevr_change": CatalogEntry(
+        read=clevr_change.read,
         what="39,803 rendered scenes, each with a change and with another view only, benchmark",
         licence="none stated", home="https://github.com/Seth-Park/RobustChangeCaptioning", size="not stated",
         annotations=clevr_change.ANNOTATIONS,
@@ -73,6 +86,7 @@ CATALOG = {
         expected={"train": {"records": 33830, "pairs": 67660}, "val": {"records": 1988, "pairs": 3976},
                   "test": {"records": 3985, "pairs": 7970}}),
     "instruct_pix2pix": CatalogEntry(
+        read=instruct_pix2pix.read,
         what="313,010 edits made by InstructPix2Pix's authors (clip-filtered), without captions of differences",
         licence="see the home page (code: MIT; images made with Stable Diffusion: CreativeML Open RAIL-M)",
         home="https://github.com/timothybrooks/instruct-pix2pix", size="436 GB",
@@ -82,27 +96,26 @@ CATALOG = {
                "instruct_pix2pix in data.written too",
         expected={"train": {"records": 313010, "pairs": 313010}}),
     "llava_558k": CatalogEntry(
+        read=llava.read_558k,
         what="558,128 single images with a caption, for phase align",
         licence="of CC-3M, LAION, SBU and BLIP (see the home page)", size="27 GB",
         home="https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
-        annotations=(llava_558k.ANNOTATIONS,), manual="",
-        addresses={llava_558k.ANNOTATIONS: f"{_LLAVA}LLaVA-Pretrain/resolve/main/{llava_558k.ANNOTATIONS}",
+        annotations=(llava.CAPTIONS,), manual="",
+        addresses={llava.CAPTIONS: f"{_LLAVA}LLaVA-Pretrain/resolve/main/{llava.CAPTIONS}",
                    "images.zip": f"{_LLAVA}LLaVA-Pretrain/resolve/main/images.zip"},
         expected={"train": {"records": 558128}}),
     "llava_665k": CatalogEntry(
+        read=llava.read_665k,
         what="665,298 conversations about one image or none, the general part of phase tune",
         licence="texts: CC BY 4.0 and OpenAI's terms; images: those of COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
         home="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", size="1 GB of text, 65 GB of images",
-        annotations=(llava_665k.ANNOTATIONS,),
+        annotations=(llava.CONVERSATIONS,),
         manual="OCR-VQA's images as ocr_vqa/images/*.jpg (see https://github.com/haotian-liu/LLaVA, README, 'Visual "
                "Instruction Tuning')",
-        addresses={llava_665k.ANNOTATIONS: f"{_LLAVA}LLaVA-Instruct-150K/resolve/main/{llava_665k.ANNOTATIONS}",
+        addresses={llava.CONVERSATIONS: f"{_LLAVA}LLaVA-Instruct-150K/resolve/main/{llava.CONVERSATIONS}",
                    "coco/train2017.zip": "http://images.cocodataset.org/zips/train2017.zip",
                    "gqa/images.zip": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
                    "textvqa/train_val_images.zip": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
                    "vg/images.zip": f"{_VG}images.zip", "vg/images2.zip": f"{_VG}images2.zip"},
         expected={"train": {"records": 665298}}),
 }
-READERS = {"spot_the_diff": spot_the_diff.read, "image_editing_request": image_editing_request.read,
-           "birds_to_words": birds_to_words.read, "clevr_change": clevr_change.read,
-           "instruct_pix2pix": instruct_pix2pix.read, "llava_558k": llava_558k.read, "llava_665k": llava_665k.read}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ from onediff.data.sources.archives import unpack_once
 
 IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
+_Place = tuple[int, str]  # number of the folder, path below it
 
 
 class Files:
@@ -23,15 +25,14 @@ class Files:
 
     def __init__(self, roots: list[tuple[str, Path]]) -> None:
         self._roots = roots
-        self._images: dict[str, list[tuple[int, str]]] = {}  # stem without leading zeros -> (root, path below it)
-        self._others: dict[str, list[tuple[int, str]]] = {}  # file name -> the same
+        self._images: dict[str, list[_Place]] = defaultdict(list)  # by stem without leading zeros
+        self._others: dict[str, list[_Place]] = defaultdict(list)  # by file name
         for number, (_, root) in enumerate(roots):
             for path in _walk(root):
                 name = PurePosixPath(path)
-                if name.suffix.lower() in IMAGE_ENDINGS:
-                    self._images.setdefault(_unpadded(name.stem), []).append((number, path))
-                else:
-                    self._others.setdefault(name.name, []).append((number, path))
+                is_image = name.suffix.lower() in IMAGE_ENDINGS
+                places = self._images[_unpadded(name.stem)] if is_image else self._others[name.name]
+                places.append((number, path))
 
     def find(self, *names: str) -> Path | None:
         """The image of the first name that is there: so called, with another ending, or with its ids padded otherwise.
@@ -39,34 +40,49 @@ class Files:
         Folders in a name are binding ("after/1.png" is never "before/1.png"); none means anywhere.
         Raises ValueError if different images fit equally well.
         """
-        return next((path for path in map(self._match, names) if path), None)
+        for name in names:
+            published = PurePosixPath(name.replace("\\", "/"))
+            stem = published.stem if published.suffix.lower() in IMAGE_ENDINGS else published.name
+            folders = published.parts[:-1]
+            ranked: dict[int, list[Path]] = defaultdict(list)
+            for place in self._images.get(_unpadded(stem), []):
+                parents = PurePosixPath(self._roots[place[0]][0], place[1]).parts[:-1]
+                if folders == parents[len(parents) - len(folders):]:
+                    ranked[_unlikeness(published, self._path(place))].append(self._path(place))
+            if ranked:
+                return _only(ranked[min(ranked)], name)
+        return None
 
     def at(self, name: str) -> Path | None:
         """The file of exactly this path below the folder; a bare name may lie anywhere in it.
 
         Raises ValueError if different files share the bare name.
         """
-        exact = [root / name for _, root in self._roots if (root / name).is_file()]
+        exact = next((root / name for _, root in self._roots if (root / name).is_file()), None)
         if exact or len(PurePosixPath(name).parts) > 1:
-            return exact[0] if exact else None
-        places = self._images.get(_unpadded(PurePosixPath(name).stem), [])
-        found = [path for path in map(self._path, places) if path.name == name]
-        return _only(found, name) if found else None
+            return exact
+        paths = map(self._path, self._images.get(_unpadded(PurePosixPath(name).stem), []))
+        return _only([path for path in paths if path.name == name], name)
 
     def named(self, *names: str) -> Path | None:
         """The annotation file of the first name that is there. Raises ValueError if unlike files share the name."""
-        for name in names:
-            if name in self._others:
-                return _only([self._path(place) for place in self._others[name]], name)
-        return None
+        return next((_only(self.all_named(name), name) for name in names if name in self._others), None)
 
     def require(self, *names: str) -> Path:
         """As `named`. Raises FileNotFoundError if there is none."""
-        found = self.named(*names)
-        if found is None:
+        path = self.named(*names)
+        if path is None:
             raise FileNotFoundError(f"{self._roots[0][1]}: no {' or '.join(names)} in it or in its folders: "
                                     "'onediff data status' says what to put where")
-        return found
+        return path
+
+    def by_split(self, annotations: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+        """The annotation file of each split, by the names that it may have. Raises FileNotFoundError if none is there.
+        """
+        paths = {split: path for split, names in annotations.items() if (path := self.named(*names))}
+        if not paths:
+            self.require(*(names[0] for names in annotations.values()))
+        return paths
 
     def all_named(self, name: str) -> list[Path]:
         return [self._path(place) for place in self._others.get(name, [])]
@@ -75,19 +91,7 @@ class Files:
         """Every file, images aside, that ends so, such as ".tsv"."""
         return [path for name in sorted(self._others) if name.endswith(ending) for path in self.all_named(name)]
 
-    def _match(self, name: str) -> Path | None:
-        wanted = PurePosixPath(name.replace("\\", "/"))
-        stem = wanted.stem if wanted.suffix.lower() in IMAGE_ENDINGS else wanted.name
-        folders = wanted.parts[:-1]
-        ranked: dict[int, list[Path]] = {}
-        for place in self._images.get(_unpadded(stem), []):
-            path = self._path(place)
-            parents = PurePosixPath(self._roots[place[0]][0], place[1]).parts[:-1]
-            if folders == parents[len(parents) - len(folders):]:
-                ranked.setdefault(_unlikeness(wanted, path), []).append(path)
-        return _only(ranked[min(ranked)], name) if ranked else None
-
-    def _path(self, place: tuple[int, str]) -> Path:
+    def _path(self, place: _Place) -> Path:
         return self._roots[place[0]][1] / place[1]
 
 
@@ -126,14 +130,15 @@ def _unpadded(stem: str) -> str:
     return _LEADING_ZEROS.sub("", stem)
 
 
-def _unlikeness(wanted: PurePosixPath, path: Path) -> int:
+def _unlikeness(published: PurePosixPath, path: Path) -> int:
     """0: the very name; 1: another ending; 2 and 3: the same with ids padded otherwise."""
-    ending = wanted.suffix.lower() != path.suffix.lower()
-    return 0 if path.name == wanted.name else int(ending) + 2 * int(path.stem not in (wanted.stem, wanted.name))
+    ending = published.suffix.lower() != path.suffix.lower()
+    return 0 if path.name == published.name else ending + 2 * (path.stem not in (published.stem, published.name))
 
 
-def _only(paths: list[Path], name: str) -> Path:
+def _only(paths: list[Path], name: str) -> Path | None:
+    """The first path; None if there is none. Raises ValueError if the files differ."""
     for other in paths[1:]:
         if not filecmp.cmp(paths[0], other, shallow=False):
             raise ValueError(f"{name}: {paths[0]} and {other} both fit and differ: leave only one of them there")
-    return paths[0]
+    return paths[0] if paths else None

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -24,13 +24,29 @@ from onediff.data.sources.entries import read_csv, read_lines
 from onediff.data.sources.file_index import Files, open_files
 from onediff.data.sources.published import PublishedPair
 from onediff.data.sources.readers import folder as own
+from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
+from onediff.paths import RAW
 
 CLAIMED, DONE = ".taking.", ".done."  # prefixes inside the inbox
 
 
+@dataclass(frozen=True)
+class Inbox:
+    """`scratch` is where archives are unpacked; `sources` are those of data.raw in params.yaml.
+
+    A batch in which something changed less than `settle_s` ago is left for later.
+    """
+
+    folder: Path
+    scratch: Path
+    sources: Sequence[str]
+    settle_s: float
+    max_megapixels: float
+
+
 @dataclass
-class Taken:
+class InboxReport:
     """`batches`: source and number of pairs of each that came in; `problems`: what was left where it is, and why;
     `waiting`: sub-folders in which something still changes.
     """
@@ -40,58 +56,52 @@ class Taken:
     waiting: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Places:
-    inbox: Path
-    scratch: Path  # where archives are unpacked
-    raw: Path = tracked.RAW
+def import_batches(inbox: Inbox) -> InboxReport:
+    """Moves every batch that is whole into data/raw/<source>; one that is not stops no other.
 
-
-def take(places: Places, sources: Sequence[str], *, settle_s: float, max_megapixels: float) -> Taken:
-    """Every batch that is whole goes into data/raw/<source>; one that is not stops no other.
-
-    `sources` are those of data.raw in params.yaml. Raises FileNotFoundError if there is no inbox.
+    Raises FileNotFoundError if there is no inbox.
     """
-    if not places.inbox.is_dir():
-        raise FileNotFoundError(f"{places.inbox} not found: make the folder, or set inbox in runtime.yaml to another")
-    taken = Taken()
-    entries = sorted(places.inbox.iterdir(), key=lambda path: (not path.name.startswith(CLAIMED), path.name))
-    for entry in entries:
+    if not inbox.folder.is_dir():
+        raise FileNotFoundError(f"{inbox.folder} not found: make the folder, or set inbox in runtime.yaml to another")
+    report = InboxReport()
+    for entry in sorted(inbox.folder.iterdir(), key=lambda path: (not path.name.startswith(CLAIMED), path.name)):
         try:
             if entry.name.startswith(DONE):
                 shutil.rmtree(entry)
             elif entry.name.startswith(CLAIMED) or not entry.name.startswith("."):
-                _take(entry, places, sources, settle_s, max_megapixels, taken)
+                _import(entry, inbox, report)
         except (ValueError, OSError) as error:
-            taken.problems.append(str(error) if str(error).startswith(str(entry)) else f"{entry}: {error}")
-    return taken
+            report.problems.append(str(error) if str(error).startswith(str(entry)) else f"{entry}: {error}")
+    return report
 
 
-def _take(entry: Path, places: Places, sources: Sequence[str], settle_s: float, max_megapixels: float,
-          taken: Taken) -> None:
-    source, claimed = entry.name.removeprefix(CLAIMED), entry
-    if not entry.name.startswith(CLAIMED):  # otherwise a run was killed after it had read and claimed this one
-        _check_name(entry, sources)
-        seen = _listing(entry)
-        if time.time() - _last_change(entry) < settle_s:
-            taken.waiting.append(source)
+def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
+    source = entry.name.removeprefix(CLAIMED)
+    claimed = entry.with_name(f"{CLAIMED}{source}")
+    if entry != claimed:  # otherwise a run was killed after it had read and claimed this one
+        _check_name(entry, inbox.sources)
+        listing = _listing(entry)
+        # By ctime, which copying with old time stamps does not set back.
+        last_change = max(path.lstat().st_ctime for path in (entry, *entry.rglob("*")))
+        settled = time.time() - last_change >= inbox.settle_s
+        if settled:
+            _check(_batch(source, entry, inbox), inbox)
+            if claimed.exists():
+                raise ValueError("an earlier batch of this source is not in yet; see its own message")
+            entry.rename(claimed)
+            settled = _listing(claimed) == listing
+            if not settled:
+                claimed.rename(entry)
+        if not settled:
+            report.waiting.append(source)
             return
-        _check(_batch(source, entry, places), places, _known_ids(source, places), max_megapixels)
-        claimed = entry.with_name(f"{CLAIMED}{source}")
-        if claimed.exists():
-            raise ValueError("an earlier batch of this source is not in yet; see its own message")
-        entry.rename(claimed)
-        if _listing(claimed) != seen:
-            claimed.rename(entry)
-            taken.waiting.append(source)
-            return
-    batch = _batch(source, claimed, places)
-    _merge(batch, places)
-    tracked.add(places.raw / source)
+    batch = _batch(source, claimed, inbox)
+    _merge(batch, inbox)
+    tracked.add(RAW / source)
     done = claimed.with_name(f"{DONE}{source}.{os.getpid()}")
     claimed.rename(done)  # in one step: half a batch must never look like a whole one
     shutil.rmtree(done)
-    taken.batches.append((source, len(batch.pairs)))
+    report.batches.append((source, len(batch.pairs)))
 
 
 # --- before anything moves -------------------------------------------------------------------------------------------
@@ -108,20 +118,14 @@ def _check_name(entry: Path, sources: Sequence[str]) -> None:
                          + (f"did you mean '{near[0]}'?" if near else "rename the folder, or add the source there"))
 
 
-def _last_change(folder: Path) -> float:
-    """By ctime, which copying with old time stamps does not set back."""
-    return max(path.lstat().st_ctime for path in (folder, *folder.rglob("*")))
-
-
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
     """Every file with size and time. Raises ValueError for a link, which may point anywhere."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            raise ValueError(f"{path.relative_to(folder)} is a link; put the file itself there")
-        if path.is_file():
-            found.append((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns))
-    return found
+    paths = sorted(folder.rglob("*"))
+    link = next((path for path in paths if path.is_symlink()), None)
+    if link:
+        raise ValueError(f"{link.relative_to(folder)} is a link; put the file itself there")
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in paths if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -135,27 +139,40 @@ class Batch:
     files: Files
 
 
-def _batch(source: str, folder: Path, places: Places) -> Batch:
-    """Raises ValueError or FileNotFoundError: file, line, what is wrong."""
-    files = open_files(folder, places.scratch)
+def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
+    """Raises ValueError or FileNotFoundError: file, line, what is wrong.
+
+    The name is <day>-<digest of its files>: a batch that was begun, or came in before, keeps the name it had.
+    """
+    files = open_files(folder, inbox.scratch)
     pairs = list(own.read(files))
-    read = read_csv if files.named("pairs.csv") else read_lines
-    rows = [row for _, row in read(files.require(*own.TABLES))]
-    return Batch(source, _name(folder, places.raw / source), rows, pairs, files)
+    table = files.require(*own.TABLES)
+    rows = [row for _, row in (read_csv(table) if table.suffix == ".csv" else read_lines(table))]
+    contents = "".join(f"{name}\0{sha256_of(folder / name)}\n" for name, _, _ in _listing(folder))
+    digest = sha256(contents.encode()).hexdigest()[:12]
+    begun = sorted((RAW / source).glob(f"????-??-??-{digest}"))
+    name = begun[0].name if begun else f"{datetime.now(UTC):%Y-%m-%d}-{digest}"
+    return Batch(source, name, rows, pairs, files)
 
 
-def _check(batch: Batch, places: Places, known: set[str], max_megapixels: float) -> None:
+def _check(batch: Batch, inbox: Inbox) -> None:
     """Raises ValueError for an image that is missing or broken, and for an id or a batch that the source has already.
     """
-    target = places.raw / batch.source
-    if target.is_dir() and _holds(_table(target, places), batch):
-        raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
+    target, dvc_file = RAW / batch.source, RAW / f"{batch.source}.dvc"
+    if not target.is_dir() and dvc_file.exists():
+        raise ValueError(f"{target} is not here, and {dvc_file} says that there is one: 'dvc pull {dvc_file}' first")
+    known: set[str] = set()
+    if target.is_dir():
+        files = open_files(target, inbox.scratch)
+        known = {pair.official_id for pair in own.read(files)} if any(map(files.named, own.TABLES)) else known
+        if _holds(_table(files, target), batch):
+            raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
             if path is None:
                 raise ValueError(f"pair {number}: {name} is not in the folder; put it there")
             try:
-                open_image(path, max_megapixels=max_megapixels)
+                open_image(path, max_megapixels=inbox.max_megapixels)
             except ValueError as error:
                 raise ValueError(f"pair {number}: {error}") from None
         if row.get("pair_id") and pair.official_id in known:
@@ -163,103 +180,59 @@ def _check(batch: Batch, places: Places, known: set[str], max_megapixels: float)
                              "or leave the column out")
 
 
-def _known_ids(source: str, places: Places) -> set[str]:
-    """Raises ValueError if DVC has the source and its files are not here."""
-    target = places.raw / source
-    tracked = target.with_name(f"{source}.dvc")
-    if not target.is_dir():
-        if tracked.exists():
-            raise ValueError(f"{target} is not here, and {tracked} says that there is one: 'dvc pull {tracked}' first")
-        return set()
-    files = open_files(target, places.scratch)
-    if not any(map(files.named, own.TABLES)):
-        return set()
-    return {pair.official_id for pair in own.read(files)}
-
-
-def _name(folder: Path, target: Path) -> str:
-    """<day>-<digest of its files>: a batch that was begun, or came in before, keeps the name it had."""
-    total = sha256()
-    for name, _, _ in _listing(folder):
-        total.update(f"{name}\0{_digest(folder / name)}\n".encode())
-    digest = total.hexdigest()[:12]
-    begun = sorted(target.glob(f"????-??-??-{digest}"))
-    return begun[0].name if begun else f"{datetime.now(UTC):%Y-%m-%d}-{digest}"
-
-
 # --- into the source --------------------------------------------------------------------------------------------------
 
 
-def _table(target: Path, places: Places) -> Path:
-    return open_files(target, places.scratch).named(*own.TABLES) or target / "pairs.jsonl"
+def _table(files: Files, target: Path) -> Path:
+    return files.named(*own.TABLES) or target / "pairs.jsonl"
 
 
 def _holds(table: Path, batch: Batch) -> bool:
     return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
 
 
-def _merge(batch: Batch, places: Places) -> None:
+def _merge(batch: Batch, inbox: Inbox) -> None:
     """Images, then rows, each in one step; what a killed run did already stays as it is."""
-    target = places.raw / batch.source
+    target = RAW / batch.source
     target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob(".*.part"):
+    for left in target.glob("*.part"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    table = _table(target, places)
+    table = _table(open_files(target, inbox.scratch), target)
     if _holds(table, batch):
         return
     # Called by content, so that no image of one batch is taken for that of another.
-    names = {path: f"{_digest(path)[:32]}{path.suffix.lower()}"
+    names = {path: f"{sha256_of(path)[:32]}{path.suffix.lower()}"
              for pair in batch.pairs for path in pair.locate(batch.files) if path}
-    images = target / batch.name
-    if not images.exists():
-        part = target / f".{batch.name}.part"
-        part.mkdir()
-        for path, name in names.items():
-            shutil.copyfile(path, part / name)
-        part.rename(images)
-    placed = [[f"{batch.name}/{names[path]}" for path in pair.locate(batch.files) if path] for pair in batch.pairs]
-    _append(table, [_row(number, *about) for number, about
-                    in enumerate(zip(batch.rows, batch.pairs, placed, strict=True), 1)])
+    if not (target / batch.name).exists():
+        with new_folder(target / batch.name) as images:
+            for path, name in names.items():
+                shutil.copyfile(path, images / name)
+    rows = []
+    for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
+        before, after = (names[path] for path in pair.locate(batch.files) if path)
+        # As the folder's reader reads it. Without a group of its own the same two images always come into one split.
+        rows.append({"before": f"{batch.name}/{before}", "after": f"{batch.name}/{after}",
+                     "references": pair.references,
+                     "pair_id": pair.official_id if row.get("pair_id") else f"{batch.name}-{number:06d}",
+                     "group": pair.group if row.get("group") else f"{Path(before).stem}|{Path(after).stem}",
+                     "split": pair.split if row.get("split") else "" if pair.references else "train",
+                     "change_type": pair.change_type, "instruction": pair.instruction})
+    with new_file(table) as path:  # all rows or none
+        _write_table(path, table, rows)
 
 
-def _row(number: int, row: dict[str, Any], pair: PublishedPair, images: list[str]) -> dict[str, Any]:
-    """As the folder's reader reads it. Without a group of its own the same two images always come into one split."""
-    before, after = images
-    return {"before": before, "after": after, "references": pair.references,
-            "pair_id": pair.official_id if row.get("pair_id") else f"{Path(before).parts[0]}-{number:06d}",
-            "group": pair.group if row.get("group") else "|".join(Path(name).stem for name in images),
-            "split": pair.split if row.get("split") else "" if pair.references else "train",
-            "change_type": pair.change_type, "instruction": pair.instruction}
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def _append(table: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows or none: the table is written anew beside its place and moved there."""
-    part = table.with_name(f".{table.name}.part")
+def _write_table(path: Path, table: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of the table, if there is one, and the new rows in its format to the path."""
     if table.suffix == ".jsonl":
         old = table.read_text(encoding="utf-8-sig") if table.exists() else ""
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        part.write_text("\n".join([*filter(None, [old.rstrip("\n")]), *lines, ""]), encoding="utf-8")
-    else:
-        _write_csv(part, [*(row for _, row in read_csv(table)), *map(_in_columns, rows)])
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(table)
-
-
-def _in_columns(row: dict[str, Any]) -> dict[str, str]:
-    """References in columns of their own, since one may hold the "|" that separates them in one cell."""
-    sentences = {f"reference_{number}": text for number, text in enumerate(row["references"], 1)}
-    return {key: value for key, value in row.items() if key != "references"} | sentences
-
-
-def _write_csv(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
+        path.write_text("\n".join([*filter(None, [old.rstrip("\n")]), *lines, ""]), encoding="utf-8")
+        return
+    every: list[dict[str, str]] = [row for _, row in read_csv(table)]
+    for row in rows:  # references in columns of their own, since one may hold the "|" that separates them in one cell
+        texts = {f"reference_{number}": text for number, text in enumerate(row.pop("references"), 1)}
+        every.append(row | texts)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in every for name in row)), restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(every)

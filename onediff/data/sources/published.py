@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onediff.data.record import Record, digest
+from onediff.data.record import SPLITS, Record, digest
 from onediff.data.sources.file_index import Files
-from onediff.data.splits import SPLITS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 NO_TYPE, GENERAL = "unlabelled", "general"
@@ -42,25 +41,19 @@ class PublishedPair:
         """Where each image lies; None: nowhere."""
         if self.exact:
             return [files.at(name) for name in self.names]
-        found = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
-        if not self.sought and len(found) == 2 and found[0] == found[1] and self.names[0] != self.names[1]:
-            # "a.png" is not there and "a.jpg", the other image of the pair, was taken for it.
+        paths = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
+        if not self.sought and len(paths) == 2 and paths[0] == paths[1] and self.names[0] != self.names[1]:
+            # "a.png" is not there, and "a.jpg", the other image of the pair, was matched instead of it.
             return [path if path and path.name == Path(name).name else None
-                    for path, name in zip(found, self.names, strict=True)]
-        return found
-
-
-def group_of(source: str, pair: PublishedPair) -> str:
-    return f"{source}-{pair.group}"
+                    for path, name in zip(paths, self.names, strict=True)]
+        return paths
 
 
 def split_of(source: str, pair: PublishedPair) -> str:
     """The published split; published val is halved into val and gate by digest, so that a group stays together."""
-    if pair.split is not None:
-        return pair.split
-    if pair.official_split == "val":
-        return ("val", "gate")[int(digest(group_of(source, pair).encode()), 16) % 2]
-    return pair.official_split
+    if pair.split is None and pair.official_split == "val":
+        return ("val", "gate")[int(digest(f"{source}-{pair.group}".encode()), 16) % 2]
+    return pair.split or pair.official_split
 
 
 def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
@@ -68,20 +61,18 @@ def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
 
     A val or test pair whose every sentence is empty keeps one of them: papers score it so, and no pair may vanish.
     """
-    found = pair.locate(files)
-    images = [path.read_bytes() if path else b"" for path in found] + 2 * [b""]
+    paths = pair.locate(files)
+    before, after, *_ = [*(path.read_bytes() if path else b"" for path in paths), b"", b""]
     provenance: dict[str, Any] = {"official_id": pair.official_id, "official_split": pair.official_split,
                                   "names": list(pair.names)}
     provenance |= pair.provenance
-    missing = [name for name, path in zip(pair.names, found, strict=True) if path is None]
-    if missing:
-        provenance["missing"] = missing
-    if pair.num_empty:
-        provenance["empty_references"] = pair.num_empty
+    missing = [name for name, path in zip(pair.names, paths, strict=True) if path is None]
+    provenance |= {"missing": missing} if missing else {}
+    provenance |= {"empty_references": pair.num_empty} if pair.num_empty else {}
     split = split_of(source, pair)
     assert split in SPLITS, f"{source}: split '{split}' is none of {SPLITS}"
-    published_so = [""] if pair.num_empty and split != "train" and not pair.exact else []
+    as_published = [""] if pair.num_empty and split != "train" and not pair.exact else []
     return Record(pair_id=f"{source}-{pair.official_split}-{pair.official_id}", source=source, split=split,
-                  group_id=group_of(source, pair), before=images[0], after=images[1],
-                  references=pair.references or published_so, instruction=pair.instruction,
+                  group_id=f"{source}-{pair.group}", before=before, after=after,
+                  references=pair.references or as_published, instruction=pair.instruction,
                   change_type=pair.change_type, provenance=provenance, num_images=len(pair.names))

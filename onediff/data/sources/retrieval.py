@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,17 @@ from onediff.data.embedding import Embedder, Vectors
 from onediff.data.parallel import spread
 from onediff.data.record import Record, digest
 from onediff.data.sources.collection import Entry, load
+from onediff.files import new_file
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
-PART = 512  # images whose vectors are kept together: what a kill can cost
-EXACT_UP_TO = 200_000  # images; above, an inverted file looks through PROBES of its sqrt(n) lists only
+PART = 512  # images whose vectors are stored together: what a kill can cost
+EXACT_UP_TO = 200_000  # images; above, an inverted file searches PROBES of its sqrt(n) lists only
 PROBES = 32
 
 
 @dataclass(frozen=True)
-class Match:
+class SimilarPair:
     """Two images by their place in the collection; the order of before and after is drawn by digest."""
 
     before: int
@@ -33,29 +34,29 @@ class Match:
     similarity: float
 
 
-def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[Match]:
+def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[SimilarPair]:
     """Neighbours inside the window, nearest first, each image in at most max_uses pairs and no pair twice.
 
     `vectors` (n, d) have length 1. The same vectors and names give the same pairs in the same order.
     """
     similarity, neighbour = _nearest(vectors, settings.num_neighbors + 1)
     rows, columns = np.nonzero((similarity >= settings.min_similarity) & (similarity <= settings.max_similarity))
-    found: dict[tuple[int, int], float] = {}
+    candidates: dict[tuple[int, int], float] = {}
     for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
         other = int(neighbour[row, column])
         if other not in (-1, row):
-            found.setdefault((min(row, other), max(row, other)), round(float(similarity[row, column]), 6))
+            candidates.setdefault((min(row, other), max(row, other)), round(float(similarity[row, column]), 6))
     uses: Counter[int] = Counter()
     pairs = []
-    for (one, other), value in sorted(found.items(), key=lambda item: (-item[1], item[0])):
-        if max(uses[one], uses[other]) < settings.max_uses:
-            uses.update((one, other))
-            swap = int(digest(f"{names[one]}|{names[other]}".encode()), 16) % 2
-            pairs.append(Match(*((other, one) if swap else (one, other)), value))
+    for places, value in sorted(candidates.items(), key=lambda item: (-item[1], item[0])):
+        if max(uses[place] for place in places) < settings.max_uses:
+            uses.update(places)
+            swap = int(digest("|".join(names[place] for place in places).encode()), 16) % 2
+            pairs.append(SimilarPair(*(places[::-1] if swap else places), value))
     return pairs
 
 
-def pair_records(source: str, entries: list[Entry], pairs: list[Match]) -> Iterator[Record]:
+def pair_records(source: str, entries: list[Entry], pairs: list[SimilarPair]) -> Iterator[Record]:
     """A training record of each pair, without references: those are the writer's to give."""
     for pair in pairs:
         before, after = (next(load([entries[place]])) for place in (pair.before, pair.after))
@@ -95,51 +96,38 @@ class Embedded:
 
     vectors: Vectors
     names: list[str]
-    broken: dict[str, str]
+    unreadable: dict[str, str]
 
 
 def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
                      max_megapixels: float) -> Iterator[Embedded]:
-    """PART images at a time, in order. Kept in scratch by content, so that a stopped run costs one part."""
+    """PART images at a time, in order. Stored in scratch by content, so that a stopped run costs one part."""
     parts = [entries[start : start + PART] for start in range(0, len(entries), PART)]
-    folder = Path(runtime.scratch) / "embeddings"
-    return spread(_Maker(model, runtime.device, folder, max_megapixels), parts, runtime, num_gpus=1)
+    make = functools.partial(_PartEmbedder, model, runtime.device, Path(runtime.scratch) / "embeddings", max_megapixels)
+    return spread(make, parts, runtime, num_gpus=1)
 
 
-@dataclass(frozen=True)
-class _Maker:
-    model: str
-    device: str
-    folder: Path
-    max_megapixels: float
+class _PartEmbedder:
+    """Loads the model once in each process."""
 
-    def __call__(self) -> Callable[[list[Entry]], Embedded]:
-        embedder = Embedder(self.model, self.device)
-        known = embedder.identity
-        return lambda part: self._embed(embedder, known, part)
+    def __init__(self, model: str, device: str, folder: Path, max_megapixels: float) -> None:
+        self.embedder, self.folder, self.max_megapixels = Embedder(model, device), folder, max_megapixels
+        self.model_key = hashlib.sha256(self.embedder.identity.encode())
 
-    def _embed(self, embedder: Embedder, known: str, part: list[Entry]) -> Embedded:
-        images, names, broken = [], [], {}
-        key = hashlib.sha256(known.encode())
+    def __call__(self, part: list[Entry]) -> Embedded:
+        images, names, unreadable = [], [], {}
+        key = self.model_key.copy()
         for item in load(part):
             try:
                 images.append(open_image(item.content, max_megapixels=self.max_megapixels))
                 names.append(item.name)
                 key.update(hashlib.sha256(item.content).digest())
             except ValueError as error:
-                broken[item.name] = str(error)
+                unreadable[item.name] = str(error)
         if not images:
-            return Embedded(np.zeros((0, 0), np.float32), [], broken)
+            return Embedded(np.zeros((0, 0), np.float32), [], unreadable)
         path = self.folder / f"{key.hexdigest()[:32]}.npy"
         if not path.exists():
-            _write(path, embedder.images(images))
-        return Embedded(np.load(path), names, broken)
-
-
-def _write(path: Path, vectors: Vectors) -> None:
-    """Appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(f".{os.getpid()}.part")
-    with half.open("wb") as file:
-        np.save(file, vectors)
-    half.rename(path)
+            with new_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, self.embedder.images(images))
+        return Embedded(np.load(path), names, unreadable)

@@ -14,9 +14,9 @@ from onediff.data.sources.catalog import CATALOG, CatalogEntry
 from onediff.data.sources.file_index import IMAGE_ENDINGS
 from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
+from onediff.paths import PAIRS, RAW, READ_REPORTS
 
-RAW, PAIRS = Path("data/raw"), Path("data/pairs")
-_LOOKED_AT = 20_000  # directory entries per source
+_MAX_ENTRIES = 20_000  # directory entries that are listed per source
 _OWN = CatalogEntry(what="pairs of your own", licence="yours", home="", size="", annotations=TABLES,
                     manual="pairs.csv or pairs.jsonl and its images (data/README.md)")
 _COLLECTION = CatalogEntry(what="captioned images of your own", licence="yours", home="", size="", annotations=(),
@@ -29,7 +29,8 @@ def status(config: Config | None) -> list[dict[str, Any]]:
     if config:
         entries |= {name: _OWN for name in config.data.raw if name not in CATALOG}
         entries |= dict.fromkeys((*config.data.retrieved, *config.data.diffused), _COLLECTION)
-    return [_row(source, entry, config) for source, entry in entries.items()]
+    used = sources_of(config.data) if config else []
+    return [_row(source, entry) | {"used": source in used} for source, entry in entries.items()]
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
@@ -37,63 +38,50 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     table = aligned(["source", "used", "size", "present", "missing"],
                     [[row["source"], "yes" if row["used"] else "no", row["size"] or "-", row["present"] or "nothing",
                       row["missing"] or "nothing"] for row in rows])
-    parts = [table]
-    for row in rows:
-        about = f"{row['what']}; licence: {row['licence']}"
-        parts.append("\n".join(line for line in (row["source"], f"  {about}", f"  {row['home']}".rstrip(),
-                                                 f"  to do: {row['todo']}") if line))
-    return "\n\n".join(parts)
+    parts = ["\n".join(line for line in (row["source"], f"  {row['what']}; licence: {row['licence']}",
+                                         f"  {row['home']}".rstrip(), f"  to do: {row['todo']}") if line)
+             for row in rows]
+    return "\n\n".join([table, *parts])
 
 
-def _row(source: str, entry: CatalogEntry, config: Config | None) -> dict[str, Any]:
+def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     folder = RAW / source
-    found = _look(folder)
-    annotated = [name for name in entry.annotations if name in found["names"]]
+    names, archives, has_images = _listing(folder)
+    annotated = [name for name in entry.annotations if name in names]
     needs_all = entry is not _OWN and source != "instruct_pix2pix"
-    absent = [name for name in entry.annotations if name not in annotated] if needs_all or not annotated else []
-    present = [*annotated, *found["archives"]] + (["images"] if found["images"] else [])
-    missing = absent if not found["archives"] else []  # they may be in the archive
-    if not found["images"] and not found["archives"]:
-        missing = [*missing, "images"]
-    missing += _known_missing(source)
+    missing = []
+    if not archives:  # what is missing may be in an archive
+        missing += [name for name in entry.annotations if name not in names] if needs_all or not annotated else []
+        missing += [] if has_images else ["images"]
+    reports = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
+    if reports:  # of the last run of stage read; that of stage retrieve has no splits
+        splits = json.loads(reports[0].read_text(encoding="utf-8")).get("splits", {})
+        num_missing = sum(counts["missing_images"] for counts in splits.values())
+        missing += [f"{num_missing:,} images by name ({reports[0]})"] if num_missing else []
+    steps = []
+    if missing:
+        present = [place for place in entry.addresses if (folder / place).exists() or Path(place).name in names]
+        steps += [f"onediff data fetch {source}"] if len(present) < len(entry.addresses) else []
+        steps += [f"put into {folder}: {entry.manual}"] if entry.manual else []
     return {"source": source, "what": entry.what, "licence": entry.licence, "home": entry.home, "size": entry.size,
-            "present": ", ".join(present), "missing": ", ".join(missing),
-            "todo": _todo(source, entry, folder, missing, found["names"]),
-            "used": bool(config and source in sources_of(config.data))}
+            "present": ", ".join([*annotated, *archives, *(["images"] if has_images else [])]),
+            "missing": ", ".join(missing),
+            "todo": "; ".join(steps) or f"nothing; 'onediff data read {source} {folder}' counts what is there"}
 
 
-def _look(folder: Path) -> dict[str, Any]:
+def _listing(folder: Path) -> tuple[set[str], list[str], bool]:
     """Names of files that are no images, the archives, whether there is an image; after some thousand it stops."""
-    names, archives, images, looked = set(), [], False, 0
+    names, archives, has_images, num_entries = set(), [], False, 0
     for path, below, files in os.walk(folder, followlinks=True):
         below.sort()
         for name in sorted(files):
             ending = os.path.splitext(name)[1].lower()
-            images |= ending in IMAGE_ENDINGS or ending == ".parquet"
+            has_images |= ending in (*IMAGE_ENDINGS, ".parquet")
             if name.lower().endswith(ENDINGS):
                 archives.append(os.path.relpath(os.path.join(path, name), folder))
             elif ending not in IMAGE_ENDINGS:
                 names.add(name)
-        looked += len(files) + len(below)
-        if looked > _LOOKED_AT:
+        num_entries += len(files) + len(below)
+        if num_entries > _MAX_ENTRIES:
             break
-    return {"names": names, "archives": archives, "images": images}
-
-
-def _known_missing(source: str) -> list[str]:
-    """What stage read found to be missing when it last ran."""
-    for path in (Path("data/reports/read") / f"{source}.json", PAIRS / source / "report.json"):
-        if path.exists():
-            splits = json.loads(path.read_text(encoding="utf-8"))["splits"].values()
-            missing = sum(counts["missing_images"] for counts in splits)
-            return [f"{missing:,} images by name ({path})"] if missing else []
-    return []
-
-
-def _todo(source: str, entry: CatalogEntry, folder: Path, missing: list[str], names: set[str]) -> str:
-    steps = []
-    if missing:
-        there = [place for place in entry.addresses if (folder / place).exists() or Path(place).name in names]
-        steps += [f"onediff data fetch {source}"] if len(there) < len(entry.addresses) else []
-        steps += [f"put into {folder}: {entry.manual}"] if entry.manual else []
-    return "; ".join(steps) or f"nothing; 'onediff data read {source} {folder}' counts what is there"
+    return names, archives, has_images

@@ -15,12 +15,11 @@ from PIL import Image
 from onediff.config import Config
 from onediff.data.quality.checks import (
     SUITES,
-    Checked,
+    SuiteResult,
     broken,
     check_suite,
     complaints,
     judged,
-    refuse,
     suites_of,
     validate,
     write_report,
@@ -41,7 +40,7 @@ def table(num_pairs: int = 40, suite: str = "generated", **wrong: object) -> pd.
     return pd.DataFrame(rows)
 
 
-def verdict(rows: pd.DataFrame, *, tolerance: float = 0.0, partial: tuple[str, ...] = ()) -> Checked:
+def verdict(rows: pd.DataFrame, *, tolerance: float = 0.0, partial: tuple[str, ...] = ()) -> SuiteResult:
     return check_suite(rows["suite"].iloc[0], judged(rows), tolerance=tolerance, partial=partial)
 
 
@@ -70,7 +69,6 @@ def test_a_good_table_has_nothing_bad_and_may_be_used(suite: str) -> None:
     good = verdict(table(suite=suite))
     assert good.bad.empty
     assert complaints([good]) == []
-    refuse([], report=Path("r"))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -89,7 +87,7 @@ def test_people_may_write_longer_captions_than_programs() -> None:
 
 def test_only_generated_pairs_must_be_of_one_shape() -> None:
     bad = [verdict(table(suite=suite, width_after=128)).bad for suite in SUITES]
-    assert [list(found["reasons"]) for found in bad] == [["before and after differ in shape"], [], []]
+    assert [list(rows["reasons"]) for rows in bad] == [["before and after differ in shape"], [], []]
     assert verdict(table(width_after=64, height_after=64)).bad.empty
 
 
@@ -112,7 +110,7 @@ def test_both_pairs_of_a_duplicate_id_are_quarantined_also_across_suites() -> No
     assert [len(check_suite(suite, both, tolerance=0).bad) for suite in ("generated", "raw")] == [1, 1]
 
 
-def test_every_reason_is_told() -> None:
+def test_every_reason_is_listed() -> None:
     assert verdict(table(num_empty_references=2, has_bad_text=True, split="dev")).bad["reasons"][5].count(";") == 2
 
 
@@ -121,14 +119,14 @@ def test_the_number_of_splits_of_an_image_equals_a_slow_count() -> None:
     rows = table(97).assign(**{name: [f"{k}" if k else "" for k in random.integers(0, 60, 97)]
                                for name in ("hash_before", "hash_after", "group_id")},
                             suite=random.choice(["raw", "generated"], 97))
-    found = judged(rows)
+    counted = judged(rows)
     for place, row in rows.iterrows():
         mates = rows[rows["suite"] == row["suite"]]
         counts = [mates[(mates[["hash_before", "hash_after"]] == row[side]).any(axis=1)]["split"].nunique()
                   for side in ("hash_before", "hash_after") if row[side]]
-        assert found.loc[place, "num_image_splits"] == max(counts, default=0)
+        assert counted.loc[place, "num_image_splits"] == max(counts, default=0)
         group = mates[mates["group_id"] == row["group_id"]]["split"].nunique() if row["group_id"] else 0
-        assert found.loc[place, "num_group_splits"] == group
+        assert counted.loc[place, "num_group_splits"] == group
 
 
 def test_the_suite_follows_from_where_params_list_a_source(micro: Config) -> None:
@@ -156,17 +154,15 @@ def test_great_expectations_finds_as_many_as_the_quarantine(suite: str) -> None:
 
 def test_an_image_in_two_splits_stops_generated_data_whatever_the_tolerance() -> None:
     leaking = {"hash_after": "b7"}  # row 7 is val, row 5 train
-    found = complaints([verdict(table(**leaking), tolerance=1.0)])
-    assert found == ["2 pairs: an image occurs in two splits (first: p5)"]
-    with pytest.raises(ValueError, match=r"^2 pairs: an image occurs in two splits \(first: p5\); see r$"):
-        refuse(found, report=Path("r"))
-    assert complaints([verdict(table(suite="diffcap", **leaking), tolerance=1.0)]) == found
+    lines = complaints([verdict(table(**leaking), tolerance=1.0)])
+    assert lines == ["2 pairs: an image occurs in two splits (first: p5)"]
+    assert complaints([verdict(table(suite="diffcap", **leaking), tolerance=1.0)]) == lines
     assert complaints([verdict(table(suite="raw", **leaking))]) == []  # data.leaks decides
 
 
 def test_a_group_in_two_splits_stops_generated_data() -> None:
-    found = complaints([verdict(table(group_id="g7"), tolerance=1.0)])
-    assert found == ["2 pairs: its group_id occurs in two splits (first: p5)"]
+    lines = complaints([verdict(table(group_id="g7"), tolerance=1.0)])
+    assert lines == ["2 pairs: its group_id occurs in two splits (first: p5)"]
 
 
 def test_the_tolerance_decides_over_bad_pairs() -> None:
@@ -225,9 +221,11 @@ def test_the_report_is_one_page_that_needs_no_network_and_shows_the_offenders(tm
     write_shards(records[:3], tmp_path / "one", "train", shard_pairs=50)
     write_shards(records[3:], tmp_path / "two", "train", shard_pairs=50)
     checked = verdict(table(num_empty_references=1, pair_id="<b>"), tolerance=0.01)
-    found = complaints([checked])
-    pages = [write_report([checked], found, tmp_path / "validation", shard_folders=[tmp_path / "one", tmp_path / "two"])
-             .read_text(encoding="utf-8") for _ in range(2)]
+    pages = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^1 of 40 generated pairs are bad .*; see .*/validation/index\.html$"):
+            write_report([checked], tmp_path / "validation", shard_folders=[tmp_path / "one", tmp_path / "two"])
+        pages.append((tmp_path / "validation/index.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
     assert [file.name for file in (tmp_path / "validation").iterdir()] == ["index.html"]
     assert not re.search(r"https?://|<script|<link|<b>&lt;b&gt;</b>.*<i>", pages[0])
@@ -243,7 +241,7 @@ def test_a_report_on_other_shards_than_were_probed_is_refused(tmp_path: Path) ->
     write_shards([pair(k + 1) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
     checked = verdict(table(num_empty_references=1))
     with pytest.raises(ValueError, match=r"train-00000\.parquet: not what data/probe\.parquet was made of"):
-        write_report([checked], [], tmp_path, shard_folders=[tmp_path / "one"])
+        write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
 
 
 def test_importing_the_checks_does_not_import_great_expectations() -> None:

@@ -18,11 +18,9 @@ from onediff.data.quality.diffcap import (
     num_shared,
     origin,
     staying,
-    write_tables,
 )
 from onediff.data.quality.leaks import COLUMNS
-from onediff.data.record import Record, digest, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, digest, write_shards, write_tables
 
 
 def record(number: int, split: str, source: str = "edits") -> Record:
@@ -72,8 +70,8 @@ def test_chosen_pairs_come_in_order_without_the_others(written: tuple[list[Path]
     table = probed(folders, records)
     table.loc[9, "split"] = "dev"
     rows = good_rows(table, quarantined=frozenset({"scenes-train-3", "edits-train-70"}))
-    found = [name for part in chosen_tables(folders, rows, "train") for name in part.column("pair_id").to_pylist()]
-    assert found == [one.pair_id for one in records
+    leaks = [name for part in chosen_tables(folders, rows, "train") for name in part.column("pair_id").to_pylist()]
+    assert leaks == [one.pair_id for one in records
                      if one.split == "train" and one.pair_id not in ("scenes-train-3", "edits-train-70")]
     assert len(rows) == len(records) - 3
 
@@ -97,13 +95,13 @@ def leaking(*pairs: tuple[str, str, str]) -> pd.DataFrame:
 def test_what_leaks_goes_and_what_is_only_reported_stays() -> None:
     rows = pd.DataFrame([{"pair_id": f"p{k}", "source": "edits", "split": SPLITS[k % 4], "group_id": f"g{k}",
                           "hash_before": f"b{k}", "hash_after": ""} for k in range(11)])
-    found = leaking(("p0", "train", "equal image"), ("p0", "train", "equal group"),
+    leaks = leaking(("p0", "train", "equal image"), ("p0", "train", "equal group"),
                     ("p4", "train", "near-duplicate image"))
-    left = staying(rows, found)
+    left = staying(rows, leaks)
     assert list(left["pair_id"]) == [f"p{k}" for k in range(1, 11)]
-    said = leak_card(left, found, near_bits=3, near_train={}, names={})
-    assert (said["num_dropped"], said["num_reported"], said["images"], said["groups"]) == (1, 1, 0, 0)
-    assert said["dropped"] == {"train": {"edits": {"equal image": 1}}}
+    values = leak_card(left, leaks, near_bits=3, near_train={}, names={})
+    assert (values["num_dropped"], values["num_reported"], values["images"], values["groups"]) == (1, 1, 0, 0)
+    assert values["dropped"] == {"train": {"edits": {"equal image": 1}}}
     every_gate = leaking(*((f"p{k}", "gate", "equal image") for k in (2, 6, 10)))
     with pytest.raises(ValueError, match=r"data/diffcap: no pair is left in split gate"):
         staying(rows, every_gate)
@@ -119,25 +117,26 @@ def test_the_card_counts_and_digests(tmp_path: Path, micro: Config) -> None:
     write_shards([record(0, "train")], tmp_path, "train", shard_pairs=5)
     rows = pd.DataFrame([{"pair_id": f"p{k}", "source": ("edits", "spot_the_diff")[k % 2], "split": SPLITS[k % 4],
                           "change_type": "blur", "num_references": 3} for k in range(44)])
-    said = card(rows, tmp_path, data=micro.data, leaks={"images": 0}, incomplete={}, auc={"scenes": 0.5})
-    assert said["num_pairs"]["train"] == {"edits": {"blur": 11}}
-    assert said["num_pairs"]["test"] == {"spot_the_diff": {"blur": 11}}
-    assert said["digests"] == {"train-00000.parquet": digest((tmp_path / "train-00000.parquet").read_bytes())}
-    assert (said["num_references"], said["pixel_difference_auc"]) == (132, {"scenes": 0.5})
-    assert said["sources"]["spot_the_diff"]["licence"] == "none stated"
-    assert json.loads(json.dumps(said)) == said
+    values = card(rows, tmp_path, micro.data)
+    assert values["num_pairs"]["train"] == {"edits": {"blur": 11}}
+    assert values["num_pairs"]["test"] == {"spot_the_diff": {"blur": 11}}
+    assert values["digests"] == {"train-00000.parquet": digest((tmp_path / "train-00000.parquet").read_bytes())}
+    assert values["num_references"] == 132
+    assert values["sources"]["spot_the_diff"]["licence"] == "none stated"
+    assert json.loads(json.dumps(values)) == values
 
 
 def test_every_kind_of_source_says_where_it_is_from(micro: Config) -> None:
     sources = {"raw": ["mine", "clevr_change"], "retrieved": ["coco"], "diffused": ["flickr"]}
     data = micro.data.model_copy(update=sources)
-    told = {source: origin(source, data) for source in ("scenes", "scenes_far", "edits", *data.raw, "coco", "flickr")}
-    assert all(set(its) >= {"what", "licence", "home"} for its in told.values())
-    assert (told["scenes"]["licence"], told["mine"]["home"]) == ("Apache-2.0", "data/raw/mine")
-    assert "data/raw/coco" in told["coco"]["licence"]
+    names = ("scenes", "scenes_far", "edits", *data.raw, "coco", "flickr")
+    origins = {source: origin(source, data) for source in names}
+    assert all(set(facts) >= {"what", "licence", "home"} for facts in origins.values())
+    assert (origins["scenes"]["licence"], origins["mine"]["home"]) == ("Apache-2.0", "data/raw/mine")
+    assert "data/raw/coco" in origins["coco"]["licence"]
 
 
-def test_a_test_split_that_is_not_whole_is_told() -> None:
+def test_a_test_split_that_is_not_whole_is_listed() -> None:
     rows = pd.DataFrame({"source": ["a"] * 7 + ["b"] * 5 + ["c"] * 3, "split": "test"})
     test = {"records": 9, "pairs": 7, "references": 20, "expected": {"records": 9, "pairs": 8}, "complete": False}
     reports = {"a": {"splits": {"test": {"complete": True}}}, "b": {"splits": {"test": test}},
@@ -148,7 +147,7 @@ def test_a_test_split_that_is_not_whole_is_told() -> None:
         "c": {"test_pairs": 2, "listed_test_pairs": 3}}
 
 
-def test_a_gate_split_that_is_not_whole_is_told_too() -> None:
+def test_a_gate_split_that_is_not_whole_is_listed_too() -> None:
     rows = pd.DataFrame({"source": "a", "split": ["test"] * 3 + ["gate"] * 5})
     assert incomplete_tests(rows, rows.iloc[:-2], {"a": {"splits": {"test": {"complete": True}}}}) == {
         "a": {"test_pairs": 3, "listed_test_pairs": 3, "gate_pairs": 3, "listed_gate_pairs": 5}}
@@ -161,10 +160,11 @@ def test_the_dataset_card_tells_all_that_the_card_holds(tmp_path: Path, micro: C
                           "group_id": f"g{k}", "hash_before": "", "hash_after": "", "num_references": 3}
                          for k in range(4444)])
     names = {"image_editing_request": {"test-val": 55, "train-val": 2, "train-test": 1}}
-    said = leak_card(rows, leaking(("p", "train", "equal image")), near_bits=3, near_train={}, names=names)
-    said = card(rows, tmp_path, data=micro.data, leaks=said, auc={},
-                incomplete={"spot_the_diff": {"test_pairs": 1200, "listed_test_pairs": 1270}}) | {"num_quarantined": 17}
-    page = dataset_card(said)
+    values = leak_card(rows, leaking(("p", "train", "equal image")), near_bits=3, near_train={}, names=names)
+    values = card(rows, tmp_path, micro.data) | {
+        "leaks": values, "num_quarantined": 17, "pixel_difference_auc": {},
+        "incomplete": {"spot_the_diff": {"test_pairs": 1200, "listed_test_pairs": 1270}}}
+    page = dataset_card(values)
     head, body = page.split("---\n", 2)[1:]
     assert YAML(typ="safe").load(head)["configs"][0]["data_files"][3] == {"split": "test", "path": "test-*.parquet"}
     assert YAML(typ="safe").load(head)["license"] == "apache-2.0"

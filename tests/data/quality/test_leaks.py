@@ -20,8 +20,7 @@ from onediff.data.quality.leaks import (
     shared_names,
     thumbnail,
 )
-from onediff.data.record import Record, write_shards
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record, write_shards
 
 ROOT = Path(__file__).parents[3]
 CASES = ROOT.parent / "shared/cases/annotations"

@@ -117,7 +117,7 @@ def test_a_missing_image_is_named() -> None:
     ("l'oiseau de gauche a un bec plus long et une queue plus sombre que celui de droite", "fr"),
     ("gone", ""),  # too short to tell
 ])
-def test_the_language_of_the_captions_is_told_where_there_are_enough_words(text: str, language: str) -> None:
+def test_the_language_of_the_captions_is_named_where_there_are_enough_words(text: str, language: str) -> None:
     row = probe_record(replace(record(3), references=[text]), max_megapixels=64)
     assert row["language"] == language
     assert (row["language_score"] is None) == (language == "")
@@ -158,7 +158,7 @@ def test_bad_images_become_rows_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\u2028b", "a\x85b", "a\vb", "a\ufffdb", "a\x00b"])
-def test_bad_text_is_found(text: str) -> None:
+def test_bad_text_is_recognized(text: str) -> None:
     assert is_bad_text(text)
     assert probe_record(replace(record(3), references=[text]), max_megapixels=64)["has_bad_text"]
 
@@ -186,7 +186,7 @@ def test_every_pair_gets_a_row_in_order_whatever_the_number_of_processes(tmp_pat
     for workers in (1, 2):
         tables = probe_folders(folders, max_megapixels=64, clip=None, runtime=Runtime(workers=workers))
         path = tmp_path / "probe" / f"{workers}.parquet"
-        assert write_table(tables, path) == 131
+        write_table(tables, path)
         files.append(path.read_bytes())
     assert files[0] == files[1]
     rows = pq.read_table(path).to_pylist()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from onediff.data.sources.collection import CaptionedImage, list_collection, load, read_collection
+from onediff.data.sources.collection import CaptionedImage, list_collection, load
 
 FOUR = [CaptionedImage(f"{k}.jpg", f"content {k}".encode(), f"caption {k}") for k in range(4)]
 
@@ -35,7 +35,7 @@ def test_every_layout_gives_the_same_images(tmp_path: Path) -> None:
                             for text in (image.caption, "another")]}
     (coco / "captions_train.json").write_text(json.dumps(told))
     for folder in (csv, lines, coco):
-        assert list(read_collection(folder)) == FOUR
+        assert list(load(list_collection(folder))) == FOUR
 
 
 @pytest.mark.parametrize("struct", [True, False])
@@ -43,7 +43,7 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path, struct: bool) -> None:
     images = [{"bytes": image.content, "path": None} for image in FOUR] if struct else [i.content for i in FOUR]
     table = pa.table({"image": images, "text": [["", image.caption, "more"] for image in FOUR]})
     pq.write_table(table, tmp_path / "part.parquet", row_group_size=3)
-    found = list(read_collection(tmp_path))
+    found = list(load(list_collection(tmp_path)))
     assert [(image.content, image.caption) for image in found] == [(image.content, image.caption) for image in FOUR]
     assert [image.name for image in found] == ["part.parquet#0.0", "part.parquet#0.1", "part.parquet#0.2",
                                                "part.parquet#1.0"]
@@ -56,13 +56,13 @@ def test_annotations_without_captions_are_passed_over(tmp_path: Path) -> None:
     for name, told in (("captions", {"caption": "a dog"}), ("instances", {"bbox": [0, 0, 1, 1]})):
         (tmp_path / f"{name}_train.json").write_text(
             json.dumps({"images": images, "annotations": [{"image_id": 1} | told]}))
-    assert [image.caption for image in read_collection(tmp_path)] == ["a dog"]
+    assert [image.caption for image in load(list_collection(tmp_path))] == ["a dog"]
 
 
 def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: Path) -> None:
     write_images(tmp_path)
     write_csv(tmp_path, ["0.jpg, ", "1.jpg,first", "1.jpg,second", "2.jpg,  two\twords "])
-    assert [(image.name, image.caption) for image in read_collection(tmp_path)] == [
+    assert [(image.name, image.caption) for image in load(list_collection(tmp_path))] == [
         ("1.jpg", "first"), ("2.jpg", "two words")]
 
 
@@ -76,19 +76,19 @@ def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: 
 def test_bad_tables_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
     write_csv(write_images(tmp_path / "images"), lines)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        list(read_collection(tmp_path / "images"))
+        list(load(list_collection(tmp_path / "images")))
 
 
 def test_bad_parquet_and_missing_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere not found: put images and captions\.csv there"):
-        list(read_collection(tmp_path / "nowhere"))
+        list(load(list_collection(tmp_path / "nowhere")))
     pq.write_table(pa.table({"image": [b"x"], "words": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: no column caption, captions, text; got image, words"):
-        list(read_collection(tmp_path))
+        list(load(list_collection(tmp_path)))
     pq.write_table(pa.table({"url": ["x"], "caption": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: no column of images"):
-        list(read_collection(tmp_path))
+        list(load(list_collection(tmp_path)))
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file .*get it again"):
-        list(read_collection(tmp_path))
+        list(load(list_collection(tmp_path)))

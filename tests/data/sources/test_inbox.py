@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from onediff.data.sources import inbox, tracked
 from onediff.data.sources.file_index import open_files
-from onediff.data.sources.inbox import Places, Taken, take
+from onediff.data.sources.inbox import Inbox, import_batches
 from onediff.data.sources.read import records, summarize
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -23,16 +24,12 @@ SOURCES = ["mine", "other"]
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+def drop_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inbox:
     """Without DVC, which tests/flows/test_refresh_data.py has; what was added is kept in the file `added`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inbox").mkdir()
     monkeypatch.setattr(tracked, "add", lambda folder: Path("added").write_text(str(folder)))
-    return Places(Path("inbox"), Path("scratch"))
-
-
-def taken(places: Places, settle_s: float = 0) -> Taken:
-    return take(places, SOURCES, settle_s=settle_s, max_megapixels=64)
+    return Inbox(Path("inbox"), Path("scratch"), SOURCES, settle_s=0, max_megapixels=64)
 
 
 def drop(example: str, source: str = "mine") -> Path:
@@ -46,58 +43,58 @@ def pairs_in(folder: Path, source: str = "mine") -> list[tuple[bytes, bytes, tup
 
 
 @pytest.mark.parametrize("example", ["folder", "folder_jsonl"])
-def test_a_batch_becomes_a_source_that_reads_as_the_batch_did(places: Places, example: str) -> None:
+def test_a_batch_becomes_a_source_that_reads_as_the_batch_did(drop_box: Inbox, example: str) -> None:
     drop(example)
     dropped = pairs_in(Path("inbox/mine"))
-    assert taken(places).batches == [("mine", len(dropped))]
+    assert import_batches(drop_box).batches == [("mine", len(dropped))]
     assert pairs_in(Path("data/raw/mine")) == dropped
     assert list(Path("inbox").iterdir()) == [] and Path("added").read_text() == "data/raw/mine"
     assert summarize("mine", Path("data/raw/mine"), scratch=Path("scratch"))["missing"] == []
 
 
 @pytest.mark.parametrize(("first", "second"), [("folder", "folder_jsonl"), ("folder_jsonl", "folder")])
-def test_a_second_batch_is_added_to_what_was_there(places: Places, first: str, second: str) -> None:
+def test_a_second_batch_is_added_to_what_was_there(drop_box: Inbox, first: str, second: str) -> None:
     """What was there is a folder made by hand, in either format."""
     shutil.copytree(EXAMPLES / first, "data/raw/mine")
     old = pairs_in(Path("data/raw/mine"))
     ids = [pair.official_id for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))]
     drop(second)
     new = pairs_in(Path("inbox/mine"))
-    assert taken(places).problems == []
+    assert import_batches(drop_box).problems == []
     assert pairs_in(Path("data/raw/mine")) == sorted([*old, *new])
     every = [pair.official_id for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))]
     assert every[: len(ids)] == ids and len(set(every)) == len(old) + len(new)
 
 
-def test_a_split_a_group_and_an_id_of_ones_own_are_kept(places: Places) -> None:
+def test_a_split_a_group_and_an_id_of_ones_own_are_kept(drop_box: Inbox) -> None:
     folder = drop("folder_jsonl")
     row = {"before": "1_before.png", "after": "1_after.png", "references": ["a|b", "c"], "split": "gate", "group": "g",
            "pair_id": "x7", "change_type": "color", "instruction": "What?"}
     (folder / "pairs.jsonl").write_text(json.dumps(row))
     shutil.copytree(EXAMPLES / "folder", "data/raw/mine")  # a CSV, in which "a|b" would be two references
-    assert taken(places).problems == []
+    assert import_batches(drop_box).problems == []
     [pair] = [pair for pair in inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))
               if pair.official_id == "x7"]
     assert (pair.split, pair.group, pair.references, pair.change_type, pair.instruction) == (
         "gate", "g", ["a|b", "c"], "color", "What?")
 
 
-def test_the_same_images_come_into_the_same_split_whatever_they_are_called(places: Places) -> None:
+def test_the_same_images_come_into_the_same_split_whatever_they_are_called(drop_box: Inbox) -> None:
     for number in range(2):
         folder = drop("folder_jsonl")
         for side in ("before", "after"):
             (folder / f"1_{side}.png").rename(folder / f"{number}{side}.png")
         row = {"before": f"{number}before.png", "after": f"{number}after.png", "references": ["a"]}
         (folder / "pairs.jsonl").write_text(json.dumps(row))
-        assert taken(places).problems == []
+        assert import_batches(drop_box).problems == []
     pairs = list(inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch"))))
     assert len(pairs) == 2 and len({(pair.group, pair.split) for pair in pairs}) == 1
 
 
-def test_nothing_is_taken_while_something_changes(places: Places) -> None:
+def test_nothing_is_imported_while_something_changes(drop_box: Inbox) -> None:
     drop("folder")
-    found = taken(places, settle_s=60)
-    assert (found.batches, found.problems, found.waiting) == ([], [], ["mine"])
+    report = import_batches(replace(drop_box, settle_s=60))
+    assert (report.batches, report.problems, report.waiting) == ([], [], ["mine"])
     assert Path("inbox/mine/pairs.csv").exists() and not Path("data/raw").exists()
 
 
@@ -126,77 +123,77 @@ def no_table(folder: Path) -> None:
     (folder / "pairs.csv").unlink()
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
+@pytest.mark.parametrize(("spoil", "message"), [
     (break_image, r"pair 2: .*2_after\.png: corrupt or truncated"),
     (lose_image, r"pair 2: images/2_after\.png is not in the folder; put it there"),
     (spoil_table, r"pairs\.csv line 3: before must be a path below the folder"),
     (link_out, r"images/2_after\.png is a link; put the file itself there"),
     (no_table, r"no pairs\.csv or pairs\.jsonl in it"),
 ])
-def test_a_bad_batch_stays_where_it_is_and_stops_no_other(places: Places, spoil: Callable[[Path], Any],
-                                                          told: str) -> None:
+def test_a_bad_batch_stays_where_it_is_and_stops_no_other(drop_box: Inbox, spoil: Callable[[Path], Any],
+                                                          message: str) -> None:
     spoil(drop("folder"))
     drop("folder_jsonl", "other")
     before = sorted(Path("inbox/mine").rglob("*"))
-    found = taken(places)
-    assert found.batches == [("other", 2)] and len(found.problems) == 1
-    with pytest.raises(ValueError, match=told):
-        raise ValueError(found.problems[0])
-    assert found.problems[0].startswith("inbox/mine")
+    report = import_batches(drop_box)
+    assert report.batches == [("other", 2)] and len(report.problems) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(report.problems[0])
+    assert report.problems[0].startswith("inbox/mine")
     assert sorted(Path("inbox/mine").rglob("*")) == before and not Path("data/raw/mine").exists()
 
 
-@pytest.mark.parametrize(("name", "told"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("mnie", "no source of params.yaml: data.raw, which names mine, other; did you mean 'mine'?"),
     ("spot_the_diff", "a published set"),
     ("My pairs", "rename the folder, or add the source there"),
 ])
-def test_a_folder_of_a_wrong_name_is_told(places: Places, name: str, told: str) -> None:
+def test_a_folder_of_a_wrong_name_is_reported(drop_box: Inbox, name: str, message: str) -> None:
     drop("folder", name)
-    assert told in taken(places).problems[0] and Path("inbox", name, "pairs.csv").exists()
+    assert message in import_batches(drop_box).problems[0] and Path("inbox", name, "pairs.csv").exists()
 
 
-def test_a_loose_file_is_told(places: Places) -> None:
+def test_a_loose_file_is_reported(drop_box: Inbox) -> None:
     Path("inbox/pairs.csv").write_text("before,after")
-    [told] = taken(places).problems
-    assert told == "inbox/pairs.csv: not a folder: put a batch into a sub-folder called as its source"
+    [problem] = import_batches(drop_box).problems
+    assert problem == "inbox/pairs.csv: not a folder: put a batch into a sub-folder called as its source"
 
 
-def test_an_id_that_the_source_has_is_refused(places: Places) -> None:
+def test_an_id_that_the_source_has_is_refused(drop_box: Inbox) -> None:
     for reference in ("a", "b"):
         folder = drop("folder_jsonl")
         row = {"before": "1_before.png", "after": "1_after.png", "references": [reference], "pair_id": "x7"}
         (folder / "pairs.jsonl").write_text(json.dumps(row))
-        found = taken(places)
-    assert "pair 1: pair_id 'x7' is in the source already" in found.problems[0]
+        report = import_batches(drop_box)
+    assert "pair 1: pair_id 'x7' is in the source already" in report.problems[0]
     assert len(pairs_in(Path("data/raw/mine"))) == 1
 
 
-def test_the_very_same_batch_again_is_told_and_kept(places: Places) -> None:
+def test_the_very_same_batch_again_is_reported_and_kept(drop_box: Inbox) -> None:
     drop("folder")
-    taken(places)
+    import_batches(drop_box)
     drop("folder")
-    assert "these very files came in before, as data/raw/mine/" in taken(places).problems[0]
+    assert "these very files came in before, as data/raw/mine/" in import_batches(drop_box).problems[0]
     assert Path("inbox/mine/pairs.csv").exists() and len(pairs_in(Path("data/raw/mine"))) == 5
 
 
-def test_a_source_that_dvc_has_but_this_clone_has_not_is_not_begun_anew(places: Places) -> None:
+def test_a_source_that_dvc_has_but_this_clone_has_not_is_not_begun_anew(drop_box: Inbox) -> None:
     Path("data/raw").mkdir(parents=True)
     Path("data/raw/mine.dvc").write_text("outs: []\n")
     drop("folder")
-    assert "'dvc pull data/raw/mine.dvc' first" in taken(places).problems[0]
+    assert "'dvc pull data/raw/mine.dvc' first" in import_batches(drop_box).problems[0]
     assert not Path("data/raw/mine").exists()
 
 
-def test_without_an_inbox_it_is_said(tmp_path: Path) -> None:
+def test_without_an_inbox_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"make the folder, or set inbox in runtime\.yaml"):
-        take(Places(tmp_path / "none", tmp_path), SOURCES, settle_s=0, max_megapixels=64)
+        import_batches(Inbox(tmp_path / "none", tmp_path, SOURCES, settle_s=0, max_megapixels=64))
 
 
 STEPS = ("rename", "replace", "mkdir", "unlink", "rmdir")
 
 
-def _killed_before(step: int, places: Places) -> None:
+def _killed_before(step: int, drop_box: Inbox) -> None:
     """Takes the batches, and dies by SIGKILL before the step-th thing that it does to the file system."""
     done = 0
 
@@ -213,11 +210,11 @@ def _killed_before(step: int, places: Places) -> None:
         setattr(os, name, counted(getattr(os, name)))
     shutil.copyfile = counted(shutil.copyfile)
     tracked.add = counted(tracked.add)
-    taken(places)
+    import_batches(drop_box)
 
 
 @pytest.mark.parametrize("there", [None, "folder"])
-def test_nothing_is_lost_or_doubled_wherever_it_is_killed(places: Places, there: str | None) -> None:
+def test_nothing_is_lost_or_doubled_wherever_it_is_killed(drop_box: Inbox, there: str | None) -> None:
     context = multiprocessing.get_context("fork")
     steps = 0
     while True:
@@ -228,11 +225,11 @@ def test_nothing_is_lost_or_doubled_wherever_it_is_killed(places: Places, there:
         drop("folder_jsonl")
         wanted = sorted([*(pairs_in(Path("data/raw/mine")) if there else []), *pairs_in(Path("inbox/mine"))])
         Path("added").unlink(missing_ok=True)
-        process = context.Process(target=_killed_before, args=(steps, places))
+        process = context.Process(target=_killed_before, args=(steps, drop_box))
         process.start()
         process.join()
-        found = taken(places)
-        assert found.problems == [] and pairs_in(Path("data/raw/mine")) == wanted, steps
+        report = import_batches(drop_box)
+        assert report.problems == [] and pairs_in(Path("data/raw/mine")) == wanted, steps
         assert list(Path("inbox").iterdir()) == [] and Path("added").exists(), steps
         assert not list(Path("data/raw/mine").glob(".*")), steps
         if process.exitcode == 0:
@@ -241,8 +238,8 @@ def test_nothing_is_lost_or_doubled_wherever_it_is_killed(places: Places, there:
     assert steps > 8
 
 
-def test_a_batch_of_large_images_is_refused_as_the_probe_would(places: Places) -> None:
+def test_a_batch_of_large_images_is_refused_as_the_probe_would(drop_box: Inbox) -> None:
     folder = drop("folder")
     Image.new("RGB", (1100, 1000)).save(folder / "images/1_before.png")
-    found = take(places, SOURCES, settle_s=0, max_megapixels=1)
-    assert "pair 1: inbox/mine/images/1_before.png: 1.1 megapixels, at most 1 allowed" in found.problems[0]
+    report = import_batches(replace(drop_box, max_megapixels=1))
+    assert "pair 1: inbox/mine/images/1_before.png: 1.1 megapixels, at most 1 allowed" in report.problems[0]

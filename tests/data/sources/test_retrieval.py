@@ -13,7 +13,7 @@ from onediff.config import Retrieval, Runtime
 from onediff.data.embedding import Embedder
 from onediff.data.sources import retrieval
 from onediff.data.sources.collection import Entry, list_collection
-from onediff.data.sources.retrieval import Match, embed_collection, find_pairs
+from onediff.data.sources.retrieval import SimilarPair, embed_collection, find_pairs
 
 SETTINGS = Retrieval(min_similarity=0.5, max_similarity=0.9, max_uses=3, num_neighbors=60)
 
@@ -35,30 +35,30 @@ def by_brute_force(vectors: np.ndarray, settings: Retrieval) -> list[tuple[int, 
     return pairs
 
 
-def places(pairs: list[Match]) -> list[tuple[int, int]]:
+def places(pairs: list[SimilarPair]) -> list[tuple[int, int]]:
     return [(min(pair.before, pair.after), max(pair.before, pair.after)) for pair in pairs]
 
 
 def test_pairs_equal_those_of_a_search_through_all() -> None:
     vectors, names = unit(61)
-    found = find_pairs(vectors, names, SETTINGS)
-    assert len(found) > 40
-    assert places(found) == by_brute_force(vectors, SETTINGS)
+    pairs = find_pairs(vectors, names, SETTINGS)
+    assert len(pairs) > 40
+    assert places(pairs) == by_brute_force(vectors, SETTINGS)
 
 
 def test_near_duplicates_and_unrelated_images_stay_out_and_no_image_is_used_too_often() -> None:
     vectors, names = unit(61)
     vectors[1], vectors[2] = vectors[0], -vectors[0]
     settings = SETTINGS.model_copy(update={"max_uses": 1})
-    found = find_pairs(vectors, names, settings)
-    assert (0, 1) not in places(found) and (0, 2) not in places(found)
-    assert max(Counter(place for pair in places(found) for place in pair).values()) == 1
-    assert all(0.5 <= pair.similarity <= 0.9 for pair in found)
+    pairs = find_pairs(vectors, names, settings)
+    assert (0, 1) not in places(pairs) and (0, 2) not in places(pairs)
+    assert max(Counter(place for pair in places(pairs) for place in pair).values()) == 1
+    assert all(0.5 <= pair.similarity <= 0.9 for pair in pairs)
 
 
 def test_either_image_may_come_first() -> None:
-    found = find_pairs(*unit(61), SETTINGS)
-    assert 0.3 < np.mean([pair.before < pair.after for pair in found]) < 0.7
+    pairs = find_pairs(*unit(61), SETTINGS)
+    assert 0.3 < np.mean([pair.before < pair.after for pair in pairs]) < 0.7
 
 
 def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,9 @@ def test_an_inverted_file_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch)
     settings = SETTINGS.model_copy(update={"num_neighbors": 8, "min_similarity": 0.6})
     exact = set(places(find_pairs(vectors, names, settings)))
     monkeypatch.setattr(retrieval, "EXACT_UP_TO", 100)
-    found = set(places(find_pairs(vectors, names, settings)))
-    assert len(exact & found) > 0.9 * len(exact)
-    assert found == set(places(find_pairs(vectors, names, settings)))
+    pairs = set(places(find_pairs(vectors, names, settings)))
+    assert len(exact & pairs) > 0.9 * len(exact)
+    assert pairs == set(places(find_pairs(vectors, names, settings)))
 
 
 def test_fewer_images_than_neighbours_are_no_trouble() -> None:
@@ -107,7 +107,7 @@ def test_a_collection_is_embedded_in_order_and_what_is_broken_is_named(
     runtime = Runtime(workers=2, scratch=str(tmp_path / "scratch"), device="cpu")
     parts = list(embed_collection(collection, clip, runtime, max_megapixels=1))
     assert [name for part in parts for name in part.names] == [f"{k:02d}.png" for k in range(11) if k != 4]
-    assert list({name: why for part in parts for name, why in part.broken.items()}) == ["04.png"]
+    assert list({name: why for part in parts for name, why in part.unreadable.items()}) == ["04.png"]
     whole = Embedder(clip, "cpu").images([picture(k) for k in range(11) if k != 4])
     assert np.concatenate([part.vectors for part in parts]) == pytest.approx(whole, abs=1e-6)
     assert len(list((tmp_path / "scratch").rglob("*.npy"))) == 4
@@ -116,8 +116,8 @@ def test_a_collection_is_embedded_in_order_and_what_is_broken_is_named(
 def test_what_was_embedded_is_not_embedded_again(clip: str, collection: list[Entry], tmp_path: Path) -> None:
     runtime = Runtime(workers=1, scratch=str(tmp_path / "scratch"), device="cpu")
     [first] = embed_collection(collection, clip, runtime, max_megapixels=1)
-    [kept] = (tmp_path / "scratch").rglob("*.npy")
-    np.save(kept, first.vectors + 1)
+    [stored] = (tmp_path / "scratch").rglob("*.npy")
+    np.save(stored, first.vectors + 1)
     [again] = embed_collection(collection, clip, runtime, max_megapixels=1)
     assert np.array_equal(again.vectors, first.vectors + 1)
     file = io.BytesIO()

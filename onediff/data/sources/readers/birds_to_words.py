@@ -26,24 +26,21 @@ def read(files: Files) -> Iterator[PublishedPair]:
     """Rows about the same two photographs are one pair. Raises ValueError, FileNotFoundError."""
     tables = files.ending(".tsv")
     path = tables[0] if len(tables) == 1 else files.require(ANNOTATIONS)
-    merged: dict[tuple[str, str, str], list[tuple[list[str], int]]] = {}
-    species: dict[tuple[str, str, str], list[str]] = {}
+    merged: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for place, row in read_tsv(path, COLUMNS):
         if row["split"] not in OFFICIAL_SPLITS:
             raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'")
         key = (row["split"], row["img1ImgURL"].strip(), row["img2ImgURL"].strip())
-        merged.setdefault(key, []).append(sentences([row["description"]], place))
-        species[key] = [row["img1Species"], row["img2Species"]]
-    for key, rows in merged.items():
-        split, *names = key
+        merged.setdefault(key, []).append(row)
+    for (split, *names), rows in merged.items():
+        references, empty = sentences([row["description"] for row in rows], str(path))
         either_way = digest("\n".join(sorted(names)).encode())[:16]
-        yield PublishedPair(digest("\n".join(names).encode())[:16], split, tuple(names),
-                            [text for texts, _ in rows for text in texts], either_way,
-                            provenance={"species": species[key]}, sought=tuple(_sought(name) for name in names),
-                            num_records=len(rows), num_empty=sum(empty for _, empty in rows))
+        yield PublishedPair(digest("\n".join(names).encode())[:16], split, tuple(names), references, either_way,
+                            provenance={"species": [rows[-1]["img1Species"], rows[-1]["img2Species"]]},
+                            sought=tuple(_file_names(name) for name in names), num_records=len(rows), num_empty=empty)
 
 
-def _sought(url: str) -> tuple[str, ...]:
+def _file_names(url: str) -> tuple[str, ...]:
     path = PurePosixPath(urlsplit(url).path)
     photo = _PHOTO.search(str(path))
     if not photo:

@@ -7,8 +7,7 @@ image; type_mapping.json: images by type of change. Images CLEVR_{default,semant
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from onediff.data.sources.entries import expect, part, read_json, sentences
 from onediff.data.sources.file_index import Files
@@ -22,36 +21,25 @@ def read(files: Files) -> Iterator[PublishedPair]:
     """Two pairs for each base image. Raises ValueError for a broken file, FileNotFoundError if one is not there."""
     paths = [files.require(name) for name in ANNOTATIONS]
     splits, changed, same, mapping = (read_json(path, dict) for path in paths)
-    types = _types(mapping, str(paths[3]))
-    captions = {kind: (_by_number(texts, str(path)), str(path))
-                for kind, texts, path in (("semantic", changed, paths[1]), ("nonsemantic", same, paths[2]))}
+    types = {_number(name, paths[3]): TYPES.get(kind) or kind
+             for kind, names in mapping.items() for name in expect(names, list, f"{paths[3]}, {kind}")}
+    captions = {kind: ({_number(name, path): texts for name, texts in by_name.items()}, path)
+                for kind, by_name, path in (("semantic", changed, paths[1]), ("nonsemantic", same, paths[2]))}
     for split in OFFICIAL_SPLITS:
-        for number in part(splits, split, list, str(paths[0])):
-            for kind, (texts, place) in captions.items():
-                yield _pair(split, expect(number, int, f"{paths[0]}, {split}"), kind, texts, place, types)
+        for value in part(splits, split, list, str(paths[0])):
+            number = expect(value, int, f"{paths[0]}, {split}")
+            for kind, (by_number, path) in captions.items():
+                place = f"{path}, image {number:06d}"
+                references, empty = sentences(expect(by_number.get(number, []), list, place), place)
+                names = (f"CLEVR_default_{number:06d}.png", f"CLEVR_{kind}_{number:06d}.png")
+                yield PublishedPair(
+                    f"{number:06d}-{kind}", split, names, references, f"{number:06d}",
+                    types.get(number, NO_TYPE) if kind == "semantic" else "none",
+                    num_records=int(kind == "semantic"), num_empty=empty)  # one entry of splits.json, two pairs
 
 
-def _pair(split: str, number: int, kind: str, captions: dict[int, Any], place: str,
-          types: dict[int, str]) -> PublishedPair:
-    texts = expect(captions.get(number, []), list, f"{place}, image {number:06d}")
-    references, empty = sentences(texts, f"{place}, image {number:06d}")
-    names = (f"CLEVR_default_{number:06d}.png", f"CLEVR_{kind}_{number:06d}.png")
-    return PublishedPair(f"{number:06d}-{kind}", split, names, references, f"{number:06d}",
-                         change_type=types.get(number, NO_TYPE) if kind == "semantic" else "none",
-                         num_records=int(kind == "semantic"), num_empty=empty)  # one entry of splits.json, two pairs
-
-
-def _types(mapping: dict[str, Any], place: str) -> dict[int, str]:
-    return {_number(name, place): TYPES.get(kind, kind)
-            for kind, names in mapping.items() for name in expect(names, list, f"{place}, {kind}")}
-
-
-def _by_number(captions: dict[str, Any], place: str) -> dict[int, Any]:
-    return {_number(name, place): texts for name, texts in captions.items()}
-
-
-def _number(name: str, place: str) -> int:
-    digits = PurePosixPath(expect(name, str, place)).stem.rpartition("_")[2]
+def _number(name: str, place: Path) -> int:
+    digits = PurePosixPath(expect(name, str, str(place))).stem.rpartition("_")[2]
     if not digits.isdecimal():
         raise ValueError(f"{place}: '{name[:40]}' is no image of CLEVR-Change, such as CLEVR_default_000000.png")
     return int(digits)

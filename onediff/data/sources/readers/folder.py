@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onediff.data.record import digest
-from onediff.data.sources.entries import expect, part, read_csv, read_lines, sentences
+from onediff.data.record import SPLITS, digest
+from onediff.data.sources.entries import expect, one_line, part, read_csv, read_lines, sentences
 from onediff.data.sources.file_index import Files
 from onediff.data.sources.published import NO_TYPE, PublishedPair
-from onediff.data.splits import SPLITS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 TABLES = ("pairs.csv", "pairs.jsonl")
@@ -27,28 +27,26 @@ _REFERENCE = re.compile(r"references?|reference_\d+")
 
 def read(files: Files) -> Iterator[PublishedPair]:
     """Raises ValueError: file, line, what is wrong; FileNotFoundError if there is no table."""
-    found = [path for path in map(files.named, TABLES) if path]
-    if len(found) == 2:
-        raise ValueError(f"{found[0]} and {found[1]}: which of them? leave only one there")
-    path = found[0] if found else files.require(*TABLES)
-    seen: dict[str, str] = {}
-    for number, (place, row) in enumerate(_rows(path), 1):
+    tables = [path for path in map(files.named, TABLES) if path] or [files.require(*TABLES)]
+    if len(tables) == 2:
+        raise ValueError(f"{tables[0]} and {tables[1]}: which of them? leave only one there")
+    places: dict[str, str] = {}
+    for number, (place, row) in enumerate(_rows(tables[0]), 1):
         pair = _pair(row, number, place)
-        if pair.official_id in seen:
-            raise ValueError(f"{place}: pair_id '{pair.official_id}' is also that of {seen[pair.official_id]}; "
+        if pair.official_id in places:
+            raise ValueError(f"{place}: pair_id '{pair.official_id}' is also that of {places[pair.official_id]}; "
                              "give each pair its own")
-        seen[pair.official_id] = place
+        places[pair.official_id] = place
         yield pair
-    if not seen:
-        raise ValueError(f"{path}: no pair in it; below the header each line is one")
+    if not places:
+        raise ValueError(f"{tables[0]}: no pair in it; below the header each line is one")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".jsonl":
-        yield from read_lines(path)
-        return
-    for place, row in read_csv(path):
-        yield place, row | {"references": row.get("references", "").split("|") if row.get("references") else []}
+        return read_lines(path)
+    return ((place, row | {"references": row["references"].split("|") if row.get("references") else []})
+            for place, row in read_csv(path))
 
 
 def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
@@ -57,7 +55,7 @@ def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
         raise ValueError(f"{place}: unknown column '{unknown[0]}'; known are before, after, references, reference, "
                          f"reference_2 and on, {', '.join(_OPTIONAL)}")
     before, after = (_name(row, side, place) for side in ("before", "after"))
-    texts = {key: " ".join(expect(row.get(key) or "", str, f"{place}, {key}").split()) for key in _OPTIONAL}
+    texts = {key: one_line(expect(row.get(key) or "", str, f"{place}, {key}")) for key in _OPTIONAL}
     group = texts["group"] or f"{before}|{after}"
     split = {"valid": "val", "validation": "val"}.get(texts["split"], texts["split"]) or divided(group)
     if split not in SPLITS:
@@ -74,11 +72,7 @@ def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
 def divided(group: str) -> str:
     """The split of a group, by digest: the same whatever other pairs there are."""
     place = int(digest(group.encode()), 16) % 100
-    for split, share in SHARES.items():
-        if place < share:
-            return split
-        place -= share
-    raise AssertionError("shares sum to 100")
+    return next(split for split, end in zip(SHARES, accumulate(SHARES.values()), strict=True) if place < end)
 
 
 def _name(row: dict[str, Any], side: str, place: str) -> str:

@@ -17,12 +17,9 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("valid.json", "val.json"), "tes
 
 def read(files: Files) -> Iterator[PublishedPair]:
     """Raises ValueError for a broken file or a uid that is there twice, FileNotFoundError if there is no file."""
-    found = {split: files.named(*names) for split, names in ANNOTATIONS.items()}
-    if not any(found.values()):
-        files.require("train.json", "valid.json", "test.json")
-    for split, path in found.items():
+    for split, path in files.by_split(ANNOTATIONS).items():
         seen: set[str] = set()
-        for place, entry in read_list(path) if path else ():
+        for place, entry in read_list(path):
             uid = identity(entry, "uid", place)
             if uid in seen:
                 raise ValueError(f"{place}: uid '{uid}' is there a second time; take the file as published")

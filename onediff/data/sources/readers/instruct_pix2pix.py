@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
-from onediff.data.sources.entries import part, read_json, read_lines
+from onediff.data.sources.entries import one_line, part, read_json, read_lines
 from onediff.data.sources.file_index import Files
 from onediff.data.sources.published import PublishedPair
 
@@ -27,19 +26,14 @@ def read(files: Files) -> Iterator[PublishedPair]:
         if before.parent.name == after.parent.name:
             raise ValueError(f"{before.parent} and {after.parent}: the same prompt twice; leave only one of them there")
     for path in prompts:
-        yield from _read_prompt(path)
-
-
-def _read_prompt(path: Path) -> Iterator[PublishedPair]:
-    prompt = read_json(path, dict)
-    caption, edit, edited = (" ".join(part(prompt, key, str, str(path)).split()) for key in ("input", "edit", "output"))
-    samples, name = path.with_name("metadata.jsonl"), path.parent.name
-    if not samples.exists():
-        raise FileNotFoundError(f"{samples} not found: unpack the shard again")
-    for place, sample in read_lines(samples):
-        seed = part(sample, "seed", int, place)
-        yield PublishedPair(
-            f"{name}_{seed}", "train", (f"{name}/{seed}_0.jpg", f"{name}/{seed}_1.jpg"), [], name,
-            provenance={"edit": edit, "captions": [caption, edited], "seed": seed,
-                        "similarity": {key: sample[key] for key in SIMILARITIES if key in sample}},
-        )
+        prompt = read_json(path, dict)
+        caption, edit, edited = (one_line(part(prompt, key, str, str(path))) for key in ("input", "edit", "output"))
+        samples, name = path.with_name("metadata.jsonl"), path.parent.name
+        if not samples.exists():
+            raise FileNotFoundError(f"{samples} not found: unpack the shard again")
+        for place, sample in read_lines(samples):
+            seed = part(sample, "seed", int, place)
+            yield PublishedPair(
+                f"{name}_{seed}", "train", (f"{name}/{seed}_0.jpg", f"{name}/{seed}_1.jpg"), [], name,
+                provenance={"edit": edit, "captions": [caption, edited], "seed": seed,
+                            "similarity": {key: sample[key] for key in SIMILARITIES if key in sample}})

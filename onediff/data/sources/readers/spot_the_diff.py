@@ -17,12 +17,9 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "tes
 
 def read(files: Files) -> Iterator[PublishedPair]:
     """Raises ValueError for a broken file, FileNotFoundError if there is none at all."""
-    found = {split: files.named(*names) for split, names in ANNOTATIONS.items()}
-    if not any(found.values()):
-        files.require("train.json", "val.json", "test.json")
-    for split, path in found.items():
+    for split, path in files.by_split(ANNOTATIONS).items():
         merged: dict[str, tuple[list[str], list[int]]] = {}
-        for place, entry in read_list(path) if path else ():
+        for place, entry in read_list(path):
             texts, empty = sentences(part(entry, "sentences", list, place), place)
             references, empties = merged.setdefault(identity(entry, "img_id", place), ([], []))
             references.extend(texts)

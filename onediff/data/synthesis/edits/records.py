@@ -12,8 +12,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from onediff.config import Config
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.edits.operations import OPERATIONS, Edit
 from onediff.data.synthesis.edits.pictures import Picture, Pixels, draw_canvas, draw_window
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say

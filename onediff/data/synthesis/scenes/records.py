@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onediff.config import Config, Data
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.phrases import INSTRUCTIONS, pick
 from onediff.data.synthesis.render import Camera, Thing, View, bounding_box, render, visible
 from onediff.data.synthesis.scenes.captions import caption, name_objects

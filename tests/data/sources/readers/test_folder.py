@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 from published_sets import picture, put
 
-from onediff.data.record import Record
+from onediff.data.record import SPLITS, Record
 from onediff.data.sources.file_index import open_files
 from onediff.data.sources.read import records, summarize
 from onediff.data.sources.readers.folder import divided
-from onediff.data.splits import SPLITS
 
 EXAMPLES = Path(__file__).resolve().parents[4] / "examples"
 

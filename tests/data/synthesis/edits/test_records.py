@@ -12,8 +12,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from onediff.config import Config
-from onediff.data.record import Record
-from onediff.data.splits import SPLITS
+from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.edits.operations import OPERATIONS, brighten, paste, rotate
 from onediff.data.synthesis.edits.pictures import PHOTOS, PLACES, Picture, photo_paths, split_of
 from onediff.data.synthesis.edits.records import SEED_TAG, edit_record

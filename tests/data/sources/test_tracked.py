@@ -13,7 +13,7 @@ import pytest
 from published_sets import put
 
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.sources.fetch import fetch
+from onediff.data.sources.tracked import fetch
 
 
 class Quiet(SimpleHTTPRequestHandler):
