@@ -86,7 +86,7 @@ def _told(verdict: registry.Verdict) -> State[Any]:
     return Completed(name="Promoted", message=f"version {verdict.version} is champion{was}")
 
 
-def _asked(case: registry.Case | None, hours: float) -> str:
+def _asked(case: registry.PromotionCase | None, hours: float) -> str:
     """Who said yes. Raises ValueError if the person says no or gives no name; Prefect fails the flow if nobody answers
     in time.
     """

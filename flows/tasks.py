@@ -20,7 +20,7 @@ from flows.processes import DVC, stream
 from onediff.repro.lock import lock_kept, restore_outs, uncached_outs
 
 if TYPE_CHECKING:
-    from onediff.registry import Case, Evidence, Verdict
+    from onediff.registry import Evidence, PromotionCase, Verdict
 
 SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
          "swap_consistency", "operation_accuracy")
@@ -88,7 +88,7 @@ def judge(version: str | None) -> Verdict:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass)
-def change(version: str | None, *, by: str, why: str | None, approved: Case | None) -> Verdict:
+def change(version: str | None, *, by: str, why: str | None, approved: PromotionCase | None) -> Verdict:
     """The version becomes champion if mlflow/promotion.yaml lets it, and if the case is still the one approved."""
     from onediff import registry
 

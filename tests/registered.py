@@ -122,7 +122,7 @@ def trained(name: str, **scores: float | str) -> Path:
 
 def register(folder: Path, **options: Any) -> str:
     """A model folder with the scores that lie in data/."""
-    return registry.register(folder, registry.pipeline_evidence(folder), **options)
+    return registry.register(registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:

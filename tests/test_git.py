@@ -8,7 +8,7 @@ import pytest
 
 from flows import branch, pools, stage
 from onediff import tracking
-from onediff.git import configure_dvc, git, head
+from onediff.git import changed_files, configure_dvc, current_branch, git, head
 from onediff.ops import doctor, housekeeping, verify
 from onediff.registry import facts
 
@@ -57,7 +57,7 @@ def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ask", [
     lambda: branch.commit_results("r1"), pools.commit, lambda: stage.check_out("1234" * 10), tracking.provenance,
-    tracking.changed_files, tracking.branch, lambda: housekeeping._branches(30, ""), lambda: facts._lineage(Path()),
+    changed_files, current_branch, lambda: housekeeping._branches(30, ""), lambda: facts._lineage(Path()),
     lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}}, Path())])
 def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monkeypatch: pytest.MonkeyPatch,
                                                          ask: Callable[[], object]) -> None:
@@ -72,7 +72,7 @@ def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert branch.commit_results("r1") is None
     assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
-    assert tracking.changed_files() == housekeeping._branches(30, "") == [] and tracking.branch() == ""
+    assert changed_files() == housekeeping._branches(30, "") == [] and current_branch() == ""
     assert not doctor._git().ok and not doctor._git().needed and "git init" in doctor._git().cure
     for ask in (pools.commit, lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}}, Path())):
         with pytest.raises(ValueError, match="git commit"):
@@ -92,7 +92,7 @@ def test_results_with_any_name_are_committed_from_a_project_inside_a_repository(
     assert branch.commit_results("r1") == "retrain/r1"
     changed = git("-c", "core.quotepath=false", "diff", "--relative", "--name-only", "HEAD", "retrain/r1").splitlines()
     assert changed == ["data/größe 1.dvc", "dvc.lock"]
-    assert tracking.changed_files() == ["code.py"]
+    assert changed_files() == ["code.py"]
 
 
 def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Path) -> None:

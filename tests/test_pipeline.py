@@ -30,7 +30,7 @@ from onediff.ops import lineage
 run_id = json.loads(Path("data/runs/tune.json").read_text())["run_id"]
 with tempfile.TemporaryDirectory() as scratch:
     model = Path("data/models/tune")
-    print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id,
+    print(registry.register(registry.pipeline_evidence(model), run_id=run_id,
                             carried=lineage.pack(Path(scratch) / "carried")))
 """
 DVC, FLOW = (sys.executable, "-m", "dvc", "repro"), (sys.executable, "-m", "flows.retrain")

@@ -168,8 +168,7 @@ def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | Non
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
     from onediff.library_logs import silence_libraries
     from onediff.ops.predict import folder_of
-    from onediff.serve.in_use import speaker
-    from onediff.serve.usage_log import usage_log
+    from onediff.serve.usage_log import caption_and_log, usage_log
 
     images = [(open_image(before), open_image(after)) for before, after in pairs]
     folder = folder_of(model)
@@ -177,7 +176,8 @@ def _captions(pairs: list[tuple[Path, Path]], model: str, instruction: str | Non
     silence_libraries()
     from onediff.model.captioner import Captioner
 
-    return speaker(Captioner.load(folder), log)([*pairs], images, [instruction or DEFAULT_INSTRUCTION] * len(pairs))
+    return caption_and_log(Captioner.load(folder), log, [*pairs], images,
+                           [instruction or DEFAULT_INSTRUCTION] * len(pairs))
 
 
 def _champion_or_trained() -> str:

@@ -154,10 +154,8 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
 
 def _rows(captioner: Captioner, records: Sequence[Record]) -> list[dict[str, Any]]:
     """As the usage log would hold them."""
-    from onediff.serve.confidence import caption_with_confidence
-
     pairs = [(open_image(record.before), open_image(record.after)) for record in records]
-    said = caption_with_confidence(captioner, pairs, instructions=[record.instruction for record in records])
+    said = captioner.caption_with_confidence(pairs, instructions=[record.instruction for record in records])
     return [_row(record, pair, *told) for record, pair, told in zip(records, pairs, said, strict=True)]
 
 

@@ -22,8 +22,8 @@ from onediff import tracking
 from onediff.config import load_runtime
 from onediff.git import git, head
 from onediff.registry import NAME, retention
-from onediff.registry.artifacts import copies_of
-from onediff.registry.retention import Registered
+from onediff.registry.artifacts import cached_names
+from onediff.registry.store import ModelVersion
 from onediff.train.launch.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
@@ -62,7 +62,7 @@ def survey(days: float) -> Survey:
     Raises ValueError if MLflow cannot say which versions there are: then nothing is known to be unneeded.
     """
     versions, found = retention.registered(), Survey()
-    ours = [version for version in versions if version.model == NAME]
+    ours = [version for version in versions if version.name == NAME]
     found.items += [*_scratch(days), *_copies(days, ours)]
     lineages = _lineages(ours, found)
     if found.refused:
@@ -72,7 +72,7 @@ def survey(days: float) -> Survey:
     said = "\n".join([*lineages, *(text for version in versions for text in (*version.tags.values(),
                                                                             version.run_id or ""))])
     found.items += _branches(days, said)
-    found.items += [Item("run", run.id, run.num_bytes) for run in retention.old_runs(days, set(_RUN.findall(said)))]
+    found.items += [Item("run", *run) for run in retention.old_runs(days, set(_RUN.findall(said))).items()]
     _data(found, set(_DIGEST.findall(said)))
     return found
 
@@ -109,8 +109,8 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def _copies(days: float, versions: Iterable[Registered]) -> list[Item]:
-    wanted = {name for version in versions if version.aliases for name in copies_of(version.tags)}
+def _copies(days: float, versions: Iterable[ModelVersion]) -> list[Item]:
+    wanted = {name for version in versions if version.aliases for name in cached_names(version.tags)}
     return [Item("copy", str(folder), _num_bytes(folder)) for folder in sorted((tracking.HOME / "models").glob("*"))
             if folder.is_dir() and folder.name not in wanted and _age(folder) > days]
 
@@ -129,7 +129,7 @@ def _branches(days: float, said: str) -> list[Item]:
     return items
 
 
-def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
+def _lineages(versions: Iterable[ModelVersion], found: Survey) -> list[str]:
     """The texts that each version carries about itself; one that carries no dvc.lock is told in `refused`."""
     texts: list[str] = []
     for version in versions:
@@ -139,7 +139,7 @@ def _lineages(versions: Iterable[Registered], found: Survey) -> list[str]:
             found.refused.append(str(error))
             continue
         if not _DIGEST.search(carried.get("dvc.lock", "")):
-            found.refused.append(f"version {version.version} of '{version.model}': its {LINEAGE}/ holds no dvc.lock")
+            found.refused.append(f"version {version.version} of '{version.name}': its {LINEAGE}/ holds no dvc.lock")
         texts += carried.values()
     return texts
 

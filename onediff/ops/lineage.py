@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onediff import registry, tracking
+from onediff.git import changed_files, current_branch
 from onediff.repro import lock as versioned
 from onediff.repro.lock import LOCK, Stage
 from onediff.serve.card import write_card
@@ -56,7 +57,7 @@ def gather(folder: Path, *, root: Path = Path(), evaluation_run: str | None = No
         shutil.copyfile(root / path, place / path.name)
     made = tracking.provenance(root)
     told = {
-        "git": {"commit": made["git_commit"], "branch": tracking.branch(root), "dirty": tracking.changed_files(root)},
+        "git": {"commit": made["git_commit"], "branch": current_branch(root), "dirty": changed_files(root)},
         "dvc_lock": made["dvc_lock"], "data_card": made["data_digest"],
         "runs": {"flow": flow_run or os.environ.get(FLOW_RUN), **_runs(root), "evaluation": evaluation_run},
         "stages": {name: asdict(stage) for name, stage in stages.items()},

@@ -7,7 +7,7 @@ import pytest
 from registered import model
 from ruamel.yaml import YAML
 
-from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts, locked_md5, size_mib
+from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts_at_registration, locked_md5, size_mib
 from onediff.repro.lock import md5_of
 
 
@@ -28,10 +28,10 @@ def audit(verdict: str) -> str:
 
 def write_lock(**digests: str) -> None:
     """dvc.lock of three stages; a name's digest instead of that on disk."""
-    its = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
+    on_disk = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
 
     def line(path: str, digest: str | None = None) -> dict[str, str]:
-        return {"path": path, "hash": "md5", "md5": digest or its[path]}
+        return {"path": path, "hash": "md5", "md5": digest or on_disk[path]}
 
     stages = {"validate": {"cmd": "x", "outs": [line(QUARANTINE, digests.get("validated"))]},
               "build": {"cmd": "x", "deps": [line(QUARANTINE)],
@@ -42,34 +42,36 @@ def write_lock(**digests: str) -> None:
 
 
 def test_what_came_of_validated_and_clean_data_says_yes(made: Path) -> None:
-    found = facts(made)
-    assert found["data_validated"] == found["leak_audit"] == "yes"
-    assert found == facts(made.absolute(), root=Path().absolute())
+    facts = facts_at_registration(made)
+    assert facts["data_validated"] == facts["leak_audit"] == "yes"
+    assert facts == facts_at_registration(made.absolute(), root=Path().absolute())
     assert locked_md5(made) == md5_of(made)
 
 
-@pytest.mark.parametrize(("changed", "said"), [
+@pytest.mark.parametrize(("changed", "reason"), [
     ({"trained": "0.dir"}, "models/tune is not what dvc.lock says"),
     ({"built": "0.dir"}, "data/diffcap that was read is not what stage build left"),
     ({"validated": "0"}, "data/quarantine.parquet that was read is not what stage validate left")])
-def test_a_chain_that_breaks_says_where(made: Path, changed: dict[str, str], said: str) -> None:
+def test_a_chain_that_breaks_says_where(made: Path, changed: dict[str, str], reason: str) -> None:
     write_lock(**changed)
-    found = facts(made)
-    assert said in found["data_validated"] and said in found["leak_audit"]
-    assert found["data_validated"].startswith("no: ")
+    facts = facts_at_registration(made)
+    assert reason in facts["data_validated"] and reason in facts["leak_audit"]
+    assert facts["data_validated"].startswith("no: ")
 
 
-def test_a_leak_is_told_with_its_numbers(made: Path) -> None:
+def test_a_leak_is_reported_with_its_numbers(made: Path) -> None:
     Path(REPORTS, AUDIT).write_text(audit("3 of 1000 test pairs leak"))
-    assert "not what dvc.lock says" in facts(made)["leak_audit"]
+    assert "not what dvc.lock says" in facts_at_registration(made)["leak_audit"]
     write_lock()
-    assert facts(made)["leak_audit"].startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
+    leaks = facts_at_registration(made)["leak_audit"]
+    assert leaks.startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
     Path(REPORTS, AUDIT).unlink()
-    assert "audit.json not found; 'dvc pull build' brings it" in facts(made)["leak_audit"]
+    assert "audit.json not found; 'dvc pull build' brings it" in facts_at_registration(made)["leak_audit"]
 
 
 def test_a_folder_that_no_stage_made_is_of_unknown_data(made: Path) -> None:
-    assert facts(model("own"))["data_validated"].startswith("no: models/own is no out of a stage in dvc.lock")
+    validated = facts_at_registration(model("own"))["data_validated"]
+    assert validated.startswith("no: models/own is no out of a stage in dvc.lock")
     Path("dvc.lock").unlink()
     assert locked_md5(made) is None
 

@@ -11,9 +11,9 @@ from PIL import Image
 from registered import register, write_lock, write_results
 
 from onediff.model.digest import DIGEST_FILE, model_digests
-from onediff.serve.in_use import Files
+from onediff.paths import CHAMPION
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
-from onediff.serve.usage_log import read_usage
+from onediff.serve.usage_log import Files, read_usage
 
 RED, GREEN = "#ff0000", "#00ff00"
 
@@ -155,7 +155,7 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
 
     from mlflow.pyfunc import load_model
 
-    served = load_model(registry.CHAMPION_URI)
+    served = load_model(CHAMPION)
     rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}]
     direct = Captioner.load(registry.model_folder(), device="cpu")
     pair = (Image.new("RGB", (11, 7), RED), Image.new("RGB", (11, 7), GREEN))
