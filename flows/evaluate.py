@@ -20,10 +20,9 @@ def evaluate(model: str = "models:/onediff@champion") -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:
         with alone():
-            chosen = registry.pinned(model)  # once: an alias may move while the version is scored
-            evidence = score_again(chosen)
+            version = registry.version_tags(model)["version"]  # once: an alias may move while the version is scored
+            evidence = score_again(f"models:/{registry.NAME}/{version}")
             print(publish_scores(evidence.root / "data/metrics.json", "scores-again"))
-            version = chosen.rpartition("/")[2]
             keep_rescored(version, evidence)
             return Completed(message=f"version {version} has its new scores")
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@
     store.py      names in MLflow, one writer at a time
 """
 
-from onediff.registry.artifacts import model_folder, pinned, scored_pairs, version_files, version_tags, version_text
+from onediff.registry.artifacts import model_folder, scored_pairs, version_files, version_tags, version_text
 from onediff.registry.audit_trail import check_trail, difference, repair, trail
 from onediff.registry.evidence import Evidence, evidence_of, pipeline_evidence
 from onediff.registry.promotion import assess, champion_to_score_again, promote, propose, rollback
@@ -16,6 +16,6 @@ from onediff.registry.store import CHAMPION, NAME, shared, sole_writer
 from onediff.registry.versions import list_versions, register, rescore, version_with
 
 __all__ = ["CHAMPION", "NAME", "RULES", "Evidence", "PromotionCase", "Verdict", "assess", "champion_to_score_again",
-           "check_trail", "difference", "evidence_of", "list_versions", "load_rules", "model_folder", "pinned",
+           "check_trail", "difference", "evidence_of", "list_versions", "load_rules", "model_folder",
            "pipeline_evidence", "promote", "propose", "register", "repair", "rescore", "rollback", "scored_pairs",
            "shared", "sole_writer", "trail", "version_files", "version_tags", "version_text", "version_with"]

@@ -86,15 +86,6 @@ def version_text(uri: str, name: str) -> str:
 
 
 @tracking.plain_errors()
-def pinned(uri: str) -> str:
-    """The version that models:/onediff@ALIAS or models:/onediff/VERSION means now, as models:/onediff/VERSION.
-
-    Raises ValueError if there is no such version.
-    """
-    return f"models:/{NAME}/{store.resolve(uri).version}"
-
-
-@tracking.plain_errors()
 def version_tags(uri: str = paths.CHAMPION) -> dict[str, str]:
     """The tags of a version and its number. Raises ValueError if there is no such version."""
     version = store.resolve(uri)
@@ -125,11 +116,9 @@ def add_files(version: ModelVersion, source: Path, folder: str | None = None) ->
 def check_files(version: ModelVersion) -> None:
     """Raises ValueError unless the store has the version's files now, and its model is the one registered."""
     source = location(version)
-    if _is_local(source):
-        _checked(_model_in(_fetched(version), version), version)
-        return
-    with tempfile.TemporaryDirectory() as scratch, _missing_named(version):  # a cached copy may be older than the files
-        folder = _download(source, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, _missing_named(version):
+        # Not from the cache, which may be older than the files on the server.
+        folder = _path(source) if _is_local(source) else _download(source, Path(scratch))
         _checked(_model_in(folder, version), version)
 
 
@@ -241,8 +230,8 @@ def _checked(model: Path, version: ModelVersion) -> Path:
 
 
 def _data_path(folder: Path) -> str:
-    described = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))
-    return str(described["flavors"]["python_function"]["data"])
+    flavors = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+    return str(flavors["python_function"]["data"])
 
 
 def _download(source: str, target: Path) -> Path:

@@ -27,7 +27,6 @@ from onediff.repro.lock import LOCK, Stage, locked, md5_of, parse_lock
 MODEL, DIFFCAP, CAPTIONS, SCORED = map(str, (paths.TRAINED, paths.DIFFCAP, paths.CAPTIONS, paths.SCORED))
 TABLES = {"test": str(paths.METRICS), "gate": str(paths.GATE)}
 _OUTS_OF_SCORE = (SCORED, *TABLES.values())
-LARGEST = sys.float_info.max
 ROUNDING = 1e-5  # score files have six decimal places
 _CURE = "'dvc repro' scores again; if the message stays, the stage 'score' has a fault"
 
@@ -164,7 +163,7 @@ def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> N
 
 def in_range(name: str, value: object) -> bool:
     """Whether the value is a number in the range of the figure of this name. True and strings are not numbers."""
-    low, high = FIGURE_RANGES.get(name, (-LARGEST, LARGEST))
+    low, high = FIGURE_RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 

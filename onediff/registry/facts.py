@@ -42,10 +42,8 @@ def facts_after_scoring(tags: Mapping[str, str], *, root: Path = Path()) -> dict
     `tags`: the tags of the version, which say from which data and code it was trained.
     """
     stages, data = _stages(root), provenance(root)["data_digest"]
-    if not (root / DIFFCAP).exists():
-        broken = f"{root / DIFFCAP} not found; 'dvc pull {DIFFCAP}' brings it, 'dvc repro' makes it"
-    else:
-        broken = _broken_data(md5_of(root / DIFFCAP), stages)
+    broken = (_broken_data(md5_of(root / DIFFCAP), stages) if (root / DIFFCAP).exists() else
+              f"{root / DIFFCAP} not found; 'dvc pull {DIFFCAP}' brings it, 'dvc repro' makes it")
     if not broken and tags.get("data_digest") != data:
         broken = (f"the version learned from other data (data card {tags.get('data_digest', 'none')[:12]}) than it was "
                   f"scored on ({data[:12]}), and no leak audit compares the two; 'dvc repro' trains on this data")

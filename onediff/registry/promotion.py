@@ -28,7 +28,7 @@ from onediff.registry.rules import (
     too_few_groups,
     uncommitted,
 )
-from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, ModelVersion, version_of, writing
+from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, Aliases, ModelVersion, version_of, writing
 
 REGISTER = "register one first: 'make run', or 'dvc repro' and then 'onediff registry register'"
 REFUSED = ("refused_at", "refused_because")
@@ -43,12 +43,6 @@ def propose(version: str, *, by: str | None = None) -> None:
             store.get(version)
             proposed = Change(action="propose", new=head.new | {CANDIDATE: version}, by=by, why="registered")
             apply_change(proposed, upon=head)
-
-
-@tracking.plain_errors()
-def assess(version: str | None = None, *, rules: Path = RULES) -> Verdict:
-    """What `promote` would decide now; changes nothing."""
-    return _assess(version, store.aliases(), rules)
 
 
 @tracking.plain_errors()
@@ -67,7 +61,7 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
         candidate, champion = version or version_of(CANDIDATE, head.new, REGISTER), head.new.get(CHAMPION)
         if candidate != champion:
             check_files(store.get(candidate))
-        verdict = _assess(version, head.new, rules)
+        verdict = assess(version, file=rules, aliases=head.new)
         if approved and approved != verdict.case:
             raise ValueError(f"the approval was for {approved}, but now it would be {verdict.case}: nothing was "
                              "promoted; start the promotion again and approve what it names")
@@ -87,7 +81,7 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
 
 def _make_champion(verdict: Verdict, head: TrailRecord, *, by: str | None, why: str) -> None:
     """Records the change, and removes the tags that say when and why the version was refused earlier."""
-    assert verdict.case, "every verdict of _assess has one"
+    assert verdict.case, "every verdict of assess has one"
     previous = {PREVIOUS: head.new[CHAMPION]} if head.new.get(CHAMPION) else {}
     apply_change(Change(action="promote", new={**head.new, **previous, CHAMPION: verdict.version}, by=by, why=why,
                  figures=verdict.figures, rules={"sha256": verdict.case.rules, "commit": verdict.case.commit}),
@@ -136,8 +130,11 @@ def gate_scores(version: ModelVersion) -> dict[str, Any]:
     return json.loads(version.tags.get("scores_gate", "{}"))
 
 
-def _assess(version: str | None, aliases: Mapping[str, str], file: Path) -> Verdict:
+@tracking.plain_errors()
+def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases | None = None) -> Verdict:
+    """What `promote` would decide now; changes nothing. `aliases`: default: those in MLflow."""
     rules, commit = load_rules(file), commit_of_rules(file)
+    aliases = store.aliases() if aliases is None else aliases
     number, champion = version or version_of(CANDIDATE, aliases, REGISTER), aliases.get(CHAMPION)
     candidate = store.get(number)
     scores, tags = gate_scores(candidate), candidate.tags

@@ -149,15 +149,14 @@ def commit_of_rules(path: Path = RULES) -> str:
     return NOT_COMMITTED if head() or Path(".git").exists() else NO_GIT
 
 
-def uncommitted(commit: str, *, first: bool, file: Path) -> list[str]:
+def uncommitted(commit: str, *, first: bool, file: Path) -> Iterator[str]:
     """Why these rules may not be used. `commit`: see `commit_of_rules`; `first`: there is no champion yet."""
     if commit == NOT_COMMITTED:
-        return [f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
-                f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'"]
-    if commit == NO_GIT and not first:
-        return [f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
-                "'git commit'"]
-    return []
+        yield (f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
+               f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'")
+    elif commit == NO_GIT and not first:
+        yield (f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
+               "'git commit'")
 
 
 def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
@@ -181,27 +180,28 @@ def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES
 
 
 def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
-                 without_git: bool = False) -> list[str]:
-    """Why flattened gate scores and the facts in a version's tags do not meet the rules; empty if they do.
+                 without_git: bool = False) -> Iterator[str]:
+    """Why flattened gate scores and the facts in a version's tags do not meet the rules; nothing if they do.
     `without_git`: a version that was registered without git is not refused for that.
     """
-    reasons = [f"{path} is {_value(scores, path)}, must be at least {least:g}" for path, least in rules.minima.items()
-               if not number(scores, path) >= least]  # nan, a missing score, is refused too
-    reasons += [f"{path} is {_value(scores, path)}, must be at most {most:g}" for path, most in rules.maxima.items()
-                if not number(scores, path) <= most]
-    reasons += _not_scored(rules, scores)
+    for path, least in rules.minima.items():
+        if not number(scores, path) >= least:  # nan, a missing score, is refused too
+            yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
+    for path, most in rules.maxima.items():
+        if not number(scores, path) <= most:
+            yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
+    yield from _not_scored(rules, scores)
     for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
-            reasons.append(f"{name} was not measured, must be at most {limit:g} {unit}: register it again")
+            yield f"{name} was not measured, must be at most {limit:g} {unit}: register it again"
         elif limit is not None and not 0 < float(facts[name]) <= limit:
-            reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}")
+            yield f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}"
     for name in rules.require:
         if facts.get(name) == NO_GIT and not without_git:
-            reasons.append(f"{name}: {NO_GIT}: 'git init' and 'git commit', then register again")
+            yield f"{name}: {NO_GIT}: 'git init' and 'git commit', then register again"
         elif facts.get(name) not in (YES, NO_GIT):
-            reasons.append(f"{name}: {facts.get(name, 'not known: register it again')}")
-    return reasons
+            yield f"{name}: {facts.get(name, 'not known: register it again')}"
 
 
 def _not_scored(rules: Rules, scores: Mapping[str, Any]) -> list[str]:
@@ -252,12 +252,25 @@ def least_differences(rules: Rules) -> dict[str, float]:
     return {best.metric: best.margin} | {**losses, best.metric: best.margin} if best else losses
 
 
-def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> list[str]:
-    """Why the candidate may not replace the champion: each comparison that it fails. `again`: the command that scores
-    the champion again.
+def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> Iterator[str]:
+    """Why the candidate may not replace the champion: each metric for which the whole 95 % interval of the difference
+    is not above its least value. `again`: the command that scores the champion again.
     """
-    reasons = (_failed(path, least, ours, theirs, again) for path, least in least_differences(rules).items())
-    return [reason for reason in reasons if reason]
+    for path, least in least_differences(rules).items():
+        benchmark, _, metric = path.rpartition(".")
+        first, second = ours.get(benchmark), theirs.get(benchmark, {})
+        if first is None:
+            yield f"{path} is not in the gate scores of pairs"
+        elif not _scored_alike(first, second):
+            yield (f"{path}: the champion was scored on other pairs, references or by another protocol: score it "
+                   f"again: {again}")
+        else:
+            both = [Scores({metric: sum(table[metric]) / len(table[metric])}, {metric: table[metric]}, {})
+                    for table in (first, second)]
+            compared = compare(both[0], both[1], first["group_id"])[metric]
+            if not compared.low > least:
+                yield (f"{path} is {compared.first:.4g}, the champion's {compared.second:.4g}: the 95 % interval of "
+                       f"the difference, {compared.low:+.3g} to {compared.high:+.3g}, must be above {least:+g}")
 
 
 def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str]:
@@ -268,21 +281,3 @@ def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str
 
 def _scored_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return all(first[key] == second.get(key) for key in ("protocol", "references", "pair_id"))
-
-
-def _failed(path: str, least: float, ours: PairScores, theirs: PairScores, again: str) -> str | None:
-    """None if the whole 95 % interval of the difference to the champion is above `least`, else why not."""
-    benchmark, _, metric = path.rpartition(".")
-    if benchmark not in ours:
-        return f"{path} is not in the gate scores of pairs"
-    first, second = ours[benchmark], theirs.get(benchmark, {})
-    if not _scored_alike(first, second):
-        return (f"{path}: the champion was scored on other pairs, references or by another protocol: score it again: "
-                f"{again}")
-    both = [Scores({metric: sum(table[metric]) / len(table[metric])}, {metric: table[metric]}, {})
-            for table in (first, second)]
-    compared = compare(both[0], both[1], first["group_id"])[metric]
-    if compared.low > least:
-        return None
-    return (f"{path} is {compared.first:.4g}, the champion's {compared.second:.4g}: the 95 % interval of the "
-            f"difference, {compared.low:+.3g} to {compared.high:+.3g}, must be above {least:+g}")

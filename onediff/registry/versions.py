@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from configparser import RawConfigParser
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,8 @@ def rescore(version: str, evidence: Evidence, *, root: Path = Path()) -> None:
     scores = _score_tags(evidence)
     add_files(item, evidence.scored, SCORED)
     store.set_tags(NAME, version, {
-        MODEL_DIGEST: evidence.model.folder, **scores, **_scored_by(tracking.provenance(root)),
+        MODEL_DIGEST: evidence.model.folder, **scores,
+        **{f"scored_{key}": value for key, value in tracking.provenance(root).items()},
         **facts_after_scoring(item.tags, root=root), SCORES_DIGEST: evidence.as_tag()})
 
 
@@ -107,7 +107,8 @@ def _register(evidence: Evidence, run_id: str | None, carried: Path | None, meas
         return str(known.version)  # nothing new is known; that it came of a clean commit stays written
     made_from = tracking.provenance(evidence.root)
     tags = {MODEL_DIGEST: evidence.model.folder, "weights_digest": evidence.model.weights, "run_id": run_id or "none",
-            **made_from, **_scored_by(made_from), **scores, **facts, "size_mib": f"{size_mib(evidence.model_dir):.6g}",
+            **made_from, **{f"scored_{key}": value for key, value in made_from.items()}, **scores, **facts,
+            "size_mib": f"{size_mib(evidence.model_dir):.6g}",
             **{key: f"{value:.6g}" for key, value in measured.items()}}
     if known is None:
         created = _create(evidence, carried, tags | {SCORES_DIGEST: scores_digest}, run_id)
@@ -182,13 +183,9 @@ def _files_to_copy(evidence: Evidence, scratch: Path) -> tuple[Path, dict[str, s
 def _requirement() -> str:
     """The requirement of a version, so that MLflow infers none. A version loads only where OneDiff is installed."""
     try:
-        return f"onediff-idc[full]=={installed_version('onediff-idc')}"
-    except PackageNotFoundError:  # run from a checkout
+        return f"onediff-idc[full]=={metadata.version('onediff-idc')}"
+    except metadata.PackageNotFoundError:  # run from a checkout
         return "onediff-idc[full]"
-
-
-def _scored_by(provenance: Mapping[str, str]) -> dict[str, str]:
-    return {f"scored_{key}": value for key, value in provenance.items()}
 
 
 def _score_tags(evidence: Evidence) -> dict[str, str]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Files = tuple[bytes | Path, bytes | Path]  # of a pair: paths, or bytes of image files
 CaptionFiles = Callable[[list[Files], "list[Pair]", list[str]], list[str]]  # files, opened images, instructions
 
+PRIVATE = 0o700  # mode of a folder: readable by this user only
 SIDES = ("before", "after")
 PROBED = ("width_before", "height_before", "width_after", "height_after", "mode", "hash_before", "hash_after",
           "distance")  # of the probe's columns
@@ -60,7 +61,7 @@ class UsageLog:
         """
         now = datetime.now(UTC)
         try:
-            _make_private(self.folder)
+            self.folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             append(self.folder / f"{now:%Y-%m-%d}.jsonl", [self._row(use, now) for use in uses])
         except OSError as error:
             if not self._has_failed:
@@ -82,7 +83,7 @@ class UsageLog:
         """
         path = self.folder / "images" / sha256(content).hexdigest()
         if not path.exists():
-            _make_private(path.parent)
+            path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             part.write_bytes(content)
             part.replace(path)
@@ -160,8 +161,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, dict) and {"time", "caption", "confidence", *PROBED} <= set(row) else None
-
-
-def _make_private(folder: Path) -> None:
-    """Creates the folder for this user only."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -62,16 +62,14 @@ def check() -> None:
     address = uri()
     if not address.startswith(SERVER):
         return
-    server = without_password(address).rstrip("/")
-    requests = [urllib.request.Request(f"{server}/health")]
-    if not any(os.environ.get(name) for name in _OTHER_CREDENTIALS) and not Path("~/.netrc").expanduser().exists():
-        requests.append(urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1",
-                                               headers=_credentials(address)))  # /health is open to all
+    request = urllib.request.Request(  # not /health, which needs no credentials
+        f"{without_password(address).rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1",
+        headers=_credentials(address))
+    others = any(os.environ.get(name) for name in _OTHER_CREDENTIALS) or Path("~/.netrc").expanduser().exists()
     try:
-        for request in requests:
-            urllib.request.urlopen(request, timeout=5).close()
+        urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
-        if error.code in _DENIED:
+        if error.code in _DENIED and not others:
             raise _denied(error.code) from None
         if error.code >= 500:
             raise _unreachable(address, f"it answers {error.code}") from None

@@ -6,7 +6,6 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
 
     The same results are stored once: if a finished run has the same scores, its id is returned.
     """
-    tests, gates = (_read_scores(data / name) for name in ("metrics.json", "gate.json"))
-    stress = _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}  # `evaluate` makes none
-    key = key_of([tests, gates, *filter(None, [stress])])
+    scores = {"test": _read_scores(data / "metrics.json"), "gate": _read_scores(data / "gate.json"),
+              "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}  # optional
+    key = key_of([tables for split, tables in scores.items() if tables or split != "stress"])
     finished = find_run(f"tags.scores_digest = '{key}' and attributes.status = 'FINISHED'")
     if finished:
         return finished
     with start_run("evaluate", "evaluation", config) as run, tempfile.TemporaryDirectory() as scratch:
-        run.log(0, {**_numbers("test", tests), **_numbers("gate", gates), **_numbers("stress", stress)})
+        run.log(0, {f"{split}/{key}": value for split, tables in scores.items()
+                    for key, value in flatten(tables).items()
+                    if isinstance(value, (int, float)) and not key.count(".floor.")})
         for name in ("metrics.json", "gate.json", "stress.json", "report.html", "diffcap/card.json"):
             if (data / name).exists():
                 run.artifact(data / name)
@@ -45,11 +46,6 @@ def _read_scores(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found: 'dvc repro' makes it") from None
-
-
-def _numbers(split: str, scores: Mapping[str, Any]) -> dict[str, float]:
-    return {f"{split}/{key}": value for key, value in flatten(scores).items()
-            if isinstance(value, (int, float)) and not key.count(".floor.")}
 
 
 def _draw_samples(data: Path, folder: Path) -> None:

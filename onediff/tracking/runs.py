@@ -117,14 +117,6 @@ class Run:
             print(f"MLflow run {self.id} ({self.phase}) is incomplete: {'; '.join(self.problems)}. "
                   "What was computed is on disk.", file=sys.stderr)
 
-    def _log_params(self, values: Mapping[str, Any]) -> None:
-        """Sets parameters, flattened: {"align": {"steps": 3}} becomes `align.steps`."""
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)) for key, value in flatten(values).items()]
-        for first in range(0, len(params), 100):  # MLflow takes at most 100 at once
-            self._attempt("parameters", self._mlflow.log_batch, params=params[first:first + 100])
-
     def _send_often(self) -> None:
         while not self._stop.wait(SEND_EVERY_S):
             self._send()
@@ -184,10 +176,14 @@ def start_run(name: str, kind: str, config: Config) -> Run:
     if os.environ.get(PARENT):
         tags["mlflow.parentRunId"] = os.environ[PARENT]
     with plain_errors():
+        from mlflow.entities import Param
+
         killed = find_run(f"tags.content = '{tags['content']}' and attributes.status = 'RUNNING'")
         run = Run(killed or client().create_run(experiment_id(), run_name=name).info.run_id, name)
     run.tag({**tags, "resumed": "true"} if killed else tags)
-    run._log_params(values)
+    params = [Param(key, str(value)) for key, value in flatten(values).items()]
+    for first in range(0, len(params), 100):  # MLflow takes at most 100 at once
+        run._attempt("parameters", run._mlflow.log_batch, params=params[first:first + 100])
     return run
 
 

@@ -65,13 +65,13 @@ def test_a_score_that_is_no_number_is_refused(value: float) -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     wrong = ["scenes.change_type_accuracy", "scenes.false_alarm_rate"]
     scores = dict.fromkeys(rules.minima, 1.0) | dict.fromkeys(wrong, value)
-    assert [reason.partition(" ")[0] for reason in broken_rules(rules, scores, {})[:2]] == wrong
+    assert [reason.partition(" ")[0] for reason in list(broken_rules(rules, scores, {}))[:2]] == wrong
 
 
 def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     scores = {**dict.fromkeys(rules.minima, 1.0), "scenes.false_alarm_rate": 0.0}
-    reasons = broken_rules(rules, scores, {"size_mib": "11"})
+    reasons = list(broken_rules(rules, scores, {"size_mib": "11"}))
     assert reasons == ["caption_ms was not measured, must be at most 2000 ms a pair: register it again",
                        "data_validated: not known: register it again", "leak_audit: not known: register it again",
                        "clean_lineage: not known: register it again"]
@@ -91,7 +91,7 @@ def pairs(cider: float, *, edits: float = 1.0, references: str = "r1", noise: fl
 
 
 def reasons(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    return failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), ours, theirs, again="again")
+    return [*failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), ours, theirs, again="again")]
 
 
 def test_a_gain_that_chance_explains_is_no_gain() -> None:

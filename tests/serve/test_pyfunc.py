@@ -96,12 +96,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from onediff.model.configuration import OneDiffConfig
     from onediff.model.onediff import OneDiffForConditionalGeneration
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(["nothing changed"], trainers.BpeTrainer(
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["nothing changed"], trainers.BpeTrainer(
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=14, intermediate_size=11, num_hidden_layers=1,
                        num_attention_heads=7, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     vision = CLIPVisionConfig(hidden_size=10, intermediate_size=13, num_hidden_layers=1, num_attention_heads=5,

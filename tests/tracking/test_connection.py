@@ -84,11 +84,11 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_server_that_does_not_know_us_says_what_to_set_and_no_password(guarded: str, monkeypatch) -> None:
-    told = rf"^MLflow at http://{guarded} does not know us \(401\): set MLFLOW_TRACKING_USERNAME and [^\n]*$"
-    with pytest.raises(ValueError, match=told):
+    unknown = rf"^MLflow at http://{guarded} does not know us \(401\): set MLFLOW_TRACKING_USERNAME and [^\n]*$"
+    with pytest.raises(ValueError, match=unknown):
         tracking.check()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:wr0ng@{guarded}")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=unknown):
         tracking.check()
 
 

@@ -15,8 +15,8 @@ def test_an_evaluation_keeps_scores_report_and_pictures_once(config: Config) -> 
     data = _results()
     first = tracking.log_evaluation(config)
     assert tracking.log_evaluation(config) == first
-    kept = {item.path for item in tracking.client().list_artifacts(first)}
-    assert kept == {"metrics.json", "gate.json", "report.html", "pictures"}
+    artifacts = {item.path for item in tracking.client().list_artifacts(first)}
+    assert artifacts == {"metrics.json", "gate.json", "report.html", "pictures"}
     assert [item.path for item in tracking.client().list_artifacts(first, "pictures")] == [
         f"pictures/scenes-{number}.png" for number in range(4)]
     assert tracking.client().get_run(first).data.metrics == {"test/scenes.CIDEr": 2.0, "gate/scenes.CIDEr": 3.0}
@@ -27,10 +27,10 @@ def test_an_evaluation_keeps_scores_report_and_pictures_once(config: Config) -> 
 def test_an_evaluation_keeps_the_figures_under_stress_where_there_are_any(config: Config) -> None:
     data = _results()
     (data / "stress.json").write_text('{"scenes": {"curves": {"noise": {"5": {"CIDEr": 1.5, "intervals": {}}}}}}')
-    kept = tracking.log_evaluation(config)
-    assert tracking.log_evaluation(config) == kept
-    assert tracking.client().get_run(kept).data.metrics["stress/scenes.curves.noise.5.CIDEr"] == 1.5
-    assert "stress.json" in {item.path for item in tracking.client().list_artifacts(kept)}
+    run_id = tracking.log_evaluation(config)
+    assert tracking.log_evaluation(config) == run_id
+    assert tracking.client().get_run(run_id).data.metrics["stress/scenes.curves.noise.5.CIDEr"] == 1.5
+    assert "stress.json" in {item.path for item in tracking.client().list_artifacts(run_id)}
 
 
 def _results() -> Path:

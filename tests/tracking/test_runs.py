@@ -21,10 +21,10 @@ def test_logged_values_stand_in_the_run_when_it_ends(config: Config) -> None:
     with tracking.phase_run("align", config) as run:
         for step, loss in enumerate((3.0, 2.0, 1.5)):
             run.log(step, {"step": step, "loss": loss, "pairs_per_s": 10.0 * (step + 1)})
-    found = tracking.client().get_run(run.id)
+    stored = tracking.client().get_run(run.id)
     assert history(run.id, "loss") == [(0, 3.0), (1, 2.0), (2, 1.5)]
-    assert found.data.params["align.lr_delta"] == str(config.align.lr_delta) and found.data.params["seed"] == "7"
-    assert found.info.status == "FINISHED" and run.problems == []
+    assert stored.data.params["align.lr_delta"] == str(config.align.lr_delta) and stored.data.params["seed"] == "7"
+    assert stored.info.status == "FINISHED" and run.problems == []
     described = run.describe(digest="d1")
     assert described == {**described, "run_id": run.id, "phase": "align", "pairs_per_s": 20.0, "digest": "d1"}
 
