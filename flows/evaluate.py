@@ -20,10 +20,9 @@ def evaluate(model: str = paths.CHAMPION) -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:
         with pipeline_lock():
-            uri = registry.pinned(model)  # once: an alias may move while the version is scored
-            evidence = score_again(uri)
+            version = registry.version_tags(model)["version"]  # once: an alias may move while the version is scored
+            evidence = score_again(f"models:/{registry.NAME}/{version}")
             print(publish_scores(evidence.root / paths.METRICS, "scores-again"))
-            version = uri.rpartition("/")[2]
             rescore(version, evidence)
             return Completed(message=f"version {version} has its new scores")
     except (ValueError, OSError) as error:

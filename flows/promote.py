@@ -84,7 +84,7 @@ def rollback(why: str | None = None) -> State[Any]:
     return Completed(message=what)
 
 
-def _approval(case: registry.Case | None, hours: float) -> str:
+def _approval(case: registry.PromotionCase | None, hours: float) -> str:
     """The author of the change, with the name of the person who approves it. Raises ValueError if the person refuses or
     gives no name; Prefect fails the flow if nobody answers in time.
     """

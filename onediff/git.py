@@ -1,4 +1,5 @@
-"""Runs git commands. A folder without git is no error; if git refuses a command, the error quotes git's message.
+"""Runs git commands and reads what a checkout holds. A folder without git is no error; if git refuses a command, the
+error quotes git's message.
 
 `python -m onediff.git` sets DVC up for a folder with or without git.
 """
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CURE = "'git init && git add . && git commit -m start' puts it under git"
+_NO_FILTER = ("unspecified", "unset")
 _ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}  # "git replace" shows other files than a commit has
 
 
@@ -52,6 +54,52 @@ def head(root: Path = Path()) -> str | None:
     if done.returncode:
         raise ValueError(f"git: {' '.join(done.stderr.split())}")
     return git("rev-parse", "HEAD", root=root)
+
+
+def current_branch(root: Path = Path()) -> str:
+    """The branch that is checked out; empty if there is none."""
+    return git("branch", "--show-current", root=root) if head(root) else ""
+
+
+def committed(path: Path, root: Path = Path()) -> bytes | None:
+    """The bytes of the file in the commit, or None if there is no commit or the commit does not have the file."""
+    if head(root) is None or not git("ls-tree", "HEAD", "--", path.as_posix(), root=root):
+        return None
+    return git_bytes("show", f"HEAD:./{path.as_posix()}", root=root)
+
+
+def is_committed(path: Path) -> bool:
+    """Whether the commit of the project in this folder has the file with these bytes. Line ends do not count.
+
+    The bytes themselves are compared, because `git update-index` and filters can hide a change from git.
+    """
+    project, place = Path.cwd(), path.absolute()
+    content = committed(place.relative_to(project)) if place.is_relative_to(project) else None
+    return content is not None and content.replace(b"\r\n", b"\n") == path.read_bytes().replace(b"\r\n", b"\n")
+
+
+def changed_files(root: Path = Path()) -> list[str]:
+    """The files that differ from the commit: changed files, untracked code, and files whose changes git overlooks or
+    hides by a filter. dvc.lock and data do not count, because the pipeline writes them.
+    """
+    if head(root) is None:
+        return []
+    outside = ("--", ".", ":!dvc.lock", ":!data")
+    changed = git_paths("diff", "--relative", "--name-only", "HEAD", *outside, root=root)
+    untracked = git_paths("ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py", root=root)
+    overlooked = [line[2:] for line in git_paths("ls-files", "-v", *outside, root=root)
+                  if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
+    return list(dict.fromkeys([*changed, *untracked, *overlooked, *_hidden_by_filters(root)]))
+
+
+def _hidden_by_filters(root: Path) -> list[str]:
+    """Code and settings that have a filter in git's attributes and other bytes than in the commit."""
+    paths = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
+    # The output repeats: path, "filter", value.
+    attributes = git_paths("check-attr", "filter", "--", *paths, root=root) if paths else []
+    filtered = [path for path, value in zip(attributes[::3], attributes[2::3], strict=True) if value not in _NO_FILTER]
+    return [path for path in filtered if (root / path).exists()
+            and (root / path).read_bytes() != git_bytes("show", f":./{path}", root=root)]
 
 
 def configure_dvc(root: Path = Path()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", GX_ANALYTICS_ENABLED="false", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
@@ -49,6 +50,19 @@ def scene_pairs(micro: Config) -> list[Record]:
     from onediff.data.synthesis.scenes.records import scene_records
 
     return [record for index in range(5) for record in scene_records(micro, "train", index)]
+
+
+@pytest.fixture
+def local_registry(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder with an empty local store and promotion rules that git has committed; the test runs in it."""
+    from registered import git, write_rules
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    write_rules(tmp_path / "mlflow/promotion.yaml")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

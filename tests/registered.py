@@ -50,13 +50,13 @@ def git(*words: str) -> None:
 def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: int = 50) -> dict[str, object]:
     """What the pairs of each benchmark scored: around its scores, as far apart as `noise`, in groups of equal size."""
     rows = np.random.default_rng(0).normal(0, noise, (len(tables), 200)) if noise else np.zeros((len(tables), 200))
-    found = {}
+    scores = {}
     for (benchmark, table), row in zip(tables.items(), rows, strict=True):
         num = int(table["num_pairs"])  # type: ignore[call-overload]
-        found[benchmark] = {**{key: table[key] for key in ("protocol", "references")},
-                            "pair_id": [str(k) for k in range(num)], "group_id": [str(k % groups) for k in range(num)],
-                            **{name: (table[name] + row[:num] - row[:num].mean()).tolist() for name in PAIR_METRICS}}
-    return found
+        scores[benchmark] = {**{key: table[key] for key in ("protocol", "references")},
+                             "pair_id": [str(k) for k in range(num)], "group_id": [str(k % groups) for k in range(num)],
+                             **{name: (table[name] + row[:num] - row[:num].mean()).tolist() for name in PAIR_METRICS}}
+    return scores
 
 
 def model(name: str) -> Path:
@@ -96,16 +96,16 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
     """dvc.lock as it is after the folder was trained and the files below `root` were made of it; `changed`: a stage's
     digests that are others, as in score={"outs": {"data/gate.json": "0"}}.
     """
-    made = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
-    md5 = {path: md5_of(root / path) for path in made}
+    outs = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
+    scored = {path: md5_of(root / path) for path in outs}
     built = {path: md5_of(root / path) if (root / path).exists() else "d" * 32 + ".dir"
              for path in ("data/diffcap", "data/reports/diffcap", "data/quarantine.parquet")}
     checked = {"data/quarantine.parquet": built.pop("data/quarantine.parquet")}
     data, trained = {"data/diffcap": built["data/diffcap"]}, {"data/models/tune": md5_of(folder)}
-    captions = {"data/captions": md5.pop("data/captions")}
+    captions = {"data/captions": scored.pop("data/captions")}
     stages = {"validate": {"outs": checked}, "build": {"deps": checked, "outs": built},
               "tune": {"deps": data, "outs": trained}, "caption": {"deps": data | trained, "outs": captions},
-              "score": {"deps": data | captions, "outs": md5}}
+              "score": {"deps": data | captions, "outs": scored}}
     stages = {name: {"cmd": "x"} | {kind: [{"path": path, "hash": "md5", "md5": digest} for path, digest in (
         paths | changed.get(name, {}).get(kind, {})).items()] for kind, paths in stage.items()}
         for name, stage in stages.items()}
@@ -122,7 +122,7 @@ def trained(name: str, **scores: float | str) -> Path:
 
 def register(folder: Path, **options: Any) -> str:
     """A model folder with the scores that lie in data/."""
-    return registry.register(folder, registry.pipeline_evidence(folder), **options)
+    return registry.register(registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:
@@ -142,7 +142,7 @@ def aliases() -> dict[str, list[str]]:
 
 
 def row(version: str) -> dict[str, object]:
-    return next(its for its in registry.list_versions() if its["version"] == version)
+    return next(version_row for version_row in registry.list_versions() if version_row["version"] == version)
 
 
 class Server:

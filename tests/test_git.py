@@ -8,7 +8,7 @@ import pytest
 
 from flows import retrain, stage
 from onediff import tracking
-from onediff.git import configure_dvc, git, head
+from onediff.git import changed_files, configure_dvc, current_branch, git, head
 from onediff.ops import doctor, housekeeping, verify
 from onediff.registry import facts
 
@@ -57,7 +57,7 @@ def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ask", [
     lambda: retrain.commit_results("r1"), stage.commit_for_workers, lambda: stage.check_out("1234" * 10),
-    tracking.provenance, tracking.changed_files, tracking.branch, lambda: housekeeping._branches(30, ""),
+    tracking.provenance, changed_files, current_branch, lambda: housekeeping._branches(30, ""),
     lambda: facts._lineage(Path()),
     lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}})])
 def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monkeypatch: pytest.MonkeyPatch,
@@ -73,7 +73,7 @@ def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert retrain.commit_results("r1") is None
     assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
-    assert tracking.changed_files() == housekeeping._branches(30, "") == [] and tracking.branch() == ""
+    assert changed_files() == housekeeping._branches(30, "") == [] and current_branch() == ""
     assert not doctor._git().ok and not doctor._git().needed and "git init" in doctor._git().cure
     for ask in (stage.commit_for_workers,
                 lambda: verify._commit({"version": "1", "git": {"commit": "12", "branch": ""}})):
@@ -94,7 +94,7 @@ def test_results_with_any_name_are_committed_from_a_project_inside_a_repository(
     assert retrain.commit_results("r1") == "retrain/r1"
     changed = git("-c", "core.quotepath=false", "diff", "--relative", "--name-only", "HEAD", "retrain/r1").splitlines()
     assert changed == ["data/größe 1.dvc", "dvc.lock"]
-    assert tracking.changed_files() == ["code.py"]
+    assert changed_files() == ["code.py"]
 
 
 def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Path) -> None:

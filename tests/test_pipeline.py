@@ -33,7 +33,7 @@ with tempfile.TemporaryDirectory() as scratch:
     model, carried = Path("data/models/tune"), Path(scratch) / "carried"
     write_lineage(carried)
     write_card(carried)
-    print(registry.register(model, registry.pipeline_evidence(model), run_id=run_id, carried=carried))
+    print(registry.register(registry.pipeline_evidence(model), run_id=run_id, carried=carried))
 """
 DVC, FLOW = (sys.executable, "-m", "dvc", "repro"), (sys.executable, "-m", "flows.retrain")
 INTERRUPTED = ("synthesize@scenes", "synthesize@edits", "build", "align", "tune", "caption")

@@ -130,7 +130,7 @@ def register(project: Path, carried: Path) -> str:
 
     lineage.write_lineage(carried, root=project)
     model, run = project / "data/models/tune", json.loads((project / "data/runs/tune.json").read_text())
-    return registry.register(model, registry.pipeline_evidence(model, root=project), run_id=run["run_id"],
+    return registry.register(registry.pipeline_evidence(model, root=project), run_id=run["run_id"],
                              carried=carried)
 
 

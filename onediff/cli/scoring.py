@@ -58,8 +58,7 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
     from onediff.library_logs import silence_libraries
     from onediff.ops.predict import folder_of
-    from onediff.serve.in_use import speaker
-    from onediff.serve.usage_log import usage_log
+    from onediff.serve.usage_log import caption_and_log, usage_log
 
     pair = open_image(before), open_image(after)
     folder = folder_of(model)
@@ -67,7 +66,8 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
     silence_libraries()
     from onediff.model.captioner import Captioner
 
-    return speaker(Captioner.load(folder), log)([(before, after)], [pair], [instruction or DEFAULT_INSTRUCTION])[0]
+    instructions = [instruction or DEFAULT_INSTRUCTION]
+    return caption_and_log(Captioner.load(folder), log, [(before, after)], [pair], instructions)[0]
 
 
 def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],

@@ -1,15 +1,19 @@
-"""A trained model and its processor, put to work on pairs."""
+"""A trained model and its processor, which caption pairs of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.model.weights import load_trained
+
+Pair = tuple[Image.Image, Image.Image]  # before, after
 
 
 class Captioner:
@@ -22,18 +26,47 @@ class Captioner:
         model, processor = load_trained(folder)
         return cls(model.to(pick_device(device)), processor)
 
-    @torch.inference_mode()
-    def caption(self, pairs: list[tuple[Image.Image, Image.Image]], *, instructions: list[str] | None = None,
-                max_new_tokens: int = 64, num_beams: int = 1) -> list[str]:
+    def caption(self, pairs: list[Pair], *, instructions: list[str] | None = None, max_new_tokens: int = 64,
+                num_beams: int = 1) -> list[str]:
         """What changed from the first to the second image of each pair, greedily unless `num_beams` is above 1.
 
         One instruction per pair, or "What changed between the two images?" for all.
         """
-        batch = self.processor(pairs, instructions).to(self.model.device)
+        return self._texts(self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams))
+
+    @torch.inference_mode()
+    def caption_with_confidence(self, pairs: list[Pair], *, instructions: list[str] | None = None,
+                                max_new_tokens: int = 64, num_beams: int = 1) -> list[tuple[str, float]]:
+        """The same captions as `caption`, each with the geometric mean of the probabilities of its tokens, 0 to 1.
+
+        The token that ends a caption counts, because the model also decides when to stop.
+        """
+        generated = self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                                   output_scores=True)
+        # With beams transformers returns log-probabilities, otherwise logits.
+        logs = self.model.language.compute_transition_scores(
+            generated.sequences, generated.scores, generated.get("beam_indices"), normalize_logits=num_beams == 1)
+        means = _mean_probability(logs.float(), generated.sequences, self.processor.tokenizer.eos_token_id)
+        return list(zip(self._texts(generated), means, strict=True))
+
+    @torch.inference_mode()
+    def _generate(self, pairs: list[Pair], instructions: list[str] | None, **options: Any) -> Any:
+        """The output of transformers' `generate`, with `sequences` (B, S)."""
         tokenizer = self.processor.tokenizer
-        ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
-                                  pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-        return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        batch = self.processor(pairs, instructions).to(self.model.device)
+        return self.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                                   eos_token_id=tokenizer.eos_token_id, return_dict_in_generate=True, **options)
+
+    def _texts(self, generated: Any) -> list[str]:
+        texts = self.processor.tokenizer.batch_decode(generated.sequences, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+def _mean_probability(logs: Tensor, ids: Tensor, end: int) -> list[float]:
+    """logs, ids (B, S) -> exp of each row's mean up to and including its first end token; the rest is padding."""
+    ends = ids == end
+    counted = ends.cumsum(1) - ends.long() == 0
+    return (logs.masked_fill(~counted, 0).sum(1) / counted.sum(1)).exp().tolist()
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -34,4 +34,4 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
             measured["caption_ms"] = caption_ms(model, DIFFCAP)
             if drift := load_params().drift:
                 write_profile(carried, model, num_pairs=drift.num_pairs)
-        return registry.register(model, evidence, run_id=run_id, carried=carried, measured=measured, by=by)
+        return registry.register(evidence, run_id=run_id, carried=carried, measured=measured, by=by)

@@ -130,10 +130,8 @@ def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: in
 
 def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRow]:
     """Captions the records. Returns the rows that the usage log would hold."""
-    from onediff.serve.confidence import caption_with_confidence
-
     pairs = [(open_image(record.before), open_image(record.after)) for record in records]
-    captions = caption_with_confidence(captioner, pairs, instructions=[record.instruction for record in records])
+    captions = captioner.caption_with_confidence(pairs, instructions=[record.instruction for record in records])
     return [{"caption": caption, "confidence": round(confidence, 5), **pair_facts((record.before, record.after), pair)}
             for record, pair, (caption, confidence) in zip(records, pairs, captions, strict=True)]
 

@@ -23,8 +23,8 @@ from onediff.config import load_runtime
 from onediff.git import git, head
 from onediff.ops.lineage import FOLDER
 from onediff.registry import NAME, retention
-from onediff.registry.artifacts import copies_of
-from onediff.registry.retention import Registered
+from onediff.registry.artifacts import cached_names
+from onediff.registry.store import ModelVersion
 from onediff.train.launch.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
@@ -62,10 +62,10 @@ def survey(days: float) -> Survey:
     Raises ValueError if MLflow cannot say which versions there are: then nothing is known to be unneeded.
     """
     versions, surveyed = retention.registered(), Survey()
-    ours = [version for version in versions if version.model == NAME]
+    ours = [version for version in versions if version.name == NAME]
     ended = [path.parent for path in sorted(Path(load_runtime().scratch).glob("*/status.json"))
              if not _is_held(path.parent)]
-    needed_copies = {name for version in ours if version.aliases for name in copies_of(version.tags)}
+    needed_copies = {name for version in ours if version.aliases for name in cached_names(version.tags)}
     copies = [folder for folder in sorted((tracking.HOME / "models").glob("*")) if folder.name not in needed_copies]
     surveyed.items += _old_folders("scratch", [*ended, tracking.HOME / "evaluate"], days)
     surveyed.items += _old_folders("copy", copies, days)
@@ -77,8 +77,7 @@ def survey(days: float) -> Survey:
     needed = "\n".join([*lineages, *(text for version in versions
                                      for text in (*version.tags.values(), version.run_id or ""))])
     surveyed.items += _branches(days, needed)
-    surveyed.items += [Item("run", run.id, run.num_bytes)
-                       for run in retention.old_runs(days, set(_RUN.findall(needed)))]
+    surveyed.items += [Item("run", *run) for run in retention.old_runs(days, set(_RUN.findall(needed))).items()]
     _survey_cache(surveyed, set(_DIGEST.findall(needed)))
     return surveyed
 
@@ -134,7 +133,7 @@ def _branches(days: float, needed: str) -> list[Item]:
     return items
 
 
-def _lineages(versions: Iterable[Registered], surveyed: Survey) -> list[str]:
+def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
     """The texts in the lineage of each version. A version without a dvc.lock there is added to `refused`."""
     texts: list[str] = []
     for version in versions:
@@ -144,7 +143,7 @@ def _lineages(versions: Iterable[Registered], surveyed: Survey) -> list[str]:
             surveyed.refused.append(str(error))
             continue
         if not _DIGEST.search(carried.get("dvc.lock", "")):
-            surveyed.refused.append(f"version {version.version} of '{version.model}': its {FOLDER}/ holds no dvc.lock")
+            surveyed.refused.append(f"version {version.version} of '{version.name}': its {FOLDER}/ holds no dvc.lock")
         texts += carried.values()
     return texts
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from onediff import paths, registry, tracking
 from onediff.files import write_json
+from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, files_of, md5_of, md5_of_files, read_dvc_lock
 
@@ -49,8 +50,7 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
     folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
                if path.startswith("data/") and md5.endswith(".dir")}
     write_json(target / "lineage.json", {
-        "git": {"commit": provenance["git_commit"], "branch": tracking.branch(root),
-                "dirty": tracking.changed_files(root)},
+        "git": {"commit": provenance["git_commit"], "branch": current_branch(root), "dirty": changed_files(root)},
         "dvc_lock": provenance["dvc_lock"], "data_card": provenance["data_digest"],
         "runs": {"flow": os.environ.get("PREFECT__FLOW_RUN_ID"), "parent": os.environ.get(tracking.PARENT),
                  **stage_runs, "evaluation": evaluation_run},

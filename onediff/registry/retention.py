@@ -1,4 +1,4 @@
-"""What may go and what must stay: registered versions, what they carry, and runs that nobody needs."""
+"""What housekeeping may remove and what must stay: registered versions, the files that they carry, and MLflow runs."""
 
 from __future__ import annotations
 
@@ -7,75 +7,57 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from onediff import tracking
+from onediff.registry.store import ModelVersion
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A registered version as housekeeping sees it: what it must not lose."""
-
-    model: str
-    version: str
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-    run_id: str | None
-
-
-def registered() -> list[Registered]:
+def registered() -> list[ModelVersion]:
     """Every version of every registered model at `tracking.uri()`."""
-    store, found, token = tracking.client(), [], None
-    while True:
-        page = store.search_model_versions(max_results=200, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            break
-    aliases = {name: store.get_registered_model(name).aliases for name in {item.name for item in found}}
-    return [Registered(item.name, str(item.version), tuple(alias for alias, version in aliases[item.name].items()
-                                                           if str(version) == str(item.version)),
-                       dict(item.tags), item.run_id or None) for item in found]
+    mlflow = tracking.client()
+    versions = list(tracking.all_pages(mlflow.search_model_versions, max_results=200))
+    aliases = {name: mlflow.get_registered_model(name).aliases for name in {version.name for version in versions}}
+    for version in versions:  # a search leaves their aliases empty
+        version.aliases = [alias for alias, number in aliases[version.name].items()
+                           if str(number) == str(version.version)]
+    return versions
 
 
-def carried(version: Registered, folder: str) -> dict[str, str]:
-    """Name -> text of the files that a version carries in a folder, nothing else of it fetched.
+def carried(version: ModelVersion, folder: str) -> dict[str, str]:
+    """Name -> text of the files that a version carries in a folder. Nothing else of the version is fetched.
 
-    Raises ValueError if it carries none, or they cannot be had.
+    Raises ValueError if it carries none, or they cannot be read.
     """
-    store = tracking.client()
+    mlflow = tracking.client()
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     try:
-        source = store.get_model_version(version.model, version.version).source or ""
+        source = version.source or ""
         if source.startswith("models:/"):
-            source = store.get_logged_model(source.removeprefix("models:/")).artifact_location
+            source = mlflow.get_logged_model(source.removeprefix("models:/")).artifact_location
         with tempfile.TemporaryDirectory() as scratch:
-            got = Path(download_artifacts(artifact_uri=f"{source}/{folder}", dst_path=scratch,
-                                          tracking_uri=tracking.uri()))
-            return {path.name: path.read_text(encoding="utf-8") for path in sorted(got.iterdir()) if path.is_file()}
+            files = Path(download_artifacts(artifact_uri=f"{source}/{folder}", dst_path=scratch,
+                                            tracking_uri=tracking.uri()))
+            return {path.name: path.read_text(encoding="utf-8") for path in sorted(files.iterdir()) if path.is_file()}
     except (MlflowException, OSError) as error:
-        raise ValueError(f"version {version.version} of '{version.model}': its {folder}/ cannot be read "
+        raise ValueError(f"version {version.version} of '{version.name}': its {folder}/ cannot be read "
                          f"({tracking.first_line(error)})") from None
 
 
-@dataclass(frozen=True)
-class OldRun:
-    id: str
-    name: str
-    started: str
-    num_bytes: int  # of artifacts on this machine
+def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
+    """Id -> bytes of artifacts on this machine, of the ended runs that started more than `days` ago, oldest first.
 
+    A family is a retraining and the runs below it. A run stays if its family has a run that is to be kept, is younger,
+    or has not ended.
+    """
+    from mlflow.entities import ViewType
 
-def old_runs(days: float, keep: Iterable[str]) -> list[OldRun]:
-    """Ended runs that began more than `days` ago, oldest first; not those of a family (a retraining and the runs below
-    it) with a run that is kept, is younger, or still runs."""
     limit_ms = (time.time() - days * 86400) * 1000
-    runs = {run.info.run_id: run for run in _all_runs()}
+    runs = {run.info.run_id: run for run in tracking.all_pages(
+        tracking.client().search_runs, [tracking.experiment_id()], run_view_type=ViewType.ALL, max_results=1000)}
 
     def root(run_id: str) -> str:
         seen: set[str] = set()
@@ -84,28 +66,24 @@ def old_runs(days: float, keep: Iterable[str]) -> list[OldRun]:
             run_id = runs[run_id].data.tags.get("mlflow.parentRunId", run_id)
         return run_id
 
-    held = {root(run_id) for run_id in keep}
-    held |= {root(run_id) for run_id, run in runs.items()
-             if run.info.start_time > limit_ms or run.info.status in ("RUNNING", "SCHEDULED")}
-    old = sorted((run for run_id, run in runs.items() if root(run_id) not in held), key=lambda run: run.info.start_time)
-    return [OldRun(run.info.run_id, run.info.run_name or "", time.strftime("%Y-%m-%d", time.gmtime(
-        run.info.start_time / 1000)), _local_bytes(run.info.artifact_uri)) for run in old]
+    needed = {root(run_id) for run_id in keep}
+    needed |= {root(run_id) for run_id, run in runs.items()
+               if run.info.start_time > limit_ms or run.info.status in ("RUNNING", "SCHEDULED")}
+    old = sorted((run.info for run_id, run in runs.items() if root(run_id) not in needed),
+                 key=lambda info: info.start_time)
+    return {info.run_id: _local_bytes(info.artifact_uri) for info in old}
 
 
+@tracking.plain_errors()
 def remove_runs(run_ids: Sequence[str]) -> bool:
-    """Deletes runs with all they hold. False: the store is a server's, which has only marked them as deleted.
+    """Deletes runs with all their content. False: the store is a server's, which has only marked them as deleted.
 
-    Raises ValueError in MLflow's words.
+    Raises ValueError with MLflow's message.
     """
-    store, address = tracking.client(), tracking.uri()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        for run_id in run_ids:
-            if store.get_run(run_id).info.lifecycle_stage == "active":
-                store.delete_run(run_id)
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {tracking.without_password(address)}: {tracking.first_line(error)}") from None
+    mlflow, address = tracking.client(), tracking.uri()
+    for run_id in run_ids:
+        if mlflow.get_run(run_id).info.lifecycle_stage == "active":
+            mlflow.delete_run(run_id)
     if address.startswith(tracking.SERVER):
         return False
     for first in range(0, len(run_ids), 100):
@@ -115,19 +93,6 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
         if done.returncode:
             raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return True
-
-
-def _all_runs() -> Iterator[Any]:
-    from mlflow.entities import ViewType
-
-    token = None
-    while True:
-        page = tracking.client().search_runs([tracking.experiment_id()], run_view_type=ViewType.ALL, max_results=1000,
-                                             page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _local_bytes(address: str) -> int:

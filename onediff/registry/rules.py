@@ -1,9 +1,8 @@
-"""mlflow/promotion.yaml: what a candidate must reach to become champion. Imports no MLflow."""
+"""mlflow/promotion.yaml: what a candidate must reach to become champion, and whether it does. Imports no MLflow."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ from ruamel.yaml.error import YAMLError
 
 from onediff.config import Section
 from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS
-from onediff.registry import commits
-from onediff.registry.facts import YES
-from onediff.registry.score_files import in_range
+from onediff.eval.metrics.compute import Scores
+from onediff.eval.resample import compare
+from onediff.git import head, is_committed
+from onediff.registry.evidence import in_range
+from onediff.registry.facts import NO_GIT, YES
 
 RULES = Path("mlflow/promotion.yaml")
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}  # what the rules may ask of a benchmark that was not scored
@@ -26,6 +27,7 @@ NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PairScores = Mapping[str, Any]  # benchmark -> protocol, references, pair_id, group_id and a list for each metric
 
 
 def _of_pairs(path: str) -> str:
@@ -37,7 +39,7 @@ def _of_pairs(path: str) -> str:
 PairMetric = Annotated[str, AfterValidator(_of_pairs)]
 
 
-class Beats(Section):
+class Improvement(Section):
     metric: PairMetric
     margin: Loss
 
@@ -46,13 +48,13 @@ class Rules(Section):
     """Keys of `minima` and `maxima` are paths into gate.json such as `scenes.CIDEr`.
 
     `not_worse_than_champion`: the loss that chance alone must not be able to explain away. Both comparisons are by
-    paired bootstrap over the groups of split gate. `max_caption_ms`, `max_size_mib`: None, no limit. `require`: what
+    paired bootstrap over the groups of split gate. `max_caption_ms`, `max_size_mib`: None for no limit. `require`: what
     must be known of data and code. `approval_h`: hours in which a person must agree; None: nobody is asked.
     """
 
     minima: dict[str, Bound]
     maxima: dict[str, Bound]
-    better_than_champion: Beats | None
+    better_than_champion: Improvement | None
     not_worse_than_champion: dict[PairMetric, Loss] = Field(default_factory=dict)
     max_caption_ms: Limit | None = None
     max_size_mib: Limit | None = None
@@ -60,7 +62,7 @@ class Rules(Section):
     approval_h: Limit | None = None
 
     @model_validator(mode="after")
-    def _asks_something(self) -> Self:
+    def _has_bounds(self) -> Self:
         if not self.minima and not self.maxima:
             raise ValueError("minima and maxima are both empty: any model would become champion; set at least one")
         for path in self.minima.keys() & self.maxima.keys():
@@ -77,10 +79,10 @@ class Rules(Section):
 
 
 @dataclass(frozen=True)
-class Case:
-    """What a verdict judges and what a person approves. `model`: the digest of the version's folder; `scores`: that
-    of its scores; `champion`: the version that it was compared with, if any; `rules`: the SHA-256 of
-    promotion.yaml; `commit`: which has these rules, or "no git".
+class PromotionCase:
+    """What a verdict decides about, and what a person approves. `model`: the digest of the version's folder; `scores`:
+    the digest of its scores; `champion`: the version that it was compared with, if any; `rules`: the SHA-256 of
+    promotion.yaml; `commit`: the commit that contains these rules, or "no git".
     """
 
     version: str
@@ -98,8 +100,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rules say of a version. `reasons` holds every rule that a refused one breaks; `figures` what was
-    weighed: gate scores by path, caption_ms, size_mib. `replaced`: the champion that it follows, if any.
+    """Whether the rules let a version become champion. `reasons`: every rule that a refused version breaks. `replaced`:
+    the champion before it, if any. `figures`: gate scores by path, caption_ms and size_mib, as compared with the rules.
     """
 
     version: str
@@ -107,11 +109,14 @@ class Verdict:
     replaced: str | None = None
     reasons: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict, compare=False)
-    case: Case | None = field(default=None, compare=False)
+    case: PromotionCase | None = field(default=None, compare=False)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
 
 
 def load_rules(path: Path = RULES) -> Rules:
-    """Raises ValueError with one line per wrong value."""
+    """Reads the rules. Raises ValueError with one line per wrong value."""
     try:
         return Rules.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -134,31 +139,29 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
 
 
-def rules_facts(path: Path = RULES) -> dict[str, str]:
-    """For the trail: the SHA-256 of the file, and the commit that has it, `no git`, or `not committed`.
+def commit_of_rules(path: Path = RULES) -> str:
+    """The commit that contains the file with these bytes, NO_GIT, or NOT_COMMITTED.
 
     Raises ValueError for a repository that git does not read.
     """
-    commit = commits.head()
-    if commit != commits.NO_GIT and not commits.is_committed(path):
-        commit = NOT_COMMITTED
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "commit": commit}
+    if is_committed(path):
+        return str(head())
+    return NOT_COMMITTED if head() or Path(".git").exists() else NO_GIT
 
 
-def uncommitted(known: Mapping[str, str], *, first: bool, file: Path) -> list[str]:
-    """Why these rules may not be used. `known`: their `rules_facts`; `first`: there is no champion yet."""
-    if known["commit"] == NOT_COMMITTED:
-        return [f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
-                f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'"]
-    if known["commit"] == commits.NO_GIT and not first:
-        return [f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
-                "'git commit'"]
-    return []
+def uncommitted(commit: str, *, first: bool, file: Path) -> Iterator[str]:
+    """Why these rules may not be used. `commit`: see `commit_of_rules`; `first`: there is no champion yet."""
+    if commit == NOT_COMMITTED:
+        yield (f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
+               f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'")
+    elif commit == NO_GIT and not first:
+        yield (f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
+               "'git commit'")
 
 
 def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
-    """Raises ValueError, naming the nearest one, for a figure that the gate scores of its benchmark do not hold. A
-    benchmark that is not among the scores is no error of the file: the candidate is refused for it.
+    """Raises ValueError, naming the nearest one, for a figure that the gate scores of its benchmark do not have. A
+    benchmark without gate scores is no error of the file: the candidate is refused for it.
     """
     wrong = []
     for key, path in rules.paths():
@@ -173,46 +176,47 @@ def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES
         raise ValueError("\n".join(wrong))
 
 
-def judge(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
-          without_git: bool = False) -> list[str]:
-    """Why flattened gate scores and the facts tagged at registration do not meet the rules; empty: they do.
+# --- the candidate by itself -----------------------------------------------------------------------------------------
+
+
+def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
+                 without_git: bool = False) -> Iterator[str]:
+    """Why flattened gate scores and the facts in a version's tags do not meet the rules; nothing if they do.
     `without_git`: a version that was registered without git is not refused for that.
     """
-    reasons = []
     for path, least in rules.minima.items():
         if not number(scores, path) >= least:  # nan, a missing score, is refused too
-            reasons.append(f"{path} is {_value(scores, path)}, must be at least {least:g}")
+            yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
-            reasons.append(f"{path} is {_value(scores, path)}, must be at most {most:g}")
-    reasons += _not_scored(rules, scores)
+            yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
+    yield from _not_scored(rules, scores)
     for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
-            reasons.append(f"{name} was not measured, must be at most {limit:g} {unit}: register it again")
+            yield f"{name} was not measured, must be at most {limit:g} {unit}: register it again"
         elif limit is not None and not 0 < float(facts[name]) <= limit:
-            reasons.append(f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}")
+            yield f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}"
     for name in rules.require:
-        if facts.get(name) == commits.NO_GIT and not without_git:
-            reasons.append(f"{name}: {commits.NO_GIT}: 'git init' and 'git commit', then register again")
-        elif facts.get(name) not in (YES, commits.NO_GIT):
-            reasons.append(f"{name}: {facts.get(name, 'not known: register it again')}")
-    return reasons
+        if facts.get(name) == NO_GIT and not without_git:
+            yield f"{name}: {NO_GIT}: 'git init' and 'git commit', then register again"
+        elif facts.get(name) not in (YES, NO_GIT):
+            yield f"{name}: {facts.get(name, 'not known: register it again')}"
 
 
 def _not_scored(rules: Rules, scores: Mapping[str, Any]) -> list[str]:
     """The comparisons with the champion on a benchmark without gate scores, which the first champion needs, too."""
     benchmarks = sorted({path.partition(".")[0] for path in scores})
-    asked = {key: path.partition(".")[0] for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))}
     return [f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
-            for key, name in asked.items() if name not in benchmarks]
+            for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
+            and (name := path.partition(".")[0]) not in benchmarks]
 
 
-def weighed(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:
-    """The figures that the rules ask about, where there are any."""
-    asked = {path: number(scores, path) for _, path in rules.paths()}
-    asked |= {name: float(facts[name]) for name in ("caption_ms", "size_mib") if name in facts}
-    return {path: value for path, value in asked.items() if not math.isnan(value)}
+def figures_of(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:
+    """The figures that the rules name, where they are known."""
+    figures = {path: number(scores, path) for _, path in rules.paths()}
+    figures |= {name: float(facts[name]) for name in ("caption_ms", "size_mib") if name in facts}
+    return {path: value for path, value in figures.items() if not math.isnan(value)}
 
 
 def number(scores: Mapping[str, Any], path: str) -> float:
@@ -226,3 +230,54 @@ def _value(scores: Mapping[str, Any], path: str) -> str:
         return "not in the gate scores"
     value = number(scores, path)
     return f"{scores[path]!r}, which is outside the range of this score" if math.isnan(value) else f"{value:.4g}"
+
+
+def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
+    """One line for each benchmark in the rules whose gate pairs are all of one group. A bootstrap over one group is
+    meaningless.
+    """
+    num_groups = {name: len(set(ours[name]["group_id"]))
+                  for name in dict.fromkeys(path.partition(".")[0] for _, path in rules.paths()) if name in ours}
+    return [f"{name}: the pairs of split gate must be of at least 2 groups (scenes or photographs), got {num}: give "
+            "split gate more of them, then 'dvc repro'" for name, num in num_groups.items() if num < 2]
+
+
+# --- the candidate against the champion: is the difference more than chance? -----------------------------------------
+
+
+def least_differences(rules: Rules) -> dict[str, float]:
+    """Path of a metric -> the value that the whole interval of the difference must lie above."""
+    best = rules.better_than_champion
+    losses = {path: -loss for path, loss in rules.not_worse_than_champion.items()}
+    return {best.metric: best.margin} | {**losses, best.metric: best.margin} if best else losses
+
+
+def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> Iterator[str]:
+    """Why the candidate may not replace the champion: each metric for which the whole 95 % interval of the difference
+    is not above its least value. `again`: the command that scores the champion again.
+    """
+    for path, least in least_differences(rules).items():
+        benchmark, _, metric = path.rpartition(".")
+        first, second = ours.get(benchmark), theirs.get(benchmark, {})
+        if first is None:
+            yield f"{path} is not in the gate scores of pairs"
+        elif not _scored_alike(first, second):
+            yield (f"{path}: the champion was scored on other pairs, references or by another protocol: score it "
+                   f"again: {again}")
+        else:
+            both = [Scores({metric: sum(table[metric]) / len(table[metric])}, {metric: table[metric]}, {})
+                    for table in (first, second)]
+            compared = compare(both[0], both[1], first["group_id"])[metric]
+            if not compared.low > least:
+                yield (f"{path} is {compared.first:.4g}, the champion's {compared.second:.4g}: the 95 % interval of "
+                       f"the difference, {compared.low:+.3g} to {compared.high:+.3g}, must be above {least:+g}")
+
+
+def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str]:
+    """The benchmarks to compare on which the two were scored on other pairs or references, or by another protocol."""
+    benchmarks = dict.fromkeys(path.rpartition(".")[0] for path in least_differences(rules))
+    return [name for name in benchmarks if name in ours and not _scored_alike(ours[name], theirs.get(name, {}))]
+
+
+def _scored_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return all(first[key] == second.get(key) for key in ("protocol", "references", "pair_id"))

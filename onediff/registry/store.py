@@ -1,98 +1,74 @@
-"""What MLflow holds under the names `onediff` and `onediff-audit`, and its failures as one line."""
+"""MLflow's registered models `onediff` and `onediff-audit`, and the lock under which their aliases change.
+
+MLflow has no compare-and-set. Therefore one process at a time changes the aliases of a database on this machine, and
+only the deployments promote and rollback change those of a store that several machines share.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import getpass
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
-from onediff import tracking
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from onediff import paths, tracking
 
 NAME = "onediff"
 AUDIT = "onediff-audit"  # its versions are the records of the trail
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-CHAMPION_URI = f"models:/{NAME}@{CHAMPION}"
-EMPTY = "'make run' trains and registers one"
+WAIT_S = 600.0
 
 Aliases = dict[str, str]  # alias -> version
+ModelVersion = Any  # that of mlflow.entities.model_registry; importing MLflow takes seconds
+
+_sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """MLflow's failures as one line: ConnectionError if its server may answer the next time, else ValueError."""
-    tracking.quiet()
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
-    try:
-        yield
-    except (MlflowException, RequestException) as error:
-        raise tracking.plain(error) from None
-
-
-def all_of(name: str) -> list[ModelVersion]:
+def versions_of(model: str) -> list[ModelVersion]:
     """All versions of a registered model, oldest first; none if there is no such model."""
-    found: list[ModelVersion] = []
-    token = None
-    while True:
-        page = tracking.client().search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda item: int(item.version))
+    pages = tracking.all_pages(tracking.client().search_model_versions, f"name = '{model}'", max_results=1000)
+    return sorted(pages, key=lambda item: int(item.version))
 
 
 def make_model(name: str, description: str) -> None:
-    """Makes the registered model unless it is there."""
-    store = tracking.client()
+    """Creates the registered model if it does not exist."""
+    mlflow = tracking.client()
     from mlflow.exceptions import MlflowException
 
+    if tracking.lookup(mlflow.get_registered_model, name):
+        return
     try:
-        store.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        mlflow.create_registered_model(name, description=description)
+    except MlflowException as error:  # another process created it in the meantime
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        try:
-            store.create_registered_model(name, description=description)
-        except MlflowException as made:  # by another process since we looked
-            if made.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
 
 def aliases() -> Aliases:
-    """What MLflow says now. Raises ValueError if nothing is registered."""
-    store = tracking.client()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = store.get_registered_model(NAME).aliases
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ValueError(f"no version of '{NAME}' at {tracking.where()}: {EMPTY}") from None
-    return {alias: str(version) for alias, version in found.items()}
+    """The aliases in MLflow now. Raises ValueError if nothing is registered."""
+    model = tracking.lookup(tracking.client().get_registered_model, NAME)
+    if model is None:
+        raise ValueError(f"no version of '{NAME}' at {tracking.where()}: 'make run' trains and registers one")
+    return {alias: str(version) for alias, version in model.aliases.items()}
 
 
 def get(version: str) -> ModelVersion:
-    """Raises ValueError if it is not registered."""
-    store = tracking.client()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return store.get_model_version(NAME, version)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        known = ", ".join(str(item.version) for item in all_of(NAME)) or "none"
-        raise ValueError(f"version {version} of '{NAME}' is not registered; there are: {known}") from None
+    """A version of `onediff`. Raises ValueError if it is not registered."""
+    item = tracking.lookup(tracking.client().get_model_version, NAME, version)
+    if item is None:
+        known = ", ".join(str(other.version) for other in versions_of(NAME)) or "none"
+        raise ValueError(f"version {version} of '{NAME}' is not registered; there are: {known}")
+    return item
 
 
-def need(named: Mapping[str, str], alias: str, cure: str) -> str:
-    """The version of an alias. Raises ValueError with the cure if it has none."""
+def version_of(alias: str, named: Mapping[str, str], cure: str) -> str:
+    """The version that an alias names. Raises ValueError with the cure if it names none."""
     if alias not in named:
         raise ValueError(f"no version of '{NAME}' is {alias}: {cure}")
     return named[alias]
@@ -103,19 +79,75 @@ def resolve(uri: str) -> ModelVersion:
     name, _, version = uri.removeprefix("models:/").partition("/")
     name, _, alias = name.partition("@")
     if not uri.startswith("models:/") or name != NAME or bool(alias) == bool(version):
-        raise ValueError(f"'{uri}' names no version: write models:/{NAME}@{CHAMPION} or models:/{NAME}/1")
-    return get(version or need(aliases(), alias, "'onediff registry list' shows what there is"))
+        raise ValueError(f"'{uri}' names no version: write {paths.CHAMPION} or models:/{NAME}/1")
+    return get(version or version_of(alias, aliases(), "'onediff registry list' shows what there is"))
 
 
-def tag(name: str, version: str, tags: Mapping[str, str]) -> None:
+def set_tags(model: str, version: str, tags: Mapping[str, str]) -> None:
+    """Sets tags of a version, in this order."""
     for key, value in tags.items():
-        tracking.client().set_model_version_tag(name, version, key, value)
+        tracking.client().set_model_version_tag(model, version, key, value)
 
 
-def when(milliseconds: int) -> str:
-    """MLflow's clock as ISO 8601 in UTC, to the second."""
+def iso_time(milliseconds: int) -> str:
+    """A time of MLflow as ISO 8601 in UTC, to the second."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+# --- one writer at a time --------------------------------------------------------------------------------------------
+
+
+def shared() -> bool:
+    """Whether other machines can reach the registry: a server or a database other than SQLite."""
+    return not tracking.uri().startswith("sqlite:")
+
+
+@contextmanager
+def sole_writer() -> Iterator[None]:
+    """Declares that no other process changes a shared registry inside this block. The deployments promote and rollback,
+    which run one at a time, use it. If the declaration is wrong, the later of two changes is refused.
+    """
+    token = _sole_writer.set(True)
+    try:
+        yield
+    finally:
+        _sole_writer.reset(token)
+
+
+def may_write() -> bool:
+    """Whether this process may change the aliases."""
+    return _sole_writer.get() or not shared()
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Surrounds every change; does not nest. Raises ValueError on a shared registry unless `sole_writer` is held."""
+    if not may_write():
+        raise ValueError(f"aliases at {tracking.where()} are changed by the deployments promote and rollback alone: "
+                         "'onediff registry promote' submits to them")
+    if shared():
+        yield
+        return
+    path = Path(tracking.uri().removeprefix("sqlite:///") + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + WAIT_S
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{path}: another process has been changing the registry for {WAIT_S:.0f} s; "
+                                     "see what it does, or end it") from None
+                time.sleep(0.05)
+        yield  # closing the file, or the end of the process, releases the lock
+
+
+def user_and_machine() -> str:
+    """user@machine, for the trail."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

@@ -1,4 +1,4 @@
-"""The model card of a version, in Hugging Face's format: written from the pipeline's own files, by no hand."""
+"""The model card of a version, in Hugging Face's format, written from the pipeline's own files."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onediff.config import Config, Phase, load_params
+from onediff.config import Config, load_params
 from onediff.data.folders import sources_of
+from onediff.files import write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
           "nearest_train": "floor: caption of the nearest training pair"}
-PHASES = ("align", "tune")
 CAPTIONS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 BEHAVIOUR = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
              "operation_accuracy")
 
-Scores = Mapping[str, Mapping[str, Any]]
+Tables = Mapping[str, Mapping[str, Any]]  # benchmark -> scores
+Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
 
 
 def write_card(folder: Path, *, root: Path = Path()) -> Path:
-    """Writes folder/README.md about the pipeline's present results, with the ids of folder/lineage if it is there; its
-    path.
+    """Writes folder/README.md about the pipeline's present results, with the ids of folder/lineage if it exists, and
+    returns its path.
 
     Raises FileNotFoundError for results that 'dvc repro' has not made yet.
     """
@@ -31,34 +32,38 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
 
     data = root / "data"
     config, card = load_params(root / "params.yaml"), _read(data / "diffcap/card.json")
-    scores = {"test": _read(data / "metrics.json"), "gate": _read(data / "gate.json")}
-    stress = _read(data / "stress.json")
-    runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in PHASES if getattr(config, phase)}
+    tests, gates, stress = (_read(data / f"{name}.json") for name in ("metrics", "gate", "stress"))
+    scores = [(split, benchmark, table) for split, tables in (("test", tests), ("gate", gates))
+              for benchmark, table in tables.items()]
+    behaviour = [name for name in BEHAVIOUR if any(name in table for _, _, table in scores)]
+    runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in ("align", "tune") if getattr(config, phase)}
     lineage = folder / "lineage/lineage.json"
-    made = ModelCard.from_template(
+    content = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
-        phases=_phases(config, runs), captions=CAPTIONS, caption_rows=list(_caption_rows(scores)),
-        behaviour=_behaviour(scores), behaviour_rows=list(_behaviour_rows(scores)),
-        unchanged=list(_unchanged(scores, stress)), weak=list(_weak(scores["test"])), stress=list(_stress(stress)),
+        phases=[_phase(config, name, run) for name, run in runs.items()], captions=CAPTIONS,
+        caption_rows=list(_caption_rows(scores)), behaviour=behaviour,
+        behaviour_rows=[
+            [split, benchmark, *(_cell(table.get(name), table["intervals"].get(name)) for name in behaviour)]
+            for split, benchmark, table in scores if any(name in table for name in behaviour)],
+        unchanged=list(_unchanged(scores, stress)), weak=list(_weak(tests)), stress=list(_stress(stress)),
         incomplete=card.get("incomplete", {}),
-        protocols=sorted({its["protocol"] for its in scores["test"].values()}),
+        protocols=sorted({table["protocol"] for table in tests.values()}),
         generated_only=set(sources_of(config.data)) == set(config.data.generated),
-        lineage=_read(lineage) if lineage.exists() else None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(made.content.rstrip() + "\n", encoding="utf-8")
+        lineage=_read(lineage) if lineage.exists() else None).content
+    write_text(folder / "README.md", content.rstrip() + "\n")
     return folder / "README.md"
 
 
-def _card_data(scores: Mapping[str, Scores]) -> Any:
+def _card_data(scores: Labelled) -> Any:
     """The front matter, whose model-index a hub shows as a table of results."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [EvalResult(task_type="image-to-text", task_name="image difference captioning", dataset_type=benchmark,
                           dataset_name=f"{benchmark}, split {split}", dataset_split=split,
                           metric_type=metric.lower(), metric_name=f"{metric} (times 100)",
-                          metric_value=round(100 * its[metric], 2))
-               for split, benchmark, its in _each(scores)
-               for metric in CAPTIONS + BEHAVIOUR if isinstance(its.get(metric), (int, float))]
+                          metric_value=round(100 * table[metric], 2))
+               for split, benchmark, table in scores
+               for metric in CAPTIONS + BEHAVIOUR if isinstance(table.get(metric), (int, float))]
     return ModelCardData(language="en", license="other", license_name="that-of-its-data-and-checkpoints",
                          license_link="LICENSE", library_name="onediff", pipeline_tag="image-to-text",
                          tags=["image-difference-captioning", "onediff"], model_name="OneDiff", eval_results=results)
@@ -66,53 +71,30 @@ def _card_data(scores: Mapping[str, Scores]) -> Any:
 
 def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
     """One row per source: pairs of each split, what, licence, home."""
-    rows = []
-    for source, about in sorted(card["sources"].items()):
-        counts = [f"{sum(card['num_pairs'].get(split, {}).get(source, {}).values()):,}"
-                  for split in ("train", "val", "gate", "test")]
-        rows.append([source, *counts, about["what"], about["licence"], about["home"]])
-    return rows
+    return [[source, *(f"{sum(card['num_pairs'].get(split, {}).get(source, {}).values()):,}"
+                       for split in ("train", "val", "gate", "test")), about["what"], about["licence"], about["home"]]
+            for source, about in sorted(card["sources"].items())]
 
 
-def _phases(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for name, run in runs.items():
-        phase: Phase = getattr(config, name)
-        rates = {part: getattr(phase, f"lr_{part}") for part in ("vision", "delta", "projector", "language")}
-        found.append({"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
-                      "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
-                      "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items() if rate),
-                      "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"]})
-    return found
+def _phase(config: Config, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    phase = getattr(config, name)
+    rates = {part: getattr(phase, f"lr_{part}") for part in ("vision", "delta", "projector", "language")}
+    return {"name": name, "steps": run["steps"], "batch_size": phase.batch_size,
+            "mixture": ", ".join(f"{source} {share:g}" for source, share in phase.mixture.items()),
+            "rates": ", ".join(f"{part} {rate:g}" for part, rate in rates.items() if rate),
+            "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"]}
 
 
 # --- scores, times 100 as papers print them --------------------------------------------------------------------------
 
 
-def _each(scores: Mapping[str, Scores]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    return ((split, benchmark, its) for split, benchmarks in scores.items() for benchmark, its in benchmarks.items())
-
-
-def _caption_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:
+def _caption_rows(scores: Labelled) -> Iterator[list[str]]:
     """Split, benchmark, who, number of pairs, then a cell per metric; the floors below each benchmark."""
-    for split, benchmark, its in _each(scores):
-        yield [split, benchmark, "**OneDiff**", f"{its['num_pairs']:,}",
-               *(_cell(its.get(name), its["score_intervals"].get(name)) for name in CAPTIONS)]
-        for floor, values in its.get("floor", {}).items():
+    for split, benchmark, table in scores:
+        yield [split, benchmark, "**OneDiff**", f"{table['num_pairs']:,}",
+               *(_cell(table.get(name), table["score_intervals"].get(name)) for name in CAPTIONS)]
+        for floor, values in table.get("floor", {}).items():
             yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTIONS)]
-
-
-def _behaviour(scores: Mapping[str, Scores]) -> list[str]:
-    """The figures of behaviour that any benchmark has."""
-    return [name for name in BEHAVIOUR if any(name in its for _, _, its in _each(scores))]
-
-
-def _behaviour_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:
-    """Split, benchmark, then a cell for each figure that any benchmark has."""
-    shown = _behaviour(scores)
-    for split, benchmark, its in _each(scores):
-        if any(name in its for name in shown):
-            yield [split, benchmark, *(_cell(its.get(name), its["intervals"].get(name)) for name in shown)]
 
 
 def _cell(value: Any, bounds: Any = None) -> str:
@@ -121,41 +103,37 @@ def _cell(value: Any, bounds: Any = None) -> str:
     return f"{100 * value:.1f}" + (f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else "")
 
 
-def _unchanged(scores: Mapping[str, Scores], stress: Scores) -> Iterator[list[str]]:
-    """How often it reports a change where there is none: benchmark, on what, rate with interval."""
-    for split, benchmark, its in _each(scores):
-        if "false_alarm_rate" in its:
-            yield [benchmark, f"pairs without a change, split {split}",
-                   _cell(its["false_alarm_rate"], its["intervals"].get("false_alarm_rate"))]
-    for benchmark, its in stress.items():
-        same = its.get("identical", {})
-        if "false_alarm_rate" in same:
-            yield [benchmark, f"the same image twice, {its['num_pairs']} pairs of split test",
-                   _cell(same["false_alarm_rate"], same["intervals"].get("false_alarm_rate"))]
+def _unchanged(scores: Labelled, stress: Tables) -> Iterator[list[str]]:
+    """How often the model reports a change where there is none: benchmark, on what, rate with interval."""
+    rows = [(benchmark, f"pairs without a change, split {split}", table) for split, benchmark, table in scores]
+    rows += [(benchmark, f"the same image twice, {table['num_pairs']} pairs of split test", table.get("identical", {}))
+             for benchmark, table in stress.items()]
+    for benchmark, pairs, table in rows:
+        if "false_alarm_rate" in table:
+            yield [benchmark, pairs, _cell(table["false_alarm_rate"], table["intervals"].get("false_alarm_rate"))]
 
 
-def _stress(stress: Scores) -> Iterator[list[str]]:
+def _stress(stress: Tables) -> Iterator[list[str]]:
     """Benchmark, disturbance, its strongest grade, then CIDEr and false alarms without it and with it."""
-    for benchmark, its in stress.items():
-        for kind, curve in its.get("curves", {}).items():
+    for benchmark, table in stress.items():
+        for kind, curve in table.get("curves", {}).items():
             grades = [grade for grade in curve if grade != "none"]
-            if not grades or "none" not in curve:
-                continue
-            worst = min(grades, key=lambda grade: curve[grade]["CIDEr"])
-            yield [benchmark, kind.replace("_", " "), worst,
-                   *(_cell(curve[grade].get(name)) for name in ("CIDEr", "false_alarm_rate")
-                     for grade in ("none", worst))]
+            if grades and "none" in curve:
+                worst = min(grades, key=lambda grade: curve[grade]["CIDEr"])
+                yield [benchmark, kind.replace("_", " "), worst,
+                       *(_cell(curve[grade].get(name)) for name in ("CIDEr", "false_alarm_rate")
+                         for grade in ("none", worst))]
 
 
-def _weak(scores: Scores) -> Iterator[str]:
-    """The kind of change that it gets right least often, of each benchmark that tells."""
-    for benchmark, its in scores.items():
-        kinds = its.get("change_type_accuracy_by_type") or its.get("operation_accuracy_by_operation") or {}
-        told = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}
-        if told:
-            kind = min(told, key=lambda key: told[key])
-            yield (f"{benchmark}: worst on `{kind}`: it names this change in {100 * told[kind]:.0f} % of such pairs of "
-                   "split test")
+def _weak(tests: Tables) -> Iterator[str]:
+    """For each benchmark that scores them, the kind of change that the model gets right least often."""
+    for benchmark, table in tests.items():
+        kinds = table.get("change_type_accuracy_by_type") or table.get("operation_accuracy_by_operation") or {}
+        shares = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}
+        if shares:
+            worst = min(shares, key=lambda kind: shares[kind])
+            yield (f"{benchmark}: worst on `{worst}`: it names this change in {100 * shares[worst]:.0f} % of such "
+                   "pairs of split test")
 
 
 def _read(path: Path) -> Any:

@@ -18,12 +18,12 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(folder, device=device)
-    taken = []
+    times = []
     for record in islice(read_records(data, "gate-*.parquet"), num_pairs + 1):
         pair = (open_image(record.before), open_image(record.after))
         start = time.perf_counter()
         captioner.caption([pair], instructions=[record.instruction])
-        taken.append((time.perf_counter() - start) * 1000)
-    if len(taken) < 2:
+        times.append((time.perf_counter() - start) * 1000)
+    if len(times) < 2:
         raise FileNotFoundError(f"{data}: split gate holds too few pairs to time one; 'dvc repro build' makes it")
-    return statistics.median(taken[1:])  # the first one warms up
+    return statistics.median(times[1:])  # the first one warms up

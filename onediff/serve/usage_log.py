@@ -1,6 +1,6 @@
-"""What was captioned in use, noted on this machine if runtime.yaml says where: the rows that the drift check reads.
+"""The usage log: captions made in use, written on this machine if runtime.yaml names a folder; read by the drift check.
 
-A file for each day (UTC), a line for each caption, with what the probe measures of a pair under the probe's names.
+One file per day (UTC), one line per caption, with the probe's measurements of the pair under the probe's names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -21,8 +21,12 @@ from onediff.config import Runtime
 from onediff.model.digest import weights_digest
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from onediff.model.captioner import Captioner, Pair
 
+Files = tuple[bytes | Path, bytes | Path]  # of a pair: paths, or bytes of image files
+CaptionFiles = Callable[[list[Files], "list[Pair]", list[str]], list[str]]  # files, opened images, instructions
+
+PRIVATE = 0o700  # mode of a folder: readable by this user only
 SIDES = ("before", "after")
 PROBED = ("width_before", "height_before", "width_after", "height_after", "mode", "hash_before", "hash_after",
           "distance")  # of the probe's columns
@@ -30,12 +34,12 @@ PROBED = ("width_before", "height_before", "width_after", "height_after", "mode"
 
 @dataclass(frozen=True)
 class Use:
-    """One pair that was captioned: the image files as given (paths, or their bytes), the same opened, what was asked
-    and said, and how sure the model was, 0 to 1.
+    """One captioned pair: the image files (paths, or their bytes), the opened images, the instruction, the caption and
+    its confidence, 0 to 1.
     """
 
-    files: tuple[bytes | Path, bytes | Path]
-    images: tuple[Image.Image, Image.Image]
+    files: Files
+    images: Pair
     instruction: str
     caption: str
     confidence: float
@@ -49,21 +53,21 @@ class UsageLog:
     model: str
     weights: str
     keep_images: bool
-    _told: bool = field(default=False, init=False)
+    _has_failed: bool = field(default=False, init=False)
 
     def add(self, uses: Sequence[Use]) -> None:
-        """Notes them in one write, or, where the disk is full or the folder cannot be written, says so once on stderr:
-        a caption never fails because it could not be noted.
+        """Writes one row per use in one write. Where the disk is full or the folder cannot be written, prints this once
+        on stderr: a caption never fails because it could not be logged.
         """
         now = datetime.now(UTC)
         try:
-            _make(self.folder)
+            self.folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             append(self.folder / f"{now:%Y-%m-%d}.jsonl", [self._row(use, now) for use in uses])
         except OSError as error:
-            if not self._told:
+            if not self._has_failed:
                 print(f"onediff: usage_log {self.folder}: captions are not noted ({error.strerror or error}); "
                       "make room or name another folder in runtime.yaml", file=sys.stderr)
-            self._told = True
+            self._has_failed = True
 
     def _row(self, use: Use, now: datetime) -> dict[str, Any]:
         before, after = (file if isinstance(file, bytes) else file.read_bytes() for file in use.files)
@@ -71,30 +75,44 @@ class UsageLog:
                "caption": use.caption, "confidence": round(use.confidence, 5), "instruction": use.instruction}
         row |= pair_facts((before, after), use.images)
         if self.keep_images:
-            row |= {f"file_{side}": self._keep(content) for side, content in zip(SIDES, (before, after), strict=True)}
+            row |= {f"file_{side}": self._store(content) for side, content in zip(SIDES, (before, after), strict=True)}
         return row
 
-    def _keep(self, content: bytes) -> str:
-        """The image's path below the folder; it takes its name when it is whole."""
-        name = f"images/{sha256(content).hexdigest()}"
-        path = self.folder / name
+    def _store(self, content: bytes) -> str:
+        """The image's path below the folder. Several servers may write there, so the temporary name holds the process.
+        """
+        path = self.folder / "images" / sha256(content).hexdigest()
         if not path.exists():
-            _make(path.parent)
+            path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             part.write_bytes(content)
             part.replace(path)
-        return name
+        return f"images/{path.name}"
 
 
 def usage_log(runtime: Runtime, model: str, folder: Path) -> UsageLog | None:
-    """The log of a model (its address, and the folder of its weights); None unless runtime.yaml wants one."""
+    """The log of a model (its address, and the folder of its weights), or None if runtime.yaml sets no usage_log."""
     if runtime.usage_log is None:
         return None
     return UsageLog(Path(runtime.usage_log), model, weights_digest(folder), runtime.usage_images)
 
 
-def pair_facts(files: tuple[bytes, bytes], images: tuple[Image.Image, Image.Image]) -> dict[str, Any]:
-    """What the probe measures of the pair, and `brightness` and `contrast` (mean and deviation, grey levels)."""
+def caption_and_log(captioner: Captioner, log: UsageLog | None, files: list[Files], pairs: list[Pair],
+                    instructions: list[str]) -> list[str]:
+    """Captions of the pairs, one instruction each, in order. With a log, each is also written there.
+
+    `pairs`: the opened images of `files`. The captions are the same with and without a log.
+    """
+    if log is None:
+        return captioner.caption(pairs, instructions=instructions)
+    captions = captioner.caption_with_confidence(pairs, instructions=instructions)
+    log.add([Use(file, pair, instruction, *caption) for file, pair, instruction, caption
+             in zip(files, pairs, instructions, captions, strict=True)])
+    return [text for text, _ in captions]
+
+
+def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
+    """The probe's measurements of the pair, and `brightness` and `contrast` (mean and deviation, grey levels)."""
     from PIL import ImageStat
 
     from onediff.data.quality.probe import probe_record
@@ -112,40 +130,29 @@ def pair_facts(files: tuple[bytes, bytes], images: tuple[Image.Image, Image.Imag
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """JSON lines in one write at the end of the file: two writers never mix their lines. Raises OSError.
 
-    A line that a full disk once cut off is ended first, so that it spoils no other.
+    If a full disk has cut off the last line, that line is ended first, so that only it is lost.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    place = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        size = os.fstat(place).st_size
-        if size and os.pread(place, 1, size - 1) != b"\n":
+    with path.open("ab+", buffering=0) as file:  # unbuffered: one system call
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             text = b"\n" + text
-        if os.write(place, text) < len(text):
+        if file.write(text) < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(place)
 
 
 def read_usage(folder: Path, since: datetime) -> tuple[list[dict[str, Any]], int]:
-    """The rows noted since then, oldest first, and how many lines cannot be read (cut off by a full disk or a kill).
+    """The rows written since then, oldest first, and the number of lines that cannot be read (cut off by a full disk or
+    a kill).
 
     Raises FileNotFoundError if there is no log.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} not found: set usage_log in runtime.yaml, and captions are noted there")
-    rows, broken = [], 0
-    for path in sorted(folder.glob("????-??-??.jsonl")):
-        if path.stem < f"{since:%Y-%m-%d}":
-            continue
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            if not line.strip():
-                continue
-            row = _parsed(line)
-            if row is None:
-                broken += 1
-            elif row["time"] >= since.astimezone(UTC).isoformat(timespec="milliseconds"):
-                rows.append(row)
-    return rows, broken
+    lines = [line for path in sorted(folder.glob("????-??-??.jsonl")) if path.stem >= f"{since:%Y-%m-%d}"
+             for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    rows = [row for row in map(_parsed, lines) if row]
+    first = since.astimezone(UTC).isoformat(timespec="milliseconds")
+    return [row for row in rows if row["time"] >= first], len(lines) - len(rows)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -154,8 +161,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, dict) and {"time", "caption", "confidence", *PROBED} <= set(row) else None
-
-
-def _make(folder: Path) -> None:
-    """For this user's eyes."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)

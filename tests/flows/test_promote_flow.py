@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-from registered import add, git, score_again, write_rules
+from registered import add, score_again, write_rules
 
 from flows import promote as flow
 from flows import tasks
@@ -14,11 +13,7 @@ from onediff import registry
 
 
 @pytest.fixture(autouse=True)
-def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    git("init", "--quiet")
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+def approval_required(local_registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rules(registry.RULES, approval_h=1)
     monkeypatch.setattr(tasks, "promote", tasks.promote.fn)
     monkeypatch.setattr(flow, "notify", lambda *_, **__: None)

@@ -67,8 +67,8 @@ class Recorder:
                 self.label(value, stage, f"{place}.{name}".lstrip("."))
 
     def read(self, section: object, name: str) -> None:
-        """tracking.py sends all parameters to MLflow, which decides no result."""
-        if id(section) in self.places and sys._getframe(2).f_globals["__name__"] != "onediff.tracking":
+        """tracking/runs.py sends all parameters to MLflow, which decides no result."""
+        if id(section) in self.places and sys._getframe(2).f_globals["__name__"] != "onediff.tracking.runs":
             stage, place = self.places[id(section)]
             self.note(stage, f"{place}.{name}".lstrip("."))
 

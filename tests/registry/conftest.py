@@ -5,18 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registered import Server, git, write_rules
+from registered import Server
 
 
 @pytest.fixture(autouse=True)
-def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder with an empty local store and a gate that git has committed."""
-    monkeypatch.chdir(tmp_path)
-    git("init", "--quiet")
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    write_rules(tmp_path / "mlflow/promotion.yaml")
-    return tmp_path
+def store(local_registry: Path) -> Path:
+    return local_registry
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from registered import Server, add, aliases
 
 from onediff import registry, tracking
+from onediff.tracking import connection
 
 ADMIN, OTHER = ("admin", "adm1n-passw0rd"), ("reader", "r3ader-passw0rd")
 
@@ -28,30 +29,30 @@ def guarded(store: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch) 
 
 
 def become(user: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking._client.cache_clear()
+    connection._client.cache_clear()
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user[0])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", user[1])
 
 
 def make_user(server: Server, user: tuple[str, str]) -> None:
-    asked = urllib.request.Request(f"{server.address}/api/2.0/mlflow/users/create", method="POST",
+    request = urllib.request.Request(f"{server.address}/api/2.0/mlflow/users/create", method="POST",
                                    data=json.dumps(dict(zip(("username", "password"), user, strict=True))).encode(),
                                    headers={"Content-Type": "application/json", "Authorization": "Basic "
                                             + base64.b64encode(":".join(ADMIN).encode()).decode()})
-    urllib.request.urlopen(asked, timeout=20).close()
+    urllib.request.urlopen(request, timeout=20).close()
 
 
 @pytest.mark.slow
 def test_who_may_not_is_told_in_one_line_what_to_set(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking._client.cache_clear()
+    connection._client.cache_clear()
     unknown = rf"^MLflow at {guarded.address} does not know us \(401\): set MLFLOW_TRACKING_USERNAME and [^\n]*$"
     for call in (tracking.check, tracking.client, registry.list_versions, registry.trail):
         with pytest.raises(ValueError, match=unknown):
             call()
     become(("admin", "wr0ng"), monkeypatch)
-    with pytest.raises(ValueError, match=unknown) as told:
+    with pytest.raises(ValueError, match=unknown) as refusal:
         registry.list_versions()
-    assert "wr0ng" not in str(told.value)
+    assert "wr0ng" not in str(refusal.value)
     become(ADMIN, monkeypatch)
     with registry.sole_writer():
         add("a")
@@ -59,9 +60,9 @@ def test_who_may_not_is_told_in_one_line_what_to_set(guarded: Server, monkeypatc
     make_user(guarded, OTHER)
     become(OTHER, monkeypatch)
     assert aliases() == {"1": ["candidate", "champion"]} and len(registry.trail()) == 2
-    with registry.sole_writer(), pytest.raises(ValueError, match=r"does not let reader do this \(403\)") as told:
+    with registry.sole_writer(), pytest.raises(ValueError, match=r"does not let reader do this \(403\)") as refusal:
         add("a", CIDEr=4.0)
-    assert OTHER[1] not in str(told.value)
+    assert OTHER[1] not in str(refusal.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.address.replace("//", f"//{ADMIN[0]}:wr0ng@"))
     with pytest.raises(ValueError, match=unknown):
         registry.list_versions()
@@ -69,6 +70,6 @@ def test_who_may_not_is_told_in_one_line_what_to_set(guarded: Server, monkeypatc
 
 def test_a_server_that_is_down_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be reached") as told:
+    with pytest.raises(ValueError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be reached") as refusal:
         registry.list_versions()
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(refusal.value)

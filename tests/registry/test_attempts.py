@@ -384,7 +384,7 @@ def a_second_champion_without_git() -> Any:
 # --- between registering, approval and promotion ---------------------------------------------------------------------
 
 
-def approved() -> registry.Case:
+def approved() -> registry.PromotionCase:
     """What a person saw and agreed to."""
     register(TUNE)
     case = registry.assess().case

@@ -7,12 +7,12 @@ import pytest
 from registered import model
 from ruamel.yaml import YAML
 
-from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts, locked_md5, size_mib
+from onediff.registry.facts import AUDIT, DIFFCAP, QUARANTINE, REPORTS, facts_at_registration, locked_md5, size_mib
 from onediff.repro.lock import md5_of
 
 
 @pytest.fixture
-def made() -> Path:
+def trained_folder() -> Path:
     """A model folder and what DVC would leave beside it."""
     folder = model("tune")
     for path, text in ((f"{DIFFCAP}/card.json", "{}"), (QUARANTINE, "none"), (f"{REPORTS}/{AUDIT}", audit("clean"))):
@@ -28,10 +28,10 @@ def audit(verdict: str) -> str:
 
 def write_lock(**digests: str) -> None:
     """dvc.lock of three stages; a name's digest instead of that on disk."""
-    its = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
+    on_disk = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
 
     def line(path: str, digest: str | None = None) -> dict[str, str]:
-        return {"path": path, "hash": "md5", "md5": digest or its[path]}
+        return {"path": path, "hash": "md5", "md5": digest or on_disk[path]}
 
     stages = {"validate": {"cmd": "x", "outs": [line(QUARANTINE, digests.get("validated"))]},
               "build": {"cmd": "x", "deps": [line(QUARANTINE)],
@@ -41,40 +41,42 @@ def write_lock(**digests: str) -> None:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
 
 
-def test_what_came_of_validated_and_clean_data_says_yes(made: Path) -> None:
-    found = facts(made)
-    assert found["data_validated"] == found["leak_audit"] == "yes"
-    assert found == facts(made.absolute(), root=Path().absolute())
-    assert locked_md5(made) == md5_of(made)
+def test_what_came_of_validated_and_clean_data_says_yes(trained_folder: Path) -> None:
+    facts = facts_at_registration(trained_folder)
+    assert facts["data_validated"] == facts["leak_audit"] == "yes"
+    assert facts == facts_at_registration(trained_folder.absolute(), root=Path().absolute())
+    assert locked_md5(trained_folder) == md5_of(trained_folder)
 
 
-@pytest.mark.parametrize(("changed", "said"), [
+@pytest.mark.parametrize(("changed", "reason"), [
     ({"trained": "0.dir"}, "models/tune is not what dvc.lock says"),
     ({"built": "0.dir"}, "data/diffcap that was read is not what stage build left"),
     ({"validated": "0"}, "data/quarantine.parquet that was read is not what stage validate left")])
-def test_a_chain_that_breaks_says_where(made: Path, changed: dict[str, str], said: str) -> None:
+def test_a_chain_that_breaks_says_where(trained_folder: Path, changed: dict[str, str], reason: str) -> None:
     write_lock(**changed)
-    found = facts(made)
-    assert said in found["data_validated"] and said in found["leak_audit"]
-    assert found["data_validated"].startswith("no: ")
+    facts = facts_at_registration(trained_folder)
+    assert reason in facts["data_validated"] and reason in facts["leak_audit"]
+    assert facts["data_validated"].startswith("no: ")
 
 
-def test_a_leak_is_told_with_its_numbers(made: Path) -> None:
+def test_a_leak_is_reported_with_its_numbers(trained_folder: Path) -> None:
     Path(REPORTS, AUDIT).write_text(audit("3 of 1000 test pairs leak"))
-    assert "not what dvc.lock says" in facts(made)["leak_audit"]
+    assert "not what dvc.lock says" in facts_at_registration(trained_folder)["leak_audit"]
     write_lock()
-    assert facts(made)["leak_audit"].startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
+    leaks = facts_at_registration(trained_folder)["leak_audit"]
+    assert leaks.startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
     Path(REPORTS, AUDIT).unlink()
-    assert "audit.json not found; 'dvc pull build' brings it" in facts(made)["leak_audit"]
+    assert "audit.json not found; 'dvc pull build' brings it" in facts_at_registration(trained_folder)["leak_audit"]
 
 
-def test_a_folder_that_no_stage_made_is_of_unknown_data(made: Path) -> None:
-    assert facts(model("own"))["data_validated"].startswith("no: models/own is no out of a stage in dvc.lock")
+def test_a_folder_that_no_stage_made_is_of_unknown_data(trained_folder: Path) -> None:
+    validated = facts_at_registration(model("own"))["data_validated"]
+    assert validated.startswith("no: models/own is no out of a stage in dvc.lock")
     Path("dvc.lock").unlink()
-    assert locked_md5(made) is None
+    assert locked_md5(trained_folder) is None
 
 
-def test_the_size_is_that_of_all_files(made: Path) -> None:
-    (made / "more").mkdir()
-    (made / "more/b").write_bytes(b"0" * 2**20)
-    assert size_mib(made) == pytest.approx(1 + 6 / 2**20)
+def test_the_size_is_that_of_all_files(trained_folder: Path) -> None:
+    (trained_folder / "more").mkdir()
+    (trained_folder / "more/b").write_bytes(b"0" * 2**20)
+    assert size_mib(trained_folder) == pytest.approx(1 + 6 / 2**20)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from registered import REPO, write_rules
+from registered import BENCHMARK, REPO, pairs_of, write_rules
 
 from onediff.registry import load_rules
-from onediff.registry.rules import check_metrics, judge, weighed
+from onediff.registry.rules import broken_rules, check_metrics, failed_comparisons, figures_of, incomparable
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -64,12 +65,13 @@ def test_a_score_that_is_no_number_is_refused(value: float) -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     wrong = ["scenes.change_type_accuracy", "scenes.false_alarm_rate"]
     scores = dict.fromkeys(rules.minima, 1.0) | dict.fromkeys(wrong, value)
-    assert [reason.partition(" ")[0] for reason in judge(rules, scores, {})[:2]] == wrong
+    assert [reason.partition(" ")[0] for reason in list(broken_rules(rules, scores, {}))[:2]] == wrong
 
 
 def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
-    reasons = judge(rules, {**dict.fromkeys(rules.minima, 1.0), "scenes.false_alarm_rate": 0.0}, {"size_mib": "11"})
+    scores = {**dict.fromkeys(rules.minima, 1.0), "scenes.false_alarm_rate": 0.0}
+    reasons = list(broken_rules(rules, scores, {"size_mib": "11"}))
     assert reasons == ["caption_ms was not measured, must be at most 2000 ms a pair: register it again",
                        "data_validated: not known: register it again", "leak_audit: not known: register it again",
                        "clean_lineage: not known: register it again"]
@@ -78,5 +80,36 @@ def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None
 def test_a_benchmark_that_was_not_scored_is_refused() -> None:
     Path("rules.yaml").write_text("minima: {birds.CIDEr: 0.1}\nmaxima: {}\nbetter_than_champion: null")
     rules = load_rules(Path("rules.yaml"))
-    assert judge(rules, {"scenes.CIDEr": 3.0}, {}) == ["birds.CIDEr is not in the gate scores, must be at least 0.1"]
-    assert weighed(rules, {"scenes.CIDEr": 3.0}, {"size_mib": "11"}) == {"size_mib": 11.0}
+    reason, = broken_rules(rules, {"scenes.CIDEr": 3.0}, {})
+    assert reason == "birds.CIDEr is not in the gate scores, must be at least 0.1"
+    assert figures_of(rules, {"scenes.CIDEr": 3.0}, {"size_mib": "11"}) == {"size_mib": 11.0}
+
+
+def pairs(cider: float, *, edits: float = 1.0, references: str = "r1", noise: float = 0) -> dict[str, object]:
+    return pairs_of({name: {**BENCHMARK, "references": references, "CIDEr": score}
+                     for name, score in (("scenes", cider), ("edits", edits))}, noise=noise)
+
+
+def reasons(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
+    return [*failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), ours, theirs, again="again")]
+
+
+def test_a_gain_that_chance_explains_is_no_gain() -> None:
+    reason, = reasons(pairs(3.1, noise=2.0), pairs(3.0))
+    assert re.search(r"scenes.CIDEr is 3.1, the champion's 3: .* -0.\d+ to \+0.\d+, must be above \+0", reason)
+    assert reasons(pairs(3.1, noise=0.1), pairs(3.0)) == []
+
+
+def test_a_gain_may_not_be_paid_for_on_another_benchmark() -> None:
+    assert reasons(pairs(4.0, edits=0.4), pairs(3.0)) == [
+        "edits.CIDEr is 0.4, the champion's 1: the 95 % interval of the difference, -0.6 to -0.6, must be above -0.5"]
+    assert reasons(pairs(4.0, edits=0.6), pairs(3.0)) == []
+
+
+def test_other_references_pairs_or_none_are_not_compared() -> None:
+    rules = load_rules(write_rules(Path("rules.yaml")))
+    assert incomparable(rules, pairs(4.0), pairs(3.0)) == []
+    for theirs in (pairs(3.0, references="r2"), {}):
+        assert incomparable(rules, pairs(4.0), theirs) == ["scenes", "edits"]
+        assert reasons(pairs(4.0), theirs)[0].endswith("score it again: again")
+    assert reasons({}, pairs(3.0))[0] == "scenes.CIDEr is not in the gate scores of pairs"

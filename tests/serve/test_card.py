@@ -41,11 +41,11 @@ def test_a_hub_reads_the_scores_of_every_benchmark_from_it(project: Path) -> Non
 
     card = ModelCard.load(write_card(project / "out", root=project))
     metrics = json.loads((project / "data/metrics.json").read_text())
-    found = {(result.dataset_type, result.dataset_split, result.metric_type): result.metric_value
+    results = {(result.dataset_type, result.dataset_split, result.metric_type): result.metric_value
              for result in card.data.eval_results}
     for benchmark, scores in metrics.items():
-        assert found[benchmark, "test", "cider"] == pytest.approx(100 * scores["CIDEr"], abs=0.01)
-    assert ("scenes", "gate", "false_alarm_rate") in found
+        assert results[benchmark, "test", "cider"] == pytest.approx(100 * scores["CIDEr"], abs=0.01)
+    assert ("scenes", "gate", "false_alarm_rate") in results
     assert card.data.pipeline_tag == "image-to-text" and card.data.license == "other"
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from registered import register, write_lock, write_results
 
 from onediff.model.digest import DIGEST_FILE, model_digests
-from onediff.serve.in_use import Files
+from onediff.paths import CHAMPION
 from onediff.serve.pyfunc import PairCaptioner, _load_pyfunc
-from onediff.serve.usage_log import read_usage
+from onediff.serve.usage_log import Files, read_usage
 
 RED, GREEN = "#ff0000", "#00ff00"
 
@@ -96,12 +96,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from onediff.model.configuration import OneDiffConfig
     from onediff.model.onediff import OneDiffForConditionalGeneration
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(["nothing changed"], trainers.BpeTrainer(
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["nothing changed"], trainers.BpeTrainer(
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=14, intermediate_size=11, num_hidden_layers=1,
                        num_attention_heads=7, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     vision = CLIPVisionConfig(hidden_size=10, intermediate_size=13, num_hidden_layers=1, num_attention_heads=5,
@@ -155,7 +155,7 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
 
     from mlflow.pyfunc import load_model
 
-    served = load_model(registry.CHAMPION_URI)
+    served = load_model(CHAMPION)
     rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}]
     direct = Captioner.load(registry.model_folder(), device="cpu")
     pair = (Image.new("RGB", (11, 7), RED), Image.new("RGB", (11, 7), GREEN))

@@ -23,8 +23,7 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.model.digest import weights_digest
-from onediff.serve.in_use import speaker
-from onediff.serve.usage_log import SIDES, UsageLog, Use, append, pair_facts, read_usage, usage_log
+from onediff.serve.usage_log import SIDES, UsageLog, Use, append, caption_and_log, pair_facts, read_usage, usage_log
 
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -74,12 +73,12 @@ def test_only_recent_rows_are_read(log: UsageLog) -> None:
     assert read_usage(log.folder, datetime.now(UTC) + timedelta(seconds=5))[0] == []
 
 
-def test_images_are_kept_as_given_and_once(tmp_path: Path) -> None:
+def test_images_are_stored_unchanged_and_once(tmp_path: Path) -> None:
     log = UsageLog(tmp_path / "usage", "m", "abc", keep_images=True)
     log.add([use(png("red"), png("blue")), use(png("red"), png("red"))])
     rows, _ = read_usage(log.folder, LONG_AGO)
-    kept = sorted((log.folder / "images").iterdir())
-    assert sorted(path.name for path in kept) == sorted(sha256(png(colour)).hexdigest() for colour in ("red", "blue"))
+    images = sorted((log.folder / "images").iterdir())
+    assert sorted(path.name for path in images) == sorted(sha256(png(colour)).hexdigest() for colour in ("red", "blue"))
     assert (log.folder / rows[0]["file_after"]).read_bytes() == png("blue")
 
 
@@ -106,7 +105,7 @@ def test_a_line_cut_off_by_a_full_disk_spoils_no_other(log: UsageLog) -> None:
     assert [row["caption"] for row in rows] == ["first", "second"] and broken == 1
 
 
-def test_a_full_disk_is_told_once_and_breaks_nothing(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_once_and_breaks_nothing(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
     log.add([use(png("red"), png("blue"))])
     size = next(log.folder.glob("*.jsonl")).stat().st_size
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -118,11 +117,11 @@ def test_a_full_disk_is_told_once_and_breaks_nothing(log: UsageLog, capsys: pyte
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, before)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "captions are not noted" in told and "runtime.yaml" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "captions are not noted" in stderr and "runtime.yaml" in stderr
 
 
-def test_a_folder_that_cannot_be_is_told_and_breaks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     UsageLog(tmp_path / "file" / "usage", "m", "abc", keep_images=False).add([use(png("red"), png("blue"))])
     assert "captions are not noted (Not a directory)" in capsys.readouterr().err
@@ -150,11 +149,12 @@ def test_noted_captions_are_those_of_the_captioner(model: Path, scene_pairs: lis
     log = usage_log(Runtime(usage_log=str(tmp_path / "usage")), "m", model)
     files = [(record.before, record.after) for record in scene_pairs[:3]]
     pairs = [(open_image(before), open_image(after)) for before, after in files]
-    asked = [DEFAULT_INSTRUCTION, "Say it.", "How was the image edited?"]
-    said = speaker(captioner, log)(files, pairs, asked)
-    assert said == speaker(captioner, None)(files, pairs, asked) == captioner.caption(pairs, instructions=asked)
+    instructions = [DEFAULT_INSTRUCTION, "Say it.", "How was the image edited?"]
+    captions = caption_and_log(captioner, log, files, pairs, instructions)
+    assert captions == caption_and_log(captioner, None, files, pairs, instructions)
+    assert captions == captioner.caption(pairs, instructions=instructions)
     rows, _ = read_usage(tmp_path / "usage", LONG_AGO)
-    assert [(row["caption"], row["instruction"]) for row in rows] == list(zip(said, asked, strict=True))
+    assert [(row["caption"], row["instruction"]) for row in rows] == list(zip(captions, instructions, strict=True))
     assert {row["weights"] for row in rows} == {weights_digest(model)}
     assert all(0 < row["confidence"] <= 1 for row in rows)
 

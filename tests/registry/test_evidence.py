@@ -5,7 +5,7 @@ import json
 import pytest
 from registered import GOOD, REPO, pairs_of
 
-from onediff.registry.score_files import in_range, read_pair_scores, read_scores
+from onediff.registry.evidence import in_range, read_pair_scores, read_scores
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "gate.json"])

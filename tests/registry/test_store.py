@@ -8,7 +8,7 @@ import pytest
 from registered import register, trained
 
 from onediff import registry
-from onediff.registry import writer_lock as writers
+from onediff.registry import store
 
 
 @pytest.mark.parametrize(("address", "shared"), [
@@ -28,17 +28,17 @@ def test_a_shared_registry_is_changed_by_its_one_writer_alone(call, monkeypatch:
 
 def test_sole_writer_holds_for_its_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with registry.sole_writer(), writers.writing():
+    with registry.sole_writer(), store.writing():
         pass
-    with pytest.raises(ValueError, match="deployments promote and rollback alone"), writers.writing():
+    with pytest.raises(ValueError, match="deployments promote and rollback alone"), store.writing():
         pass
 
 
-def test_on_one_machine_writers_wait_for_each_other_and_may_nest() -> None:
+def test_on_one_machine_writers_wait_for_each_other() -> None:
     spans = []
 
     def work() -> None:
-        with writers.writing(), writers.writing():
+        with store.writing():
             start = time.monotonic()
             time.sleep(0.05)
             spans.append((start, time.monotonic()))
@@ -53,7 +53,7 @@ def test_on_one_machine_writers_wait_for_each_other_and_may_nest() -> None:
 
 
 def test_one_that_waits_too_long_names_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "WAIT_S", 0.1)
+    monkeypatch.setattr(store, "WAIT_S", 0.1)
     wrong: list[str] = []
     folder = trained("a")
 
@@ -63,7 +63,7 @@ def test_one_that_waits_too_long_names_the_lock(monkeypatch: pytest.MonkeyPatch)
         except ValueError as error:
             wrong.append(str(error))
 
-    with writers.writing():
+    with store.writing():
         thread = threading.Thread(target=work)  # another context, as another process is
         thread.start()
         thread.join()
@@ -71,4 +71,4 @@ def test_one_that_waits_too_long_names_the_lock(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_changes_is_user_and_machine() -> None:
-    assert "@" in writers.whoami()
+    assert "@" in store.user_and_machine()

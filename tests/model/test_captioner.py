@@ -11,9 +11,8 @@ from onediff.data.record import Record
 from onediff.inputs.images import open_image
 from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
-from onediff.serve.confidence import caption_with_confidence
 
-ASKED = ["What changed between the two images?", "How was the image edited?", "Say it."]
+INSTRUCTIONS = ["What changed between the two images?", "How was the image edited?", "Say it."]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +26,13 @@ def pairs(scene_pairs: list[Record]) -> list[tuple[Image.Image, Image.Image]]:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_it_is_the_mean_log_probability_of_the_tokens_said(captioner: Captioner, pairs: list, num_beams: int) -> None:
+def test_confidence_is_the_mean_probability_of_the_tokens(captioner: Captioner, pairs: list, num_beams: int) -> None:
     """Against the model's own probabilities of the whole answer at once."""
-    for pair, asked in zip(pairs, ASKED, strict=True):
+    for pair, instruction in zip(pairs, INSTRUCTIONS, strict=True):
         options = {"max_new_tokens": 12, "num_beams": num_beams}
-        [(_, confidence)] = caption_with_confidence(captioner, [pair], instructions=[asked], **options)
+        [(_, confidence)] = captioner.caption_with_confidence([pair], instructions=[instruction], **options)
         tokenizer = captioner.processor.tokenizer
-        batch = captioner.processor([pair], [asked])
+        batch = captioner.processor([pair], [instruction])
         answer = captioner.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
                                           eos_token_id=tokenizer.eos_token_id, **options)
         with torch.no_grad():
@@ -46,15 +45,15 @@ def test_it_is_the_mean_log_probability_of_the_tokens_said(captioner: Captioner,
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_captions_are_the_very_same(captioner: Captioner, pairs: list, num_beams: int) -> None:
-    options = {"instructions": ASKED, "max_new_tokens": 12, "num_beams": num_beams}
-    said = caption_with_confidence(captioner, pairs, **options)
-    assert [text for text, _ in said] == captioner.caption(pairs, **options)
-    assert all(0 < confidence <= 1 for _, confidence in said)
+    options = {"instructions": INSTRUCTIONS, "max_new_tokens": 12, "num_beams": num_beams}
+    captions = captioner.caption_with_confidence(pairs, **options)
+    assert [text for text, _ in captions] == captioner.caption(pairs, **options)
+    assert all(0 < confidence <= 1 for _, confidence in captions)
 
 
 def test_padding_after_a_short_caption_does_not_count(captioner: Captioner, pairs: list) -> None:
-    together = caption_with_confidence(captioner, pairs, instructions=ASKED, max_new_tokens=20)
-    alone = [caption_with_confidence(captioner, [pair], instructions=[asked], max_new_tokens=20)[0]
-             for pair, asked in zip(pairs, ASKED, strict=True)]
-    assert [text for text, _ in together] == [text for text, _ in alone]
-    assert [value for _, value in together] == pytest.approx([value for _, value in alone], rel=1e-4)
+    together = captioner.caption_with_confidence(pairs, instructions=INSTRUCTIONS, max_new_tokens=20)
+    single = [captioner.caption_with_confidence([pair], instructions=[instruction], max_new_tokens=20)[0]
+             for pair, instruction in zip(pairs, INSTRUCTIONS, strict=True)]
+    assert [text for text, _ in together] == [text for text, _ in single]
+    assert [value for _, value in together] == pytest.approx([value for _, value in single], rel=1e-4)

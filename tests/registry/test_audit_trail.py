@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 from registered import REPO, Server, add, aliases, write_rules
 
 from onediff import registry, tracking
-from onediff.registry import trail as records
-from onediff.registry.trail import last, settled
+from onediff.registry import audit_trail
+from onediff.registry.audit_trail import Change, last, settled
 
 WORK = """
 import json, sys
@@ -35,8 +36,8 @@ print(json.dumps([done, lost]))
 DIES = """
 import os, sys
 from onediff import registry
-from onediff.registry import trail as records
-records._follow = lambda made: os._exit(9)  # after the record, before the aliases
+from onediff.registry import audit_trail
+audit_trail._set_aliases = lambda record: os._exit(9)  # after the record, before the aliases
 registry.promote("2")
 """
 
@@ -116,7 +117,7 @@ def test_of_two_changes_upon_the_same_record_one_wins_and_the_other_is_told() ->
     seen = last(registry.trail())
     registry.rollback(by="first")
     with pytest.raises(ValueError, match=r"another change came first: record 5, rollback by first .*record 6 is void"):
-        records.change("promote", {"champion": "1"}, upon=seen, by="second", why="")
+        audit_trail.apply_change(Change(action="promote", new={"champion": "1"}, by="second", why=""), upon=seen)
     assert aliases() == {"1": ["champion"], "2": ["candidate"]}
     registry.promote("2")
     assert [change.valid for change in registry.check_trail()] == [True] * 5 + [False, True]
@@ -124,8 +125,8 @@ def test_of_two_changes_upon_the_same_record_one_wins_and_the_other_is_told() ->
 
 def test_a_record_that_was_sent_twice_is_one_change(monkeypatch: pytest.MonkeyPatch) -> None:
     add("a")
-    once = records._created
-    monkeypatch.setattr(records, "_created", lambda tags, told: (once(tags, told), once(tags, told))[1])
+    once = audit_trail._create_record
+    monkeypatch.setattr(audit_trail, "_create_record", lambda *record: (once(*record), once(*record))[1])
     assert registry.promote().promoted
     assert [change.valid for change in registry.check_trail()] == [True, True, False]
 
@@ -164,10 +165,10 @@ def contend(turns: int) -> tuple[int, int]:
                                 stderr=subprocess.PIPE, text=True) for k in range(4)]
     done = lost = 0
     for worker in workers:
-        said, wrong = worker.communicate(timeout=500)
-        assert worker.returncode == 0, wrong
-        made, told = map(int, said.strip("[]\n ").split(","))
-        done, lost = done + made, lost + told
+        stdout, stderr = worker.communicate(timeout=500)
+        assert worker.returncode == 0, stderr
+        numbers = json.loads(stdout)
+        done, lost = done + numbers[0], lost + numbers[1]
     return done, lost
 
 
@@ -183,8 +184,8 @@ def equal_pair() -> None:
 
 def report(start: float, done: int, lost: int) -> None:
     changes = registry.check_trail()
-    print(f"\n{done} done, {lost} lost, {len(changes)} records, {sum(not one.valid for one in changes)} void, "
-          f"{sum(one.action == 'adopted' for one in changes)} adopted, {time.monotonic() - start:.1f} s")
+    print(f"\n{done} done, {lost} lost, {len(changes)} records, {sum(not change.valid for change in changes)} void, "
+          f"{sum(change.action == 'adopted' for change in changes)} adopted, {time.monotonic() - start:.1f} s")
 
 
 def test_four_at_once_leave_a_trail_without_gap_or_fork() -> None:
