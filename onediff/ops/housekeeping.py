@@ -24,7 +24,7 @@ from onediff.git import git, head
 from onediff.registry import NAME, retention
 from onediff.registry.artifacts import copies_of
 from onediff.registry.retention import Registered
-from onediff.train.launch.status import read_status
+from onediff.train.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
 KINDS: dict[Kind, str] = {
