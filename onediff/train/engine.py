@@ -130,9 +130,7 @@ class Engine:
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any rank: all ranks must stop, or write a checkpoint, at the same step."""
-        on_any = torch.tensor([float(flag) for flag in flags], device=self.device)
-        torch.distributed.all_reduce(on_any, torch.distributed.ReduceOp.MAX)
-        return [bool(flag) for flag in on_any.tolist()]
+        return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
         """Runs forward and backward on one micro-batch; returns its share of the step's loss on this rank."""

@@ -200,10 +200,9 @@ def explain_out_of_memory(name: str, phase: Phase, runtime: Runtime) -> Iterator
 def validate(engine: Engine, validation: Validation) -> float:
     """The score of the model as it is now, on all ranks."""
     engine.model.eval()
-    try:
-        return validation.score(engine.gather_texts(validation.generate_captions, validation.num_pairs))
-    finally:
-        engine.model.train()
+    captions = engine.gather_texts(validation.generate_captions, validation.num_pairs)
+    engine.model.train()
+    return validation.score(captions)
 
 
 def best_file(folder: Path, step: int) -> Path:

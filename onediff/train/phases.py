@@ -79,18 +79,30 @@ def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: P
 def train(run: TrainingRun, log: Log) -> None:
     """Trains the model and saves it in the folder of the run; status.json is `finished` only when that is complete."""
     write_status(run.folder, "running", 0)
-    device = pick_device(run.runtime.device)
+    runtime, device = run.runtime, pick_device(run.runtime.device)
     run.model.to(device)
+    workers, peak = runtime.loader_workers, runtime.peak_tflops
     if device.type == "cpu":
         run.model.float()  # bfloat16 is far slower there
+        workers = workers or 0  # they would only take its cores from the training
+    else:
+        workers = max(1, (len(os.sched_getaffinity(0)) - 1) // runtime.gpus) if workers is None else workers
+        peak = peak or peak_tflops(torch.cuda.get_device_name(device))
+
     with recorded_errors(run.folder):
         pixels_of = _pixels_of(run)
 
-        def batches(first: int, rank: int) -> Iterator[list[Batch]]:
-            return stream(lambda step: micro_batches(run, pixels_of, step, rank), range(first, run.num_steps),
-                          workers=_loader_workers(run.runtime, device), pin=device.type == "cuda")
+        def micro_batches(step: int, rank: int) -> list[Batch]:
+            parts = shared_out(run.rows(step), runtime.num_ranks * num_micro(run.phase, runtime),
+                               tokens_per_image=run.processor.tokens_per_image)
+            return [collate(part, run.processor, pixels_of) for part in parts[rank :: runtime.num_ranks]]
 
-        trained = fit(run, batches, log, _meter(run, device, cached_tower=isinstance(pixels_of, FeatureStore)))
+        def batches(first: int, rank: int) -> Iterator[list[Batch]]:
+            return stream(lambda step: micro_batches(step, rank), range(first, run.num_steps), workers=workers,
+                          pin=device.type == "cuda")
+
+        flops_of = Flops.of(run.model, run.phase, cached_tower=isinstance(pixels_of, FeatureStore))
+        trained = fit(run, batches, log, Meter(flops_of, peak and peak * 1e12 * runtime.num_ranks))
         if trained.weights is not None:
             save_final_model(run.folder, run.model, run.processor, trained)
 
@@ -120,26 +132,3 @@ def _pixels_of(run: TrainingRun) -> Pixels:
 def feature_gb(config: OneDiffConfig, num_images: float) -> float:
     """What the features of so many images take on disk."""
     return num_images * len(config.read_levels) * config.num_patches * config.vision_config.hidden_size * 4 / 1e9
-
-
-def _meter(run: TrainingRun, device: torch.device, *, cached_tower: bool) -> Meter:
-    peak = run.runtime.peak_tflops
-    if peak is None and device.type == "cuda":
-        peak = peak_tflops(torch.cuda.get_device_name(device))
-    return Meter(Flops.of(run.model, run.phase, cached_tower=cached_tower),
-                 peak and peak * 1e12 * run.runtime.num_ranks)
-
-
-def micro_batches(run: TrainingRun, pixels_of: Pixels, step: int, rank: int) -> list[Batch]:
-    """The rank's share of the step's rows."""
-    num_ranks = run.runtime.num_ranks
-    parts = shared_out(run.rows(step), num_ranks * num_micro(run.phase, run.runtime),
-                       tokens_per_image=run.processor.tokens_per_image)
-    return [collate(part, run.processor, pixels_of) for part in parts[rank::num_ranks]]
-
-
-def _loader_workers(runtime: Runtime, device: torch.device) -> int:
-    """On a CPU, workers would only take its cores from the training."""
-    if runtime.loader_workers is not None:
-        return runtime.loader_workers
-    return 0 if device.type == "cpu" else max(1, (len(os.sched_getaffinity(0)) - 1) // runtime.gpus)
