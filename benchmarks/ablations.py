@@ -165,9 +165,10 @@ def trained(config: Config, scratch: Path) -> float:
     runtime = Runtime(device="cpu", scratch=str(HOME / "scratch"), checkpoint_every_s=1e9)
     (scratch / "align").mkdir()
     (scratch / "tune").mkdir()
-    phases.align(config, runtime, data=HOME / "diffcap", folder=scratch / "align", log=log)
-    phases.tune(config, runtime, data=HOME / "diffcap", start=scratch / "align/final", folder=scratch / "tune", log=log,
-                judge_of=None)
+    if aligning := phases.align(config, runtime, data=HOME / "diffcap", folder=scratch / "align"):
+        phases.train(aligning, log)
+    phases.train(phases.tune(config, runtime, data=HOME / "diffcap", start=scratch / "align/final",
+                             folder=scratch / "tune"), log)
     return gflops[-1]
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from benchmarks import data, models, rows, turns
+from benchmarks import data, models, turns
 from benchmarks.turns import Contender, Ended, Turn
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def load(bench: Bench, turn: Turn) -> None:
     setattr(phases, "stream", partial(waiting, stream, count))  # noqa: B010
     runtime = bench.runtime.model_copy(update={"loader_workers": case["workers"]})
     with tempfile.TemporaryDirectory() as folder:
-        phases._train(bench.name, bench.phase, runtime, model=model, processor=processor, corpus=bench.corpus,
-                      rows=rows.shuffled(bench.batches), folder=Path(folder), log=count, num_samples=1)
+        phases.train(replace(bench.training(model, processor, Path(folder)), runtime=runtime), count)
 
 
 class Steps:

@@ -23,7 +23,7 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 if TYPE_CHECKING:
     from onediff.data.batches.corpus import Corpus
-    from onediff.data.batches.loader import Row, Rows
+    from onediff.data.batches.sampling import BatchRow, RowSampler
     from onediff.inputs.processing import OneDiffProcessor
 
 NUM_SCENES, NUM_EDITS, NUM_CONVERSATIONS = 60, 60, 800  # a scene gives three pairs
@@ -77,18 +77,18 @@ def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
     return [(take(asked), take(each - asked)) for _ in range(num_turns)]
 
 
-def drawn_rows(corpus: Corpus, config: Config, phase: Phase, *, name: str, masked: bool) -> Rows:
+def drawn_rows(corpus: Corpus, config: Config, phase: Phase, *, name: str, masked: bool) -> RowSampler:
     """As the phase itself draws them; `masked` False: no row whose patches may not be read, for LLaVA has none."""
-    from onediff.data.batches.loader import coupled_rows, tune_entries, tune_rows
+    from onediff.data.batches.sampling import Sampling, coupled_rows, tune_entries, tune_rows
 
-    template, share = config.model.template, phase.mask_patches if masked else 0.0
+    sampling = Sampling(phase.mixture, config.model.template, SEED, phase.batch_size,
+                        phase.mask_patches if masked else 0.0)
     if name == "align":
-        return coupled_rows(corpus, phase.mixture, template, seed=SEED, batch_size=phase.batch_size, mask_patches=share)
-    return tune_rows(tune_entries(corpus, phase.mixture, {}), phase.mixture, {}, template, seed=SEED,
-                     batch_size=phase.batch_size, mask_patches=share)
+        return coupled_rows(corpus, sampling)
+    return tune_rows(tune_entries(corpus, sampling), sampling)
 
 
-def grouped(rows: Rows, processor: OneDiffProcessor, *, batch_size: int, num: int) -> list[list[Row]]:
+def grouped(rows: RowSampler, processor: OneDiffProcessor, *, batch_size: int, num: int) -> list[list[BatchRow]]:
     """`num` batches of alike lengths in a random order: evenly spaced ones of those that transformers'
     LengthGroupedSampler makes of the rows of MEGABATCH steps, so that a few of them stand for all.
     """
@@ -105,11 +105,11 @@ def grouped(rows: Rows, processor: OneDiffProcessor, *, batch_size: int, num: in
     return [batches[index] for index in np.random.default_rng(SEED).permutation(num)]
 
 
-def shuffled(batches: list[list[Row]]) -> Rows:
+def shuffled(batches: list[list[BatchRow]]) -> RowSampler:
     """The same rows as our loader gives them: in a new random order each time they were all seen."""
     flat, size = [row for batch in batches for row in batch], len(batches[0])
 
-    def rows(step: int) -> list[Row]:
+    def rows(step: int) -> list[BatchRow]:
         epoch, place = divmod(step, len(batches))
         order = np.random.default_rng([SEED, epoch]).permutation(len(flat))
         return [flat[index] for index in order[place * size : (place + 1) * size]]
@@ -117,7 +117,7 @@ def shuffled(batches: list[list[Row]]) -> Rows:
     return rows
 
 
-def only_seen(corpus: Corpus, batches: list[list[Row]]) -> Corpus:
+def only_seen(corpus: Corpus, batches: list[list[BatchRow]]) -> Corpus:
     """Without the images that no row shows, whose features would be computed for nothing."""
     seen = {name for batch in batches for row in batch for name in row.images}
     return replace(corpus, source_of={name: source for name, source in corpus.source_of.items() if name in seen})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,14 +53,14 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
     """The process that a stage would be, or, started by the launcher, one of its ranks."""
-    from onediff.train.launch import dispatch as launcher
+    from onediff.train.launch import dispatch
 
     with tempfile.TemporaryDirectory() as folder:
         if "LOCAL_RANK" in os.environ or case["processes"] == 1:
             train(case, turn, Path(os.environ.get("BENCHMARK_FOLDER", folder)))
         else:
             os.environ["BENCHMARK_FOLDER"] = folder
-            launcher.hand_over("tune", runtime_of(case, Runtime()), Path(folder), module="benchmarks.scaling")
+            dispatch.launch_ranks("tune", runtime_of(case, Runtime()), Path(folder), module="benchmarks.scaling")
 
 
 def runtime_of(case: dict[str, Any], runtime: Runtime) -> Runtime:
@@ -72,7 +73,6 @@ def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     """Exactly as many steps as there are turns, so that all ranks end together."""
     import torch
 
-    from benchmarks import rows
     from benchmarks.train_step import Bench
     from onediff.train import phases
 
@@ -80,9 +80,9 @@ def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     bench = Bench(case)
     model, processor = models.onediff(bench.config, case["device"])
     turn.facts["rows"] = case["batch"] * case["units"]
-    phases._train(bench.name, bench.phase.model_copy(update={"steps": case["steps"]}),
-                  runtime_of(case, bench.runtime), model=model, processor=processor, corpus=bench.corpus,
-                  rows=rows.shuffled(bench.batches), folder=folder, log=partial(_told, turn), num_samples=1)
+    training = replace(bench.training(model, processor, folder), runtime=runtime_of(case, bench.runtime),
+                       phase=bench.phase.model_copy(update={"steps": case["steps"]}))
+    phases.train(training, partial(_told, turn))
     (folder / "run.json").write_text("{}")  # by which the launcher knows the run as finished
 
 

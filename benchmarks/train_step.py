@@ -47,9 +47,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from onediff.data.batches.corpus import Corpus
-    from onediff.data.batches.loader import Batch, Pixels, Row
+    from onediff.data.batches.loader import Batch, Pixels
+    from onediff.data.batches.sampling import BatchRow
     from onediff.inputs.processing import OneDiffProcessor
     from onediff.model.onediff import OneDiffForConditionalGeneration
+    from onediff.train.loop import TrainingRun
 
 PEER = "LLaVA, Trainer"
 KINDS: dict[str, dict[str, Any]] = {
@@ -152,6 +154,13 @@ class Bench:
                        checkpoint_activations=self.case["checkpoint_activations"],
                        loader_workers=None if self.case["device"] == "cuda" else 0)
 
+    def training(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor,
+                 folder: Path) -> TrainingRun:
+        from onediff.train.loop import TrainingRun
+
+        return TrainingRun(self.name, self.phase, self.runtime, folder, model, processor, self.corpus,
+                           benchmark_rows.shuffled(self.batches), FOREVER)
+
     def facts(self, processor: OneDiffProcessor, config: Config, *, cached: bool) -> dict[str, Any]:
         """Of a round: rows, tokens and useful FLOPs; and what the hardware could do in a second."""
         import torch
@@ -205,9 +214,7 @@ def onediff(bench: Bench, turn: Turn) -> None:
     model, processor = models.onediff(bench.config, bench.case["device"])
     turn.facts |= bench.facts(processor, bench.config, cached=bench.case["cached"]) | {"loaded_gib": turns.peak_gib()}
     with tempfile.TemporaryDirectory() as folder:
-        phases._train(bench.name, bench.phase, bench.runtime, model=model, processor=processor, corpus=bench.corpus,
-                      rows=benchmark_rows.shuffled(bench.batches), folder=Path(folder), log=partial(go_on, turn),
-                      num_samples=FOREVER)
+        phases.train(bench.training(model, processor, Path(folder)), partial(go_on, turn))
 
 
 def llava(bench: Bench, turn: Turn) -> None:
@@ -252,7 +259,7 @@ def trainer_arguments(bench: Bench, folder: str) -> Any:
         dataloader_pin_memory=gpu, remove_unused_columns=False, gradient_checkpointing=case["checkpoint_activations"])
 
 
-def for_llava(rows: list[Row], *, processor: OneDiffProcessor, pixels_of: Pixels) -> dict[str, Tensor]:
+def for_llava(rows: list[BatchRow], *, processor: OneDiffProcessor, pixels_of: Pixels) -> dict[str, Tensor]:
     batch = processor.answers([row.prompt for row in rows])
     del batch["image_counts"]
     names = [name for row in rows for name in row.images]
@@ -267,6 +274,7 @@ def overhead(bench: Bench, turn: Turn) -> None:
     from onediff.data.batches.loader import collate, decode
     from onediff.train import loop
     from onediff.train.engine import Engine
+    from onediff.train.speed import Meter
 
     spent = [0.0]
 
@@ -291,8 +299,8 @@ def overhead(bench: Bench, turn: Turn) -> None:
 
     setattr(loop, "Engine", Timed)  # noqa: B010
     with tempfile.TemporaryDirectory() as folder:
-        loop.fit(model, bench.phase, bench.runtime, name=bench.name, steps=FOREVER, folder=Path(folder),
-                 batches=lambda first, rank, world: _over_and_over(ready), num_micro=1, log=log)
+        loop.fit(bench.training(model, processor, Path(folder)), lambda first, rank: _over_and_over(ready), log,
+                 Meter(lambda counts: 0.0, None))
 
 
 def timed(call: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
@@ -352,7 +360,7 @@ def _with_states(model: OneDiffForConditionalGeneration, batch: Batch) -> Batch:
         return batch | ({"states": model.vision(images)} if len(images) else {})
 
 
-def _by_length(rows: list[Row], processor: OneDiffProcessor, parts: int) -> list[list[Row]]:
+def _by_length(rows: list[BatchRow], processor: OneDiffProcessor, parts: int) -> list[list[BatchRow]]:
     if parts == 1:
         return [rows]
     ordered = sorted(rows, key=lambda row: len(processor.encode_turns(row.prompt)[0]))

@@ -8,8 +8,7 @@ import pytest
 from onediff.config import load_params, load_runtime
 from onediff.data.folders import sources_of
 from onediff.model.assemble import configure
-from onediff.train.engine import learning_rates
-from onediff.train.phases import num_micro
+from onediff.train.engine import learning_rates, num_micro
 from onediff.train.plan import described_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from onediff.ops.lineage import FOLDER
 from onediff.registry import NAME, retention
 from onediff.registry.artifacts import cached_names
 from onediff.registry.store import ModelVersion
-from onediff.train.launch.status import read_status
+from onediff.train.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
 KINDS: dict[Kind, str] = {

@@ -41,7 +41,7 @@ NO_RESULT = {
     "onediff.train.launch.nodes": "the command line and the environment of the ranks",
     "onediff.train.launch.ranks": "starts and stops the ranks",
     "onediff.train.launch.slurm": "starts and stops the ranks",
-    "onediff.train.launch.status": "reads whether the ranks have finished",
+    "onediff.train.status": "records how far a run is, and how it ended",
     "onediff.train.cost": "counts FLOPs for the curve; another count is no reason to train again",
 }
 

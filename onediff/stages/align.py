@@ -11,18 +11,18 @@ from onediff.stages.command import run
 from onediff.stages.training import train
 
 if TYPE_CHECKING:
-    from onediff.train.loop import Log
+    from onediff.train.loop import TrainingRun
 
 
 def align() -> None:
     """Writes data/models/align, data/curves/align.jsonl and data/runs/align.json."""
-    train("align", start=None, work=_work)
+    train("align", prepare)
 
 
-def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
+def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun | None:
     from onediff.train import phases
 
-    phases.align(config, runtime, data=DIFFCAP, folder=folder, log=log)
+    return phases.align(config, runtime, data=DIFFCAP, folder=folder)
 
 
 if __name__ == "__main__":

@@ -2,59 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onediff.config import Config, Runtime
 from onediff.data.record import Record, read_records
-from onediff.paths import DIFFCAP
+from onediff.paths import ALIGNED, DIFFCAP
 from onediff.stages.command import run
 from onediff.stages.training import train
 
 if TYPE_CHECKING:  # torch takes seconds to load, and the old model must return before that
-    from onediff.inputs.processing import OneDiffProcessor
-    from onediff.model.onediff import OneDiffForConditionalGeneration
-    from onediff.train.loop import Judge, Log
-
-ALIGNED = Path("data/models/align")
+    from onediff.train.loop import TrainingRun, Validation
 
 
 def tune() -> None:
     """Writes data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
-    train("tune", start=ALIGNED, work=_work)
+    train("tune", prepare)
 
 
-def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
+def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
     from onediff.train import phases
 
-    phases.tune(config, runtime, data=DIFFCAP, start=ALIGNED, folder=folder, log=log,
-                judge_of=lambda model, processor: cider_on_val(config, model, processor))
+    training = phases.tune(config, runtime, data=DIFFCAP, start=ALIGNED, folder=folder)
+    every = config.tune.validate_every
+    return replace(training, validation=cider_on_val(config, training, every)) if every else training
 
 
-def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> Judge:
-    """CIDEr on up to `num_val` pairs of split val, the same at every call, shared evenly between the sources."""
+def cider_on_val(config: Config, training: TrainingRun, every_steps: int) -> Validation:
+    """CIDEr on up to `num_val` pairs of split val, shared evenly between the sources; at each call the same pairs."""
     from onediff.eval.caption import caption_records
     from onediff.eval.pairs import cider
     from onediff.model.captioner import Captioner
-    from onediff.train.loop import Judge
+    from onediff.train.loop import Validation
 
-    sources = sorted(config.tune.mixture)
-    share = -(-config.tune.num_val // len(sources))
+    share = -(-config.tune.num_val // len(config.tune.mixture))
     pairs: list[Record] = []
-    for source in sources:
-        found = (record for record in read_records(DIFFCAP, "val-*.parquet") if record.source == source)
-        pairs += islice(found, share)
+    for source in sorted(config.tune.mixture):
+        pairs += islice((record for record in read_records(DIFFCAP, "val-*.parquet") if record.source == source), share)
     references = {pair.pair_id: pair.references for pair in pairs}
 
-    def say(numbers: list[int]) -> list[str]:
-        chosen = [pairs[number] for number in numbers]
-        return [text for _, text in caption_records(Captioner(model, processor), chosen, config.caption, config.tasks)]
+    def generate_captions(numbers: list[int]) -> list[str]:
+        captioner, chosen = Captioner(training.model, training.processor), [pairs[number] for number in numbers]
+        return [caption for _, caption in caption_records(captioner, chosen, config.caption, config.tasks)]
 
-    def score(texts: list[str]) -> float:
-        return cider({pair.pair_id: text for pair, text in zip(pairs, texts, strict=True)}, references)
+    def score(captions: list[str]) -> float:
+        return cider({pair.pair_id: caption for pair, caption in zip(pairs, captions, strict=True)}, references)
 
-    return Judge(len(pairs), say, score)
+    return Validation(every_steps, len(pairs), generate_captions, score)
 
 
 if __name__ == "__main__":

@@ -47,17 +47,16 @@ GPUS = (  # the first whose name is in the device's own counts; from the makers'
 
 def find_gpu(name: str) -> Gpu | None:
     """By a device's own name (`NVIDIA H100 80GB HBM3`) or a short one (`h100`)."""
-    return next((gpu for gpu in GPUS if re.search(_pattern(gpu.name), name, re.IGNORECASE)), None)
+    for gpu in GPUS:
+        words = r"[ -]?".join(re.split("[ -]", gpu.name))
+        if re.search(rf"{words}(?!\d)", name, re.IGNORECASE):  # so that A4000 is no A40
+            return gpu
+    return None
 
 
 def peak_tflops(device_name: str) -> float | None:
     gpu = find_gpu(device_name)
     return gpu.tflops if gpu else None
-
-
-def _pattern(name: str) -> str:
-    """Its words in order, so that A40 is not found in A4000."""
-    return r"[ -]?".join(re.split("[ -]", name)) + r"(?!\d)"
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,17 @@ class Flops:
                   if isinstance(module, nn.Linear) and "lora_" not in name]
         adapters = phase.lora.rank * sum(m.in_features + m.out_features for m in blocks) if phase.lora else 0
         tower = _factor(rates, "vision") * _tower_products(model.vision.tower, config.num_patches)
-        seen = bool(rates["vision"] or rates["delta"])  # whether anything before the delta tokens' projector learns
-        after_delta = LEARNS if rates["projector"] else PASSED_THROUGH if seen else FORWARD
+        # Of the delta tokens' projector, which follows the tower and the delta module.
+        after_delta = LEARNS if rates["projector"] else PASSED_THROUGH if rates["vision"] or rates["delta"] else FORWARD
         language = _factor({**rates, "language": 0.0} if phase.lora else rates, "language")
-        head = model.language.get_output_embeddings()
         return cls(image=0.0 if cached_tower else tower,
                    view=_factor(rates, "projector") * _weights(model.projector) * config.tokens_per_image,
                    pair=(_factor(rates, "delta") * _delta_products(model)
-                         + after_delta * _delta_projector_weights(model) * config.delta_num_tokens),
+                         + after_delta * _weights(getattr(model, "delta_projector", nn.Identity()))
+                         * config.delta_num_tokens),
                    token=language * sum(map(_weights, blocks)) + LEARNS * adapters,
-                   answer_token=language * _weights(head), views_joined=config.reading == "C")
+                   answer_token=language * _weights(model.language.get_output_embeddings()),
+                   views_joined=config.reading == "C")
 
     def __call__(self, counts: Mapping[str, float]) -> float:
         """Of steps with these `images`, `pairs` (rows with two of them), `tokens` and `answer_tokens`."""
@@ -125,8 +125,7 @@ def _factor(rates: Mapping[str, float], part: str) -> float:
 
 
 def _weights(module: nn.Module) -> int:
-    """Multiplications per token in the module's linear layers. By shape: under ZeRO 3 the weights themselves are away.
-    """
+    """Multiplications per token in the module's linear layers, by shape, because ZeRO 3 takes the weights away."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
@@ -143,15 +142,16 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
     if model.delta is None:
         return 0
     delta, num_patches, num_tokens = model.delta, model.config.num_patches, model.config.delta_num_tokens
-    seen = (3 if delta.inputs == "pair_and_difference" else 2) * num_patches
-    total = len(delta.level_norms) * seen * _weights(delta.reduce)
+    num_states = (3 if delta.inputs == "pair_and_difference" else 2) * num_patches
+    reduced = _weights(delta.reduce)
     if delta.inputs == "pair_and_matched_difference":
-        total += len(delta.level_norms) * seen * _weights(delta.contrast)
+        reduced += _weights(delta.contrast)
+    total = len(delta.level_norms) * num_states * reduced
     for layer in delta.layers:
         assert isinstance(layer, DeltaLayer), "the module's layers are DeltaLayers"
         total += _attention_products(layer.self_attention, num_tokens, num_tokens)
         if layer.cross_attention is not None:
-            total += _attention_products(layer.cross_attention, num_tokens, seen)
+            total += _attention_products(layer.cross_attention, num_tokens, num_states)
         total += num_tokens * (_weights(layer.up) + _weights(layer.down))
     if model.config.reading == "B":
         enhance, patches = model.enhance, 2 * num_patches
@@ -161,10 +161,6 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:
-    made = queries if attention.few(queries, keys) else keys  # of keys and values
+    num_keys_and_values = queries if attention.few(queries, keys) else keys
     return (queries * (_weights(attention.query) + _weights(attention.out))
-            + made * (_weights(attention.key) + _weights(attention.value)))
-
-
-def _delta_projector_weights(model: OneDiffForConditionalGeneration) -> int:
-    return _weights(model.delta_projector) if hasattr(model, "delta_projector") else 0
+            + num_keys_and_values * (_weights(attention.key) + _weights(attention.value)))

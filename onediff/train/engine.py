@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -59,51 +59,60 @@ def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict
         lora.add(model.language, phase.lora)
     groups = []
     for part, rate in learning_rates(phase).items():
-        mine = [(name, p) for name, p in model.named_parameters() if model.part_of(name) == part]
-        for name, parameter in mine:
+        named = [(name, p) for name, p in model.named_parameters() if model.part_of(name) == part]
+        for name, parameter in named:
             parameter.requires_grad_(rate > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))
-        learning = [p for _, p in mine if p.requires_grad]
-        if learning:
+        if learning := [p for _, p in named if p.requires_grad]:
             groups.append({"params": learning, "lr": 0.0, "peak": rate, "part": part})
     return groups
 
 
-def settings(model: nn.Module, phase: Phase, runtime: Runtime, *, world: int, micro_batches: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
-    zero: dict[str, Any] = {"stage": runtime.zero_level}
-    for what, when in (("optimizer", runtime.offload != "none"), ("param", runtime.offload == "all")):
-        if when:
-            zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+def num_micro(phase: Phase, runtime: Runtime) -> int:
+    """Micro-batches of each step and rank. Raises ValueError unless they divide the batch."""
+    rows_per_rank, rest = divmod(phase.batch_size, runtime.num_ranks)
+    size = runtime.micro_batch_size or rows_per_rank
+    if rest or not size or rows_per_rank % size:
+        raise ValueError(f"runtime.yaml: batch_size {phase.batch_size} does not split over {runtime.num_ranks} GPUs "
+                         f"in micro-batches of {size}; change gpus, nodes or micro_batch_size")
+    return rows_per_rank // size
+
+
+def _deepspeed_config(phase: Phase, runtime: Runtime, *, bfloat16: bool) -> dict[str, Any]:
+    offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[runtime.offload]
+    number = num_micro(phase, runtime)
     return {"train_batch_size": phase.batch_size,
-            "train_micro_batch_size_per_gpu": phase.batch_size // world // micro_batches,
-            "gradient_accumulation_steps": micro_batches, "gradient_clipping": phase.clip_norm,
-            "zero_optimization": zero, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+            "train_micro_batch_size_per_gpu": phase.batch_size // runtime.num_ranks // number,
+            "gradient_accumulation_steps": number, "gradient_clipping": phase.clip_norm,
+            "zero_optimization": {"stage": runtime.zero_level} | {
+                f"offload_{kind}": {"device": "cpu", "pin_memory": torch.cuda.is_available()} for kind in offloaded},
+            "bf16": {"enabled": bfloat16}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 class Engine:
     """DeepSpeed's engine with an exact loss: the sum over answer tokens divided by the step's count on all ranks."""
 
-    def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime, *,
-                 micro_batches: int) -> None:
+    def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime) -> None:
         start_process_group()
         import deepspeed
 
-        self.model, self.micro_batches = model, micro_batches
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self.world != runtime.num_ranks:
+            raise ValueError(f"runtime.yaml: nodes x gpus is {runtime.num_ranks}, but {self.world} processes were "
+                             "started; make them agree")
+        self.model, self.num_micro, self.zero_level = model, num_micro(phase, runtime), runtime.zero_level
         self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,
                                            fused=runtime.offload == "none")
         if runtime.checkpoint_activations:
             checkpoint_activations(model, phase, zero_level=runtime.zero_level)
         if runtime.compile:
-            compile_blocks(model)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer,
-            config=settings(model, phase, runtime, world=self.world, micro_batches=micro_batches))
+            for block in model.language.get_decoder().layers:
+                block.compile(dynamic=True)  # one kernel for all blocks; row lengths stay dynamic
+        bfloat16 = next(model.parameters()).dtype == torch.bfloat16
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer,
+                                                config=_deepspeed_config(phase, runtime, bfloat16=bfloat16))
         limit_waits()
-        self.device, self._own_norm, self._pending = self._engine.device, float("nan"), False
+        self.device, self._plain_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.zero_level = runtime.zero_level
         if self._updated is not None or hasattr(self._engine.optimizer, LINK):
             self._make_moments()  # not all have a gradient yet, and ZeRO 1 and 2 would link the first part's alone
         for state in self.optimizer.state.values():
@@ -120,29 +129,24 @@ class Engine:
         return totals
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Each flag as one of the ranks has it: all must stop, or write a checkpoint, at the same step."""
-        found = torch.tensor([float(flag) for flag in flags], device=self.device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return [bool(flag) for flag in found.tolist()]
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        torch.distributed.barrier()
+        """Whether each flag is set on any rank: all ranks must stop, or write a checkpoint, at the same step."""
+        return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's loss on this rank."""
+        """Runs forward and backward on one micro-batch; returns its share of the step's loss on this rank."""
         if self._pending:
             self._engine.step()  # DeepSpeed counts micro-batches here, and updates at the last one only
         self._pending = True
-        loss = self._engine(**batch, num_answer_tokens=num_answer_tokens).loss
-        self._engine.backward(loss * self.world * self.micro_batches)  # DeepSpeed averages over both; here they add up
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        loss = self._engine(**on_device, num_answer_tokens=num_answer_tokens).loss
+        self._engine.backward(loss * self.world * self.num_micro)  # DeepSpeed averages over both; here they add up
         return loss.detach()
 
     def step(self) -> None:
         """The update, after the last micro-batch."""
         if self._plain:
             grads = [p.grad for p in self.learning.values() if p.grad is not None]
-            self._own_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
+            self._plain_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
         self._engine.step()
         self._pending = False
 
@@ -150,18 +154,19 @@ class Engine:
     def grad_norm(self) -> float:
         """Of the last step, before clipping. Under ZeRO the gradients are DeepSpeed's, and so is the norm."""
         norm = self._engine.get_global_grad_norm()
-        return self._own_norm if norm is None else float(norm)
+        return self._plain_norm if norm is None else float(norm)
 
-    def spread(self, say: Callable[[list[int]], list[str]], num: int) -> list[str]:
-        """say(numbers) -> a text each, for numbers 0 to num, shared between the ranks; all get all texts, in order.
+    def gather_texts(self, generate: Callable[[list[int]], list[str]], num: int) -> list[str]:
+        """generate(numbers) -> a text for each; the numbers below `num` are shared between the ranks, and all ranks get
+        all texts, in order.
 
-        Every rank says as many, so that under ZeRO 3 none waits for another.
+        Each rank generates equally many texts, because under ZeRO 3 the ranks would wait for one another.
         """
         each = -(-num // self.world)
-        mine = say([number % num for number in range(self.rank, each * self.world, self.world)])
-        said: list[list[str]] = [[] for _ in range(self.world)]
-        torch.distributed.all_gather_object(said, mine)
-        return [said[number % self.world][number // self.world] for number in range(num)]
+        mine = generate([number % num for number in range(self.rank, each * self.world, self.world)])
+        by_rank: list[list[str]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(by_rank, mine)
+        return [by_rank[number % self.world][number // self.world] for number in range(num)]
 
     # --- what a checkpoint and a model folder hold: whole tensors, however they are shared --------------------------
 
@@ -184,13 +189,13 @@ class Engine:
                 for low, high in zip(lows, highs, strict=True)}
 
     def masters(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Of each parameter that learns: its float32 value and both moments, whole, on every rank in turn."""
+        """For each parameter that learns: its complete float32 value and both moments, on all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, p in self.learning.items():
             if self._updated is not None:
-                mine = self._updated[id(p)]
-                yield name, {"value": mine.detach(), **{key: self.optimizer.state[mine][key] for key in MOMENTS}}
+                master = self._updated[id(p)]
+                yield name, {"value": master.detach(), **{key: self.optimizer.state[master][key] for key in MOMENTS}}
             else:
                 yield name, {"value": safe_get_full_fp32_param(p),
                              **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
@@ -213,18 +218,18 @@ class Engine:
         )
 
         if self._updated is not None:
-            mine = self._updated[id(p)]
-            (mine.data if key == "value" else self.optimizer.state[mine][key]).copy_(value)
-            if key == "value" and mine is not p:
+            master = self._updated[id(p)]
+            (master.data if key == "value" else self.optimizer.state[master][key]).copy_(value)
+            if key == "value" and master is not p:
                 p.data.copy_(value)
         elif hasattr(p, "ds_tensor"):  # ZeRO 3: this rank's slice, the last one padded
             size = p.ds_tensor.ds_numel
-            mine = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
+            part = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
             if key == "value":
-                safe_set_local_fp32_param(p, mine)
-                p.ds_tensor.data.copy_(mine)
+                safe_set_local_fp32_param(p, part)
+                p.ds_tensor.data.copy_(part)
             else:
-                safe_set_local_optimizer_state(p, mine, key)
+                safe_set_local_optimizer_state(p, part, key)
         elif key == "value":
             safe_set_full_fp32_param(p, value)
             p.data.copy_(value)
@@ -233,8 +238,8 @@ class Engine:
 
     def _make_moments(self) -> None:
         """Adam's moments come with its first step; a resumed run needs them before."""
-        updated = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-        for p in updated or [p for group in self.optimizer.param_groups for p in group["params"]]:
+        flat = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+        for p in flat or [p for group in self.optimizer.param_groups for p in group["params"]]:
             state = self.optimizer.state[p]
             for key in MOMENTS:
                 state.setdefault(key, torch.zeros_like(p))
@@ -242,25 +247,29 @@ class Engine:
         if hasattr(self._engine.optimizer, LINK):
             getattr(self._engine.optimizer, LINK)()
 
-    def whole(self, *, only_learned: bool) -> dict[str, Tensor] | None:
-        """The weights in the model's precision, in the CPU's memory of rank 0; None on the others."""
-        import deepspeed
+    def learned_weights(self) -> dict[str, Tensor] | None:
+        """What learns, in the model's precision, in the CPU's memory of rank 0; None on the other ranks."""
+        values = self._gather(self.learning.values())
+        return None if self.rank else {name: values[id(p)] for name, p in self.learning.items()}
 
-        full: dict[int, Tensor] = {}
-        for p in self.model.parameters():
-            if p.requires_grad or not only_learned:
-                gathered = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else nullcontext()
-                with gathered:
-                    if self.rank == 0:
-                        full[id(p)] = p.detach().to("cpu", copy=True)
+    def model_weights(self) -> dict[str, Tensor] | None:
+        """As learned_weights, but of the complete model, where a weight that two layers share has two names."""
+        values = self._gather(self.model.parameters())
         if self.rank:
             return None
-        # A weight that two layers share has two names in a whole model, and one where only what learned is kept.
-        named = {name: full[id(p)] for name, p in self.model.named_parameters(remove_duplicate=only_learned)
-                 if id(p) in full}
-        if only_learned:
-            return named
+        named = {name: values[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
         return {name: named.get(name, value) for name, value in self.model.state_dict().items()}
+
+    def _gather(self, parameters: Iterable[nn.Parameter]) -> dict[int, Tensor]:
+        """id of each parameter -> its complete value. All ranks take part; only rank 0 gets values."""
+        import deepspeed
+
+        values: dict[int, Tensor] = {}
+        for p in parameters:
+            with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else nullcontext():
+                if self.rank == 0:
+                    values[id(p)] = p.detach().to("cpu", copy=True)
+        return values
 
     def close(self) -> None:
         self._engine.destroy()
@@ -269,13 +278,7 @@ class Engine:
 def checkpoint_activations(model: OneDiffForConditionalGeneration, phase: Phase, *, zero_level: int) -> None:
     """Blocks keep their inputs alone and are run again in the backward pass."""
     # Under ZeRO 3 a block's weights are gone by then, which the other kind takes for a change of shape.
-    how = {"use_reentrant": zero_level == 3}
-    model.language.activation_checkpointing_enable(how)
+    options = {"use_reentrant": zero_level == 3}
+    model.language.activation_checkpointing_enable(options)
     if phase.lr_vision:
-        model.vision.tower.activation_checkpointing_enable(how)
-
-
-def compile_blocks(model: OneDiffForConditionalGeneration) -> None:
-    """torch.compile of the language model's blocks, one kernel for all of them; row lengths stay dynamic."""
-    for block in model.language.get_decoder().layers:
-        block.compile(dynamic=True)
+        model.vision.tower.activation_checkpointing_enable(options)

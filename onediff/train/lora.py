@@ -24,13 +24,10 @@ def is_adapter(name: str) -> bool:
 
 def merged(weights: dict[str, Tensor], settings: Lora) -> dict[str, Tensor]:
     """Weights with adapters -> the weights of the model without them: base + alpha / rank x up x down, in float32."""
-    plain: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if is_adapter(name):
-            continue
-        down = weights.get(name.replace(_BASE, _DOWN)) if _BASE in name else None
-        if down is not None:
+    plain = {name: value for name, value in weights.items() if not is_adapter(name)}
+    for name in plain:
+        if _BASE in name and (down := weights.get(name.replace(_BASE, _DOWN))) is not None:
             up = weights[name.replace(_BASE, _UP)]
-            value = (value.float() + settings.alpha / settings.rank * up.float() @ down.float()).to(value.dtype)
-        plain[name.replace(_BASE, ".")] = value
-    return plain
+            total = plain[name].float() + settings.alpha / settings.rank * up.float() @ down.float()
+            plain[name] = total.to(plain[name].dtype)
+    return {name.replace(_BASE, "."): value for name, value in plain.items()}

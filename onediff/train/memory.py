@@ -8,8 +8,7 @@ Shapes:  P pairs, N patches per image, L levels, T tokens of all rows together, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import local_torch_dtype
 
 from onediff.config import Phase
 from onediff.model.configuration import OneDiffConfig
@@ -68,12 +68,11 @@ def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
     gradients = each * learning / (ranks if level >= 2 else 1)
     optimizer = (master + 8) * learning / (ranks if level >= 1 else 1)
     buffers = float(each * BUCKET) if level else 0.0
+    update = 4 * learning / (ranks if level else 1) if bfloat16 or level else 0.0
     if level == 3:
         buffers += each * min(GATHERED, everything)
-    update = 4 * learning / (ranks if level else 1) if bfloat16 or level else 0.0
-    host = 0.0
-    if level == 3:
         update = min(update, 4.0 * SUB_GROUP)
+    host = 0.0
     if sharing.offload != "none":
         host, optimizer, update = optimizer + update, 0.0, 0.0
         if level >= 2:
@@ -87,8 +86,8 @@ def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A micro-batch of pairs, each row as long as the others."""
+class MicroBatch:
+    """A micro-batch of pairs, with rows of equal length."""
 
     num_pairs: int
     row_tokens: int
@@ -97,7 +96,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes: all that autograd keeps; with blocks that keep their inputs alone (`runtime.checkpoint_activations`); and
+    """Bytes: all that autograd keeps; with blocks that keep only their inputs (`runtime.checkpoint_activations`); and
     what comes on top of either while the backward pass runs.
     """
 
@@ -106,54 +105,51 @@ class Saved:
     working: int
 
 
-def saved(config: OneDiffConfig, phase: Phase, rows: Rows, *, bfloat16: bool, cached_tower: bool) -> Saved:
+def saved(config: OneDiffConfig, phase: Phase, batch: MicroBatch, *, bfloat16: bool, cached_tower: bool) -> Saved:
     """On a CPU's fused attention, whose output is kept a second time: on a GPU a few percent less."""
-    with _default_type(torch.bfloat16 if bfloat16 else torch.float32):
+    with local_torch_dtype(torch.bfloat16 if bfloat16 else torch.float32):
         model = hollow(config, phase)
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    with FakeTensorMode(), _default_type(torch.bfloat16 if bfloat16 else torch.float32):
-        _fake(model)
-        counter = _Counter(model, blocks)
-        with saved_tensors_hooks(counter.keep, lambda kept: kept):
-            _loss_of(model, rows, cached_tower=cached_tower)
-    logits = rows.num_pairs * rows.row_answer_tokens * config.text_config.vocab_size
-    within, inputs = sum(counter.within.values()), sum(counter.inputs.values())
-    largest = max(counter.within.values())
-    return Saved(counter.total, counter.total - within + inputs, max(largest, 10 * logits))
+        with FakeTensorMode():
+            _allocate(model)
+            counter = _Counter(model)
+            with saved_tensors_hooks(counter.keep, lambda tensor: tensor):
+                _loss_of(model, batch, cached_tower=cached_tower)
+    logits = batch.num_pairs * batch.row_answer_tokens * config.text_config.vocab_size
+    checkpointed = counter.total - counter.within.total() + counter.inputs.total()
+    return Saved(counter.total, checkpointed, max([*counter.within.values(), 10 * logits]))
 
 
 def hollow(config: OneDiffConfig, phase: Phase) -> OneDiffForConditionalGeneration:
-    """The model as the engine makes it, adapters in and frozen what does not learn, on the device without contents."""
+    """The model as the engine prepares it, with adapters and frozen parts, on the device without contents."""
     with torch.device("meta"):
         model = OneDiffForConditionalGeneration(config).train()
         trainable(model, phase)
     return model
 
 
-def _fake(model: nn.Module) -> None:
+def _allocate(model: nn.Module) -> None:
     """In place, from the device without contents to a CPU's tensors without contents, which take its fused attention.
     """
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype),
-                                                        requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype),
+                                                    requires_grad=parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 class _Counter:
-    """Adds up each storage once, parameters left out; per block what was saved in it, and the size of its input."""
+    """Adds up each storage once, parameters left out; for each block what was saved in it, and the size of its input.
+    """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.seen = {_storage(p) for p in model.parameters()}
         self.total = 0
-        self.within: dict[int, int] = {}
-        self.inputs: dict[int, int] = {}
-        for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda _, args, number=number: self._enter(number, args))
-            block.register_forward_hook(lambda _, args, out, number=number: self._leave(number))
+        self.within, self.inputs = Counter[nn.Module](), Counter[nn.Module]()
+        for block in model.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                block.register_forward_pre_hook(self._enter)
+                block.register_forward_hook(self._leave)
 
     def keep(self, tensor: Tensor) -> Tensor:
         if _storage(tensor) not in self.seen:
@@ -161,39 +157,39 @@ class _Counter:
             self.total += tensor.untyped_storage().nbytes()
         return tensor  # and so alive: no later storage can have its address
 
-    def _enter(self, number: int, args: tuple[Any, ...]) -> None:
-        self.inputs[number] = args[0].nbytes if args[0].requires_grad else 0
-        self.within[number] = -self.total
+    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inputs[block] = args[0].nbytes if args[0].requires_grad else 0
+        self.within[block] = -self.total
 
-    def _leave(self, number: int) -> None:
-        self.within[number] += self.total
+    def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.within[block] += self.total
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _loss_of(model: OneDiffForConditionalGeneration, rows: Rows, *, cached_tower: bool) -> Tensor:
-    """`forward` on pairs alone, without its look at the contents of ids and counts, which are not there."""
-    config, pairs = model.config, rows.num_pairs
+def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cached_tower: bool) -> Tensor:
+    """`forward` on pairs, without the checks of ids and counts, because these tensors have no contents."""
+    config, pairs = model.config, batch.num_pairs
     if cached_tower:
         states = torch.empty(2 * pairs, len(config.read_levels), config.num_patches, config.vision_config.hidden_size)
     else:
         side = config.vision_config.image_size
         states = model.vision(torch.empty(2 * pairs, 3, side, side))
-    views = _look(model, states, torch.arange(0, 2 * pairs, 2))
-    lengths = [rows.row_tokens] * pairs
+    views = _views(model, states, torch.arange(0, 2 * pairs, 2))
+    lengths = [batch.row_tokens] * pairs
     embeds = torch.empty(1, sum(lengths), config.text_config.hidden_size)  # (1, T, D)
     if any(view.requires_grad for view in views) or model.language.get_input_embeddings().weight.requires_grad:
         embeds.requires_grad_()
-    asked = torch.empty(pairs * rows.row_answer_tokens, dtype=torch.long)  # (A,)
+    answers = torch.empty(pairs * batch.row_answer_tokens, dtype=torch.long)  # (A,)
     places = torch.empty(1, sum(lengths), dtype=torch.long)
     logits = model.language(inputs_embeds=embeds, position_ids=places, attention_mask=no_mask(embeds), lengths=lengths,
-                            logits_to_keep=asked, use_cache=False).logits[0]
-    return functional.cross_entropy(logits.float(), torch.empty_like(asked), reduction="sum")
+                            logits_to_keep=answers, use_cache=False).logits[0]
+    return functional.cross_entropy(logits.float(), torch.empty_like(answers), reduction="sum")
 
 
-def _look(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
+def _views(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
     """As the model's `look`: states (2P, L, N, C), the number of each pair's first image (P,) -> what is spliced."""
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
     delta = None if model.delta is None else model.delta(states[first], states[first + 1])
@@ -202,15 +198,4 @@ def _look(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor)
     patches = model.pool(patches)
     if model.config.reading == "C":
         patches = torch.cat([patches[first], patches[first + 1]], -1)
-    views = [model.projector(patches)]
-    return views if delta is None else [*views, model.delta_projector(delta)]
-
-
-@contextmanager
-def _default_type(kind: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return [model.projector(patches), *([] if delta is None else [model.delta_projector(delta)])]

@@ -6,8 +6,8 @@ Of each phase: what learns, what a sample is, how many steps, what fits on which
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import get_args
@@ -17,12 +17,13 @@ from onediff.data.sources.catalog import CATALOG
 from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE, pair_prompt, text_prompt
 from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
+from onediff.paths import CARD
 from onediff.train.cost import Flops, Gpu, Size, sizes
-from onediff.train.memory import Offload, Rows, Saved, Sharing, States, hollow, saved, states
-from onediff.train.phases import steps_of
+from onediff.train.loop import steps_of
+from onediff.train.memory import MicroBatch, Offload, Saved, Sharing, States, hollow, saved, states
+from onediff.train.phases import feature_gb
 
 ARCHITECTURES = Path("presets/architectures")
-CARD = Path("data/diffcap/card.json")
 GIB = 2**30
 SPARE, OVERHEAD_GIB = 0.05, 1.5  # of a GPU's memory: lost between blocks; taken by CUDA and NCCL
 ENOUGH_TOKENS = 4096  # of a forward pass, on one GPU: beyond it a larger one is hardly faster
@@ -35,7 +36,7 @@ SCENE_PAIRS = 3  # that a base scene gives `train`
 
 
 @dataclass(frozen=True)
-class Sample:
+class MeanSample:
     """Means over a phase's mixture; `longest_tokens` of a row that a micro-batch must have room for."""
 
     images: float
@@ -63,7 +64,7 @@ class Layout:
 class PhasePlan:
     name: str
     sizes: dict[str, Size]
-    sample: Sample
+    sample: MeanSample
     num_samples: dict[str, tuple[int, str]]  # by source, and where the number is from
     steps: int
     batch_size: int
@@ -89,48 +90,44 @@ def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisati
     """Raises ValueError if a batch does not split over the GPUs or a backbone contradicts params.yaml."""
     described, published = described_model(config.model)
     model = configure(described)
-    phases = [plan_phase(name, config, model, runtime, gpu=gpu, num_gpus=num_gpus, utilisation=utilisation)
-              for name in ("align", "tune") if getattr(config, name) is not None]
-    views = 1 if model.reading == "C" else 2
-    return Plan(gpu, num_gpus, utilisation, published, views * model.tokens_per_image, model.delta_tokens_read, phases)
+    patch_tokens = (1 if model.reading == "C" else 2) * model.tokens_per_image
+    planned = Plan(gpu, num_gpus, utilisation, published, patch_tokens, model.delta_tokens_read, [])
+    return replace(planned, phases=[plan_phase(name, config, model, runtime, planned) for name in ("align", "tune")
+                                    if getattr(config, name) is not None])
 
 
 def described_model(model: Model) -> tuple[Model, list[str]]:
-    """The model with the names whose architecture is known here replaced by its folder, and those names."""
-    known = [name for name in dict.fromkeys((model.vision.path, model.language))
-             if not Path(name).exists() and (ARCHITECTURES / name / "config.json").exists()]
-    place = {name: str(ARCHITECTURES / name) for name in known}
-    vision = model.vision.model_copy(update={"path": place.get(model.vision.path, model.vision.path)})
-    return model.model_copy(update={"vision": vision, "language": place.get(model.language, model.language)}), known
+    """The model with each backbone whose architecture is known here replaced by its folder, and their names."""
+    folders = {name: str(ARCHITECTURES / name) for name in (model.vision.path, model.language)
+               if not Path(name).exists() and (ARCHITECTURES / name / "config.json").exists()}
+    path, language = (folders.get(name, name) for name in (model.vision.path, model.language))
+    vision = model.vision.model_copy(update={"path": path})
+    return model.model_copy(update={"vision": vision, "language": language}), list(folders)
 
 
-def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime, *, gpu: Gpu, num_gpus: int,
-               utilisation: float) -> PhasePlan:
+def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime, planned: Plan) -> PhasePlan:
+    """`planned`: the plan with the GPUs, still without phases."""
     phase: Phase = getattr(config, name)
-    if phase.batch_size % num_gpus:
-        raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} does not split over {num_gpus} GPUs; "
-                         "change one of them")
+    if phase.batch_size % planned.num_gpus:
+        raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} does not split over {planned.num_gpus} "
+                         "GPUs; change one of them")
     samples = {source: count_samples(source, config, phase) for source in phase.mixture}
     sample, total = mean_sample(config, model, phase), sum(number for number, _ in samples.values())
     num_images = total if name == "align" else total * sample.images
-    cached = not phase.lr_vision and _feature_bytes(model, num_images) <= runtime.feature_cache_gb * 1e9
-    empty = hollow(model, phase)
+    cached = not phase.lr_vision and feature_gb(model, num_images) <= runtime.feature_cache_gb
+    empty, bfloat16 = hollow(model, phase), config.model.precision == "bfloat16"
     counts = {key: getattr(sample, key) * phase.batch_size for key in ("images", "pairs", "tokens", "answer_tokens")}
     flops, steps = Flops.of(empty, phase, cached_tower=cached)(counts), steps_of(phase, total)
     once = Flops.of(empty, phase, cached_tower=False).image * num_images if cached else 0.0  # a frozen tower: forward
-    seconds = (steps * flops + once) / (num_gpus * gpu.tflops * 1e12 * utilisation)
-    found = list(layouts(model, phase, sample, _added(sizes(empty)), gpu=gpu, num_gpus=num_gpus, cached_tower=cached,
-                         bfloat16=config.model.precision == "bfloat16"))
-    return PhasePlan(name, sizes(empty), sample, samples, steps, phase.batch_size, cached, flops, seconds / 3600,
-                     found, choose(found, sample))
-
-
-def _feature_bytes(model: OneDiffConfig, num_images: float) -> float:
-    return num_images * len(model.read_levels) * model.num_patches * model.vision_config.hidden_size * 4
-
-
-def _added(parts: dict[str, Size]) -> Size:
-    return Size(sum(part.learning for part in parts.values()), sum(part.frozen for part in parts.values()))
+    seconds = (steps * flops + once) / (planned.num_gpus * planned.gpu.tflops * 1e12 * planned.utilisation)
+    parts = sizes(empty)
+    size = Size(sum(part.learning for part in parts.values()), sum(part.frozen for part in parts.values()))
+    held = {sharing: states(size, sharing, bfloat16=bfloat16) for sharing in sharings(planned.num_gpus)}
+    one, two = (saved(model, phase, MicroBatch(pairs, sample.longest_tokens, max(1, round(sample.answer_tokens))),
+                      bfloat16=bfloat16, cached_tower=cached) for pairs in (1, 2))
+    choices = list(layouts(held, one, two, num_rows=phase.batch_size // planned.num_gpus, gpu=planned.gpu))
+    return PhasePlan(name, parts, sample, samples, steps, phase.batch_size, cached, flops, seconds / 3600, choices,
+                     choose(choices, sample))
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -138,20 +135,17 @@ def _added(parts: dict[str, Size]) -> Size:
 
 def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
     """Samples of an epoch, and where the number is from: DiffCap's card, params.yaml, an official count or a guess."""
-    task = config.tasks.get(source)
-    expected = CATALOG[source].expected.get("train", {}) if source in CATALOG else {}
-    each = expected.get("references", 0) / expected["pairs"] if expected.get("references") else 1.0
-    times = each if task and task.targets == "each" else 1.0
+    task, expected, times = config.tasks.get(source), _official(source), 1.0
+    if task and task.targets == "each" and expected.get("references"):
+        times = expected["references"] / expected["pairs"]
     if CARD.exists():
         kinds = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]["train"].get(source, {})
         if kinds:
             return round(sum(kinds.values()) * times), str(CARD)
-    found = _expected_pairs(source, config)
-    if found:
-        return round(found * times), "params.yaml" if source in config.data.generated else "official count"
+    if number := _expected_pairs(source, config):
+        return round(number * times), "params.yaml" if source in config.data.generated else "official count"
     ratios = [known / weight for other, weight in phase.mixture.items() if (known := _expected_pairs(other, config))]
-    scale = median(ratios) if ratios else 1000.0
-    return round(phase.mixture[source] * scale), "guess from its weight"
+    return round(phase.mixture[source] * (median(ratios) if ratios else 1000.0)), "guess from its weight"
 
 
 def _expected_pairs(source: str, config: Config) -> int | None:
@@ -159,88 +153,91 @@ def _expected_pairs(source: str, config: Config) -> int | None:
         return SCENE_PAIRS * config.data.scenes.num_scenes.train
     if source == "edits":
         return config.data.edits.num_pairs.train
-    expected = CATALOG[source].expected.get("train", {}) if source in CATALOG else {}
-    return expected.get("pairs" if source in MERGED else "records")
+    return _official(source).get("pairs" if source in MERGED else "records")
 
 
-def mean_sample(config: Config, model: OneDiffConfig, phase: Phase) -> Sample:
+def _official(source: str) -> Mapping[str, int]:
+    return CATALOG[source].expected.get("train", {}) if source in CATALOG else {}
+
+
+def mean_sample(config: Config, model: OneDiffConfig, phase: Phase) -> MeanSample:
     """Weighted as the phase draws; a pair has two images, a conversation one or none."""
-    whole, kinds = sum(phase.mixture.values()), []
-    for source, weight in phase.mixture.items():
-        seen, words, said = _text_of(source, config, phase)
-        views, paired = min(seen, 1.0) if model.reading == "C" else seen, float(seen == 2)
-        length = views * model.tokens_per_image + paired * model.delta_tokens_read + words
-        kinds.append((weight / whole, seen, paired, words, said, min(length, config.model.max_length)))
-    images, pairs, text, answer, tokens = (sum(kind[0] * kind[column] for kind in kinds) for column in range(1, 6))
-    talks = CONVERSATIONS.keys() & phase.mixture.keys()
-    longest = config.model.max_length if talks else round(max(kind[5] for kind in kinds))
-    return Sample(images, pairs, text, answer, tokens, longest)
+    total = sum(phase.mixture.values())
+    samples = {source: _sample_of(source, config, model, phase) for source in phase.mixture}
+    images, pairs, text, answer, tokens = (
+        sum(weight / total * getattr(samples[source], name) for source, weight in phase.mixture.items())
+        for name in ("images", "pairs", "text_tokens", "answer_tokens", "tokens"))
+    longest = max(sample.longest_tokens for sample in samples.values())
+    return MeanSample(images, pairs, text, answer, tokens,
+                      config.model.max_length if CONVERSATIONS.keys() & phase.mixture.keys() else longest)
+
+
+def _sample_of(source: str, config: Config, model: OneDiffConfig, phase: Phase) -> MeanSample:
+    images, text, answer = _text_of(source, config, phase)
+    views, pairs = min(images, 1.0) if model.reading == "C" else images, float(images == 2)
+    tokens = min(views * model.tokens_per_image + pairs * model.delta_tokens_read + text, config.model.max_length)
+    return MeanSample(images, pairs, text, answer, tokens, round(tokens))
 
 
 def _text_of(source: str, config: Config, phase: Phase) -> tuple[float, float, float]:
-    """Images, tokens of text with the answer, tokens of the answer alone."""
+    """Images, tokens of text with the answer, tokens of the answer."""
     answer, task = float(ANSWER_TOKENS.get(source, USUAL_ANSWER_TOKENS)), config.tasks.get(source)
     if source in CONVERSATIONS:
         return CONVERSATIONS[source], CONVERSATION_TOKENS + answer, answer
-    instruction = (task and task.instruction) or DEFAULT_INSTRUCTION
+    instruction, is_single = (task and task.instruction) or DEFAULT_INSTRUCTION, False
     if isinstance(phase, Align):
-        instruction = COUPLED_INSTRUCTION
-        if phase.samples == "single":
-            question = text_prompt(config.model.template, instruction).question
-            return 1.0, len(question.split()) * TOKENS_PER_WORD + answer, answer
+        instruction, is_single = COUPLED_INSTRUCTION, phase.samples == "single"
+        answer *= 1 if is_single else 2
+    if task and task.targets == "joined" and not is_single:
         answer *= 2
-    if task and task.targets == "joined":
-        answer *= 2
-    question = pair_prompt(config.model.template, instruction).question.replace(IMAGE, "")
-    return 2.0, len(question.split()) * TOKENS_PER_WORD + answer, answer
+    prompt = (text_prompt if is_single else pair_prompt)(config.model.template, instruction)
+    num_words = len(prompt.question.replace(IMAGE, "").split())
+    return 1.0 if is_single else 2.0, num_words * TOKENS_PER_WORD + answer, answer
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def layouts(model: OneDiffConfig, phase: Phase, sample: Sample, size: Size, *, gpu: Gpu, num_gpus: int,
-            cached_tower: bool, bfloat16: bool) -> Iterator[Layout]:
-    """Every ZeRO level, offload and checkpointing that Runtime allows, and the largest micro-batch that each holds."""
-    answer = max(1, round(sample.answer_tokens))
-    one, two = (saved(model, phase, Rows(pairs, sample.longest_tokens, answer), bfloat16=bfloat16,
-                      cached_tower=cached_tower) for pairs in (1, 2))
-    room = usable_gib(gpu) * GIB
-    sizes_tried = [number for number in range(1, phase.batch_size // num_gpus + 1)
-                   if phase.batch_size // num_gpus % number == 0]
-    for offload in get_args(Offload):
-        for level in range({"none": 0, "optimizer": 1, "all": 3}[offload], 4):
-            sharing = Sharing(level, offload, num_gpus)
-            kept = states(size, sharing, bfloat16=bfloat16)
-            for again in (False, True):
-                fitting = [number for number in sizes_tried if total_bytes(kept, one, two, number, again=again) <= room]
-                most = max(fitting, default=0)
-                yield Layout(sharing, again, kept, _kept(two, again) - _kept(one, again), most,
-                             total_bytes(kept, one, two, most or 1, again=again))
+def sharings(num_gpus: int) -> list[Sharing]:
+    """Every ZeRO level and offload that Runtime allows."""
+    lowest_levels: dict[Offload, int] = {"none": 0, "optimizer": 1, "all": 3}
+    return [Sharing(level, offload, num_gpus) for offload, lowest in lowest_levels.items()
+            for level in range(lowest, 4)]
+
+
+def layouts(held: dict[Sharing, States], one: Saved, two: Saved, *, num_rows: int, gpu: Gpu) -> Iterator[Layout]:
+    """Each way to share the states, with and without checkpointing, and the largest micro-batch that each has room for.
+
+    one, two: what autograd saves of that many rows; `num_rows`: of each GPU in a step.
+    """
+    micro_batch_sizes = [number for number in range(1, num_rows + 1) if num_rows % number == 0]
+    for sharing, kept in held.items():
+        for again in (False, True):
+            first, second = (rows.checkpointed if again else rows.everything for rows in (one, two))
+            each_row, each_working = second - first, two.working - one.working
+            totals = {number: total_bytes(kept, first + one.working + (number - 1) * (each_row + each_working))
+                      for number in micro_batch_sizes}
+            most = max((number for number in totals if totals[number] <= usable_gib(gpu) * GIB), default=0)
+            yield Layout(sharing, again, kept, each_row, most, totals[most or 1])
 
 
 def usable_gib(gpu: Gpu) -> float:
     return gpu.memory_gib * (1 - SPARE) - OVERHEAD_GIB
 
 
-def total_bytes(kept: States, one: Saved, two: Saved, num_rows: int, *, again: bool) -> float:
+def total_bytes(kept: States, activations: float) -> float:
     """At the worst moment: the start of the backward pass, the update, when no activation is left, or the beginning,
-    when every GPU loads the whole model.
+    when every GPU loads the complete model.
     """
-    activations = (_kept(one, again) + (num_rows - 1) * (_kept(two, again) - _kept(one, again))
-                   + one.working + (num_rows - 1) * (two.working - one.working))
     held = kept.weights + kept.gradients + kept.optimizer + kept.buffers
     return max(held + max(activations, kept.update), kept.start)
 
 
-def _kept(found: Saved, again: bool) -> int:
-    return found.checkpointed if again else found.everything
-
-
-def choose(found: list[Layout], sample: Sample) -> Layout | None:
+def choose(layouts: list[Layout], sample: MeanSample) -> Layout | None:
     """The least offload; of these a pass with enough tokens to keep the GPU busy; then nothing run twice, then the
     lowest ZeRO level. None: nothing fits.
     """
-    fitting = [layout for layout in found if layout.micro_batch_size]
+    fitting = [layout for layout in layouts if layout.micro_batch_size]
     return min(fitting, default=None, key=lambda layout: (
         get_args(Offload).index(layout.sharing.offload),
         layout.micro_batch_size * sample.longest_tokens < ENOUGH_TOKENS,
@@ -250,18 +247,18 @@ def choose(found: list[Layout], sample: Sample) -> Layout | None:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def text(found: Plan) -> str:
-    gpu = found.gpu
-    lines = [f"On {found.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, {gpu.tflops:g} TFLOP/s"
-             f"{' in bfloat16' if gpu.bfloat16 else ' in float16; it has no bfloat16'}), at {found.utilisation:.0%} of "
-             "that peak. Nothing was run or downloaded."]
-    lines += [f"{name}: architecture as published, not downloaded" for name in found.published]
-    lines += [f"A pair: {found.patch_tokens:,} patch tokens, {found.delta_tokens} delta tokens, and text "
+def text(planned: Plan) -> str:
+    gpu = planned.gpu
+    lines = [f"On {planned.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, {gpu.tflops:g} TFLOP/s"
+             f"{' in bfloat16' if gpu.bfloat16 else ' in float16; it has no bfloat16'}), at {planned.utilisation:.0%} "
+             "of that peak. Nothing was run or downloaded."]
+    lines += [f"{name}: architecture as published, not downloaded" for name in planned.published]
+    lines += [f"A pair: {planned.patch_tokens:,} patch tokens, {planned.delta_tokens} delta tokens, and text "
               "(its length is an estimate)"]
-    return "\n".join([*lines, *(line for phase in found.phases for line in _phase_text(phase, found))])
+    return "\n".join([*lines, *(line for phase in planned.phases for line in _phase_text(phase, planned))])
 
 
-def _phase_text(phase: PhasePlan, found: Plan) -> Iterator[str]:
+def _phase_text(phase: PhasePlan, planned: Plan) -> Iterator[str]:
     sample = phase.sample
     yield f"\n{phase.name}\n  parameters {'learning':>12} {'frozen':>12}"
     for part, size in phase.sizes.items():
@@ -278,8 +275,8 @@ def _phase_text(phase: PhasePlan, found: Plan) -> Iterator[str]:
     yield f"  tower      {seen}"
     yield f"  compute    {phase.flops_per_step / 1e15:>12,.4g}  PFLOP a step"
     yield f"  time       {phase.hours:>12,.2g}  hours, without reading data, validation and checkpoints"
-    yield (f"  memory of one GPU in GiB, of which {usable_gib(found.gpu):.1f} can be used ({OVERHEAD_GIB} are for CUDA "
-           f"and NCCL, {SPARE:.0%} for gaps); rows of {sample.longest_tokens:,} tokens")
+    yield (f"  memory of one GPU in GiB, of which {usable_gib(planned.gpu):.1f} can be used ({OVERHEAD_GIB} are for "
+           f"CUDA and NCCL, {SPARE:.0%} for gaps); rows of {sample.longest_tokens:,} tokens")
     yield ("    ZeRO  offload    checkpoint | weights  gradients  optimizer  buffers  each row | largest micro-batch: "
            "total")
     for layout in phase.layouts:
@@ -292,8 +289,9 @@ def _layout_text(layout: Layout) -> str:
     shares = [f"{value / GIB:>{width}.1f}" for value, width in (
         (kept.weights, 7), (kept.gradients, 10), (kept.optimizer, 10), (kept.buffers, 8), (layout.activations, 9))]
     most = f"{layout.micro_batch_size:>19}" if layout.micro_batch_size else "       does not fit"
-    return (f"  {layout.sharing.zero_level}   {layout.sharing.offload:<10} {_yes(layout.checkpoint_activations):<10} | "
-            f"{' '.join(shares)} | {most}: {layout.total / GIB:.1f}")
+    again = str(layout.checkpoint_activations).lower()
+    return (f"  {layout.sharing.zero_level}   {layout.sharing.offload:<10} {again:<10} | {' '.join(shares)} | {most}: "
+            f"{layout.total / GIB:.1f}")
 
 
 def _advice(phase: PhasePlan) -> str:
@@ -305,12 +303,8 @@ def _advice(phase: PhasePlan) -> str:
         return f"does not fit, not even with one row, all offloaded. What helps: {'; '.join(cures)}"
     host = f"; {layout.states.host / GIB:.0f} GiB of the CPU's memory for each GPU" if layout.states.host else ""
     return (f"runtime.yaml: zero_level: {layout.sharing.zero_level}, offload: {layout.sharing.offload}, "
-            f"checkpoint_activations: {_yes(layout.checkpoint_activations)}, micro_batch_size: "
+            f"checkpoint_activations: {str(layout.checkpoint_activations).lower()}, micro_batch_size: "
             f"{layout.micro_batch_size}{host}")
-
-
-def _yes(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def _millions(number: int) -> str:

@@ -6,7 +6,6 @@ import resource
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,27 +19,23 @@ COUNTED = ("rows", "images", "pairs", "tokens", "padded_tokens", "answer_tokens"
 def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
     """COUNTED of a rank's micro-batches: rows, images, rows with two, tokens that the language model reads, tokens that
     padded rows would have, answer tokens."""
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for batch in batches:
         counts, mask = batch["image_counts"], batch["attention_mask"]
-        found.update(rows=len(counts), images=int(counts.sum()), pairs=int((counts == 2).sum()), tokens=int(mask.sum()),
-                     padded_tokens=mask.numel(), answer_tokens=int((batch["labels"][:, 1:] != IGNORED).sum()))
-    return [float(found[name]) for name in COUNTED]
+        totals.update(rows=len(counts), images=int(counts.sum()), pairs=int((counts == 2).sum()),
+                      tokens=int(mask.sum()), padded_tokens=mask.numel(),
+                      answer_tokens=int((batch["labels"][:, 1:] != IGNORED).sum()))
+    return [float(totals[name]) for name in COUNTED]
 
 
-@dataclass
 class Meter:
     """What all ranks did; flops_of(counts) gives the FLOPs behind COUNTED, `peak_flops` what all GPUs could do in 1 s.
     """
 
-    flops_of: Callable[[dict[str, float]], float] | None = None
-    peak_flops: float | None = None
-    done: Counter[str] = field(default_factory=Counter)
-    marks: deque[tuple[float, Counter[str]]] = field(default_factory=deque)
-
-    def __post_init__(self) -> None:
-        self.started = time.monotonic()
-        self.marks.append((self.started, Counter()))
+    def __init__(self, flops_of: Callable[[dict[str, float]], float], peak_flops: float | None) -> None:
+        self.flops_of, self.peak_flops = flops_of, peak_flops
+        self.started, self.totals = time.monotonic(), Counter[str]()
+        self.marks = deque([(self.started, Counter[str]())])
 
     @property
     def seconds(self) -> float:
@@ -49,13 +44,12 @@ class Meter:
     def add(self, totals: Tensor, waited_s: float) -> None:
         """totals: `counts_of` summed over all ranks."""
         counts = dict(zip(COUNTED, totals.tolist(), strict=True))
-        self.done.update({"steps": 1, "waited_s": waited_s, "flops": self.flops_of(counts) if self.flops_of else 0.0,
-                          **counts})
+        self.totals.update({"steps": 1, "waited_s": waited_s, "flops": self.flops_of(counts), **counts})
 
     def line(self) -> dict[str, float]:
         """Rates over the last WINDOW_S seconds."""
         now = time.monotonic()
-        self.marks.append((now, self.done.copy()))
+        self.marks.append((now, self.totals.copy()))
         while len(self.marks) > 2 and now - self.marks[1][0] > WINDOW_S:
             self.marks.popleft()
         return self._rates(*self.marks[0])
@@ -66,15 +60,12 @@ class Meter:
 
     def _rates(self, since: float, before: Counter[str]) -> dict[str, float]:
         seconds = max(time.monotonic() - since, 1e-9)
-        did = {name: value - before[name] for name, value in self.done.items()}
-        rates = {"pairs_per_s": did.get("rows", 0) / seconds, "tokens_per_s": did.get("tokens", 0) / seconds,
-                 "padding_share": 1 - did.get("tokens", 0) / max(did.get("padded_tokens", 0), 1),
-                 "loader_wait_share": did.get("waited_s", 0) / seconds, "memory_gib": memory_gib()}
-        if self.flops_of:
-            rates["tflops_per_s"] = did.get("flops", 0) / seconds / 1e12
-        if self.flops_of and self.peak_flops:
-            rates["mfu"] = did.get("flops", 0) / seconds / self.peak_flops
-        return rates
+        new = {name: self.totals[name] - before[name] for name in ("waited_s", "flops", *COUNTED)}
+        rates = {"pairs_per_s": new["rows"] / seconds, "tokens_per_s": new["tokens"] / seconds,
+                 "padding_share": 1 - new["tokens"] / max(new["padded_tokens"], 1),
+                 "loader_wait_share": new["waited_s"] / seconds, "memory_gib": memory_gib(),
+                 "tflops_per_s": new["flops"] / seconds / 1e12}
+        return rates | ({"mfu": new["flops"] / seconds / self.peak_flops} if self.peak_flops else {})
 
 
 def memory_gib() -> float:

@@ -1,19 +1,24 @@
-"""What a finished training leaves in scratch, until DVC has committed it."""
+"""What a finished training leaves in scratch until DVC has committed it, and how far a step is from the command."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from onediff.config import Config, Runtime, load_params, load_runtime
+from onediff.data.record import Record, write_shards
 from onediff.files import write_json, write_text
 from onediff.paths import DIFFCAP
 from onediff.repro.lock import md5_of
 from onediff.stages.training import fetch, remove_committed, train
-from onediff.train import phases
-from onediff.train.loop import Log
+from onediff.train.loop import TrainingRun
+from onediff.train.phases import run_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +32,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     write_text(Path("params.yaml"), (ROOT / "presets/micro.yaml").read_text())
     write_text(DIFFCAP / "card.json", "{}")
-    folder = phases.run_folder("align", load_params(), load_runtime(), data=DIFFCAP)
+    folder = run_folder("align", load_params(), load_runtime())
     write_text(folder / "final/model.safetensors", "trained")
     write_text(folder / "curve.jsonl", "{}\n")
     write_json(folder / "run.json", {"run_id": "7"}, indent=1)
@@ -36,7 +41,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def never(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
+def never(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
     raise AssertionError("it trains again")
 
 
@@ -44,7 +49,7 @@ def test_what_dvc_did_not_commit_is_fetched_again_and_not_trained_again(finished
     """DVC removes the new model when its commit failed, on a full disk for example, and the stage starts again."""
     write_text(Path("data/models/align/model.safetensors"), "of an older run")
     for _ in range(2):
-        train("align", start=None, work=never)
+        train("align", never)
         assert [path.read_text() for path in Path("data/models/align").iterdir()] == ["trained"]
         assert Path("data/curves/align.jsonl").read_text() == "{}\n"
         assert json.loads(Path("data/runs/align.json").read_text()) == {"run_id": "7"}
@@ -76,3 +81,72 @@ def test_without_dvc_nothing_is_kept(finished: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("DVC_STAGE")
     fetch("align", finished)
     assert not finished.exists() and Path("data/models/align/model.safetensors").read_text() == "trained"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from onediff.files import refusing_lock
+with refusing_lock(Path(sys.argv[1]) / "lock", ""):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_cannot_train_in_one_folder(finished: Path) -> None:
+    command, environment = [sys.executable, "-c", HOLDS, str(finished)], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        message = rf"another run trains here \(process {holder.pid} on .*\): two would spoil"
+        with pytest.raises(ValueError, match=message):
+            train("align", never)
+        holder.kill()
+    train("align", never)  # a process that was killed holds nothing
+
+
+def test_the_folder_changes_with_anything_that_decides_the_result(finished: Path) -> None:
+    config, runtime = load_params(), load_runtime()
+    assert run_folder("align", config, runtime) == finished
+    assert run_folder("align", config.model_copy(update={"seed": config.seed + 1}), runtime) != finished
+    assert config.align is not None
+    longer = config.model_copy(update={"align": config.align.model_copy(update={"steps": 5})})
+    assert run_folder("align", longer, runtime) != finished
+    write_text(DIFFCAP / "card.json", '{"num_pairs": {}}')
+    assert run_folder("align", config, runtime) != finished
+
+
+STEP = """
+import json, traceback
+from pathlib import Path
+from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.stages.align import align
+from onediff.stages.command import run
+
+forward = OneDiffForConditionalGeneration.forward
+
+def recorded(self, *arguments, **named):
+    own = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith("CODE/")]
+    Path("frames.json").write_text(json.dumps(own))
+    return forward(self, *arguments, **named)
+
+OneDiffForConditionalGeneration.forward = recorded
+run(align)
+"""
+
+
+def test_few_functions_lie_between_the_command_and_the_model(scene_pairs: list[Record], tmp_path: Path,
+                                                             empty_store: Path) -> None:
+    """A reader follows the stack of a real step in one sitting."""
+    (tmp_path / "presets").symlink_to(ROOT / "presets")
+    shutil.copy(ROOT / "presets/micro.yaml", tmp_path / "params.yaml")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    write_shards(scene_pairs, tmp_path / DIFFCAP, "train", shard_pairs=100)
+    write_text(tmp_path / DIFFCAP / "card.json", "{}")
+    variables = {key: value for key, value in os.environ.items()
+                 if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DVC_STAGE")}
+    variables |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    subprocess.run([sys.executable, "-c", STEP.replace("CODE", str(ROOT / "onediff"))], cwd=tmp_path,
+                   env=variables, check=True)
+    frames = json.loads((tmp_path / "frames.json").read_text())
+    assert frames == ["run", "align", "train", "run_locally", "train", "fit", "backward"]
+    assert (tmp_path / "data/models/align/model.safetensors").exists()

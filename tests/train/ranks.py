@@ -13,7 +13,7 @@ from parts import DELTA_ID, IMAGE_ID, VOCAB, phase, small
 
 from onediff.config import Runtime
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
-from onediff.train.loop import fit
+from onediff.train.loop import TrainingRun, fit
 from onediff.train.speed import Meter
 
 ROWS = 12
@@ -52,9 +52,10 @@ def run(case: dict[str, Any]) -> None:
     model = small().to(getattr(torch, case.get("precision", "float32")))
     num_micro = case.get("num_micro", 1)
     world = int(os.environ["WORLD_SIZE"])
-    runtime = Runtime(launcher="deepspeed" if world > 1 else "local", gpus=world, **case["runtime"])
+    runtime = Runtime(launcher="deepspeed" if world > 1 else "local", gpus=world,
+                      micro_batch_size=ROWS // world // num_micro, **case["runtime"])
 
-    def batches(first: int, rank: int, world: int) -> Any:
+    def batches(first: int, rank: int) -> Any:
         for step in range(first, 30):
             parts = world * num_micro
             rows = rows_of(model, step)
@@ -65,13 +66,14 @@ def run(case: dict[str, Any]) -> None:
         if step + 1 == case.get("die_at"):
             raise KeyboardInterrupt
 
+    training = TrainingRun("case", phase(**case.get("phase", {})), runtime, folder, model, processor=None, corpus=None,
+                           rows=lambda step: [], num_samples=ROWS)
     try:
-        fitted = fit(model, phase(**case.get("phase", {})), runtime, name="case", steps=30, folder=folder,
-                     num_micro=num_micro, batches=batches, log=log, meter=Meter())
+        trained = fit(training, batches, log, Meter(lambda counts: 0.0, None))
     except KeyboardInterrupt:
         os._exit(0)  # as a power cut: nothing is tidied
-    if fitted.weights is not None:
-        torch.save(fitted.weights, folder / "weights.pt")
+    if trained.weights is not None:
+        torch.save(trained.weights, folder / "weights.pt")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from parts import RATES, batch_of, small
 from parts import phase as any_phase
 
 from onediff.config import Phase, Runtime
+from onediff.data.batches.sampling import BatchRow
+from onediff.inputs.prompt import text_prompt
 from onediff.interrupts import SIGNALS
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train import checkpoint
-from onediff.train.loop import Fitted, Judge, fit, rate_factor
+from onediff.train.loop import Trained, TrainingRun, Validation, fit, rate_factor
+from onediff.train.speed import Meter
 
 STEPS = 9
 
@@ -28,7 +31,7 @@ def phase(**changes: Any) -> Phase:
     return any_phase(**{"steps": STEPS, "batch_size": 6} | changes)
 
 
-def rows_of(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
+def batch_of_step(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
     batch = batch_of(model, [2, 0, 1, 2, 1, 2])
     generator = torch.Generator().manual_seed(step)
     batch["images"] = torch.randn(batch["images"].shape, generator=generator)
@@ -49,22 +52,24 @@ def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Te
 
 
 def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-          judge: Callable[[OneDiffForConditionalGeneration], float] | None = None, settings: Phase | None = None,
-          every_s: float = 0.0001, runtime: dict[str, Any] | None = None,
-          rows: Callable[[OneDiffForConditionalGeneration, int], dict[str, torch.Tensor]] = rows_of,
-          ) -> tuple[OneDiffForConditionalGeneration, Fitted]:
+          score: Callable[[OneDiffForConditionalGeneration], float] | None = None, settings: Phase | None = None,
+          every_s: float = 0.0001,
+          batch: Callable[[OneDiffForConditionalGeneration, int], dict[str, torch.Tensor]] = batch_of_step,
+          ) -> tuple[OneDiffForConditionalGeneration, Trained]:
+    """With `score`, the model is validated every three steps."""
     model = small()
     folder.mkdir(exist_ok=True)
-    fitted = fit(model, settings or phase(), Runtime(checkpoint_every_s=every_s, **(runtime or {})), name="test",
-                 steps=STEPS, folder=folder, num_micro=num_micro, log=log,
-                 batches=lambda first, rank, world: (split(rows(model, step), num_micro)
-                                                     for step in itertools.count(first)),
-                 judge=Judge(1, lambda numbers: [str(judge(model))], lambda texts: float(texts[0])) if judge else None,
-                 names=lambda step: [f"scenes/{step}-{row}" for row in range(6)])
-    assert fitted.weights is not None
+    validation = score and Validation(3, 1, lambda numbers: [str(score(model))], lambda texts: float(texts[0]))
+    training = TrainingRun(
+        "test", settings or phase(), Runtime(checkpoint_every_s=every_s, micro_batch_size=6 // num_micro), folder,
+        model, processor=None, corpus=None, num_samples=6, validation=validation,
+        rows=lambda step: [BatchRow((), text_prompt("plain", ""), name=f"scenes/{step}-{row}") for row in range(6)])
+    trained = fit(training, lambda first, rank: (split(batch(model, step), num_micro)
+                                                 for step in itertools.count(first)), log, Meter(lambda _: 0.0, None))
+    assert trained.weights is not None
     best = small()
-    best.load_state_dict(fitted.weights)
-    return best, fitted
+    best.load_state_dict(trained.weights)
+    return best, trained
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> bool:
@@ -85,7 +90,7 @@ def by_hand() -> tuple[OneDiffForConditionalGeneration, list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_factor(step, STEPS, 0.2)
         optimizer.zero_grad()
-        loss = model(**rows_of(model, step)).loss
+        loss = model(**batch_of_step(model, step)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 0.5)
         optimizer.step()
@@ -117,21 +122,20 @@ def test_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("died_at", [1, 4, STEPS - 1])
 def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int, tmp_path: Path) -> None:
-    judge = lambda model: -abs(model.delta.tokens.sum().item())  # noqa: E731
-    settings = phase(validate_every=3)
-    undisturbed, whole = train(tmp_path / "a", judge=judge, settings=settings)
+    score = lambda model: -abs(model.delta.tokens.sum().item())  # noqa: E731
+    undisturbed, whole = train(tmp_path / "a", score=score)
 
     def power_cut(step: int, values: dict[str, float]) -> None:
         if step == died_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", judge=judge, settings=settings, log=power_cut)
-    resumed, parts = train(tmp_path / "b", judge=judge, settings=settings)
+        train(tmp_path / "b", score=score, log=power_cut)
+    resumed, parts = train(tmp_path / "b", score=score)
     assert same_weights(undisturbed, resumed)
     assert all(whole.summary[key] == parts.summary[key] for key in ("best", "best_step"))
-    told = ("step", "loss", "grad_norm", "lr", "val_CIDEr")
-    lines = [[{key: value for key, value in json.loads(line).items() if key in told} for line in
+    compared = ("step", "loss", "grad_norm", "lr", "val_CIDEr")
+    lines = [[{key: value for key, value in json.loads(line).items() if key in compared} for line in
               (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
     assert lines[0] == lines[1]
 
@@ -153,18 +157,18 @@ def test_the_best_on_val_is_kept_not_the_last(tmp_path: Path) -> None:
     scores = iter([1.0, 3.0, 2.0])
     weights: list[dict[str, torch.Tensor]] = []
 
-    def judge(model: OneDiffForConditionalGeneration) -> float:
+    def score(model: OneDiffForConditionalGeneration) -> float:
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return next(scores)
 
-    model, fitted = train(tmp_path, judge=judge, settings=phase(validate_every=3))
+    model, fitted = train(tmp_path, score=score)
     assert (fitted.summary["best"], fitted.summary["best_step"]) == (3.0, 6)
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
     def poisoned(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
-        batch = rows_of(model, step)
+        batch = batch_of_step(model, step)
         if step == 2:
             batch["images"][0] = math.inf
         return batch
@@ -172,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tm
     message = (r"the loss became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 more "
                r"\(.*diverged.json\); look at them, or lower the learning rates")
     with pytest.raises(ValueError, match=message):
-        train(tmp_path, rows=poisoned)
+        train(tmp_path, batch=poisoned)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
     assert len(json.loads((tmp_path / "diverged.json").read_text())["rows"]) == 6
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000001", "step-0000002"]
@@ -230,27 +234,3 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     assert factors[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] < 0.001
-
-
-def test_a_run_that_a_signal_ends_before_its_first_step_is_preempted(tmp_path: Path) -> None:
-    checkpoint.write_status(tmp_path, "running", 0)
-    try:
-        raise KeyboardInterrupt("SIGHUP")
-    except KeyboardInterrupt:
-        checkpoint.close_status(tmp_path)
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert status == {"state": "preempted", "step": 0, "reason": "SIGHUP"}
-
-
-@pytest.mark.parametrize("blocked", [False, True])
-def test_an_error_is_noted_in_the_status_and_never_hidden_by_it(blocked: bool, tmp_path: Path) -> None:
-    checkpoint.write_status(tmp_path, "running", 4)
-    if blocked:
-        (tmp_path / "status.json.part").mkdir()  # the status cannot be written, as on a full disk
-    try:
-        raise MemoryError("no room")
-    except MemoryError:
-        checkpoint.close_status(tmp_path)
-    expected = ("running", "") if blocked else ("failed", "MemoryError: no room")
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["reason"]) == expected

@@ -13,7 +13,7 @@ from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
 from onediff.train.cost import Size, sizes
 from onediff.train.engine import Engine, checkpoint_activations, trainable
-from onediff.train.memory import BUCKET, GATHERED, Rows, Sharing, hollow, saved, states
+from onediff.train.memory import BUCKET, GATHERED, MicroBatch, Sharing, hollow, saved, states
 
 ALIGN = {"lr_vision": 0.0, "lr_delta": 1e-3, "lr_projector": 1e-3, "lr_language": 0.0}
 TUNE = dict.fromkeys(ALIGN, 1e-3)
@@ -72,8 +72,8 @@ def test_the_plan_counts_what_autograd_really_saves(rates: dict[str, float], cha
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase(**rates))
     inputs = batch(configuration)
-    rows = Rows(PAIRS, inputs["input_ids"].shape[1], ANSWER)
-    planned = saved(configuration, phase(**rates), rows, bfloat16=False, cached_tower=False)
+    micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
+    planned = saved(configuration, phase(**rates), micro_batch, bfloat16=False, cached_tower=False)
     assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
 
 
@@ -82,8 +82,8 @@ def test_the_plan_counts_what_adapters_make_autograd_save() -> None:
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, settings)
     inputs = batch(configuration)
-    rows = Rows(PAIRS, inputs["input_ids"].shape[1], ANSWER)
-    planned = saved(configuration, settings, rows, bfloat16=False, cached_tower=False)
+    micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
+    planned = saved(configuration, settings, micro_batch, bfloat16=False, cached_tower=False)
     assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
 
 
@@ -93,8 +93,8 @@ def test_the_plan_knows_what_blocks_keep_that_run_again() -> None:
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase())
     inputs = batch(configuration)
-    rows = Rows(PAIRS, inputs["input_ids"].shape[1], ANSWER)
-    planned = saved(configuration, phase(), rows, bfloat16=False, cached_tower=False)
+    micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
+    planned = saved(configuration, phase(), micro_batch, bfloat16=False, cached_tower=False)
     checkpoint_activations(model, phase(), zero_level=3)
     # Beyond the inputs it keeps rotary tables and states of the random generator, which only so small a model notices.
     assert planned.checkpointed == pytest.approx(really_saved(model, inputs), rel=0.1)
@@ -102,14 +102,14 @@ def test_the_plan_knows_what_blocks_keep_that_run_again() -> None:
 
 
 def test_saved_bytes_grow_by_as_much_with_every_pair() -> None:
-    one, two, five = (saved(config(), phase(), Rows(pairs, 99, 11), bfloat16=True, cached_tower=False).everything
+    one, two, five = (saved(config(), phase(), MicroBatch(pairs, 99, 11), bfloat16=True, cached_tower=False).everything
                       for pairs in (1, 2, 5))
     assert five == pytest.approx(one + 4 * (two - one), rel=0.005)
 
 
 def test_features_computed_beforehand_leave_the_tower_out() -> None:
-    rows = Rows(3, 99, 11)
-    kept = [saved(config(), phase(**ALIGN), rows, bfloat16=False, cached_tower=cached).everything
+    micro_batch = MicroBatch(3, 99, 11)
+    kept = [saved(config(), phase(**ALIGN), micro_batch, bfloat16=False, cached_tower=cached).everything
             for cached in (True, False)]
     assert kept[0] == kept[1]  # a frozen tower keeps nothing anyway
 
@@ -129,10 +129,10 @@ def test_parameters_counted_without_contents_are_the_model_s() -> None:
     (0, 4, 2 * 110, 2 * 100, 12 * 100), (1, 4, 2 * 110, 2 * 100, 3 * 100), (2, 4, 2 * 110, 2 * 25, 3 * 100),
     (3, 4, 2 * 110 / 4, 2 * 25, 3 * 100)])
 def test_states_in_bfloat16(level: int, ranks: int, weights: float, gradients: float, optimizer: float) -> None:
-    found = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
-    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
-    assert found.host == 0
-    assert found.buffers == (0, 2 * BUCKET, 2 * BUCKET, 2 * BUCKET + 2 * min(110, GATHERED))[level]
+    held = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
+    assert (held.weights, held.gradients, held.optimizer) == (weights, gradients, optimizer)
+    assert held.host == 0
+    assert held.buffers == (0, 2 * BUCKET, 2 * BUCKET, 2 * BUCKET + 2 * min(110, GATHERED))[level]
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
@@ -141,7 +141,7 @@ def test_the_plan_counts_the_optimizer_and_the_gradients_that_deepspeed_really_h
     configuration, settings = config(), phase(**ALIGN)
     model = OneDiffForConditionalGeneration(configuration).train()
     learning = sum(part.learning for part in sizes(hollow(configuration, settings)).values())
-    engine = Engine(model, settings, Runtime(zero_level=level), micro_batches=1)
+    engine = Engine(model, settings, Runtime(zero_level=level))
     gradients: list[int] = []
     for parameter in engine.learning.values():
         parameter.register_hook(lambda gradient: gradients.append(gradient.nbytes))

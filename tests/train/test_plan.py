@@ -10,7 +10,7 @@ from onediff.cli import main as cli
 from onediff.config import Config, load_params, load_runtime
 from onediff.model.assemble import configure
 from onediff.train.cost import find_gpu, sizes
-from onediff.train.memory import Rows, States, hollow, saved
+from onediff.train.memory import MicroBatch, States, hollow, saved
 from onediff.train.plan import (
     GIB,
     Plan,
@@ -38,9 +38,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(config: Config, gpu: str, num_gpus: int) -> Plan:
-    found = find_gpu(gpu)
-    assert found is not None
-    return plan(config, load_runtime(ROOT / "presets/paper.runtime.yaml"), gpu=found, num_gpus=num_gpus,
+    known = find_gpu(gpu)
+    assert known is not None
+    return plan(config, load_runtime(ROOT / "presets/paper.runtime.yaml"), gpu=known, num_gpus=num_gpus,
                 utilisation=0.4)
 
 
@@ -104,22 +104,24 @@ def _bare(kept: States) -> float:
 
 def test_what_does_not_fit_is_said_with_what_helps() -> None:
     config = preset("paper")
-    found = planned(config.model_copy(update={"align": None}), "t4", 1)
-    assert found.phases[0].chosen is None
-    told = text(found)
-    assert "does not fit, not even with one row" in told and "lora" in told and "it has no bfloat16" in told
+    small_gpu = planned(config.model_copy(update={"align": None}), "t4", 1)
+    assert small_gpu.phases[0].chosen is None
+    page = text(small_gpu)
+    assert "does not fit, not even with one row" in page and "lora" in page and "it has no bfloat16" in page
 
 
 def test_what_a_micro_batch_takes_grows_in_line_with_its_rows() -> None:
     config = preset("tiny")
     model = configure(config.model)
     sample = mean_sample(config, model, config.tune)
-    found = planned(config, "l4", 1).phases[1]
-    assert found.chosen is not None and found.chosen.micro_batch_size == config.tune.batch_size
-    one, two, five = (saved(model, config.tune, Rows(rows, sample.longest_tokens, 16), bfloat16=False,
+    tune = planned(config, "l4", 1).phases[1]
+    assert tune.chosen is not None and tune.chosen.micro_batch_size == config.tune.batch_size
+    one, two, five = (saved(model, config.tune, MicroBatch(rows, sample.longest_tokens, 16), bfloat16=False,
                             cached_tower=True) for rows in (1, 2, 5))
     free = States(0, 0, 0, 0, 0, 0, 0)
-    assert total_bytes(free, one, two, 5, again=False) == pytest.approx(five.everything + five.working, rel=0.01)
+    first, second = (rows.everything + rows.working for rows in (one, two))
+    activations = first + 4 * (second - first)
+    assert total_bytes(free, activations) == pytest.approx(five.everything + five.working, rel=0.01)
 
 
 def test_a_batch_that_does_not_split_is_refused() -> None:
@@ -136,5 +138,5 @@ def test_the_command_prints_tables_for_people_and_json_for_machines(monkeypatch:
 
 
 def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
-    told = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "abacus"])
-    assert isinstance(told.exception, ValueError) and "--gpu abacus is not known; known are" in str(told.exception)
+    error = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "abacus"]).exception
+    assert isinstance(error, ValueError) and "--gpu abacus is not known; known are" in str(error)

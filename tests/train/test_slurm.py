@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from onediff.config import Runtime
-from onediff.train.launch import dispatch as launcher
-from onediff.train.launch import slurm
-from onediff.train.launch.status import read_status
+from onediff.train.launch import dispatch, slurm
+from onediff.train.status import read_status
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
@@ -57,10 +56,10 @@ STAGE = '''
 import sys
 from pathlib import Path
 from onediff.config import Runtime, Slurm
-from onediff.train.launch import dispatch as launcher
+from onediff.train.launch import dispatch
 runtime = Runtime(launcher="slurm", gpus=2, device="cpu", slurm=Slurm(poll_s=0.5, time="5", options=["--overcommit"]))
 try:
-    print(launcher.hand_over("align", runtime, Path("scratch"), module="rank"))
+    print(dispatch.launch_ranks("align", runtime, Path("scratch"), module="rank"))
 except ValueError as error:
     sys.exit(str(error))
 '''
@@ -87,10 +86,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 log = (folder / f"{command[0]}.out").open("wb")
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
                 time.sleep(1)
-            wait_for(lambda: "idle" in _said("sinfo", "--noheader", "--format=%T"), 60)
+            wait_for(lambda: "idle" in _stdout("sinfo", "--noheader", "--format=%T"), 60)
             yield
         finally:
-            _said("scancel", "--me", "--full", "--signal=KILL")
+            _stdout("scancel", "--me", "--full", "--signal=KILL")
             for process in reversed(started):
                 process.terminate()
                 process.wait(30)
@@ -151,7 +150,7 @@ def wait_for(true: Callable[[], object], timeout_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def _said(*command: str) -> str:
+def _stdout(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
@@ -190,15 +189,15 @@ def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="launcher is slurm, but sbatch is not found; run this where jobs"):
-        launcher.hand_over("align", asked_for(), tmp_path, module="rank")
+        dispatch.launch_ranks("align", asked_for(), tmp_path, module="rank")
 
 
 @pytest.mark.slow
 def test_a_job_runs_a_rank_for_each_task_and_the_stage_waits(folder: Path) -> None:
     (folder / "plan").write_text("0.05")
-    assert launcher.hand_over("align", asked_for(), folder, module="rank")
-    told = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    for rank, values in enumerate(told):
+    assert dispatch.launch_ranks("align", asked_for(), folder, module="rank")
+    variables = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, values in enumerate(variables):
         assert values["RANK"] == values["LOCAL_RANK"] == str(rank) and values["WORLD_SIZE"] == "2"
         assert values["MASTER_ADDR"] == socket.gethostname() and values["MASTER_PORT"] == "29500"
     assert "step 9" in (folder / f"slurm-{job_number(folder)}.out").read_text()
@@ -208,14 +207,14 @@ def test_a_job_runs_a_rank_for_each_task_and_the_stage_waits(folder: Path) -> No
 def test_a_failed_job_shows_its_last_lines_and_the_reason(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "plan").write_text("fail")
     with pytest.raises(ValueError, match="align: failed at step 0: ValueError: no such thing; the same command"):
-        launcher.hand_over("align", asked_for(), folder, module="rank")
+        dispatch.launch_ranks("align", asked_for(), folder, module="rank")
     assert "the last words of a rank" in capfd.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_job_that_slurm_refuses_is_told_in_its_words(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition specified: no_such"):
-        launcher.hand_over("align", asked_for(slurm={"partition": "no_such"}), folder, module="rank")
+        dispatch.launch_ranks("align", asked_for(slurm={"partition": "no_such"}), folder, module="rank")
 
 
 @pytest.mark.slow
@@ -227,9 +226,9 @@ def test_a_stage_that_was_killed_finds_its_job_again(folder: Path) -> None:
     first.kill()
     first.communicate()
     (folder / "job.json").unlink()  # as if it had died before the number was kept: the name tells it
-    said, _ = start_stage().communicate(timeout=120)
-    assert f"job {number} of this run is still there: watching it" in said and said.endswith("True\n")
-    assert "submitted" not in said
+    output, _ = start_stage().communicate(timeout=120)
+    assert f"job {number} of this run is still there: watching it" in output and output.endswith("True\n")
+    assert "submitted" not in output
 
 
 @pytest.mark.slow
@@ -238,12 +237,12 @@ def test_sigterm_to_the_stage_makes_the_job_write_its_checkpoint_and_the_next_go
     stage = start_stage()
     wait_for(lambda: running(folder))
     stage.send_signal(signal.SIGTERM)
-    said, _ = stage.communicate(timeout=60)
-    assert "align: preempted at step" in said and "the same command goes on from the last checkpoint" in said
+    output, _ = stage.communicate(timeout=60)
+    assert "align: preempted at step" in output and "the same command goes on from the last checkpoint" in output
     first, step = job_number(folder), read_status(folder)["step"]
     assert 0 < step < 10 and (folder / "checkpoint-1").exists()
     (folder / "plan").write_text("0.05")
-    assert launcher.hand_over("align", asked_for(), folder, module="rank")
+    assert dispatch.launch_ranks("align", asked_for(), folder, module="rank")
     assert f"step {step - 1}\n" not in (folder / f"slurm-{job_number(folder)}.out").read_text()
     assert job_number(folder) != first
 
@@ -252,7 +251,7 @@ def test_sigterm_to_the_stage_makes_the_job_write_its_checkpoint_and_the_next_go
 def test_the_time_limit_gives_a_checkpoint_and_the_next_job_goes_on_by_itself(folder: Path) -> None:
     """Slurm counts limits in minutes and looks twice a minute: SIGTERM comes up to a minute before the end."""
     (folder / "plan").write_text("7.5")  # ten steps take longer than a minute
-    assert launcher.hand_over("align", asked_for(slurm={"time": "1"}), folder, module="rank")
+    assert dispatch.launch_ranks("align", asked_for(slurm={"time": "1"}), folder, module="rank")
     outputs = sorted(folder.glob("slurm-*.out"))
     assert len(outputs) > 1 and "step 9" in outputs[-1].read_text()
     steps = [line for path in outputs for line in path.read_text().splitlines() if line.startswith("step")]
@@ -264,6 +263,6 @@ def test_a_cancelled_job_is_not_submitted_again(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     stage = start_stage()
     wait_for(lambda: running(folder))
-    _said("scancel", job_number(folder))
-    said, _ = stage.communicate(timeout=90)
-    assert stage.returncode == 1 and said.count("submitted job") == 1 and "CANCELLED" in said
+    _stdout("scancel", job_number(folder))
+    output, _ = stage.communicate(timeout=90)
+    assert stage.returncode == 1 and output.count("submitted job") == 1 and "CANCELLED" in output

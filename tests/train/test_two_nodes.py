@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from onediff.config import Config, load_params
 from onediff.data.record import Record, write_shards
-from onediff.train.launch.status import read_status
+from onediff.train.status import read_status
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

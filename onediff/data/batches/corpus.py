@@ -5,21 +5,18 @@ So memory does not grow with the images, and a batch can draw any of them withou
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from onediff.data.record import Record, digest, read_records
+from onediff.files import new_folder, waiting_lock
 
-_KEPT, _IMAGES = "kept.jsonl", "images.bin"
+_RECORDS, _IMAGES = "kept.jsonl", "images.bin"
 
 
 @dataclass(frozen=True)
@@ -59,18 +56,18 @@ class Corpus:
 
     @classmethod
     def read(cls, folder: Path, split: str, sources: Iterable[str], *, store: Path) -> Corpus:
-        """DiffCap's shards -> a corpus, kept in the folder `store` so that later starts and other ranks find it.
+        """DiffCap's shards -> a corpus, stored in the folder `store`, from which later starts and other ranks read it.
 
         Raises ValueError if a source has nothing in the split, OSError if the disk is full.
         """
-        with held(store.with_suffix(".lock")):
+        with waiting_lock(store.with_suffix(".lock")):
             if not store.exists():
                 _write(store, (r for r in read_records(folder, f"{split}-*.parquet") if r.source in set(sources)))
         samples: list[Sample] = []
         captions: dict[str, dict[str, str]] = {}
         source_of: dict[str, str] = {}
         places: dict[str, tuple[int, int]] = {}
-        for row in map(json.loads, (store / _KEPT).open(encoding="utf-8")):
+        for row in map(json.loads, (store / _RECORDS).open(encoding="utf-8")):
             sample = Sample(**row["sample"] | {"images": tuple(row["sample"]["images"]),
                                                "turns": tuple((q, a) for q, a in row["sample"]["turns"])})
             samples.append(sample)
@@ -82,41 +79,21 @@ class Corpus:
                              "or leave it out")
         return cls(samples, captions, source_of, ImageFiles(store / _IMAGES, places))
 
-    def images_of(self, source: str) -> list[str]:
-        return sorted(name for name, its in self.source_of.items() if its == source)
-
 
 def _write(store: Path, records: Iterable[Record]) -> None:
-    """Appears whole or not at all."""
-    part = store.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    known: set[str] = set()
-    with (part / _IMAGES).open("wb") as images, (part / _KEPT).open("w", encoding="utf-8") as kept:
+    """Writes one line for each record; `new` in it are the name, start and size of each image that came with it."""
+    stored: set[str] = set()
+    with (new_folder(store) as part, (part / _IMAGES).open("wb") as images,
+          (part / _RECORDS).open("w", encoding="utf-8") as lines):
         for record in tqdm(records, desc="corpus", unit="pair"):
-            kept.write(json.dumps(_row(record, images, known)) + "\n")
-    part.rename(store)
-
-
-def _row(record: Record, images: Any, known: set[str]) -> dict[str, Any]:
-    """What is kept of a record; its image files are appended unless they are there."""
-    names, new = tuple(digest(content) for content in record.images), []
-    for name, content in zip(names, record.images, strict=True):
-        if name not in known:
-            known.add(name)
-            new.append((name, images.tell(), len(content)))
-            images.write(content)
-    told = record.provenance.get("captions", [None] * len(names))
-    turns = tuple((asked, said) for asked, said in record.provenance.get("conversation", ()))
-    sample = Sample(record.pair_id, record.source, names, record.references, record.instruction, turns)
-    return {"sample": asdict(sample), "new": new,
-            "captions": {name: caption for name, caption in zip(names, told, strict=True) if caption}}
-
-
-@contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """One process at a time: the first makes what the others then find."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            names, new = tuple(digest(content) for content in record.images), []
+            for name, content in zip(names, record.images, strict=True):
+                if name not in stored:
+                    stored.add(name)
+                    new.append((name, images.tell(), images.write(content)))
+            captions = record.provenance.get("captions", [None] * len(names))
+            sample = Sample(record.pair_id, record.source, names, record.references, record.instruction,
+                            tuple(record.provenance.get("conversation", ())))
+            lines.write(json.dumps({
+                "sample": asdict(sample), "new": new,
+                "captions": {name: text for name, text in zip(names, captions, strict=True) if text}}) + "\n")

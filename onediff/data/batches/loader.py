@@ -1,162 +1,40 @@
-"""Which samples a step sees, and how they become the tensors of a rank.
+"""How the rows of a step become the tensors of a rank.
 
-Everything is a pure function of (seed, step), so a resumed run sees the very batches that an uninterrupted one would
-have seen, on whatever number of processes.
+Shapes:  M images, L levels, N patches, C tower width.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from onediff import interrupts
-from onediff.config import Task
-from onediff.data.batches.corpus import Corpus, Sample
-from onediff.data.batches.mixture import Mixture, source_turns
+from onediff.data.batches.corpus import Corpus
+from onediff.data.batches.sampling import BatchRow
+from onediff.files import key_of, new_file, waiting_lock
 from onediff.inputs.images import open_image
 from onediff.inputs.processing import OneDiffProcessor
-from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt, single_prompt
 
-CANDIDATES = 4  # images among which Coupled Sample Training seeks the least alike
-SINGLE_INSTRUCTION = "Describe the image."
-AS_RECORDED = Task(instruction=None, targets="drawn", max_new_tokens=None, num_beams=None)
+FEATURE_BATCH = 64
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a batch: its images by digest, in order, its prompt, and the name that a failure tells."""
-
-    images: tuple[str, ...]
-    prompt: Prompt
-    masked: bool = False
-    name: str = ""
-
-
-Rows = Callable[[int], list[Row]]
-Pixels = Callable[[list[str]], dict[str, Tensor]]
+Pixels = Callable[[list[str]], dict[str, Tensor]]  # digests of images -> what the model reads of them
 Batch = dict[str, Tensor]
 
 
-# --- which samples a step sees ----------------------------------------------------------------------------------------
+def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> list[list[BatchRow]]:
+    """Splits the rows into `parts` with equally many rows and about as many tokens, so that no rank waits for another.
 
-
-def tune_entries(corpus: Corpus, weights: dict[str, float], tasks: dict[str, Task]) -> list[tuple[Sample, str | None]]:
-    """What an epoch visits once: a sample with its answer, None where a reference is drawn at each visit."""
-    entries: list[tuple[Sample, str | None]] = []
-    for sample in corpus.samples:
-        if sample.source not in weights:
-            continue
-        targets = tasks.get(sample.source, AS_RECORDED).targets
-        if targets == "each" and not sample.turns:
-            entries += [(sample, reference) for reference in sample.references]
-        elif targets == "joined" and not sample.turns:
-            entries.append((sample, " ".join(sample.references)))
-        else:
-            entries.append((sample, None))
-    return entries
-
-
-def tune_rows(entries: list[tuple[Sample, str | None]], weights: dict[str, float], tasks: dict[str, Task],
-              template: str, *, seed: int, batch_size: int, mask_patches: float) -> Rows:
-    """Multi-task instruction tuning: sources by weight, each without replacement per epoch.
-
-    A conversation is read whole.
+    Longest first, dealt out to and fro. The part of a row changes no result, because the loss is a sum over all rows.
     """
-    by_source: dict[str, list[int]] = {name: [] for name in sorted(weights)}
-    for index, (sample, _) in enumerate(entries):
-        by_source[sample.source].append(index)
-    mixture = Mixture(by_source, weights, seed)
-
-    def row(sample: Sample, answer: str | None, rng: Generator) -> Row:
-        asked = tasks.get(sample.source, AS_RECORDED).instruction or sample.instruction
-        name = f"{sample.source}/{sample.pair_id}"
-        if len(sample.images) == 2:
-            prompt = pair_prompt(template, asked, answer or choose(rng, sample.references))
-            return Row(sample.images, prompt, bool(rng.random() < mask_patches), name)
-        turns = list(sample.turns) or [(asked, answer or choose(rng, sample.references))]
-        return Row(sample.images, conversation_prompt(template, turns, num_images=len(sample.images)), name=name)
-
-    def rows(step: int) -> list[Row]:
-        rng = np.random.default_rng([seed, 11, step])
-        return [row(*entries[index], rng) for index in mixture.batch(step, batch_size)]
-
-    return rows
-
-
-def coupled_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed: int, batch_size: int,
-                 mask_patches: float) -> Rows:
-    """Coupled Sample Training: single image-caption samples, two unlike ones of a source made into one pseudo pair.
-
-    Raises ValueError if a source has fewer than two images with a caption of their own.
-    """
-    names_of = captioned(corpus, weights)
-
-    def row(rng: Generator, source: str) -> Row:
-        names, captions = names_of[source], corpus.captions[source]
-        first, *others = (names[int(i)] for i in rng.integers(len(names), size=1 + CANDIDATES))
-        words = _words(captions[first])
-        second = min(others, key=lambda name: len(_words(captions[name]) & words))
-        return Row((first, second), coupled_prompt(template, captions[first], captions[second]),
-                   bool(rng.random() < mask_patches), f"{source}/{first}+{second}")
-
-    return _by_turns(row, weights, seed=[seed, 13], batch_size=batch_size)
-
-
-def single_rows(corpus: Corpus, weights: dict[str, float], template: str, *, seed: int, batch_size: int) -> Rows:
-    """Each image alone with its caption, as LLaVA's first phase: what Coupled Sample Training is measured against."""
-    names_of = captioned(corpus, weights)
-
-    def row(rng: Generator, source: str) -> Row:
-        name = choose(rng, names_of[source])
-        return Row((name,), single_prompt(template, SINGLE_INSTRUCTION, corpus.captions[source][name]),
-                   name=f"{source}/{name}")
-
-    return _by_turns(row, weights, seed=[seed, 17], batch_size=batch_size)
-
-
-def captioned(corpus: Corpus, weights: dict[str, float]) -> dict[str, list[str]]:
-    """The images of each source that have a caption of their own."""
-    for source in weights:
-        if len(corpus.captions.get(source, ())) < 2:
-            raise ValueError(f"params.yaml: align.mixture: source '{source}' has no captions of single images "
-                             "to couple; choose a source that has them")
-    return {source: sorted(corpus.captions[source]) for source in weights}
-
-
-def _by_turns(row: Callable[[Generator, str], Row], weights: dict[str, float], *, seed: list[int],
-              batch_size: int) -> Rows:
-    turns = source_turns(weights)
-
-    def rows(step: int) -> list[Row]:
-        rng = np.random.default_rng([*seed, step])
-        return [row(rng, turns[slot % len(turns)]) for slot in range(step * batch_size, (step + 1) * batch_size)]
-
-    return rows
-
-
-def _words(caption: str) -> frozenset[str]:
-    return frozenset(caption.replace(",", "").split())
-
-
-def choose(rng: Generator, options: list[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-# --- rows to tensors --------------------------------------------------------------------------------------------------
-
-
-def shared_out(rows: list[Row], parts: int, *, tokens_per_image: int) -> list[list[Row]]:
-    """The rows in `parts` of the same number and about the same number of tokens: no rank waits long for another.
-
-    Longest first, dealt out to and fro. Which part a row is in changes no result: the loss is a sum over all of them.
-    """
-    def length(row: Row) -> int:
+    def length(row: BatchRow) -> int:
         words = sum(len(text) for turn in row.prompt.later for text in turn)
         return len(row.images) * tokens_per_image + (len(row.prompt.question + (row.prompt.answer or "")) + words) // 4
 
@@ -167,7 +45,7 @@ def shared_out(rows: list[Row], parts: int, *, tokens_per_image: int) -> list[li
              for turn in range(len(rows) // parts)] for part in range(parts)]
 
 
-def collate(rows: list[Row], processor: OneDiffProcessor, pixels_of: Pixels) -> Batch:
+def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels) -> Batch:
     """Rows -> what the model's `forward` takes."""
     batch = processor.answers([row.prompt for row in rows])
     batch |= pixels_of([name for row in rows for name in row.images])
@@ -181,28 +59,62 @@ def decode(corpus: Corpus, processor: OneDiffProcessor) -> Pixels:
     return lambda names: {"images": processor.pixels([open_image(corpus.files[name]) for name in names])}
 
 
-class Steps(Dataset[list[Batch]]):
-    def __init__(self, make: Callable[[int], list[Batch]], first: int, last: int) -> None:
-        self.make, self.first, self.last = make, first, last
+class FeatureStore:
+    """The states (L, N, C) of a frozen tower for every image of a corpus, computed once and kept in scratch."""
 
-    def __len__(self) -> int:
-        return self.last - self.first
+    def __init__(self, arrays: dict[str, NDArray[np.float32]], rows: dict[str, tuple[str, int]]) -> None:
+        self.arrays, self.rows = arrays, rows
 
-    def __getitem__(self, index: int) -> list[Batch]:
-        return self.make(self.first + index)
+    def __call__(self, names: list[str]) -> dict[str, Tensor]:
+        shape = next(iter(self.arrays.values())).shape[1:]
+        states = np.empty((len(names), *shape), dtype=np.float32)
+        for state, name in zip(states, names, strict=True):
+            source, row = self.rows[name]
+            state[:] = self.arrays[source][row]
+        return {"states": torch.from_numpy(states)}
+
+    @classmethod
+    def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
+                tower_digest: str, scratch: Path) -> FeatureStore:
+        """tower maps images (M, 3, H, W) to states (M, L, N, C)."""
+        names_of: dict[str, list[str]] = defaultdict(list)
+        for name, source in sorted(corpus.source_of.items()):
+            names_of[source].append(name)
+        arrays: dict[str, NDArray[np.float32]] = {}
+        for source, names in names_of.items():
+            path = scratch / "features" / f"{source}-{key_of([tower_digest, names])[:16]}.npy"
+            with waiting_lock(path.with_suffix(".lock")):
+                if not path.exists():
+                    write_features(path, corpus, processor, tower, names=names)
+            arrays[source] = np.load(path, mmap_mode="r")
+        return cls(arrays, {name: (source, row) for source, names in names_of.items()
+                            for row, name in enumerate(names)})
 
 
-def stream(make: Callable[[int], list[Batch]], first: int, last: int, *, workers: int, pin: bool) -> Iterator[
-        list[Batch]]:
-    """make(step) for each step in order; with workers, ahead of time and beside the training."""
-    loader = DataLoader(Steps(make, first, last), batch_size=None, num_workers=workers, pin_memory=pin,
-                        prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,
-                        worker_init_fn=_ignore_signals)
-    return iter(loader)
+def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
+                   names: list[str]) -> None:
+    store = None
+    with (torch.inference_mode(), new_file(path) as part,
+          tqdm(total=len(names), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
+        for start in range(0, len(names), FEATURE_BATCH):
+            chunk = names[start : start + FEATURE_BATCH]
+            states = tower(processor.pixels([open_image(corpus.files[name]) for name in chunk])).float().cpu().numpy()
+            if store is None:
+                store = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32,
+                                                  shape=(len(names), *states.shape[1:]))
+            store[start : start + len(chunk)] = states
+            progress.update(len(chunk))
+        assert store is not None, "a source in the corpus has images"
+        store.flush()
 
 
-def _ignore_signals(worker: int) -> None:
-    """Loader workers ignore signals, so that the rank still gets batches until it has written its checkpoint. They end
-    when the rank ends.
-    """
-    interrupts.ignore()
+def stream(batches_of: Callable[[int], list[Batch]], steps: range, *, workers: int, pin: bool) -> Iterator[list[Batch]]:
+    """batches_of(step) for each step in order; with workers, ahead of time and beside the training."""
+    def ignore_signals(worker: int) -> None:
+        """So that the rank still gets batches until it has written its checkpoint. Workers end when the rank ends."""
+        interrupts.ignore()
+
+    return iter(DataLoader(steps, batch_size=None, collate_fn=batches_of,  # type: ignore[arg-type]  # a range will do
+                           num_workers=workers, pin_memory=pin,
+                           prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,
+                           worker_init_fn=ignore_signals))

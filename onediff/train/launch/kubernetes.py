@@ -38,25 +38,22 @@ def manifest(phase: str, runtime: Runtime, *, image: str) -> str:
 
 
 def _pod(phase: str, name: str, runtime: Runtime, image: str) -> dict[str, Any]:
+    """torchrun starts the ranks, because its time between SIGTERM and SIGKILL can be set; that of DeepSpeed's launcher
+    is 30 seconds.
+    """
+    grace_s = round(max(GRACE_S, runtime.grace_s))
     gpus = {} if runtime.device == "cpu" else {"resources": {"limits": {"nvidia.com/gpu": runtime.gpus}}}
     container = {
-        "name": "ranks", "image": image, "workingDir": PROJECT, "command": _command(phase, name, runtime),
+        "name": "ranks", "image": image, "workingDir": PROJECT,
+        "command": ["python", "-m", "torch.distributed.run", f"--nnodes={runtime.nodes}",
+                    f"--nproc-per-node={runtime.gpus}", "--node-rank=$(NODE_RANK)", f"--master-addr={name}-0.{name}",
+                    f"--master-port={runtime.master_port}", f"--shutdown-timeout={grace_s}",
+                    "-m", f"onediff.stages.{phase}"],
         "env": [{"name": "NODE_RANK", "valueFrom": {"fieldRef": {
                     "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}},
                 {"name": "OMP_NUM_THREADS", "value": "1"}],
         **gpus, "volumeMounts": [{"name": "project", "mountPath": PROJECT}, {"name": "shm", "mountPath": "/dev/shm"}]}
-    return {"restartPolicy": "Never", "subdomain": name, "terminationGracePeriodSeconds": _grace_s(runtime) + 30,
+    return {"restartPolicy": "Never", "subdomain": name, "terminationGracePeriodSeconds": grace_s + 30,
             "containers": [container],
             "volumes": [{"name": "project", "persistentVolumeClaim": {"claimName": CLAIM}},
                         {"name": "shm", "emptyDir": {"medium": "Memory"}}]}  # NCCL and loaders need more than 64 MiB
-
-
-def _grace_s(runtime: Runtime) -> int:
-    return round(max(GRACE_S, runtime.grace_s))
-
-
-def _command(phase: str, name: str, runtime: Runtime) -> list[str]:
-    """torchrun: its time between SIGTERM and SIGKILL can be set; DeepSpeed's launcher has 30 seconds."""
-    return ["python", "-m", "torch.distributed.run", f"--nnodes={runtime.nodes}", f"--nproc-per-node={runtime.gpus}",
-            "--node-rank=$(NODE_RANK)", f"--master-addr={name}-0.{name}", f"--master-port={runtime.master_port}",
-            f"--shutdown-timeout={_grace_s(runtime)}", "-m", f"onediff.stages.{phase}"]

@@ -96,18 +96,23 @@ def _check_port(address: str, port: int) -> None:
 
 def _addresses(name: str) -> set[str]:
     try:
-        return {str(found[4][0]) for found in socket.getaddrinfo(name, None)}
+        return {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
     except OSError:  # known to ssh's configuration only
         return set()
 
 
 def command(runtime: Runtime, module: str, folder: Path) -> list[str]:
-    """`deepspeed ...` for this process; what it needs to read is written to `folder`."""
-    hostfile = runtime.hostfile or os.devnull  # else DeepSpeed reads /job/hostfile
+    """`deepspeed ...` for this process. If runtime.yaml names no hostfile, one is written to `folder`."""
+    hostfile, port = Path(runtime.hostfile or os.devnull), runtime.master_port  # else DeepSpeed reads /job/hostfile
     if runtime.node_rank is not None and not runtime.hostfile:
-        hostfile = str(_numbered_hostfile(runtime, folder))
-    port = _free_port() if runtime.nodes == 1 and "master_port" not in runtime.model_fields_set else runtime.master_port
-    arguments = ["--hostfile", hostfile, "--num_nodes", str(runtime.nodes), "--num_gpus", str(runtime.gpus),
+        hostfile = folder / f"hostfile-{runtime.node_rank}"  # without ssh DeepSpeed only counts its lines
+        hostfile.write_text("".join(f"node-{rank} slots={runtime.gpus}\n" for rank in range(runtime.nodes)),
+                            encoding="utf-8")
+    if runtime.nodes == 1 and "master_port" not in runtime.model_fields_set:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+    arguments = ["--hostfile", str(hostfile), "--num_nodes", str(runtime.nodes), "--num_gpus", str(runtime.gpus),
                  "--master_port", str(port)]
     if runtime.master_addr:
         arguments += ["--master_addr", runtime.master_addr]
@@ -117,33 +122,17 @@ def command(runtime: Runtime, module: str, folder: Path) -> list[str]:
     return [program, *arguments, "--log_level", "warning", "--no_local_rank", "--module", module]
 
 
-def _numbered_hostfile(runtime: Runtime, folder: Path) -> Path:
-    """Without ssh nobody looks up the names: DeepSpeed only counts lines."""
-    path = folder / f"hostfile-{runtime.node_rank}"
-    path.write_text("".join(f"node-{rank} slots={runtime.gpus}\n" for rank in range(runtime.nodes)), encoding="utf-8")
-    return path
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def environment(runtime: Runtime, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """For the ranks. DeepSpeed hands little of it on over ssh: the rest goes by a file that it reads, in `folder`."""
-    result = dict(given)
+def environment(runtime: Runtime, folder: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables for the ranks. DeepSpeed passes few of them on over ssh, so it reads the others from a file in
+    `folder`, without those that describe this host and without the writer's key.
+    """
+    result = dict(variables)
     if runtime.device == "cpu" or not os.path.exists("/dev/nvidia0"):
         result = {"OMP_NUM_THREADS": "1"} | result | {"DS_ACCELERATOR": "cpu"}
     if runtime.nodes > 1 and runtime.node_rank is None:
         path = (folder / "environment").absolute()
-        path.write_text("".join(f"{key}={value}\n" for key, value in result.items() if _goes_along(key, value)),
-                        encoding="utf-8")
+        names = {"DS_ACCELERATOR", *(f"ONEDIFF_{field.upper()}" for field in Runtime.model_fields)}
+        path.write_text("".join(f"{name}={value}\n" for name, value in result.items()
+                                if (name in names or name.startswith(SENT)) and "\n" not in value), encoding="utf-8")
         result["DS_ENV_FILE"] = str(path)
     return result
-
-
-def _goes_along(key: str, value: str) -> bool:
-    """What this host says of itself, and the writer's key, stay."""
-    runtime = {f"ONEDIFF_{field.upper()}" for field in Runtime.model_fields}
-    return (key in runtime or key == "DS_ACCELERATOR" or key.startswith(SENT)) and "\n" not in value

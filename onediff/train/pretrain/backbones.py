@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from onediff.config import load_params, load_runtime
 from onediff.data.synthesis.edits.pictures import photo_paths
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
-from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View, render, visible
+from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, render, visible
 from onediff.data.synthesis.scenes.captions import name_objects
 from onediff.data.synthesis.scenes.drawing import draw_things, draw_view
 from onediff.inputs.images import open_image
@@ -38,10 +38,14 @@ FOLDER = Path("presets/backbones/tiny")
 IMAGE_PX, PATCH_PX, WIDTH, LAYERS, HEADS = 96, 12, 128, 4, 4
 NUM_IMAGES, NUM_CHECK, CHAT_IMAGES = 32000, 1000, 8000
 STEPS, BATCH, CAPTIONED, LEARNING_RATE = 4000, 64, 16, 1.5e-3
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (torch.tensor(values).view(3, 1, 1) for values in (
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
 UNKNOWN = -100  # cross_entropy's ignore_index
 _SIDE = IMAGE_PX // PATCH_PX
+
+Drawn = tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str | None]  # image, things, thing at a pixel, caption
+Labels = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]  # of each patch, in the order of Example
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,18 @@ def make_example(seed: int) -> Example:
     One in three is changed in brightness, contrast, colour, sharpness or turned.
     """
     rng = np.random.default_rng([20240705, seed])
-    things: list[Thing]
-    caption: str | None
-    if rng.random() < 0.1:
-        image, things, ids, caption = _photo_window(rng), [], np.full((IMAGE_PX, IMAGE_PX), -1, np.int8), None
-    else:
-        image, things, ids, caption = _table_top(rng)
-    attributes, present, offsets = patch_labels(ids, things)
+    image, things, ids, caption = _photo_window(rng) if rng.random() < 0.1 else _table_top(rng)
+    labels = patch_labels(ids, things)
     if rng.random() < 0.33:
-        image, attributes, present, offsets, caption = _disturb(rng, image, attributes, present, offsets)
-    return Example(image, attributes, present, offsets, caption)
+        image, labels = _disturb(rng, image, labels)
+        caption = None
+    return Example(image, *labels, caption)
 
 
-def _table_top(rng: Generator) -> tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str]:
+def _table_top(rng: Generator) -> Drawn:
     while True:
         things = draw_things(rng, int(rng.integers(1, 7)))
-        view: View = draw_view(rng, 1.3)
+        view = draw_view(rng, 1.3)
         if things and visible(things, view).min() > 0.004:
             image, ids = render(things, view, IMAGE_PX)
             return image, things, ids, name_objects(things, view)
@@ -93,19 +93,17 @@ def _train_photos() -> list[Image.Image]:
     return photos
 
 
-def _photo_window(rng: Generator) -> NDArray[np.uint8]:
-    photos = _train_photos()
-    photo = photos[int(rng.integers(len(photos)))]
+def _photo_window(rng: Generator) -> Drawn:
+    photo = _train_photos()[int(rng.integers(len(_train_photos())))]
     side = int(min(photo.size) * rng.uniform(0.3, 1.0))
     left, top = int(rng.integers(photo.width - side + 1)), int(rng.integers(photo.height - side + 1))
-    window = photo.crop((left, top, left + side, top + side))
-    return np.asarray(window.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX))
+    window = photo.crop((left, top, left + side, top + side)).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX)
+    return np.asarray(window), [], np.full((IMAGE_PX, IMAGE_PX), -1, np.int8), None
 
 
-def _disturb(rng: Generator, image: NDArray[np.uint8], attributes: NDArray[np.int64], present: NDArray[np.float32],
-             offsets: NDArray[np.float32]) -> tuple:
-    """A photometric change or a quarter turn; labels it makes unknowable become unknown, the caption is dropped."""
-    picture = Image.fromarray(image)
+def _disturb(rng: Generator, image: NDArray[np.uint8], labels: Labels) -> tuple[NDArray[np.uint8], Labels]:
+    """A photometric change or a quarter turn; labels that it makes unknowable become unknown."""
+    picture, (attributes, present, offsets) = Image.fromarray(image), labels
     kind = int(rng.integers(6))
     if kind == 0:
         picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.4, 1.8))
@@ -120,16 +118,16 @@ def _disturb(rng: Generator, image: NDArray[np.uint8], attributes: NDArray[np.in
     else:
         turns = int(rng.integers(1, 4))
         picture = Image.fromarray(np.rot90(image, turns).copy())
-        turned = lambda a: np.rot90(a.reshape(_SIDE, _SIDE, *a.shape[1:]), turns).reshape(a.shape).copy()  # noqa: E731
-        attributes, present, offsets = turned(attributes), turned(present), turned(offsets)
+        rotated: list[NDArray] = [np.rot90(label.reshape(_SIDE, _SIDE, *label.shape[1:]), turns).reshape(label.shape)
+                                  for label in labels]
+        attributes, present, offsets = (label.copy() for label in rotated)
         offsets[:] = np.nan
     if kind in (2, 3):
-        attributes = attributes.copy()
         attributes[:, 1] = UNKNOWN
-    return np.asarray(picture), attributes, present, offsets, None
+    return np.asarray(picture), (attributes, present, offsets)
 
 
-def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> tuple[NDArray, NDArray, NDArray]:
+def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> Labels:
     """ids (P, P) -> attributes (N, 4), present (N,), offsets (N, 2) in patches.
 
     All of the object that fills most of each patch.
@@ -144,11 +142,11 @@ def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> tuple[NDArray, N
     best = share.argmax(axis=1)
     rows, columns = np.divmod(np.arange(len(patches)), _SIDE)
     for k, thing in enumerate(things):
-        here = (best == k) & (share[:, k] > 0.12)
+        shows = (best == k) & (share[:, k] > 0.12)
         y, x = (axis.mean() / PATCH_PX for axis in np.nonzero(ids == k)) if (ids == k).any() else (0.0, 0.0)
-        present[here] = 1.0
-        attributes[here] = [options.index(getattr(thing, name)) for name, options in ATTRIBUTES.items()]
-        offsets[here] = np.stack([x - columns[here] - 0.5, y - rows[here] - 0.5], axis=1)
+        present[shows] = 1.0
+        attributes[shows] = [options.index(getattr(thing, name)) for name, options in ATTRIBUTES.items()]
+        offsets[shows] = np.stack([x - columns[shows] - 0.5, y - rows[shows] - 0.5], axis=1)
     return attributes, present, offsets
 
 
@@ -156,9 +154,10 @@ def photometry(images: Tensor) -> Tensor:
     """images (B, 3, P, P) in 0..1 -> (B, N, 5): mean red, green, blue, contrast and sharpness of each patch."""
     grey = images.mean(1, keepdim=True)
     edges = functional.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
-    pool = lambda x: functional.avg_pool2d(x, PATCH_PX)  # noqa: E731
-    spread = (pool(grey**2) - pool(grey) ** 2).clamp_min(1e-6).sqrt()
-    return torch.cat([pool(images), 4 * spread, 10 * pool(edges)], 1).flatten(2).transpose(1, 2)
+    grey_mean, grey_square, edge_mean, color_mean = (functional.avg_pool2d(values, PATCH_PX)
+                                                     for values in (grey, grey**2, edges, images))
+    spread = (grey_square - grey_mean**2).clamp_min(1e-6).sqrt()
+    return torch.cat([color_mean, 4 * spread, 10 * edge_mean], 1).flatten(2).transpose(1, 2)
 
 
 def train_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
@@ -212,8 +211,7 @@ class Pretrainer(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """-> dense loss, caption loss."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        states = self.tower((batch["images"] - mean) / std, output_hidden_states=True).hidden_states
+        states = self.tower((batch["images"] - CLIP_MEAN) / CLIP_STD, output_hidden_states=True).hidden_states
         middle, last = (states[level][:, 1:] for level in (LAYERS // 2, LAYERS))
         dense = 0.3 * self.dense_loss(middle, batch, self.heads[0]) + self.dense_loss(last, batch, self.heads[1])
         grid = last[batch["captioned"]].transpose(1, 2).unflatten(2, (_SIDE, _SIDE))
@@ -246,8 +244,7 @@ def measure(model: Pretrainer, examples: list[Example], tokenizer: PreTrainedTok
         for start in range(0, len(examples), BATCH):
             batch = collate(examples[start : start + BATCH], tokenizer, BATCH)
             losses.append(model(batch)[1].item())
-            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-            last = model.tower((batch["images"] - mean) / std).last_hidden_state[:, 1:]
+            last = model.tower((batch["images"] - CLIP_MEAN) / CLIP_STD).last_hidden_state[:, 1:]
             guesses = model.heads[1](last).split([*(len(o) for o in ATTRIBUTES.values()), 8], dim=-1)
             for k, name in enumerate(ATTRIBUTES):
                 known = batch["attributes"][..., k] != UNKNOWN
@@ -262,8 +259,8 @@ def main() -> None:
     started = time.time()
     torch.manual_seed(load_params().seed)
     with ProcessPoolExecutor(load_runtime().num_workers) as pool:
-        total = NUM_IMAGES + NUM_CHECK
-        examples = list(tqdm(pool.map(make_example, range(total), chunksize=64), total=total, desc="images",
+        numbers = range(NUM_IMAGES + NUM_CHECK)
+        examples = list(tqdm(pool.map(make_example, numbers, chunksize=64), total=len(numbers), desc="images",
                              unit="image"))
     train, check = examples[:NUM_IMAGES], examples[NUM_IMAGES:]
     tokenizer = train_tokenizer([e.caption for e in train if e.caption])
@@ -282,11 +279,10 @@ def main() -> None:
         schedule.step()
         progress.set_postfix(dense=f"{dense.item():.3f}", caption=f"{spoken.item():.3f}")
     named = [e for e in train[:CHAT_IMAGES] if e.caption]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     pixels = torch.from_numpy(np.stack([e.image for e in named])).permute(0, 3, 1, 2).float() / 255
     figures = measure(model, check, tokenizer) | chat.teach(
-        model.tower, model.language, tokenizer, pixels=(pixels - mean) / std, captions=[str(e.caption) for e in named],
-        seed=load_params().seed) | {
+        model.tower, model.language, tokenizer, pixels=(pixels - CLIP_MEAN) / CLIP_STD,
+        captions=[str(e.caption) for e in named], seed=load_params().seed) | {
         "minutes": round((time.time() - started) / 60, 1), "steps": STEPS, "images": NUM_IMAGES}
     save(model, tokenizer, figures)
     print(json.dumps(figures, indent=1))
@@ -296,8 +292,8 @@ def save(model: Pretrainer, tokenizer: PreTrainedTokenizerFast, figures: dict[st
     from transformers import CLIPImageProcessorPil
 
     model.tower.save_pretrained(FOLDER / "vision")
-    images = CLIPImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX}, do_center_crop=False)
-    images.save_pretrained(FOLDER / "vision")
+    CLIPImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX},
+                          do_center_crop=False).save_pretrained(FOLDER / "vision")
     model.language.save_pretrained(FOLDER / "language")
     tokenizer.save_pretrained(FOLDER / "language")
     (FOLDER / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -12,6 +12,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,8 +32,8 @@ def sentence(rng: Generator) -> tuple[str, str]:
     if rng.random() < 0.6:
         kind = pick(rng, tuple(SCENE_TEMPLATES))
         new = {"color": tuple(COLORS), "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",))
-        told = pick(rng, new)
-        words = {"old": noun(rng), "new": DIRECTIONS.get(told) or say(rng, told)}
+        change = pick(rng, new)
+        words = {"old": noun(rng), "new": DIRECTIONS.get(change) or say(rng, change)}
         return pick(rng, INSTRUCTIONS["scenes"]), pick(rng, SCENE_TEMPLATES[kind]).format(**words)
     kind = pick(rng, tuple(EDIT_TEMPLATES))
     words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}",
@@ -62,16 +63,11 @@ def text_row(rng: Generator, captions: list[str]) -> Prompt:
 
 def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """-> ids (B, S) and labels (B, S) on the answers alone, padded on the right."""
-    rows = []
-    for prompt in prompts:
-        question = [1, *tokenizer.encode(prompt.question, add_special_tokens=False)]
-        rows.append((question, [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]))
-    longest = max(len(question) + len(answer) for question, answer in rows)
-    rest = [longest - len(question) - len(answer) for question, answer in rows]
-    ids = [question + answer + [0] * more for (question, answer), more in zip(rows, rest, strict=True)]
-    labels = [[IGNORED] * len(question) + answer + [IGNORED] * more
-              for (question, answer), more in zip(rows, rest, strict=True)]
-    return torch.tensor(ids), torch.tensor(labels)
+    rows = [([1, *tokenizer.encode(prompt.question, add_special_tokens=False)],
+             [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]) for prompt in prompts]
+    ids = [torch.tensor(question + answer) for question, answer in rows]
+    labels = [torch.tensor([IGNORED] * len(question) + answer) for question, answer in rows]
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
 
 def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
@@ -115,10 +111,10 @@ def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     question = single_prompt("plain", "Describe the image.").question
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
     ids, labels = encode([Prompt("", caption, 1) for caption in captions], tokenizer)
-    look = language.get_input_embeddings()
-    around = [look(torch.tensor([part] * len(captions))) for part in ([1, *head], tail)]
-    embeds = torch.cat([around[0], patches, around[1], look(ids[:, 1:])], 1)
-    before = embeds.shape[1] - ids.shape[1] + 1
-    mask = functional.pad((ids[:, 1:] != 0).long(), (before, 0), value=1)
-    wanted = functional.pad(labels[:, 1:], (before, 0), value=IGNORED)
-    return language(inputs_embeds=embeds, attention_mask=mask, labels=wanted).loss
+    embed = language.get_input_embeddings()
+    before, after = (embed(torch.tensor([part] * len(captions))) for part in ([1, *head], tail))
+    embeds = torch.cat([before, patches, after, embed(ids[:, 1:])], 1)
+    rest = embeds.shape[1] - ids.shape[1] + 1
+    mask = functional.pad((ids[:, 1:] != 0).long(), (rest, 0), value=1)
+    return language(inputs_embeds=embeds, attention_mask=mask,
+                    labels=functional.pad(labels[:, 1:], (rest, 0), value=IGNORED)).loss

@@ -26,6 +26,7 @@ def test_every_image_comes_back_byte_for_byte_and_lies_there_once(diffcap: Path,
     corpus = read(diffcap)
     contents = {content for record in scene_pairs for content in record.images}
     assert {corpus.files[name] for name in corpus.files.places} == contents
+    assert len(corpus.samples) == len(scene_pairs) + 4
     assert (diffcap.parent / "store/images.bin").stat().st_size == sum(map(len, contents))
 
 
@@ -52,5 +53,11 @@ def test_a_conversation_without_images_is_kept_whole(diffcap: Path) -> None:
 
 def test_captions_belong_to_single_images(diffcap: Path, scene_pairs: list[Record]) -> None:
     corpus, pair = read(diffcap), scene_pairs[0]
-    told = [corpus.captions["scenes"][digest(content)] for content in pair.images]
-    assert told == pair.provenance["captions"]
+    captions = [corpus.captions["scenes"][digest(content)] for content in pair.images]
+    assert captions == pair.provenance["captions"]
+
+
+def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
+    write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
+    with pytest.raises(ValueError, match="source 'edits' has no pair in split train"):
+        Corpus.read(tmp_path, "train", ["scenes", "edits"], store=tmp_path / "corpus")

@@ -17,11 +17,9 @@ from typer.testing import CliRunner
 
 from onediff.cli.main import app
 from onediff.config import Runtime, Slurm
-from onediff.train.launch import dispatch as launcher
-from onediff.train.launch import nodes
-from onediff.train.launch import ranks as processes
+from onediff.train.launch import dispatch, nodes, ranks
 from onediff.train.launch.kubernetes import manifest
-from onediff.train.launch.status import read_status
+from onediff.train.status import read_status
 
 ROOT = Path(__file__).parents[3]
 RANK = '''
@@ -56,9 +54,9 @@ STAGE = '''
 import sys
 from pathlib import Path
 from onediff.config import Runtime
-from onediff.train.launch import dispatch as launcher
+from onediff.train.launch import dispatch
 try:
-    launcher.hand_over("align", Runtime(launcher="deepspeed", gpus=2, device="cpu"), Path("scratch"), module="rank")
+    dispatch.launch_ranks("align", Runtime(launcher="deepspeed", gpus=2, device="cpu"), Path("scratch"), module="rank")
 except ValueError as error:
     sys.exit(str(error))
 '''
@@ -112,17 +110,17 @@ def deepspeed(**changes: object) -> Runtime:
 
 
 def test_a_local_phase_and_a_rank_do_the_work_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not launcher.hand_over("align", Runtime(), folder)
+    assert not dispatch.launch_ranks("align", Runtime(), folder)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert not launcher.hand_over("align", deepspeed(), folder)
+    assert not dispatch.launch_ranks("align", deepspeed(), folder)
 
 
 def test_every_gpu_gets_a_rank_that_knows_the_others(folder: Path) -> None:
     (folder / "plan").write_text("finish")
-    assert launcher.hand_over("align", deepspeed(), folder, module="rank")
-    told = [json.loads((folder / f"rank-{rank}").read_text()) for rank in (0, 1)]
-    assert [rank["LOCAL_RANK"] for rank in told] == ["0", "1"]
-    for rank in told:
+    assert dispatch.launch_ranks("align", deepspeed(), folder, module="rank")
+    variables = [json.loads((folder / f"rank-{rank}").read_text()) for rank in (0, 1)]
+    assert [rank["LOCAL_RANK"] for rank in variables] == ["0", "1"]
+    for rank in variables:
         assert rank["arguments"] == [] and rank["WORLD_SIZE"] == "2" and rank["MASTER_ADDR"] == "127.0.0.1"
         assert rank["OMP_NUM_THREADS"] == "1" and rank["DS_ACCELERATOR"] == "cpu"
 
@@ -130,7 +128,7 @@ def test_every_gpu_gets_a_rank_that_knows_the_others(folder: Path) -> None:
 def test_a_run_that_finished_without_its_stage_is_not_run_again(folder: Path) -> None:
     (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 7, "reason": ""}))
     (folder / "run.json").write_text("{}")
-    assert launcher.hand_over("align", deepspeed(), folder, module="rank")
+    assert dispatch.launch_ranks("align", deepspeed(), folder, module="rank")
     assert not pids(folder)
 
 
@@ -138,21 +136,21 @@ def test_a_run_that_finished_without_its_stage_is_not_run_again(folder: Path) ->
 def test_why_the_ranks_failed_stands_in_the_message(folder: Path) -> None:
     (folder / "plan").write_text("diverge")
     with pytest.raises(ValueError, match="align: diverged at step 7: loss nan at step 7"):
-        launcher.hand_over("align", deepspeed(), folder, module="rank")
+        dispatch.launch_ranks("align", deepspeed(), folder, module="rank")
 
 
 @pytest.mark.slow
 def test_the_reason_of_an_earlier_run_is_not_told_again(folder: Path) -> None:
     (folder / "status.json").write_text(json.dumps({"state": "diverged", "step": 3, "reason": "loss nan"}))
     with pytest.raises(ValueError, match="align: the ranks ended with code 1 before the run was finished; what they"):
-        launcher.hand_over("align", deepspeed(), folder, module="no_such_module")
+        dispatch.launch_ranks("align", deepspeed(), folder, module="no_such_module")
 
 
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_run_and_status_says_so(folder: Path) -> None:
     (folder / "plan").write_text("lost")
     with pytest.raises(ValueError, match=r"align: .*the same command goes on from the last checkpoint"):
-        launcher.hand_over("align", deepspeed(), folder, module="rank")
+        dispatch.launch_ranks("align", deepspeed(), folder, module="rank")
     assert read_status(folder)["state"] in ("failed", "preempted") and not alive(folder)
 
 
@@ -160,8 +158,8 @@ def test_a_lost_rank_ends_the_run_and_status_says_so(folder: Path) -> None:
 def test_sigterm_to_the_stage_lets_every_rank_write_its_checkpoint(folder: Path,
                                                                    stage: subprocess.Popen[str]) -> None:
     stage.terminate()
-    _, said = stage.communicate(timeout=60)
-    assert "align: preempted at step 7: SIGTERM; the same command goes on from the last checkpoint" in said
+    _, output = stage.communicate(timeout=60)
+    assert "align: preempted at step 7: SIGTERM; the same command goes on from the last checkpoint" in output
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-1"}
     assert not alive(folder)
 
@@ -175,28 +173,29 @@ def test_no_rank_outlives_a_stage_that_was_killed(folder: Path, stage: subproces
 
 
 def test_a_rank_that_does_not_end_is_killed_after_its_time(folder: Path) -> None:
-    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'w'); time.sleep(600)"
-    code = (f"from onediff.train.launch import processes; import os, sys\n"
-            f"print(processes.run([sys.executable, '-c', {deaf!r}], os.environ | {{'LOCAL_RANK': '0'}}, grace_s=1.0))")
+    rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(600)"
+    code = (f"from onediff.train.launch import ranks; import os, sys\n"
+            f"print(ranks.run([sys.executable, '-c', {rank!r}], os.environ | {{'LOCAL_RANK': '0'}}, grace_s=1.0))")
     outer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: Path("deaf").exists())
+    wait_for(lambda: Path("up").exists())
     outer.terminate()
     assert outer.communicate(timeout=20)[0].strip() == "(-9, True)"
 
 
-def test_loader_processes_of_a_rank_are_not_told_to_end(folder: Path) -> None:
+def test_loader_processes_of_a_rank_get_no_sigterm(folder: Path) -> None:
     """Without them the rank could not finish its step."""
     code = ("import os, signal, time\n"
-            "signal.signal(signal.SIGTERM, lambda *_: open('told-' + ('loader' if child == 0 else 'rank'), 'w'))\n"
+            "def stop(*_): open('terminated-' + ('loader' if child == 0 else 'rank'), 'w')\n"
+            "signal.signal(signal.SIGTERM, stop)\n"
             "child = 1\nchild = os.fork()\nopen(f'up-{min(child, 1)}', 'w')\n"
             "for _ in range(300): time.sleep(0.1)")
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "0"},
                                start_new_session=True)
     wait_for(lambda: Path("up-0").exists() and Path("up-1").exists())
-    group = processes.Group(process.pid)
-    group.terminate(set())
-    wait_for(lambda: Path("told-rank").exists())
-    assert len(group.members()) == 2 and not Path("told-loader").exists()
+    group = ranks.Group(process.pid)
+    group.terminate()
+    wait_for(lambda: Path("terminated-rank").exists())
+    assert len(group.members()) == 2 and not Path("terminated-loader").exists()
     group.kill()
     process.wait()
     assert not group.members()
@@ -205,27 +204,27 @@ def test_loader_processes_of_a_rank_are_not_told_to_end(folder: Path) -> None:
 @pytest.mark.parametrize(("code", "cause"), [(247, "SIGKILL, perhaps for want of memory"), (-15, "SIGTERM"),
                                              (137, "SIGKILL"), (250, "SIGABRT")])
 def test_the_signal_that_ended_a_rank_is_named(code: int, cause: str) -> None:
-    assert f"a rank was ended by {cause}" in launcher._cause(code)
+    assert f"a rank was ended by {cause}" in dispatch._ending(code)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 255])
 def test_no_signal_is_named_where_there_was_none(code: int) -> None:
-    assert f"code {code} before" in launcher._cause(code)
+    assert f"code {code} before" in dispatch._ending(code)
 
 
 def test_a_broken_connection_is_told_as_a_lost_node(tmp_path: Path) -> None:
     reason = "RuntimeError: [pair.cc:537] Read error [10.0.0.2]:37082: Connection reset by peer. This is typically"
-    said = launcher._explanation("tune", tmp_path, {"state": "failed", "step": 7, "reason": reason}, ended="code 1",
-                                 stopped=False, fresh=True)
-    assert said.startswith("tune: failed at step 7: a rank or its node was lost (RuntimeError: ")
-    assert "10.0.0.2" in said and read_status(tmp_path)["reason"].startswith("a rank or its node was lost")
+    message = dispatch._explanation("tune", tmp_path, {"state": "failed", "step": 7, "reason": reason},
+                                    ending="code 1", stopped=False)
+    assert message.startswith("tune: failed at step 7: a rank or its node was lost (RuntimeError: ")
+    assert "10.0.0.2" in message and read_status(tmp_path)["reason"].startswith("a rank or its node was lost")
 
 
 def test_a_connection_that_broke_because_we_were_stopped_is_no_lost_node(tmp_path: Path) -> None:
     """Over ssh DeepSpeed ends pdsh first, and the ranks have nowhere to write."""
     status = {"state": "failed", "step": 3, "reason": "BrokenPipeError: [Errno 32] Broken pipe"}
-    said = launcher._explanation("align", tmp_path, status, ended="code 1", stopped=True, fresh=True)
-    assert said.startswith("align: preempted at step 3: stopped by SIGTERM (BrokenPipeError")
+    message = dispatch._explanation("align", tmp_path, status, ending="code 1", stopped=True)
+    assert message.startswith("align: preempted at step 3: stopped by SIGTERM (BrokenPipeError")
     assert read_status(tmp_path)["state"] == "preempted"
 
 
@@ -250,15 +249,15 @@ def test_nodes_that_cannot_come_together_are_told_before_the_start(hosts: str | 
     if hosts is not None:
         Path("hosts").write_text(hosts)
     with pytest.raises((ValueError, FileNotFoundError), match=match):
-        launcher.hand_over("align", deepspeed(**{"nodes": 2, "hostfile": "hosts"} | changes), folder, module="rank")
+        dispatch.launch_ranks("align", deepspeed(**{"nodes": 2, "hostfile": "hosts"} | changes), folder, module="rank")
     assert not pids(folder)
 
 
 def test_over_ssh_deepspeed_is_told_of_all_nodes_and_their_environment(folder: Path) -> None:
     runtime = deepspeed(nodes=2, hostfile="hosts", master_addr="one", master_port=29511)
-    said = " ".join(nodes.command(runtime, "onediff.stages.align", folder)[1:])
-    assert said == ("--hostfile hosts --num_nodes 2 --num_gpus 2 --master_port 29511 --master_addr one "
-                    "--log_level warning --no_local_rank --module onediff.stages.align")
+    arguments = " ".join(nodes.command(runtime, "onediff.stages.align", folder)[1:])
+    assert arguments == ("--hostfile hosts --num_nodes 2 --num_gpus 2 --master_port 29511 --master_addr one "
+                         "--log_level warning --no_local_rank --module onediff.stages.align")
     sent = nodes.environment(runtime, folder, {"ONEDIFF_SCRATCH": "/shared", "ONEDIFF_WRITER_KEY": "secret",
                                                "HOME": "/here", "GLOO_SOCKET_IFNAME": "eth1"})
     assert Path(sent["DS_ENV_FILE"]).read_text().splitlines() == [
@@ -267,8 +266,8 @@ def test_over_ssh_deepspeed_is_told_of_all_nodes_and_their_environment(folder: P
 
 def test_without_ssh_no_names_are_needed(folder: Path) -> None:
     runtime = deepspeed(nodes=3, node_rank=2, master_addr="10.0.0.1")
-    said = nodes.command(runtime, "onediff.stages.align", folder)
-    assert said[1:3] == ["--hostfile", str(folder / "hostfile-2")] and "--no_ssh --node_rank 2" in " ".join(said)
+    command = nodes.command(runtime, "onediff.stages.align", folder)
+    assert command[1:3] == ["--hostfile", str(folder / "hostfile-2")] and "--no_ssh --node_rank 2" in " ".join(command)
     assert nodes.read_hostfile(folder / "hostfile-2") == {"node-0": 2, "node-1": 2, "node-2": 2}
 
 
@@ -280,15 +279,15 @@ def test_the_kubernetes_job_has_a_pod_for_each_node_which_find_node_0() -> None:
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["ports"][0]["port"] == 29513
     assert pod["subdomain"] == service["metadata"]["name"] == "onediff-tune"
     assert service["spec"]["selector"] == {"job-name": "onediff-tune"}
-    ranks = pod["containers"][0]
-    assert ranks["image"] == "registry.example.org/onediff:1"
-    assert ranks["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    container = pod["containers"][0]
+    assert container["image"] == "registry.example.org/onediff:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {"--nnodes=3", "--nproc-per-node=8", "--node-rank=$(NODE_RANK)", "--master-addr=onediff-tune-0.onediff-tune",
-            "onediff.stages.tune"} <= set(ranks["command"])
-    assert ranks["env"][0]["valueFrom"]["fieldRef"]["fieldPath"].endswith("job-completion-index']")
-    mounted = {mount["name"]: mount["mountPath"] for mount in ranks["volumeMounts"]}
-    assert mounted["project"] == ranks["workingDir"] and "persistentVolumeClaim" in pod["volumes"][0]
-    assert pod["terminationGracePeriodSeconds"] > processes.GRACE_S and pod["restartPolicy"] == "Never"
+            "onediff.stages.tune"} <= set(container["command"])
+    assert container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"].endswith("job-completion-index']")
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted["project"] == container["workingDir"] and "persistentVolumeClaim" in pod["volumes"][0]
+    assert pod["terminationGracePeriodSeconds"] > ranks.GRACE_S and pod["restartPolicy"] == "Never"
 
 
 def test_pods_on_cpus_ask_for_no_gpu() -> None:
@@ -299,8 +298,8 @@ def test_pods_on_cpus_ask_for_no_gpu() -> None:
 def test_the_command_prints_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDIFF_NODES", "2")
-    said = CliRunner().invoke(app, ["manifest", "tune", "--image", "mine:1"]).stdout
-    assert said == manifest("tune", Runtime(nodes=2), image="mine:1")
+    stdout = CliRunner().invoke(app, ["manifest", "tune", "--image", "mine:1"]).stdout
+    assert stdout == manifest("tune", Runtime(nodes=2), image="mine:1")
 
 
 def test_scratch_that_pods_do_not_share_is_refused() -> None:

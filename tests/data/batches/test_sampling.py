@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onediff.config import Task
+from onediff.data.batches.corpus import Corpus
+from onediff.data.batches.sampling import (
+    Mixture,
+    RowSampler,
+    Sampling,
+    coupled_rows,
+    single_rows,
+    tune_entries,
+    tune_rows,
+)
+
+INDICES = {"a": list(range(0, 13)), "b": list(range(100, 107)), "c": list(range(200, 231))}
+
+
+def tuned_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
+    return tune_rows(tune_entries(corpus, sampling), sampling)
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
+    for make, weights in ((tuned_rows, {"scenes": 3, "edits": 1}), (coupled_rows, {"scenes": 1})):
+        sampling = Sampling(weights, "plain", seed=3, batch_size=8, mask_patches=0.5)
+        straight = [make(corpus, sampling)(step) for step in range(5)]
+        jumped = make(corpus, sampling)
+        assert [jumped(step) for step in (4, 0, 2)] == [straight[4], straight[0], straight[2]]
+        assert straight[0] != straight[1]
+
+
+def test_sources_come_in_their_weights(corpus: Corpus) -> None:
+    rows = tuned_rows(corpus, Sampling({"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=40))(0)
+    edited = Counter("edit" in row.prompt.question for row in rows)
+    instructions = {pair.instruction for pair in corpus.samples if pair.source == "edits"}
+    assert instructions
+    assert len(rows) == 40
+    assert edited
+
+
+def test_tuned_rows_are_pairs_in_order_with_one_of_their_references(corpus: Corpus) -> None:
+    for row in tuned_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
+        [pair] = [p for p in corpus.samples
+                  if p.images == row.images and row.prompt.answer in p.references and p.source == "scenes"]
+        assert pair.instruction in row.prompt.question
+
+
+def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus) -> None:
+    for row in coupled_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
+        first, second = (corpus.captions["scenes"][name] for name in row.images)
+        assert row.prompt.answer == f"First image: {first}. Second image: {second}."
+
+
+def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
+    captions = corpus.captions["scenes"]
+
+    def overlap(a: str, b: str) -> int:
+        return len(set(captions[a].split()) & set(captions[b].split()))
+
+    coupled = coupled_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=200))(0)
+    rng, names = np.random.default_rng(0), sorted(captions)
+    random = [overlap(*rng.choice(names, 2)) for _ in range(200)]
+    assert np.mean([overlap(*row.images) for row in coupled]) < np.mean(random) - 0.5
+
+
+def test_coupled_rows_take_each_source_by_its_weight(general: Corpus) -> None:
+    rows = coupled_rows(general, Sampling({"llava_558k": 3, "scenes": 1}, "plain", seed=1, batch_size=40))(0)
+    captions = set(general.captions["llava_558k"].values())
+    assert sum(any(caption in str(row.prompt.answer) for caption in captions) for row in rows) == 30
+    with pytest.raises(ValueError, match=r"align.mixture: source 'llava_665k' has no captions of single images"):
+        coupled_rows(general, Sampling({"llava_665k": 1}, "plain", seed=1, batch_size=4))
+
+
+def task(**changes: Any) -> dict[str, Task]:
+    return {"scenes": Task(**{"instruction": None, "targets": "drawn", "max_new_tokens": None, "num_beams": None}
+                           | changes)}
+
+
+def test_each_reference_can_be_a_sample_of_its_own_or_all_be_joined(corpus: Corpus) -> None:
+    pairs = [sample for sample in corpus.samples if sample.source == "scenes"]
+    each = tune_entries(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=1, tasks=task(targets="each")))
+    assert [answer for _, answer in each] == [text for pair in pairs for text in pair.references]
+    joined = tuned_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=9, tasks=task(targets="joined")))
+    assert {row.prompt.answer for row in joined(0)} <= {" ".join(pair.references) for pair in pairs}
+    drawn = tune_entries(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=1, tasks=task()))
+    assert [answer for _, answer in drawn] == [None] * len(pairs)
+
+
+def test_a_task_says_how_its_source_is_asked(corpus: Corpus) -> None:
+    rows = tuned_rows(corpus, Sampling({"scenes": 1, "edits": 1}, "plain", seed=1, batch_size=10,
+                                       tasks=task(instruction="One sentence, please.")))(0)
+    has_instruction = ["One sentence, please." in row.prompt.question for row in rows]
+    assert has_instruction == [row.name.startswith("scenes/") for row in rows]
+    assert sum(has_instruction) == 5
+
+
+def test_single_rows_hold_an_image_and_its_own_caption(corpus: Corpus) -> None:
+    for row in single_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
+        [name] = row.images
+        assert row.prompt.answer == corpus.captions["scenes"][name]
+
+
+# --- the order of samples ---------------------------------------------------------------------------------------------
+
+
+def drawn(mixture: Mixture, size: int, steps: int) -> list[int]:
+    return [index for step in range(steps) for index in mixture.batch(step, size)]
+
+
+def test_each_source_is_visited_once_per_epoch_in_an_order_that_changes() -> None:
+    mixture = Mixture(INDICES, {"a": 3, "b": 1, "c": 2}, seed=7)
+    everything = drawn(mixture, 17, 300)
+    for indices in INDICES.values():
+        own = [index for index in everything if index in indices]
+        epochs = [own[i:i + len(indices)] for i in range(0, len(own) - len(indices), len(indices))]
+        assert len(epochs) > 10
+        assert all(sorted(epoch) == indices for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_weights_are_shares_of_every_stretch_of_batches() -> None:
+    mixture = Mixture(INDICES, {"a": 3, "b": 1}, seed=7)
+    for step in range(40):
+        counts = Counter(index // 100 for index in mixture.batch(step, 64))
+        assert counts == {0: 48, 1: 16}
+
+
+def test_a_batch_depends_on_its_step_alone() -> None:
+    weights = {"a": 2.5, "b": 0.7, "c": 1.1}
+    straight = [Mixture(INDICES, weights, seed=7).batch(step, 19) for step in range(120)]
+    resumed = Mixture(INDICES, weights, seed=7)
+    assert [resumed.batch(step, 19) for step in reversed(range(120))] == straight[::-1]
+    assert Mixture(INDICES, weights, seed=8).batch(0, 19) != straight[0]
+    assert [index for batch in straight for index in batch] == drawn(resumed, 1, 120 * 19)
+
+
+def test_a_small_weight_still_gets_its_turn() -> None:
+    counts = Counter(index // 100 for index in drawn(Mixture(INDICES, {"a": 99, "b": 1}, seed=7), 50, 60))
+    assert counts == {0: 2970, 1: 30}
+
+
+def test_wrong_mixtures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mixture\.a: weight must be above 0, got 0"):
+        Mixture(INDICES, {"a": 0}, seed=7)
+    with pytest.raises(ValueError, match=r"mixture\.z: no pairs of this source"):
+        Mixture(INDICES, {"z": 1}, seed=7)
+    with pytest.raises(ValueError, match="no source"):
+        Mixture(INDICES, {}, seed=7)
