@@ -161,7 +161,7 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:
-    made = queries if attention.few(queries, keys) else keys  # of keys and values
+    made = queries if attention.has_few_queries(queries, keys) else keys  # of keys and values
     return (queries * (_weights(attention.query) + _weights(attention.out))
             + made * (_weights(attention.key) + _weights(attention.value)))
 

@@ -16,8 +16,9 @@ from parts import RATES, batch_of, small
 from parts import phase as any_phase
 
 from onediff.config import Phase, Runtime
+from onediff.inputs.processing import IGNORED
 from onediff.interrupts import SIGNALS
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train import checkpoint
 from onediff.train.loop import Fitted, Judge, fit, rate_factor
 

@@ -18,10 +18,10 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerF
 from onediff.data.synthesis.edits import CASTS, PLACES, TURNS
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
+from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt
 
 STEPS, ROWS, IMAGES, RATE = 1500, 48, 16, 1e-3
-IGNORED = -100
 _NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
