@@ -13,27 +13,41 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from benchmarks import script
 from onediff.config import Config, Runtime, load_params
 from onediff.data.record import Record, read_records, read_table, write_shards
+from onediff.data.synthesis.scenes.records import scene_records
+from onediff.eval.analysis.behaviour import scene_behaviour
+from onediff.eval.caption import caption_records
+from onediff.files import new_folder, write_json
+from onediff.inputs.processing import IGNORED
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.library_logs import silence_libraries
+from onediff.model.captioner import Captioner
+from onediff.train import phases
+from onediff.train.pretrain.dialogue import sentence
 
 HOME, RESULTS, TABLE = Path(".onediff/ablations"), Path("docs/ablations"), Path("docs/ablations.md")
 JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
 HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
 ALIGN_STEPS, TUNE_STEPS = 100, 400
 MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
-TESTS = {"test": "as in training", "unseen": "unseen color and shape", "asked": "unseen instruction"}
+TESTS = ("test", "unseen", "asked")  # as in training; unseen color and shape; unseen instruction
 
 BASE = {"reading": "A"}  # beside presets/tiny.yaml: what was its default when these were run
 # Name -> what is changed in it: `align` None or a kind of samples, the rest under `model`.
@@ -85,29 +99,19 @@ def run(seeds: int = 3, jobs: int = 2,
 @app.command()
 def one(name: str, seed: int, scale: float = 1.0) -> None:
     """One variant with one seed."""
-    import torch
-
-    from onediff.eval.analysis.behaviour import scene_behaviour
-    from onediff.eval.caption import caption_records
-    from onediff.library_logs import silence_libraries
-    from onediff.model.captioner import Captioner
-
     silence_libraries()
     torch.set_num_threads(1)
     config = varied(load_params(Path("presets/tiny.yaml")), VARIANTS[name], seed=seed, scale=scale)
     with tempfile.TemporaryDirectory(dir=HOME) as scratch:
-        flops = trained(config, Path(scratch))
+        gflops = train(config, Path(scratch))
         captioner = Captioner.load(Path(scratch) / "tune/final")
-        scores: dict[str, Any] = {}
-        for test in TESTS:
-            records = list(read_records(HOME / "diffcap", f"{test}-*.parquet"))
-            said = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
-            found = scene_behaviour(said, read_table(HOME / "diffcap", f"{test}-*.parquet"))
-            scores[test] = {key: found[key] for key in MEASURED if key in found}
-    RESULTS.mkdir(exist_ok=True)
-    part = result_file(name, seed).with_suffix(".part")
-    part.write_text(json.dumps({"variant": name, "seed": seed, "gflops_per_pair": flops, "scores": scores}) + "\n")
-    part.rename(result_file(name, seed))
+    scores: dict[str, Any] = {}
+    for test in TESTS:
+        records = read_records(HOME / "diffcap", f"{test}-*.parquet")
+        captions = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
+        shares = scene_behaviour(captions, read_table(HOME / "diffcap", f"{test}-*.parquet"))
+        scores[test] = {key: shares[key] for key in MEASURED if key in shares}
+    write_json(result_file(name, seed), {"variant": name, "seed": seed, "gflops_per_pair": gflops, "scores": scores})
     print(name, seed, json.dumps(scores["test"]), flush=True)
 
 
@@ -117,15 +121,13 @@ def table() -> None:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
              "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
+    columns = [("test", key) for key in MEASURED] + [("unseen", MEASURED[1]), ("asked", MEASURED[0])]
     for name in VARIANTS:
-        mine = [result for result in results if result["variant"] == name]
-        if mine:
-            cells = [("test", key) for key in MEASURED] + [("unseen", MEASURED[1]), ("asked", MEASURED[0])]
-            shown = [spread([result["scores"][test][key] for result in mine]) for test, key in cells]
-            lines.append(f"| {name} | {len(mine)} | {mine[0]['gflops_per_pair']:.2f} | " + " | ".join(shown) + " |")
-    print("\n".join(lines))
-    head = TABLE.read_text(encoding="utf-8").split("<!-- table -->")[0] if TABLE.exists() else ""
-    TABLE.write_text(f"{head}<!-- table -->\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        runs = [result for result in results if result["variant"] == name]
+        if runs:
+            cells = [spread([run["scores"][test][key] for run in runs]) for test, key in columns]
+            lines.append(f"| {name} | {len(runs)} | {runs[0]['gflops_per_pair']:.2f} | " + " | ".join(cells) + " |")
+    script.write_table(TABLE, lines)
 
 
 def spread(values: list[float]) -> str:
@@ -138,33 +140,30 @@ def result_file(name: str, seed: int) -> Path:
 
 def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
     """The tiny preset with the base's and a variant's changes, checked as any params.yaml is."""
-    values = config.model_dump(mode="json")
-    values |= {"seed": seed}
-    values["model"]["max_length"] = 256  # room for all patches of both images
+    values = config.model_dump(mode="json") | {"seed": seed}
+    model, align = values["model"], values["align"]
+    model["max_length"] = 256  # room for all patches of both images
     for key, value in (BASE | changes).items():
-        place = values["model"] if key in values["model"] else values["model"]["delta"]
         if key == "align":
-            values["align"] = values["align"] | {"samples": value} if value else None
+            values["align"] = align | {"samples": value} if value else None
         else:
-            place[key] = value
+            (model if key in model else model["delta"])[key] = value
     if values["align"]:
         values["align"]["steps"] = max(1, round(scale * ALIGN_STEPS))
     values["tune"] |= {"steps": max(2, round(scale * TUNE_STEPS)), "mixture": {"scenes": 1.0}, "validate_every": None}
     return Config.model_validate(values)
 
 
-def trained(config: Config, scratch: Path) -> float:
+def train(config: Config, scratch: Path) -> float:
     """Both phases; gives the GFLOPs of a step of `tune` per pair, the cached tower not counted."""
-    from onediff.train import phases
-
     gflops: list[float] = []
 
     def log(step: int, line: dict[str, float]) -> None:
         gflops.append(1e3 * line["tflops_per_s"] / line["pairs_per_s"])
 
     runtime = Runtime(device="cpu", scratch=str(HOME / "scratch"), checkpoint_every_s=1e9)
-    (scratch / "align").mkdir()
-    (scratch / "tune").mkdir()
+    for phase in ("align", "tune"):
+        (scratch / phase).mkdir()
     if aligning := phases.align(config, runtime, data=HOME / "diffcap", folder=scratch / "align"):
         phases.train(aligning, log)
     phases.train(phases.tune(config, runtime, data=HOME / "diffcap", start=scratch / "align/final",
@@ -173,38 +172,27 @@ def trained(config: Config, scratch: Path) -> float:
 
 
 def make_scenes(folder: Path) -> None:
-    from onediff.data.synthesis.scenes.records import scene_records
-    from onediff.inputs.prompt import DEFAULT_INSTRUCTION
-
     values = load_params(Path("presets/tiny.yaml")).model_dump(mode="json")
     values["data"]["scenes"] |= {"jitter": JITTER, "min_objects": OBJECTS[0], "max_objects": OBJECTS[1]}
     config = Config.model_validate(values)
 
     def scenes(split: str, num: int, *, held_out: bool) -> Iterator[Record]:
-        done = index = 0
-        while done < num:
-            records = scene_records(config, split, index)
-            index += 1
-            if shows_held_out(records[0]) == held_out:
-                done += 1
-                yield from records
+        """The first `num` scenes that show a held-out object, or that show none."""
+        groups = (scene_records(config, split, index) for index in count())
+        chosen = (records for records in groups if shows_held_out(records[0]) == held_out)
+        return (replace(record, instruction=DEFAULT_INSTRUCTION) for records in islice(chosen, num)
+                for record in records)
 
-    shutil.rmtree(folder, ignore_errors=True)
-    write_shards((replace(record, instruction=DEFAULT_INSTRUCTION) for record in
-                  scenes("train", NUM_TRAIN, held_out=False)), folder, "train", shard_pairs=4000)
-    test = [replace(record, instruction=DEFAULT_INSTRUCTION) for record in scenes("test", NUM_TEST, held_out=False)]
-    write_shards(test, folder, "test", shard_pairs=4000)
-    write_shards((replace(record, instruction="Describe the change between the scenes.") for record in test), folder,
-                 "asked", shard_pairs=4000)
-    unseen = [replace(record, instruction=DEFAULT_INSTRUCTION) for record in scenes("test", NUM_TEST, held_out=True)
-              if record.change_type != "none" and is_held_out(record.provenance["object"])]
-    write_shards(unseen, folder, "unseen", shard_pairs=4000)
+    test = list(scenes("test", NUM_TEST, held_out=False))
+    unseen = [record for record in scenes("test", NUM_TEST, held_out=True) if record.change_type != "none"
+              and (record.provenance["object"]["color"], record.provenance["object"]["shape"]) in HELD_OUT]
+    with new_folder(folder) as part:
+        for split, records in (
+                ("train", scenes("train", NUM_TRAIN, held_out=False)), ("test", test), ("unseen", unseen),
+                ("asked", (replace(record, instruction="Describe the change between the scenes.") for record in test))):
+            write_shards(records, part, split, shard_pairs=4000)
+        write_json(part / "card.json", {"jitter": JITTER, "held_out": sorted(HELD_OUT)})
     print(f"{NUM_TRAIN} train scenes, {len(test)} test pairs, {len(unseen)} with an unseen color and shape")
-    (folder / "card.json").write_text(json.dumps({"jitter": JITTER, "held_out": sorted(HELD_OUT)}))
-
-
-def is_held_out(thing: dict[str, Any]) -> bool:
-    return (thing["color"], thing["shape"]) in HELD_OUT
 
 
 def shows_held_out(record: Record) -> bool:
@@ -215,12 +203,6 @@ def shows_held_out(record: Record) -> bool:
 
 def make_bert(folder: Path) -> None:
     """A BERT of the VDM's width, taught the project's sentences by masked words: what can stand for BERT-base here."""
-    import numpy as np
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
-
-    from onediff.train.pretrain.dialogue import sentence
-
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained("presets/backbones/tiny/language")
@@ -232,7 +214,8 @@ def make_bert(folder: Path) -> None:
         rows = tokenizer([" ".join(sentence(rng)) for _ in range(32)], padding=True, return_tensors="pt")
         hidden = (torch.rand(rows["input_ids"].shape) < 0.2) & rows["attention_mask"].bool()
         loss = model(input_ids=rows["input_ids"].masked_fill(hidden, len(tokenizer)),
-                     attention_mask=rows["attention_mask"], labels=rows["input_ids"].masked_fill(~hidden, -100)).loss
+                     attention_mask=rows["attention_mask"],
+                     labels=rows["input_ids"].masked_fill(~hidden, IGNORED)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

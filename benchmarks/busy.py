@@ -15,54 +15,48 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from statistics import median
 from typing import Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
-from benchmarks import turns
+from benchmarks import script, turns
 from benchmarks.train_step import BATCH, KINDS
 from benchmarks.turns import Contender
 
-KIND = "OneDiff, as preset"
 # onediff does not overwrite variables that are set. So "without" sets the defaults of GNU OpenMP itself.
 SETTINGS = {"with": {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ},
             "without": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}}
 
 
-def main(steps: Annotated[int, typer.Option(help="Of each contender, quiet and beside a busy core.")] = 200,
+def main(steps: Annotated[int, Option(help="Of each contender, quiet and beside a busy core.")] = 200,
          rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
     """Measures training steps with and without the OpenMP settings that onediff makes."""
     if steps % rounds:
         raise ValueError(f"--steps {steps}: must be a multiple of --rounds, got {rounds}")
     table = Table("machine", "settings", "seconds a step", "with / without, by round", "times quiet",
                   title=f"tiny, tune, {steps} steps of {batch} rows, {threads} threads, {os.cpu_count()} cores")
-    quiet: dict[str, float] = {}
+    case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "threads": threads,
+            **KINDS["OneDiff, as preset"]}
+    quiet_s: dict[str, float] = {}
     for machine, load in (("quiet", nullcontext()), ("beside a busy core", busy_core())):
-        contenders = _contenders(batch, threads)
+        contenders = [Contender(name, "benchmarks.train_step", case, environment=values)
+                      for name, values in SETTINGS.items()]
         with load:
             turns.race(contenders, rounds=rounds, units=steps // rounds, threads=threads)
         for contender in contenders:
-            total = sum(contender.rounds)
-            quiet.setdefault(contender.name, total)
-            table.add_row(machine, contender.name, f"{total / steps:.3f}",
+            total_s = sum(contender.rounds)
+            quiet_s.setdefault(contender.name, total_s)
+            table.add_row(machine, contender.name, f"{total_s / steps:.3f}",
                           _ratio(*contenders) if contender is contenders[0] else "",
-                          f"{total / quiet[contender.name]:.2f}")
+                          f"{total_s / quiet_s[contender.name]:.2f}")
         table.add_section()
-    turns.show(table)
+    script.show(table)
 
 
-def _contenders(batch: int, threads: int) -> list[Contender]:
-    case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "lora": False,
-            "micro": None, "checkpoint_activations": False, "threads": threads, **KINDS[KIND]}
-    return [Contender(name, "benchmarks.train_step", case, environment=values) for name, values in SETTINGS.items()]
-
-
-def _ratio(policy: Contender, none: Contender) -> str:
-    total = sum(policy.rounds) / sum(none.rounds)
-    by_round = [ours / theirs for ours, theirs in zip(policy.rounds, none.rounds, strict=True)]
-    return f"{total:.3f} in all, median {median(by_round):.3f} ({min(by_round):.3f} to {max(by_round):.3f})"
+def _ratio(policy: Contender, default: Contender) -> str:
+    by_round = [ours / theirs for ours, theirs in zip(policy.rounds, default.rounds, strict=True)]
+    return f"{sum(policy.rounds) / sum(default.rounds):.3f} in all, median {turns.with_range(by_round, '.3f')}"
 
 
 @contextmanager
@@ -77,7 +71,4 @@ def busy_core() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.busy: {error}")
+    script.main(main)

@@ -13,24 +13,24 @@ they decide which tokens come, not how fast.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from itertools import islice
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+import torch
+from PIL import Image
 from rich.table import Table
+from typer import Option
 
-from benchmarks import models, rows, turns
+from benchmarks import models, rows, script, turns
 from benchmarks.turns import Contender, Turn
+from onediff.data.record import read_records
+from onediff.inputs.images import open_image
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION, pair_prompt
+from onediff.model.captioner import Captioner
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    Pairs = list[tuple[Image.Image, Image.Image]]
-
+Pairs = list[tuple[Image.Image, Image.Image]]
 NEW_TOKENS = 30
 KINDS: dict[str, dict[str, Any]] = {
     "LLaVA, generate": {"peer": True},
@@ -40,9 +40,9 @@ KINDS: dict[str, dict[str, Any]] = {
 BATCH = {"tiny": 32, "small": 8, "paper": 32}
 
 
-def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         batch: Annotated[int | None, typer.Option(help="Pairs.")] = None, rounds: int = 5,
-         units: Annotated[int, typer.Option(help="Batches of each in a round.")] = 2, device: str = "cpu",
+def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         batch: Annotated[int | None, Option(help="Pairs.")] = None, rounds: int = 5,
+         units: Annotated[int, Option(help="Batches of each in a round.")] = 2, device: str = "cpu",
          threads: int = 1) -> None:
     """Times of captioning, ours and the peer's."""
     models.settings(preset)
@@ -52,39 +52,27 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
     table = Table("contender", "pairs/s", "new tokens/s", "peak GiB", "times the peer",
                   title=f"{preset}, {shared['batch']} pairs, {NEW_TOKENS} new tokens each, {device}, {threads} threads")
     for contender in contenders:
-        pairs = contender.facts["rows"] / median(contender.rounds)
-        table.add_row(contender.name, f"{pairs:.2f}", f"{NEW_TOKENS * pairs:.0f}",
+        pairs_per_s = contender.facts["rows"] / median(contender.rounds)
+        table.add_row(contender.name, f"{pairs_per_s:.2f}", f"{NEW_TOKENS * pairs_per_s:.0f}",
                       f"{contender.facts['memory_gib']:.2f}", "1" if contender is contenders[0] else
                       turns.with_range(turns.ratios(contender, contenders[0])))
-    turns.show(table)
+    script.show(table)
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    import torch
-
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
     turn.facts["rows"] = case["batch"] * case["units"]
-    say, pairs = (llava if case.get("peer") else onediff)(case), pairs_of(case)
-    while True:
-        said = say(pairs)
-        assert len(said) == len(pairs), "a caption for each pair"
-        if not turn():
-            return
-
-
-def pairs_of(case: dict[str, Any]) -> Pairs:
-    from onediff.data.record import read_records
-    from onediff.inputs.images import open_image
-
+    caption = (llava if case.get("peer") else onediff)(case)
     records = (record for record in read_records(rows.shards_of(models.settings(case["preset"])), "train-*.parquet")
                if record.num_images == 2)
-    return [(open_image(record.before), open_image(record.after)) for record in islice(records, case["batch"])]
+    pairs = [(open_image(record.before), open_image(record.after)) for record in islice(records, case["batch"])]
+    while True:
+        assert len(caption(pairs)) == len(pairs), "a caption for each pair"
+        turn()
 
 
 def onediff(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
-    from onediff.model.captioner import Captioner
-
     model, processor = models.onediff(models.settings(case["preset"], **case["model"]), case["device"])
     model.language.generation_config.min_new_tokens = NEW_TOKENS
     captioner = Captioner(model, processor)
@@ -92,10 +80,6 @@ def onediff(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
 
 
 def llava(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
-    import torch
-
-    from onediff.inputs.prompt import DEFAULT_INSTRUCTION, pair_prompt
-
     config = models.settings(case["preset"])
     model, processor = models.llava(config, case["device"])
     tokenizer = processor.tokenizer
@@ -103,7 +87,7 @@ def llava(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
     model.eval()
 
     @torch.inference_mode()
-    def say(pairs: Pairs) -> list[str]:
+    def caption(pairs: Pairs) -> list[str]:
         batch = processor.questions([prompt] * len(pairs))
         del batch["image_counts"]
         batch["pixel_values"] = processor.pixels([image for pair in pairs for image in pair]).to(model.dtype)
@@ -112,14 +96,8 @@ def llava(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
                              eos_token_id=tokenizer.eos_token_id)
         return list(tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 
-    return say
+    return caption
 
 
 if __name__ == "__main__":
-    if turns.CASE in os.environ:
-        turns.contend(contender)
-    else:
-        try:
-            typer.run(main)
-        except (ValueError, OSError) as error:
-            sys.exit(f"benchmarks.captioning: {error}")
+    turns.run_script(main, contender)

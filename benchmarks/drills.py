@@ -9,6 +9,7 @@ has no gap or fork; until then the champion is the one before.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -16,54 +17,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import script
+from benchmarks.interrupts import wait_until
+
 TARGETS = ("training", "flow", "worker", "mlflow", "prefect", "postgres")
 MOMENTS = 3
 PATIENCE_S = 120.0  # of the automation for lost runs; 540 in use, where machines are busier
 LIMIT_S = 900.0
 SERVICES = {"prefect_port": 4231, "mlflow_port": 5031, "postgres_port": 5451, "start_s": 400}
-RULES = "minima: {scenes.CIDEr: 0}\nmaxima: {}\nbetter_than_champion: null\n"  # every whole retraining makes a champion
+RULES = "minima: {scenes.CIDEr: 0}\nmaxima: {}\nbetter_than_champion: null\n"  # every retraining makes a champion
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
-@dataclass
-class Drill:
-    target: str
-    after_s: float
-    stage: str
-    ended: str
-    took_s: float
-    right: bool
-
-
 class Site:
+    """A project with its services."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
-        self.env |= {"PYTHONPATH": str(folder), "PATH": os.pathsep.join([str(Path(sys.executable).parent),
-                                                                         os.environ["PATH"]]),
-                     "PREFECT_API_URL": f"http://127.0.0.1:{SERVICES['prefect_port']}/api", "HF_HUB_OFFLINE": "1",
-                     "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{SERVICES['mlflow_port']}",
-                     "ONEDIFF_SERVICES": json.dumps(SERVICES), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1",
-                     "OMP_NUM_THREADS": "1"}
+        self.env = {key: value for key, value in script.project_environment(folder).items()
+                    if not key.startswith(("PREFECT_", "MLFLOW_"))}
+        self.env |= {"PREFECT_API_URL": f"http://127.0.0.1:{SERVICES['prefect_port']}/api", "OMP_NUM_THREADS": "1",
+                     "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{SERVICES['mlflow_port']}", "DO_NOT_TRACK": "1",
+                     "ONEDIFF_SERVICES": json.dumps(SERVICES)}
 
     def make(self) -> None:
         """Clones this checkout's last commit, at micro size with longer phases and a gate that lets all through."""
-        self.run("git", "clone", "-q", str(ROOT), str(self.folder), where=ROOT)
-        text = (ROOT / "presets/micro.yaml").read_text().replace("\n  steps: 4\n", "\n  steps: 30\n")
+        script.clone(self.folder)
+        text = (self.folder / "presets/micro.yaml").read_text().replace("\n  steps: 4\n", "\n  steps: 30\n")
         (self.folder / "params.yaml").write_text(text.replace("\n  steps: 8\n", "\n  steps: 30\n"))
         (self.folder / "mlflow/promotion.yaml").write_text(RULES)
         (self.folder / "runtime.yaml").write_text("checkpoint_every_s: 2.0\n")
-        self.run("git", "rm", "-q", "--cached", "dvc.lock")
-        (self.folder / "dvc.lock").unlink()
+        self.run("git", "rm", "-q", "dvc.lock")
         self.commit("drills")
 
     def change(self, number: int) -> None:
@@ -73,15 +64,11 @@ class Site:
         params.write_text(re.sub(r"lr_delta: \S+", rate, params.read_text(), count=1))
         self.commit(f"drill {number}")
 
-    def commit(self, why: str) -> None:
-        self.run("git", "-c", "user.name=drills", "-c", "user.email=drills@localhost", "commit", "-qam", why)
+    def commit(self, message: str) -> None:
+        self.run("git", "-c", "user.name=drills", "-c", "user.email=drills@localhost", "commit", "-qam", message)
 
-    def run(self, *command: str, where: Path | None = None) -> str:
-        done = subprocess.run(command, cwd=where or self.folder, env=self.env, text=True, capture_output=True,
-                              check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return done.stdout
+    def run(self, *command: str) -> str:
+        return script.run(command, self.folder, self.env)
 
     def module(self, *command: str) -> str:
         return self.run(sys.executable, "-m", *command)
@@ -89,120 +76,99 @@ class Site:
     def versions(self) -> tuple[int, str | None]:
         """How many there are, and the champion."""
         try:
-            rows = json.loads(self.module("onediff", "registry", "list", "--json").splitlines()[-1])
-        except RuntimeError:  # none yet
+            output = self.module("onediff", "registry", "list", "--json")
+        except ValueError:  # there is none yet
             return 0, None
+        rows = json.loads(output.splitlines()[-1])
         return len(rows), next((row["version"] for row in rows if "champion" in row["aliases"]), None)
 
     def trigger(self) -> None:
-        said = self.post("deployments/name/retrain/retrain", get=True)
-        self.post(f"deployments/{said['id']}/create_flow_run", {})
+        deployment = self.request("GET", "deployments/name/retrain/retrain")
+        self.request("POST", f"deployments/{deployment['id']}/create_flow_run", {})
 
     def states(self) -> list[str]:
         """Of all retrainings, oldest first; those that were cancelled before they began aside."""
         body = {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC", "limit": 200}
-        return [run["state_type"] for run in self.post("flow_runs/filter", body) if run["state_type"] != "CANCELLED"]
+        states = [run["state_type"] for run in self.request("POST", "flow_runs/filter", body)]
+        return [state for state in states if state != "CANCELLED"]
 
     def at_rest(self, old_runs: int) -> bool:
         """Whether all retrainings after the first `old_runs` have ended, and there was one."""
         states = self.states()[old_runs:]
         return bool(states) and all(state in ENDED for state in states)
 
-    def post(self, path: str, body: dict[str, Any] | None = None, *, get: bool = False) -> Any:
-        address = f"{self.env['PREFECT_API_URL']}/{path}"
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer of Prefect's server, for which it waits while the server is down."""
         while True:
             try:
-                answer = httpx.get(address, timeout=30) if get else httpx.post(address, json=body, timeout=30)
+                answer = httpx.request(method, f"{self.env['PREFECT_API_URL']}/{path}", json=body, timeout=30)
+                if answer.status_code != 503:
+                    return answer.raise_for_status().json()
             except httpx.TransportError:
-                time.sleep(1)
-                continue
-            if answer.status_code != 503:
-                return answer.raise_for_status().json()
-            time.sleep(0.5)
+                pass
+            time.sleep(1)
 
-    def stage(self) -> psutil.Process | None:
-        """The process of the stage that runs."""
-        for process in psutil.process_iter(["cmdline", "cwd"]):
-            command = process.info["cmdline"] or []
-            if process.info["cwd"] == str(self.folder) and any(part.startswith("onediff.stages.") for part in command):
-                return process
-        return None
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Those of the project whose command line has an argument that begins so."""
+        return [process for process in psutil.process_iter(["cmdline", "cwd"])
+                if process.info["cwd"] == str(self.folder)
+                and any(argument.startswith(part) for argument in process.info["cmdline"] or ())]
 
     def victims(self, target: str) -> list[psutil.Process]:
         if target == "training":
-            found = self.stage()
-            return [found] if found else []
+            return self.processes("onediff.stages.")[:1]
         if target == "flow":
-            return [process for process in psutil.process_iter(["cmdline", "cwd"])
-                    if process.info["cwd"] == str(self.folder) and "prefect.engine" in (process.info["cmdline"] or [])]
+            return self.processes("prefect.engine")
         name = {"worker": "onediff-cpu"}.get(target, target)
-        asked = subprocess.run([sys.executable, "-m", "flows.services", "status", "--json"], cwd=self.folder,
-                               env=self.env, capture_output=True, text=True, check=False)
-        pid = next(row["pid"] for row in json.loads(asked.stdout) if row["name"] == name)
-        process = psutil.Process(pid)
+        status = subprocess.run([sys.executable, "-m", "flows.services", "status", "--json"], cwd=self.folder,
+                                env=self.env, capture_output=True, text=True, check=False)
+        process = psutil.Process(next(row["pid"] for row in json.loads(status.stdout) if row["name"] == name))
         return [process] if target == "worker" else [process, *process.children(recursive=True)]
 
 
 def undisturbed(site: Site, number: int) -> float:
     """Seconds of a retraining that makes version `number`."""
     site.change(number)
-    start = time.monotonic()
     site.trigger()
-    while not site.at_rest(0) or site.versions()[1] != str(number):
-        time.sleep(1)
-    return time.monotonic() - start
+    return wait_until(lambda: site.at_rest(0) and site.versions()[1] == str(number), math.inf, every_s=1)
 
 
-def drill(site: Site, target: str, after_s: float, number: int) -> Drill:
-    """One retraining on new parameters, in which the target is killed after `after_s` seconds."""
+def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ...]:
+    """One retraining on new parameters, in which the target is killed after `after_s` seconds: a row of the table."""
     site.change(number)
-    before, champion = site.versions()
+    num_versions, champion = site.versions()
     old_runs = len(site.states())
+    expected = (num_versions + 1, str(num_versions + 1))
     site.trigger()
     time.sleep(after_s)
-    victims = _until(lambda: site.victims(target), 120)
-    at = site.stage()
-    stage = next(part.split(".")[-1] for part in at.cmdline() if part.startswith("onediff.stages.")) if at else "-"
+    wait_until(lambda: site.victims(target), 120, every_s=0.3)
+    victims = site.victims(target)
+    if not victims:
+        raise TimeoutError(f"{target}: nothing to kill")
+    stages = [argument.split(".")[-1] for process in site.processes("onediff.stages.") for argument in process.cmdline()
+              if argument.startswith("onediff.stages.")]
     for victim in victims:
         victim.kill()
     killed = time.monotonic()
     site.module("flows.services", "start")
-    untouched = site.versions()[1] in (champion, str(before + 1))
-    again = 0
+    untouched = site.versions()[1] in (champion, expected[1])
+    triggered = 0
     while time.monotonic() - killed < LIMIT_S:
         time.sleep(2)
         if not site.at_rest(old_runs):
             continue
-        if site.versions() == (before + 1, str(before + 1)):
+        if site.versions() == expected:
             break
-        if not _comes(site, old_runs):
-            again += 1
+        if wait_until(lambda: not site.at_rest(old_runs), 15, every_s=1) >= 15:  # no automation starts another run
+            triggered += 1
             site.trigger()
-    states = [state.lower() for state in site.states()[old_runs:]]
-    ended = " -> ".join(states) + (f", triggered again {again}x" if again else "")
+    states = " -> ".join(state.lower() for state in site.states()[old_runs:])
     stale = json.loads(site.module("dvc", "status", "--json"))
-    whole = not stale and site.versions() == (before + 1, str(before + 1))
+    right = untouched and not stale and site.versions() == expected
     site.module("onediff", "registry", "check")
-    return Drill(target, round(after_s, 1), stage, ended, round(time.monotonic() - killed, 1), whole and untouched)
-
-
-def _comes(site: Site, old_runs: int) -> bool:
-    """Whether an automation starts another run within some seconds."""
-    end = time.monotonic() + 15
-    while time.monotonic() < end:
-        if not site.at_rest(old_runs):
-            return True
-        time.sleep(1)
-    return False
-
-
-def _until(told: Callable[[], Any], seconds: float) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := told()):
-        if time.monotonic() > end:
-            raise TimeoutError("nothing to kill")
-        time.sleep(0.3)
-    return found
+    return (target, f"{after_s:.1f}", stages[0] if stages else "-",
+            states + (f", triggered again {triggered}x" if triggered else ""), f"{time.monotonic() - killed:.1f}",
+            str(right))
 
 
 def main() -> None:
@@ -211,25 +177,21 @@ def main() -> None:
     site.make()
     print(site.module("flows.services", "start"), flush=True)
     site.module("flows.deploy", str(PATIENCE_S))
+    table = Table("killed", "after s", "in stage", "its runs", "s", "right")
     try:
-        whole, again = (undisturbed(site, number) for number in (1, 2))
-        print(f"undisturbed, with the data: {whole:.0f} s; from align on: {again:.0f} s\n")
-        print(_row("killed", "after s", "in stage", "its runs", "s", "right"))
-        moments, number = random.Random(int(os.environ.get("SEED", "0"))), 2
-        for _ in range(MOMENTS):
-            for target in TARGETS:
-                if target == "postgres" and not site.victims("postgres"):
-                    continue
-                number += 1
-                done = drill(site, target, moments.uniform(3, 0.6 * again), number)
-                print(_row(*asdict(done).values()), flush=True)
+        first_s, later_s = (undisturbed(site, number) for number in (1, 2))
+        print(f"undisturbed, with the data: {first_s:.0f} s; from align on: {later_s:.0f} s\n")
+        rng, number = random.Random(int(os.environ.get("SEED", "0"))), 2
+        for target in TARGETS * MOMENTS:
+            if target == "postgres" and not site.victims("postgres"):
+                continue
+            number += 1
+            row = drill(site, target, rng.uniform(3, 0.6 * later_s), number)
+            print(*row, sep=" | ", flush=True)
+            table.add_row(*row)
     finally:
         site.module("flows.services", "stop")
-
-
-def _row(*cells: Any) -> str:
-    widths = (8, 7, 10, 40, 6, 5)
-    return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+    script.show(table)
 
 
 if __name__ == "__main__":

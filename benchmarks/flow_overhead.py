@@ -23,16 +23,20 @@ ROUNDS = 5
 
 
 @flow
-def measured() -> tuple[list[float], list[float], float]:
-    ours, theirs = [], []
+def measure() -> None:
+    flow_s, repro_s = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         state = run_here(stale_stages())
-        ours.append(time.perf_counter() - start)
+        flow_s.append(time.perf_counter() - start)
         if state.name != "UpToDate":
             sys.exit("onediff: this folder is not up to date: 'dvc repro' first")
-        theirs.append(_seconds("repro"))
-    return ours, theirs, median(_seconds("version") for _ in range(ROUNDS))
+        repro_s.append(_seconds("repro"))
+    start_s = median(_seconds("version") for _ in range(ROUNDS))
+    num_stages = len(stages(load_params().data))
+    added = [(ours - theirs) / num_stages for ours, theirs in zip(flow_s, repro_s, strict=True)]
+    print(f"{num_stages} stages: flow {median(flow_s) - start_s:.2f} s, dvc repro {median(repro_s) - start_s:.2f} s; "
+          f"the flow adds {median(added):+.3f} s a stage ({min(added):+.3f} to {max(added):+.3f})")
 
 
 def _seconds(command: str) -> float:
@@ -43,9 +47,4 @@ def _seconds(command: str) -> float:
 
 if __name__ == "__main__":
     with temporary_server():
-        ours, theirs, start = measured()
-    number = len(stages(load_params().data))
-    more = [(a - start) - (b - start) for a, b in zip(ours, theirs, strict=True)]
-    print(f"{number} stages: flow {median(ours) - start:.2f} s, dvc repro {median(theirs) - start:.2f} s; "
-          f"the flow adds {median(more) / number:+.3f} s a stage "
-          f"({min(more) / number:+.3f} to {max(more) / number:+.3f})")
+        measure()

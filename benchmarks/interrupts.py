@@ -1,9 +1,9 @@
 """Interrupt runs at random moments, start them again, and compare what they make with an undisturbed run's results.
 
-    python -m benchmarks.interrupts [SEED [FOLDER]]
+    python -m benchmarks.interrupts [--seed SEED] [--folder FOLDER]
 
-It makes a project of micro size in FOLDER, or in a temporary folder, with a `tune` of 200 steps, and runs it once
-undisturbed. Each interrupt then makes one stage stale, starts a command in a terminal of its own, and ends it in one of
+It makes a project of micro size in FOLDER or in a temporary folder, with a `tune` of 200 steps, and runs it once
+undisturbed. Each interrupt then makes one stage stale, starts a command in a new terminal, and ends it in one of
 three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The table says how long it took until no
 process was left, and whether the same command then made the same bytes.
 """
@@ -16,19 +16,20 @@ import random
 import select
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import psutil
+from rich.table import Table
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import script
+
 MARK = "ONEDIFF_INTERRUPTED_RUN"
 STEPS, LIMIT_S = 200, 15
 FLOW, REPRO = ("python", "-m", "flows.retrain"), ("dvc", "repro")
@@ -44,7 +45,7 @@ VARIES = ("data/runs/", "data/curves/", "data/report.html", "data/figures")  # r
 
 
 class Terminal:
-    """A command in a terminal of its own."""
+    """A command in a new terminal."""
 
     def __init__(self, folder: Path, command: Sequence[str], env: Mapping[str, str]) -> None:
         self.output = bytearray()
@@ -60,25 +61,14 @@ class Terminal:
         self.reader.start()
 
     def _read(self) -> None:
-        while not self.closing:
-            if select.select([self.screen], [], [], 0.1)[0]:
-                try:
+        with suppress(OSError):  # raised when no process has the terminal any more
+            while not self.closing:
+                if select.select([self.screen], [], [], 0.1)[0]:
                     self.output += os.read(self.screen, 65536)
-                except OSError:  # no process has the terminal any more
-                    return
 
     def interrupt(self, kind: str) -> tuple[float, int, str]:
         """Seconds until no process was left, how many were left after a minute, and what was printed meanwhile."""
-        seen = len(self.output)
-        self._end(kind)
-        seconds = wait_until(lambda: not self.processes(), 60)
-        left = self.processes()
-        for process in left:
-            process.kill()
-        os.waitpid(self.pid, 0)
-        return seconds, len(left), self.output[seen:].decode(errors="replace")
-
-    def _end(self, kind: str) -> None:
+        start = len(self.output)
         if kind == "SIGINT":
             os.write(self.screen, b"\x03")
         elif kind == "SIGTERM":
@@ -87,55 +77,71 @@ class Terminal:
             self.closing = True  # while a thread reads from it, it would not be closed
             self.reader.join()
             os.close(self.screen)
+        seconds = wait_until(lambda: not self.processes(), 60)
+        left = self.processes()
+        for process in left:
+            process.kill()
+        os.waitpid(self.pid, 0)
+        return seconds, len(left), self.output[start:].decode(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """All that live of what the command started."""
-        return [process for process in psutil.process_iter() if self._started(process)]
+        """The live processes that the command started."""
+        live = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it has ended, or belongs to another user
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    live.append(process)
+        return live
 
-    def _started(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:  # gone meanwhile, or of another user
-            return False
 
-
-def wait_until(true: Callable[[], object], limit_s: float) -> float:
-    """Seconds until it was true, or `limit_s`."""
+def wait_until(condition: Callable[[], object], limit_s: float, *, every_s: float = 0.1) -> float:
+    """Seconds until the condition was true, or `limit_s`."""
     start = time.monotonic()
-    while not true() and time.monotonic() - start < limit_s:
-        time.sleep(0.1)
+    while not condition() and time.monotonic() - start < limit_s:
+        time.sleep(every_s)
     return time.monotonic() - start
 
 
-def environment(folder: Path) -> dict[str, str]:
-    bin_folder = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]]), "PYTHONPATH": str(folder),
-            "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}
+def main(seed: int = random.SystemRandom().randrange(10_000), folder: Path | None = None) -> None:
+    """The table of all interrupts, in a project that is made unless the folder has it."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    table = Table(*HEAD)
+    with TemporaryDirectory() as scratch:
+        project = folder or Path(scratch) / "project"
+        if not project.exists():
+            make_project(project)
+        print(f"undisturbed: {run(project, FLOW):.0f} s", flush=True)
+        expected, rows = results(project), []
+        for case in CASES:
+            rows.append(interrupted(project, case, rng.uniform(*case[3]), expected))
+            table.add_row(*rows[-1])
+            print(*rows[-1], sep=" | ", flush=True)
+    script.show(table)
+    if any(float(row[4]) > LIMIT_S or row[5] != "0" or row[6] != "0" or row[-1] != "same" for row in rows):
+        sys.exit(f"an interrupt took more than {LIMIT_S} s, left a process, printed a traceback or changed a result")
 
 
 def make_project(folder: Path) -> None:
     """A clone of this checkout's last commit at micro size, with a longer `tune`."""
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    script.clone(folder)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     yaml = YAML()
-    values = yaml.load((folder / "presets/micro.yaml").read_text(encoding="utf-8"))
+    values = yaml.load(folder / "presets/micro.yaml")
     values["tune"] |= {"steps": STEPS, "validate_every": STEPS // 4}
     yaml.dump(values, folder / "params.yaml")
 
 
-def run(folder: Path, command: tuple[str, ...]) -> float:
+def run(folder: Path, command: Sequence[str]) -> float:
     """Seconds of an undisturbed run. Raises ValueError with the end of its output if it fails."""
     start = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=environment(folder), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout[-2000:]}")
+    script.run(command, folder, script.project_environment(folder))
     return time.monotonic() - start
 
 
 def results(folder: Path) -> dict[str, str]:
     """The digest of everything that the stages made, model folders and scores included."""
-    stages = YAML(typ="safe").load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    stages = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
     digests = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]
                if not out["path"].startswith(VARIES)}
     return digests | {"data/metrics.json": (folder / "data/metrics.json").read_text(encoding="utf-8")}
@@ -143,10 +149,10 @@ def results(folder: Path) -> dict[str, str]:
 
 def make_stale(folder: Path, stage: str) -> None:
     """As if the stage had never run: no entry in dvc.lock, nothing in DVC's run cache."""
-    lock, yaml = folder / "dvc.lock", YAML()
-    values: dict[str, Any] = yaml.load(lock.read_text(encoding="utf-8"))
-    del values["stages"][stage]
-    yaml.dump(values, lock)
+    yaml = YAML()
+    lock = yaml.load(folder / "dvc.lock")
+    del lock["stages"][stage]
+    yaml.dump(lock, folder / "dvc.lock")
     shutil.rmtree(folder / ".dvc/cache/runs", ignore_errors=True)
 
 
@@ -156,41 +162,17 @@ def interrupted(folder: Path, case: tuple[str, tuple[str, ...], str | None, tupl
     kind, command, stage, _ = case
     if stage:
         make_stale(folder, stage)
-    terminal = Terminal(folder, command, environment(folder))
+    terminal = Terminal(folder, command, script.project_environment(folder))
     if stage:
         wait_until(lambda: f"Running stage '{stage}'".encode() in terminal.output, 300)
     time.sleep(moment)
-    seconds, left, printed = terminal.interrupt(kind)
-    print(kind, *command, stage, "\n" + printed, file=sys.stderr, flush=True)
-    again = run(folder, command)
+    seconds, num_left, output = terminal.interrupt(kind)
+    print(kind, *command, stage, "\n" + output, file=sys.stderr, flush=True)
+    next_run_s = run(folder, command)
     return [kind, " ".join(command[-2:]), stage or "before the first", f"{moment:.1f}", f"{seconds:.1f}",
-            str(left), str(printed.count("Traceback")), f"{again:.0f}",
+            str(num_left), str(output.count("Traceback")), f"{next_run_s:.0f}",
             ", ".join(path for path, digest in results(folder).items() if digest != expected[path]) or "same"]
 
 
-def show(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-
-
-def main() -> None:
-    seed = int(sys.argv[1]) if sys.argv[1:] else random.SystemRandom().randrange(10_000)
-    dice = random.Random(seed)
-    print(f"seed {seed}")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[2]) if sys.argv[2:] else Path(scratch) / "project"
-        if not folder.exists():
-            make_project(folder)
-        print(f"undisturbed: {run(folder, FLOW):.0f} s", flush=True)
-        expected, rows = results(folder), []
-        for case in CASES:
-            rows.append(interrupted(folder, case, dice.uniform(*case[3]), expected))
-            print(*rows[-1], sep=" | ", flush=True)
-    show([HEAD, *rows])
-    if any(float(row[4]) > LIMIT_S or row[5] != "0" or row[6] != "0" or row[-1] != "same" for row in rows):
-        sys.exit(f"an interrupt took more than {LIMIT_S} s, left a process, printed a traceback or changed a result")
-
-
 if __name__ == "__main__":
-    main()
+    script.main(main)

@@ -1,52 +1,46 @@
-"""The loader: from shards to tensors beside a bare Pillow loop, and how long training waits for it; two tables.
+"""How long training waits for the loader; one table.  `python -m benchmarks.data --step loader` has its speed.
 
     python -m benchmarks.loader                        # tiny, 0, 1 and 2 workers
     python -m benchmarks.loader --preset small --steps 6
 
 From asking for a step's tensors to having them: "alone" where nobody trains, "in a run" while `fit` trains, with the
 share of the run that it waits. "pixels": images are decoded at every step, "features": the frozen tower's come from the
-store. The runs follow one another, for workers make batches ahead while others have their turn. The first table is that
-of `python -m benchmarks.data --step loader`.
+store. The runs follow one another, because workers prepare batches while others have their turn.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
-import typer
+import torch
 from rich.table import Table
+from typer import Option
 
-from benchmarks import data, models, turns
+from benchmarks import models, script, turns
+from benchmarks.rows import MIXTURES, Bench
 from benchmarks.turns import Contender, Ended, Turn
-
-if TYPE_CHECKING:
-    from benchmarks.train_step import Bench
-    from onediff.data.batches.loader import Batch
+from onediff.data.batches.loader import Batch, stream
+from onediff.train import phases
 
 WORKERS = (0, 1, 2)
-PAIRS = 1000  # of the project for the first table, which makes its own pairs at 512 px
 
 
-def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         work: Annotated[str, typer.Option(help="pairs or mixed.")] = "pairs", batch: int = 32, rounds: int = 1,
-         steps: Annotated[int, typer.Option(help="Of a round.")] = 10, device: str = "cpu", threads: int = 1,
-         shards: Annotated[bool, typer.Option(help="The first table, too.")] = True) -> None:
+def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         work: Annotated[str, Option(help=f"One of {', '.join(MIXTURES)}.")] = "pairs", batch: int = 32,
+         rounds: int = 1, steps: Annotated[int, Option(help="Of a round.")] = 10, device: str = "cpu",
+         threads: int = 1) -> None:
     """Times of the loader."""
     models.settings(preset)
-    if shards:
-        _show_shards(models.HOME / "data")
     shared = {"preset": preset, "batch": batch, "device": device, "threads": threads, "work": work, "units": 2,
-              "steps": steps, "lora": False, "micro": None, "checkpoint_activations": False, "model": {}}
+              "unit_steps": steps}
     kinds = [{"cached": cached, "workers": workers} for cached in (False, True) for workers in WORKERS]
     alone = Contender("alone", "benchmarks.loader", shared | {"kinds": kinds})
     runs = [Contender("in a run", "benchmarks.loader", shared | kind | {"kinds": [kind], "trains": True})
@@ -55,45 +49,23 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
     turns.race(runs, rounds=rounds, units=1, threads=threads, together=False)
     table = Table("loader", "workers", "ms, alone", "ms, in a run", "ms, the run's step", "share of the run",
                   title=f"{preset}, {batch} rows a step, {work}, {device}, {len(os.sched_getaffinity(0))} cores")
-    for run, bare in zip(runs, alone.facts["waited_s"], strict=True):
-        waited, took = median(run.facts["waited_s"]), median(run.rounds)
+    for run, alone_s in zip(runs, alone.facts["waited_s"], strict=True):
+        waited_s, run_s = median(run.facts["waited_s"]), median(run.rounds)
         table.add_row("features" if run.case["cached"] else "pixels", str(run.case["workers"]),
-                      *(f"{1e3 * seconds / steps:.1f}" for seconds in (bare, waited, took)), f"{waited / took:.1%}")
-    turns.show(table)
-
-
-def _show_shards(folder: Path) -> None:
-    if not (folder / "params.yaml").exists():
-        data.prepare(folder, PAIRS)
-    table = Table("from shards to tensors, one core", "result")
-    for what, result, _ in data.loader(folder):
-        table.add_row(what, result)
-    turns.show(table)
+                      *(f"{1e3 * seconds / steps:.1f}" for seconds in (alone_s, waited_s, run_s)),
+                      f"{waited_s / run_s:.1%}")
+    script.show(table)
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    import torch
-
-    from benchmarks.train_step import Bench
-
     torch.set_num_threads(case["threads"])
     turn.facts["waited_s"] = []
     for kind in case["kinds"]:
-        with suppress(Ended):
-            load(Bench(case | kind), turn)
-
-
-def load(bench: Bench, turn: Turn) -> None:
-    from onediff.data.batches.loader import stream
-    from onediff.train import phases
-
-    case = bench.case
-    model, processor = models.onediff(bench.config, case["device"])
-    count = Steps(turn, case["steps"], trains=case.get("trains", False))
-    setattr(phases, "stream", partial(waiting, stream, count))  # noqa: B010
-    runtime = bench.runtime.model_copy(update={"loader_workers": case["workers"]})
-    with tempfile.TemporaryDirectory() as folder:
-        phases.train(replace(bench.training(model, processor, Path(folder)), runtime=runtime), count)
+        bench = Bench(case | kind)
+        steps = Steps(turn, case["unit_steps"], trains=case.get("trains", False))
+        setattr(phases, "stream", partial(waiting, stream, steps))  # noqa: B010
+        with TemporaryDirectory() as folder, suppress(Ended):
+            bench.train(*models.onediff(bench.config, case["device"]), Path(folder), steps)
 
 
 class Steps:
@@ -108,30 +80,26 @@ class Steps:
             return
         if self.done > self.num:
             self.turn.facts["waited_s"].append(self.waited_s)
-        if (self.trains or self.done > self.num) and (not self.turn() or not self.trains):
-            raise Ended
+        if self.trains or self.done > self.num:
+            self.turn()
+            if not self.trains:
+                raise Ended
         self.waited_s = 0.0
 
 
-def waiting(stream: Callable[..., Iterator[list[Batch]]], count: Steps, *given: Any,
-            **named: Any) -> Iterator[list[Batch]]:
+def waiting(stream: Callable[..., Iterator[list[Batch]]], steps: Steps, *args: Any,
+            **kwargs: Any) -> Iterator[list[Batch]]:
     """The stream with its waits added up; with nobody training, the steps end here."""
-    coming = stream(*given, **named)
+    batches = stream(*args, **kwargs)
     while True:
         start = time.perf_counter()
-        batches = next(coming)
-        count.waited_s += time.perf_counter() - start
-        if count.trains:
-            yield batches
+        step = next(batches)
+        steps.waited_s += time.perf_counter() - start
+        if steps.trains:
+            yield step
         else:
-            count()
+            steps()
 
 
 if __name__ == "__main__":
-    if turns.CASE in os.environ:
-        turns.contend(contender)
-    else:
-        try:
-            typer.run(main)
-        except (ValueError, OSError) as error:
-            sys.exit(f"benchmarks.loader: {error}")
+    turns.run_script(main, contender)

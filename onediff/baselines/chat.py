@@ -1,4 +1,4 @@
-"""Any chat model of transformers that reads two images, by name or folder, asked a stated prompt, as it comes."""
+"""Captions by any chat model of transformers that reads two images, given by name or folder, without training it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from onediff.model.captioner import pick_device
-from onediff.model.weights import load_strictly, read_config
+from onediff.model.weights import first_line, load_strictly, read_config
 
 WHERE = "--chat"
 QUESTION = "{question}"
@@ -28,10 +28,10 @@ NUM_IMAGES = 2
 
 
 class ChatCaptioner:
-    """Greedy and alone: sampling, penalties and the like that a checkpoint recommends are left out."""
+    """Decodes greedily, without the sampling and penalties that a checkpoint recommends."""
 
     def __init__(self, model: Any, processor: Any, *, name: str, prompt: str = PROMPT) -> None:
-        """`prompt`: what is said after the two images; {question} in it becomes the pair's own question.
+        """`prompt`: the text after the two images; {question} in it becomes the question of the pair.
 
         Raises ValueError if the chat template does not show both images.
         """
@@ -47,24 +47,27 @@ class ChatCaptioner:
 
     @classmethod
     def load(cls, name: str, *, prompt: str = PROMPT, device: str = "auto") -> Self:
-        """A name of the hub or a folder, of safetensors; code that it brings along is not run.
+        """`name`: of the hub, or a folder, with safetensors. Code in the checkpoint is not run.
 
-        Raises FileNotFoundError if there is no such model, ValueError if it is none that chats about two images.
+        Raises FileNotFoundError if there is no such model, ValueError if the model cannot chat about two images.
         """
         try:
             config = read_config(name, where=WHERE)
-            check_reads_images(config, name)
+            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                raise ValueError(f"{WHERE} {name}: a chat model that reads images is needed, but its config.json says "
+                                 f"'{config.model_type}', which transformers cannot show images and ask; take one such "
+                                 "as llava, qwen2_vl, qwen2_5_vl or idefics3")
             processor = load_processor(config, name)
-            place = pick_device(device)
+            torch_device = pick_device(device)
             model = load_strictly(AutoModelForImageTextToText, name, where=WHERE, use_safetensors=True,
-                                  dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
+                                  dtype=torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise FileNotFoundError(f"{WHERE} {name} not found: no folder with such a model's files in safetensors, "
-                                    f"nor to be had from the Hub ({_first_line(error)}); give a folder, or fetch it "
+                                    f"nor to be had from the Hub ({first_line(error)}); give a folder, or fetch it "
                                     f"with 'hf download {name}'") from None
-        return cls(model.to(place), processor, name=name, prompt=prompt)
+        return cls(model.to(torch_device), processor, name=name, prompt=prompt)
 
     @torch.inference_mode()
     def caption(self, pairs: Sequence[tuple[Image.Image, Image.Image]], questions: Sequence[str], *,
@@ -75,7 +78,11 @@ class ChatCaptioner:
         """
         batch = self.inputs(pairs, questions).to(self.model.device, self.model.dtype)
         length = batch["input_ids"].shape[1]
-        self._check_room(length + max_new_tokens)
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if room and length + max_new_tokens > room:
+            raise ValueError(f"{WHERE} {self.name}: {NUM_IMAGES} images, prompt and answer take "
+                             f"{length + max_new_tokens} tokens, but it reads at most {room}; take a shorter prompt, "
+                             "or a model that reads more")
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
@@ -93,23 +100,10 @@ class ChatCaptioner:
 
     def conversation(self, question: str) -> str:
         """The chat template's text, a placeholder for each image, up to where the answer begins."""
-        said = [*({"type": "image"} for _ in range(NUM_IMAGES)),
-                {"type": "text", "text": self.prompt.replace(QUESTION, question)}]
-        return str(self.processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True))
-
-    def _check_room(self, needed: int) -> None:
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if room and needed > room:
-            raise ValueError(f"{WHERE} {self.name}: {NUM_IMAGES} images, prompt and answer take {needed} tokens, but "
-                             f"it reads at most {room}; take a shorter prompt, or a model that reads more")
-
-
-def check_reads_images(config: PreTrainedConfig, name: str) -> None:
-    """Raises ValueError for a model of text alone, and for one of images alone."""
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{WHERE} {name}: a chat model that reads images is needed, but its config.json says "
-                         f"'{config.model_type}', which transformers cannot show images and ask; take one such as "
-                         "llava, qwen2_vl, qwen2_5_vl or idefics3")
+        content = [*({"type": "image"} for _ in range(NUM_IMAGES)),
+                   {"type": "text", "text": self.prompt.replace(QUESTION, question)}]
+        return str(self.processor.apply_chat_template([{"role": "user", "content": content}],
+                                                      add_generation_prompt=True))
 
 
 def load_processor(config: PreTrainedConfig, name: str) -> Any:
@@ -117,10 +111,11 @@ def load_processor(config: PreTrainedConfig, name: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (ImportError, ValueError) as error:  # which one depends on the files that say that it reads videos, too
-        kind = PROCESSOR_MAPPING.get(type(config), None)
-        if "torchvision" not in str(error).lower() or not _can_do_without_videos(kind):
+        kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+        video = inspect.signature(kind.__init__).parameters.get("video_processor") if kind else None
+        if "torchvision" not in str(error).lower() or video is None or video.default is not None:
             raise ValueError(f"{WHERE} {name}: its processor cannot be made, a package or a file may be absent: "
-                             f"{_first_line(error)}") from None
+                             f"{first_line(error)}") from None
         processor = _without_videos(kind).from_pretrained(name, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(f"{WHERE} {name}: a processor for images and text is needed, but its files make a "
@@ -131,13 +126,8 @@ def load_processor(config: PreTrainedConfig, name: str) -> Any:
     return processor
 
 
-def _can_do_without_videos(kind: Any) -> bool:
-    part = inspect.signature(kind.__init__).parameters.get("video_processor") if kind else None
-    return part is not None and part.default is None
-
-
 def _without_videos(kind: Any) -> Any:
-    """The processor class less its part for videos, the only one that cannot do without torchvision."""
+    """The processor class without the part for videos, which is the only part that needs torchvision."""
 
     class ForImages(kind):
         @classmethod
@@ -146,7 +136,3 @@ def _without_videos(kind: Any) -> Any:
 
     ForImages.__name__ = kind.__name__  # transformers chooses its defaults by it
     return ForImages
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

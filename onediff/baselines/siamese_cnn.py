@@ -1,6 +1,6 @@
-"""A peer without a language model: one CNN sees both images, a transformer decoder says what differs, word by word.
+"""A peer without a language model: a CNN encodes both images, and a transformer decoder writes the difference in words.
 
-Nothing is pretrained: CNN, decoder and vocabulary know what `siamese_training.py` showed them. It reads no instruction.
+Nothing is pretrained: CNN, decoder and vocabulary learn only from `siamese_training.py`. It reads no instruction.
 
 Shapes:  B pairs, S places of a feature map's side, N = S * S, C channels, T words, W width, V words known.
 """
@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from onediff.files import write_json
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 MARKS = ("<pad>", "<s>", "</s>", "<unk>")
@@ -78,34 +81,31 @@ class Vocabulary:
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B, T) -> captions, each up to its end."""
-        told = []
-        for row in ids.tolist():
-            row = row[: row.index(END)] if END in row else row
-            told.append(" ".join(self.words[number] for number in row if number > UNKNOWN))
-        return told
+        rows = [list(takewhile(lambda number: number != END, row)) for row in ids.tolist()]
+        return [" ".join(self.words[number] for number in row if number > UNKNOWN) for row in rows]
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them. He et al., CVPR 2016."""
+    """Two convolutions with a residual connection. He et al., CVPR 2016."""
 
-    def __init__(self, came: int, leaves: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.first, self.second = convolution(came, leaves, 3, stride), convolution(leaves, leaves, 3, 1)
-        self.around = convolution(came, leaves, 1, stride) if stride > 1 or came != leaves else nn.Identity()
+        self.first, self.second = convolution(inputs, outputs, 3, stride), convolution(outputs, outputs, 3, 1)
+        self.around = convolution(inputs, outputs, 1, stride) if stride > 1 or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.around(x) + self.second(functional.relu(self.first(x))))
 
 
-def convolution(came: int, leaves: int, side: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(came, leaves, side, stride, side // 2, bias=False), nn.BatchNorm2d(leaves))
+def convolution(inputs: int, outputs: int, side: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False), nn.BatchNorm2d(outputs))
 
 
-class Match(nn.Module):
-    """What each place shows that its best match in the other image does not: alike and near places."""
+class FeatureMatch(nn.Module):
+    """How each place differs from its match in the other image, a mean of similar and near places."""
 
     distances: Tensor
 
@@ -117,12 +117,12 @@ class Match(nn.Module):
         self.register_buffer("distances", torch.cdist(places, places).square(), persistent=False)  # (N, N), in places
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """before, after (B, C, S, S) -> what of each is not in the other, (B, C, S, S) twice."""
+        """before, after (B, C, S, S) -> the part of each that is not in the other, (B, C, S, S) twice."""
         shape = before.shape
         before, after = (self.norm(x.flatten(2).transpose(1, 2)) for x in (before, after))  # (B, N, C)
-        alike = self.sharpness * before @ after.transpose(1, 2) / shape[1] ** 0.5 - self.nearness * self.distances
-        only_before = before - alike.softmax(-1) @ after
-        only_after = after - alike.transpose(1, 2).softmax(-1) @ before
+        similarity = self.sharpness * before @ after.transpose(1, 2) / shape[1] ** 0.5 - self.nearness * self.distances
+        only_before = before - similarity.softmax(-1) @ after
+        only_after = after - similarity.transpose(1, 2).softmax(-1) @ before
         return only_before.transpose(1, 2).reshape(shape), only_after.transpose(1, 2).reshape(shape)
 
 
@@ -135,7 +135,7 @@ class SiameseCNN(nn.Module):
         self.tower = nn.Sequential(convolution(3, low, 5, 2), nn.ReLU(), Block(low, middle, 2), Block(middle, high, 2),
                                    Block(high, high, 1))
         matched = architecture.comparison == "matched"
-        self.match = Match(side, high) if matched else None
+        self.match = FeatureMatch(side, high) if matched else None
         self.join = nn.Sequential(convolution((5 if matched else 3) * high, width, 1, 1), nn.ReLU(),
                                   Block(width, width, 2))
         self.places = nn.Parameter(0.02 * torch.randn((side // 2) ** 2, width))
@@ -148,26 +148,26 @@ class SiameseCNN(nn.Module):
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
         """images (B, 2, 3, H, W), 0 to 255, words (B, T) -> logits of the next word (B, T, V)."""
-        return self.speak(self.look(images), words)
+        return self.word_logits(self.encode(images), words)
 
-    def look(self, images: Tensor) -> Tensor:
-        """images (B, 2, 3, H, W) -> what the decoder reads, (B, N / 4, W)."""
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 2, 3, H, W) -> the context of the decoder, (B, N / 4, W)."""
         pixels = images.flatten(0, 1).float() / 127.5 - 1
         features = self.tower(pixels.contiguous(memory_format=torch.channels_last))  # one call: statistics shared
         before, after = features.unflatten(0, (-1, 2)).unbind(1)  # (B, C, S, S)
-        seen = [before, after, after - before, *(self.match(before, after) if self.match else ())]
-        return self.join(torch.cat(seen, 1)).flatten(2).transpose(1, 2) + self.places
+        views = [before, after, after - before, *(self.match(before, after) if self.match else ())]
+        return self.join(torch.cat(views, 1)).flatten(2).transpose(1, 2) + self.places
 
-    def speak(self, seen: Tensor, words: Tensor) -> Tensor:
-        """seen (B, N / 4, W), words (B, T) -> logits (B, T, V)."""
+    def word_logits(self, context: Tensor, words: Tensor) -> Tensor:
+        """context (B, N / 4, W), words (B, T) -> logits of the next word (B, T, V)."""
         num = words.shape[1]
         hidden = self.words(words) + self.turns[:num]
         later = torch.ones(num, num, dtype=torch.bool, device=words.device).triu(1)
-        return self.decoder(hidden, seen, tgt_mask=later, tgt_is_causal=True) @ self.words.weight.T
+        return self.decoder(hidden, context, tgt_mask=later, tgt_is_causal=True) @ self.words.weight.T
 
 
 class SiameseCaptioner:
-    """The trained CNN and its words, put to work on pairs."""
+    """Captions pairs with a trained CNN and its vocabulary."""
 
     def __init__(self, model: SiameseCNN, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
@@ -175,19 +175,19 @@ class SiameseCaptioner:
     @torch.inference_mode()
     def caption(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[str]:
         """What changed from the first to the second image of each pair, greedily."""
-        images = torch.stack([torch.stack([pixels(image, self.model.architecture.image_px) for image in pair])
-                              for pair in pairs])
-        return self.caption_pixels(images)
+        side = self.model.architecture.image_px
+        images = [torch.stack([pixels(image, side) for image in pair]) for pair in pairs]
+        return self.caption_pixels(torch.stack(images))
 
     @torch.inference_mode()
     def caption_pixels(self, images: Tensor) -> list[str]:
         """images (B, 2, 3, H, W) -> captions."""
         self.model.eval()
         device = self.model.places.device
-        seen = self.model.look(images.to(device))
+        context = self.model.encode(images.to(device))
         ids = torch.full((len(images), 1), BEGIN, device=device)
         for _ in range(self.model.architecture.max_words):
-            ids = torch.cat([ids, self.model.speak(seen, ids)[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, self.model.word_logits(context, ids)[:, -1:].argmax(-1)], 1)
             if (ids == END).any(1).all():
                 break
         return self.vocabulary.decode(ids[:, 1:])
@@ -195,20 +195,21 @@ class SiameseCaptioner:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / WEIGHTS)
-        told = {"architecture": asdict(self.model.architecture), "words": self.vocabulary.words[len(MARKS):]}
-        (folder / SETTINGS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / SETTINGS, {"architecture": asdict(self.model.architecture),
+                                       "words": self.vocabulary.words[len(MARKS):]}, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """A folder that `save` wrote. Raises FileNotFoundError if it is none, ValueError if its files do not match."""
+        """A folder that `save` wrote. Raises FileNotFoundError for another one, ValueError if its files do not match.
+        """
         for name in (SETTINGS, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no Siamese CNN (no {name} in it): "
                                         "'python -m benchmarks.baselines' trains one")
-        told = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        shape = told["architecture"] | {"channels": tuple(told["architecture"]["channels"])}
-        vocabulary = Vocabulary(told["words"])
-        model = SiameseCNN(Architecture(**shape), len(vocabulary.words))
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        channels = tuple(settings["architecture"]["channels"])
+        vocabulary = Vocabulary(settings["words"])
+        model = SiameseCNN(Architecture(**settings["architecture"] | {"channels": channels}), len(vocabulary.words))
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
@@ -218,7 +219,7 @@ class SiameseCaptioner:
 
 
 def pixels(image: Image.Image, image_px: int) -> Tensor:
-    """An image -> (3, H, W), 0 to 255, squeezed into a square where it is none."""
+    """An image -> (3, H, W), 0 to 255, resized to a square."""
     if image.size != (image_px, image_px):
         image = image.resize((image_px, image_px), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

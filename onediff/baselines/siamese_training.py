@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from onediff.baselines.siamese_cnn import PAD, Architecture, SiameseCaptioner, S
 from onediff.data.record import digest, read_records
 from onediff.inputs.images import open_image
 
-Judge = Callable[[SiameseCaptioner], float]
+Validate = Callable[[SiameseCaptioner], float]  # higher is better
 Log = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Training:
-    """`validate_every` steps the judge is asked, and what it likes best is kept."""
+    """The captioner is validated every `validate_every` steps, and the best weights become the result."""
 
     steps: int = 3900
     batch_size: int = 32
@@ -44,23 +45,19 @@ class Pairs:
     @classmethod
     def read(cls, folder: Path, split: str, *, image_px: int) -> Pairs:
         """All two-image records of a split of DiffCap. Raises ValueError if there are none."""
-        number: dict[str, int] = {}
-        images: list[Tensor] = []
-        places: list[list[int]] = []
-        references = []
+        images: dict[str, Tensor] = {}  # by digest, in the order of their first pair
+        names, references = [], []
         for record in read_records(folder, f"{split}-*.parquet"):
-            if record.num_images != 2:
-                continue
-            names = [digest(content) for content in record.images]
-            for name, content in zip(names, record.images, strict=True):
-                if name not in number:
-                    number[name] = len(images)
-                    images.append(pixels(open_image(content), image_px))
-            places.append([number[name] for name in names])
-            references.append(record.references)
-        if not places:
+            if record.num_images == 2:
+                names.append([digest(content) for content in record.images])
+                references.append(record.references)
+                images |= {name: pixels(open_image(content), image_px)
+                           for name, content in zip(names[-1], record.images, strict=True) if name not in images}
+        if not names:
             raise ValueError(f"{folder}: no pair in split {split}; 'dvc repro' makes data/diffcap with some")
-        return cls(torch.stack(images), torch.tensor(places), references)
+        place = {name: number for number, name in enumerate(images)}
+        return cls(torch.stack([*images.values()]), torch.tensor([[place[name] for name in pair] for pair in names]),
+                   references)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -70,8 +67,9 @@ class Pairs:
         return self.images[self.places[list(rows)]]
 
 
-def fit(pairs: Pairs, architecture: Architecture, training: Training, *, judge: Judge, log: Log) -> SiameseCaptioner:
-    """A captioner trained on the pairs, the one that the judge likes best. The same seed, the same weights.
+def fit(pairs: Pairs, architecture: Architecture, training: Training, *, validate: Validate,
+        log: Log) -> SiameseCaptioner:
+    """A captioner trained on the pairs, with the weights that `validate` scores highest. The seed decides the weights.
 
     Raises ValueError if the loss stops being a number.
     """
@@ -80,7 +78,7 @@ def fit(pairs: Pairs, architecture: Architecture, training: Training, *, judge: 
     model = SiameseCNN(architecture, len(vocabulary.words))
     captioner = SiameseCaptioner(model, vocabulary)
     optimizer = torch.optim.AdamW(_decayed(model, training.weight_decay), lr=0.0)
-    best, kept = -math.inf, model.state_dict()
+    best_score, best_weights = -math.inf, model.state_dict()
     for step, (rows, captions) in enumerate(draws(pairs, training), start=1):
         model.train()
         for group in optimizer.param_groups:
@@ -94,39 +92,39 @@ def fit(pairs: Pairs, architecture: Architecture, training: Training, *, judge: 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
-        told = {"loss": loss.item()}
+        values = {"loss": loss.item()}
         if step % training.validate_every == 0 or step == training.steps:
-            told["val"] = judge(captioner)
-            if told["val"] > best:
-                best, kept = told["val"], {name: value.clone() for name, value in model.state_dict().items()}
-        log(step, told)
-    model.load_state_dict(kept)
+            values["val"] = validate(captioner)
+            if values["val"] > best_score:
+                best_score, best_weights = values["val"], deepcopy(model.state_dict())
+        log(step, values)
+    model.load_state_dict(best_weights)
     return SiameseCaptioner(model.eval(), vocabulary)
 
 
 def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[str]]]:
     """The rows of each step, every pair once an epoch, and a reference of each, drawn anew at each visit."""
-    dice = torch.Generator().manual_seed(training.seed)
-    waiting: list[int] = []
+    generator = torch.Generator().manual_seed(training.seed)
+    queue: list[int] = []
     for _ in range(training.steps):
-        while len(waiting) < training.batch_size:
-            waiting += torch.randperm(len(pairs), generator=dice).tolist()
-        rows, waiting = waiting[: training.batch_size], waiting[training.batch_size :]
-        picked = torch.rand(len(rows), generator=dice).tolist()
+        while len(queue) < training.batch_size:
+            queue += torch.randperm(len(pairs), generator=generator).tolist()
+        rows, queue = queue[: training.batch_size], queue[training.batch_size :]
+        drawn = torch.rand(len(rows), generator=generator).tolist()
         yield rows, [pairs.references[row][int(share * len(pairs.references[row]))]
-                     for row, share in zip(rows, picked, strict=True)]
+                     for row, share in zip(rows, drawn, strict=True)]
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Rises evenly over the share `warmup` of the steps, then falls along a cosine to nothing."""
+    """Rises linearly over the share `warmup` of the steps, then falls along a cosine to 0."""
     rising = max(1, round(steps * warmup))
     return step / rising if step <= rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
 def _decayed(model: SiameseCNN, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices and filters lose weight; biases, norms and positions do not."""
-    matrices = [value for name, value in model.named_parameters()
-                if value.dim() > 1 and name not in ("places", "turns")]
-    chosen = {id(value) for value in matrices}
-    others = [value for value in model.parameters() if id(value) not in chosen]
+    """Weight decay for matrices and filters, but not for biases, norms and positions."""
+    named = list(model.named_parameters())
+    decayed = {name for name, value in named if value.dim() > 1 and name not in ("places", "turns")}
+    matrices = [value for name, value in named if name in decayed]
+    others = [value for name, value in named if name not in decayed]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -25,15 +25,21 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} not found, or not a file: give the path of an image")
     try:
-        with _header(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=FORMATS)
+        with image:
             megapixels = image.width * image.height / 1e6
             if megapixels <= max_megapixels:
                 image.load()
-                return _rgb(_upright(image))
+                is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                return _rgb(image if is_upright else ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:  # Pillow's own bound, twice 89 megapixels
         raise ValueError(f"{name}: more than {max_megapixels:g} megapixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image, or of no known format ({', '.join(FORMATS)})") from None
     except _BROKEN as error:
-        raise ValueError(f"{name}: {_reason(error)}") from None
+        raise ValueError(f"{name}: corrupt or truncated image ({' '.join(str(error).split())})") from None
     raise ValueError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; make it smaller")
 
 
@@ -44,26 +50,12 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _header(file: io.BytesIO | Path) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller checks the size itself
-        return Image.open(file, formats=FORMATS)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"not an image, or of no known format ({', '.join(FORMATS)})"
-    return f"corrupt or truncated image ({' '.join(str(error).split())})"
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image  # it would copy an upright image
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _eight_bits(image).convert("RGB")
+        values = np.asarray(image)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError("32-bit grey has no agreed range: save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # Pillow would clip at 255
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:
@@ -71,11 +63,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey -> 8-bit grey, 65535 to 255; Pillow's own conversion clips instead."""
-    values = np.asarray(image)
-    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise ValueError("32-bit grey has no agreed range: save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

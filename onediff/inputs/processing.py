@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, Prompt, expand, pair_prompt
 
-IGNORED = -100
+IGNORED = -100  # a label that no loss counts
 
 
 class OneDiffProcessor(ProcessorMixin):
@@ -39,10 +39,9 @@ class OneDiffProcessor(ProcessorMixin):
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> OneDiffProcessor:
         """A folder that `save_pretrained` wrote; the image processor on Pillow, so no torchvision is needed."""
         settings = cls.get_processor_dict(folder)[0]
-        keys = ("tokens_per_image", "delta_tokens", "images_joined", "template", "max_length")
-        keep = {key: settings[key] for key in keys if key in settings}
+        keys = {"tokens_per_image", "delta_tokens", "images_joined", "template", "max_length"} & {*settings}
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return cls(load_image_processor(folder), tokenizer, **keep, **kwargs)
+        return cls(load_image_processor(folder), tokenizer, **{key: settings[key] for key in keys}, **kwargs)
 
     @property
     def image_token_id(self) -> int:
@@ -58,8 +57,8 @@ class OneDiffProcessor(ProcessorMixin):
 
         One instruction per pair, or the default for all; rows are padded on the left.
         """
-        asked = instructions or [DEFAULT_INSTRUCTION] * len(pairs)
-        prompts = [pair_prompt(self.template, instruction) for _, instruction in zip(pairs, asked, strict=True)]
+        questions = instructions or [DEFAULT_INSTRUCTION] * len(pairs)
+        prompts = [pair_prompt(self.template, question) for _, question in zip(pairs, questions, strict=True)]
         return BatchFeature(self.questions(prompts)
                             | {"images": self.pixels([image for pair in pairs for image in pair])})
 
@@ -109,9 +108,9 @@ class OneDiffProcessor(ProcessorMixin):
         answer = self.encode_answer(prompt.answer)
         ids, labels = question + answer, [IGNORED] * len(question) + answer
         for text, reply in prompt.later:
-            asked = self.tokenizer.encode(text, add_special_tokens=False)
+            question = self.tokenizer.encode(text, add_special_tokens=False)
             answer = self.encode_answer(reply)
-            ids, labels = ids + asked + answer, labels + [IGNORED] * len(asked) + answer
+            ids, labels = ids + question + answer, labels + [IGNORED] * len(question) + answer
         return ids[: self.max_length], labels[: self.max_length]
 
     def encode_question(self, prompt: Prompt) -> list[int]:

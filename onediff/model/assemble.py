@@ -1,6 +1,6 @@
-"""From params.yaml to a fresh OneDiff: pretrained tower and language model, all between them random.
+"""Builds an untrained OneDiff from params.yaml: a pretrained tower and language model with random modules in between.
 
-Unless the delta module comes from BERT, or the whole from LLaVA, whose projector then comes along.
+The delta module may start from BERT. From a LLaVA come tower, language model and projector.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModel,
@@ -42,25 +41,32 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
         template=model.template, tokens_per_image=configuration.tokens_per_image,
         delta_tokens=configuration.delta_tokens_read, images_joined=model.reading == "C", max_length=model.max_length)
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
-    check_tokens(model, processor, configuration.text_config)
-    llava = load_llava(model)
+    llava_config = read_config(model.language, where=LANGUAGE)
+    is_llava, where = isinstance(llava_config, LlavaConfig), f"{LANGUAGE}: {model.language}"
+    check_vocabulary(processor.tokenizer, configuration.text_config.vocab_size, where=where)
+    check_placeholders(processor.tokenizer, where=where, saved={IMAGE: llava_config.image_token_id} if is_llava else {})
+    llava = load_strictly(LlavaForConditionalGeneration, model.language, where=LANGUAGE) if is_llava else None
     language = decoder_of(llava) if llava else load_strictly(AutoModelForCausalLM, model.language, where=LANGUAGE)
-    tower = vision_part(llava.model.vision_tower if llava and model.vision.path == model.language else
-                        load_strictly(AutoModel, model.vision.path, where=VISION, spare=BESIDE_TOWER))
+    tower = (llava.model.vision_tower if llava and model.vision.path == model.language else
+             load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
-    made = OneDiffForConditionalGeneration(configuration, pretrained=language)
-    made.adopt(tower=tower, language=language)
+    onediff = OneDiffForConditionalGeneration(configuration, pretrained=language)
+    onediff.vision.tower = getattr(tower, "vision_model", tower)  # a CLIP-class model has its tower under this name
+    onediff.generation_config = language.generation_config
     if llava:
-        copy_projector(llava, made.projector, reading=model.reading)
-    if made.delta is not None and model.delta.init != "random":
-        made.delta.copy_bert(load_strictly(BertModel, model.delta.init, where="params.yaml: model.delta.init",
-                                           spare=BESIDE_BERT, add_pooling_layer=False))
-    return made.to(getattr(torch, model.precision)), processor
+        copy_projector(llava, onediff.projector, reading=model.reading)
+    if onediff.delta is not None and model.delta.init != "random":
+        onediff.delta.copy_bert(load_strictly(BertModel, model.delta.init, where="params.yaml: model.delta.init",
+                                              ignored=BESIDE_BERT, add_pooling_layer=False))
+    return onediff.to(getattr(torch, model.precision)), processor
 
 
 def configure(model: params.Model) -> OneDiffConfig:
+    """Raises FileNotFoundError for a folder without a model, and ValueError for models that do not fit each other."""
     for key, name in (("vision.path", model.vision.path), ("language", model.language)):
-        check_source(key, name)
+        if name.count("/") != 1 and not Path(name, "config.json").exists():  # `owner/name` may be a model of the hub
+            raise FileNotFoundError(f"params.yaml: model.{key}: {name} holds no model (no config.json); "
+                                    "'make backbones' makes those of the tiny preset")
     vision, language = read_config(model.vision.path, where=VISION), read_config(model.language, where=LANGUAGE)
     check_language(model, vision, language)
     vision = getattr(vision, "vision_config", vision)  # a whole CLIP, SigLIP or LLaVA names its tower so
@@ -76,13 +82,6 @@ def configure(model: params.Model) -> OneDiffConfig:
         delta_image_ids=model.delta.image_ids, template=model.template)
 
 
-def check_source(key: str, name: str) -> None:
-    """Raises FileNotFoundError for a folder that is not there; `owner/name` may be a model of the hub."""
-    if name.count("/") != 1 and not Path(name, "config.json").exists():
-        raise FileNotFoundError(f"params.yaml: model.{key}: {name} holds no model (no config.json); "
-                                "'make backbones' makes those of the tiny preset")
-
-
 def check_language(model: params.Model, vision: PreTrainedConfig, language: PreTrainedConfig) -> None:
     if not isinstance(language, LlavaConfig) and type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{LANGUAGE} must be a decoder or a LLaVA, but {model.language} is a "
@@ -92,15 +91,15 @@ def check_language(model: params.Model, vision: PreTrainedConfig, language: PreT
                          f"language model, but model.language is {model.language}; name the LLaVA in both, or a tower")
 
 
-def check_vision(wanted: params.Vision, found: PreTrainedConfig) -> None:
-    for key, value, actual in (("image_px", wanted.image_px, getattr(found, "image_size", None)),
-                               ("patch_px", wanted.patch_px, getattr(found, "patch_size", None)),
-                               ("layers", wanted.layers, found.num_hidden_layers)):
+def check_vision(vision: params.Vision, tower: PreTrainedConfig) -> None:
+    for key, value, actual in (("image_px", vision.image_px, getattr(tower, "image_size", None)),
+                               ("patch_px", vision.patch_px, getattr(tower, "patch_size", None)),
+                               ("layers", vision.layers, tower.num_hidden_layers)):
         if actual is None:
-            raise ValueError(f"{VISION} must be a CLIP or SigLIP tower, but {wanted.path} is a "
-                             f"'{found.model_type}'; name a tower")
+            raise ValueError(f"{VISION} must be a CLIP or SigLIP tower, but {vision.path} is a "
+                             f"'{tower.model_type}'; name a tower")
         if value != actual:
-            raise ValueError(f"params.yaml: model.vision.{key} is {value}, but the tower at {wanted.path} has "
+            raise ValueError(f"params.yaml: model.vision.{key} is {value}, but the tower at {vision.path} has "
                              f"{actual}; write {actual}")
 
 
@@ -125,29 +124,6 @@ def check_llava(model: params.Model, vision: PreTrainedConfig, llava: LlavaConfi
                          "a tower of that width")
 
 
-def check_tokens(model: params.Model, processor: OneDiffProcessor, language: PreTrainedConfig) -> None:
-    """Before any weight is loaded. Raises ValueError where tokenizer and language model do not fit."""
-    where = f"{LANGUAGE}: {model.language}"
-    found = read_config(model.language, where=LANGUAGE)
-    check_vocabulary(processor.tokenizer, language.vocab_size, where=where)
-    check_placeholders(processor.tokenizer, where=where,
-                       saved={IMAGE: found.image_token_id} if isinstance(found, LlavaConfig) else {})
-
-
-def load_llava(model: params.Model) -> LlavaForConditionalGeneration | None:
-    """None where model.language is a decoder."""
-    if not isinstance(read_config(model.language, where=LANGUAGE), LlavaConfig):
-        return None
-    llava = load_strictly(LlavaForConditionalGeneration, model.language, where=LANGUAGE)
-    assert isinstance(llava, LlavaForConditionalGeneration), "from_pretrained gives its own class"
-    return llava
-
-
-def vision_part(model: nn.Module) -> nn.Module:
-    """The tower of a CLIP-class model, or the model itself where it is a tower."""
-    return getattr(model, "vision_model", model)
-
-
 def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
     """The language model inside a LLaVA, with its head, as its own family's class: the same tensors, none copied."""
     with torch.device("meta"):
@@ -155,9 +131,9 @@ def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
     setattr(language, language.base_model_prefix, llava.model.language_model)
     language.set_output_embeddings(llava.lm_head)
     language.generation_config = llava.generation_config
-    left = [name for name, weight in language.named_parameters() if weight.is_meta]
-    if left:
-        raise ValueError(f"{LANGUAGE}: the LLaVA has no weights for {', '.join(left[:3])} of a "
+    missing = [name for name, weight in language.named_parameters() if weight.is_meta]
+    if missing:
+        raise ValueError(f"{LANGUAGE}: the LLaVA has no weights for {', '.join(missing[:3])} of a "
                          f"{type(language).__name__}; take a LLaVA of the Llama or Qwen kind")
     return language
 

@@ -14,14 +14,19 @@ from transformers import BertModel
 
 from onediff.model.configuration import OneDiffConfig
 
-SPREAD = 0.3  # of marks added to normed features: near enough to 1 to be seen from the first step
+SPREAD = 0.3  # of the vectors added to normed features: near enough to 1 to have an effect from the first step
+BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
+              "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
+              "self_attention.norm": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
+              "norm": "output.LayerNorm"}  # modules of a DeltaLayer -> modules of a layer of BERT
 
 
 class Attention(nn.Module):
     """Multi-head attention with BERT's post-norm residual; queries from one sequence, keys and values from another.
 
-    Few queries (delta tokens) ask a long context without its keys and values being made: the key weights go to the
-    queries' side and the value weights behind the mean, the same sums in another order for a fraction of the work.
+    Where few queries (delta tokens) read a long context, no keys and values are computed: the queries are multiplied by
+    the key weights, and the mean of the context by the value weights. These are the same sums in another order, for a
+    fraction of the work.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -33,24 +38,24 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """queries (B, Q, W), context (B, S, W) -> (B, Q, W)."""
-        mix = self.by_queries if self.few(queries.shape[1], context.shape[1]) else self.by_keys
-        asked = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
-        return self.norm(queries + self.out(mix(asked, context).transpose(1, 2).flatten(2)))
+        attend = self.by_queries if self.has_few_queries(queries.shape[1], context.shape[1]) else self.by_keys
+        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
+        return self.norm(queries + self.out(attend(query, context).transpose(1, 2).flatten(2)))
 
-    def few(self, queries: int, keys: int) -> bool:
-        return queries < keys and self.heads * queries < self.query.in_features
+    def has_few_queries(self, num_queries: int, num_keys: int) -> bool:
+        return num_queries < num_keys and self.heads * num_queries < self.query.in_features
 
-    def by_keys(self, asked: Tensor, context: Tensor) -> Tensor:
-        """asked (B, heads, Q, W / heads), context (B, S, W) -> (B, heads, Q, W / heads)."""
+    def by_keys(self, query: Tensor, context: Tensor) -> Tensor:
+        """query (B, heads, Q, W / heads), context (B, S, W) -> (B, heads, Q, W / heads)."""
         key, value = (part(context).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
-        return functional.scaled_dot_product_attention(asked, key, value)
+        return functional.scaled_dot_product_attention(query, key, value)
 
-    def by_queries(self, asked: Tensor, context: Tensor) -> Tensor:
+    def by_queries(self, query: Tensor, context: Tensor) -> Tensor:
         """As by_keys."""
         key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
-        wide = torch.einsum("bhqd, hdw -> bhqw", asked, key).flatten(1, 2)[:, None]  # one head of width W
-        seen = context[:, None]
-        mean = functional.scaled_dot_product_attention(wide, seen, seen, scale=asked.shape[-1] ** -0.5)[:, 0]
+        wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # one head of width W
+        keys = context[:, None]
+        mean = functional.scaled_dot_product_attention(wide, keys, keys, scale=query.shape[-1] ** -0.5)[:, 0]
         mixed = torch.einsum("bhqw, hdw -> bhqd", mean.unflatten(1, (self.heads, -1)), value)
         return mixed + self.value.bias.unflatten(0, (self.heads, 1, -1))
 
@@ -64,15 +69,18 @@ class DeltaLayer(nn.Module):
         self.cross_attention = Attention(width, heads) if cross else None
         self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
 
-    def forward(self, delta: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, delta: Tensor, context: Tensor) -> Tensor:
+        """delta (B, K, W), context (B, S, W) -> (B, K, W)."""
         delta = self.self_attention(delta, delta)
         if self.cross_attention is not None:
-            delta = self.cross_attention(delta, seen)
+            delta = self.cross_attention(delta, context)
         return self.norm(delta + self.down(functional.gelu(self.up(delta))))
 
 
-class Match(nn.Module):
-    """How each patch differs from what matches it in the other image: alike and near patches. Two learned numbers."""
+class PatchMatch(nn.Module):
+    """How each patch differs from its match in the other image: a mean of similar and near patches, by two learned
+    numbers.
+    """
 
     distances: Tensor
 
@@ -84,10 +92,10 @@ class Match(nn.Module):
         self.register_buffer("distances", torch.cdist(places, places).square())  # (N, N), in patches
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """before, after (B, N, C), normed -> what of each is not in the other, (B, N, C) twice."""
-        alike = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
-        alike = alike - self.nearness * self.distances
-        return before - alike.softmax(-1) @ after, after - alike.transpose(1, 2).softmax(-1) @ before
+        """before, after (B, N, C), normed -> the part of each that is not in the other, (B, N, C) twice."""
+        similarity = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
+        similarity = similarity - self.nearness * self.distances
+        return before - similarity.softmax(-1) @ after, after - similarity.transpose(1, 2).softmax(-1) @ before
 
 
 class VisualDeltaModule(nn.Module):
@@ -114,7 +122,7 @@ class VisualDeltaModule(nn.Module):
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
         self.reduce = nn.Linear(tower, width)
         if self.inputs == "pair_and_matched_difference":
-            self.match = nn.ModuleDict({level: Match(config.patches_per_side) for level in self.level_norms})
+            self.match = nn.ModuleDict({level: PatchMatch(config.patches_per_side) for level in self.level_norms})
             self.contrast = nn.Sequential(nn.Linear(tower, width), nn.GELU(), nn.Linear(width, width))
         self.layers = nn.ModuleList([DeltaLayer(width, config.delta_heads, cross=(i + 1) % self.every == 0)
                                      for i in range(len(self.levels) * self.every)])
@@ -122,10 +130,10 @@ class VisualDeltaModule(nn.Module):
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """before, after (B, L, N, C) -> delta (B, K, W)."""
-        seen = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
+        contexts = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
         delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
         for i, layer in enumerate(self.layers):
-            delta = layer(delta, seen[self.levels[i // self.every]])
+            delta = layer(delta, contexts[self.levels[i // self.every]])
         return self.norm(delta)
 
     def read(self, before: Tensor, after: Tensor, level: int) -> Tensor:
@@ -135,28 +143,23 @@ class VisualDeltaModule(nn.Module):
         if self.inputs == "pair_and_difference":
             views.append(views[1] - views[0])
         marks = self.image_ids if self.marked else torch.zeros(3, 1, 1, device=before.device)
-        seen = self.reduce(torch.cat([view + self.positions + mark
-                                      for view, mark in zip(views, marks, strict=False)], dim=1))
+        context = self.reduce(torch.cat([view + self.positions + mark
+                                         for view, mark in zip(views, marks, strict=False)], dim=1))
         if self.inputs == "pair_and_matched_difference":
-            seen = seen + self.contrast(torch.cat(self.match[str(level)](*views), dim=1))
-        return seen
+            context = context + self.contrast(torch.cat(self.match[str(level)](*views), dim=1))
+        return context
 
     def copy_bert(self, bert: BertModel) -> None:
-        """Self-attention and feed-forward of every layer from BERT's, in order; cross-attention stays fresh.
+        """Copies self-attention and feed-forward of each layer from a layer of BERT, in order.
 
-        As in BLIP-2's Q-Former. Raises ValueError if BERT has too few layers or another width.
+        Cross-attention stays random, as in BLIP-2's Q-Former. Raises ValueError if BERT has too few layers or another
+        width.
         """
         if bert.config.hidden_size != self.tokens.shape[1] or bert.config.num_hidden_layers < len(self.layers):
             raise ValueError(f"model.delta.init: BERT has {bert.config.num_hidden_layers} layers of width "
                              f"{bert.config.hidden_size}, the delta module {len(self.layers)} of width "
                              f"{self.tokens.shape[1]}; choose another BERT or init: random")
         for ours, theirs in zip(self.layers, bert.encoder.layer, strict=False):
-            assert isinstance(ours, DeltaLayer), "the module's layers are DeltaLayers"
-            mine, its = ours.self_attention, theirs.attention
-            pairs = [(mine.query, its.self.query), (mine.key, its.self.key), (mine.value, its.self.value),
-                     (mine.out, its.output.dense), (mine.norm, its.output.LayerNorm),
-                     (ours.up, theirs.intermediate.dense), (ours.down, theirs.output.dense),
-                     (ours.norm, theirs.output.LayerNorm)]
-            for target, source in pairs:
-                state = source.state_dict()
+            for name, bert_name in BERT_NAMES.items():
+                target, state = ours.get_submodule(name), theirs.get_submodule(bert_name).state_dict()
                 target.load_state_dict({key: state[key] for key in target.state_dict()})

@@ -21,19 +21,11 @@ SHOWN = 3  # names of weights in a message
 
 
 def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
-    """A folder that `save_pretrained` of model and processor wrote. Raises as `load_model`, or ValueError where the
-    tokenizer is not the one that the model was trained with.
+    """A folder that `save_pretrained` of model and processor wrote.
+
+    Raises FileNotFoundError if the folder holds no model or lacks a file, and ValueError if it holds another model or a
+    tokenizer with which the model was not trained.
     """
-    model, processor = load_model(folder), OneDiffProcessor.from_pretrained(folder)
-    rows = model.language.get_input_embeddings().num_embeddings
-    check_vocabulary(processor.tokenizer, rows, where=str(folder))
-    check_placeholders(processor.tokenizer, where=str(folder),
-                       saved={IMAGE: model.config.image_token_id, DELTA: model.config.delta_token_id})
-    return model, processor
-
-
-def load_model(folder: Path) -> OneDiffForConditionalGeneration:
-    """Raises FileNotFoundError if the folder holds no model or lacks a file, ValueError if it holds another one."""
     if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no OneDiff model (no config.json): train one with 'make run'")
     kind = read_config(folder, where="model").model_type
@@ -41,23 +33,27 @@ def load_model(folder: Path) -> OneDiffForConditionalGeneration:
         raise ValueError(f"{folder} must hold a OneDiff model, but its config.json says '{kind}'; give the folder that "
                          "a training phase wrote")
     model = load_strictly(OneDiffForConditionalGeneration, folder, where="model")
-    assert isinstance(model, OneDiffForConditionalGeneration), "from_pretrained gives its own class"
-    return model
+    assert isinstance(model, OneDiffForConditionalGeneration), "from_pretrained returns an instance of the class"
+    processor = OneDiffProcessor.from_pretrained(folder)
+    check_vocabulary(processor.tokenizer, model.language.get_input_embeddings().num_embeddings, where=str(folder))
+    check_placeholders(processor.tokenizer, where=str(folder),
+                       saved={IMAGE: model.config.image_token_id, DELTA: model.config.delta_token_id})
+    return model, processor
 
 
 def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
-    """Raises ValueError for a model that only code of its own could make."""
+    """Raises ValueError for a model whose code is not part of transformers."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"{where}: {name}: its config.json must name a model that transformers has itself, for code "
-                         f"that a checkpoint brings along is not run ({_first_line(error)}); take another") from None
+                         f"that a checkpoint brings along is not run ({first_line(error)}); take another") from None
 
 
-def load_strictly(kind: Any, name: str | Path, *, where: str, spare: Iterable[str] = (), **options: Any) -> Any:
+def load_strictly(kind: Any, name: str | Path, *, where: str, ignored: Iterable[str] = (), **options: Any) -> Any:
     """`kind.from_pretrained(name)`, but only if the checkpoint has every weight of the model, and no other.
 
-    Names that begin with one of `spare` may be absent on either side. Files are safetensors or, where there are none,
+    Names that begin with one of `ignored` may be absent on either side. Files are safetensors or, where there are none,
     pickles of tensors alone: code in them is not run. Raises FileNotFoundError for a missing file, ValueError else.
     """
     check_files(name, where=where)
@@ -65,12 +61,14 @@ def load_strictly(kind: Any, name: str | Path, *, where: str, spare: Iterable[st
         model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True,
                                              weights_only=True, trust_remote_code=False, **options)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{where}: {name}: a weight file must hold tensors alone, but {_what_it_holds(error)}, which "
-                         "was not run; take the model as safetensors") from None
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        content = f"this pickle calls {call[1]}" if call else f"this one holds something else ({first_line(error)})"
+        raise ValueError(f"{where}: {name}: a weight file must hold tensors alone, but {content}, which was not run; "
+                         "take the model as safetensors") from None
     except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{where}: {name}: weights cannot be read ({_first_line(error)}); the file is cut off or "
+        raise ValueError(f"{where}: {name}: weights cannot be read ({first_line(error)}); the file is cut off or "
                          "corrupt: fetch it again") from error
-    check_report(report, where=where, name=name, kind=type(model).__name__, spare=tuple(spare))
+    check_report(report, where=where, name=name, kind=type(model).__name__, ignored=tuple(ignored))
     return model
 
 
@@ -88,19 +86,19 @@ def check_files(name: str | Path, *, where: str) -> None:
         shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{where}: {first} must map each weight to its file (weight_map); fetch it again") from None
-    gone = [shard for shard in shards if not (folder / shard).is_file()]
-    if gone:
-        raise FileNotFoundError(f"{where}: {folder} lacks {len(gone)} of the {len(shards)} files of its weights "
-                                f"({_few(gone)}); fetch the whole model")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{where}: {folder} lacks {len(missing)} of the {len(shards)} files of its weights "
+                                f"({_few(missing)}); fetch the whole model")
 
 
-def check_report(report: dict[str, Any], *, where: str, name: str | Path, kind: str, spare: tuple[str, ...]) -> None:
+def check_report(report: dict[str, Any], *, where: str, name: str | Path, kind: str, ignored: tuple[str, ...]) -> None:
     """Raises ValueError if `from_pretrained` reports weights that are missing, left over, or of another shape."""
-    missing, unexpected = (sorted(key for key in report[part] if not key.startswith(spare))
+    missing, unexpected = (sorted(key for key in report[part] if not key.startswith(ignored))
                            for part in ("missing_keys", "unexpected_keys"))
-    other = [f"{key} {list(found)} for {list(needed)}" for key, found, needed in sorted(report["mismatched_keys"])]
+    reshaped = [f"{key} {list(shape)} for {list(needed)}" for key, shape, needed in sorted(report["mismatched_keys"])]
     wrong = [f"{len(keys)} {what} ({_few(keys)})" for keys, what in
-             ((missing, "missing"), (unexpected, "unexpected"), (other, "of another shape")) if keys]
+             ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")) if keys]
     if wrong:
         raise ValueError(f"{where}: {name} must hold the weights of the {kind} that its config.json describes, but of "
                          f"these are {', '.join(wrong)}: a checkpoint of another architecture; take config.json and "
@@ -135,13 +133,9 @@ def check_placeholders(tokenizer: PreTrainedTokenizerBase, *, where: str, saved:
                              "tokenizer; put the tokenizer beside it that it was trained with")
 
 
-def _what_it_holds(error: pickle.UnpicklingError) -> str:
-    called = re.search(r"GLOBAL (\S+)", str(error))
-    return f"this pickle calls {called[1]}" if called else f"this one holds something else ({_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message that is not blank, else the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _few(names: list[str]) -> str:

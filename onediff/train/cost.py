@@ -161,6 +161,6 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:
-    num_keys_and_values = queries if attention.few(queries, keys) else keys
+    num_keys_and_values = queries if attention.has_few_queries(queries, keys) else keys
     return (queries * (_weights(attention.query) + _weights(attention.out))
             + num_keys_and_values * (_weights(attention.key) + _weights(attention.value)))

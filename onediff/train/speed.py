@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from onediff.model.onediff import IGNORED
+from onediff.inputs.processing import IGNORED
 
 WINDOW_S = 30.0  # rates are of the last half minute
 COUNTED = ("rows", "images", "pairs", "tokens", "padded_tokens", "answer_tokens")

@@ -83,9 +83,9 @@ def test_each_step_takes_the_likeliest_token(captioner_of: Callable[[str], ChatC
     ids = batch.pop("input_ids")
     length, end = ids.shape[1], captioner.processor.tokenizer.eos_token_id
     for _ in range(5):
-        said = captioner.model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, said], 1)
-        if said.item() == end:
+        token = captioner.model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, token], 1)
+        if token.item() == end:
             break
     expected = captioner.processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
     assert captioner.caption(PAIRS[:1], QUESTIONS[:1], max_new_tokens=5) == [" ".join(expected.split())]
@@ -103,10 +103,10 @@ def test_what_a_checkpoint_advises_on_sampling_is_not_followed(tmp_path: Path) -
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_nowhere_is_told_in_one_line() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nobody/nothing not found: .*hf download nobody/nothing") as told:
+def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing not found: .*hf download nobody/nothing") as caught:
         ChatCaptioner.load("nobody/nothing")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_text_alone_is_refused(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         ChatCaptioner.load(str(tmp_path))
 
 
-def test_weights_that_are_missing_are_told_not_drawn_at_random(tmp_path: Path) -> None:
+def test_weights_that_are_missing_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
     llava(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop(next(name for name in weights if "multi_modal_projector" in name))
@@ -165,13 +165,13 @@ def test_code_that_a_checkpoint_brings_along_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="its processor has what it needs here")
-def test_a_processor_that_needs_an_absent_package_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_processor_that_needs_an_absent_package_is_refused_in_one_line(tmp_path: Path) -> None:
     idefics3(tmp_path)
     for file, key in (("config.json", "model_type"), ("preprocessor_config.json", "processor_class"),
                       ("processor_config.json", "processor_class")):
         values = json.loads((tmp_path / file).read_text())
         values[key] = "smolvlm" if key == "model_type" else "SmolVLMProcessor"
         (tmp_path / file).write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"its processor cannot be made, .* absent: .*torchvision") as told:
+    with pytest.raises(ValueError, match=r"its processor cannot be made, .* absent: .*torchvision") as caught:
         ChatCaptioner.load(str(tmp_path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from onediff.baselines.siamese_cnn import (
     UNKNOWN,
     Architecture,
     Comparison,
-    Match,
+    FeatureMatch,
     SiameseCaptioner,
     SiameseCNN,
     Vocabulary,
@@ -27,7 +27,7 @@ SMALL = Architecture(image_px=32, channels=(7, 11, 13), width=34, heads=2, layer
 OFTEN = Training(steps=260, batch_size=8, rate=3e-3, validate_every=130)
 
 
-def never(step: int, told: dict[str, float]) -> None:
+def never(step: int, values: dict[str, float]) -> None:
     pass
 
 
@@ -44,7 +44,7 @@ def captioner(pairs: Pairs) -> Iterator[SiameseCaptioner]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield fit(Pairs(pairs.images, pairs.places, [texts[:1] for texts in pairs.references]), SMALL, OFTEN,
-              judge=lambda captioner: 0.0 if captioner.model.training else 1.0, log=never)
+              validate=lambda captioner: 0.0 if captioner.model.training else 1.0, log=never)
     torch.set_num_threads(threads)
 
 
@@ -59,11 +59,11 @@ def untrained(comparison: Comparison = "matched") -> SiameseCNN:
 
 def test_a_match_equals_one_made_place_by_place() -> None:
     B, C, S = 1, 5, 3
-    match = Match(S, C)
+    match = FeatureMatch(S, C)
     before, after = torch.randn(2, B, C, S, S)
-    found = match(before, after)
+    differences = match(before, after)
     normed = [match.norm(x.movedim(1, -1)) for x in (before, after)]
-    for (seen, other), only in zip((normed, normed[::-1]), found, strict=True):
+    for (seen, other), only in zip((normed, normed[::-1]), differences, strict=True):
         for b in range(B):
             for row in range(S):
                 for column in range(S):
@@ -78,9 +78,9 @@ def test_a_match_equals_one_made_place_by_place() -> None:
 def test_both_images_are_seen_as_each_alone_is(comparison: Comparison) -> None:
     model = untrained(comparison)
     images = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
-    alone = torch.cat([model.look(images[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(model.look(images), alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(model.look(images.flip(1)), alone, atol=1e-3)
+    alone = torch.cat([model.encode(images[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model.encode(images), alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model.encode(images.flip(1)), alone, atol=1e-3)
 
 
 def test_no_word_reads_a_later_one() -> None:
@@ -112,29 +112,29 @@ def test_words_come_back_and_unknown_ones_are_left_out() -> None:
 
 
 def test_eight_pairs_are_learned_by_heart(captioner: SiameseCaptioner, pairs: Pairs) -> None:
-    said = captioner.caption_pixels(pairs[range(8)])
-    assert said == [texts[0] for texts in pairs.references]
+    captions = captioner.caption_pixels(pairs[range(8)])
+    assert captions == [texts[0] for texts in pairs.references]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(pairs: Pairs) -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
         settings = Training(steps=3, batch_size=5, validate_every=2, seed=seed)
-        return fit(pairs, SMALL, settings, judge=lambda _: 1.0, log=never).model.state_dict()
+        return fit(pairs, SMALL, settings, validate=lambda _: 1.0, log=never).model.state_dict()
 
     first, again, other = weights(7), weights(7), weights(8)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["words.weight"], other["words.weight"])
 
 
-def test_what_the_judge_likes_best_is_kept_not_the_last(pairs: Pairs) -> None:
+def test_the_weights_with_the_best_validation_win_not_the_last(pairs: Pairs) -> None:
     scores, seen = iter([1.0, 3.0, 2.0]), []
 
-    def judge(captioner: SiameseCaptioner) -> float:
+    def validate(captioner: SiameseCaptioner) -> float:
         seen.append(captioner.model.words.weight.detach().clone())
         return next(scores)
 
-    kept = fit(pairs, SMALL, Training(steps=6, batch_size=3, validate_every=2), judge=judge, log=never)
-    assert torch.equal(kept.model.words.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+    best = fit(pairs, SMALL, Training(steps=6, batch_size=3, validate_every=2), validate=validate, log=never)
+    assert torch.equal(best.model.words.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
 def test_every_pair_is_seen_once_an_epoch_and_all_references_in_time(pairs: Pairs) -> None:
@@ -158,7 +158,7 @@ def test_an_image_that_several_pairs_share_is_kept_once(pairs: Pairs) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training(pairs: Pairs) -> None:
     with pytest.raises(ValueError, match=r"siamese_cnn: the loss became (nan|inf) at step \d+; lower the rate"):
-        fit(pairs, SMALL, Training(steps=9, batch_size=8, rate=1e30, clip_norm=1e30), judge=lambda _: 0.0, log=never)
+        fit(pairs, SMALL, Training(steps=9, batch_size=8, rate=1e30, clip_norm=1e30), validate=lambda _: 0.0, log=never)
 
 
 def test_a_split_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_folder_without_a_cnn_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_other_words_are_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
     captioner.save(tmp_path)
-    told = json.loads((tmp_path / "siamese_cnn.json").read_text())
-    (tmp_path / "siamese_cnn.json").write_text(json.dumps(told | {"words": told["words"][1:]}))
+    settings = json.loads((tmp_path / "siamese_cnn.json").read_text())
+    (tmp_path / "siamese_cnn.json").write_text(json.dumps(settings | {"words": settings["words"][1:]}))
     with pytest.raises(ValueError, match=r"model.safetensors: not the weights of siamese_cnn.json beside it .*again"):
         SiameseCaptioner.load(tmp_path)
 

@@ -116,8 +116,8 @@ def test_every_answer_of_a_conversation_is_learned_and_no_question(processor: On
     batch = processor.answers([prompt, text_prompt("plain", "hi", "there")])
     tokenizer, ids, labels = processor.tokenizer, batch["input_ids"][0], batch["labels"][0]
     assert tokenizer.decode(labels[labels != IGNORED]).replace(" ", "") == "acube</s>itisred</s>yes</s>"
-    said = tokenizer.decode(ids[labels == IGNORED]).replace(" ", "")
-    assert "USER:Whichcolour?ASSISTANT:" in said and "USER:Sure?ASSISTANT:" in said
+    unlabelled = tokenizer.decode(ids[labels == IGNORED]).replace(" ", "")
+    assert "USER:Whichcolour?ASSISTANT:" in unlabelled and "USER:Sure?ASSISTANT:" in unlabelled
     assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
 
 

@@ -23,8 +23,8 @@ def test_any_tower_and_any_decoder_can_be_joined_saved_and_put_to_work(tower: st
     processor.save_pretrained(tmp_path / "out")
     pixels = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
     pair = (Image.fromarray(pixels[0]), Image.fromarray(pixels[1]))
-    said = Captioner(model, processor).caption([pair], max_new_tokens=5)
-    assert Captioner.load(tmp_path / "out", device="cpu").caption([pair], max_new_tokens=5) == said
+    captions = Captioner(model, processor).caption([pair], max_new_tokens=5)
+    assert Captioner.load(tmp_path / "out", device="cpu").caption([pair], max_new_tokens=5) == captions
 
 
 def test_the_parts_start_from_their_checkpoints_and_the_rest_from_the_seed(micro: Config, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_tower_of_another_size_is_refused_with_its_size(micro: Config) -> None
         build(micro.model.model_copy(update={"vision": vision}), seed=0)
 
 
-def test_a_folder_without_a_model_is_said(micro: Config, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(micro: Config, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model.language: .* holds no model .*'make backbones'"):
         build(micro.model.model_copy(update={"language": str(tmp_path)}), seed=0)
     with pytest.raises(FileNotFoundError, match="holds no OneDiff model"):
@@ -60,7 +60,7 @@ def test_a_folder_without_a_model_is_said(micro: Config, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no error")
-def test_cuda_that_is_not_there_is_said() -> None:
+def test_cuda_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees none; use device auto or cpu"):
         pick_device("cuda")
 

@@ -8,7 +8,7 @@ import torch
 from parts import CHANNELS, SIDE, TOKENS, WIDTH, small
 from transformers import BertConfig, BertModel
 
-from onediff.model.delta import Attention, Match, VisualDeltaModule
+from onediff.model.delta import Attention, PatchMatch, VisualDeltaModule
 
 B, N = 3, SIDE**2
 
@@ -22,7 +22,7 @@ def states(seed: int) -> torch.Tensor:
 def test_attention_equals_the_textbook_formula(num_queries: int, few: bool) -> None:
     torch.manual_seed(1)
     attention = Attention(12, 3).eval()
-    assert attention.few(num_queries, 7) == few
+    assert attention.has_few_queries(num_queries, 7) == few
     queries, context = torch.randn(B, num_queries, 12), torch.randn(B, 7, 12)
     mixed = torch.zeros(B, num_queries, 12)
     q, k, v = attention.query(queries), attention.key(context), attention.value(context)
@@ -68,13 +68,13 @@ def test_the_difference_reads_a_third_view_per_patch() -> None:
 
 
 def test_the_matched_difference_equals_the_loop_over_patches() -> None:
-    match = Match(SIDE)
+    match = PatchMatch(SIDE)
     before, after = states(1)[:, 0], states(2)[:, 0]
-    lost, found = match(before, after)
+    only_before, only_after = match(before, after)
     for row in range(B):
         for i in range(N):
             near = torch.tensor([(i // SIDE - j // SIDE) ** 2 + (i % SIDE - j % SIDE) ** 2 for j in range(N)])
-            for here, there, got in ((before, after, lost), (after, before, found)):
+            for here, there, got in ((before, after, only_before), (after, before, only_after)):
                 weights = (there[row] @ here[row, i] / CHANNELS**0.5 - 0.3 * near).softmax(0)
                 assert torch.allclose(got[row, i], here[row, i] - weights @ there[row], atol=1e-5)
 
@@ -83,8 +83,8 @@ def test_what_only_shifted_by_a_patch_has_a_small_matched_difference() -> None:
     noise = torch.randn(1, 8, 8, 64, generator=torch.Generator().manual_seed(0))
     scene = 4.0 * torch.nn.functional.layer_norm(noise, (64,))
     shifted = scene.roll(1, dims=2)
-    lost, _ = Match(8)(scene.flatten(1, 2), shifted.flatten(1, 2))
-    inner = lost.view(8, 8, 64)[:, :-1].norm(dim=-1)
+    only_before, _ = PatchMatch(8)(scene.flatten(1, 2), shifted.flatten(1, 2))
+    inner = only_before.view(8, 8, 64)[:, :-1].norm(dim=-1)
     assert inner.max() < 0.05 * (scene - shifted).norm(dim=-1).mean()
 
 

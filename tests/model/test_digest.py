@@ -22,9 +22,9 @@ def test_the_digests_are_those_of_a_slow_and_obvious_reference(folder: Path) -> 
     names = ["config.json", "model-1.safetensors", "model-2.safetensors", "more/tokenizer.json"]
     listing = [[name, hashlib.sha256((folder / name).read_bytes()).hexdigest()] for name in names]
     both = b"".join((folder / name).read_bytes() for name in names[1:3])
-    found = model_digests(folder)
-    assert found.folder == hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    assert found.weights == weights_digest(folder) == hashlib.sha256(both).hexdigest()
+    digests = model_digests(folder)
+    assert digests.folder == hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    assert digests.weights == weights_digest(folder) == hashlib.sha256(both).hexdigest()
 
 
 def test_every_name_and_every_byte_counts_but_not_where_the_folder_is(folder: Path) -> None:

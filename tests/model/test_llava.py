@@ -91,9 +91,9 @@ def test_it_generates_what_llava_generates(llava: str, num_images: int, micro: C
     rows = batch(num_images)
     ids, mask, images = rows["input_ids"][1:2], rows["attention_mask"][1:2], rows["images"][num_images:2 * num_images]
     options = {"max_new_tokens": 17, "do_sample": False, "pad_token_id": 1}
-    said = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options)[:, ids.shape[1]:]
+    expected = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options)[:, ids.shape[1]:]
     ours = model.eval().generate(ids, mask, torch.tensor([num_images]), images=images, **options)
-    assert torch.equal(ours, said) and len(set(said[0].tolist())) > 3
+    assert torch.equal(ours, expected) and len(set(expected[0].tolist())) > 3
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -166,8 +166,8 @@ def test_a_llava_that_onediff_would_read_otherwise_is_refused(changes: dict[str,
                                                               micro: Config, tmp_path: Path) -> None:
     for file in Path(llava).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    told = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(told | changes))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         build(settings_of(micro, str(tmp_path)), seed=3)
 

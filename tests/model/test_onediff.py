@@ -6,7 +6,8 @@ import pytest
 import torch
 from parts import DELTA_ID, IMAGE_ID, batch_of, small
 
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.inputs.processing import IGNORED
+from onediff.model.onediff import OneDiffForConditionalGeneration
 
 
 @pytest.fixture
@@ -52,8 +53,8 @@ def test_both_images_are_encoded_as_each_would_be_alone(model: OneDiffForConditi
 def test_swapping_before_and_after_swaps_the_patches_and_changes_the_delta(
         model: OneDiffForConditionalGeneration) -> None:
     states = model.vision(batch_of(model, [2])["images"])
-    patches, delta = model.look(states, torch.tensor([2]))
-    swapped, other = model.look(states.flip(0), torch.tensor([2]))
+    patches, delta = model.project_visual_tokens(states, torch.tensor([2]))
+    swapped, other = model.project_visual_tokens(states.flip(0), torch.tensor([2]))
     assert torch.allclose(patches.flip(0), swapped, atol=1e-6)
     assert not torch.allclose(delta, other, atol=1e-4)
 
@@ -176,8 +177,8 @@ def test_the_packed_loss_equals_that_of_padded_rows(variant: dict, masked: bool)
 def test_under_reading_c_a_single_image_is_read_as_a_pair_of_itself() -> None:
     model = small(reading="C")
     states = model.vision(batch_of(model, [1])["images"])
-    alone, _ = model.look(states, torch.tensor([1]))
-    twice, _ = model.look(states.repeat(2, 1, 1, 1), torch.tensor([2]))
+    alone, _ = model.project_visual_tokens(states, torch.tensor([1]))
+    twice, _ = model.project_visual_tokens(states.repeat(2, 1, 1, 1), torch.tensor([2]))
     assert torch.allclose(alone, twice, atol=1e-6)
 
 

@@ -29,7 +29,7 @@ from transformers import (
 from onediff.config import Config
 from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
-from onediff.model.weights import load_model, load_strictly, load_trained
+from onediff.model.weights import load_strictly, load_trained
 
 BERT: dict[str, Any] = {"vocab_size": 17, "hidden_size": 13, "num_hidden_layers": 2, "num_attention_heads": 1,
                         "intermediate_size": 52}
@@ -131,7 +131,7 @@ def test_code_that_a_checkpoint_brings_along_is_not_run(language: Path, tmp_path
     change_config(language, model_type="own", auto_map={"AutoConfig": "modeling_own.Config",
                                                         "AutoModelForCausalLM": "modeling_own.Model"})
     with pytest.raises(ValueError, match=r"must name a model that transformers has itself, for code .* is not run"):
-        load_model(language)
+        load_trained(language)
     assert not (tmp_path / "ran").exists()
 
 
@@ -159,7 +159,7 @@ def test_a_missing_shard_is_named(language: Path, tmp_path: Path) -> None:
         load(tmp_path / "sharded")
 
 
-def test_no_weights_and_a_broken_index_are_said(language: Path) -> None:
+def test_no_weights_and_a_broken_index_are_refused(language: Path) -> None:
     (language / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no weights \(model.safetensors or .*\); fetch the whole model"):
         load(language)
@@ -169,7 +169,7 @@ def test_no_weights_and_a_broken_index_are_said(language: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pickle"])
-def test_a_file_that_was_cut_off_is_said(format: str, language: Path) -> None:
+def test_a_file_that_was_cut_off_is_refused(format: str, language: Path) -> None:
     if format == "pickle":
         as_pickle(language)
     file = language / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
@@ -214,7 +214,7 @@ def test_a_trained_model_loads_and_one_beside_another_tokenizer_does_not(trained
 
 def test_a_trained_folder_that_is_incomplete_or_anothers_is_refused(trained: Path, language: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold a OneDiff model, but its config.json says 'llama'"):
-        load_model(language)
+        load_trained(language)
     change_weights(trained, lambda weights: weights.pop("delta.tokens"))
     with pytest.raises(ValueError, match=r"1 missing \(delta.tokens\)"):
         Captioner.load(trained)
@@ -229,7 +229,7 @@ def test_tied_embeddings_are_not_missing(micro: Config, tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(Path(language) / "model.safetensors")
     for part in build(settings(micro, vision, language), seed=3):
         part.save_pretrained(tmp_path / "out")
-    loaded = load_model(tmp_path / "out").language
+    loaded = load_trained(tmp_path / "out")[0].language
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 

@@ -12,7 +12,8 @@ import torch
 from parts import DELTA_ID, IMAGE_ID, VOCAB, phase, small
 
 from onediff.config import Runtime
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.inputs.processing import IGNORED
+from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train.loop import TrainingRun, fit
 from onediff.train.speed import Meter
 

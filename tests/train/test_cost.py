@@ -39,7 +39,7 @@ def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int
     def count_folded(module: Attention, args: Any, out: torch.Tensor) -> None:
         nonlocal found
         queries, context = args
-        if module.few(queries.shape[1], context.shape[1]):
+        if module.has_few_queries(queries.shape[1], context.shape[1]):
             found += (module.key.weight.numel() + module.value.weight.numel()) * queries[..., 0].numel()
 
     handles = [module.register_forward_hook(count_folded if isinstance(module, Attention) else count)

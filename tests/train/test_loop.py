@@ -17,9 +17,10 @@ from parts import phase as any_phase
 
 from onediff.config import Phase, Runtime
 from onediff.data.batches.sampling import BatchRow
+from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import text_prompt
 from onediff.interrupts import SIGNALS
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train import checkpoint
 from onediff.train.loop import Trained, TrainingRun, Validation, fit, rate_factor
 from onediff.train.speed import Meter

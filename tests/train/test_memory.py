@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from onediff.config import Lora, Phase, Runtime
+from onediff.inputs.processing import IGNORED
 from onediff.model.configuration import OneDiffConfig
-from onediff.model.onediff import IGNORED, OneDiffForConditionalGeneration
+from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train.cost import Size, sizes
 from onediff.train.engine import Engine, checkpoint_activations, trainable
 from onediff.train.memory import BUCKET, GATHERED, MicroBatch, Sharing, hollow, saved, states

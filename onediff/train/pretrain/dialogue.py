@@ -20,10 +20,10 @@ from onediff.data.synthesis.edits.operations import CASTS, TURNS
 from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
+from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt
 
 STEPS, ROWS, IMAGES, RATE = 1500, 48, 16, 1e-3
-IGNORED = -100
 _NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
