@@ -25,10 +25,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from onediff.data.record import read_table
-from onediff.eval.analysis.behaviour import Row, edit_behaviour, scene_behaviour
+from onediff.eval.analysis.behaviour import GRAMMARS
 from onediff.eval.floors import best_constant, random_captions
-from onediff.eval.jsonl import read_predictions
-from onediff.eval.metrics.compute import Predictions, Scores, cider, score
+from onediff.eval.jsonl import PairRow, read_predictions
+from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES as BEHAVIOUR
+from onediff.eval.metrics.catalog import CAPTION_HEADLINES as METRICS
+from onediff.eval.metrics.compute import Scores, score
+from onediff.eval.metrics.ngrams import corpus_cider
+from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import protocol_of, references_digest
 from onediff.eval.resample import compare, intervals
 from onediff.paths import DIFFCAP
@@ -39,8 +43,7 @@ if TYPE_CHECKING:
 FLOORS = {"nearest_train": "caption of the training pair with the nearest pixels"}
 HOME, TABLE, CHAMPION = Path(".onediff/baselines"), Path("docs/baselines.md"), "OneDiff, the champion"
 BENCHMARKS = ("scenes", "scenes_far", "edits")
-METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-BEHAVIOUR = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",
+LABELS = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",
              "swap_consistency": "swap", "operation_accuracy": "operation"}
 COMPARISONS = {"matched": "Siamese CNN", "same_place": "Siamese CNN, difference at the same place alone"}
 
@@ -82,7 +85,7 @@ def train(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> N
         said = [text for start in range(0, len(val), 64)
                 for text in captioner.caption_pixels(val[range(start, min(start + 64, len(val)))])]
         keys = [str(number) for number in range(len(val))]
-        return cider(dict(zip(keys, said, strict=True)), dict(zip(keys, val.references, strict=True)))
+        return corpus_cider(dict(zip(keys, said, strict=True)), dict(zip(keys, val.references, strict=True)))
 
     captioner = fit(pairs, architecture, training, judge=judge, log=log)
     facts = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - worked, "threads": threads,
@@ -142,7 +145,7 @@ def peers() -> dict[str, Path]:
             **{COMPARISONS[folder.name]: folder for folder in folders()}}
 
 
-def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> list[str]:
+def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) -> list[str]:
     """The table of one benchmark, and whether the champion is better than each peer."""
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     groups = [row["group_id"] for row in rows]
@@ -153,7 +156,7 @@ def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> l
         measured = {CHAMPION: recorded(benchmark, references)} | measured
     names = [*METRICS, *(key for key in BEHAVIOUR if key in measured[CHAMPION])]
     lines = [f"**{benchmark}** ({len(rows)} pairs in {len(set(groups))} groups)", "",
-             "| | " + " | ".join(BEHAVIOUR.get(key, key) for key in names) + " |", "|---" * (1 + len(names)) + "|"]
+             "| | " + " | ".join(LABELS.get(key, key) for key in names) + " |", "|---" * (1 + len(names)) + "|"]
     lines += [f"| {name} | " + " | ".join(with_interval(*found[key]) for key in names) + " |"
               for name, found in measured.items()]
     empty = " |" * (len(names) - len(METRICS))
@@ -171,10 +174,10 @@ def systems(benchmark: str, references: dict[str, list[str]], train_captions: li
             "random training caption": random_captions(train_captions, references)}
 
 
-def measures(benchmark: str, scores: Scores, said: Predictions, rows: Sequence[Row]) -> Measures:
+def measures(benchmark: str, scores: Scores, said: Predictions, rows: Sequence[PairRow]) -> Measures:
     """Each figure and its 95 % interval."""
-    grammar = protocol_of(benchmark).grammar
-    shares = {"scenes": scene_behaviour, "edits": edit_behaviour}[grammar](said, rows) if grammar else {}
+    grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
+    shares = grammar.behaviour(said, rows) if grammar else {}
     spans = intervals(scores, [row["group_id"] for row in rows])
     return {**{key: (value, spans[key]) for key, value in scores.corpus.items()},
             **{key: (shares[key], shares["intervals"][key]) for key in BEHAVIOUR if key in shares}}

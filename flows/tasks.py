@@ -17,13 +17,11 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline import outcome, reason, small_outs
 from flows.processes import DVC, stream
+from onediff.eval.metrics.catalog import HEADLINES
 from onediff.repro.lock import lock_kept, restore_outs, uncached_outs
 
 if TYPE_CHECKING:
     from onediff.registry import Case, Evidence, Verdict
-
-SHOWN = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
-         "swap_consistency", "operation_accuracy")
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -151,7 +149,7 @@ def publish_scores(scores: Path, key: str) -> str:
 
 def score_table(metrics: dict[str, Any]) -> str:
     """Markdown: one row per benchmark with its floors below, one column per score, aligned for reading as text too."""
-    columns = [name for name in SHOWN if any(name in scores for scores in metrics.values())]
+    columns = [name for name in HEADLINES if any(name in scores for scores in metrics.values())]
     rows = [["", "pairs", *columns]]
     for benchmark, scores in metrics.items():
         rows.append([benchmark, str(scores["num_pairs"]), *(_cell(scores, name) for name in columns)])

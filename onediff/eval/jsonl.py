@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onediff.eval.pairs import Predictions
+from onediff.eval.metrics.words import Predictions
+
+PairRow = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
 
 
 def read_predictions(path: Path) -> Predictions:
     """The predictions of a JSONL file by pair_id. Raises ValueError naming file and line."""
-    said = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
-    for key, text in said.items():
+    predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
+    for key, text in predictions.items():
         if not isinstance(text, str):
             raise ValueError(f"{path}: 'prediction' of {key!r} must be a string, got {text!r}")
-    return said
+    return predictions
 
 
 def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:

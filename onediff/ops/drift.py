@@ -18,7 +18,8 @@ import numpy as np
 
 from onediff import config
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.analysis.stress import GRAMMARS, choose, jpeg
+from onediff.eval.analysis.behaviour import GRAMMARS
+from onediff.eval.analysis.stress import choose, jpeg
 from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries
 from onediff.ops.predict import folder_of

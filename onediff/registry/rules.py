@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff.config import Section
-from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS
+from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS
 from onediff.registry import commits
 from onediff.registry.facts import YES
 from onediff.registry.score_files import in_range

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS, REQUIRED
+from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS, REQUIRED
 
 LARGEST = sys.float_info.max
 ROUNDING = 1e-5  # score files keep six places

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from onediff import tracking
 from onediff.config import load_runtime
+from onediff.eval.metrics.catalog import HEADLINES
 from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.registry import store
 from onediff.registry.artifacts import MODEL_DIGEST, REFERENCE, SCORED, SCORES_DIGEST, keep
@@ -25,9 +26,6 @@ from onediff.registry.writer_lock import may_write, shared, writing
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-
-_MAIN = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "change_type_accuracy", "changed_object_accuracy", "false_alarm_rate",
-         "swap_consistency", "operation_accuracy")
 
 
 @store.plain_errors()
@@ -230,4 +228,4 @@ def _score_tags(scores: Mapping[str, dict[str, Any]]) -> dict[str, str]:
 
 def _main_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     return {path: float(value) for path, value in scores.items()
-            if path.count(".") == 1 and path.split(".")[1] in _MAIN and isinstance(value, (int, float))}
+            if path.count(".") == 1 and path.split(".")[1] in HEADLINES and isinstance(value, (int, float))}

@@ -9,14 +9,12 @@ from typing import Any
 
 from onediff.config import Config, Phase, load_params
 from onediff.data.folders import sources_of
+from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES, HEADLINES
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
           "nearest_train": "floor: caption of the nearest training pair"}
 PHASES = ("align", "tune")
-CAPTIONS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-BEHAVIOUR = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
-             "operation_accuracy")
 
 Scores = Mapping[str, Mapping[str, Any]]
 
@@ -37,7 +35,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     lineage = folder / "lineage/lineage.json"
     made = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
-        phases=_phases(config, runs), captions=CAPTIONS, caption_rows=list(_caption_rows(scores)),
+        phases=_phases(config, runs), captions=CAPTION_HEADLINES, caption_rows=list(_caption_rows(scores)),
         behaviour=_behaviour(scores), behaviour_rows=list(_behaviour_rows(scores)),
         unchanged=list(_unchanged(scores, stress)), weak=list(_weak(scores["test"])), stress=list(_stress(stress)),
         incomplete=card.get("incomplete", {}),
@@ -58,7 +56,7 @@ def _card_data(scores: Mapping[str, Scores]) -> Any:
                           metric_type=metric.lower(), metric_name=f"{metric} (times 100)",
                           metric_value=round(100 * its[metric], 2))
                for split, benchmark, its in _each(scores)
-               for metric in CAPTIONS + BEHAVIOUR if isinstance(its.get(metric), (int, float))]
+               for metric in HEADLINES if isinstance(its.get(metric), (int, float))]
     return ModelCardData(language="en", license="other", license_name="that-of-its-data-and-checkpoints",
                          license_link="LICENSE", library_name="onediff", pipeline_tag="image-to-text",
                          tags=["image-difference-captioning", "onediff"], model_name="OneDiff", eval_results=results)
@@ -97,14 +95,14 @@ def _caption_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:
     """Split, benchmark, who, number of pairs, then a cell per metric; the floors below each benchmark."""
     for split, benchmark, its in _each(scores):
         yield [split, benchmark, "**OneDiff**", f"{its['num_pairs']:,}",
-               *(_cell(its.get(name), its["score_intervals"].get(name)) for name in CAPTIONS)]
+               *(_cell(its.get(name), its["score_intervals"].get(name)) for name in CAPTION_HEADLINES)]
         for floor, values in its.get("floor", {}).items():
-            yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTIONS)]
+            yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTION_HEADLINES)]
 
 
 def _behaviour(scores: Mapping[str, Scores]) -> list[str]:
     """The figures of behaviour that any benchmark has."""
-    return [name for name in BEHAVIOUR if any(name in its for _, _, its in _each(scores))]
+    return [name for name in BEHAVIOUR_HEADLINES if any(name in its for _, _, its in _each(scores))]
 
 
 def _behaviour_rows(scores: Mapping[str, Scores]) -> Iterator[list[str]]:

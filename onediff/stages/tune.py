@@ -35,7 +35,7 @@ def _work(config: Config, runtime: Runtime, folder: Path, log: Log) -> None:
 def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> Judge:
     """CIDEr on up to `num_val` pairs of split val, the same at every call, shared evenly between the sources."""
     from onediff.eval.caption import caption_records
-    from onediff.eval.pairs import cider
+    from onediff.eval.metrics.ngrams import corpus_cider
     from onediff.model.captioner import Captioner
     from onediff.train.loop import Judge
 
@@ -52,7 +52,7 @@ def cider_on_val(config: Config, model: OneDiffForConditionalGeneration, process
         return [text for _, text in caption_records(Captioner(model, processor), chosen, config.caption, config.tasks)]
 
     def score(texts: list[str]) -> float:
-        return cider({pair.pair_id: text for pair, text in zip(pairs, texts, strict=True)}, references)
+        return corpus_cider({pair.pair_id: text for pair, text in zip(pairs, texts, strict=True)}, references)
 
     return Judge(len(pairs), say, score)
 

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from onediff.eval.metrics.compute import METRICS, Scores, score
+from onediff.eval.metrics.catalog import METRICS
+from onediff.eval.metrics.compute import Scores, score
 from onediff.eval.resample import compare, corpus_score, intervals, resampled, shares_of
 
 THINGS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")

@@ -1,4 +1,4 @@
-"""Numbers that others published, as published.yaml holds them. No more is known of them than stands there."""
+"""Numbers that others published, as published.yaml holds them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def published(benchmark: str) -> list[dict[str, Any]]:
 
 def doubts(row: dict[str, Any]) -> str:
     """Why a number is no clean comparison, in words."""
-    told = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
-    return ", ".join(words for mark, words in told.items() if row.get(mark))
+    reasons = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
+    return ", ".join(words for mark, words in reasons.items() if row.get(mark))
 
 
 @cache

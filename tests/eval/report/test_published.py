@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from onediff.eval.metrics.compute import METRICS
+from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.published import _all, doubts, published
 
