@@ -27,13 +27,12 @@ import typer
 from onediff.data.record import read_table
 from onediff.eval.analysis.behaviour import GRAMMARS
 from onediff.eval.floors import best_constant, random_captions
-from onediff.eval.jsonl import PairRow, read_predictions
 from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES as BEHAVIOUR
 from onediff.eval.metrics.catalog import CAPTION_HEADLINES as METRICS
 from onediff.eval.metrics.compute import Scores, score
 from onediff.eval.metrics.ngrams import corpus_cider
 from onediff.eval.metrics.words import Predictions
-from onediff.eval.protocols import protocol_of, references_digest
+from onediff.eval.protocols import PairRow, protocol_of, read_predictions, references_digest
 from onediff.eval.resample import compare, intervals
 from onediff.paths import DIFFCAP
 

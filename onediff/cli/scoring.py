@@ -81,7 +81,7 @@ def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pa
 
 def _peers(benchmark: str) -> list[str]:
     """Published numbers of the same protocol, in the scale of ours."""
-    from onediff.eval.report.published import doubts, published
+    from onediff.eval.report.figures import doubts, published
 
     told = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}"
             + (f" ({doubts(row)})" if doubts(row) else "") for row in published(benchmark)]

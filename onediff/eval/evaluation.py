@@ -8,11 +8,18 @@ from typing import Any
 
 from onediff.eval.analysis.behaviour import GRAMMARS, by_change_type
 from onediff.eval.floors import floor_captions, leave_one_out, oracle
-from onediff.eval.jsonl import PairRow
 from onediff.eval.metrics.catalog import PAIR_METRICS
 from onediff.eval.metrics.compute import Scores, score
 from onediff.eval.metrics.words import Predictions, References, clean
-from onediff.eval.protocols import Protocol, chosen_rows, protocol_of, protocols_of, references_digest, texts_of
+from onediff.eval.protocols import (
+    PairRow,
+    Protocol,
+    chosen_rows,
+    protocol_of,
+    protocols_of,
+    references_digest,
+    texts_of,
+)
 from onediff.eval.resample import intervals, restricted
 
 
@@ -32,11 +39,11 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, 
     Raises ValueError if predictions and rows do not match.
     """
     tables = {}
-    for joined, same in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
+    for joined, group in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
         references = {row["pair_id"]: texts_of(row, joined=joined) for row in rows}
         captions = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
         scores = {system: score(texts, references) for system, texts in captions.items()}
-        for key, protocol in same:
+        for key, protocol in group:
             if chosen_rows(protocol, rows):  # a gate split, for one, need not hold unchanged pairs
                 tables[key] = _table(protocol, rows, references, captions, scores)
     style = language(predictions.values(), [text for row in train for text in row["references"]])
@@ -47,26 +54,26 @@ def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, 
            scores: Mapping[str, Scores]) -> dict[str, Any]:
     """`captions` and `scores`: those of the predictions under "", and those of the floors under their names."""
     chosen = chosen_rows(protocol, rows)
-    own = [rows[place] for place in chosen]
-    part = {system: restricted(whole, chosen) for system, whole in scores.items()}
+    chosen_pairs = [rows[place] for place in chosen]
+    part = {system: restricted(all_pairs, chosen) for system, all_pairs in scores.items()}
     items = part[""].items
-    bounds = intervals(part[""], [row["group_id"] for row in own])
     named = {"protocol": protocol.name, "references": references_digest(references)}
     table: dict[str, Any] = {
-        **part[""].corpus, "score_intervals": {name: list(both) for name, both in bounds.items()},
-        "num_pairs": len(own), **named, "floor": {system: dict(part[system].corpus) for system in part if system},
+        **part[""].corpus, "score_intervals": intervals(part[""], [row["group_id"] for row in chosen_pairs]),
+        "num_pairs": len(chosen_pairs), **named,
+        "floor": {system: dict(part[system].corpus) for system in part if system},
         "leave_one_out": {} if protocol.only else leave_one_out(references),
         "by_change_type": {kind: {"num_pairs": len(places),
                                   **{name: _mean(items[name], places) for name in PAIR_METRICS}}
-                           for kind, places in by_change_type(own).items()},
-        "pairs": {**named, **{key: [row[key] for row in own] for key in ("pair_id", "group_id")},
+                           for kind, places in by_change_type(chosen_pairs).items()},
+        "pairs": {**named, **{key: [row[key] for row in chosen_pairs] for key in ("pair_id", "group_id")},
                   **{name: items[name] for name in PAIR_METRICS}}}
     if "constant" in captions:
         table["floor"]["constant"]["sentence"] = next(iter(captions["constant"].values()))
     if protocol.grammar == "scenes":
-        table["changed"] = _changed(part[""], own)
+        table["changed"] = _changed(part[""], chosen_pairs)
     if protocol.grammar:
-        table |= GRAMMARS[protocol.grammar].behaviour(captions[""], own)
+        table |= GRAMMARS[protocol.grammar].behaviour(captions[""], chosen_pairs)
     return table
 
 

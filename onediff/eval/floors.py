@@ -19,12 +19,11 @@ from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, sa
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes import describe, noun
 from onediff.eval.analysis.behaviour import matching_templates
-from onediff.eval.jsonl import PairRow
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import score
 from onediff.eval.metrics.ngrams import corpus_cider
 from onediff.eval.metrics.words import Predictions, References, clean
-from onediff.eval.protocols import texts_of
+from onediff.eval.protocols import PairRow, texts_of
 from onediff.inputs.images import open_image
 
 NUM_CANDIDATES = 30
@@ -44,10 +43,10 @@ def floor_captions(train: Sequence[PairRow], references: References, *, nearest:
     texts = [text for row in train for text in row["references"]]
     if not texts:
         return {}
-    whole = [text for row in train for text in texts_of(row, joined=joined)]
+    captions = [text for row in train for text in texts_of(row, joined=joined)]
     memory = {key: texts_of(nearest[key], joined=joined)[0] for key in references} if nearest else None
     return {"constant": dict.fromkeys(references, best_constant(texts, references, seed=seed)),
-            "random_train": random_captions(whole, references, seed=seed),
+            "random_train": random_captions(captions, references, seed=seed),
             **({"nearest_train": memory} if memory else {})}
 
 
@@ -116,11 +115,11 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -
     several = {key: texts for key, texts in references.items() if len(texts) > 1}
     if len(several) < 2:  # one pair alone has no document frequencies
         return {}
-    turns = min(MAX_LEFT_OUT, *map(len, several.values()))
+    num_turns = min(MAX_LEFT_OUT, *map(len, several.values()))
     scores = [score({key: texts[out] for key, texts in several.items()},
                     {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
-                    metrics=metrics).corpus for out in range(turns)]
-    return {"num_pairs": len(several), **{name: sum(each[name] for each in scores) / turns for name in metrics}}
+                    metrics=metrics).corpus for out in range(num_turns)]
+    return {"num_pairs": len(several), **{name: sum(each[name] for each in scores) / num_turns for name in metrics}}
 
 
 def oracle(row: PairRow) -> str:

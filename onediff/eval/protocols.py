@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onediff.eval.jsonl import PairRow, read_predictions, read_rows
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import Scores, score
-from onediff.eval.metrics.words import References
+from onediff.eval.metrics.words import Predictions, References
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 from onediff.files import key_of
+
+PairRow = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def protocol_of(source: str) -> Protocol:
 
 def texts_of(row: PairRow, *, joined: bool) -> list[str]:
     """The references of a pair; joined: all of them as one."""
-    texts = list(row["references"])
-    return [" ".join(text for text in texts if text.strip())] if joined else texts
+    return [" ".join(text for text in row["references"] if text.strip())] if joined else list(row["references"])
 
 
 def chosen_rows(protocol: Protocol, rows: Sequence[PairRow]) -> list[int]:
@@ -105,6 +105,47 @@ def references_digest(references: References) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_predictions(path: Path) -> Predictions:
+    """The predictions of a JSONL file by pair_id. Raises ValueError naming file and line."""
+    predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
+    for key, text in predictions.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: 'prediction' of {key!r} must be a string, got {text!r}")
+    return predictions
+
+
+def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
+    """pair_id -> the line, which has the field, in the order of the lines; blank lines are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not valid JSON: {error.msg} at column {error.colno}") from None
+        missing = [name for name in ("pair_id", field) if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise ValueError(f"{path} line {number}: needs 'pair_id' and '{field}', missing {missing}")
+        if not isinstance(row["pair_id"], str):
+            raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
+        if row["pair_id"] in rows:
+            raise ValueError(f"{path} line {number}: duplicate pair_id {row['pair_id']!r}")
+        rows[row["pair_id"]] = row
+    return rows
+
+
+def rounded(value: Any) -> Any:
+    """A JSON value with floats of six decimal places, so that the order of a sum does not change the file."""
+    return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 6))
 
 
 def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
@@ -151,8 +192,7 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:
-        bounds = intervals(runs[0], groups)
-        return {**runs[0].corpus, "intervals": {name: list(both) for name, both in bounds.items()}, **facts}
+        return {**runs[0].corpus, "intervals": intervals(runs[0], groups), **facts}
     values = {name: [run.corpus[name] for run in runs] for name in metrics}
     return {**{name: statistics.fmean(each) for name, each in values.items()},
             "spread": {name: statistics.stdev(each) for name, each in values.items()}, "num_runs": len(runs), **facts}

@@ -44,10 +44,10 @@ def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
 
 
 def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
-              seed: int = 0) -> dict[str, tuple[float, float]]:
+              seed: int = 0) -> dict[str, list[float]]:
     """95 % percentile intervals of the corpus scores. CIDEr's document frequencies stay those of all pairs."""
     drawn, = resampled([scores], groups, resamples=resamples, seed=seed)
-    return {name: _middle(values) for name, values in drawn.items()}
+    return {name: _interval(values) for name, values in drawn.items()}
 
 
 def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
@@ -63,7 +63,8 @@ def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: 
     for name, score in first.corpus.items():
         difference = ours[name] - theirs[name]
         tail = 1 + min(int((difference <= 0).sum()), int((difference >= 0).sum()))  # 1: the observed one is a draw, too
-        comparisons[name] = Comparison(score, second.corpus[name], *_middle(difference),
+        low, high = _interval(difference)
+        comparisons[name] = Comparison(score, second.corpus[name], low, high,
                                        min(1.0, 2 * tail / (len(difference) + 1)))
     return comparisons
 
@@ -109,6 +110,5 @@ def shares_of(scores: Scores, name: str) -> Numbers:
     return np.stack([np.asarray(scores.items[name]), np.ones(len(scores.items[name]))], 1)
 
 
-def _middle(values: Numbers) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+def _interval(values: Numbers) -> list[float]:
+    return [float(bound) for bound in np.quantile(values, (0.025, 0.975))]

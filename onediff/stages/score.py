@@ -14,10 +14,9 @@ from rich.table import Table
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.evaluation import evaluate
 from onediff.eval.floors import nearest_rows
-from onediff.eval.jsonl import read_predictions, rounded
 from onediff.eval.metrics.catalog import BEHAVIOUR, METRICS
 from onediff.eval.metrics.compute import start
-from onediff.eval.protocols import check_counts, protocol_of, protocols_of
+from onediff.eval.protocols import check_counts, protocol_of, protocols_of, read_predictions, rounded
 from onediff.files import new_folder, write_json
 from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, SCORED
 from onediff.paths import METRICS as METRICS_FILE
@@ -67,9 +66,10 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
         for protocol in protocols_of(source).values() if source in official else ():
             check_counts(protocol, chosen)
         floor_source = protocol_of(source).train_source
-        own = [row for row in train if row["source"] == floor_source]
-        nearest = nearest_rows(own, _records("train", floor_source), _records(split, source)) if own else None
-        results |= evaluate(source, predictions, chosen, train=own, nearest=nearest)
+        train_rows = [row for row in train if row["source"] == floor_source]
+        nearest = (nearest_rows(train_rows, _records("train", floor_source), _records(split, source))
+                   if train_rows else None)
+        results |= evaluate(source, predictions, chosen, train=train_rows, nearest=nearest)
     return results
 
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.stress import CURVE_FIGURES, choose, figures, is_stressed, num_trials, trials
-from onediff.eval.jsonl import rounded
 from onediff.eval.metrics.words import Predictions
+from onediff.eval.protocols import rounded
 from onediff.files import new_folder, write_json
 from onediff.library_logs import silence_libraries
 from onediff.paths import DIFFCAP, STRESS, STRESS_DETAILS
@@ -36,21 +36,16 @@ def stress(model: str = "data/models/tune") -> None:
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)
+    rows = read_table(DIFFCAP, TESTS)
+    benchmarks = [name for name in dict.fromkeys(row["source"] for row in rows) if is_stressed(name)]
+    chosen = {key for name in benchmarks for key in choose([row for row in rows if row["source"] == name],
+                                                           config.stress.num_pairs, seed=config.seed)}
     with new_folder(STRESS_DETAILS) as folder:
-        results = {benchmark: _measure(captioner, benchmark, records, config, folder)
-                   for benchmark, records in _chosen(config).items()}
+        records = [record for record in read_records(DIFFCAP, TESTS) if record.pair_id in chosen]
+        results = {name: _measure(captioner, name, [record for record in records if record.source == name], config,
+                                  folder) for name in benchmarks}
     write_json(STRESS, rounded(results), indent=1)
     _show(results)
-
-
-def _chosen(config: Config) -> dict[str, list[Record]]:
-    """Benchmark -> its records that are tried, in the order of the shards."""
-    rows = read_table(DIFFCAP, TESTS)
-    names = [name for name in dict.fromkeys(row["source"] for row in rows) if is_stressed(name)]
-    chosen = {key for name in names for key in choose([row for row in rows if row["source"] == name],
-                                                      config.stress.num_pairs, seed=config.seed)}
-    records = [record for record in read_records(DIFFCAP, TESTS) if record.pair_id in chosen]
-    return {name: [record for record in records if record.source == name] for name in names}
 
 
 def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], config: Config,
@@ -90,19 +85,15 @@ def _show(results: dict[str, Any]) -> None:
                      for key, (low, high) in values.get("intervals", {}).items() if not key.startswith("level_")]
             if shown:
                 console.print(f"{name}, {part}: " + " · ".join(shown), highlight=False, markup=False)
-        console.print(_curve_table(name, result["curves"]))
-
-
-def _curve_table(name: str, curves: dict[str, dict[str, Any]]) -> Table:
-    points = [point for curve in curves.values() for point in curve.values()]
-    columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
-    table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
-    for nuisance, curve in curves.items():
-        for strength, point in curve.items():
-            cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
-            table.add_row(nuisance if strength == "none" else "", strength, *cells)
-        table.add_section()
-    return table
+        points = [point for curve in result["curves"].values() for point in curve.values()]
+        columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
+        table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
+        for nuisance, curve in result["curves"].items():
+            for strength, point in curve.items():
+                cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
+                table.add_row(nuisance if strength == "none" else "", strength, *cells)
+            table.add_section()
+        console.print(table)
 
 
 if __name__ == "__main__":

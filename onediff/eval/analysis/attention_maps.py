@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from onediff.data.record import Record
 from onediff.eval.analysis.behaviour import rates
-from onediff.eval.jsonl import PairRow
+from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 from onediff.model.captioner import Captioner
 from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule

@@ -15,8 +15,8 @@ import numpy as np
 
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
-from onediff.eval.jsonl import PairRow
 from onediff.eval.metrics.words import Predictions, clean
+from onediff.eval.protocols import PairRow
 
 RESAMPLES = 2000
 _KINDS = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
@@ -145,19 +145,13 @@ def _parse_words(words: list[str]) -> dict[str, str | None] | None:
 
 
 def truth(row: PairRow) -> Change:
-    """What really happened in a pair of scenes, from its provenance."""
+    """What really happened in a pair of scenes, or was done to a picture, from its provenance."""
     if row["change_type"] == "none":
         return Change("none")
-    thing = {kind: row["provenance"]["object"][kind] for kind in _KINDS}
-    outcome = "direction" if row["change_type"] == "move" else "new"
-    return Change(row["change_type"], **thing, **{outcome: row["provenance"]["new"]})
-
-
-def edit_truth(row: PairRow) -> Change:
-    """What was really done to a picture, from its provenance."""
     thing = row["provenance"]["object"]
-    return Change(row["change_type"], **({kind: thing[kind] for kind in _KINDS} if thing else {}),
-                  new=row["provenance"]["new"])
+    attributes = {kind: thing[kind] for kind in _KINDS} if thing else {}
+    outcome = "direction" if row["change_type"] == "move" else "new"
+    return Change(row["change_type"], **attributes, **{outcome: row["provenance"]["new"]})
 
 
 def same_object(a: Change, b: Change) -> bool:
@@ -296,8 +290,8 @@ def interval(outcomes: Outcomes) -> list[float]:
     numbers = [groups[group] for group, _ in outcomes]
     right, count = np.bincount(numbers, [ok for _, ok in outcomes]), np.bincount(numbers)
     drawn = np.random.default_rng(0).integers(len(groups), size=(RESAMPLES, len(groups)))
-    low, high = np.percentile(right[drawn].sum(axis=1) / count[drawn].sum(axis=1), [2.5, 97.5])
-    return [float(low), float(high)]
+    shares = right[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    return [float(bound) for bound in np.percentile(shares, [2.5, 97.5])]
 
 # --- both grammars ----------------------------------------------------------------------------------------------------
 
@@ -311,7 +305,6 @@ class Grammar:
     """
 
     read: Callable[[str], Change]
-    truth: Callable[[PairRow], Change]
     undone: Callable[[Change], Change | None]
     says: Callable[[Change, Change], bool]
     inverse: Callable[[Change, Change], bool]
@@ -321,5 +314,5 @@ class Grammar:
 
 # By Protocol.grammar; the captions of a protocol without grammar are not read.
 GRAMMARS: dict[str | None, Grammar] = {
-    "scenes": Grammar(parse, truth, undone, says_the_truth, inverse, scene_checks, scene_behaviour),
-    "edits": Grammar(parse_edit, edit_truth, undone_edit, says_the_edit, inverse_edit, edit_checks, edit_behaviour)}
+    "scenes": Grammar(parse, undone, says_the_truth, inverse, scene_checks, scene_behaviour),
+    "edits": Grammar(parse_edit, undone_edit, says_the_edit, inverse_edit, edit_checks, edit_behaviour)}

@@ -22,10 +22,9 @@ from onediff.data.writer.asking import ask
 from onediff.data.writer.request import judgement_of_caption
 from onediff.data.writer.store import answers_path, read_answers
 from onediff.eval.analysis.behaviour import GRAMMARS, RESAMPLES, interval
-from onediff.eval.jsonl import PairRow, read_predictions
 from onediff.eval.metrics.ngrams import Numbers
 from onediff.eval.metrics.words import Predictions, References, check_keys
-from onediff.eval.protocols import PROTOCOLS, protocol_of, read_benchmark
+from onediff.eval.protocols import PROTOCOLS, PairRow, protocol_of, read_benchmark, read_predictions
 from onediff.paths import DIFFCAP
 
 ANSWERS = answers_path("judge", "verdicts")
@@ -150,21 +149,21 @@ def agreement(verdicts: Iterable[Verdict], truths: Mapping[str, bool], groups: M
     counts = np.zeros((len(places), 2, 2))
     for verdict in judged:
         counts[places[groups[verdict.pair_id]], int(verdict.is_true), int(truths[verdict.pair_id])] += 1
-    whole = counts.sum(0)
+    total = counts.sum(0)
     result: dict[str, Any] = {
         "num_judged": len(judged), "num_errors": len(table) - len(judged), "num_groups": len(places),
-        "counts": {f"{one}_{other}": int(whole[a, b]) for a, one in enumerate(("false", "true"))
-                   for b, other in enumerate(("false", "true"))}}
+        "counts": {f"{verdict}_{truth}": int(total[a, b]) for a, verdict in enumerate(("false", "true"))
+                   for b, truth in enumerate(("false", "true"))}}
     if not judged:
         return result
     drawn = np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), size=resamples)
     sums = np.einsum("rg,gab->rab", drawn, counts)
-    for name, of in (("accuracy", accuracy), ("kappa", kappa)):
-        value, drawn_values = float(of(whole)), of(sums)
+    for name, measure in (("accuracy", accuracy), ("kappa", kappa)):
+        value, drawn_values = float(measure(total)), measure(sums)
         known = drawn_values[~np.isnan(drawn_values)]
         bounds = [float(bound) for bound in np.quantile(known, (0.025, 0.975))] if len(known) else [None, None]
         result |= {name: None if np.isnan(value) else value, f"{name}_interval": bounds}
-    return result | {"accuracy_of_all": float(whole[0, 0] + whole[1, 1]) / len(table)}
+    return result | {"accuracy_of_all": float(total[0, 0] + total[1, 1]) / len(table)}
 
 
 def accuracy(counts: Numbers) -> Numbers:

@@ -20,11 +20,10 @@ from PIL import Image
 
 from onediff.config import Stress
 from onediff.data.record import Record
-from onediff.eval.analysis.behaviour import GRAMMARS, Grammar, Outcomes, by_change_type, rates
-from onediff.eval.jsonl import PairRow
+from onediff.eval.analysis.behaviour import GRAMMARS, Grammar, Outcomes, by_change_type, rates, truth
 from onediff.eval.metrics.compute import score
 from onediff.eval.metrics.words import Predictions, tokenize
-from onediff.eval.protocols import protocol_of
+from onediff.eval.protocols import PairRow, protocol_of
 from onediff.eval.resample import intervals
 from onediff.inputs.images import open_image, png
 
@@ -207,7 +206,7 @@ def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[Pa
     outcomes = {"same_caption_rate": _unmoved(captions, SWAPPED, rows)}
     if grammar is None:
         return rates(outcomes)
-    truths = [(row, grammar.truth(row)) for row in rows]
+    truths = [(row, truth(row)) for row in rows]
     ways_back = [(row, grammar.undone(true)) for row, true in truths if true.change_type != "none"]
     reversible = [(row, back) for row, back in ways_back if back is not None]
     plain, swapped = ([grammar.read(captions[trial][row["pair_id"]]) for row, _ in reversible]
@@ -244,7 +243,7 @@ def _point(benchmark: str, predictions: Predictions, rows: Sequence[PairRow]) ->
     behaviour = grammar.behaviour(predictions, rows) if grammar else {}
     names = [name for name in CURVE_FIGURES if name in behaviour]
     return {**{name: behaviour[name] for name in names}, "CIDEr": scores.corpus["CIDEr"],
-            "intervals": {**{name: behaviour["intervals"][name] for name in names}, "CIDEr": list(bounds["CIDEr"])}}
+            "intervals": {**{name: behaviour["intervals"][name] for name in names}, "CIDEr": bounds["CIDEr"]}}
 
 
 def _claimed_types(grammar: Grammar, predictions: Predictions,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pkgutil import resolve_name
 
 from onediff.eval.metrics import ngrams, spice, words
 from onediff.eval.metrics.catalog import CATALOG, METRICS, OPTIONAL
 from onediff.eval.metrics.meteor import Meteor, sums
 from onediff.eval.metrics.ngrams import Numbers, Sentences
-from onediff.eval.metrics.words import Pair, Predictions, References, check_keys, tokenized
+from onediff.eval.metrics.words import Predictions, References, check_keys, tokenized
 
 _meteor = Meteor()  # starts no Java before its first use
 
@@ -29,17 +28,6 @@ class Scores:
     corpus: dict[str, float]
     items: dict[str, list[float]]
     statistics: dict[str, Numbers]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The tokens of all pairs, and their n-grams, which are counted once for BLEU and CIDEr."""
-
-    pairs: list[Pair]
-
-    @cached_property
-    def sentences(self) -> Sentences:
-        return ngrams.read(self.pairs)
 
 
 def start(metrics: Sequence[str] = METRICS) -> None:
@@ -64,19 +52,18 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
     if "SPICE" in metrics:
         spice.fetch()
     start(metrics)
-    texts = Texts(tokenized(predictions, references))
+    sentences = ngrams.read(tokenized(predictions, references))
     chosen = sorted((metric for metric in CATALOG if metric.name in metrics), key=lambda metric: metric.slow)
-    results = Scores({}, {}, {})
-    for function in dict.fromkeys(metric.function for metric in chosen):
-        computed: Scores = resolve_name(function or "")(texts)
-        for part in ("corpus", "items", "statistics"):
-            getattr(results, part).update(getattr(computed, part))
-    return Scores({name: results.corpus[name] for name in metrics}, {name: results.items[name] for name in metrics},
-                  {name: rows for name, rows in results.statistics.items() if name in metrics})
+    computed: list[Scores] = [resolve_name(function)(sentences)
+                              for function in dict.fromkeys(str(metric.function) for metric in chosen)]
+    scores = {name: part for part in computed for name in part.corpus}
+    return Scores({name: scores[name].corpus[name] for name in metrics},
+                  {name: scores[name].items[name] for name in metrics},
+                  {name: scores[name].statistics[name] for name in metrics if name in scores[name].statistics})
 
 
-def bleu_scores(texts: Texts) -> Scores:
-    counts = ngrams.bleu_counts(texts.sentences)
+def bleu_scores(sentences: Sentences) -> Scores:
+    counts = ngrams.bleu_counts(sentences)
     total = counts.sum(0, keepdims=True)
     orders = {f"BLEU-{order}": order for order in range(1, ngrams.ORDERS + 1)}
     return Scores({name: float(ngrams.bleu(total, order)[0]) for name, order in orders.items()},
@@ -84,21 +71,21 @@ def bleu_scores(texts: Texts) -> Scores:
                   dict.fromkeys(orders, counts))
 
 
-def meteor_scores(texts: Texts) -> Scores:
-    corpus, items, counts = _meteor.score(texts.pairs)
+def meteor_scores(sentences: Sentences) -> Scores:
+    corpus, items, counts = _meteor.score(sentences.pairs)
     return Scores({"METEOR": corpus}, {"METEOR": items}, {"METEOR": sums(counts)})
 
 
-def rouge_scores(texts: Texts) -> Scores:
-    return _mean("ROUGE-L", ngrams.rouge(texts.pairs))
+def rouge_scores(sentences: Sentences) -> Scores:
+    return _mean("ROUGE-L", ngrams.rouge(sentences.pairs))
 
 
-def cider_scores(texts: Texts) -> Scores:
-    return _mean("CIDEr", ngrams.cider(texts.sentences))
+def cider_scores(sentences: Sentences) -> Scores:
+    return _mean("CIDEr", ngrams.cider(sentences))
 
 
-def spice_scores(texts: Texts) -> Scores:
-    return _mean("SPICE", spice.spice(texts.pairs))
+def spice_scores(sentences: Sentences) -> Scores:
+    return _mean("SPICE", spice.spice(sentences.pairs))
 
 
 def _mean(name: str, values: Numbers) -> Scores:

@@ -16,9 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 # The name of a folder may hold letters outside ASCII, which Java reads by the locale of its environment.
 LOCALE = {"LC_ALL": "C.UTF-8"}
@@ -86,7 +85,7 @@ class Program:
                 self._copies.remove(ended)
                 ended.close()
             while len(self._copies) < copies:
-                self._copies.append(_start(self._command()))
+                self._copies.append(_Copy(self._command()))
 
     def ask(self, lines: Sequence[str]) -> list[str]:
         """An answer for each line, in order; the lines are shared among the copies that have loaded.
@@ -98,7 +97,10 @@ class Program:
             try:
                 return self._exchange(lines)
             except EOFError as end:
-                ending = end.args[0].ending()
+                copy: _Copy = end.args[0]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    copy.process.wait(10)  # a process that closed its output may take a moment to end
+                ending = f"with code {copy.process.returncode} ({copy.error_message()})"
             except BaseException:  # between question and answer: the next answer would be the wrong one
                 self.close()
                 raise
@@ -148,19 +150,24 @@ class Program:
         return answers
 
 
-@dataclass(eq=False)
 class _Copy:
     """One process. `pending`: the places of the answers to come, in order, None for those that are not returned."""
 
-    process: subprocess.Popen[bytes]
-    command: Command
-    sink: IO[bytes]
-    source: IO[bytes]
-    errors: IO[bytes]
-    ready: bool
-    pending: deque[int | None] = field(default_factory=deque)
-    unsent: bytearray = field(default_factory=bytearray)
-    received: bytes = b""
+    def __init__(self, command: Command) -> None:
+        self.command, self.ready = command, command.hello is None
+        self.pending: deque[int | None] = deque()
+        self.unsent, self.received = bytearray(), b""
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen([java(), *JAVA_FLAGS, *command.arguments], cwd=command.folder,
+                                        env=os.environ | LOCALE, bufsize=0, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors,
+                                        start_new_session=True)  # Ctrl-C ends this process, which then ends Java
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.sink, self.source = self.process.stdin, self.process.stdout
+        os.set_blocking(self.sink.fileno(), False)
+        if command.hello is not None:
+            self.put(None, command.hello)
+            self.send()  # a few bytes into an empty pipe, so that it loads before the first request
 
     def take(self, todo: deque[tuple[int, str]]) -> None:
         """Takes what it can of the work. One that does not flush takes all: it may not answer a part."""
@@ -196,12 +203,6 @@ class _Copy:
         self.ready = self.ready or bool(lines)
         return [(self.pending.popleft(), line.decode(errors="replace")) for line in lines]
 
-    def ending(self) -> str:
-        """The exit code and the error message; a process that closed its output may take a moment to end."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        return f"with code {self.process.returncode} ({self.error_message()})"
-
     def error_message(self) -> str:
         self.errors.seek(0)
         return error_line(self.errors.read())
@@ -214,20 +215,6 @@ class _Copy:
     def close_streams(self) -> None:
         for stream in (self.sink, self.source, self.errors):
             stream.close()
-
-
-def _start(command: Command) -> _Copy:
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
-    process = subprocess.Popen([java(), *JAVA_FLAGS, *command.arguments], cwd=command.folder, env=os.environ | LOCALE,
-                               bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                               start_new_session=True)  # Ctrl-C ends this process, which then ends Java
-    assert process.stdin is not None and process.stdout is not None
-    copy = _Copy(process, command, process.stdin, process.stdout, errors, ready=command.hello is None)
-    os.set_blocking(process.stdin.fileno(), False)
-    if command.hello is not None:
-        copy.put(None, command.hello)
-        copy.send()  # a few bytes into an empty pipe, so that it loads before the first request
-    return copy
 
 
 def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:

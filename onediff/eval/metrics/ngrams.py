@@ -36,10 +36,11 @@ class Grams:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Of all pairs, a pair's prediction before its references. `pair` (S,); `is_prediction` (S,); `length` (S,):
+    """Of all `pairs`, a pair's prediction before its references. `pair` (S,); `is_prediction` (S,); `length` (S,):
     words; `orders`: n-grams of 1 to 4 words.
     """
 
+    pairs: Sequence[Pair]
     pair: Places
     is_prediction: NDArray[np.bool_]
     length: Places
@@ -47,7 +48,7 @@ class Sentences:
 
 
 def read(pairs: Sequence[Pair]) -> Sentences:
-    """Counts the n-grams of all sentences, once for BLEU and CIDEr."""
+    """Counts the n-grams of all sentences, once for BLEU and CIDEr. Each n-gram is a shorter one and one word more."""
     texts = [text.split() for prediction, references in pairs for text in (prediction, *references)]
     sizes = np.array([1 + len(references) for _, references in pairs])
     length = np.array([len(words) for words in texts], dtype=np.int64)
@@ -55,25 +56,19 @@ def read(pairs: Sequence[Pair]) -> Sentences:
     words = np.array([number.setdefault(word, len(number)) for text in texts for word in text], dtype=np.int64)
     is_prediction = np.zeros(len(texts), dtype=bool)
     is_prediction[np.cumsum(sizes) - sizes] = True
-    return Sentences(np.repeat(np.arange(len(pairs)), sizes), is_prediction, length,
-                     _orders(words, length, len(number)))
-
-
-def _orders(words: Places, length: Places, vocabulary: int) -> list[Grams]:
-    """An n-gram is the one before it and a word more."""
     sentence = np.repeat(np.arange(len(length)), length)
     left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # words to the sentence's end
-    gram, start, num = words, np.arange(len(words)), vocabulary
+    gram, start, num = words, np.arange(len(words)), len(number)
     orders = []
     for order in range(1, ORDERS + 1):
         if order > 1:
             fits = left[start] >= order
             start = start[fits]
-            known, gram = np.unique(gram[fits] * vocabulary + words[start + order - 1], return_inverse=True)
+            known, gram = np.unique(gram[fits] * len(number) + words[start + order - 1], return_inverse=True)
             num = len(known)
         entry, times = np.unique(sentence[start] * max(1, num) + gram, return_counts=True)
         orders.append(Grams(entry // max(1, num), entry % max(1, num), times, num))
-    return orders
+    return Sentences(pairs, np.repeat(np.arange(len(pairs)), sizes), is_prediction, length, orders)
 
 
 # --- BLEU ------------------------------------------------------------------------------------------------------------
@@ -81,18 +76,13 @@ def _orders(words: Places, length: Places, vocabulary: int) -> list[Grams]:
 
 def bleu_counts(sentences: Sentences) -> Numbers:
     """Of each pair (n, 10): its length, the closest reference's, n-grams predicted and those that match, 1 to 4."""
-    length = sentences.length[sentences.is_prediction]
+    length, pair = sentences.length[sentences.is_prediction], sentences.pair[~sentences.is_prediction]
+    reference_length = sentences.length[~sentences.is_prediction]
+    order = np.lexsort((reference_length, abs(reference_length - length[pair]), pair))  # of two as close, the shorter
+    closest = reference_length[order][np.flatnonzero(np.diff(pair, prepend=-1))]  # the first of each pair
     predicted = np.maximum(0, length[:, None] - np.arange(ORDERS))
     matching = [_matching(sentences, grams) for grams in sentences.orders]
-    return np.column_stack([length, _closest(sentences), predicted, *matching]).astype(float)
-
-
-def _closest(sentences: Sentences) -> Places:
-    """The length of the reference whose length is closest, of two the shorter."""
-    is_prediction = sentences.is_prediction
-    pair, length = sentences.pair[~is_prediction], sentences.length[~is_prediction]
-    order = np.lexsort((length, abs(length - sentences.length[is_prediction][pair]), pair))
-    return np.asarray(length[order][np.flatnonzero(np.diff(pair, prepend=-1))])  # the first of each pair
+    return np.column_stack([length, closest, predicted, *matching]).astype(float)
 
 
 def _matching(sentences: Sentences, grams: Grams) -> Places:
@@ -128,20 +118,17 @@ def bleu(sums: Numbers, order: int) -> Numbers:
 
 def rouge(pairs: Sequence[Pair]) -> Numbers:
     """ROUGE-L of each pair, 0 to 1 (n,): the best precision and the best recall, be they of one reference or two."""
-    return np.array([_rouge(prediction.split(" "), [text.split(" ") for text in references])
-                     for prediction, references in pairs])
-
-
-def _rouge(prediction: list[str], references: list[list[str]]) -> float:
-    places: dict[str, int] = {}
-    for place, word in enumerate(prediction):
-        places[word] = places.get(word, 0) | 1 << place
-    common = [_common(places, len(prediction), words) for words in references]
-    precision = max(common) / len(prediction)
-    recall = max(num / len(words) for num, words in zip(common, references, strict=True))
-    if precision == 0 or recall == 0:
-        return 0.0
-    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+    scores = []
+    for prediction, references in pairs:
+        places: dict[str, int] = {}
+        for place, word in enumerate(prediction.split(" ")):
+            places[word] = places.get(word, 0) | 1 << place
+        num, texts = prediction.count(" ") + 1, [text.split(" ") for text in references]
+        common = [_common(places, num, words) for words in texts]
+        precision = max(common) / num
+        recall = max(length / len(words) for length, words in zip(common, texts, strict=True))
+        scores.append((1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if max(common) else 0.0)
+    return np.array(scores)
 
 
 def _common(places: dict[str, int], num: int, words: list[str]) -> int:

@@ -78,8 +78,11 @@ def spice(pairs: Sequence[Pair]) -> Numbers:
         captions, scores = Path(work, "captions.json"), Path(work, "scores.json")
         captions.write_text(json.dumps([{"image_id": place, "test": prediction, "refs": references}
                                         for place, (prediction, references) in enumerate(pairs)]), encoding="utf-8")
+        classes = os.pathsep.join(map(str, (_home() / "spice-1.0.jar", _home() / "lib" / "*", folder() / "*")))
+        command = [java(), *LOCALE_FLAGS, "-Xmx8G", *(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED),
+                   "-cp", classes, "edu.anu.spice.SpiceScorer", str(captions), "-out", str(scores), "-silent"]
         try:
-            done = subprocess.run(_command(captions, scores), cwd=work, env=os.environ | LOCALE,
+            done = subprocess.run(command, cwd=work, env=os.environ | LOCALE,
                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             raise ValueError(f"SPICE: not done with {len(pairs)} pairs after {TIMEOUT_S:g} s, so its Java was ended "
@@ -94,12 +97,6 @@ def _home() -> Path:
     from pycocoevalcap.spice import spice
 
     return Path(spice.__file__).parent
-
-
-def _command(captions: Path, scores: Path) -> list[str]:
-    classes = os.pathsep.join(map(str, (_home() / "spice-1.0.jar", _home() / "lib" / "*", folder() / "*")))
-    return [java(), *LOCALE_FLAGS, "-Xmx8G", *(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED),
-            "-cp", classes, "edu.anu.spice.SpiceScorer", str(captions), "-out", str(scores), "-silent"]
 
 
 def _read(scores: Path, num: int) -> Numbers:
@@ -117,11 +114,10 @@ def _get(download: Download, place: Path) -> None:
         got = Path(part, "download")
         with urllib.request.urlopen(download.url, timeout=PATIENCE_S) as source, got.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-        if not download.url.endswith(".zip"):
-            os.replace(got, place / download.jars[0])
-            return
-        with zipfile.ZipFile(got) as archive:
-            names = {Path(name).name: name for name in archive.namelist()}
-            whole = {jar: archive.extract(names[jar], part) for jar in download.jars}
-        for jar, path in whole.items():
+        complete = dict.fromkeys(download.jars, str(got))
+        if download.url.endswith(".zip"):
+            with zipfile.ZipFile(got) as archive:
+                names = {Path(name).name: name for name in archive.namelist()}
+                complete = {jar: archive.extract(names[jar], part) for jar in download.jars}
+        for jar, path in complete.items():
             os.replace(path, place / jar)

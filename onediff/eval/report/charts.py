@@ -91,7 +91,12 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
         share = (point[0] - first) / (last - first) if last > first else 0.5
         return LEFT + share * (WIDTH_PX - LEFT - RIGHT), bottom - min(point[1], high) / high * PLOT_PX
 
-    parts = [*legend, f'<text x="{LEFT - 34}" y="{top - 10}">{escape(y_label)}</text>', *_grid(high, top)]
+    parts = [*legend, f'<text x="{LEFT - 34}" y="{top - 10}">{escape(y_label)}</text>']
+    for quarter in range(5):
+        y = top + PLOT_PX * (1 - quarter / 4)
+        parts.append(f'<line class="{"grid" if quarter else "axis"}" x1="{LEFT}" x2="{WIDTH_PX - RIGHT}" y1="{y:.1f}" '
+                     f'y2="{y:.1f}"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                     f'{high * quarter / 4:.3g}</text>')
     if marked is not None:
         x = place((marked, 0))[0]
         parts.append(f'<line class="marked" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -113,16 +118,6 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
         parts += _drawn(curve.kind, [(x, 34), (x + 24, 34)], [])
         parts.append(f'<text class="{TEXT_CLASS}" x="{x + 30}" y="38">{escape(curve.label)}</text>')
         x += 48 + round(6.4 * len(curve.label))
-    return parts
-
-
-def _grid(high: float, top: float) -> list[str]:
-    parts = []
-    for quarter in range(5):
-        y = top + PLOT_PX * (1 - quarter / 4)
-        kind = "grid" if quarter else "axis"
-        parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH_PX - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{high * quarter / 4:.3g}</text>')
     return parts
 
 

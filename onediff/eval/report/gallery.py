@@ -12,8 +12,8 @@ from PIL import Image
 
 from onediff.data.record import Record
 from onediff.eval.evaluation import checks
-from onediff.eval.jsonl import PairRow
 from onediff.eval.metrics.words import Predictions
+from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 
 MAX_PX = 480  # longer side of an image on the page

@@ -15,9 +15,8 @@ from markupsafe import Markup
 from onediff.eval.metrics.catalog import BEHAVIOUR, BEHAVIOUR_HEADLINES, METRICS
 from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.charts import COLOURS, page_style
-from onediff.eval.report.figures import last_loss
+from onediff.eval.report.figures import doubts, last_loss, published
 from onediff.eval.report.gallery import Album, Example
-from onediff.eval.report.published import doubts, published
 
 SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
          ("padding_share", "padding left out", "{:.1%}"), ("loader_wait_share", "waiting for data", "{:.1%}"),
@@ -127,11 +126,9 @@ def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """(source, {split: pairs})."""
-    table: dict[str, dict[str, int]] = {}
-    for split, sources in card["num_pairs"].items():
-        for source, kinds in sources.items():
-            table.setdefault(source, {})[split] = sum(kinds.values())
-    return list(table.items())
+    counts = card["num_pairs"].items()
+    return [(source, {split: sum(sources[source].values()) for split, sources in counts if source in sources})
+            for source in dict.fromkeys(source for _, sources in counts for source in sources)]
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:

@@ -15,7 +15,6 @@ from onediff.data.synthesis.phrases import EDIT_TEMPLATES
 from onediff.data.synthesis.scenes import scene_records
 from onediff.eval.analysis.behaviour import (
     Change,
-    edit_truth,
     inverse,
     inverse_edit,
     parse,
@@ -83,7 +82,7 @@ def test_the_inverse_of_a_scene_is_what_its_swapped_pair_tells(micro: Config) ->
 
 
 def test_the_inverse_of_the_inverse_of_an_edit_is_the_edit(edits: list[Record]) -> None:
-    found = {record.change_type: edit_truth(vars(record)) for record in edits}
+    found = {record.change_type: truth(vars(record)) for record in edits}
     assert set(found) == set(OPERATIONS)
     without = {kind for kind, edit in found.items() if undone_edit(edit) is None}
     assert without - {"remove"} == {"crop", "black_and_white", "blur", "none"}
@@ -134,7 +133,7 @@ def test_references_of_edits_tell_the_truth(edits: list[Record]) -> None:
         for text in record.references:
             said = parse_edit(text)
             if "{new}" not in max(EDIT_TEMPLATES[record.change_type], key=len) or said.new:
-                assert says_the_edit(said, edit_truth(vars(record))), text
+                assert says_the_edit(said, truth(vars(record))), text
 
 
 # --- which pairs ------------------------------------------------------------------------------------------------------
