@@ -23,11 +23,13 @@ from typing import Any
 
 from benchmarks import script
 from onediff.data.record import read_table
-from onediff.eval.analysis.behaviour import Row, edit_behaviour, scene_behaviour
+from onediff.eval.analysis.behaviour import GRAMMARS
 from onediff.eval.floors import best_constant, random_captions
-from onediff.eval.jsonl import read_predictions
-from onediff.eval.metrics.compute import Predictions, Scores, cider, score
-from onediff.eval.protocols import protocol_of, references_digest
+from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES
+from onediff.eval.metrics.compute import Scores, score
+from onediff.eval.metrics.ngrams import corpus_cider
+from onediff.eval.metrics.words import Predictions
+from onediff.eval.protocols import PairRow, protocol_of, read_predictions, references_digest
 from onediff.eval.resample import compare, intervals
 from onediff.files import write_json
 from onediff.paths import CAPTIONS, DIFFCAP, METRICS
@@ -35,8 +37,7 @@ from onediff.paths import CAPTIONS, DIFFCAP, METRICS
 FLOORS = {"nearest_train": "caption of the training pair with the nearest pixels"}
 HOME, TABLE, CHAMPION = Path(".onediff/baselines"), Path("docs/baselines.md"), "OneDiff, the champion"
 BENCHMARKS = ("scenes", "scenes_far", "edits")
-SCORES = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-BEHAVIOUR = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",
+LABELS = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",
              "swap_consistency": "swap", "operation_accuracy": "operation"}
 COMPARISONS = {"matched": "Siamese CNN", "same_place": "Siamese CNN, difference at the same place alone"}
 
@@ -80,7 +81,7 @@ def train(comparison: str, steps: int, threads: int) -> None:
     def val_cider(captioner: SiameseCaptioner) -> float:
         captions = [text for first in range(0, len(val), 64)
                     for text in captioner.caption_pixels(val[range(first, min(first + 64, len(val)))])]
-        return cider({str(number): text for number, text in enumerate(captions)},
+        return corpus_cider({str(number): text for number, text in enumerate(captions)},
                      {str(number): texts for number, texts in enumerate(val.references)})
 
     captioner = fit(pairs, architecture, training, validate=val_cider, log=log)
@@ -118,7 +119,7 @@ def peers() -> dict[str, Path]:
             **{name: folder for folder, name in trained_cnns().items()}}
 
 
-def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> list[str]:
+def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) -> list[str]:
     """The table of one benchmark, and whether the champion is better than each peer."""
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     groups = [row["group_id"] for row in rows]
@@ -127,13 +128,13 @@ def section(benchmark: str, rows: Sequence[Row], train_captions: list[str]) -> l
     figures = {name: figures_of(benchmark, scores[name], predictions[name], rows) for name in scores}
     if CHAMPION not in predictions:
         figures = {CHAMPION: recorded(benchmark, references)} | figures
-    names = [*SCORES, *(key for key in BEHAVIOUR if key in figures[CHAMPION])]
+    names = [*CAPTION_HEADLINES, *(key for key in BEHAVIOUR_HEADLINES if key in figures[CHAMPION])]
     lines = [f"**{benchmark}** ({len(rows)} pairs in {len(set(groups))} groups)", "",
-             _line("", (BEHAVIOUR.get(key, key) for key in names)), "|---" * (1 + len(names)) + "|"]
+             _line("", (LABELS.get(key, key) for key in names)), "|---" * (1 + len(names)) + "|"]
     lines += [_line(name, (with_interval(*values[key]) for key in names)) for name, values in figures.items()]
-    empty = [""] * (len(names) - len(SCORES))
+    empty = [""] * (len(names) - len(CAPTION_HEADLINES))
     # Floors of data/metrics.json that have no captions, such as the nearest training pair's; without intervals.
-    lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in SCORES), *empty])
+    lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in CAPTION_HEADLINES), *empty])
               for name, values in metrics(benchmark)["floor"].items() if name not in ("constant", "random_train")]
     if CHAMPION in predictions:
         lines += [_line(f"champion less {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
@@ -153,13 +154,13 @@ def predictions_by_system(benchmark: str, references: dict[str, list[str]],
             "random training caption": random_captions(train_captions, references)}
 
 
-def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: Sequence[Row]) -> Figures:
+def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: Sequence[PairRow]) -> Figures:
     """Each figure and its 95 % interval."""
-    grammar = protocol_of(benchmark).grammar
-    shares = {"scenes": scene_behaviour, "edits": edit_behaviour}[grammar](predictions, rows) if grammar else {}
+    grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
+    shares = grammar.behaviour(predictions, rows) if grammar else {}
     spans = intervals(scores, [row["group_id"] for row in rows])
     return {**{key: (value, spans[key]) for key, value in scores.corpus.items()},
-            **{key: (shares[key], shares["intervals"][key]) for key in BEHAVIOUR if key in shares}}
+            **{key: (shares[key], shares["intervals"][key]) for key in BEHAVIOUR_HEADLINES if key in shares}}
 
 
 def recorded(benchmark: str, references: dict[str, list[str]]) -> Figures:
@@ -169,7 +170,7 @@ def recorded(benchmark: str, references: dict[str, list[str]]) -> Figures:
         raise ValueError(f"data/metrics.json: scores of {benchmark} are of other references than those in {DIFFCAP}, "
                          "and data/captions holds no captions to score again: 'make run' makes all of them")
     spans = result["score_intervals"] | result["intervals"]
-    return {key: (result[key], spans[key]) for key in (*SCORES, *BEHAVIOUR) if key in result}
+    return {key: (result[key], spans[key]) for key in (*CAPTION_HEADLINES, *BEHAVIOUR_HEADLINES) if key in result}
 
 
 def metrics(benchmark: str) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def differences(scores: dict[str, Scores], peer: str, groups: list[str]) -> list
     """The champion less a peer by paired bootstrap, p in brackets."""
     compared = compare(scores[CHAMPION], scores[peer], groups)
     return [f"{100 * (figure.first - figure.second):+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}], "
-            f"p {figure.p:.4f}" for figure in (compared[key] for key in SCORES)]
+            f"p {figure.p:.4f}" for figure in (compared[key] for key in CAPTION_HEADLINES)]
 
 
 def with_interval(value: float, bounds: Sequence[float]) -> str:

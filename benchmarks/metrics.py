@@ -27,8 +27,10 @@ from benchmarks import script
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, phrasings, pick, say
 from onediff.eval import resample
 from onediff.eval.metrics import compute as metrics
-from onediff.eval.metrics.compute import FAST_METRICS, METRICS, Predictions, References, Scores, score, stop
-from onediff.eval.pairs import tokenized
+from onediff.eval.metrics.catalog import FAST_METRICS, METRICS
+from onediff.eval.metrics.compute import Scores, score
+from onediff.eval.metrics.java import stop
+from onediff.eval.metrics.words import Predictions, References, tokenized
 
 REFERENCES = 3
 COMPARED = 1270  # pairs of Spot-the-Diff's test split

@@ -15,10 +15,9 @@ from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 
 from onediff.config import load_runtime
+from onediff.eval.metrics.catalog import HEADLINES
 
 Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
-TABLE_COLUMNS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "change_type_accuracy", "changed_object_accuracy",
-                 "false_alarm_rate", "swap_consistency", "operation_accuracy")
 
 
 def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> None:
@@ -56,7 +55,7 @@ def publish_scores(scores: Path, key: str) -> str:
 
 def score_table(metrics: dict[str, Any]) -> str:
     """Markdown: one row per benchmark with its floors below, one column per score, aligned for reading as text too."""
-    columns = [name for name in TABLE_COLUMNS if any(name in scores for scores in metrics.values())]
+    columns = [name for name in HEADLINES if any(name in scores for scores in metrics.values())]
     rows = [["", "pairs", *columns]]
     for benchmark, scores in metrics.items():
         rows.append([benchmark, str(scores["num_pairs"]), *_cells(scores, columns)])

@@ -116,9 +116,9 @@ def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pa
                                               "Stanford CoreNLP (384 MB) to ~/.cache/onediff/spice.")] = False,
           as_json: Json = False) -> None:
     """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) as by the COCO toolkit, with 95 % intervals by bootstrap."""
-    from onediff.eval.metrics.compute import METRICS, OPTIONAL
+    from onediff.eval.metrics.catalog import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
-    from onediff.eval.report.published import doubts, published
+    from onediff.eval.report.figures import doubts, published
 
     metrics = METRICS + OPTIONAL if spice else METRICS
     scores = score_files(predictions, references, key=protocol, metrics=metrics)
@@ -138,7 +138,7 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
                                                      'of one scene or photograph, the same "group_id".')],
             protocol: Protocol = None, as_json: Json = False) -> None:
     """Whether one system's captions score higher than another's: differences with 95 % intervals, by bootstrap."""
-    from onediff.eval.metrics.compute import METRICS
+    from onediff.eval.metrics.catalog import METRICS
     from onediff.eval.protocols import compare_files
 
     differences = compare_files(first, second, references, key=protocol)

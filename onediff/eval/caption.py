@@ -20,12 +20,12 @@ def caption_records(captioner: Captioner, records: Iterable[Record], settings: C
         for (max_new_tokens, num_beams), rows in groupby(records, key=lambda record: decoding(record, settings, tasks)):
             while batch := list(islice(rows, settings.batch_size)):
                 pairs = [(open_image(record.before), open_image(record.after)) for record in batch]
-                asked = [tasks[record.source].instruction if record.source in tasks else None for record in batch]
-                spoken = captioner.caption(
-                    pairs, instructions=[own or record.instruction for own, record in zip(asked, batch, strict=True)],
-                    max_new_tokens=max_new_tokens, num_beams=num_beams)
+                instructions = [(record.source in tasks and tasks[record.source].instruction) or record.instruction
+                                for record in batch]
+                captions = captioner.caption(pairs, instructions=instructions, max_new_tokens=max_new_tokens,
+                                             num_beams=num_beams)
                 bar.update(len(batch))
-                yield from zip(batch, spoken, strict=True)
+                yield from zip(batch, captions, strict=True)
 
 
 def decoding(record: Record, settings: Caption, tasks: Mapping[str, Task]) -> tuple[int, int]:

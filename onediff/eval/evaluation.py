@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
-from onediff.eval.analysis.behaviour import RATES, edit_behaviour, edit_checks, scene_behaviour, scene_checks
-from onediff.eval.analysis.language import language
+from onediff.eval.analysis.behaviour import GRAMMARS, by_change_type
 from onediff.eval.floors import floor_captions, leave_one_out, oracle
-from onediff.eval.metrics.compute import METRICS, RANGES, Predictions, References, Scores, score
+from onediff.eval.metrics.catalog import PAIR_METRICS
+from onediff.eval.metrics.compute import Scores, score
+from onediff.eval.metrics.words import Predictions, References, clean
 from onediff.eval.protocols import (
+    PairRow,
     Protocol,
-    Row,
     chosen_rows,
     protocol_of,
     protocols_of,
@@ -21,21 +22,15 @@ from onediff.eval.protocols import (
 )
 from onediff.eval.resample import intervals, restricted
 
-PAIR_METRICS = ("CIDEr", "ROUGE-L")  # whose corpus score is the mean of the pairs'
-REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the table of every benchmark has
-# The least and the greatest value that a figure can have, wherever its name stands in a table.
-FIGURE_RANGES = {**RANGES, **dict.fromkeys((*RATES, "pixel_difference_auc"), (0.0, 1.0)),
-                 "oracle_CIDEr": RANGES["CIDEr"]}
+
+def checks(source: str, prediction: str, row: PairRow) -> dict[str, bool]:
+    """What of a prediction is right, by the source's parser; empty where no parser reads the captions."""
+    grammar = GRAMMARS.get(protocol_of(source).grammar)
+    return grammar.checks(prediction, row) if grammar else {}
 
 
-def checks(source: str, prediction: str, row: Row) -> dict[str, bool]:
-    """What the source's parser says about one prediction; empty where no parser reads the captions."""
-    grammar = protocol_of(source).grammar
-    return {"scenes": scene_checks, "edits": edit_checks}[grammar](prediction, row) if grammar else {}
-
-
-def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, train: Sequence[Row],
-             nearest: Mapping[str, Row] | None = None) -> dict[str, dict[str, Any]]:
+def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, train: Sequence[PairRow],
+             nearest: Mapping[str, PairRow] | None = None) -> dict[str, dict[str, Any]]:
     """benchmark -> scores, floors and behaviour, and under "pairs" what each pair scored.
 
     `train`: the rows whose captions the floors may use; `nearest`: for each pair the one of these with the nearest
@@ -43,53 +38,46 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[Row], *, trai
 
     Raises ValueError if predictions and rows do not match.
     """
-    found = {}
-    for joined, same in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
+    tables = {}
+    for joined, group in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
         references = {row["pair_id"]: texts_of(row, joined=joined) for row in rows}
-        said = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
-        scores = {who: score(texts, references) for who, texts in said.items()}
-        for key, protocol in same:
-            if not chosen_rows(protocol, rows):
-                continue  # a gate split, for one, need not hold unchanged pairs
-            found[key] = _table(protocol, rows, references, scores, said)
-    told = language(predictions.values(), [text for row in train for text in row["references"]])
-    return {key: {**table, "language": told} for key, table in found.items()}
+        captions = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
+        scores = {system: score(texts, references) for system, texts in captions.items()}
+        for key, protocol in group:
+            if chosen_rows(protocol, rows):  # a gate split, for one, need not hold unchanged pairs
+                tables[key] = _table(protocol, rows, references, captions, scores)
+    style = language(predictions.values(), [text for row in train for text in row["references"]])
+    return {key: {**table, "language": style} for key, table in tables.items()}
 
 
-def _table(protocol: Protocol, rows: Sequence[Row], references: References, scores: Mapping[str, Scores],
-           said: Mapping[str, Predictions]) -> dict[str, Any]:
+def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, captions: Mapping[str, Predictions],
+           scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """`captions` and `scores`: those of the predictions under "", and those of the floors under their names."""
     chosen = chosen_rows(protocol, rows)
-    own, part = [rows[place] for place in chosen], {who: restricted(all_, chosen) for who, all_ in scores.items()}
-    floors: dict[str, dict[str, Any]] = {who: dict(part[who].corpus) for who in part if who}
-    if "constant" in floors:
-        floors["constant"]["sentence"] = next(iter(said["constant"].values()))
-    bounds = intervals(part[""], [row["group_id"] for row in own])
-    result: dict[str, Any] = {
-        **part[""].corpus, "score_intervals": {name: list(both) for name, both in bounds.items()},
-        "num_pairs": len(own), "protocol": protocol.name, "references": references_digest(references), "floor": floors,
+    chosen_pairs = [rows[place] for place in chosen]
+    part = {system: restricted(all_pairs, chosen) for system, all_pairs in scores.items()}
+    items = part[""].items
+    named = {"protocol": protocol.name, "references": references_digest(references)}
+    table: dict[str, Any] = {
+        **part[""].corpus, "score_intervals": intervals(part[""], [row["group_id"] for row in chosen_pairs]),
+        "num_pairs": len(chosen_pairs), **named,
+        "floor": {system: dict(part[system].corpus) for system in part if system},
         "leave_one_out": {} if protocol.only else leave_one_out(references),
-        "by_change_type": _by_change_type(part[""], own)}
-    result["pairs"] = {**{key: result[key] for key in ("protocol", "references")},
-                       **{key: [row[key] for row in own] for key in ("pair_id", "group_id")},
-                       **{name: part[""].items[name] for name in PAIR_METRICS}}
+        "by_change_type": {kind: {"num_pairs": len(places),
+                                  **{name: _mean(items[name], places) for name in PAIR_METRICS}}
+                           for kind, places in by_change_type(chosen_pairs).items()},
+        "pairs": {**named, **{key: [row[key] for row in chosen_pairs] for key in ("pair_id", "group_id")},
+                  **{name: items[name] for name in PAIR_METRICS}}}
+    if "constant" in captions:
+        table["floor"]["constant"]["sentence"] = next(iter(captions["constant"].values()))
     if protocol.grammar == "scenes":
-        result |= scene_behaviour(said[""], own)
-        result["changed"] = _changed(part[""], own)
-    if protocol.grammar == "edits":
-        result |= edit_behaviour(said[""], own)
-    return result
+        table["changed"] = _changed(part[""], chosen_pairs)
+    if protocol.grammar:
+        table |= GRAMMARS[protocol.grammar].behaviour(captions[""], chosen_pairs)
+    return table
 
 
-def _by_change_type(scores: Scores, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean CIDEr and ROUGE-L of the pairs of each type; document frequencies are those of the whole split."""
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row["change_type"], []).append(place)
-    return {kind: {"num_pairs": len(chosen), "CIDEr": _mean(scores.items["CIDEr"], chosen),
-                   "ROUGE-L": _mean(scores.items["ROUGE-L"], chosen)} for kind, chosen in sorted(places.items())}
-
-
-def _changed(scores: Scores, rows: Sequence[Row]) -> dict[str, float]:
+def _changed(scores: Scores, rows: Sequence[PairRow]) -> dict[str, float]:
     """CIDEr on the changed pairs beside that of an oracle; document frequencies are those of the whole split."""
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     truths = score({row["pair_id"]: oracle(row) for row in rows}, references, metrics=["CIDEr"])
@@ -103,3 +91,19 @@ def _changed(scores: Scores, rows: Sequence[Row]) -> dict[str, float]:
 
 def _mean(values: Sequence[float], chosen: Sequence[int]) -> float:
     return sum(values[place] for place in chosen) / len(chosen)
+
+
+def language(captions: Iterable[str], train: Sequence[str]) -> dict[str, float]:
+    """`words`: mean length; `vocabulary`: different words; `different`: share of captions that no other pair has had
+    before; `distinct_1`, `distinct_2`: different words and word pairs to all of them (Li et al., NAACL 2016); `copied`:
+    share of captions that stand word for word among the training captions, left out without these; `empty`: share.
+    """
+    texts = [clean(text).lower() for text in captions]
+    lines = [text.split() for text in texts]
+    known = {clean(text).lower() for text in train}
+    words = [word for line in lines for word in line]
+    couples = [couple for line in lines for couple in pairwise(line)]
+    copied = {"copied": sum(text in known for text in texts) / len(texts)} if known else {}
+    return {"words": len(words) / len(texts), "vocabulary": len(set(words)), "different": len(set(texts)) / len(texts),
+            "distinct_1": len(set(words)) / max(1, len(words)), "distinct_2": len(set(couples)) / max(1, len(couples)),
+            "empty": texts.count("") / len(texts), **copied}

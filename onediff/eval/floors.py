@@ -1,4 +1,7 @@
-"""What scores are read against: floors that never see an image, and an oracle that says the truth in other words."""
+"""What scores are compared with: floors that understand no image, and an oracle that states the truth in other words.
+
+Shapes:  n pairs, m training pairs, E = 2 images x 8 x 8 places x 3 colors.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
+from onediff.data.record import Record
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes.captions import describe, noun
-from onediff.eval.analysis.behaviour import Row, matching_templates
-from onediff.eval.metrics.compute import METRICS, Predictions, References, cider, clean, score
-from onediff.eval.protocols import texts_of
+from onediff.eval.analysis.behaviour import matching_templates
+from onediff.eval.metrics.catalog import METRICS
+from onediff.eval.metrics.compute import score
+from onediff.eval.metrics.ngrams import corpus_cider
+from onediff.eval.metrics.words import Predictions, References, clean
+from onediff.eval.protocols import PairRow, texts_of
+from onediff.inputs.images import open_image
 
 NUM_CANDIDATES = 30
 NUM_FINALISTS = 3
-LEFT_OUT = 3  # references at most that take their turn as a prediction
+MAX_LEFT_OUT = 3  # references at most that take their turn as a prediction
 SAMPLE = 100  # pairs on which the candidates for the constant sentence are compared first
+SIDE = 8
+MAX_TRAIN_PAIRS = 10_000  # drawn by seed: more would cost minutes and be the same floor
 
 
-def floor_captions(train: Sequence[Row], references: References, *, nearest: Mapping[str, Row] | None = None,
+def floor_captions(train: Sequence[PairRow], references: References, *, nearest: Mapping[str, PairRow] | None = None,
                    joined: bool = False, seed: int = 0) -> dict[str, Predictions]:
-    """What is said by systems that understand no image, all from training captions: `constant`, the best sentence for
+    """Captions of systems that understand no image, all from training captions: `constant`, the best sentence for
     every pair; `random_train`, any one; `nearest_train`, that of the training pair whose pixels are nearest, where
     these are known. Empty without training captions.
     """
     texts = [text for row in train for text in row["references"]]
     if not texts:
         return {}
-    whole = [text for row in train for text in texts_of(row, joined=joined)]
-    found = {"constant": _always(best_constant(texts, references, seed=seed), references),
-             "random_train": random_captions(whole, references, seed=seed)}
-    if nearest:
-        found["nearest_train"] = {key: texts_of(nearest[key], joined=joined)[0] for key in references}
-    return found
+    captions = [text for row in train for text in texts_of(row, joined=joined)]
+    memory = {key: texts_of(nearest[key], joined=joined)[0] for key in references} if nearest else None
+    return {"constant": dict.fromkeys(references, best_constant(texts, references, seed=seed)),
+            "random_train": random_captions(captions, references, seed=seed),
+            **({"nearest_train": memory} if memory else {})}
 
 
 def best_constant(train: Sequence[str], references: References, *, seed: int = 0) -> str:
@@ -50,12 +61,12 @@ def best_constant(train: Sequence[str], references: References, *, seed: int = 0
     keys = list(references)
     chosen = np.random.default_rng(seed).permutation(len(keys))[:SAMPLE]
     sample = {keys[i]: references[keys[i]] for i in sorted(chosen)}
-    ranked = sorted(candidates, key=lambda text: -cider(_always(text, sample), sample))
-    return max(ranked[:NUM_FINALISTS], key=lambda text: cider(_always(text, references), references))
 
+    def constant_cider(text: str, pairs: References) -> float:
+        return corpus_cider(dict.fromkeys(pairs, text), pairs)
 
-def _always(sentence: str, references: References) -> Predictions:
-    return dict.fromkeys(references, sentence)
+    ranked = sorted(candidates, key=lambda text: -constant_cider(text, sample))
+    return max(ranked[:NUM_FINALISTS], key=lambda text: constant_cider(text, references))
 
 
 def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0) -> Predictions:
@@ -63,6 +74,37 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
     names = list(keys)
     drawn = np.random.default_rng(seed).integers(len(train), size=len(names))
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
+
+
+def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], records: Iterable[Record],
+                 *, seed: int = 0) -> dict[str, PairRow]:
+    """The floor of memory: pair_id of every record -> the row of `train` that looks most alike, by coarse pixels and
+    no learning. `train_records` have the images of `train`. Raises OSError for an image that cannot be read.
+    """
+    import faiss
+
+    drawn = np.random.default_rng(seed).permutation(len(train))[:MAX_TRAIN_PAIRS]
+    candidates = {train[place]["pair_id"]: train[place] for place in sorted(drawn)}
+    names, vectors = _coarse_records(record for record in train_records if record.pair_id in candidates)
+    keys, queries = _coarse_records(records)
+    faiss.omp_set_num_threads(1)  # on a busy machine its threads wait for each other
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(vectors)
+    places = index.search(queries, 1)[1][:, 0]
+    return {key: candidates[names[place]] for key, place in zip(keys, places, strict=True)}
+
+
+def _coarse_records(records: Iterable[Record]) -> tuple[list[str], NDArray[np.float32]]:
+    vectors = {record.pair_id: coarse_pixels(open_image(record.before), open_image(record.after))
+               for record in records if record.num_images == 2}
+    return list(vectors), np.stack(list(vectors.values()))
+
+
+def coarse_pixels(before: Image.Image, after: Image.Image) -> NDArray[np.float32]:
+    """(E,): the image before, and what differs after it, coarse; the difference counts as much as its contrast."""
+    small = [np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
+             for image in (before, after)]
+    return np.concatenate([small[0].ravel(), (small[1] - small[0]).ravel()])
 
 
 def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -> dict[str, float]:
@@ -73,14 +115,14 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -
     several = {key: texts for key, texts in references.items() if len(texts) > 1}
     if len(several) < 2:  # one pair alone has no document frequencies
         return {}
-    turns = min(LEFT_OUT, *map(len, several.values()))
-    found = [score({key: texts[out] for key, texts in several.items()},
-                   {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
-                   metrics=metrics).corpus for out in range(turns)]
-    return {"num_pairs": len(several), **{name: sum(each[name] for each in found) / turns for name in metrics}}
+    num_turns = min(MAX_LEFT_OUT, *map(len, several.values()))
+    scores = [score({key: texts[out] for key, texts in several.items()},
+                    {key: [*texts[:out], *texts[out + 1 :]] for key, texts in several.items()},
+                    metrics=metrics).corpus for out in range(num_turns)]
+    return {"num_pairs": len(several), **{name: sum(each[name] for each in scores) / num_turns for name in metrics}}
 
 
-def oracle(row: Row) -> str:
+def oracle(row: PairRow) -> str:
     """The truth about a pair of scenes in a sentence that its references do not use, where there is one."""
     rng = np.random.default_rng(zlib.crc32(row["pair_id"].encode()))
     templates = SCENE_TEMPLATES[row["change_type"]]
@@ -89,14 +131,11 @@ def oracle(row: Row) -> str:
     if row["change_type"] == "none":
         return template
     new = row["provenance"]["new"] or ""
-    return template.format(old=_phrase(rng, row), new=DIRECTIONS.get(new) or say(rng, new))
-
-
-def _phrase(rng: np.random.Generator, row: Row) -> str:
-    """The changed object in words that fit no other object of its scene."""
     thing = _thing(row["provenance"]["object"])
     others = [_thing(other) for other in row["provenance"]["objects"] if _thing(other) != thing]
-    return describe(rng, thing, [*others, thing]) or noun(rng, thing, {"size", "material"})
+    unique = describe(rng, thing, [*others, thing])  # words that fit no other object of the scene
+    phrase = unique or noun(rng, thing, {"size", "material"})
+    return template.format(old=phrase, new=DIRECTIONS.get(new) or say(rng, new))
 
 
 def _thing(attributes: dict[str, Any]) -> Thing:

@@ -10,19 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onediff.eval.metrics import meteor
 from onediff.eval.metrics.compute import Scores
-from onediff.eval.metrics.ngrams import bleu
+from onediff.eval.metrics.ngrams import Numbers, bleu
 
-Numbers = NDArray[np.float64]
 RESAMPLES = 10_000
 CHUNK = 500  # resamples whose draws are in memory at once
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """Two systems on the same pairs: their scores, the difference, its 95 % interval, and how likely chance alone is
     to bring one as large in either direction (two-sided p).
     """
@@ -46,55 +44,56 @@ def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
 
 
 def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
-              seed: int = 0) -> dict[str, tuple[float, float]]:
+              seed: int = 0) -> dict[str, list[float]]:
     """95 % percentile intervals of the corpus scores. CIDEr's document frequencies stay those of all pairs."""
-    drawn = resampled(scores, groups, resamples=resamples, seed=seed)
-    return {name: _middle(values) for name, values in drawn.items()}
+    drawn, = resampled([scores], groups, resamples=resamples, seed=seed)
+    return {name: _interval(values) for name, values in drawn.items()}
 
 
 def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
-            seed: int = 0) -> dict[str, Compared]:
+            seed: int = 0) -> dict[str, Comparison]:
     """Paired bootstrap: every resample draws the same groups for both. Koehn, EMNLP 2004.
 
     Raises ValueError if the two hold other metrics or numbers of pairs.
     """
     if list(first.corpus) != list(second.corpus):
         raise ValueError(f"both must have the same metrics, got {list(first.corpus)} and {list(second.corpus)}")
-    ours, theirs = _resampled([first, second], groups, resamples, seed)
-    return {name: Compared(first.corpus[name], second.corpus[name], *_middle(ours[name] - theirs[name]),
-                           _two_sided(ours[name] - theirs[name])) for name in first.corpus}
+    ours, theirs = resampled([first, second], groups, resamples=resamples, seed=seed)
+    comparisons = {}
+    for name, score in first.corpus.items():
+        difference = ours[name] - theirs[name]
+        tail = 1 + min(int((difference <= 0).sum()), int((difference >= 0).sum()))  # 1: the observed one is a draw, too
+        low, high = _interval(difference)
+        comparisons[name] = Comparison(score, second.corpus[name], low, high,
+                                       min(1.0, 2 * tail / (len(difference) + 1)))
+    return comparisons
 
 
-def resampled(scores: Scores, groups: Sequence[str], *, resamples: int, seed: int) -> dict[str, Numbers]:
-    """Each metric's value on each resample (R,). The same groups and seed draw the same resamples.
+def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: int,
+              seed: int) -> list[dict[str, Numbers]]:
+    """Each metric's value on each resample (R,), of each system. The same groups and seed draw the same resamples; all
+    systems get the same draws, which take most of the time.
 
     Raises ValueError unless there is a group for each pair.
     """
-    return _resampled([scores], groups, resamples, seed)[0]
-
-
-def _resampled(systems: Sequence[Scores], groups: Sequence[str], resamples: int, seed: int) -> list[dict[str, Numbers]]:
-    """Of each system; all get the same draws, which take most of the time."""
     names, place = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-    sums = {(number, name): _by_group(share, place, len(names)) for number, scores in enumerate(systems)
-            for name, share in _shares(scores, len(groups)).items()}  # (G, k)
+    sums: dict[tuple[int, str], Numbers] = {}
+    for number, scores in enumerate(systems):
+        for name in scores.corpus:
+            shares = shares_of(scores, name)
+            if len(shares) != len(groups):
+                raise ValueError(f"one group for each pair is needed, got {len(groups)} for {len(shares)} pairs")
+            sums[number, name] = np.zeros((len(names), shares.shape[1]))  # (G, k)
+            np.add.at(sums[number, name], place, shares)
     rng = np.random.default_rng(seed)
-    found: dict[tuple[int, str], list[Numbers]] = {key: [] for key in sums}
+    chunks: dict[tuple[int, str], list[Numbers]] = {key: [] for key in sums}
     for start in range(0, resamples, CHUNK):
         times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)),
                                 size=min(CHUNK, resamples - start)).astype(float)  # (R, G)
         for key, each in sums.items():
-            found[key].append(corpus_score(key[1], times @ each))
-    return [{name: np.concatenate(found[number, name]) for name in scores.corpus}
+            chunks[key].append(corpus_score(key[1], times @ each))
+    return [{name: np.concatenate(chunks[number, name]) for name in scores.corpus}
             for number, scores in enumerate(systems)]
-
-
-def _shares(scores: Scores, num_groups: int) -> dict[str, Numbers]:
-    shares = {name: shares_of(scores, name) for name in scores.corpus}
-    if any(len(share) != num_groups for share in shares.values()):
-        raise ValueError(f"one group for each pair is needed, got {num_groups} for "
-                         f"{', '.join(str(len(share)) for share in shares.values())} pairs")
-    return shares
 
 
 def corpus_score(name: str, sums: Numbers) -> Numbers:
@@ -106,25 +105,10 @@ def corpus_score(name: str, sums: Numbers) -> Numbers:
 
 def shares_of(scores: Scores, name: str) -> Numbers:
     """What each pair adds to a metric's sums (n, k): the metric's own statistics, or its value on the pair and 1."""
-    family = name.split("-")[0]
-    if family == "METEOR":
-        return meteor.sums(scores.statistics[family])
-    if family in scores.statistics:
-        return scores.statistics[family]
+    if name in scores.statistics:
+        return scores.statistics[name]
     return np.stack([np.asarray(scores.items[name]), np.ones(len(scores.items[name]))], 1)
 
 
-def _by_group(share: Numbers, place: NDArray[np.intp], num: int) -> Numbers:
-    sums = np.zeros((num, share.shape[1]))
-    np.add.at(sums, place, share)
-    return sums
-
-
-def _middle(values: Numbers) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _two_sided(differences: Numbers) -> float:
-    tail = 1 + min(int((differences <= 0).sum()), int((differences >= 0).sum()))  # 1: what was seen is a draw, too
-    return min(1.0, 2 * tail / (len(differences) + 1))
+def _interval(values: Numbers) -> list[float]:
+    return [float(bound) for bound in np.quantile(values, (0.025, 0.975))]

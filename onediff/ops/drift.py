@@ -17,7 +17,8 @@ import numpy as np
 
 from onediff import config
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.analysis.stress import GRAMMARS, choose, jpeg
+from onediff.eval.analysis.behaviour import GRAMMARS
+from onediff.eval.analysis.stress import choose, jpeg
 from onediff.files import write_json
 from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff import paths
-from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS, REQUIRED
+from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS, REQUIRED
 from onediff.git import committed
 from onediff.model.digest import ModelDigests, model_digests
 from onediff.repro.lock import LOCK, Stage, md5_of, parse_dvc_lock, read_dvc_lock

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff.config import Section
-from onediff.eval.evaluation import FIGURE_RANGES, PAIR_METRICS
+from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS
 from onediff.eval.metrics.compute import Scores
 from onediff.eval.resample import compare
 from onediff.git import head, is_committed

@@ -14,6 +14,7 @@ from typing import Any
 
 from onediff import tracking
 from onediff.config import load_runtime
+from onediff.eval.metrics.catalog import HEADLINES
 from onediff.files import write_json, write_text
 from onediff.model.digest import DIGEST_FILE, model_digests
 from onediff.registry import store
@@ -22,9 +23,6 @@ from onediff.registry.evidence import Evidence
 from onediff.registry.facts import FACTS, OF_DATA, YES, facts_after_scoring, facts_at_registration, locked_md5, size_mib
 from onediff.registry.promotion import REFUSED, champion_moves, gate_scores, propose
 from onediff.registry.store import CHAMPION, NAME, ModelVersion, may_write, shared, writing
-
-_MAIN_SCORES = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "change_type_accuracy", "changed_object_accuracy",
-                "false_alarm_rate", "swap_consistency", "operation_accuracy")
 
 
 @tracking.plain_errors()
@@ -202,4 +200,4 @@ def _score_tags(evidence: Evidence) -> dict[str, str]:
 
 def _main_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     return {path: float(value) for path, value in scores.items()
-            if path.count(".") == 1 and path.split(".")[1] in _MAIN_SCORES and isinstance(value, (int, float))}
+            if path.count(".") == 1 and path.split(".")[1] in HEADLINES and isinstance(value, (int, float))}

@@ -9,14 +9,12 @@ from typing import Any
 
 from onediff.config import Config, load_params
 from onediff.data.folders import sources_of
+from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES, HEADLINES
 from onediff.files import write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
           "nearest_train": "floor: caption of the nearest training pair"}
-CAPTIONS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-BEHAVIOUR = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
-             "operation_accuracy")
 
 Tables = Mapping[str, Mapping[str, Any]]  # benchmark -> scores
 Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
@@ -35,12 +33,12 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     tests, gates, stress = (_read(data / f"{name}.json") for name in ("metrics", "gate", "stress"))
     scores = [(split, benchmark, table) for split, tables in (("test", tests), ("gate", gates))
               for benchmark, table in tables.items()]
-    behaviour = [name for name in BEHAVIOUR if any(name in table for _, _, table in scores)]
+    behaviour = [name for name in BEHAVIOUR_HEADLINES if any(name in table for _, _, table in scores)]
     runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in ("align", "tune") if getattr(config, phase)}
     lineage = folder / "lineage/lineage.json"
     content = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
-        phases=[_phase(config, name, run) for name, run in runs.items()], captions=CAPTIONS,
+        phases=[_phase(config, name, run) for name, run in runs.items()], captions=CAPTION_HEADLINES,
         caption_rows=list(_caption_rows(scores)), behaviour=behaviour,
         behaviour_rows=[
             [split, benchmark, *(_cell(table.get(name), table["intervals"].get(name)) for name in behaviour)]
@@ -63,7 +61,7 @@ def _card_data(scores: Labelled) -> Any:
                           metric_type=metric.lower(), metric_name=f"{metric} (times 100)",
                           metric_value=round(100 * table[metric], 2))
                for split, benchmark, table in scores
-               for metric in CAPTIONS + BEHAVIOUR if isinstance(table.get(metric), (int, float))]
+               for metric in HEADLINES if isinstance(table.get(metric), (int, float))]
     return ModelCardData(language="en", license="other", license_name="that-of-its-data-and-checkpoints",
                          license_link="LICENSE", library_name="onediff", pipeline_tag="image-to-text",
                          tags=["image-difference-captioning", "onediff"], model_name="OneDiff", eval_results=results)
@@ -92,9 +90,9 @@ def _caption_rows(scores: Labelled) -> Iterator[list[str]]:
     """Split, benchmark, who, number of pairs, then a cell per metric; the floors below each benchmark."""
     for split, benchmark, table in scores:
         yield [split, benchmark, "**OneDiff**", f"{table['num_pairs']:,}",
-               *(_cell(table.get(name), table["score_intervals"].get(name)) for name in CAPTIONS)]
+               *(_cell(table.get(name), table["score_intervals"].get(name)) for name in CAPTION_HEADLINES)]
         for floor, values in table.get("floor", {}).items():
-            yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTIONS)]
+            yield ["", "", FLOORS.get(floor, floor), "", *(_cell(values.get(name)) for name in CAPTION_HEADLINES)]
 
 
 def _cell(value: Any, bounds: Any = None) -> str:

@@ -1,20 +1,18 @@
-"""Stage `caption`: the tuned model says what changed in every pair of every benchmark."""
+"""Stage `caption`: the tuned model captions every pair of every benchmark."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from onediff.config import load_params, load_runtime
-from onediff.data.record import Record, read_records
+from onediff.data.record import read_records
 from onediff.files import new_folder
 from onediff.library_logs import silence_libraries
+from onediff.paths import CAPTIONS, DIFFCAP
 from onediff.stages.command import run
-
-OUT = Path("data/captions")
 
 
 def caption(model: str = "data/models/tune") -> None:
@@ -25,25 +23,19 @@ def caption(model: str = "data/models/tune") -> None:
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)
-    with new_folder(OUT) as folder:
+    with new_folder(CAPTIONS) as folder:
         for split in ("test", "gate"):
-            records = read_records(Path("data/diffcap"), f"{split}-*.parquet")
-            predictions = caption_records(captioner, records, config.caption, config.tasks,
-                                          progress=f"caption {split}")
-            _write(predictions, folder / split)
-
-
-def _write(predictions: Iterator[tuple[Record, str]], folder: Path) -> None:
-    """One file for each benchmark."""
-    folder.mkdir()
-    files: dict[str, IO[str]] = {}
-    with ExitStack() as stack:
-        for record, text in predictions:
-            if record.source not in files:
-                path = folder / f"{record.source}.jsonl"
-                files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))
-            line = {"pair_id": record.pair_id, "prediction": text}
-            files[record.source].write(json.dumps(line, ensure_ascii=False) + "\n")
+            (folder / split).mkdir()
+            records = read_records(DIFFCAP, f"{split}-*.parquet")
+            files: dict[str, IO[str]] = {}
+            with ExitStack() as stack:
+                for record, text in caption_records(captioner, records, config.caption, config.tasks,
+                                                    progress=f"caption {split}"):
+                    if record.source not in files:
+                        path = folder / split / f"{record.source}.jsonl"
+                        files[record.source] = stack.enter_context(path.open("w", encoding="utf-8"))
+                    line = {"pair_id": record.pair_id, "prediction": text}
+                    files[record.source].write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from onediff.config import Config, load_params
+from onediff.config import load_params
 from onediff.data.folders import sources_of
 from onediff.data.record import read_records, read_table
-from onediff.eval.analysis.behaviour import Row
-from onediff.eval.evaluation import PAIR_METRICS
-from onediff.eval.jsonl import read_predictions
-from onediff.eval.metrics.compute import Predictions
-from onediff.eval.protocols import protocols_of
+from onediff.eval.metrics.catalog import PAIR_METRICS
+from onediff.eval.protocols import PairRow, protocols_of, read_predictions
 from onediff.eval.report.charts import standalone
 from onediff.eval.report.figures import figures
 from onediff.eval.report.gallery import Album, Grid, choose, example, fitted, losses, worst
-from onediff.eval.report.page import ordered, ordered_sources, render_page
+from onediff.eval.report.page import ModelResults, ordered, ordered_sources, render_page
 from onediff.files import new_folder, write_text
-from onediff.paths import DIFFCAP
+from onediff.paths import (
+    CAPTIONS,
+    CARD,
+    CURVES,
+    DIFFCAP,
+    DIFFCAP_REPORTS,
+    FIGURES,
+    GATE,
+    METRICS,
+    PARAMS,
+    REPORT,
+    SCORED,
+    STRESS,
+    STRESS_DETAILS,
+)
 from onediff.stages.command import run
 
-PARAMS, CURVES, OUTPUT, FIGURES = (Path(name) for name in ("params.yaml", "data/curves", "data/report.html",
-                                                           "data/figures"))
 PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}  # examples in the gallery
 PER_TYPE_ELSEWHERE, NUM_WORST, NUM_LOST = 4, 12, 12
 IMAGES_BYTES = 5_000_000  # of the page; its text and figures take less than one more megabyte
@@ -40,8 +49,8 @@ def report() -> None:
     with new_folder(FIGURES) as folder:
         for name, chart in charts.items():
             (folder / f"{name.replace('/', '-')}.svg").write_text(standalone(chart), encoding="utf-8")
-    write_text(OUTPUT, page)
-    print(f"{OUTPUT}: {len(page) / 1e6:.1f} MB; {FIGURES}: {len(charts)} figures")
+    write_text(REPORT, page)
+    print(f"{REPORT}: {len(page) / 1e6:.1f} MB; {FIGURES}: {len(charts)} figures")
 
 
 def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
@@ -49,79 +58,61 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
     lose most.
     """
     config = load_params(PARAMS)
-    metrics, stress = _read_json(Path("data/metrics.json")), _read_json_if_there(Path("data/stress.json"))
-    curves = {phase: _read_lines(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")}
-    charts = figures(ordered(metrics), stress, curves)
-    scored = _read_json_if_there(Path("data/scored/test.json"))
-    return render_page(
-        when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", subtitle=_subtitle(config),
-        params=PARAMS.read_text(encoding="utf-8"), metrics=metrics, gate=_read_json(Path("data/gate.json")),
-        stress=stress, curves=curves, card=_read_json(DIFFCAP / "card.json"),
-        audit=_read_json_if_there(Path("data/reports/diffcap/audit.json")),
-        albums=fitted(_albums(scored, against or {}), IMAGES_BYTES), figures=charts), charts
-
-
-def _subtitle(config: Config) -> str:
     model, delta = config.model, config.model.delta
-    return (f"{', '.join(sources_of(config.data))} · vision {model.vision.path} · language {model.language} · "
-            f"{delta.num_tokens} delta tokens from levels {delta.levels}, reading {model.reading}, "
-            f"keys {delta.inputs} · seed {config.seed}")
+    results = ModelResults(
+        when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        subtitle=f"{', '.join(sources_of(config.data))} · vision {model.vision.path} · language {model.language} · "
+                 f"{delta.num_tokens} delta tokens from levels {delta.levels}, reading {model.reading}, "
+                 f"keys {delta.inputs} · seed {config.seed}",
+        params=PARAMS.read_text(encoding="utf-8"), metrics=_read_json(METRICS), gate=_read_json(GATE),
+        stress=_read_json_if_there(STRESS), card=_read_json(CARD),
+        curves={phase: _read_lines(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")},
+        audit=_read_json_if_there(DIFFCAP_REPORTS / "audit.json"))
+    charts = figures(ordered(results.metrics), results.stress, results.curves)
+    rows, scored = read_table(DIFFCAP, "test-*.parquet"), _read_json_if_there(SCORED / "test.json")
+    albums = {source: _album(source, [row for row in rows if row["source"] == source], scored, against or {})
+              for source in ordered_sources(row["source"] for row in rows)}
+    return render_page(results, fitted(albums, IMAGES_BYTES), charts), charts
 
 
 # --- gallery ----------------------------------------------------------------------------------------------------------
 
 
-def _albums(scored: Scored, against: Scored) -> dict[str, Album]:
-    rows = read_table(DIFFCAP, "test-*.parquet")
-    sources = ordered_sources(row["source"] for row in rows)
-    own = {source: [row for row in rows if row["source"] == source] for source in sources}
-    said = {source: read_predictions(Path(f"data/captions/test/{source}.jsonl")) for source in sources}
-    maps = {source: _maps(source) for source in sources}
-    scores = {source: _pair_scores(source, scored) for source in sources}
-    chosen = {source: _chosen(source, own[source], said[source], scores[source], first=maps[source])
-              for source in sources}
-    lost = {source: _lost(source, scored, against) for source in sources}
-    wanted = {key for parts in chosen.values() for keys in parts for key in keys}.union(*lost.values())
-    shown = {record.pair_id: example(record, said[record.source][record.pair_id],
-                                     scores=scores[record.source].get(record.pair_id),
-                                     maps=maps[record.source].get(record.pair_id))
-             for record in read_records(DIFFCAP, "test-*.parquet") if record.pair_id in wanted}
-    return {source: Album(shown=[shown[key] for key in some], worst=[shown[key] for key in low],
-                          lost=[replace(shown[key], lost=by) for key, by in lost[source].items()])
-            for source, (some, low) in chosen.items()}
+def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored) -> Album:
+    """Pairs of every type, the worst ones, and those that lost most against the other model."""
+    predictions = read_predictions(CAPTIONS / f"test/{source}.jsonl")
+    benchmark = next(iter(protocols_of(source)))
+    table = scored.get(benchmark, {})
+    scores = {key: {name: table[name][place] for name in PAIR_METRICS}
+              for place, key in enumerate(table.get("pair_id", ()))}
+    attention = STRESS_DETAILS / f"{source}.attention.jsonl"
+    maps: dict[str, dict[str, Grid]] = {}
+    if attention.exists():
+        maps = {line.pop("pair_id"): line for line in _read_lines(attention)}
+    shown = choose(source, rows, predictions, per_type=PER_TYPE.get(source, PER_TYPE_ELSEWHERE), first=maps)
+    cider = {key: values["CIDEr"] for key, values in scores.items()}
+    low = worst(source, rows, predictions, cider, count=NUM_WORST) if cider else []
+    lost = _lost(benchmark, scored, against)
+    chosen = {*shown, *low, *lost}
+    examples = {record.pair_id: example(record, predictions[record.pair_id], scores=scores.get(record.pair_id),
+                                        maps=maps.get(record.pair_id))
+                for record in read_records(DIFFCAP, "test-*.parquet") if record.pair_id in chosen}
+    return Album(shown=[examples[key] for key in shown], worst=[examples[key] for key in low],
+                 lost=[replace(examples[key], lost=by) for key, by in lost.items()])
 
 
-def _chosen(source: str, rows: Sequence[Row], said: Predictions, scores: Mapping[str, Mapping[str, float]], *,
-            first: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Pairs of every type, and the worst."""
-    some = choose(source, rows, said, per_type=PER_TYPE.get(source, PER_TYPE_ELSEWHERE), first=first)
-    cider = {key: its["CIDEr"] for key, its in scores.items()}
-    return some, worst(source, rows, said, cider, count=NUM_WORST) if cider else []
+def _lost(key: str, scored: Scored, against: Scored) -> dict[str, float]:
+    """pair_id -> loss of CIDEr, of a benchmark that both models were scored on.
 
-
-def _maps(source: str) -> dict[str, dict[str, Grid]]:
-    """pair_id -> side -> attention, for the pairs that stage `stress` looked at."""
-    path = Path(f"data/stress/{source}.attention.jsonl")
-    return {line.pop("pair_id"): line for line in _read_lines(path)} if path.exists() else {}
-
-
-def _pair_scores(source: str, scored: Scored) -> dict[str, dict[str, float]]:
-    """pair_id -> metric -> score, by the first protocol of the source."""
-    its = scored.get(next(iter(protocols_of(source))), {})
-    return {key: {name: its[name][place] for name in PAIR_METRICS} for place, key in enumerate(its.get("pair_id", ()))}
-
-
-def _lost(source: str, scored: Scored, against: Scored) -> dict[str, float]:
-    """Raises ValueError if the other model was scored by another protocol or on other references."""
-    key = next(iter(protocols_of(source)))
+    Raises ValueError if the other model was scored by another protocol or on other references."""
     if key not in against or key not in scored:
         return {}
     ours, theirs = scored[key], against[key]
     if any(ours[name] != theirs[name] for name in ("protocol", "references")):
         raise ValueError(f"{key}: the other model was scored by another protocol or on other references: "
                          "score it again")
-    both = [dict(zip(its["pair_id"], its["CIDEr"], strict=True)) for its in (ours, theirs)]
-    return losses(*both, count=NUM_LOST)
+    our_scores, their_scores = (dict(zip(table["pair_id"], table["CIDEr"], strict=True)) for table in (ours, theirs))
+    return losses(our_scores, their_scores, count=NUM_LOST)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

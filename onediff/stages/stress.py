@@ -1,9 +1,9 @@
-"""Stage `stress`: the tuned model on harder pairs, and where it looks; to data/stress.json and data/stress/."""
+"""Stage `stress`: the tuned model on harder pairs, and its attention; to data/stress.json and data/stress/."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,17 @@ from tqdm import tqdm
 
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.analysis.stress import CURVE_FIGURES, choose, figures, num_trials, stressed, trials
-from onediff.eval.jsonl import rounded
-from onediff.eval.metrics.compute import Predictions
+from onediff.eval.analysis.stress import CURVE_FIGURES, choose, figures, is_stressed, num_trials, trials
+from onediff.eval.metrics.words import Predictions
+from onediff.eval.protocols import rounded
 from onediff.files import new_folder, write_json
 from onediff.library_logs import silence_libraries
-from onediff.paths import DIFFCAP
+from onediff.paths import DIFFCAP, STRESS, STRESS_DETAILS
 from onediff.stages.command import run
 
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
-OUT, METRICS = Path("data/stress"), Path("data/stress.json")
 TESTS = "test-*.parquet"
 
 
@@ -37,87 +36,64 @@ def stress(model: str = "data/models/tune") -> None:
     from onediff.model.captioner import Captioner
 
     captioner = Captioner.load(Path(model), device=runtime.device)
-    with new_folder(OUT) as folder:
-        results = {benchmark: _measure(captioner, benchmark, records, config, folder)
-                   for benchmark, records in _chosen(config).items()}
-    write_json(METRICS, rounded(results), indent=1)
-    _show(results)
-
-
-def _chosen(config: Config) -> dict[str, list[Record]]:
-    """Benchmark -> its records that are tried, in the order of the shards."""
     rows = read_table(DIFFCAP, TESTS)
-    names = [name for name in dict.fromkeys(row["source"] for row in rows) if stressed(name)]
-    wanted = {key for name in names for key in choose([row for row in rows if row["source"] == name],
-                                                      config.stress.num_pairs, seed=config.seed)}
-    found: dict[str, list[Record]] = {name: [] for name in names}
-    for record in read_records(DIFFCAP, TESTS):
-        if record.pair_id in wanted:
-            found[record.source].append(record)
-    return found
+    benchmarks = [name for name in dict.fromkeys(row["source"] for row in rows) if is_stressed(name)]
+    chosen = {key for name in benchmarks for key in choose([row for row in rows if row["source"] == name],
+                                                           config.stress.num_pairs, seed=config.seed)}
+    with new_folder(STRESS_DETAILS) as folder:
+        records = [record for record in read_records(DIFFCAP, TESTS) if record.pair_id in chosen]
+        results = {name: _measure(captioner, name, [record for record in records if record.source == name], config,
+                                  folder) for name in benchmarks}
+    write_json(STRESS, rounded(results), indent=1)
+    _show(results)
 
 
 def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], config: Config,
              folder: Path) -> dict[str, Any]:
-    said: dict[str, Predictions] = {}
-    with (folder / f"{benchmark}.jsonl").open("w", encoding="utf-8") as file:
-        for trial, pair_id, text in _captions(captioner, benchmark, records, config):
-            said.setdefault(trial, {})[pair_id] = text
-            line = {"trial": trial, "pair_id": pair_id, "prediction": text}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    result = figures(benchmark, said, [vars(record) for record in records], config.stress)
-    if captioner.model.delta is not None:
-        result["attention"] = _look(captioner, benchmark, records, folder)
-    return result
-
-
-def _captions(captioner: Captioner, benchmark: str, records: Sequence[Record],
-              config: Config) -> Iterator[tuple[str, str, str]]:
+    from onediff.eval.analysis.attention_maps import SIDES, attention_figures, maps_of_records, region_figures
     from onediff.eval.caption import caption_records
 
+    captions: dict[str, Predictions] = {}
     total = num_trials(benchmark, config.stress) * len(records)
-    with tqdm(desc=f"stress {benchmark}", unit="pair", total=total) as bar:
+    with ((folder / f"{benchmark}.jsonl").open("w", encoding="utf-8") as file,
+          tqdm(desc=f"stress {benchmark}", unit="pair", total=total) as bar):
         for trial, pairs in trials(benchmark, records, config.stress, seed=config.seed):
+            captions[trial] = {}
             for record, text in caption_records(captioner, pairs, config.caption, config.tasks):
                 bar.update()
-                yield trial, record.pair_id, text
-
-
-def _look(captioner: Captioner, benchmark: str, records: Sequence[Record], folder: Path) -> dict[str, Any]:
-    """Writes the maps of every pair; the figures of those that show a known region."""
-    from onediff.eval.analysis.attention_maps import SIDES, attention_figures, glances, look
-
-    found = []
+                captions[trial][record.pair_id] = text
+                line = {"trial": trial, "pair_id": record.pair_id, "prediction": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    result = figures(benchmark, captions, [vars(record) for record in records], config.stress)
+    if captioner.model.delta is None:
+        return result
+    images = []
     with (folder / f"{benchmark}.attention.jsonl").open("w", encoding="utf-8") as file:
-        for record, maps in look(captioner, records):
+        for record, maps in maps_of_records(captioner, records):
             grids = {side: getattr(maps, side).round(6).tolist() for side in SIDES}
             file.write(json.dumps({"pair_id": record.pair_id, **grids}) + "\n")
-            found += glances(record, maps)
-    return attention_figures(found)
+            images += region_figures(record, maps)
+    return result | {"attention": attention_figures(images)}
 
 
 def _show(results: dict[str, Any]) -> None:
     console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
     for name, result in results.items():
         for part in ("identical", "unrelated", "swapped", "attention"):
-            told = result.get(part, {})
-            shown = [f"{key} {told[key]:.3f} [{low:.3f}, {high:.3f}]"
-                     for key, (low, high) in told.get("intervals", {}).items() if not key.startswith("level_")]
+            values = result.get(part, {})
+            shown = [f"{key} {values[key]:.3f} [{low:.3f}, {high:.3f}]"
+                     for key, (low, high) in values.get("intervals", {}).items() if not key.startswith("level_")]
             if shown:
                 console.print(f"{name}, {part}: " + " · ".join(shown), highlight=False, markup=False)
-        console.print(_curve_table(name, result["curves"]))
-
-
-def _curve_table(name: str, curves: dict[str, dict[str, Any]]) -> Table:
-    points = [point for curve in curves.values() for point in curve.values()]
-    columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
-    table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
-    for nuisance, curve in curves.items():
-        for strength, point in curve.items():
-            cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
-            table.add_row(nuisance if strength == "none" else "", strength, *cells,
-                          end_section=strength == list(curve)[-1])
-    return table
+        points = [point for curve in result["curves"].values() for point in curve.values()]
+        columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
+        table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
+        for nuisance, curve in result["curves"].items():
+            for strength, point in curve.items():
+                cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
+                table.add_row(nuisance if strength == "none" else "", strength, *cells)
+            table.add_section()
+        console.print(table)
 
 
 if __name__ == "__main__":

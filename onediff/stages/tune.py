@@ -33,7 +33,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
 def cider_on_val(config: Config, training: TrainingRun, every_steps: int) -> Validation:
     """CIDEr on up to `num_val` pairs of split val, shared evenly between the sources; at each call the same pairs."""
     from onediff.eval.caption import caption_records
-    from onediff.eval.pairs import cider
+    from onediff.eval.metrics.ngrams import corpus_cider
     from onediff.model.captioner import Captioner
     from onediff.train.loop import Validation
 
@@ -48,7 +48,7 @@ def cider_on_val(config: Config, training: TrainingRun, every_steps: int) -> Val
         return [caption for _, caption in caption_records(captioner, chosen, config.caption, config.tasks)]
 
     def score(captions: list[str]) -> float:
-        return cider({pair.pair_id: caption for pair, caption in zip(pairs, captions, strict=True)}, references)
+        return corpus_cider({pair.pair_id: caption for pair, caption in zip(pairs, captions, strict=True)}, references)
 
     return Validation(every_steps, len(pairs), generate_captions, score)
 

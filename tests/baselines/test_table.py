@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import baselines
 from onediff.data.record import Record
-from onediff.eval.metrics.compute import METRICS
+from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.protocols import references_digest
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from onediff.config import load_params
 from onediff.data.synthesis.scenes.records import scene_records
-from onediff.eval.evaluation import checks, evaluate
+from onediff.eval.evaluation import checks, evaluate, language
 from onediff.eval.floors import leave_one_out, oracle
-from onediff.eval.metrics.compute import METRICS, score
+from onediff.eval.metrics.catalog import METRICS
+from onediff.eval.metrics.compute import score
 
 
 def test_evaluate_tells_everything_about_scenes() -> None:
@@ -82,3 +83,14 @@ def test_spot_the_diff_is_scored_by_both_protocols_and_they_differ() -> None:
     assert single["BLEU-1"] > multi["BLEU-1"] and single["references"] != multi["references"]
     assert multi["BLEU-1"] == score(said, {row["pair_id"]: [f"{row['references'][0]} {row['references'][2]}"]
                                            for row in rows}).corpus["BLEU-1"]
+
+
+def test_length_variety_and_what_was_learned_by_heart() -> None:
+    got = language(["The red cube", "the red  cube", "a ball left", ""], ["the red cube", "it rained"])
+    assert got == {"words": 9 / 4, "vocabulary": 6, "different": 3 / 4, "distinct_1": 6 / 9, "distinct_2": 4 / 6,
+                   "empty": 1 / 4, "copied": 2 / 4}
+
+
+def test_one_sentence_for_all_has_no_variety() -> None:
+    got = language(["nothing has changed"] * 50, [])
+    assert (got["different"], got["distinct_1"]) == (1 / 50, pytest.approx(3 / 150)) and "copied" not in got

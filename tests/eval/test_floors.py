@@ -1,9 +1,24 @@
 from __future__ import annotations
 
-import pytest
+import io
 
-from onediff.eval.floors import best_constant, floor_captions, leave_one_out, oracle, random_captions
-from onediff.eval.metrics.compute import FAST_METRICS, cider, score
+import numpy as np
+import pytest
+from PIL import Image
+
+from onediff.data.record import Record
+from onediff.eval.floors import (
+    best_constant,
+    coarse_pixels,
+    floor_captions,
+    leave_one_out,
+    nearest_rows,
+    oracle,
+    random_captions,
+)
+from onediff.eval.metrics.catalog import FAST_METRICS
+from onediff.eval.metrics.compute import score
+from onediff.eval.metrics.ngrams import corpus_cider
 
 REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is gone"] for i, color in
               enumerate(["red", "red", "red", "red", "blue", "green"])} | {"p6": ["a small ball appeared"]}
@@ -11,7 +26,7 @@ TRAIN = ["the red cube was removed"] * 3 + ["a ball appeared"] * 5 + ["it rained
 
 
 def test_best_constant_is_the_best_of_all_training_captions() -> None:
-    by_hand = {text: cider(dict.fromkeys(REFERENCES, text), REFERENCES) for text in set(TRAIN)}
+    by_hand = {text: corpus_cider(dict.fromkeys(REFERENCES, text), REFERENCES) for text in set(TRAIN)}
     best = max(by_hand, key=lambda text: by_hand[text])
     assert best_constant(TRAIN, REFERENCES) == best == "the red cube was removed"
 
@@ -60,3 +75,31 @@ def test_oracle_uses_a_template_that_the_references_do_not() -> None:
            "references": ["the red cube moved to the front", "the red cube was moved to the front",
                           "someone pushed the red block to the front", "the red cube has shifted to the front"]}
     assert oracle(row).startswith("the ") and oracle(row).endswith("changed its location to the front")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def record(split: str, number: int, *, noise: int = 0) -> Record:
+    rng = np.random.default_rng(number)
+    before, after = (rng.integers(0, 200, (40, 40, 3), dtype=np.uint8) for _ in range(2))
+    before, after = (side + np.random.default_rng(noise).integers(0, noise + 1, side.shape, dtype=np.uint8)
+                     for side in (before, after))
+    name = f"{split}-{number}"
+    return Record(name, "street", split, str(number), png(before), png(after), [str(number)], "", "x", {})
+
+
+def test_each_pair_finds_its_noisy_copy() -> None:
+    train, test = [record("train", k) for k in range(11)], [record("test", k, noise=40) for k in (7, 2, 5)]
+    rows = [{"pair_id": item.pair_id, "references": item.references} for item in train]
+    nearest = nearest_rows(rows, train, test)
+    assert {key: row["pair_id"] for key, row in nearest.items()} == {f"test-{k}": f"train-{k}" for k in (7, 2, 5)}
+
+
+def test_the_difference_counts_and_not_the_image_alone() -> None:
+    same, other = Image.new("RGB", (40, 40), "gray"), Image.new("RGB", (40, 40), "white")
+    unchanged, changed, undone = coarse_pixels(same, same), coarse_pixels(same, other), coarse_pixels(other, same)
+    assert np.linalg.norm(changed - unchanged) > 1 and np.linalg.norm(changed - undone) > 1

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onediff.eval.metrics.compute import METRICS, score
+from onediff.eval.metrics.catalog import METRICS
+from onediff.eval.metrics.compute import score
 from onediff.eval.protocols import PROTOCOLS, check_counts, protocols_of, read_benchmark, references_digest, score_files
 
 

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from onediff.eval.metrics.compute import METRICS, Scores, score
+from onediff.eval.metrics.catalog import METRICS
+from onediff.eval.metrics.compute import Scores, score
 from onediff.eval.resample import compare, corpus_score, intervals, resampled, shares_of
 
 THINGS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")
@@ -43,7 +44,7 @@ def test_sums_of_statistics_give_the_corpus_score_of_those_pairs(scores: Scores,
 
 def test_a_resample_is_the_score_of_the_drawn_pairs(scores: Scores) -> None:
     groups = [f"g{i // 3}" for i in range(30)]
-    drawn = resampled(scores, groups, resamples=5, seed=3)
+    drawn, = resampled([scores], groups, resamples=5, seed=3)
     times = np.random.default_rng(3).multinomial(10, np.full(10, 0.1), size=5)
     order = sorted(set(groups))
     for row in range(5):

@@ -12,7 +12,7 @@ from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner, Siames
 from onediff.cli import main as cli
 from onediff.config import Config
 from onediff.data.record import Record, write_shards
-from onediff.eval.jsonl import read_predictions, read_rows
+from onediff.eval.protocols import read_predictions, read_rows
 from onediff.ops import predict
 
 ROOT = Path(__file__).resolve().parents[2]

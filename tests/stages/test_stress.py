@@ -12,10 +12,11 @@ from onediff.data.record import read_table, write_shards
 from onediff.data.synthesis.edits.records import edit_record
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.model.assemble import build
-from onediff.stages.stress import OUT, stress
+from onediff.paths import STRESS_DETAILS
+from onediff.stages.stress import stress
 
 PRESET = Path("presets/micro.yaml").resolve()
-PART = OUT.with_name(f"{OUT.name}.part")
+PART = STRESS_DETAILS.with_name("stress.part")
 FILES = ("data/stress.json", "data/stress/scenes.jsonl", "data/stress/scenes.attention.jsonl")
 
 

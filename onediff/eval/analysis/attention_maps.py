@@ -1,4 +1,4 @@
-"""Where the Visual Delta Module looks: the cross-attention of its delta tokens, and how much of it meets the change.
+"""Cross-attention of the delta tokens: where the Visual Delta Module looks, and how much of it meets the change.
 
 Shapes:  B pairs, X cross-attentions, P patches along a side, N = P * P, K delta tokens, W width of the module,
          S = 2N or 3N keys.
@@ -6,7 +6,7 @@ Shapes:  B pairs, X cross-attentions, P patches along a side, N = P * P, K delta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from onediff.data.record import Record
-from onediff.eval.analysis.behaviour import Outcomes, Row, rates
+from onediff.eval.analysis.behaviour import rates
+from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 from onediff.model.captioner import Captioner
 from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule
@@ -26,8 +27,8 @@ from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule
 Grid = NDArray[np.float64]
 Box = Sequence[float]  # left, top, right, bottom in pixels
 SIDES = ("before", "after")
-BATCH = 32  # pairs looked at together
-FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # also told by side and by change type
+BATCH = 32  # pairs
+FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # also by side and by change type
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,9 @@ class AttentionMaps:
     change: Grid
 
 
-def attention_maps(captioner: Captioner, before: Image.Image, after: Image.Image) -> AttentionMaps:
-    """The maps of one pair. Raises ValueError for a model without delta tokens."""
-    return maps_of(captioner, [(before, after)])[0]
-
-
 @torch.inference_mode()
-def maps_of(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[AttentionMaps]:
-    """As attention_maps, of many pairs at once."""
+def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[AttentionMaps]:
+    """The maps of each pair. Raises ValueError for a model without delta tokens."""
     model, delta = captioner.model, captioner.model.delta
     if delta is None:
         raise ValueError("model.delta.num_tokens is 0: a model without delta tokens has no attention of theirs; "
@@ -60,10 +56,8 @@ def maps_of(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image
     states = model.vision(images.to(model.device)).to(delta.tokens.dtype).unflatten(0, (-1, 2))
     with recorded(delta) as weights:
         delta(states[:, 0], states[:, 1])
-    seen = torch.stack(weights, 1).double().cpu().numpy()  # (B, X, S)
-    side = model.config.patches_per_side
-    by_image = per_image(seen, side=side)  # (B, X, 2, P, P)
-    read = np.array(model.config.delta_levels)
+    side, read = model.config.patches_per_side, np.array(model.config.delta_levels)
+    by_image = per_image(torch.stack(weights, 1).double().cpu().numpy(), side=side)  # (B, X, 2, P, P)
     change = pixel_change(images.unflatten(0, (-1, 2)), side=side)
     return [AttentionMaps(before=maps.mean(0)[0], after=maps.mean(0)[1], change=difference,
                           levels={int(level): maps[read == level].mean(0) for level in np.unique(read)})
@@ -73,16 +67,17 @@ def maps_of(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image
 @contextmanager
 def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
     """Fills the list with what each cross-attention looks at in the next pass: (B, S), which sums to 1 over S."""
-    found: list[Tensor] = []
+    weights: list[Tensor] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-        assert isinstance(module, Attention), "only cross-attentions are watched"
-        found.append(attention_weights(module, *inputs).mean((1, 2)))
+    def record(module: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        assert isinstance(module, Attention), "only cross-attentions have the hook"
+        weights.append(attention_weights(module, *inputs).mean((1, 2)))
 
     layers = [layer for layer in delta.layers if isinstance(layer, DeltaLayer)]
-    hooks = [layer.cross_attention.register_forward_hook(note) for layer in layers if layer.cross_attention is not None]
+    hooks = [layer.cross_attention.register_forward_hook(record) for layer in layers
+             if layer.cross_attention is not None]
     try:
-        yield found
+        yield weights
     finally:
         for hook in hooks:
             hook.remove()
@@ -90,14 +85,14 @@ def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
 
 def attention_weights(attention: Attention, queries: Tensor, context: Tensor) -> Tensor:
     """queries (B, K, W), context (B, S, W) -> (B, heads, K, S): the weights that the module never makes itself."""
-    asked, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
+    query, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
                   for part in (attention.query(queries), attention.key(context)))
-    return (asked @ key.transpose(-1, -2) / asked.shape[-1] ** 0.5).softmax(-1)
+    return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
 
-def per_image(seen: Grid, *, side: int) -> Grid:
-    """seen (B, X, 2N or 3N) -> (B, X, 2, P, P): a difference is read at the same place of both images, half each."""
-    views = seen.reshape(*seen.shape[:2], -1, side, side)  # before, after and perhaps difference
+def per_image(weights: Grid, *, side: int) -> Grid:
+    """weights (B, X, 2N or 3N) -> (B, X, 2, P, P): a difference is read at the same place of both images, half each."""
+    views = weights.reshape(*weights.shape[:2], -1, side, side)  # before, after and perhaps difference
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 
 
@@ -112,13 +107,13 @@ def pixel_change(images: Tensor, *, side: int) -> Grid:
 # --- the changed region ----------------------------------------------------------------------------------------------
 
 
-def regions(row: Row) -> dict[str, Box]:
-    """Side -> box of what changed, where the provenance tells it. The region of a crop is what stayed."""
-    where, both = row["provenance"], row["provenance"].get("region")
+def regions(row: PairRow) -> dict[str, Box]:
+    """Side -> box of what changed, where the provenance has it. The region of a crop is what stayed."""
     if row["change_type"] in ("none", "crop"):
         return {}
-    found = {side: where.get(f"region_{side}") or both for side in SIDES}
-    return {side: box for side, box in found.items() if box}
+    provenance = row["provenance"]
+    boxes = {side: provenance.get(f"region_{side}") or provenance.get("region") for side in SIDES}
+    return {side: box for side, box in boxes.items() if box}
 
 
 def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, ...]:
@@ -148,18 +143,12 @@ def _inside(x: float, y: float, box: Sequence[float]) -> bool:
     return bool(left <= x < right and top <= y < bottom)
 
 
-def _reachable(box: Sequence[float], side: int) -> bool:
-    """Whether any patch has its middle in the box: smaller ones may hold none."""
-    middles = np.arange(side) + 0.5
-    return any(_inside(x, y, box) for x in middles for y in middles)
-
-
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Glance:
-    """What is known of one image of a changed pair: figure name -> outcome."""
+class RegionFigures:
+    """The figures of one image of a changed pair: name -> outcome."""
 
     group: str
     change_type: str
@@ -167,14 +156,15 @@ class Glance:
     figures: dict[str, float]
 
 
-def glances(record: Record, maps: AttentionMaps) -> list[Glance]:
-    """One for each image of the pair that shows a known region, its own. Raises ValueError for a broken image."""
-    found = []
+def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
+    """Those of each image of the pair that shows a known region. Raises ValueError for a broken image."""
+    images = []
     for name, box in regions(vars(record)).items():
         grid, side = getattr(maps, name), len(maps.change)
         place = on_the_grid(box, open_image(getattr(record, name)).size, side=side)
         inside = coverage(place, side=side)
         levels = {level: grids[SIDES.index(name)] for level, grids in maps.levels.items()}
+        middles = np.arange(side) + 0.5
         figures = {
             "attention_share": float(grid.sum()), "inside_share": _share(grid, inside),
             "area_share": float(inside.mean()),
@@ -182,11 +172,12 @@ def glances(record: Record, maps: AttentionMaps) -> list[Glance]:
             "pointing_accuracy": points_inside(grid, place),
             "difference_pointing_accuracy": points_inside(maps.change, place),
             "centre_pointing_accuracy": _inside(side / 2, side / 2, place),
-            "pointing_ceiling": _reachable(place, side),
+            # A region smaller than a patch may hold the middle of none.
+            "pointing_ceiling": any(_inside(x, y, place) for x in middles for y in middles),
             **{f"level_{level}_inside_share": _share(each, inside) for level, each in levels.items()},
             **{f"level_{level}_pointing_accuracy": points_inside(each, place) for level, each in levels.items()}}
-        found.append(Glance(record.group_id, record.change_type, name, figures))
-    return found
+        images.append(RegionFigures(record.group_id, record.change_type, name, figures))
+    return images
 
 
 def _share(grid: Grid, inside: Grid) -> float:
@@ -194,36 +185,31 @@ def _share(grid: Grid, inside: Grid) -> float:
     return float((grid * inside).sum()) / total if total else 0.0
 
 
-def attention_figures(found: Sequence[Glance]) -> dict[str, Any]:
+def attention_figures(images: Sequence[RegionFigures]) -> dict[str, Any]:
     """Means over images that show a changed region, with 95 % intervals; {} where there are none.
 
-    attention_share: how much of the pair's attention the image gets; where it is low, the other one is looked at.
+    attention_share: how much of the pair's attention the image gets; the other image gets the rest.
     inside_share: how much of the attention that an image gets falls into its region, beside the region's share of the
     image (area_share: what looking everywhere alike would give) and the share of the pixel differences that do.
     pointing_accuracy: the patch looked at most has its middle in the region; beside it the same of the patch that
     differs most, of the image's centre, and how many regions hold the middle of any patch (pointing_ceiling).
     """
-    if not found:
+    if not images:
         return {}
-
-    def split(key: str) -> dict[str, Any]:
-        kinds = sorted({getattr(glance, key) for glance in found})
-        return {kind: _figures([glance for glance in found if getattr(glance, key) == kind], FIGURES)
-                for kind in kinds}
-
-    return {**_figures(found, tuple(found[0].figures)), "by_side": split("side"),
-            "by_change_type": split("change_type")}
+    parts = {f"by_{key}": {kind: _mean_figures([image for image in images if getattr(image, key) == kind], FIGURES)
+                           for kind in sorted({getattr(image, key) for image in images})}
+             for key in ("side", "change_type")}
+    return {**_mean_figures(images, tuple(images[0].figures)), **parts}
 
 
-def _figures(found: Sequence[Glance], names: Sequence[str]) -> dict[str, Any]:
-    outcomes: Mapping[str, Outcomes] = {name: [(glance.group, glance.figures[name]) for glance in found]
-                                        for name in names}
-    return {"num_images": len(found), **rates(dict(outcomes))}
+def _mean_figures(images: Sequence[RegionFigures], names: Sequence[str]) -> dict[str, Any]:
+    return {"num_images": len(images),
+            **rates({name: [(image.group, image.figures[name]) for image in images] for name in names})}
 
 
-def look(captioner: Captioner, records: Sequence[Record]) -> Iterator[tuple[Record, AttentionMaps]]:
+def maps_of_records(captioner: Captioner, records: Sequence[Record]) -> Iterator[tuple[Record, AttentionMaps]]:
     """Every record with its maps, a batch at a time. Raises ValueError for a broken image."""
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         pairs = [(open_image(record.before), open_image(record.after)) for record in batch]
-        yield from zip(batch, maps_of(captioner, pairs), strict=True)
+        yield from zip(batch, attention_maps(captioner, pairs), strict=True)

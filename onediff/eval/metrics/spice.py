@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onediff.eval.metrics.java import LOCALE, SPEECH, complaint, java
-
-Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
+from onediff.eval.metrics.java import LOCALE, LOCALE_FLAGS, error_line, java
+from onediff.eval.metrics.ngrams import Numbers
+from onediff.eval.metrics.words import Pair
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,25 @@ def fetch(*, downloads: Sequence[Download] = DOWNLOADS) -> None:
                 f"{folder()}, or leave SPICE out") from None
 
 
-def spice(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+def spice(pairs: Sequence[Pair]) -> Numbers:
     """SPICE's F-score of each pair, 0 to 1. Raises ValueError if its Java fails."""
     with tempfile.TemporaryDirectory() as work:
-        asked, told = Path(work, "captions.json"), Path(work, "scores.json")
-        asked.write_text(json.dumps([{"image_id": place, "test": said, "refs": references}
-                                     for place, (said, references) in enumerate(pairs)]), encoding="utf-8")
+        captions, scores = Path(work, "captions.json"), Path(work, "scores.json")
+        captions.write_text(json.dumps([{"image_id": place, "test": prediction, "refs": references}
+                                        for place, (prediction, references) in enumerate(pairs)]), encoding="utf-8")
+        classes = os.pathsep.join(map(str, (_home() / "spice-1.0.jar", _home() / "lib" / "*", folder() / "*")))
+        command = [java(), *LOCALE_FLAGS, "-Xmx8G", *(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED),
+                   "-cp", classes, "edu.anu.spice.SpiceScorer", str(captions), "-out", str(scores), "-silent"]
         try:
-            done = subprocess.run(_command(asked, told), cwd=work, env=os.environ | LOCALE,
+            done = subprocess.run(command, cwd=work, env=os.environ | LOCALE,
                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             raise ValueError(f"SPICE: not done with {len(pairs)} pairs after {TIMEOUT_S:g} s, so its Java was ended "
                              "and nothing is scored: give fewer pairs at once") from None
-        if done.returncode or not told.exists():
+        if done.returncode or not scores.exists():
             raise ValueError(f"SPICE: Java ended with code {done.returncode} and scored nothing: "
-                             f"{complaint(done.stderr)}; if a class is missing, remove {folder()} and run again")
-        return _read(told, len(pairs))
+                             f"{error_line(done.stderr)}; if a class is missing, remove {folder()} and run again")
+        return _read(scores, len(pairs))
 
 
 def _home() -> Path:
@@ -97,18 +99,11 @@ def _home() -> Path:
     return Path(spice.__file__).parent
 
 
-def _command(asked: Path, told: Path) -> list[str]:
-    classes = os.pathsep.join(map(str, (_home() / "spice-1.0.jar", _home() / "lib" / "*", folder() / "*")))
-    return [java(), *SPEECH, "-Xmx8G", *(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED),
-            "-cp", classes, "edu.anu.spice.SpiceScorer", str(asked), "-out", str(told), "-silent"]
-
-
-def _read(told: Path, num: int) -> NDArray[np.float64]:
-    rows = json.loads(told.read_text(encoding="utf-8"))
-    found = {row["image_id"]: row["scores"]["All"]["f"] for row in rows}
-    if sorted(found) != list(range(num)):
-        raise ValueError(f"SPICE: {num} pairs must be scored, got {len(found)}")
-    return np.array([found[place] for place in range(num)], dtype=float)
+def _read(scores: Path, num: int) -> Numbers:
+    rows = sorted(json.loads(scores.read_text(encoding="utf-8")), key=lambda row: int(row["image_id"]))
+    if [row["image_id"] for row in rows] != list(range(num)):
+        raise ValueError(f"SPICE: {num} pairs must be scored, got {len(rows)}")
+    return np.array([row["scores"]["All"]["f"] for row in rows], dtype=float)
 
 
 def _get(download: Download, place: Path) -> None:
@@ -119,11 +114,10 @@ def _get(download: Download, place: Path) -> None:
         got = Path(part, "download")
         with urllib.request.urlopen(download.url, timeout=PATIENCE_S) as source, got.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-        if not download.url.endswith(".zip"):
-            os.replace(got, place / download.jars[0])
-            return
-        with zipfile.ZipFile(got) as archive:
-            names = {Path(name).name: name for name in archive.namelist()}
-            whole = {jar: archive.extract(names[jar], part) for jar in download.jars}
-        for jar, path in whole.items():
+        complete = dict.fromkeys(download.jars, str(got))
+        if download.url.endswith(".zip"):
+            with zipfile.ZipFile(got) as archive:
+                names = {Path(name).name: name for name in archive.namelist()}
+                complete = {jar: archive.extract(names[jar], part) for jar in download.jars}
+        for jar, path in complete.items():
             os.replace(path, place / jar)

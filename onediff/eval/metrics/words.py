@@ -1,4 +1,4 @@
-"""Captions to words, as pycocoevalcap makes them: Stanford's PTB tokenizer in lower case, without punctuation."""
+"""Predictions and references as words, by pycocoevalcap's tokenizer: Stanford's PTB in lower case, no punctuation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))  # where the
 _PUSH = "x" * 25_000 + " x x"  # longer than the three buffers of 8 KiB between its words and us
 _REMEMBERED = 50_000  # captions; references come back at every validation
 
+Predictions = dict[str, str]
+References = dict[str, list[str]]
+Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
 Text = tuple[str, str]  # a caption, and the next one where that may decide the tokens of this one
 
 _tokens: dict[Text, str] = {}
@@ -29,26 +32,51 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     next one begins. A line separator inside a caption counts as a space.
     """
     lines = [caption.translate(_BREAKS) for caption in captions]
-    texts = list(zip(lines, map(_context, lines, [*lines[1:], ""]), strict=True))
-    known = {text: _tokens.get(text) for text in texts}
-    fresh = [text for text, tokens in known.items() if tokens is None]
-    found = {text: tokens for text, tokens in known.items() if tokens is not None}
-    found.update(zip(fresh, _run(fresh), strict=True))
-    _remember({text: found[text] for text in fresh})
-    return [found[text] for text in texts]
+    texts = [(line, after if _needs_next(line) else "") for line, after in pairwise([*lines, ""])]
+    known = {text: tokens for text in texts if (tokens := _tokens.get(text)) is not None}
+    fresh = [text for text in dict.fromkeys(texts) if text not in known]
+    computed = dict(zip(fresh, _run(fresh), strict=True))
+    _tokens.update(computed)
+    for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
+        _tokens.pop(text, None)  # another thread may have removed it already
+    known |= computed
+    return [known[text] for text in texts]
+
+
+def tokenized(predictions: Predictions, references: References) -> list[Pair]:
+    """Tokens of each pair's prediction and references; all references are one text, all predictions another."""
+    reference_tokens = iter(tokenize(text for texts in references.values() for text in texts))
+    prediction_tokens = tokenize(predictions[key] for key in references)
+    return [(tokens, [next(reference_tokens) for _ in texts])
+            for tokens, texts in zip(prediction_tokens, references.values(), strict=True)]
+
+
+def check_keys(predictions: Predictions, references: References) -> None:
+    """Raises ValueError unless both sides have the same pairs and every pair at least one reference."""
+    missing = [key for key in references if key not in predictions]
+    extra = [key for key in predictions if key not in references]
+    if missing or extra:
+        raise ValueError("predictions and references must have the same pair_ids: "
+                         f"{_some(missing)} missing from the predictions, {_some(extra)} not among the references")
+    if not references:
+        raise ValueError("nothing to score: no references")
+    bare = [key for key, texts in references.items() if not texts]
+    if bare:
+        raise ValueError(f"{_some(bare)} without references: every pair needs at least one")
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+    return f"{len(keys)} ({shown})" if keys else "0"
 
 
 def start() -> None:
-    """Starts the tokenizer's Java, so that it is there when words are asked for."""
+    """Starts the tokenizer's Java, so that it has loaded when `tokenize` is called."""
     _program.start()
 
 
-def _context(line: str, after: str) -> str:
-    return after if _open(line) else ""
-
-
-def _open(line: str) -> bool:
-    """Whether the tokenizer may look at the next line before it decides on this one."""
+def _needs_next(line: str) -> bool:
+    """Whether the tokenizer may read the next line before it decides on this one."""
     return line.rstrip().endswith(".")
 
 
@@ -59,16 +87,10 @@ def _run(texts: list[Text]) -> list[str]:
     places = []
     for (line, after), (following, _) in pairwise([*texts, ("", "")]):
         places.append(len(lines))
-        lines += [line, after] if _open(line) and after != following else [line]
-    said = _program.ask(lines) if lines else []
+        lines += [line, after] if _needs_next(line) and after != following else [line]
+    tokens = _program.ask(lines) if lines else []
     dropped = frozenset(PUNCTUATIONS)
-    return [" ".join(word for word in said[place].rstrip().split(" ") if word not in dropped) for place in places]
-
-
-def _remember(tokens: dict[Text, str]) -> None:
-    _tokens.update(tokens)
-    for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
-        _tokens.pop(text, None)  # another thread may have been here
+    return [" ".join(word for word in tokens[place].rstrip().split(" ") if word not in dropped) for place in places]
 
 
 def _command() -> Command:

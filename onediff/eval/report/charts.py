@@ -1,4 +1,4 @@
-"""Charts as SVG: curves with interval bands, and horizontal bars. They need nothing from elsewhere."""
+"""Charts as self-contained SVG: curves with interval bands, and horizontal bars."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 Interval = tuple[float, float]
 
+TEXT_CLASS = "told"  # of labels and values
 COLOURS = {  # name -> (on light ground, on dark ground)
     "ground": ("#fbfbf9", "#14171a"), "panel": ("#ffffff", "#1c2024"), "ink": ("#1d2228", "#e7e9ea"),
     "soft": ("#5d6771", "#a3adb6"), "line": ("#e2e4e0", "#343b42"), "accent": ("#1f6f78", "#5cc0c8"),
@@ -22,7 +23,7 @@ COLOURS = {  # name -> (on light ground, on dark ground)
 _STYLE = Template("""\
 svg.chart { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; font-size: 12px; }
 svg.chart text { fill: $soft; } svg.chart .title { fill: $ink; font-weight: 600; font-size: 13px; }
-svg.chart .told { fill: $ink; } svg.chart .grid { stroke: $line; } svg.chart .axis { stroke: $floor; }
+svg.chart .$text_class { fill: $ink; } svg.chart .grid { stroke: $line; } svg.chart .axis { stroke: $floor; }
 svg.chart .marked { stroke: $soft; stroke-dasharray: 2 3; }
 svg.chart .a { stroke: $accent; fill: $accent; } svg.chart .b { stroke: $second; fill: $second; }
 svg.chart .c { stroke: $bad; fill: $bad; } svg.chart .d { stroke: $soft; fill: $soft; }
@@ -61,12 +62,12 @@ class Bar:
 
 def page_style() -> str:
     """The rules of every chart on a page whose custom properties are COLOURS."""
-    return _STYLE.substitute({name: f"var(--{name})" for name in COLOURS})
+    return _STYLE.substitute({name: f"var(--{name})" for name in COLOURS}, text_class=TEXT_CLASS)
 
 
 def standalone(chart: Markup) -> str:
     """A file of its own: light colours on white, written out, as programs that set papers need it."""
-    style = _STYLE.substitute({name: light for name, (light, _) in COLOURS.items()})
+    style = _STYLE.substitute({name: light for name, (light, _) in COLOURS.items()}, text_class=TEXT_CLASS)
     head, rest = chart.split(">", 1)
     return f'{head}><style>{style}</style><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
@@ -81,7 +82,8 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
     curves = [curve for curve in curves if curve.points]
     every = [x for curve in curves for x, _ in curve.points]
     first, last = min(every), max(every)
-    top = 50 + (20 if len(_named(curves)) > 1 else 0)
+    legend = _legend([curve for curve in curves if curve.kind != "faint"])
+    top = 50 + (20 if legend else 0)
     bottom = top + PLOT_PX
     high = high or round_up(max(y for curve in curves for _, y in curve.points))
 
@@ -89,7 +91,12 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
         share = (point[0] - first) / (last - first) if last > first else 0.5
         return LEFT + share * (WIDTH_PX - LEFT - RIGHT), bottom - min(point[1], high) / high * PLOT_PX
 
-    parts = [*_legend(curves), f'<text x="{LEFT - 34}" y="{top - 10}">{escape(y_label)}</text>', *_grid(high, top)]
+    parts = [*legend, f'<text x="{LEFT - 34}" y="{top - 10}">{escape(y_label)}</text>']
+    for quarter in range(5):
+        y = top + PLOT_PX * (1 - quarter / 4)
+        parts.append(f'<line class="{"grid" if quarter else "axis"}" x1="{LEFT}" x2="{WIDTH_PX - RIGHT}" y1="{y:.1f}" '
+                     f'y2="{y:.1f}"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                     f'{high * quarter / 4:.3g}</text>')
     if marked is not None:
         x = place((marked, 0))[0]
         parts.append(f'<line class="marked" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -104,26 +111,13 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
     return _svg(title, bottom + 44, parts)
 
 
-def _named(curves: Sequence[Curve]) -> list[Curve]:
-    return [curve for curve in curves if curve.kind != "faint"]
-
-
 def _legend(curves: Sequence[Curve]) -> list[str]:
-    named, parts, x = _named(curves), [], LEFT - 34
-    for curve in named if len(named) > 1 else ():
+    """Nothing for a single curve."""
+    parts, x = [], LEFT - 34
+    for curve in curves if len(curves) > 1 else ():
         parts += _drawn(curve.kind, [(x, 34), (x + 24, 34)], [])
-        parts.append(f'<text class="told" x="{x + 30}" y="38">{escape(curve.label)}</text>')
+        parts.append(f'<text class="{TEXT_CLASS}" x="{x + 30}" y="38">{escape(curve.label)}</text>')
         x += 48 + round(6.4 * len(curve.label))
-    return parts
-
-
-def _grid(high: float, top: float) -> list[str]:
-    parts = []
-    for quarter in range(5):
-        y = top + PLOT_PX * (1 - quarter / 4)
-        kind = "grid" if quarter else "axis"
-        parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH_PX - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{high * quarter / 4:.3g}</text>')
     return parts
 
 
@@ -141,11 +135,9 @@ def _drawn(kind: str, points: Sequence[Point], bands: Sequence[Interval]) -> lis
 
 
 def _dot(kind: str, x: float, y: float) -> str:
-    if kind == "b":
-        return f'<rect class="b" x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-    if kind == "c":
-        return f'<path class="c" d="M{x:.1f},{y - 4:.1f}l4,7h-8z"/>'
-    return f'<circle class="{kind}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>'
+    shapes = {"b": f'<rect class="b" x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>',
+              "c": f'<path class="c" d="M{x:.1f},{y - 4:.1f}l4,7h-8z"/>'}
+    return shapes.get(kind, f'<circle class="{kind}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>')
 
 
 def _path(points: Sequence[Point]) -> str:
@@ -170,10 +162,10 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, high: float | No
         y, length = 34 + ROW_PX * row, min(bar.value, high) / high * width
         ends = [left + min(end, high) / high * width for end in bar.interval or ()]
         note = f' <tspan font-style="italic">{escape(bar.note)}</tspan>' if bar.note else ""
-        told = ' class="told" font-weight="600"' if bar.kind == "ours" else ' class="told"'
-        parts.append(f'<text{told} x="{left + 3}" y="{y + 11}">{escape(bar.label)}{note}</text>'
+        style = f'class="{TEXT_CLASS}"' + (' font-weight="600"' if bar.kind == "ours" else "")
+        parts.append(f'<text {style} x="{left + 3}" y="{y + 11}">{escape(bar.label)}{note}</text>'
                      f'<rect class="{bar.kind}" x="{left}" y="{y + 16}" width="{length:.1f}" height="11" rx="2"/>'
-                     f'<text{told} x="{max(left + length, *ends, 0) + 6:.1f}" y="{y + 26}">{bar.value:.1f}</text>')
+                     f'<text {style} x="{max(left + length, *ends, 0) + 6:.1f}" y="{y + 26}">{bar.value:.1f}</text>')
         if ends:
             parts.append(f'<path class="whisker" fill="none" d="M{ends[0]:.1f},{y + 21.5}H{ends[1]:.1f}'
                          f'M{ends[0]:.1f},{y + 18}v7M{ends[1]:.1f},{y + 18}v7"/>')

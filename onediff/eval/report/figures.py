@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from ruamel.yaml import YAML
 
+from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.charts import Bar, Curve, Interval, Point, bar_chart, line_chart
-from onediff.eval.report.published import doubts, published
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 MAX_POINTS = 240  # of a curve
 TIMES_100 = "CIDEr times 100"
 NUISANCES = {  # -> (title, x axis)
@@ -38,15 +42,14 @@ def figures(metrics: Mapping[str, Any], stress: Mapping[str, Any],
     """Name -> chart: cider/<benchmark>, stress/<benchmark>/<nuisance>, attention/<benchmark>/<what> and
     train/<phase>/<what>. What has no numbers is left out.
     """
-    found = {f"cider/{key}": cider_chart(key, result) for key, result in metrics.items()}
+    charts = {f"cider/{key}": cider_chart(key, result) for key, result in metrics.items()}
     for benchmark, result in stress.items():
-        found |= {f"stress/{benchmark}/{nuisance}": stress_chart(benchmark, nuisance, curve)
-                  for nuisance, curve in result["curves"].items()}
-        found |= {f"attention/{benchmark}/{name}": chart
-                  for name, chart in attention_charts(benchmark, result.get("attention", {})).items()}
+        charts |= {f"stress/{benchmark}/{nuisance}": stress_chart(benchmark, nuisance, curve)
+                   for nuisance, curve in result["curves"].items()}
+        charts |= attention_charts(benchmark, result.get("attention", {}))
     for phase, lines in curves.items():
-        found |= {f"train/{phase}/{name}": chart for name, chart in training_charts(phase, lines).items()}
-    return found
+        charts |= training_charts(phase, lines)
+    return charts
 
 
 def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
@@ -67,24 +70,24 @@ def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
 def stress_chart(benchmark: str, nuisance: str, curve: Mapping[str, Any]) -> Markup:
     """Shares under a nuisance of growing strength; CIDEr alone where no grammar reads the captions."""
     title, x_label = NUISANCES.get(nuisance, (nuisance, "strength"))
-    points = sorted((_place(nuisance, strength), "none" if strength == "none" and nuisance == "jpeg_quality" else
-                     "0" if strength == "none" else strength.replace("-", "\N{MINUS SIGN}"), point)
-                    for strength, point in curve.items())
-    drawn = {key: told for key, told in CURVES.items() if all(key in point for _, _, point in points)}
+    none = "none" if nuisance == "jpeg_quality" else "0"
+    points = sorted((_place(nuisance, strength), none if strength == "none" else
+                     strength.replace("-", "\N{MINUS SIGN}"), point) for strength, point in curve.items())
+    drawn = {key: style for key, style in CURVES.items() if all(key in point for _, _, point in points)}
     lines = [Curve(label, kind, [(x, 100 * point[key]) for x, _, point in points],
                    [_percent(point["intervals"][key]) for _, _, point in points])
              for key, (label, kind) in (drawn or {"CIDEr": ("CIDEr", "a")}).items()]
-    alone = f"{lines[0].label}, " if len(lines) == 1 else ""
+    single = f"{lines[0].label}, " if len(lines) == 1 else ""
     return line_chart(lines, title=f"{benchmark}: {title}", x_label=x_label, high=100 if drawn else None,
-                      y_label=f"{alone}% of pairs" if drawn else TIMES_100,
+                      y_label=f"{single}% of pairs" if drawn else TIMES_100,
                       ticks=[(x, text) for x, text, _ in points], marked=_place(nuisance, "none"))
 
 
 def _place(nuisance: str, strength: str) -> float:
     """x of a strength: the better a JPEG, the nearer to none at all."""
-    if nuisance == "jpeg_quality":
-        return 0.0 if strength == "none" else 100 - float(strength)
-    return 0.0 if strength == "none" else float(strength)
+    if strength == "none":
+        return 0.0
+    return 100 - float(strength) if nuisance == "jpeg_quality" else float(strength)
 
 
 def attention_charts(benchmark: str, attention: Mapping[str, Any]) -> dict[str, Markup]:
@@ -93,8 +96,9 @@ def attention_charts(benchmark: str, attention: Mapping[str, Any]) -> dict[str, 
         return {}
     shown = {"inside": (INSIDE, f"{benchmark}: share inside the changed region", "% of what falls on the image"),
              "pointing": (POINTING, f"{benchmark}: middle lies in the changed region", "% of images")}
-    return {name: bar_chart([Bar(label, kind, 100 * attention[key], _percent(attention["intervals"][key]))
-                             for key, (label, kind) in parts.items()], title=title, x_label=x_label)
+    return {f"attention/{benchmark}/{name}": bar_chart(
+        [Bar(label, kind, 100 * attention[key], _percent(attention["intervals"][key]))
+         for key, (label, kind) in parts.items()], title=title, x_label=x_label)
             for name, (parts, title, x_label) in shown.items()}
 
 
@@ -107,14 +111,14 @@ def _percent(bounds: Sequence[float]) -> Interval:
 
 def training_charts(phase: str, lines: list[dict[str, float]]) -> dict[str, Markup]:
     steps, val = series(lines, "loss"), series(lines, "val_CIDEr")
-    found = {}
+    charts = {}
     if steps:
-        both = [Curve("each step", "faint", thin(steps)), Curve("mean of steps nearby", "a", thin(smooth(steps)))]
-        found["loss"] = line_chart(both, title=f"{phase}: loss", x_label="step", y_label="loss")
+        losses = [Curve("each step", "faint", thin(steps)), Curve("mean of steps nearby", "a", thin(smooth(steps)))]
+        charts[f"train/{phase}/loss"] = line_chart(losses, title=f"{phase}: loss", x_label="step", y_label="loss")
     if val:
-        found["val"] = line_chart([Curve("CIDEr", "a", [(x, 100 * y) for x, y in val])], title=f"{phase}: CIDEr on val",
-                                  x_label="step", y_label=TIMES_100)
-    return found
+        charts[f"train/{phase}/val"] = line_chart([Curve("CIDEr", "a", [(x, 100 * y) for x, y in val])],
+                                                  title=f"{phase}: CIDEr on val", x_label="step", y_label=TIMES_100)
+    return charts
 
 
 def last_loss(lines: Iterable[dict[str, float]]) -> float | None:
@@ -138,3 +142,26 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 def thin(points: Sequence[Point]) -> list[Point]:
     step = max(1, math.ceil(len(points) / MAX_POINTS))
     return [*points[:-1:step], *points[-1:]]
+
+
+# --- numbers of others ------------------------------------------------------------------------------------------------
+
+
+def published(benchmark: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark, best CIDEr first: `system`, metrics times 100, `source`, and where they hold
+    `unreproduced`, `saw_test_items` and `floor` (no system's). Empty where nobody publishes numbers of the protocol.
+    """
+    return sorted(_published_rows().get(benchmark, []), key=lambda row: -float(row["CIDEr"]))
+
+
+def doubts(row: dict[str, Any]) -> str:
+    """Why a number is no clean comparison, in words."""
+    reasons = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
+    return ", ".join(words for mark, words in reasons.items() if row.get(mark))
+
+
+@cache
+def _published_rows() -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = YAML(typ="safe").load(PUBLISHED.read_text(encoding="utf-8"))
+    assert set(rows) <= set(PROTOCOLS), f"{PUBLISHED} names a benchmark without protocol"
+    return rows

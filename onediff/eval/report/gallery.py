@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from onediff.data.record import Record
-from onediff.eval.analysis.behaviour import Row
 from onediff.eval.evaluation import checks
-from onediff.eval.metrics.compute import Predictions
+from onediff.eval.metrics.words import Predictions
+from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 
 MAX_PX = 480  # longer side of an image on the page
@@ -66,7 +66,7 @@ class Album:
 # --- which pairs ------------------------------------------------------------------------------------------------------
 
 
-def choose(benchmark: str, rows: Sequence[Row], predictions: Predictions, *, per_type: int,
+def choose(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, *, per_type: int,
            first: Collection[str] = ()) -> list[str]:
     """pair_ids in order of type: right ones, then as many wrong ones, as far as there are both; those of `first` come
     first.
@@ -76,18 +76,18 @@ def choose(benchmark: str, rows: Sequence[Row], predictions: Predictions, *, per
         right = all(checks(benchmark, predictions[row["pair_id"]], row).values())
         by_type.setdefault(row["change_type"], {True: [], False: []})[right].append(row["pair_id"])
     chosen = []
-    for _, found in sorted(by_type.items()):
-        wrong = found[False][:max(per_type // 2, per_type - len(found[True]))]
-        chosen += found[True][:per_type - len(wrong)] + wrong
+    for _, keys in sorted(by_type.items()):
+        wrong = keys[False][:max(per_type // 2, per_type - len(keys[True]))]
+        chosen += keys[True][:per_type - len(wrong)] + wrong
     return chosen
 
 
-def worst(benchmark: str, rows: Sequence[Row], predictions: Predictions, scores: Mapping[str, float], *,
+def worst(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, scores: Mapping[str, float], *,
           count: int) -> list[str]:
     """pair_ids with the lowest scores, lowest first, among the wrong ones; among all where nothing reads captions."""
-    found = [row["pair_id"] for row in rows
+    wrong = [row["pair_id"] for row in rows
              if not all((checks(benchmark, predictions[row["pair_id"]], row) or {"": False}).values())]
-    return sorted(found, key=lambda key: scores[key])[:count]
+    return sorted(wrong, key=lambda key: scores[key])[:count]
 
 
 def losses(ours: Mapping[str, float], theirs: Mapping[str, float], *, count: int) -> dict[str, float]:
@@ -98,16 +98,14 @@ def losses(ours: Mapping[str, float], theirs: Mapping[str, float], *, count: int
 
 def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
     """The albums, in which the last pairs lose their images where all of them together would be larger."""
-    order = sorted((part, rank, source) for source, album in albums.items()
-                   for part, name in enumerate(("shown", "lost", "worst"))
-                   for rank in range(len(getattr(album, name))))
-    found = {source: Album() for source in albums}
-    for part, rank, source in order:
-        name = ("shown", "lost", "worst")[part]
-        example = getattr(albums[source], name)[rank]
-        num_bytes -= sum(len(side.image) for side in example.sides)
-        getattr(found[source], name).append(example if num_bytes >= 0 else replace(example, sides=[]))
-    return found
+    result = {source: Album() for source in albums}
+    for name in ("shown", "lost", "worst"):
+        ranked = sorted((rank, source) for source, album in albums.items() for rank in range(len(getattr(album, name))))
+        for rank, source in ranked:
+            example = getattr(albums[source], name)[rank]
+            num_bytes -= sum(len(side.image) for side in example.sides)
+            getattr(result[source], name).append(example if num_bytes >= 0 else replace(example, sides=[]))
+    return result
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -119,17 +117,20 @@ def example(record: Record, prediction: str, *, scores: Mapping[str, float] | No
 
     Raises ValueError for a broken image.
     """
-    where = record.provenance
-    cropped = record.change_type == "crop"  # its region is what the second image shows
-    boxes = {"before": where.get("region_before") or where.get("region"),
-             "after": None if cropped else where.get("region_after") or where.get("region")}
+    boxes = {name: record.provenance.get(f"region_{name}") or record.provenance.get("region")
+             for name in ("before", "after")}
+    if record.change_type == "crop":
+        boxes["after"] = None  # the region of a crop is what the second image shows
     peak = max(value for grid in maps.values() for row in grid for value in row) if maps else 0.0
     sides = []
     for name, box in boxes.items():
         image = getattr(record, name)
-        size = open_image(image).size
-        heat = heat_map(maps[name], peak) if maps else None
-        sides.append(Side(name, data_uri(shrunk(image)), _percent(box, size), heat, _square(size)))
+        width, height = open_image(image).size
+        longer = max(width, height)
+        left, top = (width - longer) / 2, (height - longer) / 2
+        square = (left, top, left + longer, top + longer)  # what the tower pads an image to: the attention covers it
+        sides.append(Side(name, data_uri(shrunk(image)), _percent(box, width, height),
+                          heat_map(maps[name], peak) if maps else None, _percent(square, width, height)))
     return Example(record.pair_id, record.source, record.change_type, sides, record.references, prediction,
                    checks(record.source, prediction, vars(record)), dict(scores or {}))
 
@@ -161,17 +162,9 @@ def heat_map(grid: Grid, peak: float) -> str:
     return data_uri(buffer.getvalue())
 
 
-def _percent(box: Sequence[float] | None, size: tuple[int, int]) -> Box | None:
+def _percent(box: Sequence[float] | None, width: int, height: int) -> Box | None:
     if box is None:
         return None
-    width, height = size
     left, top, right, bottom = box
     return [round(100 * left / width, 2), round(100 * top / height, 2), round(100 * (right - left) / width, 2),
             round(100 * (bottom - top) / height, 2)]
-
-
-def _square(size: tuple[int, int]) -> Box | None:
-    """The square that the tower pads an image to, whose patches the attention is over."""
-    longer, (width, height) = max(size), size
-    left, top = (width - longer) / 2, (height - longer) / 2
-    return _percent((left, top, left + longer, top + longer), size)

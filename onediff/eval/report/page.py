@@ -1,9 +1,10 @@
-"""Everything about one model on one page: a single HTML file with its pictures and figures inside, no network."""
+"""Everything about one model on one page: a single HTML file that contains its pictures and figures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from onediff.eval.metrics.compute import METRICS
+from onediff.eval.metrics.catalog import BEHAVIOUR, BEHAVIOUR_HEADLINES, METRICS
 from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.charts import COLOURS, page_style
-from onediff.eval.report.figures import last_loss
+from onediff.eval.report.figures import doubts, last_loss, published
 from onediff.eval.report.gallery import Album, Example
-from onediff.eval.report.published import doubts, published
 
 SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
          ("padding_share", "padding left out", "{:.1%}"), ("loader_wait_share", "waiting for data", "{:.1%}"),
          ("memory_gib", "memory, GiB", "{:.2f}"), ("tflops_per_s", "TFLOP/s", "{:.3g}"), ("mfu", "MFU", "{:.1%}"))
-BEHAVIOUR = {  # key in metrics.json -> (label, what it counts)
-    "change_found_rate": ("change found", "changed pairs for which a change is claimed"),
-    "change_type_accuracy": ("type right", "changed pairs"),
-    "changed_object_accuracy": ("object right", "changed pairs: color and shape"),
-    "change_accuracy": ("all right", "changed pairs: type, object and what became of it"),
-    "false_alarm_rate": ("false alarms", "unchanged pairs not recognised as unchanged; lower is better"),
-    "swap_consistency": ("swap consistency", "pairs whose caption is undone when before and after are exchanged"),
-    "operation_accuracy": ("operation right", "all pairs"),
-}
-HEADLINES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "swap_consistency",
-             "operation_accuracy")
 STRESS = {  # part of stress.json -> (what is shown, {key -> (label, what it counts)})
     "identical": ("One image shown twice", {
         "false_alarm_rate": ("false alarms", "not said that nothing changed; lower is better"),
@@ -61,20 +50,50 @@ AUDIT = {"num_pairs": "test pairs", "equal_image": "equal image", "near_image": 
          "dropped": "training pairs dropped", "lookalikes": "lookalikes in training"}
 
 
-def render_page(*, when: str, subtitle: str, params: str, metrics: Mapping[str, Any], gate: Mapping[str, Any],
-                stress: Mapping[str, Any], curves: Mapping[str, list[dict[str, float]]], card: Mapping[str, Any],
-                audit: Mapping[str, Any], albums: Mapping[str, Album], figures: Mapping[str, Markup]) -> str:
-    """The page as HTML. `params`: params.yaml as text; `curves`: lines of data/curves by phase; `figures`: those of
-    figures.py; others as on disk, stress and audit empty where there are none.
+@dataclass(frozen=True)
+class ModelResults:
+    """What the stages before wrote about a model, as on disk; `stress` and `audit` are empty where there are none.
+
+    `params`: params.yaml as text; `curves`: the lines of data/curves by phase.
     """
-    metrics, gate = ordered(metrics), ordered(gate)
+
+    when: str
+    subtitle: str
+    params: str
+    metrics: Mapping[str, Any]
+    gate: Mapping[str, Any]
+    stress: Mapping[str, Any]
+    curves: Mapping[str, list[dict[str, float]]]
+    card: Mapping[str, Any]
+    audit: Mapping[str, Any]
+
+
+def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Mapping[str, Markup]) -> str:
+    """The page as HTML. `figures`: those of figures.py."""
+    metrics, audit = ordered(results.metrics), results.audit.get("benchmarks", {})
+    audited = [key for key in AUDIT if any(key in counts for counts in audit.values())]
+    language = {benchmark.split("/")[0]: result["language"] for benchmark, result in metrics.items()
+                if "language" in result}  # the protocols of one source share its captions
     return _template().render(
-        when=when, subtitle=subtitle, params=params, metrics=metrics, gate=gate, card=card, albums=albums,
-        names=METRICS, behaviour=BEHAVIOUR, headlines=_headlines(metrics), stress=stress, trials=STRESS,
-        peers=_peers(metrics),
-        phases={name: _phase(lines) for name, lines in curves.items()}, language=_language(metrics),
-        types={name: _type_table(result) for name, result in metrics.items()}, counts=_count_table(card),
-        audit=_audit(audit), choices=_choices(albums), colours=COLOURS, chart_style=Markup(page_style()),
+        **vars(results) | {
+            "metrics": metrics, "gate": ordered(results.gate),
+            "audit": (["verdict", *(AUDIT[key] for key in audited)], {
+                name: [counts.get(key, NO_VALUE) for key in ("verdict", *audited)] for name, counts in audit.items()})},
+        albums=albums, names=METRICS, trials=STRESS,
+        behaviour={name: (metric.label, metric.counts + ("" if metric.higher_is_better else "; lower is better"))
+                   for name, metric in BEHAVIOUR.items()},
+        headlines={benchmark: [*((BEHAVIOUR[key].label, f"{100 * result[key]:.1f} %") for key in BEHAVIOUR_HEADLINES
+                                 if key in result), ("CIDEr", f"{100 * result['CIDEr']:.1f}")]
+                   for benchmark, result in metrics.items() if benchmark != "scenes_far"},
+        # Others' numbers by the same protocol; none beside a part of the test split.
+        peers={key: [row | {"doubts": doubts(row)} for row in published(key)] for key, result in metrics.items()
+               if "incomplete" not in result},
+        phases={name: _phase(lines) for name, lines in results.curves.items()},
+        language=([column for column, _ in LANGUAGE.values()], {
+            source: [form.format(values[key]) if key in values else NO_VALUE for key, (_, form) in LANGUAGE.items()]
+            for source, values in language.items()}),
+        types={name: _type_table(result) for name, result in metrics.items()}, counts=_count_table(results.card),
+        choices=_choices(albums), colours=COLOURS, chart_style=Markup(page_style()),
         figures_of=lambda start: [chart for name, chart in figures.items() if name.startswith(start)])
 
 
@@ -92,22 +111,9 @@ def ordered(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ordered_sources(sources: Iterable[str]) -> list[str]:
-    known = dict.fromkeys(protocol.source for protocol in PROTOCOLS.values())
-    given = dict.fromkeys(sources)
-    return [source for source in dict.fromkeys((*known, *given)) if source in given]
-
-
-def _headlines(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """benchmark -> (label, value) of the figures that the top of the page shows."""
-    return {benchmark: [*((BEHAVIOUR[key][0], f"{100 * result[key]:.1f} %") for key in HEADLINES if key in result),
-                        ("CIDEr", f"{100 * result['CIDEr']:.1f}")]
-            for benchmark, result in metrics.items() if benchmark != "scenes_far"}
-
-
-def _peers(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What others published of the same benchmark by the same protocol; none beside a part of the test split."""
-    return {key: [row | {"doubts": doubts(row)} for row in published(key)] for key, result in metrics.items()
-            if "incomplete" not in result}
+    present = dict.fromkeys(sources)
+    known = (protocol.source for protocol in PROTOCOLS.values())
+    return [source for source in dict.fromkeys((*known, *present)) if source in present]
 
 
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -118,30 +124,11 @@ def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"type": kind, "right": right.get(kind), **values} for kind, values in result["by_change_type"].items()]
 
 
-def _language(metrics: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Columns, and the cells of each source: the protocols of one share its captions."""
-    told = {protocol_name.split("/")[0]: result["language"] for protocol_name, result in metrics.items()
-            if "language" in result}
-    return [column for column, _ in LANGUAGE.values()], {
-        source: [form.format(its[key]) if key in its else NO_VALUE for key, (_, form) in LANGUAGE.items()]
-        for source, its in told.items()}
-
-
 def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """(source, {split: pairs})."""
-    table: dict[str, dict[str, int]] = {}
-    for split, sources in card["num_pairs"].items():
-        for source, kinds in sources.items():
-            table.setdefault(source, {})[split] = sum(kinds.values())
-    return list(table.items())
-
-
-def _audit(audit: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Columns, and the counts and the verdict of each benchmark, as far as the file has them."""
-    found = audit.get("benchmarks", {})
-    keys = [key for key in AUDIT if any(key in its for its in found.values())]
-    return ["verdict", *(AUDIT[key] for key in keys)], {
-        name: [its.get("verdict", NO_VALUE), *(its.get(key, NO_VALUE) for key in keys)] for name, its in found.items()}
+    counts = card["num_pairs"].items()
+    return [(source, {split: sum(sources[source].values()) for split, sources in counts if source in sources})
+            for source in dict.fromkeys(source for _, sources in counts for source in sources)]
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
@@ -158,5 +145,5 @@ def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
     return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=0)),
             "loss": last_loss(lines),
             "seconds": max((line["seconds"] for line in lines if "seconds" in line), default=None),
-            "speed": [(said, form.format(statistics.median(values))) for key, said, form in SPEED
+            "speed": [(label, form.format(statistics.median(values))) for key, label, form in SPEED
                       if (values := [line[key] for line in lines if key in line])]}

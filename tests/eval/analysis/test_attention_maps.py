@@ -19,14 +19,13 @@ from onediff.eval.analysis.attention_maps import (
     attention_maps,
     attention_weights,
     coverage,
-    glances,
-    look,
-    maps_of,
+    maps_of_records,
     on_the_grid,
     per_image,
     pixel_change,
     points_inside,
     recorded,
+    region_figures,
     regions,
 )
 from onediff.model.assemble import build
@@ -81,7 +80,7 @@ def test_every_cross_attention_is_recorded_and_nothing_else_changes(variant: dic
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
 def test_the_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Image.Image], reading: str, pool: int,
                                      inputs: str) -> None:
-    maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs), *pair)
+    maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs), [pair])[0]
     assert maps.before.shape == maps.after.shape == maps.change.shape == (8, 8)
     assert maps.before.sum() + maps.after.sum() == pytest.approx(1, abs=1e-5)
     assert set(maps.levels) == {2, 4}
@@ -93,25 +92,25 @@ def test_the_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Ima
 def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inputs: str,
                                                               pair: tuple[Image.Image, Image.Image]) -> None:
     blind = captioner(micro, inputs=inputs, image_ids=False)
-    maps, swapped = attention_maps(blind, *pair), attention_maps(blind, *reversed(pair))
+    maps, swapped = attention_maps(blind, [pair])[0], attention_maps(blind, [pair[::-1]])[0]
     assert np.allclose(maps.before, swapped.after, atol=1e-6) and np.allclose(maps.after, swapped.before, atol=1e-6)
-    told = attention_maps(captioner(micro, inputs=inputs), *pair)
-    other = attention_maps(captioner(micro, inputs=inputs), *reversed(pair))
-    assert not np.allclose(told.before, other.after, atol=1e-5)
-    assert np.array_equal(told.change, other.change)
+    plain = attention_maps(captioner(micro, inputs=inputs), [pair])[0]
+    other = attention_maps(captioner(micro, inputs=inputs), [pair[::-1]])[0]
+    assert not np.allclose(plain.before, other.after, atol=1e-5)
+    assert np.array_equal(plain.change, other.change)
 
 
 def test_a_pair_looks_alone_as_in_a_batch(micro: Config, scene_pairs: list[Record]) -> None:
     model = captioner(micro)
-    for record, together in look(model, scene_pairs[:3]):
-        alone = maps_of(model, [tuple(Image.open(io.BytesIO(image)) for image in record.images)])[0]
+    for record, together in maps_of_records(model, scene_pairs[:3]):
+        alone = attention_maps(model, [tuple(Image.open(io.BytesIO(image)) for image in record.images)])[0]
         assert np.allclose(alone.before, together.before, atol=1e-6)
         assert np.allclose(alone.after, together.after, atol=1e-6)
 
 
 def test_a_model_without_delta_tokens_has_no_maps(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:
     with pytest.raises(ValueError, match=r"num_tokens is 0: .* has no attention"):
-        attention_maps(captioner(micro, reading="A", num_tokens=0), *pair)
+        attention_maps(captioner(micro, reading="A", num_tokens=0), [pair])
 
 
 def test_a_difference_counts_half_for_each_image() -> None:
@@ -162,12 +161,13 @@ def test_each_image_has_its_own_region() -> None:
 
 def test_a_real_scene_is_looked_at_in_the_images_that_show_its_object(micro: Config) -> None:
     records = [record for index in range(5) for record in scene_records(micro, "test", index)]
-    found = [glance for record, maps in look(captioner(micro), records) for glance in glances(record, maps)]
-    sides = {(glance.change_type, glance.side) for glance in found}
+    images = [image for record, maps in maps_of_records(captioner(micro), records)
+              for image in region_figures(record, maps)]
+    sides = {(image.change_type, image.side) for image in images}
     assert ("add", "after") in sides and ("add", "before") not in sides and ("none", "before") not in sides
     assert {("move", "before"), ("move", "after"), ("drop", "before")} <= sides
-    got = attention_figures(found)
-    assert got["num_images"] == len(found) == sum(kind["num_images"] for kind in got["by_change_type"].values())
+    got = attention_figures(images)
+    assert got["num_images"] == len(images) == sum(kind["num_images"] for kind in got["by_change_type"].values())
     assert 0 < got["area_share"] < 0.2 and got["intervals"]["inside_share"][0] <= got["inside_share"]
     assert {"level_2_inside_share", "level_4_pointing_accuracy"} <= got.keys()
 
@@ -179,7 +179,7 @@ def test_looking_everywhere_alike_gives_the_area_and_looking_at_the_place_gives_
     point[2, 1] = 0.5
     for grid, share, pointing in ((flat, 2 / 64, 0.0), (point, 1.0, 1.0)):
         maps = AttentionMaps(before=flat, after=grid, levels={4: np.stack([flat, grid])}, change=flat)
-        got = attention_figures(glances(record, maps))
+        got = attention_figures(region_figures(record, maps))
         assert (got["inside_share"], got["pointing_accuracy"]) == (pytest.approx(share), pointing)
         assert got["area_share"] == got["difference_inside_share"] == pytest.approx(2 / 64)
         assert got["attention_share"] == pytest.approx(0.5)
@@ -191,5 +191,5 @@ def test_a_region_smaller_than_a_patch_may_be_out_of_reach(scene_pairs: list[Rec
     flat = np.full((8, 8), 1 / 128)
     maps = AttentionMaps(before=flat, after=flat, levels={}, change=flat)
     record = replace(scene_pairs[0], change_type="move", provenance={"region_after": [11, 11, 17, 17]})
-    assert attention_figures(glances(record, maps))["pointing_ceiling"] == 0
+    assert attention_figures(region_figures(record, maps))["pointing_ceiling"] == 0
     assert attention_figures([]) == {}

@@ -18,7 +18,7 @@ from onediff.eval.analysis.behaviour import (
     interval,
     inverse,
     parse,
-    parse_operation,
+    parse_edit,
     says_the_truth,
     scene_behaviour,
     truth,
@@ -64,13 +64,13 @@ def test_every_edit_sentence_is_read() -> None:
     places = ("left", "right", "top", "bottom", "center", "to the left", "to the right", *COLORS)
     for operation, templates in EDIT_TEMPLATES.items():
         for template, new in itertools.product(templates, places):
-            assert parse_operation(template.format(old="small red cube", new=new)) == operation, (template, new)
+            assert parse_edit(template.format(old="small red cube", new=new)).change_type == operation, (template, new)
 
 
 def test_case_punctuation_and_articles_do_not_matter() -> None:
     assert parse(" The Red\u2028cube was removed. ") == Change("drop", color="red", shape="cube")
     assert parse("an red cube was added!") == Change("add", color="red", shape="cube")
-    assert parse_operation("Brighten the image.") == "brighten"
+    assert parse_edit("Brighten the image.").change_type == "brighten"
 
 
 @pytest.mark.parametrize("caption", [
@@ -81,7 +81,7 @@ def test_case_punctuation_and_articles_do_not_matter() -> None:
 ])
 def test_what_is_not_in_the_grammar_is_unreadable(caption: str) -> None:
     assert parse(caption) == UNREADABLE
-    assert parse_operation(caption) is None
+    assert parse_edit(caption).change_type is None
 
 
 @pytest.mark.parametrize(("a", "b", "undoes"), [

@@ -16,7 +16,6 @@ from onediff.data.synthesis.phrases import EDIT_TEMPLATES
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.analysis.behaviour import (
     Change,
-    edit_truth,
     inverse,
     inverse_edit,
     parse,
@@ -33,12 +32,12 @@ from onediff.eval.analysis.stress import (
     WEAR,
     choose,
     curve_points,
+    disturbed,
     figures,
+    is_stressed,
     num_trials,
-    stressed,
     trials,
     unrelated,
-    worn,
 )
 from onediff.eval.floors import oracle
 from onediff.eval.metrics.compute import score
@@ -84,7 +83,7 @@ def test_the_inverse_of_a_scene_is_what_its_swapped_pair_tells(micro: Config) ->
 
 
 def test_the_inverse_of_the_inverse_of_an_edit_is_the_edit(edits: list[Record]) -> None:
-    found = {record.change_type: edit_truth(vars(record)) for record in edits}
+    found = {record.change_type: truth(vars(record)) for record in edits}
     assert set(found) == set(OPERATIONS)
     without = {kind for kind, edit in found.items() if undone_edit(edit) is None}
     assert without - {"remove"} == {"crop", "black_and_white", "blur", "none"}
@@ -135,7 +134,7 @@ def test_references_of_edits_tell_the_truth(edits: list[Record]) -> None:
         for text in record.references:
             said = parse_edit(text)
             if "{new}" not in max(EDIT_TEMPLATES[record.change_type], key=len) or said.new:
-                assert says_the_edit(said, edit_truth(vars(record))), text
+                assert says_the_edit(said, truth(vars(record))), text
 
 
 # --- which pairs ------------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def test_the_same_seed_chooses_the_same_pairs_in_their_order() -> None:
 
 
 def test_a_source_that_is_another_one_under_stress_is_not_stressed() -> None:
-    assert [name for name in ("scenes", "scenes_far", "edits", "street") if stressed(name)] == ["scenes", "edits",
+    assert [name for name in ("scenes", "scenes_far", "edits", "street") if is_stressed(name)] == ["scenes", "edits",
                                                                                                 "street"]
 
 
@@ -184,30 +183,31 @@ def test_unrelated_images_are_of_two_groups(scenes: list[Record]) -> None:
 def test_strength_0_changes_nothing_and_more_changes_more(scenes: list[Record], nuisance: str) -> None:
     record = scenes[0]
     assert all((pixels(new) == pixels(old)).all()
-               for new, old in zip(worn(record, nuisance, 0, seed=SEED).images, record.images, strict=True))
-    moved = [np.abs(pixels(worn(record, nuisance, strength, seed=SEED).after) - pixels(record.after)).mean()
+               for new, old in zip(disturbed(record, nuisance, 0, seed=SEED).images, record.images, strict=True))
+    moved = [np.abs(pixels(disturbed(record, nuisance, strength, seed=SEED).after) - pixels(record.after)).mean()
              for strength in (2, 10, 30)]
     assert 0 < moved[0] < moved[1] < moved[2]
 
 
 def test_worse_jpeg_is_farther_from_the_image(scenes: list[Record]) -> None:
-    far = [np.abs(pixels(worn(scenes[0], "jpeg_quality", quality, seed=SEED).before) - pixels(scenes[0].before)).mean()
+    image = pixels(scenes[0].before)
+    far = [np.abs(pixels(disturbed(scenes[0], "jpeg_quality", quality, seed=SEED).before) - image).mean()
            for quality in (95, 50, 10)]
     assert 0 < far[0] < far[1] < far[2] < 20
 
 
 def test_wear_is_on_both_images_and_the_others_between_them(scenes: list[Record]) -> None:
     record = scenes[0]
-    assert {name for name in NUISANCES if worn(record, name, 20, seed=SEED).before != record.before} == set(WEAR)
-    noisy = worn(record, "noise", 10, seed=SEED)
+    assert {name for name in NUISANCES if disturbed(record, name, 20, seed=SEED).before != record.before} == set(WEAR)
+    noisy = disturbed(record, "noise", 10, seed=SEED)
     first, second = (pixels(new) - pixels(old) for new, old in zip(noisy.images, record.images, strict=True))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05 and 9 < first.std() < 10.5
-    other = worn(dataclasses.replace(record, pair_id="another"), "noise", 10, seed=SEED)
+    other = disturbed(dataclasses.replace(record, pair_id="another"), "noise", 10, seed=SEED)
     assert other.before != noisy.before
 
 
 def test_a_shift_moves_the_picture_and_repeats_its_edge(scenes: list[Record]) -> None:
-    old, new = pixels(scenes[0].after), pixels(worn(scenes[0], "shift_percent", 10, seed=SEED).after)
+    old, new = pixels(scenes[0].after), pixels(disturbed(scenes[0], "shift_percent", 10, seed=SEED).after)
     found = [(y, x) for y in range(-10, 11) for x in range(-10, 11)
              if (np.roll(old, (y, x), (0, 1))[10:-10, 10:-10] == new[10:-10, 10:-10]).all()]
     assert len(found) == 1 and 8 < np.hypot(*found[0]) < 11
@@ -219,7 +219,7 @@ def test_scale_enlarges_the_middle(scenes: list[Record]) -> None:
     dot[40:60, 40:60] = 255
     record = dataclasses.replace(scenes[0], after=_encoded(dot))
     for percent in (-50, 50, 100):
-        lit = (pixels(worn(record, "scale_percent", percent, seed=SEED).after)[..., 0] > 127).sum()
+        lit = (pixels(disturbed(record, "scale_percent", percent, seed=SEED).after)[..., 0] > 127).sum()
         assert lit == pytest.approx(400 * (1 + percent / 100) ** 2, rel=0.1)
 
 
@@ -232,7 +232,7 @@ def _encoded(values: np.ndarray) -> bytes:
 @pytest.mark.parametrize("nuisance", NUISANCES)
 def test_a_broken_image_is_told_as_everywhere(scenes: list[Record], nuisance: str) -> None:
     with pytest.raises(ValueError, match="corrupt or truncated image"):
-        worn(dataclasses.replace(scenes[0], after=scenes[0].after[:300]), nuisance, 5, seed=SEED)
+        disturbed(dataclasses.replace(scenes[0], after=scenes[0].after[:300]), nuisance, 5, seed=SEED)
 
 
 def test_only_wear_is_tried_where_brightness_may_be_the_change(micro: Config) -> None:

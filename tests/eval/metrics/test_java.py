@@ -7,15 +7,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import psutil
 import pytest
 
 from onediff.eval.metrics import words
-from onediff.eval.metrics.java import Program, complaint
+from onediff.eval.metrics.java import Program, error_line
 from onediff.eval.metrics.meteor import Meteor, _command
 
-SCORES = ("from onediff.eval.metrics.compute import start, score, FAST_METRICS, METRICS\n"
+SCORES = ("from onediff.eval.metrics.catalog import FAST_METRICS, METRICS\n"
+          "from onediff.eval.metrics.compute import start, score\n"
           "import psutil, sys, os, signal, time\n"
           "start(METRICS if 'METEOR' in sys.argv else FAST_METRICS)\n"
           "said, truth = {'a': 'a cat', 'b': 'x'}, {'a': ['a cat'], 'b': ['y']}\n"
@@ -25,6 +27,10 @@ SCORES = ("from onediff.eval.metrics.compute import start, score, FAST_METRICS, 
 
 def tokenizer(timeout_s: float = 60.0) -> Program:
     return Program("the PTB tokenizer", words._command, timeout_s=timeout_s)
+
+
+def pids_of(program: Program) -> list[int]:
+    return [copy.process.pid for copy in program._copies]
 
 
 def gone(pids: list[int], within_s: float) -> bool:
@@ -81,17 +87,17 @@ def test_a_forked_child_neither_uses_nor_keeps_the_parents_java() -> None:
 
 
 def test_a_program_killed_midway_is_told_and_the_next_call_starts_another() -> None:
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         assert program.ask(["A cat"]) == ["a cat"]
-        first = program.pids
+        first = pids_of(program)
         lines = [f"a red cat no {i}" for i in range(300_000)]
         threading.Timer(0.2, lambda: os.kill(first[0], signal.SIGKILL)).start()
         with pytest.raises(ValueError, match=r"the PTB tokenizer: Java ended with code -9 .*all of 300000 lines"):
             program.ask(lines)
         assert gone(first, 1)
         assert program.ask(["A dog"]) == ["a dog"]
-        assert program.pids != first
-        os.kill(program.pids[0], signal.SIGKILL)  # between calls
+        assert pids_of(program) != first
+        os.kill(pids_of(program)[0], signal.SIGKILL)  # between calls
         time.sleep(0.2)
         assert program.ask(["A bird"]) == ["a bird"]
 
@@ -105,7 +111,7 @@ def interruptible() -> Iterator[None]:
 
 
 def test_an_interrupted_call_shifts_no_later_answer(interruptible: None) -> None:
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         program.ask(["A cat"])
         threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -114,27 +120,28 @@ def test_an_interrupted_call_shifts_no_later_answer(interruptible: None) -> None
 
 
 def test_silence_is_ended_and_told() -> None:
-    with tokenizer(timeout_s=2) as program:
+    with closing(tokenizer(timeout_s=2)) as program:
         program.ask(["A cat"])
-        os.kill(program.pids[0], signal.SIGSTOP)
-        first = program.pids
+        os.kill(pids_of(program)[0], signal.SIGSTOP)
+        first = pids_of(program)
         with pytest.raises(ValueError, match=r"no answer in 2 s, so its Java was ended and nothing is scored"):
             program.ask(["A dog"])
         assert gone(first, 1)
         assert program.ask(["A dog"]) == ["a dog"]
-    with Meteor(timeout_s=0.2) as slow, pytest.raises(ValueError, match=r"METEOR: no answer in 0.2 s"):
+    slow = Meteor(timeout_s=0.2)
+    with closing(slow.program), pytest.raises(ValueError, match=r"METEOR: no answer in 0.2 s"):
         slow.score([("a cat", ["a dog"])])
 
 
 def test_lines_longer_than_all_buffers_block_neither_side() -> None:
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         lines = ["cat " * 100_000, "dog " * 100_000] * 3
         assert program.ask(lines) == [line.strip() for line in lines]
 
 
 def test_threads_get_their_own_answers() -> None:
     found: dict[int, list[str]] = {}
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         def ask(thread: int) -> None:
             for turn in range(20):
                 found[thread] = program.ask([f"thread {thread} turn {turn} line {i}" for i in range(50)])
@@ -150,18 +157,18 @@ def test_threads_get_their_own_answers() -> None:
 def test_closing_frees_process_and_files_and_can_be_repeated() -> None:
     here = psutil.Process()
     before = here.num_fds()
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         program.ask(["a cat"])
-        pids = program.pids
+        pids = pids_of(program)
         program.close()
         program.close()
-        assert program.pids == []
+        assert pids_of(program) == []
     assert gone(pids, 1)
     assert here.num_fds() == before
 
 
 def test_closing_from_another_thread_ends_a_call_that_waits() -> None:
-    with Program("METEOR", _command) as program:
+    with closing(Program("METEOR", _command)) as program:
         threading.Timer(0.3, program.close).start()
         with pytest.raises(ValueError, match="Java ended"):
             program.ask(["SCORE ||| a ||| a"])
@@ -170,11 +177,11 @@ def test_closing_from_another_thread_ends_a_call_that_waits() -> None:
 def test_no_java_on_the_path_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("JAVA_HOME", "/nowhere")
-    with tokenizer() as program:
+    with closing(tokenizer()) as program:
         assert program.ask(["A cat"]) == ["a cat"]
 
 
 def test_javas_error_is_told_rather_than_where_it_happened() -> None:
     trace = b'loading\nException in thread "main" java.lang.OutOfMemoryError: Java heap space\n\tat Meteor.main\n'
-    assert complaint(trace) == 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space'
-    assert (complaint(b"one\ntwo\n"), complaint(b"")) == ("two", "no message")
+    assert error_line(trace) == 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space'
+    assert (error_line(b"one\ntwo\n"), error_line(b"")) == ("two", "no message")

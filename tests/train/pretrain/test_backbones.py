@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from onediff.data.synthesis.render import COLORS, SHAPES, render
 from onediff.data.synthesis.scenes.drawing import draw_things, draw_view
-from onediff.eval.analysis.behaviour import parse, parse_operation
+from onediff.eval.analysis.behaviour import parse, parse_edit
 from onediff.train.pretrain import dialogue as chat
 from onediff.train.pretrain.backbones import (
     ATTRIBUTES,
@@ -72,7 +72,7 @@ def test_every_sentence_that_teaches_chat_can_be_parsed() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         _, said = chat.sentence(rng)
-        assert parse(said).change_type or parse_operation(said), said
+        assert parse(said).change_type or parse_edit(said).change_type, said
 
 
 def test_no_text_row_speaks_of_an_image_it_does_not_have() -> None:

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from onediff.eval.metrics.compute import METRICS
+from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.protocols import PROTOCOLS
-from onediff.eval.report.published import _all, doubts, published
+from onediff.eval.report.figures import _published_rows, doubts, published
 
 
 def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
-    assert set(_all()) < set(PROTOCOLS)
-    for rows in _all().values():
+    assert set(_published_rows()) < set(PROTOCOLS)
+    for rows in _published_rows().values():
         for row in rows:
             assert row.keys() <= {"system", "source", "unreproduced", "saw_test_items", "floor", *METRICS}, row
             assert row["system"] and row["source"] and 10 < row["CIDEr"] < 200
