@@ -2,7 +2,7 @@
 
 DVC tracks the values in params.yaml, not this file: a new key of one stage must not make the other stages stale. So
 nothing here may decide a result: sections that a stage reads have no defaults, and no methods other than checks
-(tests/test_config.py).
+(tests/config/test_params.py).
 """
 
 from __future__ import annotations

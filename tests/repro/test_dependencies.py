@@ -142,7 +142,7 @@ AFTER_DATA = {"align", "tune", "caption", "stress"}
 @pytest.mark.parametrize(("paths", "stale"), [
     ("onediff/train/speed.py", {"align", "tune"}),
     ("onediff/stages/training.py", {"align", "tune"}),
-    ("onediff/config/params.py onediff/tracking.py onediff/train/cost.py onediff/train/new_module.py", set()),
+    ("onediff/config/params.py onediff/tracking/runs.py onediff/train/cost.py onediff/train/new_module.py", set()),
     ("onediff/data/folders.py", {"probe", "validate", "build", "report"}),
     ("onediff/eval/report/report.css.j2", {"report"}),
     ("onediff/data/synthesis/scenes/blender.py", {"synthesize@scenes"}),
