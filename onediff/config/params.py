@@ -7,14 +7,13 @@ nothing here may decide a result: sections that a stage reads have no defaults, 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from onediff.config.reading import Count, Rate, Section, checked, read_yaml
+from onediff.config.reading import Count, Rate, Section, checked, did_you_mean, read_yaml
 from onediff.paths import PARAMS
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -348,17 +347,13 @@ class Config(Section):
         names_at: dict[str, Iterable[str]] = {
             "data.leaks.max_distance": self.data.leaks.max_distance, "tasks": self.tasks,
             "align.mixture": self.align.mixture if self.align else (), "tune.mixture": self.tune.mixture}
-        lines = [f"{key}: '{name}' is not one of the sources {', '.join(sources)}; {_cure(name, sources)}"
+        lines = [f"{key}: '{name}' is not one of the sources {', '.join(sources)}; "
+                 + did_you_mean(name, sources, "correct the name, or add the source to data")
                  for key, names in names_at.items() for name in names
                  if name not in sources and (key, name) != ("tasks", "scenes_far")]
         if lines:
             raise ValueError("\n".join(lines))
         return self
-
-
-def _cure(name: str, sources: list[str]) -> str:
-    near = difflib.get_close_matches(name, sources, 1)
-    return f"did you mean '{near[0]}'?" if near else "correct the name, or add the source to data"
 
 
 def load_params(path: Path = PARAMS) -> Config:

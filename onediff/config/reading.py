@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -49,14 +50,20 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
     """One pydantic error -> `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1]), 1)
-        return f"{path}: {where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
+        key, keys = str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])
+        return f"{path}: {where}: unknown key; {did_you_mean(key, keys, 'remove it')}"
     if item["type"] == "missing":
         return f"{path}: {where}: missing; see presets/ for a complete file"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return "\n".join(f"{path}: {where + ': ' if where else ''}{line}" for line in message.split("\n"))
     return f"{path}: {where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+    """A cure for a wrong name: the name that it resembles, or else `otherwise`."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:

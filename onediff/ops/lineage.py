@@ -22,7 +22,7 @@ from onediff import paths, registry, tracking
 from onediff.files import write_json
 from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
-from onediff.repro.lock import Stage, files_of, md5_of, md5_of_files, read_dvc_lock
+from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
 
 FOLDER = "lineage"  # of a version's files
 WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # as dvc.lock names them
@@ -63,7 +63,7 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
 def _files_in(folder: str, md5: str, root: Path) -> dict[str, str] | None:
     """Relative path -> md5 of the files; None if neither the cache nor the workspace has the folder."""
     try:
-        return files_of(md5, project=root)
+        return files_of(md5, cache_of(root))
     except FileNotFoundError:  # trained on another machine, or a folder whose files are separate outs
         in_workspace = (root / folder).is_dir() and md5_of(root / folder) == md5
         return md5_of_files(root / folder) if in_workspace else None

@@ -11,8 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
+from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
@@ -29,30 +28,28 @@ FOLDERS = {  # key of params.yaml that may name a local folder -> the dep of dvc
 def check(stage: str) -> None:
     """`stage`: as DVC names it, such as synthesize@scenes. Raises ValueError with one line per package and folder."""
     name, _, source = stage.partition("@")
-    description = _read(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
+    description = read_yaml(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
     deps = {dep.replace("${item.source}", source) for dep in description.get("deps", ())}
-    problems = [*_other_versions(description), *_untracked_folders(deps)]
-    if problems:
+    names = [name for item in description.get("params", ()) if isinstance(item, dict)
+             for name in item.get(PACKAGES, ())]
+    if problems := [*_other_versions(names), *_untracked_folders(deps)]:
         raise ValueError("\n".join(problems))
 
 
-def _other_versions(description: dict[str, Any]) -> list[str]:
+def _other_versions(names: list[str]) -> Iterator[str]:
     """Local labels such as +cpu do not count: they name a build for other hardware. Python's version does not count
     either: no stage's bytes were seen to depend on it, and a checkout's dvc.lock must hold for each Python >= 3.11.
     """
-    names = [name for item in description.get("params", ()) if isinstance(item, dict)
-             for name in item.get(PACKAGES, ())]
-    versions, problems = _read(Path(PACKAGES)) if names else {}, []
+    versions = read_yaml(Path(PACKAGES)) if names else {}
     for name in names:
         try:
             installed = version(name).split("+")[0]
         except PackageNotFoundError:  # bpy is optional; a stage that needs another missing package fails at its import
             continue
         if installed != versions[name]:
-            problems.append(f"{PACKAGES}: {name} must be {versions[name]}, which DVC notes in dvc.lock, but "
-                            f"{installed} is installed; 'make setup' installs the version of requirements.lock, or "
-                            f"write \"{installed}\" into {PACKAGES}")
-    return problems
+            yield (f"{PACKAGES}: {name} must be {versions[name]}, which DVC notes in dvc.lock, but {installed} is "
+                   "installed; 'make setup' installs the version of requirements.lock, or write "
+                   f"\"{installed}\" into {PACKAGES}")
 
 
 def _untracked_folders(deps: set[str]) -> Iterator[str]:
@@ -60,7 +57,7 @@ def _untracked_folders(deps: set[str]) -> Iterator[str]:
     a name on the hub.
     """
     tracked = {key: folder for key, folder in FOLDERS.items() if folder in deps}
-    params = _read(PARAMS) if tracked else {}
+    params = read_yaml(PARAMS) if tracked else {}
     for key, folder in tracked.items():
         value: Any = params
         for part in key.split("."):
@@ -69,7 +66,3 @@ def _untracked_folders(deps: set[str]) -> Iterator[str]:
             yield (f"params.yaml: {key}: must lie in {folder}, because DVC sees no change elsewhere, got {value}; "
                    f"'cp -r {Path(value).absolute()} {folder}/' ('cp -rs' only links the files), and write "
                    f"{folder}/{Path(value).name}")
-
-
-def _read(path: Path) -> Any:
-    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))

@@ -30,7 +30,6 @@ from onediff.files import link_or_copy, new_file, new_folder
 from onediff.paths import DVC_LOCK
 
 LOCK = DVC_LOCK
-_IGNORED = {"__pycache__", ".gitignore"}
 _SHOWN = 3  # files in a message
 _PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # settings of a remote that hold no secret
 
@@ -100,20 +99,16 @@ def md5_of(path: Path) -> str:
 def md5_of_files(folder: Path) -> dict[str, str]:
     """Relative path -> md5 of every file below the folder that DVC counts, in DVC's order."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
-                   and not _IGNORED & {*path.relative_to(folder).parts})
+                   and not {"__pycache__", ".gitignore"} & {*path.relative_to(folder).parts})
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 
-def files_of(md5: str, *, project: Path = Path()) -> dict[str, str]:
-    """Relative path -> md5 of the files in a `.dir`, as the cache lists them.
+def files_of(md5: str, cache: Path) -> dict[str, str]:
+    """Relative path -> md5 of the files in a `.dir`, as the cache lists them. The md5 of a file gives that file, under
+    an empty path.
 
     Raises FileNotFoundError if the cache has no such listing, ValueError if it was damaged.
     """
-    return _listed_files(md5, _cache_of(project))
-
-
-def _listed_files(md5: str, cache: Path) -> dict[str, str]:
-    """As files_of; the md5 of a file gives that file, under an empty path."""
     if not md5.endswith(".dir"):
         return {"": md5}
     path = _object(cache, md5)
@@ -133,7 +128,7 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
     not have is left out.
     """
     missing = {path: md5 for path, md5 in _locked_outs(stage, project).items() if not os.path.lexists(project / path)}
-    cache = _cache_of(project) if missing else project
+    cache = cache_of(project) if missing else project
     restored = []
     for path, md5 in missing.items():
         files = _cached_files(md5, cache)
@@ -152,7 +147,7 @@ def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
     When the disk is full after a stage has run, DVC prints an error, writes dvc.lock and ends with status 0.
     """
     outs = _locked_outs(stage, project)
-    cache = _cache_of(project) if outs else project
+    cache = cache_of(project) if outs else project
     if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another cache
         return []
     return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
@@ -166,7 +161,7 @@ def _locked_outs(stage: str, project: Path) -> dict[str, str]:
 def _cached_files(md5: str, cache: Path) -> dict[str, str]:
     """Relative path -> md5 of the file, or of every file of the folder; empty if the cache lacks any of them."""
     try:
-        files = _listed_files(md5, cache)
+        files = files_of(md5, cache)
     except (FileNotFoundError, ValueError):  # a damaged listing is of as little use as an absent one
         return {}
     return files if all(_object(cache, file_md5).exists() for file_md5 in files.values()) else {}
@@ -208,7 +203,7 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
 def _problems(md5: str, out: Path, cache: Path) -> list[str]:
     """One line for each file that is missing or whose bytes are not those of its md5."""
     try:
-        files = _listed_files(md5, cache)
+        files = files_of(md5, cache)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
     problems = []
@@ -251,7 +246,8 @@ def _config(project: Path) -> configparser.RawConfigParser:
     return config
 
 
-def _cache_of(project: Path) -> Path:
+def cache_of(project: Path = Path()) -> Path:
+    """The folder of the project's DVC cache. Raises FileNotFoundError if `project` is not a DVC project."""
     return project / _config(project).get("cache", "dir")
 
 

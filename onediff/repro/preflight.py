@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onediff.config import Config, Data
+from onediff.config.reading import did_you_mean
 from onediff.data.folders import sources_of
 from onediff.paths import CARD, DIFFCAP, DVC_LOCK, RAW
 from onediff.repro.lock import Stage, read_dvc_lock
@@ -67,10 +67,9 @@ def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
             folder = RAW / source
             if not folder.is_dir() and not Path(f"{folder}.dvc").exists() and f"{stage}@{source}" not in stages:
                 folders = [path.name for path in sorted(RAW.glob("*")) if path.is_dir()]
-                near = difflib.get_close_matches(source, folders, 1)
+                cure = f"see data/README.md for what belongs there, or remove '{source}'"
                 yield (f"data.{key}: '{source}' needs the folder {folder}, which does not exist; "
-                       + (f"did you mean '{near[0]}'?" if near else "see data/README.md for what belongs there, or "
-                          f"remove '{source}'"))
+                       + did_you_mean(source, folders, cure))
 
 
 def _photographs(data: Data, used: set[str]) -> Iterator[str]:
@@ -83,8 +82,7 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
     for split in SPLITS:
         try:
             photo_paths(split, folder)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             yield str(error)
-            return
-        except ValueError as error:
-            yield str(error)
+            if isinstance(error, FileNotFoundError):  # it is missing for every split
+                return

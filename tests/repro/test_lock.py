@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from onediff.repro.lock import (
+    cache_of,
     fetch,
     files_of,
     md5_of,
@@ -60,7 +61,7 @@ def cached(project: Path, name: str) -> Path:
 
 def test_digests_are_those_of_dvc(project: Path) -> None:
     assert f"md5: {md5_of(project / 'data/shards')}" in (project / "data/shards.dvc").read_text()
-    assert files_of(md5_of(project / "data/shards"), project=project) == md5_of_files(project / "data/shards")
+    assert files_of(md5_of(project / "data/shards"), cache_of(project)) == md5_of_files(project / "data/shards")
 
 
 @pytest.mark.parametrize("before", ["stages: {}", None])
@@ -126,7 +127,7 @@ def test_a_listing_that_was_damaged_is_refused(project: Path) -> None:
     kept.chmod(0o644)
     kept.write_text(kept.read_text().replace("a.parquet", "z.parquet"))
     with pytest.raises(ValueError, match="its bytes are not those of its name"):
-        files_of(md5_of(project / "data/shards"), project=project)
+        files_of(md5_of(project / "data/shards"), cache_of(project))
 
 
 @pytest.mark.parametrize("md5", ["../../../etc/passwd", "ABC", "0" * 31])
