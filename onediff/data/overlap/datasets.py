@@ -66,21 +66,17 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
         return
     counts: Counter[str] = Counter()  # of each split
     if any(path.glob("*.parquet")):
-        yield from _shards(path, split, counts)
+        for shard, number, _, _ in row_groups([path]):
+            splits = pq.ParquetFile(shard).read_row_group(number, columns=["split"]).column("split").to_pylist()
+            counts.update(splits)
+            if split in splits:
+                yield ExampleGroup(shard, number, split)
     else:
         yield from _published(path, source or path.resolve().name, split, scratch, counts)
     if not counts[split]:
         available = ", ".join(f"{name} ({count:,})" for name, count in counts.items()) or "none at all"
         raise ValueError(f"{path}: no pair in split '{split}'; it has {available}: name another with --split (of the "
                          "benchmark) or --train-split")
-
-
-def _shards(folder: Path, split: str, counts: Counter[str]) -> Iterator[ExampleGroup]:
-    for path, number, _, _ in row_groups([folder]):
-        splits = pq.ParquetFile(path).read_row_group(number, columns=["split"]).column("split").to_pylist()
-        counts.update(splits)
-        if split in splits:
-            yield ExampleGroup(path, number, split)
 
 
 def _of_record(record: Record) -> Example:
