@@ -119,19 +119,16 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
     try:
         for place, entry in (read_lines if path.suffix.lower() == ".jsonl" else read_list)(path):
             is_empty = False
-            yield _conversation(entry, place, path, images)
+            names = entry.get("image") or []
+            names = [names] if isinstance(names, str) else expect(names, list, f"{place}, image")
+            turns = [expect(turn, dict, f"{place}, conversations")
+                     for turn in part(entry, "conversations", list, place)]
+            yield Example(
+                identity(entry, "id", place) if "id" in entry else place, path.stem,
+                tuple(part(turn, "value", str, f"{place}, conversations").replace(IMAGE, " ") for turn in turns),
+                tuple((name, images / name if os.path.isfile(images / name) else None)
+                      for name in (expect(name, str, f"{place}, image") for name in names)))
     except ValueError as error:
         raise ValueError(f"{str(error).removesuffix(_CURE)}; a list of LLaVA's rows is read: {_FORM}") from None
     if is_empty:
         raise ValueError(f"{path}: no row in it; a list of LLaVA's rows is read: {_FORM}")
-
-
-def _conversation(entry: dict[str, Any], place: str, path: Path, images: Path) -> Example:
-    names = entry.get("image") or []
-    listed = [names] if isinstance(names, str) else expect(names, list, f"{place}, image")
-    turns = [expect(turn, dict, f"{place}, conversations") for turn in part(entry, "conversations", list, place)]
-    return Example(
-        identity(entry, "id", place) if "id" in entry else place, path.stem,
-        tuple(part(turn, "value", str, f"{place}, conversations").replace(IMAGE, " ") for turn in turns),
-        tuple((name, images / name if os.path.isfile(images / name) else None)
-              for name in (expect(name, str, f"{place}, image") for name in listed)))

@@ -116,11 +116,10 @@ class Editor:
                                 "captions": list(captions), "edit": task.edit, "seed": seed, **values})
 
 
-def records_of(folders: Iterator[Path]) -> Iterator[Record]:
-    """The kept records of finished tasks, in order."""
-    for folder in folders:
-        if any(folder.glob("*.parquet")):
-            yield from read_records(folder)
+def records_of(folder: Path) -> Iterator[Record]:
+    """The kept records of a finished task; a task may have none, and then its folder has no shard."""
+    if any(folder.glob("*.parquet")):
+        yield from read_records(folder)
 
 
 def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Image], *,
