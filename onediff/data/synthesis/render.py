@@ -187,9 +187,9 @@ def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np
     return lit
 
 
-def visible(things: list[Thing], view: View, image_px: int = 48) -> NDArray[np.float64]:
+def visible(things: list[Thing], view: View) -> NDArray[np.float64]:
     """Share of the image that each object fills, (len(things),); a cheap trace without shading."""
-    _, _, ids = _trace(things, Camera.of(view), image_px)
+    _, _, ids = _trace(things, Camera.of(view), 48)
     return np.bincount(ids.ravel() + 1, minlength=len(things) + 1)[1:] / ids.size
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
@@ -107,8 +107,8 @@ def parse(text: str, form: Form) -> dict[str, Any]:
         raise ValueError(f"not JSON: {excerpt(text)}") from None
 
 
-def read_completion(request: Request, completion: Mapping[str, Any]) -> Answer | None:
-    """A chat completion -> answer; None if it is not a chat completion."""
+def read_completion(request: Request, completion: Any) -> Answer | None:
+    """The JSON of a chat completion -> answer; None if it is not a chat completion."""
     try:
         choice = completion["choices"][0]
         refusal, text = choice["message"].get("refusal") or "", choice["message"].get("content") or ""

@@ -139,8 +139,7 @@ class Endpoint:
             kind = "HTML" if is_html else content_type.split(";")[0] or "text"
             raise ValueError(f"{self.url}: answered with {kind} instead of JSON: {self._excerpt(text)}; "
                              "set writer_url in runtime.yaml to the endpoint's address, mostly ending in /v1") from None
-        answer = read_completion(request, completion) if isinstance(completion, dict) else None
-        return answer or _Again(f"not a chat completion: {self._excerpt(text)}")
+        return read_completion(request, completion) or _Again(f"not a chat completion: {self._excerpt(text)}")
 
     def _on_http_error(self, request: Request, body: dict[str, Any],
                        error: openai.APIStatusError) -> Answer | _Again:
