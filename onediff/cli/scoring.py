@@ -118,7 +118,7 @@ def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pa
     """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) as by the COCO toolkit, with 95 % intervals by bootstrap."""
     from onediff.eval.metrics.catalog import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
-    from onediff.eval.report.figures import doubts, published
+    from onediff.eval.report.peers import doubts, published
 
     metrics = METRICS + OPTIONAL if spice else METRICS
     scores = score_files(predictions, references, key=protocol, metrics=metrics)

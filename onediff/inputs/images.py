@@ -43,10 +43,10 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
     raise ValueError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; make it smaller")
 
 
-def png(image: Image.Image) -> bytes:
+def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
     """The file content of a PNG with these pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()
 
 

@@ -49,7 +49,7 @@ NO_RESULT = {
 FILES = {
     "onediff.data.quality.diffcap": ["card.md.j2"],
     "onediff.data.quality.checks_page": ["checks.html.j2"],
-    "onediff.eval.report.figures": ["published.yaml"],
+    "onediff.eval.report.peers": ["published.yaml"],
     "onediff.eval.report.page": ["report.css.j2", "report.html.j2", "report.js.j2"],
     "onediff.stages.instruct": ["../data/writer/prompts/v1/edit.md"],
     "onediff.stages.write": ["../data/writer/prompts/v1/differences_text.md",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.parallel import spread
-from onediff.data.record import write_shards
+from onediff.data.record import Record, write_shards
 from onediff.data.sources.collection import list_collection
 from onediff.data.sources.entries import part, read_lines
 from onediff.data.synthesis.diffusion import OUTCOMES, Editor, Task, records_of
@@ -38,14 +38,14 @@ def diffuse(source: str) -> None:
                     device=runtime.device, folder=(Path(runtime.scratch) / "diffuse").absolute())
     counts = Counter(dict.fromkeys(OUTCOMES, 0))
 
-    def folders() -> Iterator[Path]:
+    def records() -> Iterator[Record]:
         finished = spread(editor, tasks, runtime, num_gpus=1)
         for folder, outcomes in tqdm(finished, total=len(tasks), desc=f"edit {source}", unit="image"):
             counts.update(outcomes)
-            yield folder
+            yield from records_of(folder)
 
     with new_folder(PAIRS / source) as out:
-        total = write_shards(records_of(folders()), out, "train", shard_pairs=config.data.shard_pairs)
+        total = write_shards(records(), out, "train", shard_pairs=config.data.shard_pairs)
         summary = ", ".join(f"{outcome} {count:,}" for outcome, count in counts.items())
         if not total:
             raise ValueError(f"'{source}': no edit passes the filters ({summary}); see data.diffusion in params.yaml")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 from onediff.config import load_params, load_runtime
 from onediff.data.sources.collection import list_collection
 from onediff.data.writer.answers import parse
 from onediff.data.writer.asking import ask_for_stage
 from onediff.data.writer.jobs import writer_of
 from onediff.data.writer.request import edit_of_caption
-from onediff.files import write_text
+from onediff.files import write_jsonl
 from onediff.paths import INSTRUCTED, RAW
 from onediff.stages.command import run
 
@@ -30,8 +28,8 @@ def instruct(source: str) -> None:
     if not rows:
         raise ValueError(f"{source}: no usable edit for any image; the first: {unusable[0]['name']}: "
                          f"{unusable[0]['reason']}")
-    for name, lines in ((f"{source}.jsonl", rows), (f"{source}.set_aside.jsonl", unusable)):
-        write_text(INSTRUCTED / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
+    write_jsonl(INSTRUCTED / f"{source}.jsonl", rows)
+    write_jsonl(INSTRUCTED / f"{source}.set_aside.jsonl", unusable)
     print(f"{INSTRUCTED}/{source}.jsonl: {len(rows):,} edits, {len(unusable):,} images set aside")
 
 

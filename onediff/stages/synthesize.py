@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -17,13 +17,13 @@ from onediff.files import new_folder
 from onediff.paths import SYNTHETIC
 from onediff.stages.command import run
 
-Group = tuple[str, str, int]  # shard prefix, split, number within the split
+Group = tuple[str, str, int]  # prefix of the shards, split, number within the split
 
 
 def synthesize(source: str) -> None:
     """Writes data/synthetic/<source>/<split>-*.parquet. The engine and the number of processes change no byte."""
     config, runtime = load_params(), load_runtime()
-    groups = list(_groups(config, source))
+    groups = _groups(config, source)
     by_blender = source == "scenes" and config.data.scenes.renderer == "blender"
     make = functools.partial(_start, config, source, runtime.device if by_blender else None)
     records_of_groups = spread(make, groups, runtime, chunk=8, num_gpus=0.25 if by_blender else 0)
@@ -34,15 +34,15 @@ def synthesize(source: str) -> None:
             write_shards(records, folder, prefix, shard_pairs=config.data.shard_pairs)
 
 
-def _groups(config: Config, source: str) -> Iterator[Group]:
+def _groups(config: Config, source: str) -> list[Group]:
     """Everything a source makes, in the order of its shards."""
     if source not in ("scenes", "edits"):
         raise ValueError(f"unknown source '{source}'; known are scenes and edits")
     counts = config.data.scenes.num_scenes if source == "scenes" else config.data.edits.num_pairs
-    for split in SPLITS:
-        yield from ((split, split, index) for index in range(getattr(counts, split)))
+    num_groups: dict[tuple[str, str], int] = {(split, split): getattr(counts, split) for split in SPLITS}
     if source == "scenes":
-        yield from (("far", "test", index) for index in range(config.data.scenes.num_far))
+        num_groups["far", "test"] = config.data.scenes.num_far
+    return [(*prefix_and_split, index) for prefix_and_split, number in num_groups.items() for index in range(number)]
 
 
 def _start(config: Config, source: str, blender_device: str | None) -> Callable[[Group], list[Record]]:
@@ -51,14 +51,14 @@ def _start(config: Config, source: str, blender_device: str | None) -> Callable[
         from onediff.data.synthesis.scenes import blender
 
         blender.choose_device(blender_device)
-    return functools.partial(_records, config, source)
 
+    def make_records(group: Group) -> list[Record]:
+        prefix, split, index = group
+        if source == "edits":
+            return [edit_record(config, split, index)]
+        return scene_records(config, split, index, source="scenes_far" if prefix == "far" else "scenes")
 
-def _records(config: Config, source: str, group: Group) -> list[Record]:
-    prefix, split, index = group
-    if source == "edits":
-        return [edit_record(config, split, index)]
-    return scene_records(config, split, index, source="scenes_far" if prefix == "far" else "scenes")
+    return make_records
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from onediff.data.quality.leaks import candidates
 from onediff.data.quality.probe import difference_hash
 from onediff.data.record import digest
 from onediff.data.sources.tables import aligned
-from onediff.files import new_file
+from onediff.files import write_jsonl
 from onediff.inputs.images import open_image
 
 NEAR_BITS, GREY_PX = 8, 32  # of 64 bits
@@ -55,9 +52,11 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
     benchmark_counts, train_counts = _ImageCounts(), _ImageCounts()
     index = _BenchmarkIndex(benchmark_counts.counted(_fingerprinted(benchmark, None, runtime)))
     scanned = train_counts.counted(_fingerprinted(train, frozenset(index.phashes.tolist()), runtime))
-    with new_file(out) if out else nullcontext(Path(os.devnull)) as path, path.open("w", encoding="utf-8") as file:
-        for finding in index.findings(iter(tqdm(scanned, desc="audit", unit="row")), max_distance):
-            file.write(json.dumps(finding, ensure_ascii=False) + "\n")
+    findings = index.findings(iter(tqdm(scanned, desc="audit", unit="row")), max_distance)
+    if out:
+        write_jsonl(out, findings)
+    else:
+        deque(findings, maxlen=0)  # the index counts them
     counts = index.counts()
     return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST, **RULE},
             "train": train_counts.as_dict(), "benchmark": benchmark_counts.as_dict(), "benchmarks": counts,
@@ -69,12 +68,9 @@ def verdict(result: dict[str, Any]) -> str:
     """One line: clean, or how many pairs leak; and how many images could not be read."""
     pairs = f"{result['num_pairs']:,} pairs"
     outcome = f"{result['leaks']:,} of {pairs} leak" if result["leaks"] else f"clean: none of {pairs} leaks"
-    unread = []
-    for name, title in (("train", "training set"), ("benchmark", "benchmark")):
-        counts = result[name]
-        number = counts["missing_images"] + counts["corrupt_images"]
-        if number:
-            unread.append(f"{number:,} of {counts['images']:,} images of the {title}")
+    numbers = {name: result[name]["missing_images"] + result[name]["corrupt_images"] for name in ("train", "benchmark")}
+    unread = [f"{number:,} of {result[name]['images']:,} images of the {name.replace('train', 'training set')}"
+              for name, number in numbers.items() if number]
     return outcome + (f"; but {' and '.join(unread)} could not be read, and nothing is known of them" if unread else "")
 
 
@@ -150,12 +146,12 @@ def _resized(grey: Image.Image, px: int) -> Image.Image:
     return grey.resize((px, px), Image.Resampling.BILINEAR)
 
 
+@dataclass
 class _ImageCounts:
     """Counts examples and their images, and lists the first images that are missing or corrupt."""
 
-    def __init__(self) -> None:
-        self.counts = Counter(rows=0, images=0, missing_images=0, corrupt_images=0)
-        self.unread: list[str] = []
+    counts: Counter[str] = field(default_factory=lambda: Counter(rows=0, images=0, missing_images=0, corrupt_images=0))
+    unread: list[str] = field(default_factory=list)
 
     def counted(self, examples: Iterable[FingerprintedExample]) -> Iterator[FingerprintedExample]:
         """The examples, which are counted when they are taken."""

@@ -106,14 +106,14 @@ class CaptionIndex:
                 for trigram in caption.trigrams:
                     pairs_with[trigram].add(pair_id)
         self._by_own: dict[tuple[str, str, str], list[_Caption]] = defaultdict(list)
-        self._texts_with: dict[tuple[str, str, str], set[int]] = {}  # hashes of different texts, COMMON + 1 at most
+        # Hashes of the different texts with a trigram, COMMON + 1 at most.
+        self._texts_with: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         for caption in self._captions.values():
             own = frozenset(trigram for trigram in caption.trigrams if len(pairs_with[trigram]) == 1)
             if caption.may_be_rare(len(own)):
                 caption.own = own
                 for trigram in own:  # as OWN > 1 - CONTAINED, a text that it is near to has at least one of them
                     self._by_own[trigram].append(caption)
-                    self._texts_with[trigram] = set()
 
     def add_text(self, text: TrainingText, train: str) -> set[str]:
         """Adds a text of row `train` of the training set. Returns the pairs whose captions are in it, rare or not."""
@@ -124,10 +124,9 @@ class CaptionIndex:
                 self._texts_with[trigram].add(hash(text.plain))
         contained = {self._captions[part]: 1.0 for part in text.parts & self._captions.keys()}
         equal = set(contained)
-        for caption in candidates - equal:
-            share = len(caption.trigrams & text.trigrams) / len(caption.trigrams)
-            if share >= CONTAINED:
-                contained[caption] = share
+        shares = {caption: len(caption.trigrams & text.trigrams) / len(caption.trigrams)
+                  for caption in candidates - equal}
+        contained |= {caption: share for caption, share in shares.items() if share >= CONTAINED}
         for caption, share in contained.items():
             caption.add_match(text, train, equal=caption in equal, contained=share)
         return set().union(*(caption.pairs for caption in contained))

@@ -66,21 +66,17 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
         return
     counts: Counter[str] = Counter()  # of each split
     if any(path.glob("*.parquet")):
-        yield from _shards(path, split, counts)
+        for shard, number, _, _ in row_groups([path]):
+            splits = pq.ParquetFile(shard).read_row_group(number, columns=["split"]).column("split").to_pylist()
+            counts.update(splits)
+            if split in splits:
+                yield ExampleGroup(shard, number, split)
     else:
         yield from _published(path, source or path.resolve().name, split, scratch, counts)
     if not counts[split]:
         available = ", ".join(f"{name} ({count:,})" for name, count in counts.items()) or "none at all"
         raise ValueError(f"{path}: no pair in split '{split}'; it has {available}: name another with --split (of the "
                          "benchmark) or --train-split")
-
-
-def _shards(folder: Path, split: str, counts: Counter[str]) -> Iterator[ExampleGroup]:
-    for path, number, _, _ in row_groups([folder]):
-        splits = pq.ParquetFile(path).read_row_group(number, columns=["split"]).column("split").to_pylist()
-        counts.update(splits)
-        if split in splits:
-            yield ExampleGroup(path, number, split)
 
 
 def _of_record(record: Record) -> Example:
@@ -123,19 +119,16 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
     try:
         for place, entry in (read_lines if path.suffix.lower() == ".jsonl" else read_list)(path):
             is_empty = False
-            yield _conversation(entry, place, path, images)
+            names = entry.get("image") or []
+            names = [names] if isinstance(names, str) else expect(names, list, f"{place}, image")
+            turns = [expect(turn, dict, f"{place}, conversations")
+                     for turn in part(entry, "conversations", list, place)]
+            yield Example(
+                identity(entry, "id", place) if "id" in entry else place, path.stem,
+                tuple(part(turn, "value", str, f"{place}, conversations").replace(IMAGE, " ") for turn in turns),
+                tuple((name, images / name if os.path.isfile(images / name) else None)
+                      for name in (expect(name, str, f"{place}, image") for name in names)))
     except ValueError as error:
         raise ValueError(f"{str(error).removesuffix(_CURE)}; a list of LLaVA's rows is read: {_FORM}") from None
     if is_empty:
         raise ValueError(f"{path}: no row in it; a list of LLaVA's rows is read: {_FORM}")
-
-
-def _conversation(entry: dict[str, Any], place: str, path: Path, images: Path) -> Example:
-    names = entry.get("image") or []
-    listed = [names] if isinstance(names, str) else expect(names, list, f"{place}, image")
-    turns = [expect(turn, dict, f"{place}, conversations") for turn in part(entry, "conversations", list, place)]
-    return Example(
-        identity(entry, "id", place) if "id" in entry else place, path.stem,
-        tuple(part(turn, "value", str, f"{place}, conversations").replace(IMAGE, " ") for turn in turns),
-        tuple((name, images / name if os.path.isfile(images / name) else None)
-              for name in (expect(name, str, f"{place}, image") for name in listed)))

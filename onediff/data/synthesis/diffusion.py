@@ -5,7 +5,6 @@ Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are i
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from onediff.data.embedding import Embedder
 from onediff.data.record import Record, digest, read_records, write_shards
 from onediff.data.sources.collection import Entry, load
 from onediff.files import write_json
-from onediff.inputs.images import open_image
+from onediff.inputs.images import open_image, png
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 SIDE = 64  # images are made multiples of it, which the pipeline's U-Net needs
@@ -54,9 +53,16 @@ class Editor:
     folder: Path
 
     def __call__(self) -> Callable[[Task], tuple[Path, dict[str, int]]]:
+        from diffusers import StableDiffusionInstructPix2PixPipeline
+
         embedder = Embedder(self.clip, self.device)
-        pipeline = _load_pipeline(self.settings.pipeline, embedder)
-        models = f"{_identity(pipeline)} {embedder.identity}"
+        dtype = embedder.model.dtype
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(self.settings.pipeline, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline = pipeline.to(embedder.model.device)
+        parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
+        total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
+        models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"  # differs if weights or their precision differ
 
         def work(task: Task) -> tuple[Path, dict[str, int]]:
             """The folder of the kept records, and how many samples had which outcome. A finished task is reused."""
@@ -76,49 +82,44 @@ class Editor:
 
     def _records(self, pipeline: Any, embedder: Embedder, task: Task, content: bytes,
                  counts: Counter[str]) -> Iterator[Record]:
-        name, captions = task.entry.name, (task.entry.caption, task.output)
+        """The longer side of the image becomes about `image_px`, and both sides multiples of SIDE."""
+        import torch
+
+        settings, name, captions = self.settings, task.entry.name, (task.entry.caption, task.output)
         try:
-            before = _fitted(open_image(content, max_megapixels=self.max_megapixels), self.settings.image_px)
+            image = open_image(content, max_megapixels=self.max_megapixels)
         except ValueError:
             counts["unreadable"] += 1
             return
-        seeds = [int(digest(f"{self.seed}|{name}|{number}".encode())[:8], 16)
-                 for number in range(self.settings.num_samples)]
-        edited, flagged = _edit(pipeline, before, task.edit, self.settings, seeds)
-        measured = similarities(embedder, before, edited, captions=captions)
-        for seed, after, is_flagged, values in zip(seeds, edited, flagged, measured, strict=True):
-            outcome = "flagged" if is_flagged else verdict(values, self.settings)
+        scale = settings.image_px / max(image.size)
+        width, height = (max(SIDE, round(side * scale / SIDE) * SIDE) for side in image.size)
+        before = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        count = settings.num_samples
+        seeds = [int(digest(f"{self.seed}|{name}|{number}".encode())[:8], 16) for number in range(count)]
+        # The samples of one image make a batch, and each has its own generator: other edits change nothing here.
+        output = pipeline(prompt=[task.edit] * count, image=[before] * count, num_inference_steps=settings.steps,
+                          guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
+                          generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pil")
+        flagged = output.nsfw_content_detected or [False] * count  # by the safety checker of the pipeline
+        measured = similarities(embedder, before, output.images, captions=captions)
+        for seed, after, is_flagged, values in zip(seeds, output.images, flagged, measured, strict=True):
+            outcome = "flagged" if is_flagged else verdict(values, settings)
             counts[outcome] += 1
             if outcome == "kept":
                 key = f"{digest(name.encode())[:16]}-{seed:010d}"
                 yield Record(
                     pair_id=f"{self.source}-train-{key}", source=self.source, split="train",
-                    group_id=f"{self.source}-{name}", before=_png(before), after=_png(after), references=[],
+                    group_id=f"{self.source}-{name}", before=png(before, compress_level=6),
+                    after=png(after, compress_level=6), references=[],
                     instruction=DEFAULT_INSTRUCTION, change_type="unlabelled",
                     provenance={"official_id": key, "official_split": "train", "names": [name, f"{key}.png"],
                                 "captions": list(captions), "edit": task.edit, "seed": seed, **values})
 
 
-def records_of(folders: Iterator[Path]) -> Iterator[Record]:
-    """The kept records of finished tasks, in order."""
-    for folder in folders:
-        if any(folder.glob("*.parquet")):
-            yield from read_records(folder)
-
-
-def _edit(pipeline: Any, before: Image.Image, instruction: str, settings: Diffusion,
-          seeds: list[int]) -> tuple[list[Image.Image], list[bool]]:
-    """One edited image per seed, and which of them the pipeline's safety checker flags.
-
-    Each sample draws from a generator of its own; the samples of one image make a batch, whatever else is edited.
-    """
-    import torch
-
-    count = len(seeds)
-    output = pipeline(prompt=[instruction] * count, image=[before] * count, num_inference_steps=settings.steps,
-                      guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
-                      generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pil")
-    return output.images, list(output.nsfw_content_detected or [False] * count)
+def records_of(folder: Path) -> Iterator[Record]:
+    """The kept records of a finished task; a task may have none, and then its folder has no shard."""
+    if any(folder.glob("*.parquet")):
+        yield from read_records(folder)
 
 
 def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Image], *,
@@ -143,36 +144,7 @@ def verdict(values: dict[str, float], settings: Diffusion) -> str:
     return next((outcome for outcome, applies in is_too_low.items() if applies), "kept")
 
 
-def _identity(pipeline: Any) -> str:
-    """Differs when the weights or their precision differ."""
-    parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
-    total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
-    return f"{total:.12g} {pipeline.dtype}"
-
-
-def _load_pipeline(path: str, embedder: Embedder) -> Any:
-    """On the device and in the precision of the embedder."""
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(path, dtype=embedder.model.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(embedder.model.device)
-
-
-def _fitted(image: Image.Image, longest_px: int) -> Image.Image:
-    """Resized and cropped: the longer side becomes about `longest_px`, both sides multiples of SIDE."""
-    scale = longest_px / max(image.size)
-    width, height = (max(SIDE, round(side * scale / SIDE) * SIDE) for side in image.size)
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
 def _cosine(a: Any, b: Any) -> float:
     """0 where one has no length but rounding, as the direction between equal captions."""
     lengths = [float(vector @ vector) ** 0.5 for vector in (a, b)]
     return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > MIN_LENGTH else 0.0
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

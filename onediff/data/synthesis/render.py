@@ -155,16 +155,13 @@ def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
     return rows, columns
 
 
-def _rays(camera: Camera, side: int) -> tuple[Array, ...]:
+def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array, ...], Array, NDArray[np.int8]]:
+    """The directions of the rays (three of (S, S)), their lengths (S, S), and which object each meets (S, S)."""
     axis = (np.arange(side) + 0.5) * (2.0 * FOV / side) - FOV
     u, v = axis[None, :], -axis[:, None]
     raw = tuple(camera.forward[i] + u * camera.right[i] + v * camera.up[i] for i in range(3))
     length = np.sqrt(_dot(raw, raw))
-    return tuple(component / length for component in raw)
-
-
-def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array, ...], Array, NDArray[np.int8]]:
-    d = _rays(camera, side)
+    d = tuple(component / length for component in raw)
     depth = np.where(d[2] < -1e-3, -camera.eye[2] / np.minimum(d[2], -1e-3), 60.0)
     ids = np.full((side, side), -1, dtype=np.int8)
     for k, thing in enumerate(things):
@@ -190,9 +187,9 @@ def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np
     return lit
 
 
-def visible(things: list[Thing], view: View, image_px: int = 48) -> NDArray[np.float64]:
+def visible(things: list[Thing], view: View) -> NDArray[np.float64]:
     """Share of the image that each object fills, (len(things),); a cheap trace without shading."""
-    _, _, ids = _trace(things, Camera.of(view), image_px)
+    _, _, ids = _trace(things, Camera.of(view), 48)
     return np.bincount(ids.ravel() + 1, minlength=len(things) + 1)[1:] / ids.size
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
@@ -107,8 +107,8 @@ def parse(text: str, form: Form) -> dict[str, Any]:
         raise ValueError(f"not JSON: {excerpt(text)}") from None
 
 
-def read_completion(request: Request, completion: Mapping[str, Any]) -> Answer | None:
-    """A chat completion -> answer; None if it is not a chat completion."""
+def read_completion(request: Request, completion: Any) -> Answer | None:
+    """The JSON of a chat completion -> answer; None if it is not a chat completion."""
     try:
         choice = completion["choices"][0]
         refusal, text = choice["message"].get("refusal") or "", choice["message"].get("content") or ""
@@ -116,7 +116,7 @@ def read_completion(request: Request, completion: Mapping[str, Any]) -> Answer |
         return None
     if not isinstance(text, str) or not isinstance(refusal, str):
         return None
-    status, reason = _judge(request, text, refusal, choice.get("finish_reason"))
+    status, reason = _status_of(request, text, refusal, choice.get("finish_reason"))
     usage = completion.get("usage")
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")] if isinstance(usage, dict) else [None]
     counted = all(isinstance(count, int) and count >= 0 for count in counts)
@@ -125,7 +125,7 @@ def read_completion(request: Request, completion: Mapping[str, Any]) -> Answer |
                   tokens.input, tokens.output, counted)
 
 
-def _judge(request: Request, text: str, refusal: str, finish_reason: Any) -> tuple[Status, str]:
+def _status_of(request: Request, text: str, refusal: str, finish_reason: Any) -> tuple[Status, str]:
     if refusal:
         return "refused", f"the writer refused: {excerpt(refusal)}"
     if finish_reason == "content_filter":

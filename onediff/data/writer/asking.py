@@ -44,12 +44,6 @@ class Tally:
     output_tokens: int = 0
     usd: float = 0.0
 
-    def add(self, answer: Answer, usd: float) -> None:
-        self.counts[answer.status] += 1
-        self.input_tokens += answer.input_tokens
-        self.output_tokens += answer.output_tokens
-        self.usd += usd
-
     def __str__(self) -> str:
         kinds = "".join(f", {count:,} {status}" for status, count in sorted(self.counts.items()))
         return (f"{sum(self.counts.values()):,} new answers{kinds}; {self.input_tokens:,} tokens in, "
@@ -93,9 +87,8 @@ def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
         if first is None:
             return Tally()
         max_tokens(first).usd(runtime)  # without a price nothing is sent
-        send: Send = functools.partial(_send_by_cluster, runtime)
-        if runtime.engine != "ray":
-            send = functools.partial(_send_by_threads, Endpoint(runtime, stop), runtime.writer_concurrency)
+        send = (functools.partial(_send_by_cluster, runtime) if runtime.engine == "ray" else
+                functools.partial(_send_by_threads, Endpoint(runtime, stop), runtime.writer_concurrency))
         run = _Run(itertools.chain([first], unanswered), file, runtime, stop)
         with tqdm(desc=f"asking {shown_url(runtime)}", unit="answer") as progress:
             run.ask_all(send, progress.update)
@@ -157,7 +150,10 @@ class _Run:
             append(outcome, self._file, usd=usd)
         except OSError as error:
             return error
-        self.tally.add(outcome, usd)
+        self.tally.counts[outcome.status] += 1
+        self.tally.input_tokens += outcome.input_tokens
+        self.tally.output_tokens += outcome.output_tokens
+        self.tally.usd += usd
         return None
 
     def _blocked(self) -> Exception:

@@ -27,7 +27,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 TIMEOUT_S = 120.0  # for one attempt
 ATTEMPTS = 8  # about two minutes of waiting
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
-KEY_NAMES = ("ONEDIFF_WRITER_KEY", "OPENAI_API_KEY")
+KEY_NAMES, NO_KEY = ("ONEDIFF_WRITER_KEY", "OPENAI_API_KEY"), "none"
 _FILTERED = ("content_filter", "content_policy_violation", "responsibleaipolicyviolation")
 
 
@@ -38,13 +38,11 @@ def shown_url(runtime: Runtime) -> str:
 
 def api_key(runtime: Runtime) -> str:
     """From the environment. Raises ValueError if OpenAI itself is asked without one."""
-    for name in KEY_NAMES:
-        if os.environ.get(name, "").strip():
-            return os.environ[name].strip()
-    if "api.openai.com" in (runtime.writer_url or OPENAI_URL):
+    key = next(filter(None, (os.environ.get(name, "").strip() for name in KEY_NAMES)), NO_KEY)
+    if key == NO_KEY and "api.openai.com" in (runtime.writer_url or OPENAI_URL):
         raise ValueError(f"no key for {shown_url(runtime)}: set {KEY_NAMES[0]} in the environment, or writer_url in "
                          "runtime.yaml to an endpoint that needs none")
-    return "none"
+    return key
 
 
 @dataclass
@@ -141,8 +139,7 @@ class Endpoint:
             kind = "HTML" if is_html else content_type.split(";")[0] or "text"
             raise ValueError(f"{self.url}: answered with {kind} instead of JSON: {self._excerpt(text)}; "
                              "set writer_url in runtime.yaml to the endpoint's address, mostly ending in /v1") from None
-        answer = read_completion(request, completion) if isinstance(completion, dict) else None
-        return answer or _Again(f"not a chat completion: {self._excerpt(text)}")
+        return read_completion(request, completion) or _Again(f"not a chat completion: {self._excerpt(text)}")
 
     def _on_http_error(self, request: Request, body: dict[str, Any],
                        error: openai.APIStatusError) -> Answer | _Again:
@@ -166,7 +163,7 @@ class Endpoint:
                          "runtime.yaml")
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key != "none" else text
+        return text.replace(self._key, "***") if self._key != NO_KEY else text
 
     def _excerpt(self, text: str) -> str:
         return excerpt(self._hide(text), 160)

@@ -40,13 +40,14 @@ def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]
         for image in list_collection(RAW / source):
             yield edit_of_caption(image.name, writer, caption=image.caption)
         return
+    folder = PAIRS / source
+    records = read_records(folder) if writer.mode == "vision" else (
+        Record(**row, before=b"", after=b"") for shard in shards(folder) for row in read_table(folder, shard.name))
     unfit, any_fit = None, False
-    for record in read_records(PAIRS / source) if writer.mode == "vision" else _records_without_images(source):
-        if not is_captioned(record):
-            job = caption_job(record, writer)
-            any_fit = any_fit or isinstance(job, Request)
-            unfit = unfit or (job if isinstance(job, Unfit) else None)
-            yield job
+    for job in (caption_job(record, writer) for record in records if not is_captioned(record)):
+        any_fit = any_fit or isinstance(job, Request)
+        unfit = unfit or (job if isinstance(job, Unfit) else None)
+        yield job
     if unfit and not any_fit:
         raise ValueError(f"{source}: the writer can be asked about nothing; {unfit.name}: {unfit.reason}")
 
@@ -67,9 +68,3 @@ def caption_job(record: Record, writer: Writer) -> Request | Unfit:
                                      "set data.writer.mode to vision")
     return differences_from_captions(record.pair_id, writer, before=captions[0], after=captions[1],
                                      edit=record.provenance.get("edit") or "")
-
-
-def _records_without_images(source: str) -> Iterator[Record]:
-    for path in shards(PAIRS / source):
-        for row in read_table(path.parent, path.name):
-            yield Record(**row, before=b"", after=b"")

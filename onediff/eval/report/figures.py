@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from ruamel.yaml import YAML
 
-from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.charts import Bar, Curve, Interval, Point, bar_chart, line_chart
+from onediff.eval.report.peers import doubts, published
 
-PUBLISHED = Path(__file__).with_name("published.yaml")
 MAX_POINTS = 240  # of a curve
 TIMES_100 = "CIDEr times 100"
 NUISANCES = {  # -> (title, x axis)
@@ -145,23 +141,3 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 # --- numbers of others ------------------------------------------------------------------------------------------------
-
-
-def published(benchmark: str) -> list[dict[str, Any]]:
-    """The rows of a benchmark, best CIDEr first: `system`, metrics times 100, `source`, and where they hold
-    `unreproduced`, `saw_test_items` and `floor` (no system's). Empty where nobody publishes numbers of the protocol.
-    """
-    return sorted(_published_rows().get(benchmark, []), key=lambda row: -float(row["CIDEr"]))
-
-
-def doubts(row: dict[str, Any]) -> str:
-    """Why a number is no clean comparison, in words."""
-    reasons = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
-    return ", ".join(words for mark, words in reasons.items() if row.get(mark))
-
-
-@cache
-def _published_rows() -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = YAML(typ="safe").load(PUBLISHED.read_text(encoding="utf-8"))
-    assert set(rows) <= set(PROTOCOLS), f"{PUBLISHED} names a benchmark without protocol"
-    return rows

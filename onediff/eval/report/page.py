@@ -15,8 +15,9 @@ from markupsafe import Markup
 from onediff.eval.metrics.catalog import BEHAVIOUR, BEHAVIOUR_HEADLINES, METRICS
 from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.charts import COLOURS, page_style
-from onediff.eval.report.figures import doubts, last_loss, published
+from onediff.eval.report.figures import last_loss
 from onediff.eval.report.gallery import Album, Example
+from onediff.eval.report.peers import doubts, published
 
 SPEED = (("pairs_per_s", "rows/s", "{:.0f}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
          ("padding_share", "padding left out", "{:.1%}"), ("loader_wait_share", "waiting for data", "{:.1%}"),

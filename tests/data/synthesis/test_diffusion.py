@@ -47,7 +47,7 @@ def editor(models: tuple[str, str], folder: Path, **changes: float) -> Callable:
 def test_an_edited_image_becomes_a_record_with_all_that_made_it(models: tuple[str, str], task: Task,
                                                                 tmp_path: Path) -> None:
     place, fates = editor(models, tmp_path)(task)
-    records = list(records_of(iter([place])))
+    records = list(records_of(place))
     assert fates == {"kept": 2} and len(records) == 2
     for record in records:
         provenance = record.provenance
@@ -83,7 +83,7 @@ def test_each_filter_of_the_paper_drops_what_is_below_it(models: tuple[str, str]
 def test_what_the_filters_drop_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
     place, fates = editor(models, tmp_path, min_image_similarity=1.0)(task)
     assert fates == {"image too unlike": 2}
-    assert list(records_of(iter([place]))) == []
+    assert list(records_of(place)) == []
 
 
 def test_an_image_that_cannot_be_read_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:

@@ -80,18 +80,14 @@ def rotate(rng: Generator, picture: Picture) -> Edit:
 
 def remove(rng: Generator, picture: Picture) -> Edit:
     """A canvas is rendered without its first thing; in a photograph an ellipse is filled from around it."""
-    if picture.view is None:
-        return _inpaint(rng, picture)
-    side = picture.pixels.shape[0]
-    after, _ = render(list(picture.things[1:]), picture.view, side)
-    _, ids = render(list(picture.things), picture.view, side, samples=1)
-    return Edit(after, new=picture.place, thing=picture.things[0], region=bounding_box(ids == 0))
-
-
-def _inpaint(rng: Generator, picture: Picture) -> Edit:
     from skimage.restoration import inpaint_biharmonic
 
-    place, side = pick(rng, tuple(PLACES)), picture.pixels.shape[0]
+    side = picture.pixels.shape[0]
+    if picture.view:
+        after, _ = render(list(picture.things[1:]), picture.view, side)
+        _, ids = render(list(picture.things), picture.view, side, samples=1)
+        return Edit(after, new=picture.place, thing=picture.things[0], region=bounding_box(ids == 0))
+    place = pick(rng, tuple(PLACES))
     half = round(side * float(rng.uniform(0.12, 0.15)))
     x, y = _draw_middle(rng, place, side, half=half + 3)
     window = (slice(y - half - 3, y + half + 3), slice(x - half - 3, x + half + 3))
@@ -107,11 +103,17 @@ def paste(rng: Generator, picture: Picture) -> Edit:
     place, side = pick(rng, tuple(PLACES)), picture.pixels.shape[0]
     half = round(side * float(rng.uniform(0.16, 0.22)))
     thing = replace(draw_thing(rng, 0.0, 0.0), size="small")  # its middle is then where the camera looks
-    color, alpha = _cut_out(rng, thing, 2 * half)
+    distance = thing.half * {"cube": 6.4, "sphere": 4.5, "cylinder": 5.6}[thing.shape]  # fills the frame
+    light_azimuth, light_elevation = draw_uniform(rng, (-1.0, 0.6), (0.8, 1.0))
+    view = View(0.0, 0.5, distance, 0.0, 0.0, light_azimuth, light_elevation, light_power=0.75, ambient=0.35)
+    pixels, ids = render([thing], view, 4 * half, samples=1)
+    shown = (ids == 0).astype(np.float64)[..., None]
+    fine = np.concatenate([pixels * shown, shown], axis=2)  # colour times alpha in 0 to 255, and alpha
+    mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4  # a smooth outline
     x, y = _draw_middle(rng, place, side, half=half)
     after, region = picture.pixels.copy(), [x - half, y - half, x + half, y + half]
     window = (slice(y - half, y + half), slice(x - half, x + half))
-    after[window] = _pixels(color + (1 - alpha[..., None]) * after[window])
+    after[window] = _pixels(mean[..., :3] + (1 - mean[..., 3:]) * after[window])
     return Edit(after, new=place, thing=thing, region=region)
 
 
@@ -120,18 +122,6 @@ def _draw_middle(rng: Generator, place: str, side: int, *, half: int) -> tuple[i
     u, v = (middle + float(rng.uniform(-0.1, 0.1)) for middle in PLACES[place])
     x, y = round(side * (1 + u) / 2), round(side * (1 - v) / 2)
     return min(max(x, half), side - half), min(max(y, half), side - half)
-
-
-def _cut_out(rng: Generator, thing: Thing, side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The thing alone: colour times alpha (S, S, 3) in 0 to 255, and alpha (S, S), smooth along the outline."""
-    distance = thing.half * {"cube": 6.4, "sphere": 4.5, "cylinder": 5.6}[thing.shape]  # fills the frame
-    light_azimuth, light_elevation = draw_uniform(rng, (-1.0, 0.6), (0.8, 1.0))
-    view = View(0.0, 0.5, distance, 0.0, 0.0, light_azimuth, light_elevation, light_power=0.75, ambient=0.35)
-    pixels, ids = render([thing], view, 2 * side, samples=1)
-    shown = (ids == 0).astype(np.float64)
-    fine = np.concatenate([pixels * shown[..., None], shown[..., None]], axis=2)
-    mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4
-    return mean[..., :3], mean[..., 3]
 
 
 def change_nothing(rng: Generator, picture: Picture) -> Edit:

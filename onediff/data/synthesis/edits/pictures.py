@@ -43,6 +43,7 @@ class Picture:
     place: str | None = None
 
 
+@lru_cache(maxsize=8)
 def photo_paths(split: str, folder: str | None) -> dict[str, Path]:
     """Name -> file of the split's photographs: those that the packages ship, or those of `folder` by their names.
 
@@ -75,11 +76,6 @@ def _packaged(package: str, file: str) -> Path:
     return Path(spec.origin).parent / file
 
 
-@lru_cache(maxsize=8)
-def _photos(split: str, folder: str | None) -> tuple[tuple[str, Path], ...]:
-    return tuple(photo_paths(split, folder).items())
-
-
 @lru_cache(maxsize=64)
 def _photo(path: Path) -> Image.Image:
     image = open_image(path)
@@ -89,7 +85,7 @@ def _photo(path: Path) -> Image.Image:
 
 def draw_window(rng: Generator, split: str, folder: str | None, *, image_px: int) -> Picture:
     """A random square of a random photograph, at least half as wide as its short side; mirrored half of the time."""
-    photos = _photos(split, folder)
+    photos = list(photo_paths(split, folder).items())
     name, path = photos[int(rng.integers(len(photos)))]
     photo = _photo(path)
     short = min(photo.size)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from onediff.config import Config
 from onediff.data.record import SPLITS, Record
-from onediff.data.synthesis.edits.operations import OPERATIONS, Edit
-from onediff.data.synthesis.edits.pictures import Picture, Pixels, draw_canvas, draw_window
+from onediff.data.synthesis.edits.operations import OPERATIONS
+from onediff.data.synthesis.edits.pictures import Pixels, draw_canvas, draw_window
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
 from onediff.inputs.images import png
 
@@ -32,7 +32,18 @@ def edit_record(config: Config, split: str, index: int) -> Record:
     rng = np.random.default_rng(seed)
     operation = pick(rng, tuple(EDIT_TEMPLATES))
     on_canvas = rng.random() < config.data.edits.canvas_share
-    picture, edit = _visible_edit(rng, config, split, operation=operation, on_canvas=on_canvas)
+    image_px, folder = config.data.image_px, config.data.edits.photos
+    for _ in range(100):  # until the edit shows: a blur of clear sky would not
+        picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
+        edit = OPERATIONS[operation](rng, picture)
+        difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)
+        if float((difference > STEP).mean()) >= MIN_CHANGED.get(operation, MIN_CHANGED_ELSEWHERE):
+            break
+    else:
+        raise ValueError(
+            f"edits: '{operation}' cannot be seen in any of 100 windows of the photographs of split '{split}'; "
+            "use photographs with more colour and detail"
+        )
     thing = edit.thing
     return Record(
         pair_id=f"edits-{split}-{index:06d}", source="edits", split=split,
@@ -43,22 +54,6 @@ def edit_record(config: Config, split: str, index: int) -> Record:
         instruction=pick(rng, INSTRUCTIONS["edits"]), change_type=operation,
         provenance={"seed": seed, "photo": picture.name, "new": edit.new, "region": edit.region,
                     "object": thing and {key: getattr(thing, key) for key in ("shape", "color", "size", "material")}})
-
-
-def _visible_edit(rng: Generator, config: Config, split: str, *, operation: str,
-                  on_canvas: bool) -> tuple[Picture, Edit]:
-    """Draws pictures until the edit shows: a blur of clear sky would not."""
-    image_px, folder = config.data.image_px, config.data.edits.photos
-    for _ in range(100):
-        picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
-        edit = OPERATIONS[operation](rng, picture)
-        difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)
-        if float((difference > STEP).mean()) >= MIN_CHANGED.get(operation, MIN_CHANGED_ELSEWHERE):
-            return picture, edit
-    raise ValueError(
-        f"edits: '{operation}' cannot be seen in any of 100 windows of the photographs of split '{split}'; "
-        "use photographs with more colour and detail"
-    )
 
 
 def _encode(rng: Generator, pixels: Pixels) -> bytes:

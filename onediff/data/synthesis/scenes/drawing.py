@@ -33,9 +33,9 @@ class Change:
     @property
     def new(self) -> str | None:
         """What the changed object has become: a color, a material or a direction."""
-        if self.after is None or self.change_type in ("add", "none"):
+        if self.after is None:
             return None
-        return {"color": self.after.color, "texture": self.after.material, "move": self.direction}[self.change_type]
+        return {"color": self.after.color, "texture": self.after.material, "move": self.direction}.get(self.change_type)
 
 
 def draw_things(rng: Generator, count: int) -> list[Thing] | None:

@@ -72,13 +72,16 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
     else:
         raise ValueError(f"params.yaml: data.scenes: no decidable scene in {MAX_TRIES} tries; "
                          "lower max_objects or min_visible")
-    name = f"{source}-{split}-{index:06d}"
+    name, renderer = f"{source}-{split}-{index:06d}", config.data.scenes.renderer
     return [Record(pair_id=f"{name}{letter}", source=source, split=split, group_id=f"{source}/{split}/{index:06d}",
                    before=left.frame[0], after=right.frame[0], references=references,
                    instruction=pick(rng, INSTRUCTIONS["scenes"]), change_type=change.change_type,
-                   provenance={"seed": seed} | _provenance(change, left, right)
-                   | {"swap_of": f"{name}c" if letter == "s" else None,
-                      "captions": [name_objects(shot.things, shot.view) for shot in (left, right)]})
+                   provenance={"seed": seed, "object": _attributes(change.before or change.after), "new": change.new,
+                               "region_before": left.region(change.before), "region_after": right.region(change.after),
+                               "objects": [_attributes(thing) for thing in left.things],
+                               "captions": [name_objects(shot.things, shot.view) for shot in (left, right)],
+                               "swap_of": f"{name}c" if letter == "s" else None,
+                               **({} if renderer == "raytracer" else {"renderer": renderer})})
             for letter, change, left, right, references in pairs]
 
 
@@ -94,8 +97,11 @@ def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter
     if any(visible(shot.things, shot.view).min() < scenes.min_visible for shot in shots):
         return None
     b0, b1, a0, a1 = shots
-    if change.direction and not _moves_visibly(change, b0.view):
-        return None
+    if change.before and change.after and change.direction:
+        camera = Camera.of(b0.view)
+        (u0, v0, _), (u1, v1, _) = camera.project(change.before.centre), camera.project(change.after.centre)
+        if math.hypot(u1 - u0, v1 - v0) <= 0.2:  # the object must move by more than a tenth of the image
+            return None
     same = Change("none", None, None)
     if split == "train":
         plan = [("c", change, b0, a1), ("r", change.inverse, a0, b1),
@@ -107,22 +113,6 @@ def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter
     return pairs if len(pairs) == len(plan) else None
 
 
-def _moves_visibly(change: Change, view: View) -> bool:
-    """Whether the object moves by at least a tenth of the image, for the camera of the first frame."""
-    assert change.before and change.after, "a moved object is in both scenes"
-    camera = Camera.of(view)
-    (u0, v0, _), (u1, v1, _) = camera.project(change.before.centre), camera.project(change.after.centre)
-    return math.hypot(u1 - u0, v1 - v0) > 0.2
-
-
-def _provenance(change: Change, before: Shot, after: Shot) -> dict[str, Any]:
-    thing, renderer = change.before or change.after, before.data.scenes.renderer
-    return {"object": _attributes(thing) if thing else None, "new": change.new,
-            "region_before": before.region(change.before), "region_after": after.region(change.after),
-            "objects": [_attributes(thing) for thing in before.things],
-            **({} if renderer == "raytracer" else {"renderer": renderer})}
-
-
-def _attributes(thing: Thing) -> dict[str, Any]:
+def _attributes(thing: Thing | None) -> dict[str, Any] | None:
     return {"shape": thing.shape, "color": thing.color, "size": thing.size, "material": thing.material,
-            "x": round(thing.x, 3), "y": round(thing.y, 3)}
+            "x": round(thing.x, 3), "y": round(thing.y, 3)} if thing else None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.protocols import PROTOCOLS
-from onediff.eval.report.figures import _published_rows, doubts, published
+from onediff.eval.report.peers import _published_rows, doubts, published
 
 
 def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
