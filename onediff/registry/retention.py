@@ -71,7 +71,9 @@ def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
                if run.info.start_time > limit_ms or run.info.status in ("RUNNING", "SCHEDULED")}
     old = sorted((run.info for run_id, run in runs.items() if root(run_id) not in needed),
                  key=lambda info: info.start_time)
-    return {info.run_id: _local_bytes(info.artifact_uri) for info in old}
+    folders = {info.run_id: Path(info.artifact_uri.removeprefix("file://")) for info in old}
+    return {run_id: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if folder.is_absolute() else 0 for run_id, folder in folders.items()}
 
 
 @tracking.plain_errors()
@@ -93,8 +95,3 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
         if done.returncode:
             raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return True
-
-
-def _local_bytes(address: str) -> int:
-    folder = Path(address.removeprefix("file://"))
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_absolute() else 0
