@@ -89,9 +89,10 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     if address.startswith(tracking.SERVER):
         return False
     for first in range(0, len(run_ids), 100):
-        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={
-            **os.environ, "MLFLOW_TRACKING_URI": address})  # not on the command line: it may hold a password
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])],
+            env={**os.environ, "MLFLOW_TRACKING_URI": address},  # not on the command line: it may hold a password
+            capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return True
