@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CURE = "'git init && git add . && git commit -m start' puts it under git"
-_NO_FILTER = ("unspecified", "unset")
 _ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}  # "git replace" shows other files than a commit has
 
 
@@ -89,17 +88,13 @@ def changed_files(root: Path = Path()) -> list[str]:
     untracked = git_paths("ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py", root=root)
     overlooked = [line[2:] for line in git_paths("ls-files", "-v", *outside, root=root)
                   if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
-    return list(dict.fromkeys([*changed, *untracked, *overlooked, *_hidden_by_filters(root)]))
-
-
-def _hidden_by_filters(root: Path) -> list[str]:
-    """Code and settings that have a filter in git's attributes and other bytes than in the commit."""
-    paths = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
-    # The output repeats: path, "filter", value.
-    attributes = git_paths("check-attr", "filter", "--", *paths, root=root) if paths else []
-    filtered = [path for path, value in zip(attributes[::3], attributes[2::3], strict=True) if value not in _NO_FILTER]
-    return [path for path in filtered if (root / path).exists()
-            and (root / path).read_bytes() != git_bytes("show", f":./{path}", root=root)]
+    code = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
+    # The output of check-attr repeats: path, "filter", value.
+    attributes = git_paths("check-attr", "filter", "--", *code, root=root) if code else []
+    hidden = [path for path, value in zip(attributes[::3], attributes[2::3], strict=True)
+              if value not in ("unspecified", "unset") and (root / path).exists()
+              and (root / path).read_bytes() != git_bytes("show", f":./{path}", root=root)]
+    return list(dict.fromkeys([*changed, *untracked, *overlooked, *hidden]))
 
 
 def configure_dvc(root: Path = Path()) -> None:

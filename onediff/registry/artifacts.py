@@ -230,8 +230,7 @@ def _checked(model: Path, version: ModelVersion) -> Path:
 
 
 def _data_path(folder: Path) -> str:
-    flavors = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
-    return str(flavors["python_function"]["data"])
+    return str(YAML(typ="safe").load(folder / "MLmodel")["flavors"]["python_function"]["data"])
 
 
 def _download(source: str, target: Path) -> Path:

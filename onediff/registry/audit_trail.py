@@ -184,8 +184,8 @@ def settled(*, by: str | None = None) -> TrailRecord:
         return head
     if _champion_without_record(current, records):
         why = f"champion {current[CHAMPION]} was set outside OneDiff and never met the gate"
-        new = {**current, CHAMPION: head.new.get(CHAMPION, "")}
-        return apply_change(Change(action="restored", new=new, by=by, why=why), upon=head)
+        return apply_change(Change(action="restored", new=current | {CHAMPION: head.new.get(CHAMPION, "")}, by=by,
+                                   why=why), upon=head)
     why = "found changed outside OneDiff" if records else "as it was before there was a trail"
     return _append(Change(action="adopted", new=current, by=by, why=why), upon=head, tags={_APPLIED: "true"})
 
@@ -196,18 +196,18 @@ def apply_change(change: Change, *, upon: TrailRecord) -> TrailRecord:
     `upon`: the last record that the caller saw. Raises ValueError, naming the record that won, if another change came
     first; then nothing is changed.
     """
-    new = {alias: version for alias, version in change.new.items() if version}
-    record = _append(replace(change, new=new), upon=upon)
+    without_empty = {alias: version for alias, version in change.new.items() if version}
+    record = _append(replace(change, new=without_empty), upon=upon)
     _set_aliases(record)
     _mark_applied(record)
     return record
 
 
 def _append(change: Change, *, upon: TrailRecord, tags: Mapping[str, str] | None = None) -> TrailRecord:
-    values = {"figures": change.figures, "rules": change.rules, "from": upon.new, "to": change.new}
     note = {"action": change.action, "by": change.by or user_and_machine(), "why": change.why,
             "follows": str(upon.number), "mark": uuid.uuid4().hex, **(tags or {}),
-            **{key: json.dumps(value, sort_keys=True) for key, value in values.items()}}
+            **{key: json.dumps(value, sort_keys=True) for key, value in (
+                ("figures", change.figures), ("rules", change.rules), ("from", upon.new), ("to", change.new))}}
     number = _create_record(note, f"{change.action}: {_text(upon.new)} -> {_text(change.new)}: {change.why}")
     records = trail()
     ours = next((record for record in records if record.valid and record.mark == note["mark"]), None)

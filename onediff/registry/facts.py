@@ -30,8 +30,7 @@ def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, 
     the cure.
     """
     stages, lineage = _stages(root), _lineage(root)
-    broken = _broken_chain(model_dir, stages, root)
-    return _facts_of_data(broken, stages, root) | {
+    return _facts_of_data(_broken_chain(model_dir, stages, root), stages, root) | {
         "clean_lineage": _other_inputs(stages, ("tune", "caption", "score"), root) or lineage,
         TRAINED_CLEAN: _other_inputs(stages, ("tune",), root) or lineage}
 
@@ -154,13 +153,9 @@ def _with_earlier(stages: Mapping[str, Stage], names: tuple[str, ...]) -> dict[s
         if name in stages and name not in reached:
             reached[name] = stages[name]
             waiting += [other for other, stage in stages.items()
-                        if any(_overlap(out, dep) for out in stage.outs for dep in stages[name].deps)]
+                        if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out)
+                               for out in stage.outs for dep in stages[name].deps)]
     return reached
-
-
-def _overlap(first: str, second: str) -> bool:
-    """Whether two paths are the same, or one is inside the other."""
-    return f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/")
 
 
 def _parameter(values: Any, key: str) -> Any:

@@ -41,8 +41,8 @@ def propose(version: str, *, by: str | None = None) -> None:
         head = settled(by=by)
         if head.new.get(CANDIDATE) != version:
             store.get(version)
-            proposed = Change(action="propose", new=head.new | {CANDIDATE: version}, by=by, why="registered")
-            apply_change(proposed, upon=head)
+            apply_change(Change(action="propose", new=head.new | {CANDIDATE: version}, by=by, why="registered"),
+                         upon=head)
 
 
 @tracking.plain_errors()
@@ -69,9 +69,9 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
             raise ValueError(f"{rules}: approval_h wants a person to agree that {verdict.case} becomes champion, and "
                              "nobody was asked: 'onediff registry promote' asks")
         if not verdict.promoted:
-            refusal = (datetime.now(UTC).isoformat(timespec="seconds"),
-                       "; ".join(verdict.reasons)[:4900])  # MLflow takes at most 5000 characters
-            store.set_tags(NAME, candidate, dict(zip(REFUSED, refusal, strict=True)))
+            store.set_tags(NAME, candidate, {
+                REFUSED[0]: datetime.now(UTC).isoformat(timespec="seconds"),
+                REFUSED[1]: "; ".join(verdict.reasons)[:4900]})  # MLflow takes at most 5000 characters
         elif candidate != champion:
             beats = f", better than version {champion}" if champion and demands.better_than_champion else ""
             reason = f"meets {rules.name}{beats}"
@@ -107,8 +107,8 @@ def rollback(*, by: str | None = None, why: str | None = None) -> str:
         new = {**head.new, CHAMPION: back, PREVIOUS: promotion.new.get(PREVIOUS, "")}
         if new[PREVIOUS] not in {str(item.version) for item in store.versions_of(NAME)} - {champion}:
             del new[PREVIOUS]
-        reason = f"from version {champion}" + (f": {why}" if why else "")
-        apply_change(Change(action="rollback", new=new, by=by, why=reason, figures=promotion.figures), upon=head)
+        apply_change(Change(action="rollback", new=new, by=by, figures=promotion.figures,
+                            why=f"from version {champion}" + (f": {why}" if why else "")), upon=head)
     return back
 
 

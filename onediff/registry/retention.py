@@ -71,7 +71,9 @@ def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
                if run.info.start_time > limit_ms or run.info.status in ("RUNNING", "SCHEDULED")}
     old = sorted((run.info for run_id, run in runs.items() if root(run_id) not in needed),
                  key=lambda info: info.start_time)
-    return {info.run_id: _local_bytes(info.artifact_uri) for info in old}
+    folders = {info.run_id: Path(info.artifact_uri.removeprefix("file://")) for info in old}
+    return {run_id: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if folder.is_absolute() else 0 for run_id, folder in folders.items()}
 
 
 @tracking.plain_errors()
@@ -87,14 +89,10 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     if address.startswith(tracking.SERVER):
         return False
     for first in range(0, len(run_ids), 100):
-        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={
-            **os.environ, "MLFLOW_TRACKING_URI": address})  # not on the command line: it may hold a password
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])],
+            env={**os.environ, "MLFLOW_TRACKING_URI": address},  # not on the command line: it may hold a password
+            capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
     return True
-
-
-def _local_bytes(address: str) -> int:
-    folder = Path(address.removeprefix("file://"))
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_absolute() else 0

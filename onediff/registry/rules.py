@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from onediff.config import Section
+from onediff.config.reading import did_you_mean
 from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS
 from onediff.eval.metrics.compute import Scores
 from onediff.eval.resample import compare
@@ -129,14 +129,13 @@ def load_rules(path: Path = RULES) -> Rules:
 
 def _explain(path: Path, item: Any) -> str:
     where = ".".join(map(str, item["loc"])) or "the whole file"
-    if item["type"] == "extra_forbidden":
-        return f"{path}: {where}: unknown key{_nearest(where, list(Rules.model_fields))}"
-    return f"{path}: {where}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+    problem = (f"unknown key{_nearest(where, list(Rules.model_fields))}" if item["type"] == "extra_forbidden" else
+               f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}")
+    return f"{path}: {where}: {problem}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
+    return f"; {did_you_mean(name, known, 'there are ' + ', '.join(known))}"
 
 
 def commit_of_rules(path: Path = RULES) -> str:
@@ -190,7 +189,11 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
-    yield from _not_scored(rules, scores)
+    # The first champion needs the benchmarks of the comparisons, too.
+    benchmarks = sorted({path.partition(".")[0] for path in scores})
+    yield from (f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
+                for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
+                and (name := path.partition(".")[0]) not in benchmarks)
     for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
@@ -202,14 +205,6 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
             yield f"{name}: {NO_GIT}: 'git init' and 'git commit', then register again"
         elif facts.get(name) not in (YES, NO_GIT):
             yield f"{name}: {facts.get(name, 'not known: register it again')}"
-
-
-def _not_scored(rules: Rules, scores: Mapping[str, Any]) -> list[str]:
-    """The comparisons with the champion on a benchmark without gate scores, which the first champion needs, too."""
-    benchmarks = sorted({path.partition(".")[0] for path in scores})
-    return [f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
-            for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
-            and (name := path.partition(".")[0]) not in benchmarks]
 
 
 def figures_of(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:

@@ -92,9 +92,8 @@ class UsageLog:
 
 def usage_log(runtime: Runtime, model: str, folder: Path) -> UsageLog | None:
     """The log of a model (its address, and the folder of its weights), or None if runtime.yaml sets no usage_log."""
-    if runtime.usage_log is None:
-        return None
-    return UsageLog(Path(runtime.usage_log), model, weights_digest(folder), runtime.usage_images)
+    return None if runtime.usage_log is None else UsageLog(
+        Path(runtime.usage_log), model, weights_digest(folder), runtime.usage_images)
 
 
 def caption_and_log(captioner: Captioner, log: UsageLog | None, files: list[Files], pairs: list[Pair],

@@ -31,7 +31,6 @@ HOME = Path(".onediff")
 SERVER = ("http://", "https://")
 _DENIED = (401, 403)
 _OTHER_CREDENTIALS = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
-_DATABASE = ("sqlite:", "postgresql", "mysql", "mssql")
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
           "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
           "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
@@ -45,7 +44,7 @@ def uri() -> str:
     address = os.environ.get("MLFLOW_TRACKING_URI") or load_runtime().mlflow_uri
     if address is None:
         return f"sqlite:///{(HOME / 'mlflow.db').absolute()}"
-    if not address.startswith(SERVER + _DATABASE):
+    if not address.startswith((*SERVER, "sqlite:", "postgresql", "mysql", "mssql")):
         raise ValueError(f"MLflow address '{without_password(address)}': must be a server (http://, https://) or a "
                          "database (sqlite:///, postgresql://); correct MLFLOW_TRACKING_URI or runtime.mlflow_uri, or "
                          "unset both")
@@ -87,9 +86,8 @@ def _credentials(address: str) -> dict[str, str]:
     pair = [urllib.parse.unquote(part or "") or os.environ.get(f"MLFLOW_TRACKING_{key}")
             or file.get("mlflow", f"mlflow_tracking_{key.lower()}", fallback="")
             for key, part in (("USERNAME", parts.username), ("PASSWORD", parts.password))]
-    if not any(pair):
-        return {}
-    return {"Authorization": f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"}
+    header = {"Authorization": f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"}
+    return header if any(pair) else {}
 
 
 def http_status(error: MlflowException | RequestException) -> int:

@@ -58,7 +58,8 @@ class Run:
         self._waiting: list[Any] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._unreachable = self._failed = False
+        self._unreachable = False
+        self._status = "FINISHED"
         self._sender = threading.Thread(target=self._send_often, name="mlflow-metrics", daemon=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -86,16 +87,16 @@ class Run:
 
     def fail(self, reason: str) -> None:
         """Marks the run as failed where no exception does."""
-        self._failed = True
+        self._status = "FAILED"
         self.tag({"failed_because": reason})
 
     def describe(self, *, digest: str) -> dict[str, Any]:
         """The content of data/runs/<phase>.json. `digest`: the SHA-256 of the weights, also set as a tag of the run."""
         self.tag({"weights_digest": digest})
         seconds = self._seconds if self._seconds is not None else time.monotonic() - self._start
-        rate = statistics.median(self._rates) if self._rates else 0.0
         return {"run_id": self.id, "tracking_uri": without_password(self._address), "phase": self.phase,
-                "seconds": round(seconds, 1), "pairs_per_s": round(rate, 1), "digest": digest}
+                "seconds": round(seconds, 1),
+                "pairs_per_s": round(statistics.median(self._rates or [0.0]), 1), "digest": digest}
 
     def __enter__(self) -> Self:
         self._sender.start()
@@ -106,13 +107,12 @@ class Run:
         self._seconds = time.monotonic() - self._start
         self._stop.set()
         self._sender.join()
-        self._unreachable = not self._send() or self._unreachable
+        self._unreachable = not self._send()
         if self._waiting:
             self.problems.append(f"{len(self._waiting)} metrics not sent")
-        status = "FAILED" if self._failed else "FINISHED"
         if kind is not None:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self._attempt("status", self._mlflow.set_terminated, status)
+            self._status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._attempt("status", self._mlflow.set_terminated, self._status)
         if self.problems:
             print(f"MLflow run {self.id} ({self.phase}) is incomplete: {'; '.join(self.problems)}. "
                   "What was computed is on disk.", file=sys.stderr)
@@ -196,10 +196,10 @@ def find_run(condition: str) -> str | None:
 def provenance(root: Path = Path()) -> dict[str, str]:
     """Tags with the code, dvc.lock and data from which a run or version was made; 'none' where there is none."""
     commit = head(root)
-    digests = {tag: sha256_of(root / path) if (root / path).exists() else "none"
-               for tag, path in (("dvc_lock", DVC_LOCK), ("data_digest", CARD))}
     return {"git_commit": commit or "none",
-            "git_dirty": str(bool(changed_files(root))).lower() if commit else "none", **digests}
+            "git_dirty": str(bool(changed_files(root))).lower() if commit else "none",
+            **{tag: sha256_of(root / path) if (root / path).exists() else "none"
+               for tag, path in (("dvc_lock", DVC_LOCK), ("data_digest", CARD))}}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
