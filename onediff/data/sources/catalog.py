@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import PublishedPair
+from onediff.data.sources.published import Files, PublishedPair
 from onediff.data.sources.readers import (
     birds_to_words,
     clevr_change,

@@ -21,8 +21,7 @@ from typing import Any
 from onediff.data.sources import tracked
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.entries import read_csv, read_lines
-from onediff.data.sources.file_index import Files, open_files
-from onediff.data.sources.published import PublishedPair
+from onediff.data.sources.published import Files, PublishedPair, open_files
 from onediff.data.sources.readers import folder as own
 from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image

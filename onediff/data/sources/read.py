@@ -11,8 +11,7 @@ from typing import Any
 from onediff.config import load_runtime
 from onediff.data.record import SPLITS, Record
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.sources.file_index import Files, open_files
-from onediff.data.sources.published import PublishedPair, split_of, to_record
+from onediff.data.sources.published import Files, PublishedPair, open_files, split_of, to_record
 from onediff.data.sources.readers import folder as own
 from onediff.data.sources.tables import aligned
 

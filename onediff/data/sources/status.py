@@ -11,7 +11,7 @@ from onediff.config import Config
 from onediff.data.folders import sources_of
 from onediff.data.sources.archives import ENDINGS
 from onediff.data.sources.catalog import CATALOG, CatalogEntry
-from onediff.data.sources.file_index import IMAGE_ENDINGS
+from onediff.data.sources.published import IMAGE_ENDINGS
 from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
 from onediff.paths import PAIRS, RAW, READ_REPORTS

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from onediff.data.sources import inbox, tracked
-from onediff.data.sources.file_index import open_files
 from onediff.data.sources.inbox import Inbox, import_batches
+from onediff.data.sources.published import open_files
 from onediff.data.sources.read import records, summarize
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -13,8 +13,7 @@ from urllib.parse import urlsplit
 
 from onediff.data.record import digest
 from onediff.data.sources.entries import read_tsv, sentences
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import OFFICIAL_SPLITS, PublishedPair
+from onediff.data.sources.published import OFFICIAL_SPLITS, Files, PublishedPair
 
 ANNOTATIONS = "birds-to-words-v1.0.tsv"
 COLUMNS = ("img1ObservationURL", "img1ImgURL", "img1Species", "img1Selection", "img2ObservationURL", "img2ImgURL",

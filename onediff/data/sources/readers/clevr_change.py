@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from onediff.data.sources.entries import expect, part, read_json, sentences
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import NO_TYPE, OFFICIAL_SPLITS, PublishedPair
+from onediff.data.sources.published import NO_TYPE, OFFICIAL_SPLITS, Files, PublishedPair
 
 ANNOTATIONS = ("splits.json", "change_captions.json", "no_change_captions.json", "type_mapping.json")
 TYPES = {"material": "texture"}  # the papers' word

@@ -15,8 +15,7 @@ from typing import Any
 
 from onediff.data.record import SPLITS, digest
 from onediff.data.sources.entries import expect, one_line, part, read_csv, read_lines, sentences
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import NO_TYPE, PublishedPair
+from onediff.data.sources.published import NO_TYPE, Files, PublishedPair
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 TABLES = ("pairs.csv", "pairs.jsonl")

@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Iterator
 
 from onediff.data.sources.entries import one_line, part, read_json, read_lines
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import PublishedPair
+from onediff.data.sources.published import Files, PublishedPair
 
 SIMILARITIES = ("sim_0", "sim_1", "sim_direction", "sim_image", "sim_text")
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from onediff.data.sources.entries import expect, identity, one_line, part, read_list
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import GENERAL, PublishedPair
+from onediff.data.sources.published import GENERAL, Files, PublishedPair
 from onediff.inputs.prompt import IMAGE
 
 CAPTIONS, CONVERSATIONS = "blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json"

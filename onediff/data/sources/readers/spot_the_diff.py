@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onediff.data.sources.entries import identity, part, read_list, sentences
-from onediff.data.sources.file_index import Files
-from onediff.data.sources.published import PublishedPair
+from onediff.data.sources.published import Files, PublishedPair
 
 ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "test": ("test.json",)}
 

@@ -6,7 +6,7 @@ import pytest
 from published_sets import picture, put
 
 from onediff.data.record import SPLITS, Record
-from onediff.data.sources.file_index import open_files
+from onediff.data.sources.published import open_files
 from onediff.data.sources.read import records, summarize
 from onediff.data.sources.readers.folder import divided
 

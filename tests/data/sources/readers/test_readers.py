@@ -9,7 +9,7 @@ import pytest
 from published_sets import bird_row, bird_table, picture, put
 
 from onediff.data.record import Record
-from onediff.data.sources.file_index import open_files
+from onediff.data.sources.published import open_files
 from onediff.data.sources.read import records, summarize
 
 CASES = Path(__file__).resolve().parents[5] / "shared/cases"

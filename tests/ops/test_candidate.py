@@ -9,7 +9,7 @@ from onediff.config import Config
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.model.assemble import build
-from onediff.serve.latency import caption_ms
+from onediff.ops.candidate import caption_ms
 
 
 def test_a_pair_takes_some_milliseconds(micro: Config, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from published_sets import picture, put
 
-from onediff.data.sources.file_index import Files, open_files
+from onediff.data.sources.published import Files, open_files
 
 
 def index(folder: Path, *names: str) -> Files:
