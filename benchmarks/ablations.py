@@ -9,8 +9,6 @@ no training scene shows, and the first ones again, asked in words that training 
 weights and batches; the scenes stay the same. `--jobs 2` trains two at once, a thread each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

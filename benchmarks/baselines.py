@@ -11,8 +11,6 @@ params.yaml in a clone, `dvc repro caption`, and put its data/captions/test unde
 .onediff/baselines/ablations/<what was changed>.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

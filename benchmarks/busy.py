@@ -8,8 +8,6 @@ its own. The ratio is the time with the settings divided by the time without: be
 is kept busy by one process that computes on one thread until the measurement ends.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

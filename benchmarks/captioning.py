@@ -11,8 +11,6 @@ A unit is one batch; the contenders take turns (benchmarks/turns.py), on a GPU o
 they decide which tokens come, not how fast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import islice
 from statistics import median

@@ -4,8 +4,6 @@
     python -m benchmarks.data --step build --folder .onediff/benchmark   # one step again, on what is there
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

@@ -6,8 +6,6 @@ its schedule would. It ends right if there is one new version, which is champion
 has no gap or fork; until then the champion is the one before.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ The stages of the flow `retrain` and `dvc repro` take turns in this folder, whic
 out: of Prefect's server, and of DVC (`dvc version`).
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -8,8 +8,6 @@ three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The t
 process was left, and whether the same command then made the same bytes.
 """
 
-from __future__ import annotations
-
 import os
 import pty
 import random

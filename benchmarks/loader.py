@@ -8,8 +8,6 @@ share of the run that it waits. "pixels": images are decoded at every step, "fea
 store. The runs follow one another, because workers prepare batches while others have their turn.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator

@@ -9,8 +9,6 @@ process, in which both take turns on texts that neither has seen, after as many 
 own grammar, with words added so that few captions are alike.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -9,8 +9,6 @@ paper   presets/paper.yaml: CLIP-L/14 at 336 px (576 patches), Vicuna-7B, VDM 76
 Texts are those of the tiny preset's tokenizer and template (the paper's template for its preset) for both contenders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy

@@ -5,8 +5,6 @@ stand for LLaVA-665K's and are made up from a seed: words of the captions, 30 to
 logarithm, in one to four turns, one word in five the asker's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -8,8 +8,6 @@ a CPU and NCCL on GPUs. The global batch stays, so two processes share its rows:
 process with ZeRO 0, divided by the number of processes. The cases take turns, step by step (benchmarks/turns.py).
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

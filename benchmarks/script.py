@@ -1,7 +1,5 @@
 """What the scripts share: their command line, their table, and commands that they run."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -22,8 +22,6 @@ MFU. On a GPU the contenders run one after the other, and the peer keeps weights
 in float32).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

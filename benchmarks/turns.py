@@ -4,8 +4,6 @@ So what disturbs one contender disturbs all of them, and each has a peak memory 
 not at its turn waits at a socket and uses no processor.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

@@ -7,8 +7,6 @@ at about a third of the answers and killed by SIGKILL at two thirds. Once with a
 (it gives an answer that was paid for again, for nothing), once with one that does not.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """`python -m flows.check_drift`: compares recent captions with training, reports drift, and retrains if asked to."""
 
-from __future__ import annotations
-
 import base64
 import io
 import sys

@@ -1,7 +1,5 @@
 """What the command lines of all flows share: one run in a folder, a server, and a clean end after an interrupt."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

@@ -1,7 +1,5 @@
 """`python -m flows.deploy [PATIENCE_S]`: pools, deployments, limits and automations, on a Prefect server."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

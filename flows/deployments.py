@@ -1,7 +1,5 @@
 """Runs deployments of the Prefect server: a retraining, a promotion, a rollback."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect.client.schemas.objects import FlowRun

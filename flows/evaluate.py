@@ -1,7 +1,5 @@
 """`python -m flows.evaluate [MODEL]`: caption and score a registered version again, as after a change in scoring."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reports of the flows: events and score tables, as artifacts in Prefect and through the blocks of runtime.yaml."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

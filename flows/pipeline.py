@@ -1,7 +1,5 @@
 """Reads dvc.yaml and dvc.lock: the order of the stages, the inputs of a stage, and which stages are out of date."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

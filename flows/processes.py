@@ -1,7 +1,5 @@
 """Starts the processes of a flow, and ends every one of them with the flow."""
 
-from __future__ import annotations
-
 import codecs
 import os
 import signal

@@ -1,7 +1,5 @@
 """The flows `promote` and `rollback`: all that changes the registry's aliases on a shared server, one at a time."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """`python -m flows.refresh_data`: adds updates of imported sources and new batches of the inbox to the raw data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

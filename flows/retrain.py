@@ -1,7 +1,5 @@
 """`python -m flows.retrain`: the stages of dvc.yaml in order, then registering and promotion."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from contextlib import nullcontext

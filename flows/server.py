@@ -5,8 +5,6 @@ then waits minutes for it. This server has a session of its own, where no signal
 the pipe on its standard input is closed, which the kernel does when the flow's process ends, whatever ended it.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -4,8 +4,6 @@ The task `run_on_worker` sends the stage and waits. The flow `stage` runs it on 
 own, so that the worker's clone stays unchanged, and returns dvc.lock and the metrics as an artifact.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The tasks of the flows: run a DVC stage, score a version again, and every call of the MLflow server."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

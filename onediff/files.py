@@ -8,8 +8,6 @@ Stages never open an existing output for writing, because that file may be a har
 A killed process leaves `<name>.part` behind. The next writer removes it; git and DVC ignore it.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@ error quotes git's message.
 `python -m onediff.git` sets DVC up for a folder with or without git.
 """
 
-from __future__ import annotations
-
 import configparser
 import os
 import subprocess

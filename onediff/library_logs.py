@@ -1,7 +1,5 @@
 """Log levels of the libraries that this project loads."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

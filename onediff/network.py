@@ -1,7 +1,5 @@
 """Addresses of this machine, which no proxy can reach."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import MutableMapping
 

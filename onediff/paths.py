@@ -1,7 +1,5 @@
 """Every path that more than one module uses, relative to the project's folder, and the address of the champion."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 PARAMS = Path("params.yaml")

@@ -1,7 +1,5 @@
 """Starts, stops and checks the services of this machine, and saves their databases."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

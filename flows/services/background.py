@@ -1,7 +1,5 @@
 """Processes that outlive the shell: each has a session of its own, and a file with its process id and start time."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

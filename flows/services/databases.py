@@ -3,8 +3,6 @@
 MLflow's artifacts are files beside them (`mlflow/artifacts`, or S3): copy those as any other files.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sqlite3

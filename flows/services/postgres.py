@@ -3,8 +3,6 @@
 Clients read that file through PGPASSFILE, so no address, no command line and no log contains the password.
 """
 
-from __future__ import annotations
-
 import os
 import pwd
 import secrets

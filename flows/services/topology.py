@@ -1,7 +1,5 @@
 """The servers and workers of one folder: their commands, environments, databases and addresses."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

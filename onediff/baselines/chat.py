@@ -1,7 +1,5 @@
 """Captions by any chat model of transformers that reads two images, given by name or folder, without training it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from typing import Any, Self

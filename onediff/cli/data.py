@@ -1,7 +1,5 @@
 """`onediff data ...`: the sources of pairs, what is missing of them, what the writer would cost, a page of pairs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

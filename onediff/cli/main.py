@@ -1,7 +1,5 @@
 """The command `onediff`: the list of its commands. A command imports heavy packages only when it runs."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

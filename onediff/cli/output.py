@@ -1,7 +1,5 @@
 """The only code that prints the results of commands, and the options that several commands share."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

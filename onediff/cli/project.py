@@ -1,7 +1,5 @@
 """The project: `onediff preset`, `plan`, `manifest`, `doctor`, `drift`, `profile` and `gc`."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict

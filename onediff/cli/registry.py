@@ -1,7 +1,5 @@
 """Versions of the model: `onediff registry ...`, `lineage` and `export`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Captions and scores: `onediff caption`, `example`, `predict`, `references`, `score`, `compare` and so on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

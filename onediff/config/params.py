@@ -5,8 +5,6 @@ nothing here may decide a result: sections that a stage reads have no defaults, 
 (tests/config/test_params.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -1,7 +1,5 @@
 """Reads a YAML file into checked objects, and explains each wrong value in one line: where, rule, got, cure."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

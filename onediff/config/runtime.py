@@ -1,7 +1,5 @@
 """runtime.yaml and ONEDIFF_* variables as one frozen, checked object: where and how the project runs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -1,7 +1,5 @@
 """Shards -> one page to look at: some pairs of each source, split and kind of change, with filters and a search."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

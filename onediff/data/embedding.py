@@ -1,7 +1,5 @@
 """Images and texts as unit vectors of a CLIP-class model: near in meaning, near in angle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

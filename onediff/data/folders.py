@@ -1,7 +1,5 @@
 """The sources that params.yaml names, in the order in which DiffCap holds them, and where the records of each are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from onediff.config import Data

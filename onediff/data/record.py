@@ -1,7 +1,5 @@
 """The DiffCap record: one pair, its references and its origin; kept in Parquet shards with the image bytes inside."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

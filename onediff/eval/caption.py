@@ -1,7 +1,5 @@
 """Captions for the pairs of a benchmark, in order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
 

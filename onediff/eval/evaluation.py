@@ -1,7 +1,5 @@
 """Everything that metrics.json says about a source: a table for each of its benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes:  n pairs, m training pairs, E = 2 images x 8 x 8 places x 3 colors.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

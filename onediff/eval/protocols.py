@@ -3,8 +3,6 @@
 Traps that these close: docs/protocols.md.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Shapes:  n pairs, G groups (pairs of one scene or photograph, which are drawn to
          k columns of statistics whose sums over the pairs decide a metric.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

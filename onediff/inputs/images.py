@@ -1,7 +1,5 @@
 """An image file of any common kind -> one RGB picture, or one line that says what is wrong with it; and back to PNG."""
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

@@ -1,7 +1,5 @@
 """What the language model reads around the images, and which part of it is the answer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 IMAGE, DELTA = "<image>", "<delta>"

@@ -3,8 +3,6 @@
 The delta module may start from BERT. From a LLaVA come tower, language model and projector.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """OneDiffConfig: what a saved model needs to stand up again."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Any, ClassVar
 

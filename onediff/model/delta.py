@@ -5,8 +5,6 @@ Two images in, K delta tokens out.
 Shapes:  B pairs, L levels, N patches per image, C tower width, K delta tokens, W width of the module.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """SHA-256 digests of the files of a model folder, by which a model is identified."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

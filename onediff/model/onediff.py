@@ -5,8 +5,6 @@ Shapes:  B rows, M images in the batch (0, 1 or 2 per row), P rows with two imag
          S sequence length.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

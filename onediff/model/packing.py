@@ -4,8 +4,6 @@ Every linear layer sees the kept tokens of all rows as one long row; attention s
 Shapes:  T tokens of all rows together, H heads, G key-value heads, W head width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Pretrained weights: whole, plain tensors, and beside a tokenizer that fits them. One way in for every checkpoint."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

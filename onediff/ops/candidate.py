@@ -1,7 +1,5 @@
 """What was just trained and scored becomes a version, with all that a version carries."""
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

@@ -3,8 +3,6 @@
 `python -m onediff.ops.doctor` checks only what `make setup` installs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

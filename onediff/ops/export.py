@@ -1,7 +1,5 @@
 """Writes a version as a folder that loads without this project's data and can be uploaded to a hub."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files

@@ -4,8 +4,6 @@
 names, the runs that it or its lineage names with their whole families, and, if an alias points at it, its copy here.
 """
 
-from __future__ import annotations
-
 import fcntl
 import re
 import shutil

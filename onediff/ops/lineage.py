@@ -7,8 +7,6 @@
 onediff/ops/verify.py proves the lineage.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Captions of any system for the pairs of a benchmark, and their references: the files that score and compare read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path

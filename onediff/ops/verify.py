@@ -3,8 +3,6 @@
 The code that scores and captions is that of the commit, run in the clone. Nothing is written outside scratch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A version above runtime.register_by_reference_gb holds no weights but a referenc
 Each time that a model folder is handed out, all of its bytes are compared with the digest of the version.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -8,8 +8,6 @@ next change sets them. Aliases that were changed outside OneDiff become a record
 record ever made champion is set back, by a record `restored`: only the gate makes a champion.
 """
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Callable, Mapping

@@ -7,8 +7,6 @@ A model can be registered or get new scores only with an `Evidence`. Score files
 values outside their range are refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 They are read from dvc.lock, in which DVC writes a stage only after it succeeded, and from the files on disk; no MLflow.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

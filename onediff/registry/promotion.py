@@ -1,7 +1,5 @@
 """Which version is candidate, champion and previous. Every change goes through the trail."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """What housekeeping may remove and what must stay: registered versions, the files that they carry, and MLflow runs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """mlflow/promotion.yaml: what a candidate must reach to become champion, and whether it does. Imports no MLflow."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

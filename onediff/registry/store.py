@@ -4,8 +4,6 @@ MLflow has no compare-and-set. Therefore one process at a time changes the alias
 only the deployments promote and rollback change those of a store that several machines share.
 """
 
-from __future__ import annotations
-
 import fcntl
 import getpass
 import socket

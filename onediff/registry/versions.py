@@ -1,7 +1,5 @@
 """Versions of the registered model: each model folder is registered once; new scores replace older ones."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

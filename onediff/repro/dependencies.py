@@ -7,8 +7,6 @@ it makes the stage stale. What no import shows is declared here. DVC has one lis
 item alone must lie in the folder of the item, and a dep of one item that lies elsewhere is a dep of all.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

@@ -4,8 +4,6 @@ DVC compares dvc.lock with packages.yaml and with the deps of dvc.yaml. So befor
 versions must be those of packages.yaml, and a local model or a folder of photographs must lie in a dep of the stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -6,8 +6,6 @@
 DVC runs as a command, in a temporary project that has the cache and the remotes of this project.
 """
 
-from __future__ import annotations
-
 import configparser
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Compares params.yaml with what is on this machine, before the first stage of a run: folders, splits, mixtures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model card of a version, in Hugging Face's format, written from the pipeline's own files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

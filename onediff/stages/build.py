@@ -1,7 +1,5 @@
 """Stage `build`: the DiffCap shards and their card."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Stage `caption`: the tuned model captions every pair of every benchmark."""
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the command of every stage does: read arguments, check inputs, and report errors and interrupts in one line."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

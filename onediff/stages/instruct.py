@@ -1,7 +1,5 @@
 """Stage `instruct`: an edit for each image of a captioned collection, by the writer."""
 
-from __future__ import annotations
-
 from onediff.config import load_params, load_runtime
 from onediff.data.sources.collection import list_collection
 from onediff.data.writer.answers import parse

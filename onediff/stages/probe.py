@@ -1,7 +1,5 @@
 """Stage `probe`: one row of facts per pair."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pyarrow as pa

@@ -1,7 +1,5 @@
 """Stage `read`: a published set, or pairs of your own, from data/raw to records."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tqdm import tqdm

@@ -1,7 +1,5 @@
 """Stage `report`: one self-contained page about the model that was just scored, and its figures as files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Stage `retrieve`: pairs of alike images out of a captioned collection; the writer captions them later."""
 
-from __future__ import annotations
-
 import numpy as np
 from tqdm import tqdm
 

@@ -2,8 +2,6 @@
 each pair scored to data/scored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Container, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Stage `synthesize`: generated pairs, from a seed to Parquet shards."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Stage `validate`: may the pairs be used? Report and quarantine first, then stop or go on."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from onediff.config import load_params

@@ -1,7 +1,5 @@
 """Stage `write`: the records of a source, with captions by the writer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace

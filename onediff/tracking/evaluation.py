@@ -1,7 +1,5 @@
 """The MLflow run of an evaluation: scores, report and sample pictures of the results in data/."""
 
-from __future__ import annotations
-
 import io
 import json
 import tempfile

@@ -6,8 +6,6 @@
     write(run.describe(digest=...))
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ A checkpoint holds the complete float32 value and both Adam moments of each para
 on any number of processes and at any ZeRO level. It consists of safetensors files, so nothing in it can be executed.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """How memory and work are shared between GPUs: DeepSpeed. The only file that imports it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext

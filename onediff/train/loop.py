@@ -1,7 +1,5 @@
 """`fit`: one loop for both phases, to be read from top to bottom."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

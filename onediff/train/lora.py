@@ -1,7 +1,5 @@
 """Low-rank adapters for the language model, by peft: trained beside frozen weights, merged into them on export."""
 
-from __future__ import annotations
-
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 

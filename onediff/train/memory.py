@@ -6,8 +6,6 @@ would save is added up.
 Shapes:  P pairs, N patches per image, L levels, T tokens of all rows together, A answer tokens, D language-model width.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal

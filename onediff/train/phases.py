@@ -1,7 +1,5 @@
 """The two training phases: what each of them reads, what learns in it, and how long it lasts. `fit` does the rest."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

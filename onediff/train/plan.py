@@ -3,8 +3,6 @@
 Of each phase: what learns, what a sample is, how many steps, what fits on which GPU, how many hours.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

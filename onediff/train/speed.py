@@ -1,7 +1,5 @@
 """How fast training goes, step by step: pairs, tokens, waiting, memory, and the share of the hardware's peak."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections import Counter, deque

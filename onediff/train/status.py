@@ -3,8 +3,6 @@
 An exit code does not survive DVC; this file does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

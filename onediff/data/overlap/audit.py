@@ -6,8 +6,6 @@ and at most a CONTRAST-th of its grey levels' standard deviation: dark and pale 
 near, as white pages are. Captions: captions.py.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections import Counter, defaultdict, deque

@@ -7,8 +7,6 @@ Equal: without case, punctuation and spaces it is a complete text, line or sente
 between : and ; in one. Near: a rare one, CONTAINED of whose trigrams are in one text.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

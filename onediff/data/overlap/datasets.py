@@ -4,8 +4,6 @@ Folders of DiffCap shards; folders as published, or of your own pairs; a JSON li
 any number of images each, as M4-Instruct publishes them.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

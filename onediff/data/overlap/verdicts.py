@@ -1,7 +1,5 @@
 """What the training split of DiffCap holds of each test benchmark: its images and, by captions.py, its captions."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path

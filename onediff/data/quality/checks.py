@@ -3,8 +3,6 @@
 GX caps its lists of failing values, so this module lists every bad pair, and GX writes a part of the page for people.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page on a validation: what was counted, and what the bad pairs look like. One file that needs no network."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """Good records -> DiffCap: shards of what quarantine and leak check left, and the card that describes them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

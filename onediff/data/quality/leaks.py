@@ -4,8 +4,6 @@ The splits in order of precedence: what test holds leaves gate, val and train; t
 A near-duplicate is a candidate by its perceptual hash and a leak by the distance of its pixels.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path

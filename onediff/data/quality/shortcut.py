@@ -1,7 +1,5 @@
 """Can plain pixel differences tell a changed pair from an unchanged one? If so, scores on the source prove little."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

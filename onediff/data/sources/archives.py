@@ -1,7 +1,5 @@
 """Archives of published data, unpacked without trust in what they say."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import lzma

@@ -4,8 +4,6 @@ To add a source, write onediff/data/sources/readers/<source>.py with `read(files
 entry in CATALOG that names it. Nothing else lists the sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 

@@ -6,8 +6,6 @@ images (bytes, or datasets' {"bytes", "path"}) and a column of captions (caption
 of an image the first counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby

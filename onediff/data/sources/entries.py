@@ -1,7 +1,5 @@
 """Annotations in JSON, JSON lines, CSV and TSV -> entries with the place where each stands, or what is wrong."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -3,8 +3,6 @@ data/README.md. A batch is read first, then claimed (renamed), its images copied
 to DVC, and only then removed; killed between any two steps, the next run goes on from there.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import json

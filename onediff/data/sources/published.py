@@ -1,7 +1,5 @@
 """A published set as its folder holds it: the files by name, wherever they lie, and the pairs that a reader gives."""
 
-from __future__ import annotations
-
 import filecmp
 import os
 import re

@@ -1,7 +1,5 @@
 """A source's reader, what it finds in a folder as published, and the records that come of it."""
 
-from __future__ import annotations
-
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Open-domain real pairs: images of a collection that are alike, but not the same."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import Counter

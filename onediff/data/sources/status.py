@@ -1,7 +1,5 @@
 """What is there of every source, what is not, and what to do; without reading any image."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

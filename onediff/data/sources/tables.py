@@ -1,7 +1,5 @@
 """Rows of text in columns."""
 
-from __future__ import annotations
-
 
 def aligned(head: list[str], rows: list[list[str]]) -> str:
     """Numbers to the right, words to the left, two spaces between."""

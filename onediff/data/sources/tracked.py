@@ -1,7 +1,5 @@
 """Raw data under DVC: what was imported from elsewhere and may have changed there, and what was added here."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from hashlib import sha256

@@ -3,8 +3,6 @@
 Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are in presets/paper.yaml.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """How generated changes are put into words: several phrasings for one truth."""
 
-from __future__ import annotations
-
 from numpy.random import Generator
 
 SYNONYMS = {"sphere": ("sphere", "ball"), "cube": ("cube", "block"), "cylinder": ("cylinder",),

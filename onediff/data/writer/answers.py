@@ -3,8 +3,6 @@
 A file of answers has one line each. A line is appended in a single write and never changed.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

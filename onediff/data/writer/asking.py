@@ -1,7 +1,5 @@
 """Asks every request that has no answer yet, within the cap, and stores each answer before the next request is sent."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections import Counter

@@ -1,7 +1,5 @@
 """The dry run: which requests would be sent, in the exact words, and what they would cost."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a source asks of the writer: a caption for each pair (stage write), an edit for each image (stage instruct)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Shapes:  B pairs, X cross-attentions, P patches along a side, N = P * P, K delta
          S = 2N or 3N keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 BLEU and CIDEr reward "the red cube was removed" where the blue one was; these figures do not.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ made the references. Both then answer one question, whether the caption is true:
 (yes, not partly) and invents none. What it answers in another form is an error, counted and left out, never guessed.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

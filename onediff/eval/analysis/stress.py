@@ -4,8 +4,6 @@ A trial is a way to make other pairs of the same records; captions of a trial ar
 `plain`, `identical/before`, `identical/after`, `unrelated`, `swapped`, and `<nuisance>/<strength>` for each curve.
 """
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections import Counter

@@ -3,8 +3,6 @@
 Imports no numpy, so that commands and flows can read it at no cost.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

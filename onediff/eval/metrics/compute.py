@@ -4,8 +4,6 @@ The tokenizer and METEOR are its Java programs, which start together and stay fo
 are computed here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name

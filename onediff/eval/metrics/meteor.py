@@ -4,8 +4,6 @@ Shapes:  n pairs, R rows of counts or of their sums.
 Denkowski and Lavie, WMT 2014.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes:  n pairs, S sentences (a pair's prediction and references), L n-grams of one order in all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

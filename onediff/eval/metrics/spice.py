@@ -4,8 +4,6 @@ Its program was written for Java 8: newer ones must open their insides to it, an
 through which it writes its results. Anderson et al., ECCV 2016.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Predictions and references as words, by pycocoevalcap's tokenizer: Stanford's PTB in lower case, no punctuation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Charts as self-contained SVG: curves with interval bands, and horizontal bars."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The figures of a model: CIDEr beside floors and peers, robustness, where it looks, training. Also as files."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pairs for the page: which ones, their images, where they changed, and where the delta module looked."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Everything about one model on one page: a single HTML file that contains its pictures and figures."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

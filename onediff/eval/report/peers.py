@@ -1,7 +1,5 @@
 """Scores that others published, from published.yaml. Needs only the packages of the light install."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a phase runs: in this process, on the GPUs of one node or many through DeepSpeed's launcher, or under Slurm."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

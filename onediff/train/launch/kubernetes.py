@@ -1,7 +1,5 @@
 """A Kubernetes Job of all ranks, one pod for each node, and the Service by which they find node 0."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """DeepSpeed's launcher on one node or many: what it is called with, and what must be true before."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

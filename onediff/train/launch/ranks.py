@@ -1,7 +1,5 @@
 """The ranks of this node: a session of their own, time to write a checkpoint when stopped, none left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

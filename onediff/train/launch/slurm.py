@@ -1,7 +1,5 @@
 """A Slurm job of all ranks: submitted once, watched, and asked for a checkpoint before it is stopped."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

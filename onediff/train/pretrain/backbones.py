@@ -6,8 +6,6 @@ is, brightness, contrast, sharpness) and captions that name the objects from lef
 model and the tokenizer are kept; every head and the projector are thrown away.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import time

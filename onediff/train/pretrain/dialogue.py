@@ -5,8 +5,6 @@ single images with their captions through a projector that is thrown away, so th
 Never a pair.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.random import Generator

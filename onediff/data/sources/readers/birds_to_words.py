@@ -4,8 +4,6 @@ A TSV with a header, a paragraph per row; the images are URLs of iNaturalist. Ph
 (".../photos/647514/large.jpg?...") is found as 647514.jpg, 647514_large.jpg, or large.jpg in a folder 647514.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath

@@ -4,8 +4,6 @@ splits.json: numbers of base images by split; change_captions.json and no_change
 image; type_mapping.json: images by type of change. Images CLEVR_{default,semantic,nonsemantic}_<number>.png.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 

@@ -5,8 +5,6 @@ reference, reference_2, ...; JSONL: a list, or one text). Optional: split (train
 instruction, group (pairs that must not be in two splits), pair_id.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import accumulate

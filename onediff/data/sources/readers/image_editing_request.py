@@ -4,8 +4,6 @@
 its uid: the same two images may come with several requests, and then stay in one split together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from onediff.data.sources.entries import identity, part, read_list, sentences

@@ -5,8 +5,6 @@ line {"seed", "sim_image", ...}, images <seed>_0.jpg and <seed>_1.jpg. It has no
 (data.written) makes them from "input", "edit" and "output".
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

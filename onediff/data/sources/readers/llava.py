@@ -5,8 +5,6 @@ blip_laion_cc_sbu_558k.json (single images with a caption, for the first trainin
 "image" are text only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@
 Entries with the same img_id are one pair; every sentence is a reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from onediff.data.sources.entries import identity, part, read_list, sentences

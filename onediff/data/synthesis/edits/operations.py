@@ -1,7 +1,5 @@
 """The operations: each takes a random stream and a picture and returns an edit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

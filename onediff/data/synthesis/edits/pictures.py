@@ -1,7 +1,5 @@
 """What an edit starts from: a window of a photograph, or a rendered canvas."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every record has a random stream that depends on nothing else, so any process can generate any record with equal bytes.
 """
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -6,8 +6,6 @@ same kind of processor; another one, or a GPU, may round differently. Blender ke
 time per process.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

@@ -1,7 +1,5 @@
 """Puts scenes and their changes into words."""
 
-from __future__ import annotations
-
 from numpy.random import Generator
 
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, phrasings, say

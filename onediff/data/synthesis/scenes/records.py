@@ -4,8 +4,6 @@ Each base scene gives four frames (before and after, each from two cameras), hen
 the inverse caption, and distractors in which only camera and light moved. Park et al., ICCV 2019 (CLEVR-Change).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property
