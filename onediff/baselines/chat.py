@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from onediff.model.captioner import pick_device
+from onediff.model.captioner import clean_captions, pick_device
 from onediff.model.weights import first_line, load_strictly, read_config
 
 WHERE = "--chat"
@@ -87,7 +87,7 @@ class ChatCaptioner:
                                     repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
                                     eos_token_id=tokenizer.eos_token_id if ends is None else ends)
         ids = self.model.generate(**batch, generation_config=settings)[:, length:]
-        return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return clean_captions(tokenizer, ids)
 
     def inputs(self, pairs: Sequence[tuple[Image.Image, Image.Image]], questions: Sequence[str]) -> Any:
         """What the model's `generate` takes: rows padded on the left, so that every answer begins at the end."""

@@ -32,7 +32,8 @@ class Captioner:
 
         One instruction per pair, or "What changed between the two images?" for all.
         """
-        return self._texts(self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams))
+        generated = self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return clean_captions(self.processor.tokenizer, generated.sequences)
 
     @torch.inference_mode()
     def caption_with_confidence(self, pairs: list[Pair], *, instructions: list[str] | None = None,
@@ -47,7 +48,7 @@ class Captioner:
         logs = self.model.language.compute_transition_scores(
             generated.sequences, generated.scores, generated.get("beam_indices"), normalize_logits=num_beams == 1)
         means = _mean_probability(logs.float(), generated.sequences, self.processor.tokenizer.eos_token_id)
-        return list(zip(self._texts(generated), means, strict=True))
+        return list(zip(clean_captions(self.processor.tokenizer, generated.sequences), means, strict=True))
 
     @torch.inference_mode()
     def _generate(self, pairs: list[Pair], instructions: list[str] | None, **options: Any) -> Any:
@@ -57,9 +58,10 @@ class Captioner:
         return self.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
                                    eos_token_id=tokenizer.eos_token_id, return_dict_in_generate=True, **options)
 
-    def _texts(self, generated: Any) -> list[str]:
-        texts = self.processor.tokenizer.batch_decode(generated.sequences, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+
+def clean_captions(tokenizer: Any, ids: Tensor) -> list[str]:
+    """ids (B, S) -> texts without special tokens, with single spaces between words."""
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _mean_probability(logs: Tensor, ids: Tensor, end: int) -> list[float]:

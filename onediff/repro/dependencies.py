@@ -54,7 +54,7 @@ FILES = {
                              "../data/writer/prompts/v1/differences_vision.md"],
 }
 FILES_OF_NO_STAGE = {"data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
-                     "train/launch/job.sh.j2"}
+                     "train/launch/slurm.sh.j2"}
 
 # Stage -> the folder that holds a package for each item of the stage's matrix.
 ITEMS = {"synthesize": "onediff/data/synthesis"}

@@ -1,7 +1,7 @@
 """Every published source: what it is, whose, where it comes from, how it is read, and how many of what it must have.
 
 To add a source, write onediff/data/sources/readers/<source>.py with `read(files) -> Iterator[PublishedPair]`, and one
-entry in CATALOG that names it. Nothing else lists the sources.
+entry in CATALOG that names it. A benchmark with published scores also has a protocol in onediff/eval/protocols.py.
 """
 
 from collections.abc import Callable, Iterator

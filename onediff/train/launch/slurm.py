@@ -32,7 +32,7 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
                f"--time={settings.time}", f"--signal=TERM@{max(GRACE_S, runtime.grace_s):.0f}", "--requeue",
                "--open-mode=append", f"--output={folder.absolute()}/slurm-%j.out", f"--chdir={Path.cwd()}",
                *settings.options]
-    template = files("onediff.train.launch").joinpath("job.sh.j2").read_text(encoding="utf-8")
+    template = files("onediff.train.launch").joinpath("slurm.sh.j2").read_text(encoding="utf-8")
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(template)
     return page.render(options=options, master=runtime.master_addr, port=runtime.master_port, cpu=cpu,
                        command=shlex.join([sys.executable, "-u", "-m", module]))
