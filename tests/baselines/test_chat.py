@@ -42,9 +42,11 @@ def captioner_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ch
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_a_batch_says_what_each_pair_alone_does(kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
     captioner = captioner_of(kind)
+    captioner.model.double()  # in float32 padding moves the random model's logits enough to exchange near ties
     together = captioner.caption(PAIRS, QUESTIONS, max_new_tokens=5)
     alone = [captioner.caption([pair], [asked], max_new_tokens=5)[0]
              for pair, asked in zip(PAIRS, QUESTIONS, strict=True)]
+    captioner.model.float()
     assert together == alone
     assert len(set(together)) == len(PAIRS) and all(together)
 
