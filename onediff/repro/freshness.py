@@ -31,8 +31,7 @@ def check(stage: str) -> None:
     name, _, source = stage.partition("@")
     description = _read(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
     deps = {dep.replace("${item.source}", source) for dep in description.get("deps", ())}
-    problems = [*_other_versions(description), *_untracked_folders(deps)]
-    if problems:
+    if problems := [*_other_versions(description), *_untracked_folders(deps)]:
         raise ValueError("\n".join(problems))
 
 
