@@ -31,7 +31,8 @@ def check(stage: str) -> None:
     name, _, source = stage.partition("@")
     description = _read(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
     deps = {dep.replace("${item.source}", source) for dep in description.get("deps", ())}
-    if problems := [*_other_versions(description), *_untracked_folders(deps)]:
+    problems = [*_other_versions(description), *_untracked_folders(deps)]
+    if problems:
         raise ValueError("\n".join(problems))
 
 
