@@ -110,8 +110,7 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it i
         deleted_runs = sweep(surveyed) if yes else []
     lines = []
     for kind, description in KINDS.items():
-        items = [item for item in surveyed.items if item.kind == kind]
-        if items:
+        if items := [item for item in surveyed.items if item.kind == kind]:
             num_bytes = sum(item.num_bytes for item in items)
             lines.append(f"{len(items)} {kind}, {num_bytes / 2**20:.1f} MB: {description}")
             lines += [f"  {item.name}" for item in items[:SHOWN]]

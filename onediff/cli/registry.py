@@ -21,17 +21,16 @@ def list_versions(as_json: Json = False) -> None:
     from onediff import registry
 
     rows = registry.list_versions()
-    text = "\n".join(_version_text(row) for row in rows) or "no version yet: 'make run' registers one"
-    print_result(rows, text, as_json)
+    print_result(rows, "\n".join(map(_version_text, rows)) or "no version yet: 'make run' registers one", as_json)
 
 
 @app.command()
 def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TRAINED) -> None:
     """Make the trained model a version and the candidate; the same model folder stays the same version."""
     from onediff import registry
-    from onediff.ops import candidate as registering
+    from onediff.ops import candidate
 
-    version = registering.register(model)
+    version = candidate.register(model)
     print_text(f"version {version}; 'onediff registry promote {version}' submits it to the deployment"
                if registry.shared() else f"version {version} is the candidate")
 
@@ -78,8 +77,7 @@ def trail(as_json: Json = False) -> None:
 
     changes = registry.trail()
     print_result([change.as_dict() for change in changes], "\n".join(map(str, changes)) or "no change yet", as_json)
-    difference = registry.difference()
-    if difference:
+    if difference := registry.difference():
         typer.echo(difference, err=True)
 
 
@@ -89,8 +87,8 @@ def check() -> None:
     from onediff import registry
 
     registry.load_rules()
-    num_records = len(registry.check_trail())
-    print_text(f"{num_records} records, no gap, no fork; MLflow's aliases are as they say; {registry.RULES} is valid")
+    print_text(f"{len(registry.check_trail())} records, no gap, no fork; MLflow's aliases are as they say; "
+               f"{registry.RULES} is valid")
 
 
 @app.command()
@@ -146,7 +144,6 @@ def export(version: Annotated[str, typer.Argument(help=VERSION)],
 
 
 def _verify(version: str, as_json: bool) -> None:
-    """Prints each check when it is done, or all of them as JSON."""
     from onediff.ops import verify as proving
 
     checks = []

@@ -64,8 +64,8 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
     silence_libraries()
     from onediff.model.captioner import Captioner
 
-    instructions = [instruction or DEFAULT_INSTRUCTION]
-    return caption_and_log(Captioner.load(folder), log, [(before, after)], [pair], instructions)[0]
+    return caption_and_log(Captioner.load(folder), log, [(before, after)], [pair],
+                           [instruction or DEFAULT_INSTRUCTION])[0]
 
 
 def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],

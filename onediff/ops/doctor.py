@@ -131,9 +131,10 @@ def _project() -> list[Finding]:
     models = [params.model.vision.path, params.model.language]
     missing = [model for model in models if model.startswith(("presets/", ".", "/"))
                and not (Path(model) / "model.safetensors").exists()]
-    backbones = Finding("backbones", not missing, "not found: " + ", ".join(missing) if missing else ", ".join(models),
-                        "they are in git ('git checkout presets/backbones'), or 'make backbones' trains them")
-    return [Finding("params", True, f"params.yaml, seed {params.seed}", ""), backbones, _pipeline(), _champion()]
+    return [Finding("params", True, f"params.yaml, seed {params.seed}", ""),
+            Finding("backbones", not missing, "not found: " + ", ".join(missing) if missing else ", ".join(models),
+                    "they are in git ('git checkout presets/backbones'), or 'make backbones' trains them"),
+            _pipeline(), _champion()]
 
 
 def _pipeline() -> Finding:
@@ -164,8 +165,7 @@ def _champion() -> Finding:
 
 
 def main() -> None:
-    findings = [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]
-    if findings:
+    if findings := [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]:
         sys.exit("\n".join(f"onediff: {finding.name}: {finding.message}" for finding in findings))
 
 

@@ -123,14 +123,14 @@ def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: in
     rows: list[UsageRow] = []
     for start in range(0, len(records), _BATCH_SIZE):
         rows += _usage_rows(captioner, records[start:start + _BATCH_SIZE])
-    rates = {"no_change": _no_change(rows), **false_alarms(captioner, [record.before for record in records])}
-    write_json(folder / PROFILE, {"num_pairs": len(rows), "distributions": _distributions(rows), "rates": rates,
-                                  "weights": weights_digest(model)})
+    write_json(folder / PROFILE, {
+        "num_pairs": len(rows), "distributions": _distributions(rows),
+        "rates": {"no_change": _no_change(rows), **false_alarms(captioner, [record.before for record in records])},
+        "weights": weights_digest(model)})
     return folder / PROFILE
 
 
 def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRow]:
-    """Captions the records. Returns the rows that the usage log would hold."""
     pairs = [(open_image(record.before), open_image(record.after)) for record in records]
     captions = captioner.caption_with_confidence(pairs, instructions=[record.instruction for record in records])
     return [{"caption": caption, "confidence": round(confidence, 5), **pair_facts((record.before, record.after), pair)}
@@ -210,8 +210,8 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
         silence_libraries()
         from onediff.model.captioner import Captioner
 
-        captioner = Captioner.load(folder_of(model), device=runtime.device)
-        alarms = false_alarms(captioner, [path.read_bytes() for path in images])
+        alarms = false_alarms(Captioner.load(folder_of(model), device=runtime.device),
+                              [path.read_bytes() for path in images])
     drift = compare(expected, rows, settings, alarms=alarms)
     other_weights = len(all_rows) - len(rows)
     notes = [f"{other_weights} captions of other weights left out"] if other_weights else []

@@ -113,7 +113,6 @@ def _old_folders(kind: Kind, folders: Iterable[Path], days: float) -> list[Item]
 
 
 def _days_unchanged(folder: Path) -> float:
-    """Days since anything in the folder changed."""
     return (time.time() - max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))) / 86400
 
 

@@ -199,7 +199,6 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _role(path: str, lineage: Mapping[str, Any]) -> str:
-    """How the version used the file."""
     stages = stages_of(lineage)
     parts = path.split("/")
     mixtures = {source for phase in TRAINING if phase in stages

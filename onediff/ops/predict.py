@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from onediff.config import Config, load_params, load_runtime
+from onediff.config import load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
 from onediff.files import write_jsonl
 from onediff.inputs.images import open_image
@@ -51,21 +51,23 @@ def check_benchmark(benchmark: str, split: str) -> None:
 
 def onediff(folder: Path) -> System:
     """A trained model, with the instructions and the decoding of the stage `caption`."""
-    config, device = _settings()
+    config = load_params()
+    silence_libraries()
     from onediff.eval.caption import caption_records
     from onediff.model.captioner import Captioner
 
-    captioner = Captioner.load(folder, device=device)
+    captioner = Captioner.load(folder, device=load_runtime().device)
     return lambda records: caption_records(captioner, records, config.caption, config.tasks, progress="caption")
 
 
 def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[System, str]:
     """A chat model of transformers and its prompt, which holds the question that OneDiff is asked about the pair."""
-    config, device = _settings()
+    config = load_params()
+    silence_libraries()
     from onediff.baselines.chat import PROMPT, ChatCaptioner
     from onediff.eval.caption import decoding
 
-    captioner = ChatCaptioner.load(name, prompt=prompt or PROMPT, device=device)
+    captioner = ChatCaptioner.load(name, prompt=prompt or PROMPT, device=load_runtime().device)
 
     def caption(records: list[Record], pairs: list[Pair]) -> list[str]:
         longest = max(decoding(record, config.caption, config.tasks)[0] for record in records)
@@ -96,12 +98,6 @@ def folder_of(model: str) -> Path:
                 "cache has")
         raise FileNotFoundError(f"{model} is not a model folder (it has no config.json): {cure}")
     return Path(model)
-
-
-def _settings() -> tuple[Config, str]:
-    config, runtime = load_params(), load_runtime()
-    silence_libraries()
-    return config, runtime.device
 
 
 def _caption_batches(records: Iterator[Record], caption: Callable[[list[Record], list[Pair]], list[str]],

@@ -84,7 +84,6 @@ def verify(version: str) -> Iterator[Check]:
 
 
 def _commit(lineage: Mapping[str, Any]) -> str:
-    """Raises ValueError if this repository does not have the version's commit."""
     commit = str(lineage["git"]["commit"])
     if commit == "none":
         raise ValueError(f"version {lineage['version']} was made outside git: no commit to prove it by")
@@ -184,8 +183,7 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> list[str]:
     """Runs stage `score` of the commit. Returns where the scores or files differ from those of the version."""
     shutil.rmtree(clone / SCORED, ignore_errors=True)
-    failure = _run_stage("score", clone, code=clone)
-    if failure:
+    if failure := _run_stage("score", clone, code=clone):
         return [failure]
     problems: list[str] = []
     for tag, path in SCORES.items():
@@ -203,8 +201,7 @@ def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again:
     """Captions some batches of split gate with the registered weights, in the same batches as the stage `caption`."""
     what = "captioned again with the registered weights"
     pair_ids = _write_sample(clone, again, stages["caption"].params["caption"]["batch_size"])
-    problem = _run_stage("caption", again, str(model.absolute()), code=clone)
-    if problem:
+    if problem := _run_stage("caption", again, str(model.absolute()), code=clone):
         return Check(what, problem)
     before, now = ({row["pair_id"]: row["prediction"] for path in sorted((folder / CAPTIONS / "gate").glob("*.jsonl"))
                     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}

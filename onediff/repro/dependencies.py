@@ -169,8 +169,8 @@ def _file_of(module: str) -> Path:
 
 @cache
 def _holds_code(path: Path) -> bool:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
+    return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+               for node in ast.parse(path.read_text(encoding="utf-8")).body)
 
 
 def packages_of(modules: Iterable[str]) -> list[str]:

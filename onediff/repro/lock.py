@@ -129,8 +129,7 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
     cache = cache_of(project) if missing else project
     restored = []
     for path, md5 in missing.items():
-        files = _cached_files(md5, cache)
-        if files:
+        if files := _cached_files(md5, cache):
             with (new_folder if md5.endswith(".dir") else new_file)(project / path) as part:
                 for name, file_md5 in files.items():
                     (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +185,7 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
         environ = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(root / ".dvc/site")}
         done = subprocess.run([sys.executable, "-m", "dvc", "pull"], cwd=root, env=environ, capture_output=True,
                               text=True, check=False)
-        problems = _problems(md5, out, project / config.get("cache", "dir"))
-        if problems:
+        if problems := _problems(md5, out, project / config.get("cache", "dir")):
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             lines = [line.strip() for line in (done.stderr + done.stdout).splitlines()
                      if done.returncode and (line.startswith("ERROR") or "remote" in line)]
@@ -216,7 +214,6 @@ def _problems(md5: str, out: Path, cache: Path) -> list[str]:
 
 
 def _object(cache: Path, md5: str) -> Path:
-    """The cache's file of this md5."""
     if not re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
         raise ValueError(f"'{md5}' is no md5 of DVC: 32 hexadecimal digits, and .dir for a folder")
     return cache / "files/md5" / md5[:2] / md5[2:]
