@@ -20,7 +20,8 @@ from onediff import paths
 from onediff.eval.metrics.catalog import FIGURE_RANGES, PAIR_METRICS, REQUIRED
 from onediff.git import committed
 from onediff.model.digest import ModelDigests, model_digests
-from onediff.repro.lock import LOCK, Stage, md5_of, parse_dvc_lock, read_dvc_lock
+from onediff.paths import DVC_LOCK
+from onediff.repro.lock import Stage, md5_of, parse_dvc_lock, read_dvc_lock
 
 MODEL, DIFFCAP, CAPTIONS, SCORED = map(str, (paths.TRAINED, paths.DIFFCAP, paths.CAPTIONS, paths.SCORED))
 TABLES = {"test": str(paths.METRICS), "gate": str(paths.GATE)}
@@ -89,24 +90,24 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
     scores are also those of the commit, if that has the same captions. Raises FileNotFoundError for what is missing,
     else ValueError with all that does not agree.
     """
-    stages = read_dvc_lock(root / LOCK)
+    stages = read_dvc_lock(root / DVC_LOCK)
     missing = [name for name in ("tune", "caption", "score") if name not in stages]
     if missing:
-        raise ValueError(f"{root / LOCK}: must hold stage {missing[0]}, which records how the model was trained "
+        raise ValueError(f"{root / DVC_LOCK}: must hold stage {missing[0]}, which records how the model was trained "
                          "and scored: 'dvc repro' runs it")
     evidence = evidence_of(model_dir, root)
     tune, caption, score = (stages[name] for name in ("tune", "caption", "score"))
     rules = [(str(model_dir), "the model folder that stage caption read", caption.deps.get(MODEL), evidence.model_md5),
-             (f"{LOCK}: {MODEL} that stage caption read", "what stage tune left", tune.outs.get(MODEL),
+             (f"{DVC_LOCK}: {MODEL} that stage caption read", "what stage tune left", tune.outs.get(MODEL),
               caption.deps.get(MODEL)),
              (str(root / CAPTIONS), "what stage caption left", caption.outs.get(CAPTIONS), evidence.files[CAPTIONS]),
-             (f"{LOCK}: {CAPTIONS} that stage score read", "what stage caption left", caption.outs.get(CAPTIONS),
+             (f"{DVC_LOCK}: {CAPTIONS} that stage score read", "what stage caption left", caption.outs.get(CAPTIONS),
               score.deps.get(CAPTIONS)),
-             *((f"{LOCK}: {DIFFCAP} that stage {name} read", "what stage tune read", tune.deps.get(DIFFCAP),
+             *((f"{DVC_LOCK}: {DIFFCAP} that stage {name} read", "what stage tune read", tune.deps.get(DIFFCAP),
                 stages[name].deps.get(DIFFCAP)) for name in ("caption", "score")),
              *((str(root / path), "what stage score left", score.outs.get(path), evidence.files[path])
                for path in _OUTS_OF_SCORE)]
-    wrong = [f"{where}: must be {rule}, md5 {expected or 'none'} in {LOCK}, got {got or 'none'}; 'dvc repro' makes "
+    wrong = [f"{where}: must be {rule}, md5 {expected or 'none'} in {DVC_LOCK}, got {got or 'none'}; 'dvc repro' makes "
              "them agree" for where, rule, expected, got in rules if expected is None or expected != got]
     wrong += _unlike_commit(score, root)
     if wrong:
@@ -118,13 +119,13 @@ def _unlike_commit(score: Stage, root: Path) -> list[str]:
     """One line if the committed dvc.lock has other scores for the same captions, data and code. Scoring is
     deterministic, so a difference means that one of the two was edited.
     """
-    content = committed(LOCK, root)
-    in_commit = parse_dvc_lock(content, LOCK).get("score") if content else None
+    content = committed(DVC_LOCK, root)
+    in_commit = parse_dvc_lock(content, DVC_LOCK).get("score") if content else None
     if in_commit is None or (in_commit.deps, in_commit.params) != (score.deps, score.params):
         return []
     wrong = [path for path in _OUTS_OF_SCORE if in_commit.outs.get(path) != score.outs.get(path)]
-    return [f"{root / LOCK}: {path} must be what the commit's {LOCK} has for the same captions, md5 "
-            f"{in_commit.outs.get(path)}, got {score.outs.get(path)}; 'git checkout {LOCK}' and 'dvc repro' "
+    return [f"{root / DVC_LOCK}: {path} must be what the commit's {DVC_LOCK} has for the same captions, md5 "
+            f"{in_commit.outs.get(path)}, got {score.outs.get(path)}; 'git checkout {DVC_LOCK}' and 'dvc repro' "
             "score again" for path in wrong[:1]]
 
 

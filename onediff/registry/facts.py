@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 
 from onediff import paths
 from onediff.git import changed_files, head
-from onediff.repro.lock import LOCK, Stage, md5_of, outs_of, read_dvc_lock
+from onediff.paths import DVC_LOCK
+from onediff.repro.lock import Stage, md5_of, outs_of, read_dvc_lock
 from onediff.tracking import provenance
 
 YES, NO_GIT = "yes", "no git"
@@ -59,7 +60,7 @@ def locked_md5(model_dir: Path, *, root: Path = Path()) -> str | None:
 
 
 def _stages(root: Path) -> dict[str, Stage]:
-    return read_dvc_lock(root / LOCK) if (root / LOCK).exists() else {}
+    return read_dvc_lock(root / DVC_LOCK) if (root / DVC_LOCK).exists() else {}
 
 
 def _broken_chain(model_dir: Path, stages: Mapping[str, Stage], root: Path) -> str:

@@ -27,7 +27,6 @@ from ruamel.yaml.error import YAMLError
 from onediff.files import link_or_copy, new_file, new_folder
 from onediff.paths import DVC_LOCK
 
-LOCK = DVC_LOCK
 _SHOWN = 3  # files in a message
 _PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # settings of a remote that hold no secret
 
