@@ -48,20 +48,20 @@ def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> 
 
 def test_a_tower_of_another_size_is_refused_with_its_size(micro: Config) -> None:
     vision = micro.model.vision.model_copy(update={"image_px": 108})
-    with pytest.raises(ValueError, match=r"model.vision.image_px is 108, but the tower at .* has 96; write 96"):
+    with pytest.raises(ValueError, match=r"model.vision.image_px must be that .* which is 96, got 108; set it to 96"):
         build(micro.model.model_copy(update={"vision": vision}), seed=0)
 
 
 def test_a_folder_without_a_model_is_refused(micro: Config, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model.language: .* holds no model .*'make backbones'"):
+    with pytest.raises(FileNotFoundError, match=r"model.language: .* must be a folder with .*'make backbones'"):
         build(micro.model.model_copy(update={"language": str(tmp_path)}), seed=0)
-    with pytest.raises(FileNotFoundError, match="holds no OneDiff model"):
+    with pytest.raises(FileNotFoundError, match="must contain a OneDiff model"):
         Captioner.load(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no error")
 def test_cuda_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees none; use device auto or cpu"):
+    with pytest.raises(ValueError, match=r"device 'cuda' needs a GPU .*; use device auto or cpu"):
         pick_device("cuda")
 
 

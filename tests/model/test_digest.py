@@ -43,5 +43,5 @@ def test_every_name_and_every_byte_counts_but_not_where_the_folder_is(folder: Pa
 def test_a_folder_without_weights_has_no_digest(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
         model_digests(folder)

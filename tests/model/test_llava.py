@@ -155,12 +155,12 @@ def test_the_checkpoints_ids_stay_and_the_embedding_is_not_resized(llava: str, m
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"vision_feature_layer": -1}, r"reads level -1 of its tower, but model.patch_level is -2; write -1"),
-    ({"vision_feature_layer": [-2, -1]}, r"reads several levels of its tower, \[-2, -1\], .* one vision_feature_layer"),
-    ({"vision_feature_select_strategy": "full"}, r"vision_feature_select_strategy 'full', but OneDiff .* 'default'"),
-    ({"projector_hidden_act": "relu"}, r"projector_hidden_act 'relu', but OneDiff .* 'gelu'"),
-    ({"multimodal_projector_bias": False}, r"multimodal_projector_bias False, but OneDiff .* True"),
-    ({"image_token_index": 7}, r"placeholder <image> has id 7 in config.json, but 258 in the tokenizer"),
+    ({"vision_feature_layer": -1}, r"level -1 of its vision tower, but model.patch_level is -2; set .* to -1"),
+    ({"vision_feature_layer": [-2, -1]}, r"must read one level .* is \[-2, -1\]; use .* a single vision_feature_layer"),
+    ({"vision_feature_select_strategy": "full"}, r"must have vision_feature_select_strategy 'default', .* got 'full'"),
+    ({"projector_hidden_act": "relu"}, r"must have projector_hidden_act 'gelu', .* got 'relu'"),
+    ({"multimodal_projector_bias": False}, r"must have multimodal_projector_bias True, .* got False"),
+    ({"image_token_index": 7}, r"placeholder <image> must have id 7, as in config.json, but it has id 258 in"),
 ])
 def test_a_llava_that_onediff_would_read_otherwise_is_refused(changes: dict[str, Any], message: str, llava: str,
                                                               micro: Config, tmp_path: Path) -> None:
@@ -179,11 +179,11 @@ def test_the_same_level_counted_from_below_is_no_other_level(llava: str, micro: 
 
 def test_a_tower_of_another_width_is_refused(llava: str, micro: Config, tmp_path: Path) -> None:
     CLIPVisionModel(CLIPVisionConfig(**TOWER | {"hidden_size": 26})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.vision.path: the tower .* is 26 wide, but the projector .* reads 22"):
+    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower .* reads, 22, but that of .* is 26"):
         build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
 
 
 def test_a_llava_as_the_tower_of_another_language_model_is_refused(llava: str, micro: Config) -> None:
     mixed = settings_of(micro, llava).model_copy(update={"language": micro.model.language})
-    with pytest.raises(ValueError, match=r"model.vision.path .* is a LLaVA.* name the LLaVA in both, or a tower"):
+    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower of LLaVA .*; set both keys to"):
         build(mixed, seed=3)
