@@ -1,10 +1,10 @@
-"""OneDiff: two images in, one sentence about what changed out."""
+"""OneDiff describes in one sentence what changed between two images."""
 
 import os
 
-# OpenMP threads that wait for each other spin. Beside another process on the same cores, that makes torch many times
-# slower, so here a thread sleeps after about 1,000 rounds. `python -m benchmarks.busy` measures it. OpenMP reads the
-# variables once, when torch is loaded; GOMP_SPINCOUNT is more exact than the policy, which would be 0 rounds.
+# By default an OpenMP thread that waits for another one spins, and if another process uses the same cores, this makes
+# torch many times slower. With these variables a waiting thread sleeps after 1,000 spins; the policy alone would mean
+# 0 spins. OpenMP reads the variables once, when torch is loaded. `python -m benchmarks.busy` measures the effect.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

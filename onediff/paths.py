@@ -1,4 +1,4 @@
-"""Every path that more than one module uses, relative to the project's folder, and the address of the champion."""
+"""The paths that more than one module uses, relative to the project's folder, and the MLflow URI of the champion."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
 
 DATA = Path("data")
-RAW = DATA / "raw"  # published sets and pairs of your own
-SYNTHETIC = DATA / "synthetic"  # generated pairs
-PAIRS = DATA / "pairs"  # records read from data/raw
-INSTRUCTED = DATA / "instructed"  # edit instructions by the writer
-WRITTEN = DATA / "written"  # records with captions by the writer
-ANSWERS = DATA / "answers"  # every answer of the writer, as paid for
+RAW = DATA / "raw"  # published datasets and the user's pairs, as downloaded or provided
+SYNTHETIC = DATA / "synthetic"  # pairs that the stage `synthesize` renders or edits
+PAIRS = DATA / "pairs"  # records that the stages `read`, `retrieve` and `diffuse` write
+INSTRUCTED = DATA / "instructed"  # edit instructions that the writer (a language model) gives
+WRITTEN = DATA / "written"  # records whose captions the writer gives
+ANSWERS = DATA / "answers"  # all answers of the writer, which cost money and are never deleted
 PROBE_TABLE = DATA / "probe.parquet"
 QUARANTINE = DATA / "quarantine.parquet"
 DIFFCAP = DATA / "diffcap"

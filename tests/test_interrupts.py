@@ -74,7 +74,7 @@ def test_a_signal_during_the_imports_ends_a_command_with_one_line(package: str, 
                     folder=tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == (
-        "onediff: stopped by SIGINT before any work; run the same command to start again\n")
+        "onediff: stopped by SIGINT before it did any work; run the command again\n")
     assert process.returncode == 128 + signal.SIGINT
 
 

@@ -52,30 +52,30 @@ def test_a_number_written_as_1e_3_is_a_number() -> None:
     ("lr_vision: 0 ", "lr_vison: 0 ", r"align\.lr_vison: unknown key; did you mean 'lr_vision'\?"),
     ("seed: 7", "seed: seven", r"params\.yaml: seed: .*got 'seven'"),
     ("seed: 7", "seed: -1", r"params\.yaml: seed: .*got -1"),
-    ("seed: 7\n", "", r"params\.yaml: seed: missing"),
+    ("seed: 7\n", "", r"params\.yaml: seed: this key is missing"),
     ("    image_px: 96\n    patch_px: 12", "    image_px: 100\n    patch_px: 16",
      r"model\.vision: image_px 100 is not a multiple of patch_px 16; nearest are 96 and 112"),
-    ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels reads level 5, but vision\.layers is 4"),
-    ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must not go down"),
+    ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels must not exceed vision\.layers 4, got 5"),
+    ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must be sorted in ascending order"),
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
     ("reading: C", "reading: B", r"reading B .*patch_pool must be 1"),
-    ("patch_level: -1", "patch_level: 9", r"patch_level 9 is outside the 4 layers"),
+    ("patch_level: -1", "patch_level: 9", r"patch_level 9 must be one of the 4 layers"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
     ("  mixture: {scenes: 1}", "  mixture: {edit: 1}",
      r"align\.mixture: 'edit' is not one of the sources scenes, edits; did you mean 'edits'\?"),
-    ("generated: [scenes, edits]", "generated: []", r"no source: name one in generated, raw, retrieved or diffused"),
-    ("raw: []", "raw: [scenes]", r"source 'scenes' is named twice in generated, raw"),
+    ("generated: [scenes, edits]", "generated: []", r"at least one source, got none; add one to generated"),
+    ("raw: []", "raw: [scenes]", r"source 'scenes' must occur only once in generated, raw"),
     ("raw: []", "raw: [My pairs]", r"data\.raw\.0: .*got 'My pairs'"),
-    ("retrieved: []", "retrieved: [coco]", r"source 'coco' has no captions of its own: add it to written"),
-    ("written: []", "written: [coco]", r"written names 'coco', which must be one of \[\]"),
-    ("partial: []", "partial: [edits]", r"partial names 'edits', which must be one of \[\]"),
+    ("retrieved: []", "retrieved: [coco]", r"source 'coco' has no captions for its pairs; add it to written"),
+    ("written: []", "written: [coco]", r"written lists 'coco', but only these sources are allowed there: \[\]"),
+    ("partial: []", "partial: [edits]", r"partial lists 'edits', but only these sources are allowed there: \[\]"),
     ("tolerance: {generated: 0.01, raw: 0.01}", "tolerance: 0.01", r"data\.tolerance: .*got 0\.01"),
     ("max_distance: {}", "max_distance: {mnie: 2.0}",
      r"data\.leaks\.max_distance: 'mnie' is not one of the sources scenes, edits; correct the name"),
     ("action: stop", "action: warn", r"data\.leaks\.action: .*'drop' or 'stop'.*got 'warn'"),
     ("renderer: raytracer", "renderer: povray", r"data\.scenes\.renderer: .*got 'povray'"),
     ("canvas_share: 0.6", "canvas_share: 1.6", r"data\.edits\.canvas_share: .*got 1\.6"),
-    ("min_objects: 3", "min_objects: 6", r"min_objects 6 is above max_objects 4"),
+    ("min_objects: 3", "min_objects: 6", r"min_objects 6 must not be above max_objects 4"),
     ("max_distance: 0.25", "max_distance: 25", r"drift\.max_distance: .*got 25"),
     ("min_pairs: 100", "min_pairs: 1", r"drift\.min_pairs: .*got 1"),
     ("chance: 0.01", "chanse: 0.01", r"drift\.chanse: unknown key; did you mean 'chance'\?"),
@@ -87,8 +87,8 @@ def test_a_wrong_value_is_told_with_where_rule_and_got(tmp_path: Path, old: str,
 
 
 @pytest.mark.parametrize(("key", "message"), [
-    ("writer", r"source 'instruct_pix2pix' needs writer; see presets/paper\.yaml"),
-    ("retrieval", r"source 'coco' needs retrieval"), ("clip", r"source 'coco' needs clip")])
+    ("writer", r"source 'instruct_pix2pix' needs the key writer, .* see presets/paper\.yaml"),
+    ("retrieval", r"source 'coco' needs the key retrieval"), ("clip", r"source 'coco' needs the key clip")])
 def test_a_source_says_what_it_needs(tmp_path: Path, key: str, message: str) -> None:
     values = YAML(typ="safe").load((ROOT / "presets/paper.yaml").read_text())
     values["data"][key] = None
@@ -112,7 +112,7 @@ def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_file_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(b"seed: \xff")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="must be UTF-8"):
         load_params(path)
 
 
