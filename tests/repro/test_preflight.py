@@ -108,8 +108,8 @@ run(align)
 @pytest.mark.parametrize(("stage", "change", "message"), [
     ("report", ("raw: []", "raw: [mine]"), "data.raw: 'mine' needs the folder data/raw/mine, which does not exist"),
     ("align", ("seed: 7", "seed: 7"), "tune.mixture: 'edits' has no training pairs in data/diffcap")])
-def test_every_stage_checks_its_inputs_before_it_starts(stage: str, change: tuple[str, str], message: str, project: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_checks_its_inputs_first(stage: str, change: tuple[str, str], message: str, project: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """`dvc repro` starts no code of this project before the first stage, so each stage must make the checks."""
     monkeypatch.setenv("DVC_STAGE", stage)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
