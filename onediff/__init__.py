@@ -2,9 +2,9 @@
 
 import os
 
-# By default an OpenMP thread that waits for another one spins, and if another process uses the same cores, this makes
-# torch many times slower. With these variables a waiting thread sleeps after 1,000 spins; the policy alone would mean
-# 0 spins. OpenMP reads the variables once, when torch is loaded. `python -m benchmarks.busy` measures the effect.
+# OpenMP threads wait by spinning, which makes torch many times slower if another process uses the same cores.
+# With these variables a waiting thread sleeps after 1,000 spins. `python -m benchmarks.busy` measures the effect.
+# The variables must be set before torch is imported, because OpenMP reads them only once.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FLOW = "ONEDIFF_STARTED_BY"  # environment variable: the process id of the flow, if one started DVC
+FLOW = "ONEDIFF_STARTED_BY"  # environment variable with the process id of the flow that started DVC
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -65,9 +65,11 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
             _start_timer(limit_s, os._exit, 1)
             raise KeyboardInterrupt(stop.reason)
 
-    # If a signal arrives during a __del__ method or a weakref callback, Python drops the KeyboardInterrupt and calls
-    # sys.unraisablehook instead. In this case the process sends the signal to itself again, 0.05 seconds later.
     def send_again(ignored: Any) -> None:
+        """Send the signal again if Python has dropped its KeyboardInterrupt, and report other dropped exceptions.
+
+        Python drops an exception in a __del__ method or a weakref callback, and calls sys.unraisablehook instead.
+        """
         if stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt):
             number, stop.reason = signal.Signals[stop.reason], ""
             _start_timer(0.05, os.kill, os.getpid(), number)
@@ -104,7 +106,7 @@ def _end_with(starters: list[int]) -> None:
         processes = [psutil.Process(pid) for pid in starters]
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
             time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # training handles it by writing a checkpoint
+    os.kill(os.getpid(), signal.SIGTERM)  # training handles SIGTERM by saving a checkpoint
 
 
 def ignore() -> None:

@@ -48,7 +48,7 @@ class Scenes(Section):
     min_visible: Share
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_object_counts(self) -> Self:
         if self.min_objects > self.max_objects:
             raise ValueError(f"min_objects {self.min_objects} must not be above max_objects {self.max_objects}")
         return self
@@ -88,7 +88,7 @@ class Judge(Section):
 
 
 class Retrieval(Section):
-    """How two images of a captioned collection become a pair: by the cosine similarity of their CLIP embeddings.
+    """The limits on the cosine similarity of CLIP embeddings with which two images of a collection become a pair.
 
     An image is compared with its `num_neighbors` nearest images, and is used in at most `max_uses` pairs.
     """
@@ -99,17 +99,18 @@ class Retrieval(Section):
     num_neighbors: Count
 
     @model_validator(mode="after")
-    def _window(self) -> Self:
+    def _check_similarities(self) -> Self:
         if self.min_similarity >= self.max_similarity:
             raise ValueError(f"min_similarity {self.min_similarity} must be below max_similarity {self.max_similarity}")
         return self
 
 
 class Diffusion(Section):
-    """How InstructPix2Pix edits images, and which of the `num_samples` edits per image are kept.
+    """The settings with which InstructPix2Pix edits images, and the rules by which an edit is kept.
 
-    An edit is kept if each cosine similarity of CLIP embeddings reaches its minimum: between the two images, between
-    each image and its caption, and between the change of the images and the change of the captions.
+    `num_samples` edits are made per image. An edit is kept if each cosine similarity of CLIP embeddings reaches its
+    minimum: between the two images, between each image and its caption, and between the change of the images and the
+    change of the captions.
     """
 
     pipeline: str
@@ -131,7 +132,7 @@ class Tolerance(Section):
 
 
 class Leaks(Section):
-    """How pairs are treated whose images also occur in a later split (train, val, gate, test in this order).
+    """The treatment of leaks: pairs whose images also occur in a later split (in the order train, val, gate, test).
 
     `near_bits` is the number of bits in which two perceptual hashes may differ to count as near-duplicates.
     `max_distance` maps a source to the mean pixel difference, in grey levels, up to which a near-duplicate is a leak.
@@ -169,7 +170,7 @@ class Data(Section):
     shard_pairs: Count
 
     @model_validator(mode="after")
-    def _each_source_once(self) -> Self:
+    def _check_source_names(self) -> Self:
         names = _sources(self)
         if not names:
             raise ValueError("there must be at least one source, got none; add one to generated, raw, retrieved or "
@@ -186,7 +187,7 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> Self:
+    def _check_requirements(self) -> Self:
         for name in (*self.retrieved, *self.diffused):
             if name not in self.written:
                 raise ValueError(f"source '{name}' has no captions for its pairs; add it to written")
@@ -212,7 +213,7 @@ class Vision(Section):
     layers: Count
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> Self:
+    def _check_patch_size(self) -> Self:
         if self.image_px % self.patch_px:
             low = self.image_px // self.patch_px * self.patch_px
             raise ValueError(f"image_px {self.image_px} is not a multiple of patch_px {self.patch_px}; "
@@ -236,7 +237,7 @@ class Delta(Section):
     init: str
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _check_width_and_levels(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.levels != sorted(self.levels):
@@ -264,7 +265,7 @@ class Model(Section):
     precision: Literal["float32", "bfloat16"]
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_levels_and_layout(self) -> Self:
         deepest = max(self.delta.levels)
         if deepest > self.vision.layers:
             raise ValueError(f"delta.levels must not exceed vision.layers {self.vision.layers}, got {deepest}")
@@ -311,7 +312,7 @@ class Phase(Section):
     num_val: Count
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _check_length_and_rates(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs to a number, and the other to null")
         if not any((self.lr_vision, self.lr_delta, self.lr_projector, self.lr_language)):
@@ -346,7 +347,7 @@ class Task(Section):
 
 
 class Caption(Section):
-    """How captions are generated: greedy decoding if `num_beams` is 1, and beam search otherwise."""
+    """The settings of caption generation: greedy decoding if `num_beams` is 1, and beam search otherwise."""
 
     max_new_tokens: Count
     num_beams: Count
@@ -368,7 +369,7 @@ class Stress(Section):
     brightness_percent: list[Annotated[float, Field(ge=-100)]]
 
     @model_validator(mode="after")
-    def _each_strength_once(self) -> Self:
+    def _check_strengths(self) -> Self:
         for key in ("jpeg_quality", "noise", "shift_percent", "scale_percent", "brightness_percent"):
             strengths = getattr(self, key)
             if 0 in strengths or len(set(strengths)) < len(strengths):
@@ -377,9 +378,9 @@ class Stress(Section):
 
 
 class Drift(Section):
-    """When `onediff drift` reports that the images and captions in use differ from those of training.
+    """The thresholds of `onediff drift`, which compares the images and captions in use with those of training.
 
-    A figure counts as drifted if it changed by more than its threshold and significantly. `chance` is the probability
+    A figure has drifted if it changed significantly and by more than the threshold. `chance` is the probability
     of a false report over all figures of one check.
     `max_distance` is the Kolmogorov-Smirnov distance of two distributions, from 0 (equal) to 1. `max_rate_change` is
     the difference of two rates from 0 to 1.
@@ -393,7 +394,7 @@ class Drift(Section):
 
 
 class Config(Section):
-    """The complete params.yaml."""
+    """The complete params.yaml: data, model, the two training phases, and the evaluation."""
 
     seed: Annotated[int, Field(ge=0)]
     data: Data
@@ -407,7 +408,7 @@ class Config(Section):
     judge: Judge | None = None  # None: `onediff judge` needs the option --model
 
     @model_validator(mode="after")
-    def _names_are_sources(self) -> Self:
+    def _check_names_of_sources(self) -> Self:
         """Raise ValueError with one line for each name that is not a source, so that one run shows all wrong names."""
         sources = _sources(self.data)
         names_at: dict[str, Iterable[str]] = {

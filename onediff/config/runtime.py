@@ -1,6 +1,6 @@
 """The schema of runtime.yaml: where and how the project runs. No setting of this file changes a result.
 
-Environment variables ONEDIFF_<KEY> override the file. runtime.example.yaml explains every key for users.
+Environment variables ONEDIFF_<KEY> override the file.
 """
 
 import os
@@ -47,51 +47,64 @@ class Services(Section):
     database: Literal["auto", "postgresql", "sqlite"] = "auto"
     prefect_port: Port = 4200
     mlflow_port: Port = 5000
-    postgres_port: Port = 5433  # a PostgreSQL that Debian starts uses 5432
+    postgres_port: Port = 5433  # not 5432, which a PostgreSQL of Debian uses
     start_s: Annotated[float, Field(gt=0)] = 180.0
 
 
 class Runtime(Section):
-    """The complete runtime.yaml. A default value applies to each key that neither the file nor the environment sets."""
+    """The complete runtime.yaml, with the default values of keys that neither the file nor the environment sets.
+
+    runtime.example.yaml explains each key.
+    """
 
     launcher: Literal["local", "deepspeed", "slurm"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one per core
-    loader_workers: Annotated[int, Field(ge=0)] | None = None  # None: 0 on a CPU, else cores / GPUs
-    micro_batch_size: Count | None = None  # pairs per forward pass; None: the complete batch
+    workers: Annotated[int, Field(ge=0)] = 0
+    loader_workers: Annotated[int, Field(ge=0)] | None = None
+    micro_batch_size: Count | None = None
+
+    # Training on several GPUs and nodes
     nodes: Count = 1
-    gpus: Count = 1  # per node
-    hostfile: str | None = None  # DeepSpeed's file with a line `name slots=8` per node
-    node_rank: Annotated[int, Field(ge=0)] | None = None  # not None: the user starts each node
+    gpus: Count = 1
+    hostfile: str | None = None
+    node_rank: Annotated[int, Field(ge=0)] | None = None
     master_addr: str | None = None
     master_port: Count = 29500
     slurm: Slurm = Slurm()
     zero_level: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory; all: also weights
+    offload: Literal["none", "optimizer", "all"] = "none"
     checkpoint_activations: bool = False
     compile: bool = False
-    feature_cache_gb: Annotated[float, Field(ge=0)] = 20.0  # limit on disk; a larger cache is not written
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one GPU; None: from a table of GPUs
+
+    # Caches, checkpoints and limits
+    feature_cache_gb: Annotated[float, Field(ge=0)] = 20.0
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 20.0
-    grace_s: Annotated[float, Field(gt=0)] = 10.0  # time for a stage to save a checkpoint when it is interrupted
+    grace_s: Annotated[float, Field(gt=0)] = 10.0
     scratch: str = ".onediff/scratch"
-    mlflow_uri: str | None = None  # None: a SQLite database in .onediff
-    pools: Pools | None = None  # None: stages run in the process of the flow
-    git_remote: str | None = None  # to which branches retrain/RUN are pushed; None: not pushed
-    register_by_reference_gb: Rate = 2.0  # larger models are not copied into MLflow
+
+    # Tracking, registry and services
+    mlflow_uri: str | None = None
+    pools: Pools | None = None
+    git_remote: str | None = None
+    register_by_reference_gb: Rate = 2.0
     services: Services = Services()
-    notify: list[str] = Field(default=[])  # Prefect blocks that send notifications, such as custom-webhook/onediff
-    usage_log: str | None = None  # folder of the log of captions made in use; None: no log
-    usage_images: bool = False  # also store the images, to measure false alarms in use
-    inbox: str | None = None  # folder where users drop new pairs, in a sub-folder per source
+    notify: list[str] = Field(default=[])
+
+    # Data from users
+    usage_log: str | None = None
+    usage_images: bool = False
+    inbox: str | None = None
+
+    # Data generation and the writer
     engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None  # None: start a cluster on this machine
-    writer_url: str | None = None  # an OpenAI-compatible endpoint; None: that of OpenAI
+    ray_address: str | None = None
+    writer_url: str | None = None
     writer_concurrency: Count = 8
     writer_requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     writer_tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
     writer_max_usd: Rate = 0.0
-    writer_usd_per_million_input: Rate | None = None  # None: unknown, so no request is sent
+    writer_usd_per_million_input: Rate | None = None
     writer_usd_per_million_output: Rate | None = None
 
     @model_validator(mode="after")

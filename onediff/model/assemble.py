@@ -28,8 +28,7 @@ from onediff.model.onediff import OneDiffForConditionalGeneration, Projector
 from onediff.model.weights import check_placeholders, check_vocabulary, load_strictly, read_config
 
 VISION, LANGUAGE = "params.yaml: model.vision.path", "params.yaml: model.language"
-# Prefixes of weights in a checkpoint that belong neither to the vision tower nor to the BERT encoder. `build` ignores
-# them.
+# `build` ignores weights with these prefixes, because they do not belong to the vision tower or the BERT encoder.
 BESIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_", "classifier.", "pooler.", "head.")
 BESIDE_BERT = ("cls.", "pooler.", "classifier.", "qa_outputs.")
 
@@ -56,7 +55,7 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
              load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
     onediff = OneDiffForConditionalGeneration(configuration, pretrained=language)
-    onediff.vision.tower = getattr(tower, "vision_model", tower)  # a CLIPModel keeps the tower in this attribute
+    onediff.vision.tower = getattr(tower, "vision_model", tower)  # in a CLIPModel, `vision_model` is the tower
     onediff.generation_config = language.generation_config
     if llava:
         copy_projector(llava, onediff.projector, reading=model.reading)

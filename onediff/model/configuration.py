@@ -24,7 +24,7 @@ class OneDiffConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    # Both accept a dict, a PreTrainedConfig or None (the defaults above). __post_init__ makes each a config object.
+    # The two sub-configurations may be given as dict, PreTrainedConfig or None; transformers makes them objects.
     vision_config: Any = None
     text_config: Any = None
     reading: str = "A"
@@ -33,7 +33,7 @@ class OneDiffConfig(PreTrainedConfig):
     delta_num_tokens: int = 32
     delta_width: int = 768
     delta_heads: int = 12
-    delta_levels: list[int] = field(default_factory=list)  # an empty list is replaced by the levels of the paper
+    delta_levels: list[int] = field(default_factory=list)  # an empty list means the levels of the paper
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
     delta_image_ids: bool = True

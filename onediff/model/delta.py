@@ -13,8 +13,7 @@ from transformers import BertModel
 
 from onediff.model.configuration import OneDiffConfig
 
-# Initial standard deviation of the position and image embeddings. They are added to features of standard deviation 1,
-# and a much smaller value would have no effect in the first training steps.
+# Position and image embeddings start with this standard deviation, so that they have an effect from the first step on.
 SPREAD = 0.3
 # Submodules of a DeltaLayer -> submodules of a BERT layer from which `copy_bert` copies their weights.
 BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
@@ -39,7 +38,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """queries (B, Q, W), context (B, S, W) -> (B, Q, W)."""
+        """Let the queries (B, Q, W) attend to the context (B, S, W), and return updated queries (B, Q, W)."""
         attend = self.by_queries if self.has_few_queries(queries.shape[1], context.shape[1]) else self.by_keys
         query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
         return self.norm(queries + self.out(attend(query, context).transpose(1, 2).flatten(2)))
@@ -49,7 +48,7 @@ class Attention(nn.Module):
         return num_queries < num_keys and self.heads * num_queries < self.query.in_features
 
     def by_keys(self, query: Tensor, context: Tensor) -> Tensor:
-        """query (B, heads, Q, W / heads), context (B, S, W) -> (B, heads, Q, W / heads), by ordinary attention."""
+        """Compute attention of queries (B, heads, Q, W / heads) to the context (B, S, W), with keys and values."""
         key, value = (part(context).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
         return functional.scaled_dot_product_attention(query, key, value)
 
@@ -73,7 +72,7 @@ class DeltaLayer(nn.Module):
         self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
 
     def forward(self, delta: Tensor, context: Tensor) -> Tensor:
-        """delta (B, K, W), context (B, S, W) -> (B, K, W)."""
+        """Update the delta tokens (B, K, W) by self-attention and by cross-attention to the context (B, S, W)."""
         delta = self.self_attention(delta, delta)
         if self.cross_attention is not None:
             delta = self.cross_attention(delta, context)
@@ -97,7 +96,7 @@ class PatchMatch(nn.Module):
         self.register_buffer("distances", torch.cdist(positions, positions).square())  # (N, N), patches^2
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """before, after (B, N, C), both after LayerNorm -> before minus match, after minus match, each (B, N, C)."""
+        """Return both images minus their matches, each (B, N, C), for normalized patches before, after (B, N, C)."""
         similarity = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
         similarity = similarity - self.nearness * self.distances
         return before - similarity.softmax(-1) @ after, after - similarity.transpose(1, 2).softmax(-1) @ before
@@ -108,10 +107,10 @@ class VisualDeltaModule(nn.Module):
 
     The paper uses 6 layers of BERT-base width. They read the patches of both images at three levels of the tower.
     `delta_inputs` chooses the context of the cross-attention:
-    `pair` is the paper's: the patches of both images;
-    `pair_and_difference` adds the difference `after - before` at each position as a third set of tokens;
+    `pair`, as in the paper, gives the patches of both images.
+    `pair_and_difference` adds the difference `after - before` at each position as a third set of tokens.
     `pair_and_matched_difference` adds to each patch how it differs from its match in the other image (`PatchMatch`).
-    The last one is for pairs whose camera moved, where one position shows different parts of the scene.
+    It is for pairs whose camera moved, where one position shows different parts of the scene.
     """
 
     def __init__(self, config: OneDiffConfig) -> None:
@@ -136,7 +135,7 @@ class VisualDeltaModule(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """before, after (B, L, N, C) -> delta (B, K, W)."""
+        """Compute the delta tokens (B, K, W) from the hidden states before and after (B, L, N, C) of each pair."""
         contexts = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
         delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
         for i, layer in enumerate(self.layers):
@@ -144,7 +143,7 @@ class VisualDeltaModule(nn.Module):
         return self.norm(delta)
 
     def read(self, before: Tensor, after: Tensor, level: int) -> Tensor:
-        """before, after (B, N, C) -> context (B, 2N or 3N, W) of the cross-attention at one level.
+        """Return the context (B, 2N or 3N, W) of the cross-attention from patches before, after (B, N, C) of a level.
 
         Patches are normalized, receive embeddings of image and position, and are projected to the module's width.
         """

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from onediff.files import sha256_of
 
-# The file beside a registered model folder that holds the folder's digest. Programs read it if they cannot query the
-# MLflow registry.
+# This file beside a registered model folder holds the digest for programs that cannot query the MLflow registry.
 DIGEST_FILE = "model.sha256"
 _NOT_MODEL = {"__pycache__", ".gitignore"}
 

@@ -36,7 +36,7 @@ class SiameseEncoder(nn.Module):
         self.tower = AutoModel.from_config(config.vision_config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (M, 3, H, W) -> states (M, L, N, C): the hidden states at `read_levels`, without the class token."""
+        """Return the hidden states (M, L, N, C) of images (M, 3, H, W) at `read_levels`, without the class token."""
         hidden = self.tower(images, output_hidden_states=True).hidden_states
         return torch.stack([hidden[level][:, -self.num_patches :] for level in self.levels], dim=1)
 
@@ -57,7 +57,7 @@ class Enhance(nn.Module):
         self.attention, self.expand = Attention(width, heads), nn.Linear(width, tower)
 
     def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
-        """patches (2P, N, C), delta (2P, K, W) -> enhanced patches (2P, N, C)."""
+        """Let patches (2P, N, C) attend to delta tokens (2P, K, W), and return the enhanced patches (2P, N, C)."""
         return self.expand(self.attention(self.reduce(self.norm(patches)), delta))
 
 
@@ -114,9 +114,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
             return CausalLMOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
-        is_kept = attention_mask.bool()  # (B, S); packing puts the U kept tokens of all rows into one row
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]  # (U,): each token's next token
-        is_answer = (targets != IGNORED).nonzero().flatten()  # logits are computed only where an answer is predicted
+        is_kept = attention_mask.bool()  # (B, S): True for the U tokens of the batch that are not padding
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]  # (U,): the next token of each token
+        is_answer = (targets != IGNORED).nonzero().flatten()  # only these tokens need logits
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         logits = self.language(inputs_embeds=embeds[is_kept][None], position_ids=positions[is_kept][None],
                                attention_mask=no_mask(embeds), lengths=is_kept.sum(1).tolist(),
@@ -175,15 +175,15 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
 
     def project_visual_tokens(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """states (M, L, N, C) -> patch tokens (M, T, D) and delta tokens (P, K, D).
+        """Return patch tokens (M, T, D) and delta tokens (P, K, D) computed from states (M, L, N, C).
 
-        In token layout C there is one set of patch tokens per row that has images, not one per image.
+        In token layout C, the first dimension counts the rows that have images instead of the images.
         Delta tokens are None if no row has two images, if the model has no delta module, and in token layout B,
         where the delta tokens only change the patches.
         """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
-        starts = image_counts.cumsum(0) - image_counts  # (B,): index of each row's first image among the M images
-        first = starts[image_counts == 2]  # (P,): index of each pair's before image
+        starts = image_counts.cumsum(0) - image_counts  # (B,): the index of each row's first image among all M images
+        first = starts[image_counts == 2]  # (P,): the index of the before image of each pair
         delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
                  if self.delta is not None and len(first) else None)
         if self.config.reading == "B":
@@ -191,23 +191,24 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         patches = self.pool(patches)
         if self.config.reading == "C":
             has_images = image_counts > 0
-            last = starts + image_counts - 1  # equals the first image in a row with one image: [image; image]
+            last = starts + image_counts - 1  # a row with a single image joins this image with itself
             patches = torch.cat([patches[starts[has_images]], patches[last[has_images]]], -1)
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
 
     def enhanced(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
-        """patches (M, N, C), delta (P, K, W) -> enhanced patches (M, N, C), which are 0 for images outside pairs.
+        """Return enhanced patches (M, N, C) computed from patches (M, N, C) and delta tokens (P, K, W).
 
-        first (P,) is the index of each pair's before image. The after image is the next one.
+        The result is 0 for images that belong to no pair. first (P,) is the index of the before image of each pair,
+        and the after image is the next one.
         """
         if delta is None:
             return torch.zeros_like(patches)
-        both = torch.stack([first, first + 1], 1).flatten()  # (2P,): before and after of each pair in turn
+        both = torch.stack([first, first + 1], 1).flatten()  # (2P,): the indices of both images of each pair
         return torch.zeros_like(patches).index_copy(
             0, both, self.enhance(patches[both], delta.repeat_interleave(2, 0)))
 
     def pool(self, patches: Tensor) -> Tensor:
-        """patches (M, N, C) -> (M, T, C): the mean of each square of `patch_pool` x `patch_pool` patches."""
+        """Average each square of `patch_pool` x `patch_pool` patches: patches (M, N, C) -> (M, T, C)."""
         if self.config.patch_pool == 1:
             return patches
         side, square = self.config.patches_per_side, self.config.patch_pool

@@ -20,7 +20,7 @@ NAME = "packed"
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                      scaling: float | None = None, dropout: float = 0.0, lengths: list[int] | None = None,
                      **options: Any) -> tuple[Tensor, None]:
-    """query (1, H, T, W), key and value (1, G, T, W) -> (1, T, H, W), with causal attention inside each row.
+    """Compute causal attention inside each packed row: query (1, H, T, W), key and value (1, G, T, W) -> (1, T, H, W).
 
     `lengths` lists the number of tokens of each packed row; its sum is T. If it is None, the rows are not packed, and
     the function calls transformers' scaled-dot-product attention, which supports masks and caches.

@@ -26,8 +26,7 @@ from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Modules that cannot change the outputs of a stage, each with the reason. Neither these modules nor the modules that
-# only they import are dependencies.
+# These modules cannot change the output of a stage, so neither they nor their imports are dependencies. Each reason:
 NO_RESULT = {
     "onediff": "sets how OpenMP threads wait for each other",
     "onediff.config": "checks the values that DVC tracks as params; it has no default values (test_params.py)",
@@ -45,7 +44,7 @@ NO_RESULT = {
     "onediff.train.cost": "counts FLOPs for the training curve; a corrected count does not change the model",
 }
 
-# Files that a module opens, relative to the folder of the module.
+# Module -> the files that it opens, relative to the folder of the module.
 FILES = {
     "onediff.data.quality.diffcap": ["card.md.j2"],
     "onediff.data.quality.checks_page": ["checks.html.j2"],

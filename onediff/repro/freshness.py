@@ -14,7 +14,7 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
-FOLDERS = {  # key of params.yaml whose value may be a local folder -> the DVC dependency that must contain the folder
+FOLDERS = {  # key of params.yaml that may be a local folder -> the dependency in dvc.yaml that must contain the folder
     "model.vision.path": "presets/backbones",
     "model.language": "presets/backbones",
     "model.delta.init": "presets/backbones",
@@ -48,7 +48,7 @@ def _other_versions(names: list[str]) -> Iterator[str]:
     for name in names:
         try:
             installed = version(name).split("+")[0]
-        except PackageNotFoundError:  # only bpy is optional; without another package the import fails
+        except PackageNotFoundError:  # bpy is optional, and without any other package the stage fails
             continue
         if installed != versions[name]:
             yield (f"{PACKAGES}: {name} must be {versions[name]}, the version that DVC records in dvc.lock, but "
