@@ -40,7 +40,7 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Let the queries (B, Q, W) attend to the context (B, S, W), and return updated queries (B, Q, W)."""
         attend = self.by_queries if self.has_few_queries(queries.shape[1], context.shape[1]) else self.by_keys
-        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
+        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W/heads)
         return self.norm(queries + self.out(attend(query, context).transpose(1, 2).flatten(2)))
 
     def has_few_queries(self, num_queries: int, num_keys: int) -> bool:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def by_queries(self, query: Tensor, context: Tensor) -> Tensor:
         """Compute the result of `by_keys` without keys and values; see the docstring of the class."""
         key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
-        wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # (B, 1, heads * Q, W)
+        wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # (B, 1, heads*Q, W)
         keys = context[:, None]
         mean = functional.scaled_dot_product_attention(wide, keys, keys, scale=query.shape[-1] ** -0.5)[:, 0]
         mixed = torch.einsum("bhqw, hdw -> bhqd", mean.unflatten(1, (self.heads, -1)), value)

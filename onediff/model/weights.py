@@ -46,7 +46,7 @@ def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiff
 def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
     """Load the configuration of a pretrained model without running code that comes with the checkpoint.
 
-    `where` is the key of params.yaml that error messages mention. Raises ValueError if the architecture of the model is
+    `where` is the key or option that error messages mention. Raises ValueError if the architecture of the model is
     not part of transformers.
     """
     try:
