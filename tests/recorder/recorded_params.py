@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = {"align", "tune"}  # stages/training.py loads the parameters for both phases
 
@@ -88,6 +86,8 @@ def _stage_that_loads() -> str | None:
 
 def undeclared(read: set[tuple[str, str]]) -> Iterator[str]:
     """Yield `stage: key` for each key that a stage has read but dvc.yaml does not list in the params of the stage."""
+    from ruamel.yaml import YAML
+
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for stage, key in sorted(read):
         declared = [item for item in stages[stage].get("params", ()) if isinstance(item, str)]
@@ -123,4 +123,8 @@ def read_notes(path: Path) -> set[tuple[str, str]]:
 
 
 if "DVC_STAGE" in os.environ and "RECORDED_PARAMS" in os.environ:
+    from onediff import interrupts
+
+    interrupts._handle(interrupts._end_at_once)  # a signal during `install` ends the process without a traceback
     install(append_to(os.environ["RECORDED_PARAMS"]))
+    interrupts.handle_as_python_does()
