@@ -1,10 +1,10 @@
-"""OneDiff: two images in, one sentence about what changed out."""
+"""OneDiff describes in one sentence what changed between two images."""
 
 import os
 
-# OpenMP threads that wait for each other spin. Beside another process on the same cores, that makes torch many times
-# slower, so here a thread sleeps after about 1,000 rounds. `python -m benchmarks.busy` measures it. OpenMP reads the
-# variables once, when torch is loaded; GOMP_SPINCOUNT is more exact than the policy, which would be 0 rounds.
+# OpenMP threads wait by spinning, which makes torch many times slower if another process uses the same cores.
+# With these variables a waiting thread sleeps after 1,000 spins. `python -m benchmarks.busy` measures the effect.
+# The variables must be set before torch is imported, because OpenMP reads them only once.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

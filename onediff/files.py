@@ -1,11 +1,11 @@
-"""Writes files and folders under a temporary name and renames them, so that each is either complete or absent.
+"""Write files and folders under a temporary name and rename them, so that each is either complete or absent.
 
-    with new_folder(Path("data/captions")) as folder: ...     # fill the folder; an error keeps the old one
+    with new_folder(Path("data/captions")) as folder: ...     # fill the folder; on an error the old folder is kept
     with new_file(Path("data/probe.parquet")) as path: ...    # write to `path` with any library
     write_text(Path("data/report.html"), page)
 
-Stages never open an existing output for writing, because that file may be a hard link to a file of DVC's cache.
-A killed process leaves `<name>.part` behind. The next writer removes it; git and DVC ignore it.
+Stages never open an existing output for writing, because this file may be a hard link to a file of DVC's cache.
+A killed process may leave a file or folder `<name>.part`. git and DVC ignore it, and the next write removes it.
 """
 
 import errno
@@ -23,24 +23,24 @@ from typing import Any
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}
-# Messages of safetensors, SQLite and NumPy, whose exceptions have no errno.
+# safetensors, SQLite and NumPy raise exceptions without an errno, so a full disk is recognized by their messages.
 _WORDS = {errno.ENOSPC: re.compile(r"No space left on device|disk is full|os error 28|requested and \d+ written"),
           errno.EDQUOT: re.compile("quota exceeded", re.IGNORECASE), errno.EFBIG: re.compile("File too large")}
 
 
 class NotWrittenError(OSError):
-    """One line: which path could not be written, why, and the cure."""
+    """A file or folder could not be written. The message says which one, why, and what to do."""
 
 
 @contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
-    """Raises NotWrittenError in place of any exception by which a library reports a full disk.
+    """Raise NotWrittenError instead of any exception with which a library reports a full disk.
 
-    `path`: what is being written; an error that names a file itself is more exact.
+    The message mentions the file that the exception contains, or else `path`, the file or folder being written.
     """
     try:
         yield
-    except (NotWrittenError, ValueError):  # these explain the failure already
+    except (NotWrittenError, ValueError):  # their messages already explain the failure
         raise
     except BaseException as error:
         number = _disk_full_errno(error)
@@ -51,13 +51,13 @@ def disk_full_named(path: Path) -> Iterator[None]:
             free = shutil.disk_usage(existing).free / 1e6
             raise NotWrittenError(
                 f"{path} could not be written: {_REASONS[number]} ({free:,.0f} MB are free on the file system of "
-                f"{existing}); what was there before is unchanged: make room, then run the same command again"
+                f"{existing}); the previous content is unchanged; free some space, then run the same command again"
             ) from error
         raise
 
 
 def _disk_full_errno(error: BaseException | None) -> int | None:
-    """The error number of a full disk if the exception or one of its causes reports one."""
+    """Return the errno if the exception or one of its causes reports that the disk or the quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REASONS:
             return error.errno
@@ -70,7 +70,7 @@ def _disk_full_errno(error: BaseException | None) -> int | None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Gives the path to write to; the file takes its name only when it is complete and on disk."""
+    """Yield a temporary path to write to, and rename it to `path` after the file is complete and synced to disk."""
     part = path.with_name(path.name + ".part")
     try:
         with disk_full_named(path):
@@ -85,7 +85,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill; it takes the place of `folder` only when it is complete and on disk."""
+    """Yield an empty temporary folder to fill, and replace `folder` with it when it is complete and synced to disk."""
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old.part")
     _finish_exchange(folder, old)
     shutil.rmtree(part, ignore_errors=True)
@@ -104,8 +104,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _finish_exchange(folder: Path, old: Path) -> None:
-    """Cleans up if a process was killed between the two renames: restores the old folder if `folder` is missing,
-    and removes it otherwise.
+    """Clean up after a process that was killed between the two renames of `new_folder`.
+
+    If `folder` does not exist, its previous version `old` is restored. Otherwise `old` is removed.
     """
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -113,7 +114,7 @@ def _finish_exchange(folder: Path, old: Path) -> None:
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """A hard link, which takes no space; a copy where the file system cannot link the two paths."""
+    """Create a hard link, which takes no disk space, or a copy if the file system cannot link the two paths."""
     try:
         os.link(source, target)
     except OSError:
@@ -121,17 +122,18 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file that is either complete or absent."""
     with new_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
-    """`options`: those of json.dumps."""
+    """Write the value as a JSON file; `options` are passed to json.dumps."""
     write_text(path, json.dumps(value, **options) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
-    """Writes each row as one line of JSON, without holding all of them in memory. Returns the number of lines."""
+    """Write each row as one line of JSON without keeping all rows in memory. Return the number of lines."""
     num_rows = 0
     with new_file(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -141,19 +143,22 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, as hexadecimal digits."""
+    """Return the SHA-256 digest of a file's content as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_of(value: Any) -> str:
-    """The SHA-256 of a JSON value; the order of keys in dictionaries makes no difference. Other types become text."""
+    """Return the SHA-256 digest of a JSON value, independent of the order of keys in dictionaries.
+
+    Values that JSON does not know are converted with str().
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file, waiting while another process holds it."""
+    """Hold an exclusive lock on the file during the block; wait while another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -162,9 +167,10 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def refusing_lock(path: Path, refusal: str) -> Iterator[None]:
-    """Holds an exclusive lock on the file, which then names this process.
+    """Hold an exclusive lock on the file during the block, and write process id and host name into the file.
 
-    Raises ValueError with the text `refusal` if another process holds the lock; "{holder}" in it becomes that process.
+    Raises ValueError with the text `refusal` if another process holds the lock. A "{holder}" in this text is replaced
+    by the process id and the host name of the other process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -180,9 +186,9 @@ def refusing_lock(path: Path, refusal: str) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the file or folder is on disk. Some file systems report a full disk only here."""
-    number = os.open(path, os.O_RDONLY)
+    """Wait until the file or folder is on disk. Some file systems report a full disk only at this point."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Runs git commands and reads what a checkout holds. A folder without git is no error; if git refuses a command, the
-error quotes git's message.
+"""Run git commands and read the state of the checkout. The project also works in a folder without git.
 
-`python -m onediff.git` sets DVC up for a folder with or without git.
+If a git command fails, the error quotes the message of git. `python -m onediff.git` configures DVC for a folder with
+or without git.
 """
 
 import configparser
@@ -11,17 +11,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-CURE = "'git init && git add . && git commit -m start' puts it under git"
-_ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}  # "git replace" shows other files than a commit has
+CURE = "'git init && git add . && git commit -m start' creates a git repository with a first commit"
+# GIT_NO_REPLACE_OBJECTS ignores "git replace", which makes git show other content than a commit contains.
+_ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
 
 
 def git(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> str:
-    """The output of `git ARGUMENTS` in the folder, without the last line break. Raises ValueError in git's words."""
+    """Return the output of a git command in folder `root`, without the last line break.
+
+    Raises ValueError with the message of git if the command fails.
+    """
     return git_bytes(*arguments, root=root, env=env).decode().rstrip("\n")
 
 
 def git_bytes(*arguments: str, root: Path = Path(), env: Mapping[str, str] | None = None) -> bytes:
-    """The output of `git ARGUMENTS` in the folder. Raises ValueError in git's words."""
+    """Return the output of a git command in folder `root` as bytes.
+
+    Raises ValueError with the message of git if the command fails.
+    """
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False,
                           env={**os.environ, **_ENV, **(env or {})})
     if done.returncode:
@@ -30,20 +37,21 @@ def git_bytes(*arguments: str, root: Path = Path(), env: Mapping[str, str] | Non
 
 
 def git_paths(*arguments: str, root: Path = Path()) -> list[str]:
-    """The paths that `git ARGUMENTS` prints, also those with spaces or letters outside ASCII."""
+    """Return the paths that a git command prints, unquoted even if they contain spaces or non-ASCII letters."""
     return list(filter(None, git(arguments[0], "-z", *arguments[1:], root=root).split("\0")))
 
 
 def head(root: Path = Path()) -> str | None:
-    """The commit that is checked out, if it holds this folder. None for a folder without git, before the first commit,
-    and for a folder inside another project's checkout.
+    """Return the hash of the checked-out commit if it contains the folder `root`, and otherwise None.
 
-    Raises ValueError in git's words if git refuses to read the checkout, as it does for another owner's.
+    The result is None without git, before the first commit, and for a folder that the commit does not contain.
+    Raises ValueError with the message of git if git refuses to read the checkout, for example because another user
+    owns it.
     """
     try:
         done = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD:./"], cwd=root, capture_output=True,
                               text=True, check=False,
-                              env={**os.environ, **_ENV, "LC_ALL": "C"})  # the message is compared below
+                              env={**os.environ, **_ENV, "LC_ALL": "C"})  # English messages, compared below
     except FileNotFoundError:  # git is not installed
         return None
     if done.returncode == 1 or "not a git repository (or any" in done.stderr:
@@ -54,40 +62,42 @@ def head(root: Path = Path()) -> str | None:
 
 
 def current_branch(root: Path = Path()) -> str:
-    """The branch that is checked out; empty if there is none."""
+    """Return the name of the checked-out branch, or an empty text if there is none."""
     return git("branch", "--show-current", root=root) if head(root) else ""
 
 
 def committed(path: Path, root: Path = Path()) -> bytes | None:
-    """The bytes of the file in the commit, or None if there is no commit or the commit does not have the file."""
+    """Return the content of the file in the checked-out commit, or None if the commit does not contain the file."""
     if head(root) is None or not git("ls-tree", "HEAD", "--", path.as_posix(), root=root):
         return None
     return git_bytes("show", f"HEAD:./{path.as_posix()}", root=root)
 
 
 def is_committed(path: Path) -> bool:
-    """Whether the commit of the project in this folder has the file with these bytes. Line ends do not count.
+    """Return whether the file equals its version in the checked-out commit, ignoring the style of line ends.
 
-    The bytes themselves are compared, because `git update-index` and filters can hide a change from git.
+    The function compares the bytes, because `git update-index` and git filters can hide a change from `git status`.
     """
-    project, place = Path.cwd(), path.absolute()
-    content = committed(place.relative_to(project)) if place.is_relative_to(project) else None
+    project, absolute = Path.cwd(), path.absolute()
+    content = committed(absolute.relative_to(project)) if absolute.is_relative_to(project) else None
     return content is not None and content.replace(b"\r\n", b"\n") == path.read_bytes().replace(b"\r\n", b"\n")
 
 
 def changed_files(root: Path = Path()) -> list[str]:
-    """The files that differ from the commit: changed files, untracked code, and files whose changes git overlooks or
-    hides by a filter. dvc.lock and data do not count, because the pipeline writes them.
+    """Return the files that differ from the checked-out commit, including untracked code.
+
+    It also finds changes that `git status` does not show, because of `git update-index` or a git filter. dvc.lock and
+    the folder data are not included, because the pipeline writes them.
     """
     if head(root) is None:
         return []
-    outside = ("--", ".", ":!dvc.lock", ":!data")
-    changed = git_paths("diff", "--relative", "--name-only", "HEAD", *outside, root=root)
+    not_data = ("--", ".", ":!dvc.lock", ":!data")
+    changed = git_paths("diff", "--relative", "--name-only", "HEAD", *not_data, root=root)
     untracked = git_paths("ls-files", "--others", "--exclude-standard", "--", "onediff/*.py", "flows/*.py", root=root)
-    overlooked = [line[2:] for line in git_paths("ls-files", "-v", *outside, root=root)
+    overlooked = [line[2:] for line in git_paths("ls-files", "-v", *not_data, root=root)
                   if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
     code = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
-    # The output of check-attr repeats: path, "filter", value.
+    # `git check-attr` prints three fields for each file: the path, the word "filter", and the value.
     attributes = git_paths("check-attr", "filter", "--", *code, root=root) if code else []
     hidden = [path for path, value in zip(attributes[::3], attributes[2::3], strict=True)
               if value not in ("unspecified", "unset") and (root / path).exists()
@@ -96,9 +106,10 @@ def changed_files(root: Path = Path()) -> list[str]:
 
 
 def configure_dvc(root: Path = Path()) -> None:
-    """Sets core.no_scm in .dvc/config.local of a folder without git, which DVC refuses otherwise; removes it with git.
+    """Set core.no_scm in .dvc/config.local if the folder is without git, and remove the setting otherwise.
 
-    With git it must go, because `dvc gc --all-branches` would take the data of other branches for unused.
+    Without git, DVC needs this setting to run. With git, it would be dangerous: `dvc gc --all-branches` would delete
+    the data of other branches as unused.
     """
     local = root / ".dvc/config.local"
     if not local.parent.is_dir():

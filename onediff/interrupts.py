@@ -1,6 +1,7 @@
-"""Signals that ask a program to end (Ctrl-C, `kill`, a closed terminal), and output that nobody reads any more.
+"""Handle the signals that ask a program to stop: SIGINT (Ctrl-C), SIGTERM (`kill`) and SIGHUP (a closed terminal).
 
-A signal that was ignored when the program started stays ignored: `nohup` ignores SIGHUP.
+A signal that is ignored when the program starts stays ignored, so `nohup` works. The module also keeps a program
+running if its output can no longer be written.
 """
 
 from __future__ import annotations
@@ -20,41 +21,43 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FLOW = "ONEDIFF_STARTED_BY"  # environment variable: the process id of the flow, if one started DVC
+FLOW = "ONEDIFF_STARTED_BY"  # environment variable with the process id of the flow that started DVC
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass
 class Stop:
-    """The name of the signal that asked this process to end; empty if none did."""
+    """The name of the signal that asked this process to stop, or an empty text if there was no signal yet."""
 
     reason: str = ""
 
     def ask(self, number: int, frame: FrameType | None) -> None:
+        """Store the name of the first signal. This method is a signal handler."""
         self.reason = self.reason or signal.Signals(number).name
 
 
 @contextmanager
 def postponed(stop: Stop) -> Iterator[Stop]:
-    """Within the block a signal only sets `stop.reason`. The code of the block reads it and ends when it is ready.
+    """Make signals only set `stop.reason` during the block, so that the code of the block can stop at a safe point.
 
-    Python allows signal handlers in the main thread only. In another thread `stop.reason` stays empty.
+    Python allows signal handlers only in the main thread. In other threads `stop.reason` stays empty.
     """
-    before = _handle(stop.ask) if threading.current_thread() is threading.main_thread() else {}
+    previous = _handle(stop.ask) if threading.current_thread() is threading.main_thread() else {}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def raise_keyboard_interrupt(limit_s: float) -> None:
-    """From now on the first signal raises KeyboardInterrupt with the name of the signal. Later signals are ignored, so
-    that they do not interrupt the clean-up. After `limit_s` the process exits even if the clean-up has not ended, or
-    if a library has caught the exception.
+    """Make the first signal raise KeyboardInterrupt with the name of the signal.
+
+    Later signals are ignored, so that they do not interrupt the clean-up. `limit_s` seconds after the first signal the
+    process exits even if the clean-up is still running or a library has caught the exception.
     """
-    stop, report = Stop(), sys.unraisablehook
+    stop, previous_hook = Stop(), sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not stop.reason:
@@ -62,28 +65,33 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
             _start_timer(limit_s, os._exit, 1)
             raise KeyboardInterrupt(stop.reason)
 
-    # Python drops an exception that is raised in a __del__ method or in a callback of weakref, where a signal may
-    # arrive too. The signal is then sent once more, a moment later.
     def send_again(ignored: Any) -> None:
+        """Send the signal again if Python has dropped its KeyboardInterrupt, and report other dropped exceptions.
+
+        Python drops an exception in a __del__ method or a weakref callback, and calls sys.unraisablehook instead.
+        """
         if stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt):
             number, stop.reason = signal.Signals[stop.reason], ""
             _start_timer(0.05, os.kill, os.getpid(), number)
         else:
-            report(ignored)
+            previous_hook(ignored)
 
     _handle(interrupt)
     sys.unraisablehook = send_again
 
 
 def _start_timer(seconds: float, function: Callable[..., Any], *arguments: int) -> None:
+    """Call the function after this time in a daemon thread, which does not keep the process alive."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
 
 
 def end_with_starters() -> None:
-    """Under DVC this process receives SIGTERM when DVC ends, or when the flow that started DVC ends. Otherwise a stage
-    would go on after its DVC was killed, and would write to the same files as the next run.
+    """Send SIGTERM to this process when the DVC process or the flow that started it ends.
+
+    Otherwise a stage would continue after DVC was killed, and would write to the same files as the next run. Outside
+    of DVC this function does nothing.
     """
     if "DVC_STAGE" in os.environ:
         starters = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
@@ -91,44 +99,48 @@ def end_with_starters() -> None:
 
 
 def _end_with(starters: list[int]) -> None:
+    """Wait until one of the processes has ended, then send SIGTERM to this process."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
         processes = [psutil.Process(pid) for pid in starters]
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
             time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint first
+    os.kill(os.getpid(), signal.SIGTERM)  # training handles SIGTERM by saving a checkpoint
 
 
 def ignore() -> None:
+    """Ignore all stop signals in this process and in the child processes that it starts."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_while_importing() -> None:
-    """Called by the package of a module that `python -m` runs. Until the module sets its own handlers, a signal ends
-    the process with one line, where Python would print the stack trace of the import that was interrupted.
+    """Make a signal that arrives during the imports of `python -m` end the process with a one-line message.
+
+    Without this, Python would print the stack trace of the interrupted import. The `__init__.py` of the package that
+    contains the module calls this function, and it has an effect until the module sets other handlers.
     """
-    if sys.argv[0] == "-m":  # Python's mark while it looks for the module to run
+    if sys.argv[0] == "-m":  # Python sets it to -m until it has located the module
         _handle(_end_at_once)
         end_with_starters()
 
 
 def handle_as_python_does() -> None:
-    """Undoes end_while_importing, for a module that needs no handlers beyond Python's own."""
+    """Undo `end_while_importing`, for a module that needs only the default signal handlers of Python."""
     for number in SIGNALS:
         if signal.getsignal(number) is _end_at_once:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def survive_closed_output() -> None:
-    """Makes standard output and standard error drop text that nobody can read any more, because the terminal was closed
-    or the reader of the pipe ended. A training that prints must still reach its checkpoint.
+    """Drop printed text instead of raising an error if the terminal was closed or the reader of the pipe has ended.
 
-    A closed terminal has the same effect as SIGHUP. The kernel sends SIGHUP only to the process that leads the session,
-    and `make` does not pass it on. A background job continues.
+    Without this, the next print would end a training before it can save a checkpoint. A closed terminal is also
+    treated as SIGHUP, because the kernel sends this signal only to the leader of the session, and `make` does not
+    forward it. Background jobs continue to run.
     """
-    with suppress(OSError):  # raised if standard error is not the terminal of this session
+    with suppress(OSError):  # raised if standard error is not the session's terminal
         if os.tcgetpgrp(2) == os.getpgrp():
             threading.Thread(target=_wait_for_hangup, daemon=True).start()
     for name in ("stdout", "stderr"):
@@ -140,6 +152,7 @@ def survive_closed_output() -> None:
 
 
 def _wait_for_hangup() -> None:
+    """Wait until the terminal of standard error is closed, then send SIGHUP to this process if it is handled."""
     poll = select.poll()
     poll.register(2, 0)
     poll.poll()
@@ -148,13 +161,14 @@ def _wait_for_hangup() -> None:
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
-    """Sets the handler for every signal that is not ignored. Returns the previous handlers."""
+    """Set the handler for all stop signals that are not ignored. Return the previous handlers by signal."""
     return {number: signal.signal(number, handler) for number in SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    line = f"onediff: stopped by {signal.Signals(number).name} before any work; run the same command to start again\n"
+    """Print one line and exit without clean-up, which is safe because nothing was written yet."""
+    line = f"onediff: stopped by {signal.Signals(number).name} before it did any work; run the command again\n"
     try:
         os.write(2, line.encode())
     finally:
@@ -162,6 +176,8 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 class _Forgiving(io.FileIO):
+    """A file that discards writes to a closed terminal (EIO) or to a pipe without a reader (EPIPE)."""
+
     def write(self, data: bytes) -> int:  # type: ignore[override]
         try:
             return super().write(data)

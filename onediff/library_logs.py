@@ -1,4 +1,4 @@
-"""Log levels of the libraries that this project loads."""
+"""Log levels of the libraries that this project uses."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Silences library logging below ERROR, and progress bars of transformers. Call it before loading a model."""
+    """Silence library logging below ERROR and the progress bars of transformers. Call this before loading a model."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")

@@ -1,4 +1,4 @@
-"""Addresses of this machine, which no proxy can reach."""
+"""Proxy settings for connections to servers on this machine, such as MLflow and Prefect."""
 
 import os
 from collections.abc import MutableMapping
@@ -7,13 +7,15 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def exempt_loopback_from_proxies(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Where a proxy is set, adds this machine to NO_PROXY and no_proxy: some libraries read the one, some the other.
+    """Add the loopback addresses to NO_PROXY and no_proxy if the environment sets a proxy.
 
-    Without a proxy in the environment nothing changes, because on macOS no_proxy alone would hide the system's proxy.
+    A proxy cannot reach servers that listen on this machine only. Both variables are set, because some libraries read
+    the one and some the other. Without a proxy in the environment nothing changes, because on macOS a no_proxy
+    variable would disable the proxy of the system settings.
     """
     if not any(environ.get(key) for key in environ if key.lower().endswith("_proxy") and key.lower() != "no_proxy"):
         return
-    for key, other in (("NO_PROXY", "no_proxy"), ("no_proxy", "NO_PROXY")):
-        hosts = [host.strip() for host in (environ.get(key) or environ.get(other) or "").split(",") if host.strip()]
+    for key, twin in (("NO_PROXY", "no_proxy"), ("no_proxy", "NO_PROXY")):
+        hosts = [host.strip() for host in (environ.get(key) or environ.get(twin) or "").split(",") if host.strip()]
         if "*" not in hosts:
             environ[key] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])

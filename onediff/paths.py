@@ -1,4 +1,4 @@
-"""Every path that more than one module uses, relative to the project's folder, and the address of the champion."""
+"""The paths that more than one module uses, relative to the project's folder, and the MLflow URI of the champion."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
 
 DATA = Path("data")
-RAW = DATA / "raw"  # published sets and pairs of your own
-SYNTHETIC = DATA / "synthetic"  # generated pairs
-PAIRS = DATA / "pairs"  # records read from data/raw
-INSTRUCTED = DATA / "instructed"  # edit instructions by the writer
+RAW = DATA / "raw"  # published datasets and pairs that users provide
+SYNTHETIC = DATA / "synthetic"  # pairs that the stage `synthesize` generates
+PAIRS = DATA / "pairs"  # the outputs of the stages `read`, `retrieve` and `diffuse`
+INSTRUCTED = DATA / "instructed"  # edit instructions by the writer (a language model)
 WRITTEN = DATA / "written"  # records with captions by the writer
-ANSWERS = DATA / "answers"  # every answer of the writer, as paid for
+ANSWERS = DATA / "answers"  # all answers of the writer, never deleted because they cost money
 PROBE_TABLE = DATA / "probe.parquet"
 QUARANTINE = DATA / "quarantine.parquet"
 DIFFCAP = DATA / "diffcap"

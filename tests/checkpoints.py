@@ -1,4 +1,4 @@
-"""Small random checkpoints in the real formats, as a hub would give them, and the settings that join them."""
+"""Small random checkpoints in the formats of the Hugging Face Hub, and the model settings that combine them."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ TOWER: dict[str, Any] = {"hidden_size": 22, "intermediate_size": 19, "num_hidden
 TALKER: dict[str, Any] = {"vocab_size": 263, "hidden_size": 34, "intermediate_size": 23, "num_hidden_layers": 2,
                           "num_attention_heads": 17, "num_key_value_heads": 17, "max_position_embeddings": 128,
                           "bos_token_id": 0, "eos_token_id": 1}
-IMAGE_ID, PATCHES = 258, 9  # of a LLaVA
+IMAGE_ID, PATCHES = 258, 9  # image token id and patches per image of the LLaVA checkpoints
 
 
 def checkpoints(folder: Path, tower: str, talker: str) -> tuple[str, str]:
-    """A tower and a decoder: the folders of `clip` or `siglip`, `llama` or `qwen2`."""
+    """Save a vision tower (`clip` or `siglip`) and a decoder (`llama` or `qwen2`), and return their folders."""
     vision, language = folder / "vision", folder / "language"
-    if tower == "clip":  # a whole CLIP, text tower included
+    if tower == "clip":  # a complete CLIP with its text tower
         text = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 1, "num_attention_heads": 2,
                 "vocab_size": 50}
         CLIPModel(CLIPConfig(vision_config=TOWER, text_config=text, projection_dim=8)).save_pretrained(vision)
-    else:  # no class token
+    else:  # SigLIP has no class token
         SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(vision)
     save_image_processor(vision)
     kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
     configuration, model = kinds[talker]
     model(configuration(**TALKER)).save_pretrained(language)
-    save_tokenizer(language, **({"bos_token": "<s>"} if talker == "llama" else {}))  # Qwen has none for the beginning
+    save_tokenizer(language, **({"bos_token": "<s>"} if talker == "llama" else {}))  # Qwen has no BOS token
     return str(vision), str(language)
 
 
 def llava_checkpoint(folder: Path, *, text: Any = None, vision: Any = None, **changes: Any) -> str:
-    """A LLaVA-1.5 with weights far from the near-zero start, where every model says the same."""
+    """Save a LLaVA-1.5 with large random weights, because all models with near-zero weights give similar outputs."""
     configuration = LlavaConfig(vision_config=vision or CLIPVisionConfig(**TOWER), text_config=text or
                                 LlamaConfig(**TALKER), image_token_index=IMAGE_ID, image_seq_length=PATCHES, **changes)
     torch.manual_seed(1)
@@ -66,11 +66,12 @@ def llava_checkpoint(folder: Path, *, text: Any = None, vision: Any = None, **ch
 
 
 def save_image_processor(folder: Path) -> None:
+    """Save a CLIP image processor for images of 12 x 12 pixels."""
     CLIPImageProcessorPil(size={"height": 12, "width": 12}, do_center_crop=False).save_pretrained(folder)
 
 
 def save_tokenizer(folder: Path, **marks: Any) -> None:
-    """Bytes as tokens, 258 in all with beginning and end."""
+    """Save a tokenizer of 258 tokens: the 256 bytes, and tokens for begin and end of a text."""
     letters = ["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()]
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +80,7 @@ def save_tokenizer(folder: Path, **marks: Any) -> None:
 
 def settings(micro: Config, vision: str, language: str, *, delta: dict[str, Any] | None = None,
              **changes: Any) -> Model:
-    """params.yaml's `model` for these two; `delta` changes the Visual Delta Module's part of it."""
+    """Return the section `model` of params.yaml for these checkpoints; `delta` changes keys of its section `delta`."""
     tower = micro.model.vision.model_copy(update={"path": vision, "image_px": 12, "patch_px": 4, "layers": 3})
     module = {"levels": [1, 3], "width": 13, "heads": 1, "num_tokens": 7} | (delta or {})
     return micro.model.model_copy(update={

@@ -1,4 +1,4 @@
-"""Real small parts that several tests share."""
+"""Fixtures that several test files share: small real objects instead of mocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def micro() -> Config:
-    """The micro preset, its backbones by absolute path so that a test may stand in any folder."""
+    """The micro preset with absolute paths of the backbones, so that a test may run in any folder."""
     config = load_params(ROOT / "presets/micro.yaml")
     vision = config.model.vision.model_copy(update={"path": str(ROOT / config.model.vision.path)})
     model = config.model.model_copy(update={"vision": vision, "language": str(ROOT / config.model.language)})
@@ -28,7 +28,7 @@ def micro() -> Config:
 
 @pytest.fixture(scope="session")
 def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project of tiny_project.py with one version, registered in `mlflow.db` beside it. Leave it as it was."""
+    """The project of tiny_project.py with one registered version, and `mlflow.db` beside it. Do not change it."""
     import tiny_project
 
     from onediff import tracking
@@ -46,7 +46,7 @@ def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scene_pairs(micro: Config) -> list[Record]:
-    """Train pairs of a few base scenes."""
+    """Training pairs of five base scenes."""
     from onediff.data.synthesis.scenes.records import scene_records
 
     return [record for index in range(5) for record in scene_records(micro, "train", index)]
@@ -54,7 +54,7 @@ def scene_pairs(micro: Config) -> list[Record]:
 
 @pytest.fixture
 def local_registry(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder with an empty local store and promotion rules that git has committed; the test runs in it."""
+    """A project's folder with an empty MLflow store and committed promotion rules. The test runs in this folder."""
     from registered import git, write_rules
 
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def local_registry(empty_store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables: making them is slow, copying is not."""
+    """A database with the tables of MLflow, which tests copy because creating the tables is slow."""
     from onediff import tracking
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"

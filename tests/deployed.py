@@ -1,4 +1,4 @@
-"""A project of its own at micro size with a Prefect server and workers, for tests of the deployments."""
+"""A copy of the project at micro size with a Prefect server and workers, for tests of the deployments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODE = ("onediff", "flows", "mlflow", "presets", "data/README.md", "dvc.yaml", "
 
 
 class Site:
-    """A project of its own at micro size, a Prefect server for it, and workers."""
+    """A copy of the project in a folder, and the processes that a test starts for it: Prefect server and workers."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.api = folder, f"http://127.0.0.1:{port}/api"
@@ -36,6 +36,7 @@ class Site:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """Start `python -m COMMAND` in the background with a log file in .onediff."""
         with (self.folder / f".onediff/{name}.log").open("ab") as log:
             process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.folder, env=self.env, stdout=log,
                                        stderr=log, start_new_session=True)
@@ -43,35 +44,42 @@ class Site:
         return process
 
     def run(self, *command: str) -> str:
+        """Run a command and return what it prints; fail if the command fails."""
         done = subprocess.run(command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, check=False)
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
 
     def trigger(self, deployment: str = "retrain/retrain", **parameters: Any) -> str:
+        """Create a flow run of a deployment and return the id of the flow run."""
         deployment_id = httpx.get(f"{self.api}/deployments/name/{deployment}", timeout=60).json()["id"]
         address = f"{self.api}/deployments/{deployment_id}/create_flow_run"
         while (run := httpx.post(address, json={"parameters": parameters}, timeout=60)).status_code == 503:
-            time.sleep(0.2)  # SQLite is busy; clients of Prefect wait, too
+            time.sleep(0.2)  # SQLite is busy; Prefect's clients also retry
         return str(run.json()["id"])
 
     def state(self, run: str) -> dict[str, Any]:
+        """Return the state of a flow run as the Prefect API describes it."""
         return dict(httpx.get(f"{self.api}/flow_runs/{run}", timeout=60).json()["state"])
 
     def runs(self) -> list[dict[str, Any]]:
+        """Return all runs of the flow `retrain`, the earliest first."""
         body = {"sort": "START_TIME_ASC", "limit": 200, "flows": {"name": {"any_": ["retrain"]}}}
         return list(httpx.post(f"{self.api}/flow_runs/filter", json=body).json())
 
     def status(self) -> dict[str, Any]:
+        """Return the newest status.json of a training phase."""
         written = sorted(self.folder.glob(".onediff/scratch/*/status.json"), key=lambda path: path.stat().st_mtime)
         return dict(json.loads(written[-1].read_text())) if written else {"state": "none", "step": 0}
 
     def training(self) -> list[psutil.Process]:
+        """Return the running processes of the stage `align` in this folder."""
         return [process for process in psutil.process_iter(["cmdline", "cwd"])
                 if "onediff.stages.align" in (process.info["cmdline"] or [])
                 and process.info["cwd"] == str(self.folder)]
 
     def close(self) -> None:
+        """Kill all processes that this object started, and their children."""
         for leader in [psutil.Process(started.pid) for started in self.started if started.poll() is None]:
             for process in [*leader.children(recursive=True), leader]:
                 process.kill()
@@ -79,7 +87,7 @@ class Site:
 
 @contextmanager
 def running_site(folder: Path, params: str) -> Iterator[Site]:
-    """With these parameters, committed; the server answers and knows the deployments."""
+    """Yield a committed copy of the project with this params.yaml, whose Prefect server has all deployments."""
     for name in CODE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
@@ -107,6 +115,7 @@ def running_site(folder: Path, params: str) -> Iterator[Site]:
 
 
 def answers(address: str) -> bool:
+    """Return whether the server responds with status 200."""
     try:
         return httpx.get(address).status_code == 200
     except httpx.TransportError:
@@ -114,11 +123,11 @@ def answers(address: str) -> bool:
 
 
 def until(condition: Callable[[], Any], seconds: float) -> Any:
-    """The first true value of the condition."""
+    """Wait until the condition returns a true value, and return this value. Fail after the given number of seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         time.sleep(0.5)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition did not become true within {seconds} seconds")

@@ -1,4 +1,4 @@
-"""A OneDiff whose every dimension is another number, so that a mixed-up axis cannot pass."""
+"""A small OneDiff model in which each dimension has another size, so that exchanged axes cause an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 IMAGE_ID, DELTA_ID, VOCAB = 101, 102, 97
-SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # N = 9 patches
+SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # 3 patches per side: N = 9
 
 
 def small(**changes: Any) -> OneDiffForConditionalGeneration:
+    """Return a small model with fixed random weights; `changes` replace keys of its OneDiffConfig."""
     vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1,
                               image_size=12, patch_size=4)
     text = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2,
@@ -29,13 +30,13 @@ def small(**changes: Any) -> OneDiffForConditionalGeneration:
 
 
 def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[str, torch.Tensor]:
-    """Rows with 0, 1 or 2 images: placeholders, then text of unlike lengths, padded on the right."""
+    """Return a batch whose rows have `counts` images: placeholders, then text of different lengths, padded right."""
     generator = torch.Generator().manual_seed(5)
     rows = []
     for count in counts:
         words = torch.randint(3, VOCAB, (4 + count,), generator=generator).tolist()
-        shown = min(count, 1) if model.config.reading == "C" else count
-        rows.append([1] + [IMAGE_ID] * model.config.tokens_per_image * shown
+        num_patch_sets = min(count, 1) if model.config.reading == "C" else count
+        rows.append([1] + [IMAGE_ID] * model.config.tokens_per_image * num_patch_sets
                     + [DELTA_ID] * model.config.delta_tokens_read * (count == 2) + words)
     longest = max(map(len, rows))
     return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
@@ -47,6 +48,7 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 
 def phase(**changes: Any) -> Phase:
+    """Return the settings of a training phase; `changes` replace single keys."""
     settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
                 "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
     return Phase(**settings | RATES | changes)

@@ -1,4 +1,4 @@
-"""Published sets in their official formats: annotations of full size with the official counts, and small whole ones."""
+"""Imitations of published datasets in their official formats: annotations with the official counts, or small images."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ BIRD_COLUMNS = ("img1ObservationURL", "img1ImgURL", "img1Species", "img1Selectio
 
 
 def put(path: Path, value: object) -> Path:
-    """A text file of a str, a JSON file of anything else, folders included."""
+    """Write a text to a text file, or any other value to a JSON file, and create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return path
 
 
 def picture(path: Path, seed: int, *, side: int = 8) -> Path:
-    """A small image of random pixels, in the format of its ending."""
+    """Write a small image of random pixels, in the format that the file extension states."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
     return path
 
 
 def spot_entries(split: str) -> list[dict[str, Any]]:
-    """Ids that repeat and empty sentences, counted as in the official files, whose sums include the empty ones."""
+    """Return entries of Spot-the-Diff with repeated ids and empty sentences, as many as in the official files."""
     records, pairs, num_sentences, num_empty = SPOT[split]
     start = {"train": 0, "val": 20_000, "test": 40_000}[split]
     ids = [str(start + k % pairs) for k in range(records)]
     texts = [["" if k < num_empty else f"change {k}"] for k in range(records)]
     for extra in range(num_sentences - records):
         texts[-1 - extra % 700].append(f"another {extra}")
-    return [{"img_id": name, "sentences": said} for name, said in zip(ids, texts, strict=True)]
+    return [{"img_id": name, "sentences": sentences} for name, sentences in zip(ids, texts, strict=True)]
 
 
 def request_entries() -> dict[str, list[dict[str, Any]]]:
-    """Requests by split; image pairs repeat under other uids, and splits share pairs as the official ones do."""
+    """Return entries of Image-Editing-Request by split.
+
+    As in the official files, image pairs repeat under different uids, and some pairs occur in two splits.
+    """
     names = {split: [(f"{split}_{k}.jpg", f"{split}_{k}_b.png") for k in range(pairs)]
              for split, (_, pairs, _) in REQUESTS.items()}
     first = 0
@@ -58,28 +61,30 @@ def request_entries() -> dict[str, list[dict[str, Any]]]:
 
 
 def scene_files() -> dict[str, Any]:
-    """CLEVR-Change's four files."""
+    """Return the content of the four annotation files of CLEVR-Change by file name."""
     numbers = list(range(SCENES["test"][1]))
     names = [f"CLEVR_default_{k:06d}.png" for k in numbers]
     return {"splits.json": {split: numbers[first:last] for split, (first, last) in SCENES.items()},
             "change_captions.json": {name: ["the cube moved", "the cube is elsewhere"] for name in names},
             "no_change_captions.json": {name: ["nothing changed"] for name in names},
-            "type_mapping.json": {kind: [f"{k:06d}.png" for k in numbers[place::5]]
-                                  for place, kind in enumerate(TYPES)}}
+            "type_mapping.json": {kind: [f"{k:06d}.png" for k in numbers[index::5]]
+                                  for index, kind in enumerate(TYPES)}}
 
 
 def bird_row(number: int, split: str, annotator: int, description: str) -> str:
+    """Return one line of the table of Birds-to-Words."""
     photos = (f"https://static.inaturalist.org/photos/{number}{side}/large.jpg?1234" for side in (1, 2))
     cells = [part for url in photos for part in ("https://www.inaturalist.org/observations/9", url, "Larus", "visual")]
     return "\t".join([*cells, split, str(annotator), description])
 
 
 def bird_table(rows: list[str]) -> str:
+    """Return the table of Birds-to-Words with its header line."""
     return "\n".join(["\t".join(BIRD_COLUMNS), *rows]) + "\n"
 
 
 def edit_folder(root: Path, prompts: int, *, samples: int) -> None:
-    """InstructPix2Pix's layout without images."""
+    """Create the folders and JSON files of the InstructPix2Pix dataset, without images."""
     for number in range(prompts):
         folder = root / f"shard-{number % 3:02d}" / f"{number:07d}"
         put(folder / "prompt.json", {"input": f"a dog {number}", "edit": "make it a cat", "output": "a cat"})
@@ -89,14 +94,14 @@ def edit_folder(root: Path, prompts: int, *, samples: int) -> None:
 
 
 def captioned_rows(count: int) -> Iterator[dict[str, Any]]:
-    """LLaVA-558K's rows."""
+    """Yield rows in the format of LLaVA-558K."""
     for k in range(count):
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": f"a thing {k}"}]
         yield {"id": f"{k:09d}", "image": f"{k % 700:05d}/{k:09d}.jpg", "conversations": turns}
 
 
 def conversation_rows(count: int) -> Iterator[dict[str, Any]]:
-    """LLaVA-665K's rows: the sixteenth is text only, and ids repeat."""
+    """Yield rows in the format of LLaVA-665K, where every sixteenth row is text only and ids repeat."""
     for k in range(count):
         turns = [{"from": "human", "value": f"What is {k}?\n<image>"}, {"from": "gpt", "value": f"It is {k}."}] * 3
         row = {"id": f"{k // 2:012d}", "image": f"coco/train2017/{k // 2:012d}.jpg", "conversations": turns}
@@ -104,7 +109,7 @@ def conversation_rows(count: int) -> Iterator[dict[str, Any]]:
 
 
 def put_list(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """A JSON list written row by row."""
+    """Write rows as one JSON list without keeping all rows in memory."""
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(rows):
             file.write("," if number else "[")

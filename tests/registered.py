@@ -1,4 +1,4 @@
-"""Small versions in a real MLflow store, and a real `mlflow server`."""
+"""Functions that register small versions in a real MLflow store, and a real `mlflow server`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ PAIR_METRICS = ("CIDEr", "ROUGE-L")
 
 
 def write_rules(path: Path, **changed: object) -> Path:
-    """The repository's gate without what a folder of a few bytes cannot have, and with what is `changed`."""
+    """Write promotion rules: those of the repository without requirements that a small model cannot meet.
+
+    `changed` replaces keys of the rules.
+    """
     rules = YAML(typ="safe").load(REPO / "mlflow/promotion.yaml") | OPEN | changed
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rules))  # JSON is YAML
@@ -39,16 +42,21 @@ def write_rules(path: Path, **changed: object) -> Path:
 
 
 def commit(*paths: Path | str) -> None:
+    """Commit the given paths with git, even if they are ignored."""
     git("add", "--force", *map(str, paths))
     git("commit", "--quiet", "--allow-empty", "--message", "one")
 
 
 def git(*words: str) -> None:
+    """Run a git command as a test user."""
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
 
 
 def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: int = 50) -> dict[str, object]:
-    """What the pairs of each benchmark scored: around its scores, as far apart as `noise`, in groups of equal size."""
+    """Return scores of single pairs whose mean is the score of the benchmark and whose deviation is `noise`.
+
+    The pairs are divided into `groups` groups of equal size.
+    """
     rows = np.random.default_rng(0).normal(0, noise, (len(tables), 200)) if noise else np.zeros((len(tables), 200))
     scores = {}
     for (benchmark, table), row in zip(tables.items(), rows, strict=True):
@@ -60,7 +68,7 @@ def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: 
 
 
 def model(name: str) -> Path:
-    """A model folder whose weights are `name`."""
+    """Create a model folder whose weights file contains the bytes of `name`."""
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(name.encode())
@@ -70,7 +78,7 @@ def model(name: str) -> Path:
 
 def write_results(root: Path = Path(), *, operation: float = 0.8, references: str = "r1", edits: float = 1.0,
                   groups: int = 50, **scenes: float) -> None:
-    """What the stages `caption` and `score` leave: captions, tables of scores, and what each pair scored."""
+    """Write the outputs of the stages `caption` and `score`: captions, tables of scores, and scores of each pair."""
     edit_table = {**BENCHMARK, "operation_accuracy": operation, "CIDEr": edits, "references": references}
     tables = {"gate": {"scenes": {**GOOD, "references": references, **scenes}, "edits": edit_table},
               "test": {"scenes": {**GOOD, "CIDEr": 0.001, "references": references}}}
@@ -81,7 +89,7 @@ def write_results(root: Path = Path(), *, operation: float = 0.8, references: st
 
 
 def write_data(root: Path = Path(), verdict: str = "clean") -> None:
-    """What the stages `validate` and `build` leave."""
+    """Write the outputs of the stages `validate` and `build` that the registry reads."""
     write_json(root / "data/diffcap/card.json", {})
     write_json(root / "data/quarantine.parquet", "none")
     write_json(root / "data/reports/diffcap/audit.json", {"benchmarks": {"scenes": {"verdict": verdict}}})
@@ -93,8 +101,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str, str]]) -> None:
-    """dvc.lock as it is after the folder was trained and the files below `root` were made of it; `changed`: a stage's
-    digests that are others, as in score={"outs": {"data/gate.json": "0"}}.
+    """Write a dvc.lock in which the model in `folder` was trained and the files below `root` were made with it.
+
+    `changed` replaces digests of a stage, for example score={"outs": {"data/gate.json": "0"}}.
     """
     outs = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
     scored = {path: md5_of(root / path) for path in outs}
@@ -113,7 +122,7 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
 
 
 def trained(name: str, **scores: float | str) -> Path:
-    """A model folder whose weights are `name`, with its scores in data/, as a pipeline leaves both."""
+    """Create a model folder whose weights are `name`, its scores in data/, and dvc.lock, as after a pipeline run."""
     folder = model(name)
     write_results(**scores)  # type: ignore[arg-type]
     write_lock(folder)
@@ -121,32 +130,34 @@ def trained(name: str, **scores: float | str) -> Path:
 
 
 def register(folder: Path, **options: Any) -> str:
-    """A model folder with the scores that lie in data/."""
+    """Register a model folder with the scores in data/, and return the version."""
     return registry.register(registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:
-    """Registers a model whose weights are `name`."""
+    """Create and register a model whose weights are `name`, and return the version."""
     return register(trained(name, **scores), run_id="abc")
 
 
 def score_again(version: str, **scores: float | str) -> None:
-    """As `flows/evaluate.py` does it, with these scores."""
+    """Score a registered version again with these scores, as flows/evaluate.py does."""
     root = Path("again")
     write_results(root, **scores)  # type: ignore[arg-type]
     registry.rescore(version, registry.evidence_of(registry.model_folder(f"models:/onediff/{version}"), root))
 
 
 def aliases() -> dict[str, list[str]]:
+    """Return the aliases of all registered versions by version."""
     return {row["version"]: row["aliases"] for row in registry.list_versions()}
 
 
 def row(version: str) -> dict[str, object]:
+    """Return the row of one version in the list of versions."""
     return next(version_row for version_row in registry.list_versions() if version_row["version"] == version)
 
 
 class Server:
-    """A real `mlflow server` on loopback that can be killed and started again at the same address."""
+    """A real `mlflow server` on 127.0.0.1 that a test can kill and start again at an unchanged address."""
 
     def __init__(self, folder: Path, *options: str, **environ: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -155,6 +166,7 @@ class Server:
         self.folder, self.options, self.environ = folder, options, environ
 
     def start(self) -> None:
+        """Start the server and wait until it accepts connections."""
         words = ["server", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--artifacts-destination",
                  str(self.folder / "served"), "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
                  *self.options]
@@ -173,6 +185,7 @@ class Server:
                 time.sleep(0.2)
 
     def stop(self) -> None:
+        """Kill the server and its worker processes."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

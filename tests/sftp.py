@@ -1,4 +1,4 @@
-"""A real SSH server with SFTP on loopback, with a key that lets in and none else."""
+"""A real SFTP server on 127.0.0.1 that accepts exactly one SSH key."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import asyncssh
 
 @contextmanager
 def sftp_server(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Its port, and the file of the private key."""
-    host, guest = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    """Yield the port of the server and the file of the private key that it accepts."""
+    host, client = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     key = folder / "key"
-    guest.write_private_key(str(key))
+    client.write_private_key(str(key))
     key.chmod(0o600)
-    allowed = guest.convert_to_public()
+    allowed = client.convert_to_public()
 
-    class Door(asyncssh.SSHServer):
+    class OneKeyServer(asyncssh.SSHServer):
         def begin_auth(self, username: str) -> bool:
             return True
 
@@ -31,7 +31,8 @@ def sftp_server(folder: Path) -> Iterator[tuple[int, Path]]:
             return key == allowed
 
     async def start() -> asyncssh.SSHAcceptor:
-        return await asyncssh.listen("127.0.0.1", 0, server_host_keys=[host], server_factory=Door, sftp_factory=True)
+        return await asyncssh.listen("127.0.0.1", 0, server_host_keys=[host], server_factory=OneKeyServer,
+                                     sftp_factory=True)
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Folders and files that are complete or absent, and what a full disk says."""
+"""Files and folders are either complete or absent, and a full disk is reported in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_is_replaced_by_a_complete_one_and_kept_when_the_new_one_fails(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_if_the_new_one_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "diffcap"
     with new_folder(out) as folder:
         (folder / "a").write_text("old")
@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_by_a_complete_one_and_kept_when_the_new_one_fails(
     assert names(tmp_path) == ["diffcap"] and names(out) == ["b"]
 
 
-def test_a_folder_returns_that_a_killed_process_had_only_renamed(tmp_path: Path) -> None:
+def test_the_old_folder_is_restored_after_a_process_was_killed_between_two_renames(tmp_path: Path) -> None:
     (tmp_path / "diffcap.old.part").mkdir()
     (tmp_path / "diffcap.old.part/a").write_text("old")
     with pytest.raises(ValueError, match="bad pair"), new_folder(tmp_path / "diffcap"):
@@ -50,7 +50,7 @@ def test_a_folder_returns_that_a_killed_process_had_only_renamed(tmp_path: Path)
 
 
 def test_no_existing_file_is_opened_for_writing(tmp_path: Path) -> None:
-    """It may be a hard link to a file of DVC's cache, and so may what a killed process left."""
+    """An output, or the .part file of a killed process, may be a hard link to a file of DVC's cache."""
     for name in ("cached", "cached too"):
         (tmp_path / name).write_text("one")
     os.link(tmp_path / "cached", tmp_path / "out.json")
@@ -60,7 +60,7 @@ def test_no_existing_file_is_opened_for_writing(tmp_path: Path) -> None:
     assert (tmp_path / "cached").read_text() == (tmp_path / "cached too").read_text() == "one"
 
 
-def test_a_file_stays_when_its_successor_fails(tmp_path: Path) -> None:
+def test_a_file_is_kept_if_writing_the_new_one_fails(tmp_path: Path) -> None:
     out = tmp_path / "inner/out.json"
     write_text(out, "old")
     with pytest.raises(TypeError):
@@ -108,7 +108,7 @@ def test_every_way_to_report_a_full_disk_becomes_one_line(write: Callable[[], No
     assert "MB are free" in message and "\n" not in message
 
 
-def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError), disk_full_named(tmp_path):
         tmp_path.write_text("x")
     with pytest.raises(ValueError, match=r"^explained already: No space left on device$"), disk_full_named(tmp_path):
@@ -130,7 +130,7 @@ run(train)
 """
 
 
-def test_a_stage_without_room_ends_in_one_line_keeps_the_old_out_and_goes_on_later(tmp_path: Path) -> None:
+def test_a_stage_on_a_full_disk_prints_one_line_keeps_the_old_output_and_works_later(tmp_path: Path) -> None:
     model = tmp_path / "data/models/tune/model.safetensors"
     write_text(model, "old")
     command = [sys.executable, "-c", STAGE]

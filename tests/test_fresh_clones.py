@@ -1,4 +1,4 @@
-"""`make run` at the size of presets/micro.yaml in folders and environments that differ from a developer's."""
+"""`make run` at micro size works in clones whose path, language, proxy or active environment is unusual."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PLAIN = ("PATH", "HOME", "TMPDIR", "PIP_FIND_LINKS", "PIP_CERT", "PIP_INDEX_URL"
 
 
 def make_run(folder: Path, *, umask: int = 0o022, **environment: str) -> str:
+    """Run `make run` in a folder, check that its outputs exist, and return what it printed."""
     plain = {key: value for key, value in os.environ.items() if key in PLAIN}
     done = subprocess.run(["make", "run"], cwd=folder, env=plain | environment, stdout=subprocess.PIPE, umask=umask,
                           stderr=subprocess.STDOUT, encoding="utf-8", check=False)
@@ -26,6 +27,7 @@ def make_run(folder: Path, *, umask: int = 0o022, **environment: str) -> str:
 
 
 def clone(folder: Path) -> Path:
+    """Clone this repository into a folder, with the micro preset as params.yaml."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
     shutil.copy(folder / "presets/micro.yaml", folder / "params.yaml")
     return folder
@@ -36,8 +38,8 @@ def clone(folder: Path) -> Path:
 @pytest.mark.parametrize(("name", "environment"), [
     ("my project ü", {"LC_ALL": "C"}), ("my project ü", {"LANG": "de_DE.UTF-8"}),
     ("proxy", {"HTTP_PROXY": PROXY, "http_proxy": PROXY, "NO_PROXY": "files.example"})])
-def test_a_clone_runs(tmp_path: Path, name: str, environment: dict[str, str]) -> None:
-    if "HTTP_PROXY" in environment:  # packages come through a proxy that works; the pipeline's own servers do not
+def test_make_run_works_in_a_clone(tmp_path: Path, name: str, environment: dict[str, str]) -> None:
+    if "HTTP_PROXY" in environment:  # only `make setup` needs a real proxy
         subprocess.run(["make", "setup"], cwd=clone(tmp_path / name), check=True, stdout=subprocess.DEVNULL)
         make_run(tmp_path / name, **environment)
     else:
@@ -46,7 +48,7 @@ def test_a_clone_runs(tmp_path: Path, name: str, environment: dict[str, str]) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_clone_runs_beside_an_active_environment(tmp_path: Path) -> None:
+def test_make_run_does_not_use_another_active_environment(tmp_path: Path) -> None:
     other = tmp_path / "other"
     subprocess.run([sys.executable, "-m", "venv", str(other)], check=True)
     before = sorted(other.rglob("*.dist-info"))
@@ -57,7 +59,7 @@ def test_a_clone_runs_beside_an_active_environment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_an_archive_without_git_runs_and_says_what_is_left_out(tmp_path: Path) -> None:
+def test_make_run_works_without_git_and_says_that_no_branch_is_written(tmp_path: Path) -> None:
     folder = clone(tmp_path / "onediff")
     shutil.rmtree(folder / ".git")
     assert "no git commit holds this folder: there is no branch of results" in make_run(folder)

@@ -13,12 +13,12 @@ from onediff.ops import doctor, housekeeping, verify
 from onediff.registry import facts
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHER_OWNER = "GIT_TEST_ASSUME_DIFFERENT_OWNER"  # git's own switch for its tests
+OTHER_OWNER = "GIT_TEST_ASSUME_DIFFERENT_OWNER"  # git reads this variable in its tests
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git repository with one commit; the test runs in it."""
+    """A git repository with one commit. The test runs in this folder."""
     folder = tmp_path / "repository"
     (folder / "data").mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -28,16 +28,17 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commit_all(folder: Path) -> None:
+    """Commit all files of a folder, and create the repository if necessary."""
     for arguments in (["init", "-q"], ["add", "-A"],
                       ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "all"]):
         subprocess.run(["git", *arguments], cwd=folder, check=True)
 
 
-def test_the_head_is_the_commit_that_holds_the_folder(repository: Path) -> None:
+def test_head_is_the_commit_that_contains_the_folder(repository: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert head() == commit
     (repository / "project").mkdir()
-    assert head(repository / "project") is None  # its own files are in no commit
+    assert head(repository / "project") is None  # no commit contains files of this folder
     (repository / "project/code.py").write_text("")
     commit_all(repository)
     assert head(repository / "project") not in (None, commit)
@@ -49,7 +50,7 @@ def test_a_folder_without_git_or_without_a_commit_has_no_head(tmp_path: Path) ->
     assert head(tmp_path) is None
 
 
-def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
+def test_a_broken_checkout_is_an_error(tmp_path: Path) -> None:
     (tmp_path / ".git").write_text("gitdir: /nowhere/worktrees/lost\n")
     with pytest.raises(ValueError, match="not a git repository: /nowhere/worktrees/lost"):
         head(tmp_path)
@@ -60,8 +61,9 @@ def test_a_checkout_that_is_broken_is_an_error(tmp_path: Path) -> None:
     tracking.provenance, changed_files, current_branch, lambda: housekeeping._branches(30, ""),
     lambda: facts._lineage(Path()),
     lambda: verify._commit({"version": "1", "git": {"commit": "1234" * 10, "branch": ""}})])
-def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         ask: Callable[[], object]) -> None:
+def test_users_see_the_message_of_git_if_git_refuses_to_read_the_checkout(repository: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch,
+                                                                          ask: Callable[[], object]) -> None:
     (repository / "dvc.lock").write_text("stages: {new: {}}\n")
     monkeypatch.setenv(OTHER_OWNER, "1")
     with pytest.raises(ValueError, match=r"detected dubious ownership .* git config --global --add safe.directory"):
@@ -69,7 +71,7 @@ def test_a_refusal_of_git_reaches_the_user_with_its_cure(repository: Path, monke
     assert doctor._git().needed and "dubious ownership" in doctor._git().message
 
 
-def test_a_folder_without_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_project_works_in_a_folder_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert retrain.commit_results("r1") is None
     assert tracking.provenance()["git_commit"] == tracking.provenance()["git_dirty"] == "none"
@@ -97,7 +99,7 @@ def test_results_with_any_name_are_committed_from_a_project_inside_a_repository(
     assert changed_files() == ["code.py"]
 
 
-def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Path) -> None:
+def test_dvc_works_without_git_and_uses_git_after_git_init(tmp_path: Path) -> None:
     from dvc.repo import Repo
     from dvc.scm import Git, NoSCM, SCMError
 
@@ -112,8 +114,8 @@ def test_dvc_works_without_git_and_sees_git_again_when_it_is_there(tmp_path: Pat
     assert isinstance(Repo(tmp_path).scm, Git)
 
 
-def test_git_is_asked_by_one_module() -> None:
-    """Elsewhere a refusal would be taken for an answer again."""
+def test_only_one_module_runs_git() -> None:
+    """This module distinguishes an error of git from an empty answer, which other modules once confused."""
     sources = [path for folder in ("onediff", "flows") for path in (ROOT / folder).rglob("*.py")]
     asking = [str(path.relative_to(ROOT)) for path in sources if '["git", ' in path.read_text(encoding="utf-8")]
     assert asking == ["onediff/git.py"]

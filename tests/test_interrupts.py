@@ -1,4 +1,4 @@
-"""Signals and closed output, each in a process of its own."""
+"""Signals and closed output, tested in separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(code: str, *, folder: Path | None = None, ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
-    """Python code that has printed a line by now."""
+    """Start a process that runs Python code, and wait until it has printed "up"."""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored])
@@ -26,7 +26,7 @@ def start(code: str, *, folder: Path | None = None, ignored: tuple[signal.Signal
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_postponed_signal_is_noted_and_the_handlers_return(number: signal.Signals) -> None:
+def test_a_postponed_signal_is_recorded_and_the_previous_handlers_are_restored(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     with postponed(Stop()) as stop:
         assert stop.reason == ""
@@ -38,7 +38,7 @@ def test_a_postponed_signal_is_noted_and_the_handlers_return(number: signal.Sign
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
+def test_only_the_first_signal_raises_keyboard_interrupt(number: signal.Signals) -> None:
     process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9); "
                     "\n"
                     "try: print('up', flush=True); time.sleep(60)\n"
@@ -61,7 +61,7 @@ def test_a_signal_during_a_destructor_is_not_lost() -> None:
     assert process.communicate(timeout=30) == ("SIGINT\n", "")
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
     process = start("import time; from onediff import interrupts; interrupts.raise_keyboard_interrupt(9); "
                     "print('up', flush=True); time.sleep(1); print('done')", ignored=(signal.SIGHUP,))
     process.send_signal(signal.SIGHUP)
@@ -74,11 +74,11 @@ def test_a_signal_during_the_imports_ends_a_command_with_one_line(package: str, 
                     folder=tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == (
-        "onediff: stopped by SIGINT before any work; run the same command to start again\n")
+        "onediff: stopped by SIGINT before it did any work; run the command again\n")
     assert process.returncode == 128 + signal.SIGINT
 
 
-def test_a_command_without_handlers_of_its_own_gets_those_of_python() -> None:
+def test_a_command_without_own_handlers_uses_the_default_handlers_of_python() -> None:
     process = start("import sys, time; sys.argv[0] = '-m'; import onediff.stages; from onediff import interrupts\n"
                     "interrupts.handle_as_python_does()\n"
                     "try: print('up', flush=True); time.sleep(60)\n"
@@ -87,7 +87,7 @@ def test_a_command_without_handlers_of_its_own_gets_those_of_python() -> None:
     assert process.communicate(timeout=30) == ("cleaned up\n", "")
 
 
-def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
+def test_a_process_continues_after_its_output_was_closed(tmp_path: Path) -> None:
     process = start("import sys, time; from pathlib import Path; from onediff import interrupts; "
                     "interrupts.survive_closed_output(); print('up', flush=True)\n"
                     "while not Path('closed').exists(): time.sleep(0.1)\n"
@@ -100,8 +100,8 @@ def test_work_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 0 and (tmp_path / "saved").exists()
 
 
-def test_a_flow_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
-    """As in `make run 2>&1 | head -3`: the library behind Prefect's log ended the flow at the first line after that."""
+def test_a_flow_continues_after_its_log_output_was_closed(tmp_path: Path) -> None:
+    """This happens in `make run 2>&1 | head -3`, where the logging library of Prefect once ended the flow."""
     (tmp_path / "work.py").write_text(
         "import time; from pathlib import Path; from flows import command; from prefect.logging import get_logger\n"
         "command.survive_closed_output(); print('up', flush=True)\n"
@@ -116,9 +116,9 @@ def test_a_flow_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("trap", "reason"), [(":", "SIGHUP"), ("''", "")])
-def test_work_below_make_learns_that_its_terminal_is_closed_and_still_saves(trap: str, reason: str,
-                                                                            tmp_path: Path) -> None:
-    """The shell takes the signal, as make does, and passes it on to nobody; or it is ignored, as under `nohup`."""
+def test_a_process_started_by_make_is_informed_of_a_closed_terminal_and_saves(trap: str, reason: str,
+                                                                              tmp_path: Path) -> None:
+    """The shell handles SIGHUP without forwarding it, as make does, or ignores it, as nohup does."""
     (tmp_path / "work.py").write_text(
         "import time; from pathlib import Path; from onediff import interrupts; interrupts.survive_closed_output()\n"
         "with interrupts.postponed(interrupts.Stop()) as stop:\n"
@@ -126,5 +126,5 @@ def test_work_below_make_learns_that_its_terminal_is_closed_and_still_saves(trap
     terminal = Terminal(tmp_path, ("bash", "-c", f"trap {trap} HUP; {sys.executable} work.py; true"),
                         {**os.environ, "PYTHONPATH": str(ROOT)})
     assert wait_until((tmp_path / "up").exists, 30) < 30
-    _, left, _ = terminal.interrupt("SIGHUP")
-    assert not left and (tmp_path / "saved").read_text() == reason
+    _, remaining, _ = terminal.interrupt("SIGHUP")
+    assert not remaining and (tmp_path / "saved").read_text() == reason

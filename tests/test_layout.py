@@ -1,4 +1,4 @@
-"""The rules of the house that no type checker knows: what stands where, who may import what, what git may see."""
+"""Rules of the project that no type checker enforces: its layout, who may import which tool, and what git tracks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ OWNERS = {
 
 
 def _sources() -> list[Path]:
+    """Return all Python files of onediff and flows."""
     return [path for folder in ("onediff", "flows") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def _imports(path: Path) -> set[str]:
+    """Return the top-level packages that a file imports, also inside functions."""
     packages: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -42,31 +44,31 @@ def _imports(path: Path) -> set[str]:
                                   "dvc.yaml", "params.yaml", "packages.yaml", "prefect.yaml", "deploy",
                                   "pyproject.toml", "requirements.lock", "README.md", "LICENSE", "runtime.example.yaml",
                                   ".dvcignore", "data/README.md"])
-def test_the_top_level_holds(name: str) -> None:
+def test_the_top_level_contains(name: str) -> None:
     assert (ROOT / name).exists()
 
 
 @pytest.mark.parametrize("package", sorted(OWNERS))
-def test_a_tool_is_imported_by_its_owner_only(package: str) -> None:
+def test_only_the_owner_of_a_tool_imports_it(package: str) -> None:
     users = {str(path.relative_to(ROOT)) for path in _sources() if package in _imports(path)}
     assert users == OWNERS[package]
 
 
-def test_the_folder_mlflow_holds_no_python() -> None:
+def test_the_folder_mlflow_contains_no_python_file() -> None:
     assert not list((ROOT / "mlflow").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", ["data/README.md", "data/metrics.json", "data/gate.json", "data/stress.json",
                                   "onediff/data/record.py",
                                   "presets/backbones/tiny/vision/model.safetensors", "dvc.lock"])
-def test_git_sees(path: str) -> None:
+def test_git_does_not_ignore(path: str) -> None:
     _need_git()
     asked = subprocess.run(["git", "check-ignore", "-v", path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert asked.returncode == 1, asked.stdout
 
 
 @pytest.mark.parametrize("path", [".onediff/mlflow.db", "runtime.yaml", ".venv/bin/python", "flows/__pycache__/a.pyc"])
-def test_git_does_not_see(path: str) -> None:
+def test_git_ignores(path: str) -> None:
     _need_git()
     assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
 
@@ -77,7 +79,7 @@ def _need_git() -> None:
 
 
 @pytest.mark.parametrize("module", ["onediff", "onediff.cli.main"])
-def test_importing_is_cheap(module: str) -> None:
+def test_an_import_loads_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "mlflow", "great_expectations", "deepspeed", "pandas", "numpy", "prefect"}
@@ -85,47 +87,47 @@ def test_importing_is_cheap(module: str) -> None:
 
 
 def _stages() -> dict[str, tuple[str, list[str]]]:
-    """Stage -> its module and its deps."""
+    """Return the module and the dependencies of each stage in dvc.yaml."""
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     return {name: (re.findall(r"-m (\S+)", stage["cmd"])[0], stage["deps"]) for name, stage in stages.items()}
 
 
-def test_every_dep_of_the_pipeline_is_a_file_or_made_by_a_stage() -> None:
+def test_every_dependency_in_dvc_yaml_exists_or_is_the_output_of_a_stage() -> None:
     loaded = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     listed = [out for stage in loaded.values() for out in (*stage.get("outs", []), *stage.get("metrics", []))]
     made = {out if isinstance(out, str) else next(iter(out)) for out in listed}
     deps = {dep for _, needed in _stages().values() for dep in needed}
-    given = {"data/raw/${item.source}"}  # by the user
+    given = {"data/raw/${item.source}"}  # the user provides it
     files = [dep.replace("${item.source}", "scenes") for dep in sorted(deps - made - given)]
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 @pytest.mark.parametrize("path", ["pairs/coco", "written/coco", "answers/coco/write.jsonl", "instructed/coco.jsonl"])
-def test_images_and_answers_stay_out_of_git_even_if_a_first_run_fails(path: str) -> None:
+def test_git_ignores_images_and_answers_even_if_the_first_run_fails(path: str) -> None:
     _need_git()
     assert subprocess.run(["git", "check-ignore", "-q", f"data/{path}"], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("folder", ["data/pairs", "data/written", "data/synthetic", "data/pretrained",
                                     "data/own/scenes", "data/own/edits"])
-def test_a_folder_that_a_stage_depends_on_is_there_before_any_source_is(folder: str) -> None:
+def test_a_folder_that_a_stage_depends_on_exists_before_any_source_exists(folder: str) -> None:
     _need_git()
     listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
     assert listed.stdout.split() == [f"{folder}/.gitignore"]
 
 
-def test_raw_data_stays_out_of_git_and_what_tracks_it_does_not() -> None:
+def test_git_ignores_raw_data_but_not_the_dvc_files_that_track_it() -> None:
     _need_git()
     paths = ["data/raw/coco/1.jpg", "data/raw/coco.dvc", "data/raw/a/b.zip", "data/raw/a/b.zip.dvc"]
     asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
     assert asked.stdout.split() == ["data/raw/coco/1.jpg", "data/raw/a/b.zip"]
 
 
-def test_no_stage_depends_on_the_id_of_a_run() -> None:
+def test_no_stage_depends_on_the_run_ids_of_mlflow() -> None:
     assert not [name for name, (_, deps) in _stages().items() if any(dep.startswith("data/runs") for dep in deps)]
 
 
-def test_backbones_hold_a_tower_and_a_language_model_and_nothing_else() -> None:
+def test_the_committed_backbones_contain_only_a_vision_tower_and_a_language_model() -> None:
     from safetensors import safe_open
 
     for part, prefixes in {"vision": ("vision_model.", "embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."),
@@ -138,18 +140,18 @@ def test_backbones_hold_a_tower_and_a_language_model_and_nothing_else() -> None:
         assert named == [{"vision": "CLIPVisionModel", "language": "LlamaForCausalLM"}[part]]
 
 
-def test_backbones_are_small() -> None:
+def test_the_committed_backbones_are_small() -> None:
     assert sum(path.stat().st_size for path in BACKBONES.rglob("*") if path.is_file()) <= 12 * 2**20
 
 
-def test_the_lock_names_no_build_of_torch_and_no_index() -> None:
+def test_requirements_lock_contains_no_local_build_of_torch_and_no_index() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.]+", pin) for pin in pins)
     assert any(pin.startswith("torch==") for pin in pins)
 
 
-def test_every_direct_dependency_is_locked() -> None:
+def test_requirements_lock_contains_every_direct_dependency() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -159,13 +161,13 @@ def test_every_direct_dependency_is_locked() -> None:
     assert names <= locked
 
 
-def test_every_imported_package_is_declared() -> None:
+def test_pyproject_toml_declares_every_imported_package() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
     declared = {_normal(re.split(r"[<>=!~ \[]", item, maxsplit=1)[0]) for items in lists for item in items}
-    declared |= {"bpy"}  # `make blender` installs it, because its own dependencies do not fit
+    declared |= {"bpy"}  # only `make blender` installs it, because its dependencies conflict
     imported = set().union(*(_imports(path) for path in _sources())) - sys.stdlib_module_names - {"onediff", "flows"}
     other_names = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
     distributions = packages_distributions()

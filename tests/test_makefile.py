@@ -16,7 +16,7 @@ FILES = ("Makefile", "requirements.lock", "pyproject.toml")
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with the Makefile and a .venv that counts as installed."""
+    """A folder with the Makefile and a .venv that looks completely installed."""
     folder = tmp_path / "my project ü"
     (folder / ".venv/bin").mkdir(parents=True)
     for name in FILES:
@@ -27,37 +27,38 @@ def project(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> str:
-    inherited = {key: value for key, value in os.environ.items() if key != "PREFECT_HOME"}  # set by importing flows
+    """Run make in the folder and return what it prints."""
+    inherited = {key: value for key, value in os.environ.items() if key != "PREFECT_HOME"}  # importing flows sets it
     return subprocess.run(["make", *arguments], cwd=folder, env=inherited | environment, text=True, check=True,
                           stdout=subprocess.PIPE).stdout
 
 
-def is_made_anew(folder: Path) -> bool:
-    """By what `make -n setup` would do."""
+def is_recreated(folder: Path) -> bool:
+    """Return whether `make setup` would create the virtual environment again, according to `make -n setup`."""
     return "-m venv --clear .venv" in make(folder, "-n", "setup")
 
 
-def test_a_finished_set_up_is_left_alone(project: Path) -> None:
+def test_a_complete_environment_is_not_changed(project: Path) -> None:
     assert "Nothing to be done" in make(project, "setup")
     os.utime(project / "requirements.lock")
-    assert not is_made_anew(project) and "install --python .venv/bin/python -r requirements.lock" in make(
+    assert not is_recreated(project) and "install --python .venv/bin/python -r requirements.lock" in make(
         project, "-n", "setup")
 
 
 @pytest.mark.parametrize("stamp", [None, "", "/elsewhere/.venv\n"], ids=["interrupted", "of an older version", "moved"])
-def test_an_environment_that_was_not_finished_here_is_made_anew(project: Path, stamp: str | None) -> None:
+def test_an_incomplete_or_moved_environment_is_created_again(project: Path, stamp: str | None) -> None:
     path = project / ".venv/.installed"
     path.unlink() if stamp is None else path.write_text(stamp)
-    assert is_made_anew(project)
+    assert is_recreated(project)
 
 
-def test_an_environment_whose_python_is_gone_is_made_anew(project: Path) -> None:
+def test_an_environment_whose_python_was_removed_is_created_again(project: Path) -> None:
     (project / ".venv/bin/python").unlink()
     (project / ".venv/bin/python").symlink_to("/nowhere/python3")
-    assert is_made_anew(project)
+    assert is_recreated(project)
 
 
-def test_targets_run_in_this_environment_whatever_else_is_active(project: Path) -> None:
+def test_targets_run_in_the_environment_of_the_project_even_if_another_one_is_active(project: Path) -> None:
     printed = make(project, "--eval", "show: ; @env", "show", **dict.fromkeys(MISLEADING, "/elsewhere"))
     environment = dict(line.split("=", 1) for line in printed.splitlines() if "=" in line)
     assert not environment.keys() & set(MISLEADING)
@@ -66,7 +67,7 @@ def test_targets_run_in_this_environment_whatever_else_is_active(project: Path) 
 
 
 @pytest.mark.slow
-def test_set_up_fills_its_own_environment_and_repairs_itself(tmp_path: Path) -> None:
+def test_make_setup_installs_into_the_project_and_repairs_a_broken_environment(tmp_path: Path) -> None:
     folder, other = tmp_path / "my project ü", tmp_path / "other"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(other)], check=True)
@@ -80,6 +81,6 @@ def test_set_up_fills_its_own_environment_and_repairs_itself(tmp_path: Path) -> 
     done = subprocess.run([moved / ".venv/bin/onediff", "--help"], stdout=subprocess.PIPE, check=True, text=True)
     assert "caption" in done.stdout
     (moved / ".venv/.installed").unlink()
-    shutil.rmtree(next((moved / ".venv").glob("lib/python3*/site-packages/torch")))  # which pip still lists
+    shutil.rmtree(next((moved / ".venv").glob("lib/python3*/site-packages/torch")))  # pip still lists torch
     make(moved, "setup")
     assert "Nothing to be done" in make(moved, "setup")

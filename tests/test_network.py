@@ -18,12 +18,14 @@ LOOPBACK = "localhost,127.0.0.1,::1"
 
 
 class Answer(BaseHTTPRequestHandler):
+    """An HTTP handler that answers every GET request with status 200."""
+
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keeps the log of the server out of the test's output."""
+        """Do not print a log line for each request."""
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def address() -> Iterator[str]:
 @pytest.mark.parametrize("start", [
     "import flows; ask()", "from onediff.stages.command import run; run(ask)",
     "from onediff.cli import main as cli; cli.app = ask; cli.main()"], ids=["flows", "stages", "cli"])
-def test_servers_of_this_machine_are_asked_without_the_proxy(address: str, start: str, tmp_path: Path) -> None:
+def test_requests_to_this_machine_do_not_use_the_proxy(address: str, start: str, tmp_path: Path) -> None:
     code = f"import sys, httpx, requests, urllib.request\nurl = sys.argv.pop()\ndef ask(): {ASK}\n{start}"
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     environment = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"} | proxies
@@ -57,7 +59,8 @@ def test_servers_of_this_machine_are_asked_without_the_proxy(address: str, start
     ({"HTTP_PROXY": "p", "NO_PROXY": "a", "no_proxy": "b"},
      {"HTTP_PROXY": "p", "NO_PROXY": f"a,{LOOPBACK}", "no_proxy": f"b,{LOOPBACK}"}),
     ({"HTTP_PROXY": "p", "NO_PROXY": "*"}, {"HTTP_PROXY": "p", "NO_PROXY": "*"})])
-def test_what_the_user_has_set_is_extended_and_never_lost(given: dict[str, str], expected: dict[str, str]) -> None:
+def test_loopback_addresses_are_added_to_the_settings_of_the_user(given: dict[str, str],
+                                                                  expected: dict[str, str]) -> None:
     environ = dict(given)
     exempt_loopback_from_proxies(environ)
     assert environ == expected

@@ -1,6 +1,6 @@
-"""The whole pipeline at the size of presets/micro.yaml, in a copy of this checkout, by DVC, then by the flow.
+"""The complete pipeline at micro size in a copy of this checkout, run by DVC and by the flow.
 
-It is interrupted three times, at random moments, and started again.
+The run is interrupted three times, at random moments, and then started again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_", "MAKE", "RANK", "LOCAL_RANK", "WORL
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of its own: code and preset of this one, no data, no cache, no runs."""
+    """A copy of the code with the micro preset, without data, cache and runs."""
     folder = tmp_path_factory.mktemp("onediff")
     for name in CODE:
         source = ROOT / name
@@ -66,6 +66,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _run(folder: Path, *command: str) -> str:
+    """Run a command in the folder and return what it prints; fail if the command fails."""
     done = subprocess.run(command, cwd=folder, env=_environment(folder), text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -74,33 +75,34 @@ def _run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
+    """The copy after a complete run that was interrupted by SIGINT, SIGTERM and SIGHUP at random moments."""
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed {seed}")
-    dice = random.Random(seed)
-    stages = sorted(dice.sample(range(len(INTERRUPTED)), 3))
-    _interrupt(copy, "SIGINT", DVC, INTERRUPTED[stages[0]], dice.uniform(0, 1.5))
-    _interrupt(copy, "SIGTERM", FLOW, INTERRUPTED[stages[1]], dice.uniform(0, 5))
-    _interrupt(copy, "SIGHUP", DVC, INTERRUPTED[stages[2]], dice.uniform(0, 1.5))
+    rng = random.Random(seed)
+    stages = sorted(rng.sample(range(len(INTERRUPTED)), 3))
+    _interrupt(copy, "SIGINT", DVC, INTERRUPTED[stages[0]], rng.uniform(0, 1.5))
+    _interrupt(copy, "SIGTERM", FLOW, INTERRUPTED[stages[1]], rng.uniform(0, 5))
+    _interrupt(copy, "SIGHUP", DVC, INTERRUPTED[stages[2]], rng.uniform(0, 1.5))
     _run(copy, *DVC)
     return copy
 
 
 def _interrupt(folder: Path, kind: str, command: tuple[str, ...], stage: str, moment: float) -> None:
-    """Interrupts the command so many seconds after the stage began."""
+    """Start a command, and send a signal to its terminal `moment` seconds after the stage began."""
     terminal = Terminal(folder, command, _environment(folder))
     wait_until(lambda: f"Running stage '{stage}'".encode() in terminal.output, 300)
     time.sleep(moment)
-    seconds, left, printed = terminal.interrupt(kind)
+    seconds, remaining, printed = terminal.interrupt(kind)
     print(f"{kind} {moment:.1f} s into {stage}: ended after {seconds:.1f} s\n{printed}")
-    assert seconds < 15 and not left and "Traceback" not in printed
-    if kind != "SIGHUP":  # there is nobody to read it
+    assert seconds < 15 and not remaining and "Traceback" not in printed
+    if kind != "SIGHUP":  # the terminal is closed, so nothing is printed
         assert "stopped by SIG" in printed
     if command == FLOW:
         assert "onediff: stopped by SIGTERM; finished stages are kept" in printed
         assert "'python -m flows.retrain' continues" in printed
 
 
-def test_one_command_rebuilds_everything(built: Path) -> None:
+def test_dvc_repro_builds_all_outputs(built: Path) -> None:
     for name in ("report.html", "models/tune/model.safetensors", "diffcap/card.json", "reports/validation/index.html"):
         assert (built / "data" / name).exists()
     for name in ("metrics.json", "gate.json"):
@@ -111,20 +113,20 @@ def test_one_command_rebuilds_everything(built: Path) -> None:
     scores = json.loads((built / "data/metrics.json").read_text())
     assert {"change_type_accuracy", "changed_object_accuracy", "false_alarm_rate"} <= scores["scenes"].keys()
     assert "operation_accuracy" in scores["edits"]
-    harder = json.loads((built / "data/stress.json").read_text())
-    assert set(harder) == {"scenes", "edits"}
-    for benchmark in harder.values():
+    stress = json.loads((built / "data/stress.json").read_text())
+    assert set(stress) == {"scenes", "edits"}
+    for benchmark in stress.values():
         assert {"identical", "unrelated", "swapped", "curves", "attention"} <= benchmark.keys()
 
 
-def test_stages_read_no_parameter_that_dvc_yaml_does_not_name(built: Path) -> None:
+def test_dvc_yaml_lists_every_parameter_that_a_stage_reads(built: Path) -> None:
     read = recorded_params.read_notes(Path(f"{built}.params"))
     assert {stage for stage, _ in read} == {"synthesize", "probe", "validate", "build", "align", "tune", "caption",
-                                            "stress", "report"}  # score reads none
+                                            "stress", "report"}  # the stage `score` reads no parameter
     assert list(recorded_params.undeclared(read)) == []
 
 
-def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
+def test_every_test_pair_has_one_caption_in_the_order_of_the_records(built: Path) -> None:
     from onediff.data.record import read_table
 
     rows = read_table(built / "data/diffcap", "test-*.parquet")
@@ -134,14 +136,14 @@ def test_every_test_pair_is_captioned_once_and_in_order(built: Path) -> None:
         assert [json.loads(line)["pair_id"] for line in lines] == expected
 
 
-def test_a_second_repro_does_nothing(built: Path) -> None:
+def test_a_second_dvc_repro_runs_no_stage(built: Path) -> None:
     before = (built / "dvc.lock").read_bytes()
-    said = _run(built, sys.executable, "-m", "dvc", "repro")
-    assert "Running stage" not in said and "Data and pipelines are up to date" in said
+    printed = _run(built, sys.executable, "-m", "dvc", "repro")
+    assert "Running stage" not in printed and "Data and pipelines are up to date" in printed
     assert (built / "dvc.lock").read_bytes() == before
 
 
-def test_other_hardware_makes_nothing_stale(built: Path) -> None:
+def test_a_change_of_runtime_yaml_makes_no_stage_stale(built: Path) -> None:
     (built / "runtime.yaml").write_text("workers: 1\ncheckpoint_every_s: 3.0\n")
     try:
         assert json.loads(_run(built, sys.executable, "-m", "dvc", "status", "--json")) == {}
@@ -149,22 +151,22 @@ def test_other_hardware_makes_nothing_stale(built: Path) -> None:
         (built / "runtime.yaml").unlink()
 
 
-def test_the_trained_model_captions_two_files(built: Path) -> None:
-    said = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
-    assert said["model"] == "data/models/tune" and isinstance(said["caption"], str)
-    again = _run(built, sys.executable, "-m", "onediff", "caption", said["before"], said["after"],
-                 "--model", said["model"])
-    assert again.splitlines()[-1] == said["caption"]
+def test_the_trained_model_captions_two_image_files(built: Path) -> None:
+    example = json.loads(_run(built, sys.executable, "-m", "onediff", "example", "--json").splitlines()[-1])
+    assert example["model"] == "data/models/tune" and isinstance(example["caption"], str)
+    printed = _run(built, sys.executable, "-m", "onediff", "caption", example["before"], example["after"],
+                   "--model", example["model"])
+    assert printed.splitlines()[-1] == example["caption"]
 
 
-def test_the_flow_finds_it_up_to_date_registers_and_leaves_no_server(built: Path) -> None:
+def test_the_flow_runs_no_stage_registers_the_model_and_leaves_no_server(built: Path) -> None:
     import psutil
 
-    said = _run(built, sys.executable, "-m", "flows.retrain")
-    assert "Running stage" not in said and "refused" in said
+    printed = _run(built, sys.executable, "-m", "flows.retrain")
+    assert "Running stage" not in printed and "refused" in printed
     rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
     assert [row["aliases"] for row in rows] == [["candidate"]]
-    assert not (built / "mlflow.db").exists()  # MLflow's own default store, beside ours in .onediff
+    assert not (built / "mlflow.db").exists()  # the default store of MLflow, which must not be used
     home = str(built)
     assert not [process.pid for process in psutil.process_iter() if _belongs(process, home)]
 
@@ -175,23 +177,23 @@ def _belongs(process: object, home: str) -> bool:
     assert isinstance(process, psutil.Process)
     try:
         return process.environ().get("PREFECT_HOME", "").startswith(home)
-    except psutil.Error:  # gone, or another user's
+    except psutil.Error:  # the process has ended or belongs to another user
         return False
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_version_of_it_is_proven_and_exported(built: Path) -> None:
+def test_a_registered_version_is_verified_and_exported(built: Path) -> None:
     (built / ".gitignore").write_text("/.onediff/\n__pycache__/\n")
     _run(built, "git", "add", "-A")
     _run(built, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
     onediff = (sys.executable, "-m", "onediff")
     version = _run(built, sys.executable, "-c", REGISTER).splitlines()[-1]
-    said = _run(built, *onediff, "lineage", version, "--verify")
-    assert "FAILED" not in said and "100.0 % of" in said and f"version {version}: proven" in said
+    printed = _run(built, *onediff, "lineage", version, "--verify")
+    assert "FAILED" not in printed and "100.0 % of" in printed and f"version {version}: proven" in printed
     assert not list((built / ".onediff").glob("verify-*"))
     _run(built, *onediff, "export", version, "exported")
     pair = json.loads(_run(built, *onediff, "example", "--json").splitlines()[-1])
-    again = _run(built, *onediff, "caption", pair["before"], pair["after"], "--model", "exported")
-    assert again.splitlines()[-1] == pair["caption"]
+    printed = _run(built, *onediff, "caption", pair["before"], pair["after"], "--model", "exported")
+    assert printed.splitlines()[-1] == pair["caption"]
     assert (built / "exported/README.md").read_text().startswith("---\nlanguage: en\n")

@@ -24,7 +24,7 @@ def test_every_preset_loads_and_describes_a_model(name: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("file", RUNTIMES)
-def test_every_runtime_loads_and_splits_its_preset_s_batches(file: str) -> None:
+def test_every_runtime_file_loads_and_divides_the_batches_of_its_preset(file: str) -> None:
     runtime = load_runtime(ROOT / "presets" / file)
     config = load_params(ROOT / "presets" / file.replace(".runtime", ""))
     for phase in (config.align, config.tune):
@@ -32,17 +32,17 @@ def test_every_runtime_loads_and_splits_its_preset_s_batches(file: str) -> None:
             assert num_micro(phase, runtime) >= 1
 
 
-def test_the_pilot_is_the_paper_in_a_twentieth_of_the_epochs() -> None:
-    def shown(name: str) -> dict[str, Any]:
+def test_preset_pilot_is_preset_paper_with_a_twentieth_of_the_epochs() -> None:
+    def values_of(name: str) -> dict[str, Any]:
         return load_params(ROOT / f"presets/{name}.yaml").model_dump()
 
-    pilot, paper = shown("pilot"), shown("paper")
+    pilot, paper = values_of("pilot"), values_of("paper")
     for phase in ("align", "tune"):
         assert pilot[phase].pop("epochs") == pytest.approx(paper[phase].pop("epochs") / 20)
     assert pilot == paper
 
 
-def test_llava_pair_is_llava_alone_on_two_benchmarks() -> None:
+def test_preset_llava_pair_is_a_llava_without_delta_module_on_two_benchmarks() -> None:
     config, paper = (load_params(ROOT / f"presets/{name}.yaml") for name in ("llava_pair", "paper"))
     assert config.model.delta.num_tokens == 0 and config.align is None and config.model.reading == "A"
     assert config.model.vision.path == config.model.language == "llava-hf/llava-1.5-7b-hf"
@@ -51,12 +51,12 @@ def test_llava_pair_is_llava_alone_on_two_benchmarks() -> None:
     assert learning_rates(config.tune) == {"vision": 0, "delta": 0, "projector": 2e-5, "language": 2e-5}
 
 
-def test_paper_says_how_every_published_benchmark_is_asked() -> None:
+def test_preset_paper_sets_the_task_of_every_published_benchmark() -> None:
     tasks = load_params(ROOT / "presets/paper.yaml").tasks
     assert set(tasks) == BENCHMARKS
     assert all(task.instruction and task.max_new_tokens and task.num_beams for task in tasks.values())
 
 
-def test_one_sentence_is_asked_for_where_one_sentence_is_the_target() -> None:
+def test_the_instruction_asks_for_one_sentence_if_each_target_is_one_sentence() -> None:
     task = load_params(ROOT / "presets/paper.yaml").tasks["spot_the_diff"]
     assert task.targets == "each" and task.instruction and "one short sentence" in task.instruction

@@ -1,4 +1,4 @@
-"""OMP_WAIT_POLICY: OpenMP reads it when torch is loaded, so onediff must be imported before torch."""
+"""OpenMP reads OMP_WAIT_POLICY when torch is loaded, so onediff, which sets it, must be imported before torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_policy_is_set_unless_the_user_has_set_it(given: dict[str, str], exp
 
 
 def _packages(node: ast.stmt) -> set[str]:
-    """Packages that a statement imports when its module is imported. Imports in functions do not count."""
+    """Return the packages that a statement imports when its module is imported, without imports in functions."""
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     if isinstance(node, ast.ImportFrom):
@@ -38,7 +38,7 @@ def _packages(node: ast.stmt) -> set[str]:
 
 
 def _imports_torch_first(code: str) -> bool:
-    """Whether torch may be loaded before onediff, on import of the module or by a function in it."""
+    """Return whether the import of a module, or a function in it, may load torch before onediff."""
     tree = ast.parse(code)
     seen: set[str] = set()
     for node in tree.body:
@@ -54,13 +54,12 @@ def _imports_torch_first(code: str) -> bool:
     ("import torch\nimport onediff", True), ("from onediff import paths\nimport torch", False),
     ("def f():\n    import torch", True), ("import onediff\ndef f():\n    from torch import nn", False),
     ("if True:\n    import transformers\nimport onediff", True)])
-def test_an_import_of_torch_before_onediff_is_noticed(code: str, expected: bool) -> None:
+def test_an_import_of_torch_before_onediff_is_detected(code: str, expected: bool) -> None:
     assert _imports_torch_first(code) is expected
 
 
 def test_no_process_can_load_torch_before_onediff() -> None:
-    """A module below onediff/ loads the package first, and one below flows/ or benchmarks/ loads this package, which
-    loads onediff."""
+    """The `__init__.py` of flows and of benchmarks imports onediff, and it runs before each module of the package."""
     for package in ("flows", "benchmarks"):
         module = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
         assert "onediff" in set().union(*map(_packages, module.body))

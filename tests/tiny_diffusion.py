@@ -1,4 +1,4 @@
-"""Small random models in the real format: CLIP, and the pipeline of InstructPix2Pix."""
+"""Small random models in the formats of CLIP and of the InstructPix2Pix pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH, LONGEST = 32, 77
 
 
 def save_clip(folder: Path) -> str:
-    """A CLIPModel with tokenizer and image processor; gives its path as a config names it."""
+    """Save a CLIPModel with tokenizer and image processor, and return the path for params.yaml."""
     torch.manual_seed(3)
     tokenizer = _tokenizer(folder)
     vision = CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
@@ -39,6 +39,7 @@ def save_clip(folder: Path) -> str:
 
 
 def save_pipeline(folder: Path) -> str:
+    """Save an InstructPix2Pix pipeline, and return the path for params.yaml."""
     torch.manual_seed(5)
     tokenizer = _tokenizer(folder / "vocabulary")
     unet = UNet2DConditionModel(
@@ -62,7 +63,7 @@ def _text(vocabulary: int) -> CLIPTextConfig:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's own kind, with letters for words."""
+    """Return a tokenizer of the class that CLIP uses, whose tokens are single letters."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(33, 127)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]

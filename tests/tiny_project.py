@@ -1,7 +1,7 @@
-"""A whole project in small: git, DVC, stages by their real names, a registered version; its models are a few bytes.
+"""A small but complete project: git, DVC, stages with the real names and a registered version.
 
-Its own package `onediff` is what a commit of the real one is to `onediff lineage --verify`: the code that scores and
-captions again.
+The models are a few bytes. The project contains a package `onediff`, whose stages caption and score again when
+`onediff lineage --verify` checks the registered version.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ PARAMS = {"align": {"mixture": {"scenes": 1}}, "tune": {"mixture": {"scenes": 1}
 
 
 def make(folder: Path) -> Path:
-    """Written, committed, and every stage run once."""
+    """Create the project in a folder, run every stage once, and commit the results."""
     (folder / "onediff/stages").mkdir(parents=True)
     for path in ("onediff/__init__.py", "onediff/stages/__init__.py"):
         (folder / path).write_text("")
@@ -112,11 +112,13 @@ def make(folder: Path) -> Path:
 
 
 def commit(folder: Path) -> None:
+    """Commit all files of the project."""
     run(folder, "git", "add", "-A")
     run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
 
 
 def run(folder: Path, *command: str) -> None:
+    """Run a command in the project, and fail with its output if it fails."""
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
@@ -124,7 +126,7 @@ def run(folder: Path, *command: str) -> None:
 
 
 def register(project: Path, carried: Path) -> str:
-    """As the flow does it, without a model card."""
+    """Register the trained model as the flow does, but without a model card, and return the version."""
     from onediff import registry
     from onediff.ops import lineage
 
@@ -136,7 +138,7 @@ def register(project: Path, carried: Path) -> str:
 
 @contextmanager
 def flipped(path: Path) -> Iterator[None]:
-    """One bit of a file's last byte is another, however it is protected; afterwards it is as before."""
+    """Flip one bit in the last byte of a file during the block, even if the file is read-only."""
     content, mode = path.read_bytes(), path.stat().st_mode
     path.chmod(0o644)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -1,4 +1,4 @@
-"""params.yaml (what decides a result) and runtime.yaml (where and how it runs), checked before any work."""
+"""The settings of the project, checked when they are read: params.yaml changes results, and runtime.yaml does not."""
 
 from onediff.config.params import (
     Align,

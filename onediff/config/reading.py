@@ -1,4 +1,7 @@
-"""Reads a YAML file into checked objects, and explains each wrong value in one line: where, rule, got, cure."""
+"""Read a YAML file into checked objects, and explain each wrong value in one line.
+
+The line says where the value is, which rule it breaks, what was got, and how to correct it.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -15,29 +18,37 @@ T = TypeVar("T", bound="Section")
 
 
 class Section(BaseModel):
+    """The base class of all sections: immutable, without type conversion, and unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file that holds a mapping; a file with comments only gives an empty dictionary.
+
+    Raises FileNotFoundError, or ValueError with the line number if the file cannot be parsed.
+    """
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: 1e-3 is a number
+        # DVC also uses ruamel.yaml, which reads 1e-3 as a number. PyYAML reads it as text.
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path.absolute()} not found: run this in the project's folder, where 'onediff preset "
-                                "tiny' writes it") from None
+        raise FileNotFoundError(f"{path.absolute()} does not exist; run this command in the project's folder, where "
+                                "'onediff preset tiny' writes the file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:  # comments alone, as in runtime.example.yaml
+    if values is None:  # a file with comments only, such as runtime.example.yaml
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
+        raise ValueError(f"{path}: must map keys to values, got a {type(values).__name__}; see presets/ for an example")
     return values
 
 
 def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
+    """Return the values as an object of class `kind`. Raises ValueError with one line for each wrong value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -45,13 +56,13 @@ def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
 
 
 def _explain(kind: type[Section], item: Any, path: Path) -> str:
-    """One pydantic error -> `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
+    """Turn a pydantic error into a line: `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         key, keys = str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])
         return f"{path}: {where}: unknown key; {did_you_mean(key, keys, 'remove it')}"
     if item["type"] == "missing":
-        return f"{path}: {where}: missing; see presets/ for a complete file"
+        return f"{path}: {where}: this key is missing; see presets/ for a complete file"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return "\n".join(f"{path}: {where + ': ' if where else ''}{line}" for line in message.split("\n"))
@@ -59,15 +70,16 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
-    """A cure for a wrong name: the name that it resembles, or else `otherwise`."""
+    """Suggest the name of `names` that resembles the wrong name, or return `otherwise` if none does."""
     near = difflib.get_close_matches(name, list(names), 1)
     return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are allowed in the section at the path `loc` below `kind`; empty if it is not a section."""
     for key in loc:
         annotation = kind.model_fields[str(key)].annotation
-        sections = [part for part in (annotation, *get_args(annotation))  # the arguments of `Section | None`, too
+        sections = [part for part in (annotation, *get_args(annotation))  # also finds the section in `Section | None`
                     if isinstance(part, type) and issubclass(part, Section)]
         if not sections:
             return []

@@ -1,6 +1,7 @@
-"""Builds an untrained OneDiff from params.yaml: a pretrained tower and language model with random modules in between.
+"""Build a OneDiff model before training, from the pretrained models that the section `model` of params.yaml names.
 
-The delta module may start from BERT. From a LLaVA come tower, language model and projector.
+The vision tower and the language model are pretrained, and the modules between them start with random weights, with
+two exceptions: the delta module may start from BERT, and a LLaVA checkpoint also provides the projector.
 """
 
 from pathlib import Path
@@ -27,12 +28,17 @@ from onediff.model.onediff import OneDiffForConditionalGeneration, Projector
 from onediff.model.weights import check_placeholders, check_vocabulary, load_strictly, read_config
 
 VISION, LANGUAGE = "params.yaml: model.vision.path", "params.yaml: model.language"
+# `build` ignores weights with these prefixes, because they do not belong to the vision tower or the BERT encoder.
 BESIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_", "classifier.", "pooler.", "head.")
 BESIDE_BERT = ("cls.", "pooler.", "classifier.", "qa_outputs.")
 
 
 def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
-    """Loads the backbones by name or path. Raises ValueError where they contradict params.yaml or each other."""
+    """Load the pretrained models and return the OneDiff model that is ready for training, and its processor.
+
+    `seed` determines the random weights. Raises ValueError if the pretrained models contradict params.yaml or do not
+    fit together.
+    """
     configuration = configure(model)
     processor = OneDiffProcessor(
         load_image_processor(model.vision.path), AutoTokenizer.from_pretrained(model.language, trust_remote_code=False),
@@ -49,7 +55,7 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
              load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
     onediff = OneDiffForConditionalGeneration(configuration, pretrained=language)
-    onediff.vision.tower = getattr(tower, "vision_model", tower)  # a CLIP-class model has its tower under this name
+    onediff.vision.tower = getattr(tower, "vision_model", tower)  # in a CLIPModel, `vision_model` is the tower
     onediff.generation_config = language.generation_config
     if llava:
         copy_projector(llava, onediff.projector, reading=model.reading)
@@ -60,14 +66,20 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
 
 
 def configure(model: params.Model) -> OneDiffConfig:
-    """Raises FileNotFoundError for a folder without a model, and ValueError for models that do not fit each other."""
+    """Return the configuration of the model that `build` returns, without loading weights.
+
+    Raises FileNotFoundError if a path of params.yaml holds no model, and ValueError if the models do not fit together.
+    """
     for key, name in (("vision.path", model.vision.path), ("language", model.language)):
-        if name.count("/") != 1 and not Path(name, "config.json").exists():  # `owner/name` may be a model of the hub
-            raise FileNotFoundError(f"params.yaml: model.{key}: {name} holds no model (no config.json); "
-                                    "'make backbones' makes those of the tiny preset")
+        # A name with one slash, `owner/name`, may be a model of the Hugging Face Hub.
+        if name.count("/") != 1 and not Path(name, "config.json").exists():
+            raise FileNotFoundError(f"params.yaml: model.{key}: {name} must be a folder with a config.json, or "
+                                    "a model of the Hugging Face Hub, but it does not exist; correct the path, or run "
+                                    "'make backbones' to train the backbones of the tiny preset")
     vision, language = read_config(model.vision.path, where=VISION), read_config(model.language, where=LANGUAGE)
     check_language(model, vision, language)
-    vision = getattr(vision, "vision_config", vision)  # a whole CLIP, SigLIP or LLaVA names its tower so
+    # The config of a complete CLIP, SigLIP or LLaVA model contains the config of the vision tower.
+    vision = getattr(vision, "vision_config", vision)
     check_vision(model.vision, vision)
     if isinstance(language, LlavaConfig):
         check_llava(model, vision, language)
@@ -81,49 +93,57 @@ def configure(model: params.Model) -> OneDiffConfig:
 
 
 def check_language(model: params.Model, vision: PreTrainedConfig, language: PreTrainedConfig) -> None:
+    """Raise ValueError unless model.language is a decoder, or a LLaVA that fits model.vision.path."""
     if not isinstance(language, LlavaConfig) and type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{LANGUAGE} must be a decoder or a LLaVA, but {model.language} is a "
-                         f"'{language.model_type}'; name a Llama, Vicuna or Qwen, say")
+        raise ValueError(f"{LANGUAGE} must be a decoder-only language model or a LLaVA, but {model.language} is a "
+                         f"'{language.model_type}'; use for example a Llama, Vicuna or Qwen model")
     if isinstance(vision, LlavaConfig) and model.vision.path != model.language:
-        raise ValueError(f"{VISION} {model.vision.path} is a LLaVA, whose tower comes with its "
-                         f"language model, but model.language is {model.language}; name the LLaVA in both, or a tower")
+        raise ValueError(f"{VISION}: the vision tower of LLaVA {model.vision.path} can only be used together with the "
+                         f"language model of this LLaVA, but model.language is {model.language}; set both keys to the "
+                         "LLaVA, or set model.vision.path to a CLIP or SigLIP model")
 
 
 def check_vision(vision: params.Vision, tower: PreTrainedConfig) -> None:
+    """Raise ValueError if the vision tower has another image size, patch size or depth than params.yaml states."""
     for key, value, actual in (("image_px", vision.image_px, getattr(tower, "image_size", None)),
                                ("patch_px", vision.patch_px, getattr(tower, "patch_size", None)),
                                ("layers", vision.layers, tower.num_hidden_layers)):
         if actual is None:
-            raise ValueError(f"{VISION} must be a CLIP or SigLIP tower, but {vision.path} is a "
-                             f"'{tower.model_type}'; name a tower")
+            raise ValueError(f"{VISION} must be a CLIP or SigLIP vision tower, but {vision.path} is a "
+                             f"'{tower.model_type}'; use a CLIP or SigLIP model")
         if value != actual:
-            raise ValueError(f"params.yaml: model.vision.{key} is {value}, but the tower at {vision.path} has "
-                             f"{actual}; write {actual}")
+            raise ValueError(f"params.yaml: model.vision.{key} must be that of the vision tower {vision.path}, "
+                             f"which is {actual}, got {value}; set it to {actual}")
 
 
 def check_llava(model: params.Model, vision: PreTrainedConfig, llava: LlavaConfig) -> None:
-    """Raises ValueError if OneDiff would feed LLaVA's projector anything but what it was trained on."""
+    """Raise ValueError if the projector of the LLaVA was trained on other features than OneDiff would give it."""
     where, layer = f"{LANGUAGE}: LLaVA {model.language}", llava.vision_feature_layer
     if not isinstance(layer, int):
-        raise ValueError(f"{where} reads several levels of its tower, {layer}, OneDiff's language model one; take a "
-                         "LLaVA with one vision_feature_layer")
-    if (layer - model.patch_level) % (model.vision.layers + 1):  # -2 of 24 layers is 23 of the states 0 to 24
-        raise ValueError(f"{where} reads level {layer} of its tower, but model.patch_level is {model.patch_level}; "
-                         f"write {layer}")
-    strategy = "full" if vision.model_type.startswith("siglip") else "default"  # SigLIP has no class token to drop
+        raise ValueError(f"{where} must read one level of its vision tower, as OneDiff does, but vision_feature_layer "
+                         f"is {layer}; use a LLaVA with a single vision_feature_layer")
+    # Levels may be negative: a tower of 24 layers has the levels 0 to 24, and -2 means level 23.
+    if (layer - model.patch_level) % (model.vision.layers + 1):
+        raise ValueError(f"{where} was trained on level {layer} of its vision tower, but model.patch_level is "
+                         f"{model.patch_level}; set model.patch_level to {layer}")
+    strategy = "full" if vision.model_type.startswith("siglip") else "default"  # SigLIP has no class token
     for key, needed in (("vision_feature_select_strategy", strategy), ("projector_hidden_act", "gelu"),
                         ("multimodal_projector_bias", True)):
         if getattr(llava, key) != needed:
-            raise ValueError(f"{where} has {key} {getattr(llava, key)!r}, but OneDiff reads patches alone and projects "
-                             f"them as LLaVA-1.5 does, with this tower {key} {needed!r}; take such a checkpoint")
+            raise ValueError(f"{where} must have {key} {needed!r}, because OneDiff projects the patches of this tower "
+                             f"as LLaVA-1.5 does, got {getattr(llava, key)!r}; use a checkpoint with that value")
     if vision.hidden_size != llava.vision_config.hidden_size:
-        raise ValueError(f"{VISION}: the tower {model.vision.path} is {vision.hidden_size} wide, but the projector of "
-                         f"LLaVA {model.language} reads {llava.vision_config.hidden_size}; write {model.language}, or "
-                         "a tower of that width")
+        raise ValueError(f"{VISION}: the vision tower must have the width that the projector of LLaVA {model.language} "
+                         f"reads, {llava.vision_config.hidden_size}, but that of {model.vision.path} is "
+                         f"{vision.hidden_size}; set it to {model.language}, or to a vision tower of that width")
 
 
 def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
-    """The language model inside a LLaVA, with its head, as its own family's class: the same tensors, none copied."""
+    """Return the language model of a LLaVA, with its output head, as a causal language model such as LlamaForCausalLM.
+
+    The result shares all tensors with the LLaVA, so no weights are copied. Raises ValueError if some weights of the
+    language model are not in the LLaVA.
+    """
     with torch.device("meta"):
         language: Any = AutoModelForCausalLM.from_config(llava.config.text_config)
     setattr(language, language.base_model_prefix, llava.model.language_model)
@@ -131,18 +151,21 @@ def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
     language.generation_config = llava.generation_config
     missing = [name for name, weight in language.named_parameters() if weight.is_meta]
     if missing:
-        raise ValueError(f"{LANGUAGE}: the LLaVA has no weights for {', '.join(missing[:3])} of a "
-                         f"{type(language).__name__}; take a LLaVA of the Llama or Qwen kind")
+        raise ValueError(f"{LANGUAGE}: the LLaVA must contain all weights of a {type(language).__name__}, but "
+                         f"{', '.join(missing[:3])} are missing; use a LLaVA of the Llama or Qwen family")
     return language
 
 
 @torch.no_grad()
-def copy_projector(llava: LlavaForConditionalGeneration, ours: Projector, *, reading: str) -> None:
-    """LLaVA's projector into ours, so that step 0 gives LLaVA's tokens: B reads [patch; enhanced] and starts blind to
-    the latter, C reads [before; after] and starts with the mean of both.
+def copy_projector(llava: LlavaForConditionalGeneration, target: Projector, *, reading: str) -> None:
+    """Copy LLaVA's projector to OneDiff's, so that training starts with the patch tokens that LLaVA computes.
+
+    The first layer is wider than LLaVA's in two token layouts. B reads [patch; enhanced patch]: the weights of the
+    enhanced half start at 0. C reads [before patch; after patch]: each half starts with half of LLaVA's weights, so
+    the projector computes the mean of both patches.
     """
-    theirs = llava.model.multi_modal_projector.state_dict()
-    first = theirs["linear_1.weight"]
+    state = llava.model.multi_modal_projector.state_dict()
+    first = state["linear_1.weight"]
     parts = {"A": [first], "B": [first, torch.zeros_like(first)], "C": [first / 2, first / 2]}[reading]
-    ours.load_state_dict({"0.weight": torch.cat(parts, dim=1), "0.bias": theirs["linear_1.bias"],
-                          "2.weight": theirs["linear_2.weight"], "2.bias": theirs["linear_2.bias"]})
+    target.load_state_dict({"0.weight": torch.cat(parts, dim=1), "0.bias": state["linear_1.bias"],
+                            "2.weight": state["linear_2.weight"], "2.bias": state["linear_2.bias"]})

@@ -1,4 +1,4 @@
-"""A trained model and its processor, which caption pairs of images."""
+"""Captioner: a trained OneDiff model with its processor, which writes captions for pairs of images."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ Pair = tuple[Image.Image, Image.Image]  # before, after
 
 
 class Captioner:
+    """A trained model in evaluation mode, and the processor that prepares images and prompts for this model."""
+
     def __init__(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "auto") -> Captioner:
-        """A `save_pretrained` folder. Raises as `load_trained`."""
+        """Load the folder that a training phase wrote. Raises the errors of `load_trained`.
+
+        `device` is "auto" (CUDA if there is a GPU), "cpu" or "cuda".
+        """
         model, processor = load_trained(folder)
         return cls(model.to(pick_device(device)), processor)
 
     def caption(self, pairs: list[Pair], *, instructions: list[str] | None = None, max_new_tokens: int = 64,
                 num_beams: int = 1) -> list[str]:
-        """What changed from the first to the second image of each pair, greedily unless `num_beams` is above 1.
+        """Return one caption per pair that describes what changed from its first to its second image.
 
-        One instruction per pair, or "What changed between the two images?" for all.
+        `instructions` holds one instruction per pair; None asks "What changed between the two images?" for each pair.
+        Decoding is greedy if `num_beams` is 1, and beam search otherwise.
         """
         generated = self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams)
         return clean_captions(self.processor.tokenizer, generated.sequences)
@@ -38,13 +44,14 @@ class Captioner:
     @torch.inference_mode()
     def caption_with_confidence(self, pairs: list[Pair], *, instructions: list[str] | None = None,
                                 max_new_tokens: int = 64, num_beams: int = 1) -> list[tuple[str, float]]:
-        """The same captions as `caption`, each with the geometric mean of the probabilities of its tokens, 0 to 1.
+        """Return the captions that `caption` returns, each with a confidence from 0 to 1.
 
-        The token that ends a caption counts, because the model also decides when to stop.
+        The confidence is the geometric mean of the probabilities of the caption's tokens. It includes the end token,
+        because the model also decides where the caption ends.
         """
         generated = self._generate(pairs, instructions, max_new_tokens=max_new_tokens, num_beams=num_beams,
                                    output_scores=True)
-        # With beams transformers returns log-probabilities, otherwise logits.
+        # `scores` are logits after greedy decoding, but log-probabilities after beam search.
         logs = self.model.language.compute_transition_scores(
             generated.sequences, generated.scores, generated.get("beam_indices"), normalize_logits=num_beams == 1)
         means = _mean_probability(logs.float(), generated.sequences, self.processor.tokenizer.eos_token_id)
@@ -52,7 +59,7 @@ class Captioner:
 
     @torch.inference_mode()
     def _generate(self, pairs: list[Pair], instructions: list[str] | None, **options: Any) -> Any:
-        """The output of transformers' `generate`, with `sequences` (B, S)."""
+        """Return the output object of transformers' `generate`, whose `sequences` are the token ids (B, S)."""
         tokenizer = self.processor.tokenizer
         batch = self.processor(pairs, instructions).to(self.model.device)
         return self.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
@@ -60,19 +67,22 @@ class Captioner:
 
 
 def clean_captions(tokenizer: Any, ids: Tensor) -> list[str]:
-    """ids (B, S) -> texts without special tokens, with single spaces between words."""
+    """Decode token ids (B, S) to B texts, without special tokens and with single spaces between words."""
     return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _mean_probability(logs: Tensor, ids: Tensor, end: int) -> list[float]:
-    """logs, ids (B, S) -> exp of each row's mean up to and including its first end token; the rest is padding."""
+    """Return for each row the geometric mean of its token probabilities, from log-probabilities and ids (B, S).
+
+    Tokens after the first end token of a row are padding and are not counted.
+    """
     ends = ids == end
     counted = ends.cumsum(1) - ends.long() == 0
     return (logs.masked_fill(~counted, 0).sum(1) / counted.sum(1)).exp().tolist()
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Raises ValueError if CUDA is asked for and absent."""
+    """Return the torch device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" without a usable GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees none; use device auto or cpu")
+        raise ValueError("device 'cuda' needs a GPU that PyTorch can use, but there is none; use device auto or cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)

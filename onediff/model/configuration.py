@@ -1,4 +1,4 @@
-"""OneDiffConfig: what a saved model needs to stand up again."""
+"""OneDiffConfig: the architecture of a OneDiff model, which is saved as config.json beside the weights."""
 
 from dataclasses import field
 from typing import Any, ClassVar
@@ -8,12 +8,14 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 class OneDiffConfig(PreTrainedConfig):
-    """Tower and language model as transformers describes them, plus the Visual Delta Module and how the three join.
+    """The configurations of the vision tower and the language model, and the settings of the parts between them.
 
-    `delta_levels` has one entry per cross-attention: the tower's hidden state that it reads (0 = embeddings).
-    `reading` A splices [before][after][delta] before the text, B joins every patch with its delta-enhanced self by
-    channel, C splices [before; after], joined by channel, and [delta]; a single image is read as [image; image].
-    `delta_num_tokens` 0 leaves the Visual Delta Module out.
+    `reading` is the token layout A, B or C, which OneDiffForConditionalGeneration describes. In layout C a row with a
+    single image joins this image with itself.
+    `patch_level` is the hidden state of the vision tower whose patches the language model reads; `patch_pool` is the
+    side, in patches, of the squares that are averaged into one patch token.
+    `delta_levels` has one entry per cross-attention of the Visual Delta Module: the hidden state of the vision tower
+    that it reads (0 = the patch embeddings). `delta_num_tokens` 0 builds a model without the Visual Delta Module.
     """
 
     model_type = "onediff"
@@ -22,15 +24,16 @@ class OneDiffConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: Any = None  # given as a dict, a PreTrainedConfig or None; a PreTrainedConfig once made
-    text_config: Any = None  # likewise
+    # The two sub-configurations may be given as dict, PreTrainedConfig or None; transformers makes them objects.
+    vision_config: Any = None
+    text_config: Any = None
     reading: str = "A"
     patch_level: int = -2
     patch_pool: int = 1
     delta_num_tokens: int = 32
     delta_width: int = 768
     delta_heads: int = 12
-    delta_levels: list[int] = field(default_factory=list)  # empty: the paper's
+    delta_levels: list[int] = field(default_factory=list)  # an empty list means the levels of the paper
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
     delta_image_ids: bool = True
@@ -46,33 +49,34 @@ class OneDiffConfig(PreTrainedConfig):
 
     @property
     def patches_per_side(self) -> int:
+        """Return the number of patches in one row of the (square) image."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image as the tower gives them, N."""
+        """Return N, the number of patches that the vision tower computes for one image."""
         return self.patches_per_side**2
 
     @property
     def tokens_per_image(self) -> int:
-        """Patch tokens of one image that the language model reads; under reading C those of both."""
+        """Return T, the number of patch tokens per image, or per pair of images in token layout C."""
         return (self.patches_per_side // self.patch_pool) ** 2
 
     @property
     def delta_tokens_read(self) -> int:
-        """Delta tokens of one pair that the language model reads: under reading B they act through the patches."""
+        """Return the number of delta tokens in the prompt of a pair. In token layout B it is 0."""
         return 0 if self.reading == "B" else self.delta_num_tokens
 
     @property
     def patch_state(self) -> int:
-        """`patch_level` counted from the embeddings up."""
+        """Return `patch_level` as an index that is not negative, where 0 means the patch embeddings."""
         return (self.patch_level if self.patch_level >= 0
                 else self.vision_config.num_hidden_layers + 1 + self.patch_level)
 
     @property
     def read_levels(self) -> list[int]:
-        """The hidden states of the tower that anything reads, each once, rising: the L axis of `states`."""
+        """Return the hidden states of the vision tower that the model reads, ascending: the L axis of `states`."""
         return sorted({*(self.delta_levels if self.delta_num_tokens else ()), self.patch_state})
 
 
-AutoConfig.register(OneDiffConfig.model_type, OneDiffConfig, exist_ok=True)  # so that AutoTokenizer knows the folder
+AutoConfig.register(OneDiffConfig.model_type, OneDiffConfig, exist_ok=True)  # AutoTokenizer needs it to load

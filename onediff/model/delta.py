@@ -1,8 +1,9 @@
-"""The Visual Delta Module: learnable delta tokens read both images and carry away what differs.
+"""The Visual Delta Module (VDM): K learned query tokens attend to both images and describe the difference.
 
-Two images in, K delta tokens out.
+The output of the module, the delta tokens, is given to the language model.
 
-Shapes:  B pairs, L levels, N patches per image, C tower width, K delta tokens, W width of the module.
+Shapes:  B pairs, L levels of the vision tower, N patches per image, C width of the vision tower, K delta tokens,
+         W width of this module, Q queries and S context tokens of an attention layer.
 """
 
 import torch
@@ -12,46 +13,49 @@ from transformers import BertModel
 
 from onediff.model.configuration import OneDiffConfig
 
-SPREAD = 0.3  # of the vectors added to normed features: near enough to 1 to have an effect from the first step
+# Position and image embeddings start with this standard deviation, so that they have an effect from the first step on.
+SPREAD = 0.3
+# Submodules of a DeltaLayer -> submodules of a BERT layer from which `copy_bert` copies their weights.
 BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
               "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
               "self_attention.norm": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
-              "norm": "output.LayerNorm"}  # modules of a DeltaLayer -> modules of a layer of BERT
+              "norm": "output.LayerNorm"}
 
 
 class Attention(nn.Module):
-    """Multi-head attention with BERT's post-norm residual; queries from one sequence, keys and values from another.
+    """Multi-head attention from queries to a context, followed by a residual connection and LayerNorm, as in BERT.
 
-    Where few queries (delta tokens) read a long context, no keys and values are computed: the queries are multiplied by
-    the key weights, and the mean of the context by the value weights. These are the same sums in another order, for a
-    fraction of the work.
+    If a few queries read a long context, `by_queries` avoids computing a key and a value for each context token. It
+    multiplies the queries by the key weights, and the averaged context by the value weights. By associativity of the
+    matrix product the result equals that of `by_keys`, up to rounding, with fewer operations.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
-        self.key = nn.Linear(width, width, bias=False)  # a bias would move all scores of a query alike: no effect
+        self.key = nn.Linear(width, width, bias=False)  # softmax cancels a key bias
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """queries (B, Q, W), context (B, S, W) -> (B, Q, W)."""
+        """Let the queries (B, Q, W) attend to the context (B, S, W), and return updated queries (B, Q, W)."""
         attend = self.by_queries if self.has_few_queries(queries.shape[1], context.shape[1]) else self.by_keys
-        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
+        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W/heads)
         return self.norm(queries + self.out(attend(query, context).transpose(1, 2).flatten(2)))
 
     def has_few_queries(self, num_queries: int, num_keys: int) -> bool:
+        """Return whether `by_queries` needs fewer operations than `by_keys` for these sequence lengths."""
         return num_queries < num_keys and self.heads * num_queries < self.query.in_features
 
     def by_keys(self, query: Tensor, context: Tensor) -> Tensor:
-        """query (B, heads, Q, W / heads), context (B, S, W) -> (B, heads, Q, W / heads)."""
+        """Compute attention of queries (B, heads, Q, W / heads) to the context (B, S, W), with keys and values."""
         key, value = (part(context).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
         return functional.scaled_dot_product_attention(query, key, value)
 
     def by_queries(self, query: Tensor, context: Tensor) -> Tensor:
-        """As by_keys."""
+        """Compute the result of `by_keys` without keys and values; see the docstring of the class."""
         key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
-        wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # one head of width W
+        wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # (B, 1, heads*Q, W)
         keys = context[:, None]
         mean = functional.scaled_dot_product_attention(wide, keys, keys, scale=query.shape[-1] ** -0.5)[:, 0]
         mixed = torch.einsum("bhqw, hdw -> bhqd", mean.unflatten(1, (self.heads, -1)), value)
@@ -59,7 +63,7 @@ class Attention(nn.Module):
 
 
 class DeltaLayer(nn.Module):
-    """Self-attention among the delta tokens, cross-attention to the images (where the layer has one), feed-forward."""
+    """A layer of the VDM: self-attention of the delta tokens, optional cross-attention to the images, feed-forward."""
 
     def __init__(self, width: int, heads: int, *, cross: bool) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ class DeltaLayer(nn.Module):
         self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
 
     def forward(self, delta: Tensor, context: Tensor) -> Tensor:
-        """delta (B, K, W), context (B, S, W) -> (B, K, W)."""
+        """Update the delta tokens (B, K, W) by self-attention and by cross-attention to the context (B, S, W)."""
         delta = self.self_attention(delta, delta)
         if self.cross_attention is not None:
             delta = self.cross_attention(delta, context)
@@ -76,8 +80,10 @@ class DeltaLayer(nn.Module):
 
 
 class PatchMatch(nn.Module):
-    """How each patch differs from its match in the other image: a mean of similar and near patches, by two learned
-    numbers.
+    """Subtract from each patch its match in the other image, so that only content without a match remains.
+
+    The match is a weighted mean of all patches of the other image. A softmax gives high weights to patches with
+    similar features at a near position; two learned scalars, `sharpness` and `nearness`, balance these two terms.
     """
 
     distances: Tensor
@@ -86,23 +92,25 @@ class PatchMatch(nn.Module):
         super().__init__()
         self.sharpness, self.nearness = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([0.3]))
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
-        self.register_buffer("distances", torch.cdist(places, places).square())  # (N, N), in patches
+        positions = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+        self.register_buffer("distances", torch.cdist(positions, positions).square())  # (N, N), patches^2
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """before, after (B, N, C), normed -> the part of each that is not in the other, (B, N, C) twice."""
+        """Return both images minus their matches, each (B, N, C), for normalized patches before, after (B, N, C)."""
         similarity = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
         similarity = similarity - self.nearness * self.distances
         return before - similarity.softmax(-1) @ after, after - similarity.transpose(1, 2).softmax(-1) @ before
 
 
 class VisualDeltaModule(nn.Module):
-    """In the paper 6 layers of BERT-base width over three levels of the tower, reading both images' patch tokens.
+    """The stack of DeltaLayers that turns the two encoded images of a pair into delta tokens.
 
-    Beyond the paper, `delta_inputs` lets the cross-attention also read how the images differ:
-    `pair_and_difference`: `after - before` per patch, as a third set of tokens;
-    `pair_and_matched_difference`: each patch also tells how it differs from its best match in the other image, for
-    pairs whose camera moved, where the same place shows something else.
+    The paper uses 6 layers of BERT-base width. They read the patches of both images at three levels of the tower.
+    `delta_inputs` chooses the context of the cross-attention:
+    `pair`, as in the paper, gives the patches of both images.
+    `pair_and_difference` adds the difference `after - before` at each position as a third set of tokens.
+    `pair_and_matched_difference` adds to each patch how it differs from its match in the other image (`PatchMatch`).
+    It is for pairs whose camera moved, where one position shows different parts of the scene.
     """
 
     def __init__(self, config: OneDiffConfig) -> None:
@@ -113,8 +121,8 @@ class VisualDeltaModule(nn.Module):
         self.marked = config.delta_image_ids
         self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
         self.query_norm = nn.LayerNorm(width)
-        self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower)  # raw norms differ
-                                          for level in sorted(set(self.levels))})
+        # Each level has a LayerNorm, because the scale of the hidden states differs between levels of the tower.
+        self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower) for level in sorted(set(self.levels))})
         if self.marked:
             self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
         self.positions = nn.Parameter(SPREAD * torch.randn(config.num_patches, tower))
@@ -127,7 +135,7 @@ class VisualDeltaModule(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """before, after (B, L, N, C) -> delta (B, K, W)."""
+        """Compute the delta tokens (B, K, W) from the hidden states before and after (B, L, N, C) of each pair."""
         contexts = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
         delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
         for i, layer in enumerate(self.layers):
@@ -135,7 +143,10 @@ class VisualDeltaModule(nn.Module):
         return self.norm(delta)
 
     def read(self, before: Tensor, after: Tensor, level: int) -> Tensor:
-        """before, after (B, N, C) -> keys and values (B, 2N or 3N, W): normed, marked by image and place, projected."""
+        """Return the context (B, 2N or 3N, W) of the cross-attention from patches before, after (B, N, C) of a level.
+
+        Patches are normalized, receive embeddings of image and position, and are projected to the module's width.
+        """
         norm = self.level_norms[str(level)]
         views = [norm(before), norm(after)]
         if self.inputs == "pair_and_difference":
@@ -148,16 +159,17 @@ class VisualDeltaModule(nn.Module):
         return context
 
     def copy_bert(self, bert: BertModel) -> None:
-        """Copies self-attention and feed-forward of each layer from a layer of BERT, in order.
+        """Copy self-attention and feed-forward weights from the first layers of BERT, layer by layer.
 
-        Cross-attention stays random, as in BLIP-2's Q-Former. Raises ValueError if BERT has too few layers or another
-        width.
+        Cross-attention keeps random weights, as in the Q-Former of BLIP-2. Raises ValueError if BERT has fewer layers
+        than this module or another width.
         """
         if bert.config.hidden_size != self.tokens.shape[1] or bert.config.num_hidden_layers < len(self.layers):
-            raise ValueError(f"model.delta.init: BERT has {bert.config.num_hidden_layers} layers of width "
-                             f"{bert.config.hidden_size}, the delta module {len(self.layers)} of width "
-                             f"{self.tokens.shape[1]}; choose another BERT or init: random")
-        for ours, theirs in zip(self.layers, bert.encoder.layer, strict=False):
+            raise ValueError(f"params.yaml: model.delta.init: BERT must have at least {len(self.layers)} layers of "
+                             f"width {self.tokens.shape[1]} to initialize the delta module, got "
+                             f"{bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}; choose "
+                             "another BERT, or set model.delta.init to random")
+        for delta_layer, bert_layer in zip(self.layers, bert.encoder.layer, strict=False):
             for name, bert_name in BERT_NAMES.items():
-                target, state = ours.get_submodule(name), theirs.get_submodule(bert_name).state_dict()
+                target, state = delta_layer.get_submodule(name), bert_layer.get_submodule(bert_name).state_dict()
                 target.load_state_dict({key: state[key] for key in target.state_dict()})

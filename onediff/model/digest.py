@@ -1,4 +1,4 @@
-"""SHA-256 digests of the files of a model folder, by which a model is identified."""
+"""SHA-256 digests that identify a model: one over all files of the model folder, and one over the weights alone."""
 
 import hashlib
 import json
@@ -7,14 +7,17 @@ from pathlib import Path
 
 from onediff.files import sha256_of
 
-DIGEST_FILE = "model.sha256"  # beside a registered model folder: its digest, for programs that cannot ask the registry
+# This file beside a registered model folder holds the digest for programs that cannot query the MLflow registry.
+DIGEST_FILE = "model.sha256"
 _NOT_MODEL = {"__pycache__", ".gitignore"}
 
 
 @dataclass(frozen=True)
 class ModelDigests:
-    """`folder`: over the name and the bytes of every file, which is the identity of a model; `weights`: over the bytes
-    of the safetensors files alone.
+    """The two digests of a model folder.
+
+    `folder` covers the name and the bytes of every file, and identifies the model. `weights` covers only the bytes of
+    the safetensors files.
     """
 
     folder: str
@@ -22,7 +25,7 @@ class ModelDigests:
 
 
 def model_digests(folder: Path) -> ModelDigests:
-    """Both digests. Raises FileNotFoundError for a folder without weights."""
+    """Compute both digests of a model folder. Raises FileNotFoundError if the folder has no safetensors file."""
     weights = weights_digest(folder)
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     listing = [[name, sha256_of(folder / name)]
@@ -31,12 +34,15 @@ def model_digests(folder: Path) -> ModelDigests:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors files in order of name, as in data/runs/*.json. Raises as `model_digests`."""
+    """Compute the SHA-256 digest of all safetensors files in alphabetical order, as recorded in data/runs/*.json.
+
+    Raises FileNotFoundError if the folder has no safetensors file.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{folder}/model.safetensors not found: 'dvc repro' makes it")
+        raise FileNotFoundError(f"{folder}/model.safetensors does not exist; 'dvc repro' writes it")
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: total)  # adds the bytes of the file to `total`
+            hashlib.file_digest(file, lambda: total)  # updates `total`
     return total.hexdigest()

@@ -1,8 +1,14 @@
-"""OneDiff: two images become patch and delta tokens, and these with the prompt become a caption. Read this file first.
+"""OneDiff: a before image and an after image go in, and a caption of the difference comes out. Read this file first.
 
-Shapes:  B rows, M images in the batch (0, 1 or 2 per row), P rows with two images, L levels, N patches per image,
-         C tower width, T tokens per image and K delta tokens as the language model reads them, D its width,
-         S sequence length.
+1. `SiameseEncoder` encodes every image with the same vision tower.
+2. `VisualDeltaModule` (delta.py) turns the two encoded images of a pair into K delta tokens.
+3. Projectors map patch tokens and delta tokens to the embedding width of the language model.
+4. `embed` inserts the projected tokens at the placeholders of the prompt, and the language model continues the text.
+
+Shapes:  B rows of the batch, M images of the batch (each row has 0, 1 or 2), P rows that have two images (pairs),
+         L levels of the vision tower, N patches per image, C width of the vision tower, W width of the delta module,
+         T patch tokens per image and K delta tokens per pair that the language model reads, D width of the language
+         model, S length of the token sequence.
 """
 
 from typing import Any
@@ -22,7 +28,7 @@ PARTS = ("vision", "delta", "projector", "language")
 
 
 class SiameseEncoder(nn.Module):
-    """One tower encodes every image of the batch in one call, so before and after share each weight and statistic."""
+    """Encode all images of the batch in one call of the vision tower, so before and after share all weights."""
 
     def __init__(self, config: OneDiffConfig) -> None:
         super().__init__()
@@ -30,19 +36,40 @@ class SiameseEncoder(nn.Module):
         self.tower = AutoModel.from_config(config.vision_config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (M, 3, H, W) -> states (M, L, N, C), the hidden states at `read_levels` without class tokens."""
+        """Return the hidden states (M, L, N, C) of images (M, 3, H, W) at `read_levels`, without the class token."""
         hidden = self.tower(images, output_hidden_states=True).hidden_states
         return torch.stack([hidden[level][:, -self.num_patches :] for level in self.levels], dim=1)
 
 
 class Projector(nn.Sequential):
-    """LLaVA's two-layer perceptron into the language model's width."""
+    """A two-layer perceptron, as in LLaVA-1.5, that maps visual tokens to the width of the language model."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
 
 
+class Enhance(nn.Module):
+    """Cross-attention of token layout B: the patches of a pair read the delta tokens of this pair."""
+
+    def __init__(self, tower: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(tower), nn.Linear(tower, width)
+        self.attention, self.expand = Attention(width, heads), nn.Linear(width, tower)
+
+    def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
+        """Let patches (2P, N, C) attend to delta tokens (2P, K, W), and return the enhanced patches (2P, N, C)."""
+        return self.expand(self.attention(self.reduce(self.norm(patches)), delta))
+
+
 class OneDiffForConditionalGeneration(PreTrainedModel):
+    """The complete captioner: vision tower, Visual Delta Module, projectors and language model.
+
+    `config.reading` chooses the token layout, which is how the language model receives the visual tokens of a row:
+    A inserts [before patches][after patches][delta tokens], and each patch token is one projected patch.
+    B inserts [before patches][after patches], and each patch is joined with its enhanced version by channel.
+    C inserts [patches][delta tokens], and each patch token joins the before and the after patch by channel.
+    """
+
     config_class = OneDiffConfig
     config: OneDiffConfig
     main_input_name = "input_ids"
@@ -50,7 +77,10 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: OneDiffConfig, *, pretrained: PreTrainedModel | None = None) -> None:
-        """Random weights, except for a pretrained language model, so that none of its size is created beside it."""
+        """Initialize all parts with random weights, or use `pretrained` as the language model.
+
+        The caller passes the pretrained language model here, so that no second model of this size is allocated.
+        """
         super().__init__(config)
         tower, width, language = config.vision_config.hidden_size, config.delta_width, config.text_config.hidden_size
         self.vision = SiameseEncoder(config)
@@ -65,28 +95,31 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leaves the initial weights of torch, whose spread, unlike a fixed one, fits any width."""
+        """Keep PyTorch's default initialization, whose scale depends on the layer width; transformers' is constant."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                 states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
                 patch_mask: Tensor | None = None) -> CausalLMOutput:
-        """input_ids, attention_mask, labels (B, S), image_counts (B,); images (M, 3, H, W) or states (M, L, N, C).
+        """Return the loss if `labels` are given, and otherwise the logits (B, S, vocabulary).
 
-        The loss sums over answer tokens and divides by `num_answer_tokens` (default: those of this batch), so that
-        micro-batches and ranks of unlike lengths add up to the loss of the whole. patch_mask (B,) bool: rows whose
-        patches the language model may not read. Returns only the loss if there are labels, else only the logits.
+        input_ids, attention_mask and labels are (B, S), image_counts is (B,).
+        Visual input is images (M, 3, H, W), or states (M, L, N, C) that the vision tower computed earlier.
+        patch_mask (B,) is True for each row whose patch tokens the language model must not attend to.
+
+        The loss is the sum over answer tokens, divided by `num_answer_tokens` (default: the answer tokens of this
+        batch). With the count of the complete step, the losses of micro-batches and ranks add up to the exact mean.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
             return CausalLMOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
-        is_read = attention_mask.bool()  # (B, S), True at all tokens of all rows: these are packed into one row
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_read]  # the token after each of them
-        is_answer = (targets != IGNORED).nonzero().flatten()  # elsewhere no logits are needed
+        is_kept = attention_mask.bool()  # (B, S): True for the U tokens of the batch that are not padding
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]  # (U,): the next token of each token
+        is_answer = (targets != IGNORED).nonzero().flatten()  # only these tokens need logits
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        logits = self.language(inputs_embeds=embeds[is_read][None], position_ids=positions[is_read][None],
-                               attention_mask=no_mask(embeds), lengths=is_read.sum(1).tolist(),
+        logits = self.language(inputs_embeds=embeds[is_kept][None], position_ids=positions[is_kept][None],
+                               attention_mask=no_mask(embeds), lengths=is_kept.sum(1).tolist(),
                                logits_to_keep=is_answer, use_cache=False).logits[0]
         total = functional.cross_entropy(logits.float(), targets[is_answer], reduction="sum")
         return CausalLMOutput(loss=total / (len(is_answer) if num_answer_tokens is None else num_answer_tokens))
@@ -94,23 +127,26 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                  states: Tensor | None = None, **options: Any) -> Tensor:
-        """The inputs of `forward`, with prompts padded on the left -> ids of the answers without the prompts (B, .).
+        """Return the token ids of the answers, without the prompts.
 
-        `options`: those of transformers' `generate`.
+        The inputs are those of `forward`, except that prompts must be padded on the left. `options` are passed to
+        the `generate` method of the language model, as described in transformers' documentation.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
-        is_sharded = hasattr(next(self.parameters()), "ds_id")  # ZeRO 3: all ranks go on until the last one is done
+        # Under ZeRO level 3 every forward pass needs all ranks, so each rank continues until the slowest has finished.
+        is_sharded = hasattr(next(self.parameters()), "ds_id")
         return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, synced_gpus=is_sharded,
                                       **options)
 
     def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None,
               states: Tensor | None = None) -> Tensor:
-        """Token embeddings with patch and delta tokens spliced in at their placeholders: (B, S, D).
+        """Return the input embeddings (B, S, D), with visual tokens inserted at the placeholders of the prompt.
 
-        Raises ValueError unless placeholders and image counts agree row by row.
+        Raises ValueError if a row has more or fewer placeholders than its images need.
         """
         self.check_placeholders(input_ids, image_counts)
         is_image, is_delta = input_ids == self.config.image_token_id, input_ids == self.config.delta_token_id
+        # The embedding table may have no row for placeholder ids, so token 0 is looked up here and overwritten below.
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image | is_delta, 0))
         if self.training and not bool((image_counts == 2).any()):
             images, states, image_counts = self.with_blank_pair(images, states, image_counts)
@@ -124,10 +160,11 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
 
     def with_blank_pair(self, images: Tensor | None, states: Tensor | None,
                         image_counts: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Appends a blank pair, whose tokens go to no placeholder, so that every part runs and has a gradient of 0.
+        """Append a pair of zero images to a training batch without pairs, so that every module takes part in the step.
 
-        Under ZeRO 3 the other ranks would wait forever for a rank whose rows have no pair, and the optimizer treats a
-        parameter without a gradient differently from one with a gradient of 0.
+        No placeholder receives the tokens of this pair, so each parameter that only pairs use gets a gradient of 0.
+        Without this pair, ZeRO level 3 would wait forever for a rank that skips the delta module, and the optimizer
+        would treat a missing gradient differently from a gradient of 0.
         """
         counts = functional.pad(image_counts, (0, 1), value=2)
         if states is not None:
@@ -138,15 +175,15 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
 
     def project_visual_tokens(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """states (M, L, N, C) -> patch tokens (M, T, D), delta tokens (P, K, D); under reading C patch tokens
-        (R, T, D) of the R rows that have images.
+        """Return patch tokens (M, T, D) and delta tokens (P, K, D) computed from states (M, L, N, C).
 
-        Delta tokens are None where no row has two images, where there is no VDM, and where they act inside the patches
-        (reading B).
+        In token layout C, the first dimension counts the rows that have images instead of the images.
+        Delta tokens are None if no row has two images, if the model has no delta module, and in token layout B,
+        where the delta tokens only change the patches.
         """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
-        starts = image_counts.cumsum(0) - image_counts  # each row's first image among the M
-        first = starts[image_counts == 2]
+        starts = image_counts.cumsum(0) - image_counts  # (B,): the index of each row's first image among all M images
+        first = starts[image_counts == 2]  # (P,): the index of the before image of each pair
         delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
                  if self.delta is not None and len(first) else None)
         if self.config.reading == "B":
@@ -154,20 +191,24 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         patches = self.pool(patches)
         if self.config.reading == "C":
             has_images = image_counts > 0
-            last = starts + image_counts - 1
+            last = starts + image_counts - 1  # a row with a single image joins this image with itself
             patches = torch.cat([patches[starts[has_images]], patches[last[has_images]]], -1)
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
 
     def enhanced(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
-        """patches (M, N, C), delta (P, K, W) of the pairs that begin at `first` (P,) -> (M, N, C), 0 outside pairs."""
+        """Return enhanced patches (M, N, C) computed from patches (M, N, C) and delta tokens (P, K, W).
+
+        The result is 0 for images that belong to no pair. first (P,) is the index of the before image of each pair,
+        and the after image is the next one.
+        """
         if delta is None:
             return torch.zeros_like(patches)
-        both = torch.stack([first, first + 1], 1).flatten()
+        both = torch.stack([first, first + 1], 1).flatten()  # (2P,): the indices of both images of each pair
         return torch.zeros_like(patches).index_copy(
             0, both, self.enhance(patches[both], delta.repeat_interleave(2, 0)))
 
     def pool(self, patches: Tensor) -> Tensor:
-        """(M, N, C) -> (M, T, C): the mean of each patch_pool x patch_pool square."""
+        """Average each square of `patch_pool` x `patch_pool` patches: patches (M, N, C) -> (M, T, C)."""
         if self.config.patch_pool == 1:
             return patches
         side, square = self.config.patches_per_side, self.config.patch_pool
@@ -175,32 +216,22 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return grid.mean((2, 4)).flatten(1, 2)
 
     def check_placeholders(self, input_ids: Tensor, image_counts: Tensor) -> None:
+        """Raise ValueError for the first row of input_ids (B, S) whose placeholders do not match its image count."""
         counts = torch.stack([(input_ids == self.config.image_token_id).sum(1),
                               (input_ids == self.config.delta_token_id).sum(1)], 1)  # (B, 2)
-        num_spliced = image_counts.clamp(max=1) if self.config.reading == "C" else image_counts
-        expected = torch.stack([num_spliced * self.config.tokens_per_image,
+        num_patch_sets = image_counts.clamp(max=1) if self.config.reading == "C" else image_counts
+        expected = torch.stack([num_patch_sets * self.config.tokens_per_image,
                                 (image_counts == 2) * self.config.delta_tokens_read], 1)
-        wrong = (counts != expected).any(1).nonzero().flatten().tolist()
-        if wrong:
-            row = wrong[0]
+        wrong_rows = (counts != expected).any(1).nonzero().flatten().tolist()
+        if wrong_rows:
+            row = wrong_rows[0]
             (num_image, num_delta), (need_image, need_delta) = counts[row].tolist(), expected[row].tolist()
-            raise ValueError(f"row {row} has {int(image_counts[row])} images and needs {need_image} image "
-                             f"and {need_delta} delta placeholders, got {num_image} and {num_delta}; build prompts "
-                             "with OneDiffProcessor, and do not truncate them")
+            raise ValueError(f"row {row} of the batch has {int(image_counts[row])} images, so its prompt needs "
+                             f"{need_image} image and {need_delta} delta placeholders, got {num_image} and "
+                             f"{num_delta}; build prompts with OneDiffProcessor, and do not truncate them")
 
     def part_of(self, name: str) -> str:
-        """Which learning rate a parameter follows: vision, delta, projector or language."""
-        head = name.split(".")[0]
-        return {"vision": "vision", "language": "language", "delta": "delta", "enhance": "delta"}.get(head, "projector")
-
-
-class Enhance(nn.Module):
-    """Reading B: patches attend to the delta tokens; (., N, C) and (., K, W) -> (., N, C)."""
-
-    def __init__(self, tower: int, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm, self.reduce = nn.LayerNorm(tower), nn.Linear(tower, width)
-        self.attention, self.expand = Attention(width, heads), nn.Linear(width, tower)
-
-    def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
-        return self.expand(self.attention(self.reduce(self.norm(patches)), delta))
+        """Return the part of the model, one of `PARTS`, whose learning rate applies to the named parameter."""
+        module = name.split(".")[0]
+        return {"vision": "vision", "language": "language", "delta": "delta",
+                "enhance": "delta"}.get(module, "projector")

@@ -1,6 +1,7 @@
-"""Rows of unlike length, one after the other, so that no work is done on padding: `attention="packed"` of a decoder.
+"""Packed attention: train on rows of different lengths without computing anything for padding tokens.
 
-Every linear layer sees the kept tokens of all rows as one long row; attention stays within each row.
+The tokens of all rows, without padding, are concatenated into one long row. Linear layers process this long row, and
+attention is restricted to tokens of one original row. The function is registered with transformers as "packed".
 Shapes:  T tokens of all rows together, H heads, G key-value heads, W head width.
 """
 
@@ -19,20 +20,23 @@ NAME = "packed"
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                      scaling: float | None = None, dropout: float = 0.0, lengths: list[int] | None = None,
                      **options: Any) -> tuple[Tensor, None]:
-    """query (1, H, T, W), key and value (1, G, T, W), lengths of the rows in T -> (1, T, H, W), causal in each row.
+    """Compute causal attention inside each packed row: query (1, H, T, W), key and value (1, G, T, W) -> (1, T, H, W).
 
-    Without `lengths` it is transformers' own scaled-dot-product attention, mask, cache and all.
+    `lengths` lists the number of tokens of each packed row; its sum is T. If it is None, the rows are not packed, and
+    the function calls transformers' scaled-dot-product attention, which supports masks and caches.
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **options)
     window = options.get("sliding_window")
-    assert not window or max(lengths) <= window, "a packed row is shorter than the decoder's sliding window"
-    mixed = _by_flash if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_row
-    return mixed(query, key, value, lengths, scaling), None
+    assert not window or max(lengths) <= window, (
+        "a packed row must fit into the decoder's sliding window, because packed attention does not apply the window")
+    attend = _by_flash if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_row
+    return attend(query, key, value, lengths, scaling), None
 
 
 def _by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
+    """Apply PyTorch's scaled-dot-product attention to one row after the other, on any device and data type."""
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     rows = [functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
                                                     enable_gqa=q.shape[1] != k.shape[1]) for q, k, v in parts]
@@ -40,6 +44,7 @@ def _by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scali
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
+    """Apply FlashAttention to all rows in one call. It needs a GPU and a 16-bit data type."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = functional.pad(torch.tensor(lengths, device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32),
@@ -48,21 +53,25 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], sca
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, W)
     mixed = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0),
                         enable_gqa=q.shape[1] != k.shape[1])
-    assert isinstance(mixed, Tensor), "no auxiliary output was asked for"
+    assert isinstance(mixed, Tensor), "varlen_attn returns one tensor unless auxiliary outputs are requested"
     return mixed[None]
 
 
 def use_packing(language: nn.Module) -> None:
-    """Raises ValueError for a decoder whose attention cannot be chosen."""
+    """Make the language model use packed attention. Raises ValueError if transformers cannot change its attention."""
     try:
         language.set_attn_implementation(NAME)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"model.language: {type(language).__name__} does not let its attention be chosen "
-                         f"({error}); take a decoder of the Llama or Qwen kind") from None
+        raise ValueError("params.yaml: model.language: the attention implementation of the language model must be "
+                         f"configurable, but that of {type(language).__name__} is not ({error}); use a model of the "
+                         "Llama or Qwen family") from None
 
 
 def no_mask(like: Tensor) -> Tensor:
-    """A mask of four axes is handed to attention as it is, so that none of T x T is made; packed attention needs none.
+    """Return a dummy mask (1, 1, 1, 1) of the dtype and device of `like`, for packed rows.
+
+    transformers passes a mask with four axes to attention unchanged. Without this argument it would create a causal
+    mask of T x T values, which packed attention ignores.
     """
     return like.new_zeros(1, 1, 1, 1)
 

@@ -1,4 +1,7 @@
-"""Pretrained weights: whole, plain tensors, and beside a tokenizer that fits them. One way in for every checkpoint."""
+"""Load checkpoints and reject those that are incomplete, contain executable code, or do not fit their tokenizer.
+
+All checkpoints that this project reads, pretrained or trained by OneDiff, are loaded with these functions.
+"""
 
 import json
 import pickle
@@ -15,21 +18,22 @@ from onediff.inputs.prompt import DELTA, IMAGE
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SHOWN = 3  # names of weights in a message
+SHOWN = 3  # the number of weights or files that an error message lists
 
 
 def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
-    """A folder that `save_pretrained` of model and processor wrote.
+    """Load the model and the processor that `save_pretrained` wrote into the folder.
 
-    Raises FileNotFoundError if the folder holds no model or lacks a file, and ValueError if it holds another model or a
-    tokenizer with which the model was not trained.
+    Raises FileNotFoundError if the folder contains no model or a file is missing, and ValueError if the folder contains
+    a model of another type, or a tokenizer with which the model was not trained.
     """
     if not (Path(folder) / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no OneDiff model (no config.json): train one with 'make run'")
+        raise FileNotFoundError(f"{folder} must contain a OneDiff model, but it has no config.json; train one with "
+                                "'make run'")
     kind = read_config(folder, where="model").model_type
     if kind != OneDiffForConditionalGeneration.config_class.model_type:
-        raise ValueError(f"{folder} must hold a OneDiff model, but its config.json says '{kind}'; give the folder that "
-                         "a training phase wrote")
+        raise ValueError(f"{folder} must contain a OneDiff model, but the model_type in config.json is '{kind}'; give "
+                         "a folder that a training phase wrote")
     model = load_strictly(OneDiffForConditionalGeneration, folder, where="model")
     assert isinstance(model, OneDiffForConditionalGeneration), "from_pretrained returns an instance of the class"
     processor = OneDiffProcessor.from_pretrained(folder)
@@ -40,19 +44,25 @@ def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiff
 
 
 def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
-    """Raises ValueError for a model whose code is not part of transformers."""
+    """Load the configuration of a pretrained model without running code that comes with the checkpoint.
+
+    `where` is the key or option that error messages mention. Raises ValueError if the architecture of the model is
+    not part of transformers.
+    """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:
-        raise ValueError(f"{where}: {name}: its config.json must name a model that transformers has itself, for code "
-                         f"that a checkpoint brings along is not run ({first_line(error)}); take another") from None
+        raise ValueError(f"{where}: {name}: the architecture in config.json must be part of transformers, because "
+                         f"OneDiff does not run code from checkpoints ({first_line(error)}); use another "
+                         "model") from None
 
 
 def load_strictly(kind: Any, name: str | Path, *, where: str, ignored: Iterable[str] = (), **options: Any) -> Any:
-    """`kind.from_pretrained(name)`, but only if the checkpoint has every weight of the model, and no other.
+    """Return `kind.from_pretrained(name)` if the checkpoint has exactly the weights of the model.
 
-    Names that begin with one of `ignored` may be absent on either side. Files are safetensors or, where there are none,
-    pickles of tensors alone: code in them is not run. Raises FileNotFoundError for a missing file, ValueError else.
+    Weights whose names begin with one of `ignored` are not compared. `options` are passed to `from_pretrained`. The
+    files may be safetensors, or pickles that contain only tensors; code in a pickle is never run.
+    Raises FileNotFoundError for a missing file, and ValueError for missing, additional or unreadable weights.
     """
     check_files(name, where=where)
     try:
@@ -60,62 +70,72 @@ def load_strictly(kind: Any, name: str | Path, *, where: str, ignored: Iterable[
                                              weights_only=True, trust_remote_code=False, **options)
     except pickle.UnpicklingError as error:
         call = re.search(r"GLOBAL (\S+)", str(error))
-        content = f"this pickle calls {call[1]}" if call else f"this one holds something else ({first_line(error)})"
-        raise ValueError(f"{where}: {name}: a weight file must hold tensors alone, but {content}, which was not run; "
-                         "take the model as safetensors") from None
+        content = f"this pickle calls {call[1]}" if call else f"this file has other content ({first_line(error)})"
+        raise ValueError(f"{where}: {name}: a weight file must contain only tensors, but {content}; no code in the "
+                         "file was run; get this model as safetensors") from None
     except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{where}: {name}: weights cannot be read ({first_line(error)}); the file is cut off or "
-                         "corrupt: fetch it again") from error
+        raise ValueError(f"{where}: {name}: the weights cannot be read ({first_line(error)}), so the file is "
+                         "incomplete or damaged; download it again") from error
     check_report(report, where=where, name=name, kind=type(model).__name__, ignored=tuple(ignored))
     return model
 
 
 def check_files(name: str | Path, *, where: str) -> None:
-    """Raises FileNotFoundError, before anything is loaded, for a folder that lacks weights or one shard of them."""
+    """Raise FileNotFoundError, before anything is loaded, if a model folder has no weights or a shard is missing."""
     folder = Path(name)
     if not folder.is_dir():
-        return  # a name of the hub, which sends what its index names
+        return  # transformers downloads every file of a model of the Hugging Face Hub
     first = next((folder / file for file in FILES if (folder / file).exists()), None)
     if first is None:
-        raise FileNotFoundError(f"{where}: {folder} holds no weights ({' or '.join(FILES[:3])}); fetch the whole model")
+        raise FileNotFoundError(f"{where}: {folder} must contain weights ({' or '.join(FILES[:3])}), but it "
+                                "has none; download the complete model")
     if first.suffix != ".json":
         return
     try:
         shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{where}: {first} must map each weight to its file (weight_map); fetch it again") from None
+        raise ValueError(f"{where}: {first} must contain weight_map, which maps each weight to a file; download it "
+                         "again") from None
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise FileNotFoundError(f"{where}: {folder} lacks {len(missing)} of the {len(shards)} files of its weights "
-                                f"({_few(missing)}); fetch the whole model")
+        raise FileNotFoundError(f"{where}: {folder} must contain {len(shards)} weight files, but {len(missing)} are "
+                                f"missing ({_few(missing)}); download the complete model")
 
 
 def check_report(report: dict[str, Any], *, where: str, name: str | Path, kind: str, ignored: tuple[str, ...]) -> None:
-    """Raises ValueError if `from_pretrained` reports weights that are missing, left over, or of another shape."""
+    """Raise ValueError if `from_pretrained` reports weights that are missing, additional or of another shape.
+
+    `kind` is the class of the model, for the error message.
+    """
     missing, unexpected = (sorted(key for key in report[part] if not key.startswith(ignored))
                            for part in ("missing_keys", "unexpected_keys"))
-    reshaped = [f"{key} {list(shape)} for {list(needed)}" for key, shape, needed in sorted(report["mismatched_keys"])]
+    reshaped = [f"{key} {list(shape)} instead of {list(needed)}"
+                for key, shape, needed in sorted(report["mismatched_keys"])]
     wrong = [f"{len(keys)} {what} ({_few(keys)})" for keys, what in
-             ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")) if keys]
+             ((missing, "missing"), (unexpected, "additional"), (reshaped, "of another shape")) if keys]
     if wrong:
-        raise ValueError(f"{where}: {name} must hold the weights of the {kind} that its config.json describes, but of "
-                         f"these are {', '.join(wrong)}: a checkpoint of another architecture; take config.json and "
-                         "weights of one model")
+        raise ValueError(f"{where}: {name} must contain exactly the weights of the {kind} that config.json describes, "
+                         f"got {', '.join(wrong)}; use a config.json and weights that belong to one model")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, where: str) -> None:
-    """Raises ValueError if the tokenizer gives an id without a row in the embedding; placeholders are never looked up.
+    """Raise ValueError if a token id of the tokenizer has no row in the embedding table, which has `rows` rows.
+
+    The ids of placeholders may exceed the table, because the model never looks up their embeddings.
     """
     ids = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in (IMAGE, DELTA)}
     last = max(ids, key=lambda token: ids[token])
     if ids[last] >= rows:
-        raise ValueError(f"{where}: the language model embeds {rows} tokens, but its tokenizer has ids up to "
-                         f"{ids[last]} ({last!r}): wrong vocabulary size; put the tokenizer beside it that it was "
-                         "trained with")
+        raise ValueError(f"{where}: token ids must be below {rows}, the vocabulary size of the language model, but the "
+                         f"tokenizer has ids up to {ids[last]} ({last!r}); use the tokenizer with which the language "
+                         "model was trained")
 
 
 def check_placeholders(tokenizer: PreTrainedTokenizerBase, *, where: str, saved: dict[str, int]) -> None:
-    """Raises ValueError unless image and delta tokens have ids of their own, those of `saved` where it names them."""
+    """Raise ValueError if a placeholder shares a token id with another token, or has another id than in `saved`.
+
+    The placeholders are the image token and the delta token; `saved` maps them to the ids in config.json.
+    """
     placeholders = {token: tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, DELTA)}
     roles = {role: getattr(tokenizer, role + "_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     words = {id_: token for token, id_ in tokenizer.get_vocab().items() if token not in placeholders}
@@ -124,17 +144,18 @@ def check_placeholders(tokenizer: PreTrainedTokenizerBase, *, where: str, saved:
         clashes += [repr(words[id_])] if id_ in words else []
         clashes += [other for other in placeholders if other != token and placeholders[other] == id_]
         if clashes:
-            raise ValueError(f"{where}: the placeholder {token} must have a token id of its own, but {id_} is also "
-                             f"{' and '.join(clashes)} of the tokenizer; give {token} or the other another id")
+            raise ValueError(f"{where}: no other token may have the id of the placeholder {token}, but {id_} is also "
+                             f"{' and '.join(clashes)} of the tokenizer; give one of them another id")
         if saved.get(token, id_) != id_:
-            raise ValueError(f"{where}: the placeholder {token} has id {saved[token]} in config.json, but {id_} in the "
-                             "tokenizer; put the tokenizer beside it that it was trained with")
+            raise ValueError(f"{where}: the placeholder {token} must have id {saved[token]}, as in config.json, but it "
+                             f"has id {id_} in the tokenizer; use the tokenizer with which the model was trained")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message that is not blank, else the name of its class."""
+    """Return the first line of the error message that is not blank, or else the name of the error class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _few(names: list[str]) -> str:
+    """Join the first `SHOWN` names with commas, followed by "..." if there are more."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

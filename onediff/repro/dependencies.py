@@ -1,10 +1,11 @@
-"""Writes into dvc.yaml the code and the packages that each stage depends on, and into packages.yaml their versions.
+"""Write the code files and packages that each stage depends on into dvc.yaml, and package versions into packages.yaml.
 
-    make deps      # after a change of imports; tests/repro/test_dependencies.py fails until then
+    make deps      # run it after you changed imports; until then tests/repro/test_dependencies.py fails
 
-The code is what the stage imports, at any depth and also inside functions, but not for type checking alone. Changing
-it makes the stage stale. What no import shows is declared here. DVC has one list for all items of a matrix: code of one
-item alone must lie in the folder of the item, and a dep of one item that lies elsewhere is a dep of all.
+A stage depends on all modules that it imports, directly or through other modules, also inside functions; imports for
+type checking do not count. A change of one of these files makes the stage stale. This module also declares the
+dependencies that no import shows, such as templates. The items of a matrix stage share one list of dependencies. Code
+that only one item uses must therefore be in the folder of this item.
 """
 
 import ast
@@ -25,25 +26,25 @@ from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Modules that cannot change the outs of a stage, each with the reason; what they import does not count either.
+# These modules cannot change the output of a stage, so neither they nor their imports are dependencies. Each reason:
 NO_RESULT = {
-    "onediff": "sets how the threads of OpenMP wait",
-    "onediff.config": "checks values that DVC tracks as params; has no defaults and computes nothing (test_params.py)",
-    "onediff.library_logs": "log levels",
-    "onediff.paths": "names paths; dvc.yaml names those that a stage reads and writes, too",
-    "onediff.interrupts": "ends a process early; a resumed run equals an uninterrupted one (test_killed.py)",
-    "onediff.tracking": "writes to MLflow; the ids of runs are in data/runs, which no stage reads",
-    "onediff.stages.command": "arguments, signals and checks before the stage",
+    "onediff": "sets how OpenMP threads wait for each other",
+    "onediff.config": "checks the values that DVC tracks as params; it has no default values (test_params.py)",
+    "onediff.library_logs": "sets log levels",
+    "onediff.paths": "defines paths; dvc.yaml also lists each path that a stage reads or writes",
+    "onediff.interrupts": "stops a process early; a resumed run equals an uninterrupted one (test_killed.py)",
+    "onediff.tracking": "writes to MLflow; no stage reads the run ids in data/runs",
+    "onediff.stages.command": "handles arguments and signals, and checks the inputs before the stage starts",
     "onediff.repro.lock": "reads dvc.lock and DVC's cache",
-    "onediff.train.launch.dispatch": "starts the ranks, which run the code of the stage",
-    "onediff.train.launch.nodes": "the command line and the environment of the ranks",
-    "onediff.train.launch.ranks": "starts and stops the ranks",
-    "onediff.train.launch.slurm": "starts and stops the ranks",
-    "onediff.train.status": "records how far a run is, and how it ended",
-    "onediff.train.cost": "counts FLOPs for the curve; another count is no reason to train again",
+    "onediff.train.launch.dispatch": "starts the training processes, which run the code of the stage",
+    "onediff.train.launch.nodes": "builds the command line and the environment of the training processes",
+    "onediff.train.launch.ranks": "starts and stops the training processes",
+    "onediff.train.launch.slurm": "starts and stops the training processes as a Slurm job",
+    "onediff.train.status": "records the progress of a run and how it ended",
+    "onediff.train.cost": "counts FLOPs for the training curve; a corrected count does not change the model",
 }
 
-# Files that a module opens: relative to its folder.
+# Module -> the files that it opens, relative to the folder of the module.
 FILES = {
     "onediff.data.quality.diffcap": ["card.md.j2"],
     "onediff.data.quality.checks_page": ["checks.html.j2"],
@@ -53,36 +54,38 @@ FILES = {
     "onediff.stages.write": ["../data/writer/prompts/v1/differences_text.md",
                              "../data/writer/prompts/v1/differences_vision.md"],
 }
+# Templates and prompts that no stage uses. A test checks that every such file is listed here or in FILES.
 FILES_OF_NO_STAGE = {"data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
                      "train/launch/slurm.sh.j2"}
 
-# Stage -> the folder that holds a package for each item of the stage's matrix.
+# Matrix stage -> the folder that contains one package for each item of the matrix.
 ITEMS = {"synthesize": "onediff/data/synthesis"}
 
-# Packages that cannot change the outs of a stage.
+# Packages that cannot change the outputs of a stage, each with the reason.
 PACKAGES_WITHOUT_RESULT = {
-    "openai": "carries questions to the writer; its answers are kept in data/answers",
-    "psutil": "looks at processes",
-    "ray": "spreads work over machines; the bytes stay the same",
+    "openai": "sends requests to the writer; all answers are stored in data/answers",
+    "psutil": "inspects processes",
+    "ray": "distributes work over machines; the output bytes do not depend on it",
     "rich": "prints tables",
     "ruamel-yaml": "reads YAML",
     "threadpoolctl": "limits threads",
     "tqdm": "shows progress",
 }
-DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}  # modules that metadata cannot resolve
-USED_BY_PACKAGES = {  # packages that compute for a package that we import
+DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}  # not in the package metadata
+USED_BY_PACKAGES = {  # package that we import -> packages that compute parts of its results
     "scikit-image": ["scipy"],
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],
 }
-USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}  # two of the photographs
+# Packages whose data a module reads without an import: scikit-learn contains two of the example photographs.
+USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrites dvc.yaml and packages.yaml. Comments and everything else stay."""
+    """Rewrite dvc.yaml and packages.yaml in the folder `root`, and keep their comments and all other content."""
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.width = 1000  # ruamel would leave spaces at the end of lines
+    yaml.width = 1000  # a smaller width makes ruamel wrap lines and leave trailing spaces
     yaml.preserve_quotes = True
     content = yaml.load((root / DVC_YAML).read_text(encoding="utf-8"))
     used: set[str] = set()
@@ -99,7 +102,7 @@ def write(root: Path = ROOT) -> None:
         stage["params"].fa.set_block_style()
     with (root / DVC_YAML).open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
-    # Versions are those of requirements.lock; a package that it does not hold keeps its version in packages.yaml.
+    # The versions come from requirements.lock. A package that is not in this file keeps its version in packages.yaml.
     text = (root / PACKAGES).read_text(encoding="utf-8")
     pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
     versions = YAML(typ="safe").load(text) | dict(pin.split("==") for pin in pins)
@@ -109,7 +112,10 @@ def write(root: Path = ROOT) -> None:
 
 
 def _replace(items: CommentedSeq, new: list[Any]) -> None:
-    """A comment stays beside its item; ruamel keeps it by the item's number."""
+    """Replace the content of a YAML list, and keep each comment beside the item that it explains.
+
+    ruamel.yaml stores comments by the index of the item, and indices change when items are added or removed.
+    """
     comments = {str(items[number]): comment for number, comment in items.ca.items.items()}
     items[:] = new
     items.ca.items.clear()
@@ -117,7 +123,10 @@ def _replace(items: CommentedSeq, new: list[Any]) -> None:
 
 
 def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
-    """The files below onediff/ and the packages that a stage of dvc.yaml depends on."""
+    """Return the files below onediff/ and the packages that a stage of dvc.yaml depends on.
+
+    `name` is the name of the stage, and `command` is the value of `cmd`.
+    """
     module = re.findall(r"-m (\S+)", command)[0]
     if name not in ITEMS:
         modules = reached(module)
@@ -134,7 +143,10 @@ def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
 
 
 def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
-    """The module and what it imports at any depth, packages included, but through no module that has no result."""
+    """Return the module and everything that it imports, directly or through other modules, packages included.
+
+    Imports of the modules in NO_RESULT and `avoided` are not followed.
+    """
     closed, seen, waiting = {*NO_RESULT, *avoided}, set[str](), [module]
     while waiting:
         current = waiting.pop()
@@ -146,16 +158,20 @@ def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
 
 @cache
 def graph() -> grimp.ImportGraph:
+    """Return the graph of all imports in the package onediff, without imports for type checking."""
     return grimp.build_graph("onediff", include_external_packages=True, exclude_type_checking_imports=True,
                              cache_dir=None)
 
 
 def files_of(modules: Iterable[str]) -> list[str]:
-    """The files of the modules and the files that they open. Packages count if their __init__.py holds code."""
+    """Return the paths of the modules and of the files that they open, relative to the project's folder.
+
+    The __init__.py of each enclosing package is included if it contains code.
+    """
     files: set[Path] = set()
     for module in modules:
         if module.split(".")[0] == "onediff":
-            packages = [module[:place] for place, letter in enumerate(module) if letter == "."]
+            packages = [module[:index] for index, letter in enumerate(module) if letter == "."]
             files |= {_file_of(name) for name in (module, *packages)
                       if name not in NO_RESULT and _holds_code(_file_of(name))}
             files |= {(_file_of(module).parent / name).resolve() for name in FILES.get(module, ())}
@@ -163,22 +179,27 @@ def files_of(modules: Iterable[str]) -> list[str]:
 
 
 def _file_of(module: str) -> Path:
+    """Return the file that Python runs when the module or package is imported."""
     path = ROOT / module.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 @cache
 def _holds_code(path: Path) -> bool:
+    """Return whether a Python file contains more than docstrings and comments."""
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
                for node in ast.parse(path.read_text(encoding="utf-8")).body)
 
 
 def packages_of(modules: Iterable[str]) -> list[str]:
-    """The distributions that the modules import, and those that compute for them, as requirements.lock spells them."""
+    """Return the distributions that the modules import, and the distributions that compute parts of their results.
+
+    Names are spelled as in requirements.lock, such as scikit-image.
+    """
     modules = set(modules)
     distributions = _installed_distributions() | DISTRIBUTIONS
-    others = {name for name in modules if name.split(".")[0] != "onediff"} - sys.stdlib_module_names
-    packages = {distributions[name] for name in others}
+    external = {name for name in modules if name.split(".")[0] != "onediff"} - sys.stdlib_module_names
+    packages = {distributions[name] for name in external}
     packages |= {name for module in modules for name in USED_BY_MODULES.get(module, ())}
     packages |= {other for name in packages for other in USED_BY_PACKAGES.get(name, ())}
     return sorted(packages - PACKAGES_WITHOUT_RESULT.keys())
@@ -186,7 +207,7 @@ def packages_of(modules: Iterable[str]) -> list[str]:
 
 @cache
 def _installed_distributions() -> dict[str, str]:
-    """Name of a module -> its distribution."""
+    """Map each importable module to the name of the installed distribution that contains it."""
     return {module: re.sub(r"[-_.]+", "-", names[0]).lower() for module, names in packages_distributions().items()}
 
 

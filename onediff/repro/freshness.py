@@ -1,7 +1,8 @@
-"""What DVC cannot see by itself: the installed packages, and folders that params.yaml names.
+"""Check the inputs of a stage that DVC cannot check: installed packages, and folders to which params.yaml refers.
 
-DVC compares dvc.lock with packages.yaml and with the deps of dvc.yaml. So before a stage runs under DVC, the installed
-versions must be those of packages.yaml, and a local model or a folder of photographs must lie in a dep of the stage.
+DVC only compares packages.yaml and the dependencies in dvc.yaml with dvc.lock. Therefore, before DVC runs a stage, the
+installed versions must equal packages.yaml, and a local model or a folder of photographs must be inside a dependency
+of the stage.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
-FOLDERS = {  # key of params.yaml that may name a local folder -> the dep of dvc.yaml in which the folder must lie
+FOLDERS = {  # key of params.yaml that may be a local folder -> the dependency in dvc.yaml that must contain the folder
     "model.vision.path": "presets/backbones",
     "model.language": "presets/backbones",
     "model.delta.init": "presets/backbones",
@@ -24,7 +25,10 @@ FOLDERS = {  # key of params.yaml that may name a local folder -> the dep of dvc
 
 
 def check(stage: str) -> None:
-    """`stage`: as DVC names it, such as synthesize@scenes. Raises ValueError with one line per package and folder."""
+    """Raise ValueError with one line for each package of another version and each folder that DVC does not track.
+
+    `stage` is the name in DVC's format, such as synthesize@scenes.
+    """
     name, _, source = stage.partition("@")
     description = read_yaml(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
     deps = {dep.replace("${item.source}", source) for dep in description.get("deps", ())}
@@ -35,24 +39,27 @@ def check(stage: str) -> None:
 
 
 def _other_versions(names: list[str]) -> Iterator[str]:
-    """Local labels such as +cpu do not count: they name a build for other hardware. Python's version does not count
-    either: no stage's bytes were seen to depend on it, and a checkout's dvc.lock must hold for each Python >= 3.11.
+    """Yield one line for each package whose installed version differs from packages.yaml.
+
+    A local label such as +cpu is ignored, because it only marks a build for other hardware. The version of Python is
+    not compared, because no output was observed to depend on it, and dvc.lock must be valid for each Python >= 3.11.
     """
     versions = read_yaml(Path(PACKAGES)) if names else {}
     for name in names:
         try:
             installed = version(name).split("+")[0]
-        except PackageNotFoundError:  # bpy is optional; a stage that needs another missing package fails at its import
+        except PackageNotFoundError:  # bpy is optional, and without any other package the stage fails
             continue
         if installed != versions[name]:
-            yield (f"{PACKAGES}: {name} must be {versions[name]}, which DVC notes in dvc.lock, but {installed} is "
-                   "installed; 'make setup' installs the version of requirements.lock, or write "
+            yield (f"{PACKAGES}: {name} must be {versions[name]}, the version that DVC records in dvc.lock, but "
+                   f"{installed} is installed; 'make setup' installs the version of requirements.lock, or write "
                    f"\"{installed}\" into {PACKAGES}")
 
 
 def _untracked_folders(deps: set[str]) -> Iterator[str]:
-    """One line for each existing folder that params.yaml names and no dep contains. A path that does not exist may be
-    a name on the hub.
+    """Yield one line for each folder in params.yaml that exists and is outside the dependency that must contain it.
+
+    A value that is no existing folder may be the name of a model on the Hugging Face Hub, and is not checked.
     """
     tracked = {key: folder for key, folder in FOLDERS.items() if folder in deps}
     params = read_yaml(PARAMS) if tracked else {}
@@ -61,6 +68,6 @@ def _untracked_folders(deps: set[str]) -> Iterator[str]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value and Path(value).is_dir() and not Path(value).resolve().is_relative_to(Path(folder).resolve()):
-            yield (f"params.yaml: {key}: must lie in {folder}, because DVC sees no change elsewhere, got {value}; "
-                   f"'cp -r {Path(value).absolute()} {folder}/' ('cp -rs' only links the files), and write "
-                   f"{folder}/{Path(value).name}")
+            yield (f"params.yaml: {key}: must be inside {folder}, because DVC does not track other folders, got "
+                   f"{value}; run 'cp -r {Path(value).absolute()} {folder}/' ('cp -rs' makes links instead of "
+                   f"copies), and set {key} to {folder}/{Path(value).name}")

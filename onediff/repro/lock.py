@@ -1,9 +1,10 @@
-"""Reads dvc.lock and DVC's cache: a file or folder that a dvc.lock names can be had again, whatever the workspace has.
+"""Read dvc.lock, and restore files and folders of any dvc.lock from DVC's cache or from a remote.
 
-    for name, stage in read_dvc_lock().items(): ...      # md5 of every dep and out
-    fetch("b3b470bb...dir", Path("scratch/diffcap"))     # from the cache or the default remote, every byte checked
+    for name, stage in read_dvc_lock().items(): ...      # the md5 of every dependency and output
+    fetch("b3b470bb...dir", Path("scratch/diffcap"))     # from the cache or the default remote, with checksums
 
-DVC runs as a command, in a temporary project that has the cache and the remotes of this project.
+`fetch` runs `dvc pull` in a temporary DVC project that uses the cache and the remotes of this project, so the workspace
+does not change.
 """
 
 import configparser
@@ -27,14 +28,16 @@ from ruamel.yaml.error import YAMLError
 from onediff.files import link_or_copy, new_file, new_folder
 from onediff.paths import DVC_LOCK
 
-_SHOWN = 3  # files in a message
-_PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # settings of a remote that hold no secret
+_SHOWN = 3  # the number of files that an error message lists
+_PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # safe to print
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's entry in dvc.lock. deps and outs: path -> md5, which ends in .dir for a folder. params: the keys of
-    params.yaml by full name.
+    """The entry of one stage in dvc.lock.
+
+    `deps` and `outs` map paths to md5 digests; the digest of a folder ends with .dir. `params` maps full key names of
+    params.yaml, such as tune.steps, to values.
     """
 
     deps: dict[str, str]
@@ -43,15 +46,21 @@ class Stage:
 
 
 def read_dvc_lock(path: Path = DVC_LOCK) -> dict[str, Stage]:
-    """Name of the stage -> its entry. Raises FileNotFoundError, or ValueError if the file is not a dvc.lock."""
+    """Return the entries of a dvc.lock by the name of the stage.
+
+    Raises FileNotFoundError if the file does not exist, and ValueError if it is not a dvc.lock.
+    """
     try:
         return parse_dvc_lock(path.read_bytes(), path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: 'dvc repro' writes it") from None
+        raise FileNotFoundError(f"{path} does not exist; 'dvc repro' writes it") from None
 
 
 def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
-    """The content of a dvc.lock. Raises ValueError that names the path if it is not the content of a dvc.lock."""
+    """Parse the content of a dvc.lock. `path` is only used in error messages.
+
+    Raises ValueError if the content is not that of a dvc.lock.
+    """
     try:
         stages = YAML(typ="safe").load(content.decode("utf-8"))["stages"]
         return {name: Stage(deps={dep["path"]: dep["md5"] for dep in stage.get("deps", ())},
@@ -59,13 +68,16 @@ def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
                             params=dict(stage.get("params", {}).get("params.yaml", {})))
                 for name, stage in stages.items()}
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is no dvc.lock ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                         "'git checkout' brings it back") from None
+        raise ValueError(f"{path}: must be a dvc.lock, but it cannot be parsed ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}); restore it with 'git checkout'") from None
 
 
 @contextmanager
 def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
-    """Restores dvc.lock if DVC empties it: DVC writes the file in place, so a full disk leaves an empty file."""
+    """Restore dvc.lock after the block if DVC left an empty file.
+
+    DVC overwrites dvc.lock in place, so the file is empty afterwards if the disk is full.
+    """
     copy = path.with_name(f"{path.name}.part")
     if path.exists():
         shutil.copyfile(path, copy)
@@ -80,12 +92,12 @@ def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
 
 
 def outs_of(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """Path -> md5 of the outs of all stages."""
+    """Return the outputs of all stages as a mapping from path to md5."""
     return {path: md5 for stage in stages.values() for path, md5 in stage.outs.items()}
 
 
 def md5_of(path: Path) -> str:
-    """The md5 by which DVC knows a file, or a folder (with .dir at its end)."""
+    """Return the md5 that DVC computes for a file or a folder; that of a folder ends with .dir."""
     if path.is_dir():
         listing = [{"md5": md5, "relpath": name} for name, md5 in md5_of_files(path).items()]
         return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
@@ -94,35 +106,37 @@ def md5_of(path: Path) -> str:
 
 
 def md5_of_files(folder: Path) -> dict[str, str]:
-    """Relative path -> md5 of every file below the folder that DVC counts, in DVC's order."""
+    """Map the relative path of each file that DVC tracks in the folder to its md5, in the order that DVC uses."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
                    and not {"__pycache__", ".gitignore"} & {*path.relative_to(folder).parts})
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 
 def files_of(md5: str, cache: Path) -> dict[str, str]:
-    """Relative path -> md5 of the files in a `.dir`, as the cache lists them. The md5 of a file gives that file, under
-    an empty path.
+    """Map the relative path of each file in a folder to its md5, given the md5 of the folder.
 
-    Raises FileNotFoundError if the cache has no such listing, ValueError if it was damaged.
+    DVC's cache contains one listing of files for each folder. For the md5 of a single file, the result has one entry
+    with an empty path. Raises FileNotFoundError if the cache does not contain the listing, and ValueError if the
+    listing is damaged.
     """
     if not md5.endswith(".dir"):
         return {"": md5}
     path = _object(cache, md5)
     if not path.exists():
-        raise FileNotFoundError(f"{path} not found: it lists the files of {md5}; 'dvc pull', after a 'dvc push' on the "
-                                "machine that made them")
+        raise FileNotFoundError(f"{path} does not exist, but it must list the files of {md5}; run 'dvc push' on the "
+                                "machine that made the files, then 'dvc pull' here")
     if md5_of(path) != md5.removesuffix(".dir"):
-        raise ValueError(f"{path}: its bytes are not those of its name, so it was damaged: delete it, then 'dvc pull'")
+        raise ValueError(f"{path}: its md5 must equal its name, but it does not, so the file is damaged; "
+                         "delete it, then run 'dvc pull'")
     return {item["relpath"]: item["md5"] for item in json.loads(path.read_text(encoding="utf-8"))}
 
 
 def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """Restores the outs of the stage's last run that the workspace lacks. Returns their paths.
+    """Restore the missing outputs of a stage from its last successful run, and return their paths.
 
-    DVC removes them before it runs the stage, so without this a run that fails would leave nothing. The files are hard
-    links to DVC's cache, or copies where the cache is on another file system. An out that dvc.lock or the cache does
-    not have is left out.
+    DVC removes the outputs before it runs a stage, so without this call a failed run would leave no outputs at all.
+    The restored files are hard links into DVC's cache, or copies if the cache is on another file system. Outputs that
+    are not in dvc.lock or not in the cache are skipped.
     """
     missing = {path: md5 for path, md5 in _locked_outs(stage, project).items() if not os.path.lexists(project / path)}
     cache = cache_of(project) if missing else project
@@ -138,43 +152,45 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
 
 
 def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """The outs that dvc.lock names for the stage and the cache does not have, including those with `cache: false`.
+    """Return the outputs of a stage in dvc.lock that the cache does not contain, including those with `cache: false`.
 
-    When the disk is full after a stage has run, DVC prints an error, writes dvc.lock and ends with status 0.
+    This check is necessary after a stage, because DVC exits with status 0 and writes dvc.lock even if the disk was too
+    full to store the outputs in the cache.
     """
     outs = _locked_outs(stage, project)
     cache = cache_of(project) if outs else project
-    if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another cache
+    if not (cache / "files/md5").is_dir():  # the user configured another cache outside of the project
         return []
     return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
 
 
 def _locked_outs(stage: str, project: Path) -> dict[str, str]:
+    """Map the outputs of the stage in dvc.lock to their md5; empty without a dvc.lock or an entry for the stage."""
     stages = read_dvc_lock(project / DVC_LOCK) if (project / DVC_LOCK).exists() else {}
     return stages[stage].outs if stage in stages else {}
 
 
 def _cached_files(md5: str, cache: Path) -> dict[str, str]:
-    """Relative path -> md5 of the file, or of every file of the folder; empty if the cache lacks any of them."""
+    """Map each relative path of a file or folder to its md5; empty if the cache does not contain all of these files."""
     try:
         files = files_of(md5, cache)
-    except (FileNotFoundError, ValueError):  # a damaged listing is of as little use as an absent one
+    except (FileNotFoundError, ValueError):  # a damaged listing is treated like a missing one
         return {}
     return files if all(_object(cache, file_md5).exists() for file_md5 in files.values()) else {}
 
 
 def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
-    """Copies the file or folder of this md5 from the project's cache, or else from its default remote, to `target`.
+    """Copy the file or folder with this md5 from the project's cache, or else from the default remote, to `target`.
 
-    `target` is complete or absent, and the md5 of every file is computed again, because DVC trusts the name of a cache
-    file. Raises ValueError that names each file which is missing or damaged; FileNotFoundError if `project` is not a
-    DVC project.
+    Afterwards `target` is either complete or absent. The md5 of every file is computed again, because DVC does not
+    check files in its cache. Raises ValueError that lists the missing or damaged files, and FileNotFoundError if
+    `project` is not a DVC project.
     """
     if os.path.lexists(target):
-        raise ValueError(f"{target} is there already: name a place where nothing is")
+        raise ValueError(f"{target} must not exist yet, but it does; choose another path")
     config = _config(project)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # 'dvc pull' runs in a project of its own.
+    # 'dvc pull' runs in a temporary project with one tracked output, so that it does not touch the workspace.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
         root, out = Path(scratch), Path(scratch) / "out"
         (root / ".dvc").mkdir()
@@ -189,14 +205,14 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
             lines = [line.strip() for line in (done.stderr + done.stdout).splitlines()
                      if done.returncode and (line.startswith("ERROR") or "remote" in line)]
             complaint = f" (dvc: {_without_secrets(' '.join(dict.fromkeys(lines)), config)})" if lines else ""
-            raise ValueError(f"{md5}: {'; '.join(problems[:_SHOWN])}{more}{complaint}. If no remote has it: "
-                             "'dvc push' on the machine that made it")
+            raise ValueError(f"{md5}: {'; '.join(problems[:_SHOWN])}{more}{complaint}. If no remote contains "
+                             "it, run 'dvc push' on the machine that made it")
         out.rename(target)
     return target
 
 
 def _problems(md5: str, out: Path, cache: Path) -> list[str]:
-    """One line for each file that is missing or whose bytes are not those of its md5."""
+    """Return one line for each file of `out` that is missing or whose content does not have its md5."""
     try:
         files = files_of(md5, cache)
     except (FileNotFoundError, ValueError) as error:
@@ -205,27 +221,29 @@ def _problems(md5: str, out: Path, cache: Path) -> list[str]:
     for name, file_md5 in files.items():
         path, cached = out / name, _object(cache, file_md5)
         if path.exists() and (actual := md5_of(path)) != file_md5:
-            problems.append(f"{name or cached} is damaged: md5 {actual}, must be {file_md5}: delete {cached}, then "
-                            "'dvc pull'")
-        elif not path.exists() and not cached.exists():  # without one file DVC writes no file of the folder
-            problems.append(f"{name or 'it'} is missing: neither cache nor remote has {file_md5}")
-    return problems or ([] if out.exists() else ["DVC did not lay it out"])
+            problems.append(f"{name or cached} is damaged: its md5 must be {file_md5}, got {actual}; delete {cached}, "
+                            "then run 'dvc pull'")
+        elif not path.exists() and not cached.exists():  # DVC writes no file of a folder if one is missing
+            problems.append(f"{name or 'the file'} is missing: neither the cache nor a remote contains {file_md5}")
+    return problems or ([] if out.exists() else ["DVC did not write it"])
 
 
 def _object(cache: Path, md5: str) -> Path:
+    """Return the path in DVC's cache of the object with this md5. Raises ValueError for a malformed md5."""
     if not re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
-        raise ValueError(f"'{md5}' is no md5 of DVC: 32 hexadecimal digits, and .dir for a folder")
+        raise ValueError(f"an md5 of DVC must be 32 hexadecimal digits, followed by .dir for a folder, got '{md5}'")
     return cache / "files/md5" / md5[:2] / md5[2:]
 
 
-# --- the project's settings ------------------------------------------------------------------------------------------
-
-
 def _config(project: Path) -> configparser.RawConfigParser:
-    """.dvc/config and .dvc/config.local with absolute paths, so that another project has the same cache and remotes."""
+    """Return the settings in .dvc/config and .dvc/config.local, with absolute paths.
+
+    With absolute paths, a DVC project in another folder can use the cache and the remotes of this project.
+    """
     home = (project / ".dvc").absolute()
     if not home.is_dir():
-        raise FileNotFoundError(f"{home} not found: nothing is kept by digest here; run this in the project's folder")
+        raise FileNotFoundError(f"{home} does not exist, so this folder is no DVC project; run the command in the "
+                                "project's folder")
     config = configparser.RawConfigParser(strict=False)
     config.optionxform = str  # type: ignore[assignment, method-assign]
     config.read_dict({"cache": {"dir": str(home / "cache")}})
@@ -235,18 +253,18 @@ def _config(project: Path) -> configparser.RawConfigParser:
             path = home / value.strip("\"'")
             if "://" not in value and (key in ("url", "dir") or ("/" in value and path.exists())):
                 config.set(section, key, os.path.normpath(path))
-    # Links would let a change of the copy change the cache.
+    # With links instead of copies, a change of a fetched file would also change the cache.
     config.read_dict({"core": {"no_scm": "true"}, "cache": {"type": '"reflink,copy"'}})
     return config
 
 
 def cache_of(project: Path = Path()) -> Path:
-    """The folder of the project's DVC cache. Raises FileNotFoundError if `project` is not a DVC project."""
+    """Return the folder of the project's DVC cache. Raises FileNotFoundError if `project` is not a DVC project."""
     return project / _config(project).get("cache", "dir")
 
 
 def _without_secrets(text: str, config: configparser.RawConfigParser) -> str:
-    """Hides user, password and query of addresses, and every value of a remote's settings that may be a secret."""
+    """Replace passwords, query strings of URLs, and values of remote settings that may be secret in a text with ***."""
     for section in config.sections():
         for key, value in config.items(section):
             if section.startswith("'remote") and key not in _PUBLIC and len(value) > 3:

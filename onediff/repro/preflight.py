@@ -1,4 +1,4 @@
-"""Compares params.yaml with what is on this machine, before the first stage of a run: folders, splits, mixtures."""
+"""Check before the first stage of a run that all inputs to which params.yaml refers exist on this machine."""
 
 import json
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from onediff.repro.lock import Stage, read_dvc_lock
 
 
 def check_inputs(config: Config) -> None:
-    """Raises ValueError with one line for each thing that params.yaml names and this machine does not have.
+    """Raise ValueError with one line for each dataset, model or folder in params.yaml that does not exist here.
 
-    What dvc.lock already has a result for may be absent.
+    An input may be missing if dvc.lock already contains the outputs of the stages that use it.
     """
     from onediff.data.sources.catalog import CATALOG
 
@@ -25,12 +25,13 @@ def check_inputs(config: Config) -> None:
     lines = [*_raw_folders(data, stages), *_photographs(data, used)]
     if all(source in (*data.retrieved, *data.diffused)
            or (source in CATALOG and CATALOG[source].expected.keys() == {"train"}) for source in sources):
-        lines.append(f"data: the sources {', '.join(sources)} have pairs for split train only, so val, gate and test "
-                     "would be empty; add a benchmark or pairs of your own to data.raw, or scenes to data.generated")
+        lines.append(f"data: at least one source must have pairs for the splits val, gate and test, but "
+                     f"{', '.join(sources)} have only training pairs; add a benchmark or your pairs to data.raw, or "
+                     "scenes to data.generated")
     checkpoints = {"model.vision.path": config.model.vision.path, "model.language": config.model.language,
                    "model.delta.init": config.model.delta.init, "data.clip": data.clip,
                    "data.diffusion.pipeline": data.diffusion and data.diffusion.pipeline}
-    lines += [f"{key}: folder {path} does not exist; correct the path, or name a model of the Hugging Face hub"
+    lines += [f"{key}: folder {path} does not exist; correct the path, or use a model of the Hugging Face Hub"
               for key, path in checkpoints.items()
               if path and path not in used and path.startswith(("presets/", ".", "/")) and not Path(path).is_dir()]
     if lines:
@@ -38,20 +39,20 @@ def check_inputs(config: Config) -> None:
 
 
 def check_mixtures(config: Config) -> None:
-    """Raises ValueError with one line for each source of a mixture that has no pairs in data/diffcap."""
+    """Raise ValueError with one line for each source of a mixture that has no training pairs in data/diffcap."""
     counts = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]
-    lines = [f"{name}.mixture: '{source}' has no pair in split train of {DIFFCAP}; add pairs, or remove it from the "
-             "mixture" for name, phase in (("align", config.align), ("tune", config.tune)) if phase
+    lines = [f"{name}.mixture: '{source}' has no training pairs in {DIFFCAP}; add pairs to this source, or remove it "
+             "from the mixture" for name, phase in (("align", config.align), ("tune", config.tune)) if phase
              for source in phase.mixture if source not in counts["train"]]
     if config.tune.validate_every and not counts["val"].keys() & config.tune.mixture.keys():
-        lines.append(f"tune.validate_every: no source of tune.mixture has a pair in split val of {DIFFCAP}; add "
-                     "pairs, or set it to null")
+        lines.append(f"tune.validate_every: a source of tune.mixture must have pairs in split val of {DIFFCAP}, but "
+                     "none has; add pairs, or set tune.validate_every to null")
     if lines:
         raise ValueError("\n".join(f"params.yaml: {line}" for line in lines))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested parameters. A path among them existed when a stage of dvc.lock ran."""
+    """Yield every text in nested parameters of dvc.lock. Each path among them existed when the stage ran."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -60,17 +61,19 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
+    """Yield one line for each source whose folder below data/raw does not exist and was never read by a stage."""
     for key, stage in (("raw", "read"), ("retrieved", "retrieve"), ("diffused", "diffuse")):
         for source in getattr(data, key):
             folder = RAW / source
             if not folder.is_dir() and not Path(f"{folder}.dvc").exists() and f"{stage}@{source}" not in stages:
                 folders = [path.name for path in sorted(RAW.glob("*")) if path.is_dir()]
-                cure = f"see data/README.md for what belongs there, or remove '{source}'"
+                cure = f"see data/README.md for the content of this folder, or remove '{source}' from data.{key}"
                 yield (f"data.{key}: '{source}' needs the folder {folder}, which does not exist; "
                        + did_you_mean(source, folders, cure))
 
 
 def _photographs(data: Data, used: set[str]) -> Iterator[str]:
+    """Yield one line for each split that needs photographs of data.edits.photos which do not exist."""
     folder = data.edits.photos
     if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
         return
@@ -82,5 +85,5 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
             photo_paths(split, folder)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
-            if isinstance(error, FileNotFoundError):  # it is missing for every split
+            if isinstance(error, FileNotFoundError):  # without the folder, every split has this error
                 return

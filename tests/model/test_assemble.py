@@ -16,8 +16,8 @@ from onediff.model.digest import weights_digest
 
 
 @pytest.mark.parametrize(("tower", "talker"), [("clip", "llama"), ("siglip", "qwen2")])
-def test_any_tower_and_any_decoder_can_be_joined_saved_and_put_to_work(tower: str, talker: str, micro: Config,
-                                                                       tmp_path: Path) -> None:
+def test_each_vision_tower_works_with_each_decoder_after_saving_and_loading(tower: str, talker: str, micro: Config,
+                                                                            tmp_path: Path) -> None:
     model, processor = build(settings(micro, *checkpoints(tmp_path, tower, talker)), seed=3)
     model.save_pretrained(tmp_path / "out")
     processor.save_pretrained(tmp_path / "out")
@@ -27,14 +27,15 @@ def test_any_tower_and_any_decoder_can_be_joined_saved_and_put_to_work(tower: st
     assert Captioner.load(tmp_path / "out", device="cpu").caption([pair], max_new_tokens=5) == captions
 
 
-def test_the_parts_start_from_their_checkpoints_and_the_rest_from_the_seed(micro: Config, tmp_path: Path) -> None:
+def test_pretrained_parts_have_the_weights_of_their_checkpoints_and_others_depend_on_the_seed(micro: Config,
+                                                                                              tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
-    one, other, third = (build(settings(micro, vision, language), seed=seed)[0] for seed in (3, 3, 4))
-    assert torch.equal(one.vision.tower.embeddings.patch_embedding.weight,
+    first, repeated, third = (build(settings(micro, vision, language), seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first.vision.tower.embeddings.patch_embedding.weight,
                        CLIPModel.from_pretrained(vision).vision_model.embeddings.patch_embedding.weight)
-    assert torch.equal(one.language.lm_head.weight, LlamaForCausalLM.from_pretrained(language).lm_head.weight)
-    assert torch.equal(one.delta.tokens, other.delta.tokens)
-    assert not torch.equal(one.delta.tokens, third.delta.tokens)
+    assert torch.equal(first.language.lm_head.weight, LlamaForCausalLM.from_pretrained(language).lm_head.weight)
+    assert torch.equal(first.delta.tokens, repeated.delta.tokens)
+    assert not torch.equal(first.delta.tokens, third.delta.tokens)
 
 
 def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> None:
@@ -46,22 +47,22 @@ def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> 
     assert torch.equal(model.delta.layers[1].up.weight, bert.encoder.layer[1].intermediate.dense.weight)
 
 
-def test_a_tower_of_another_size_is_refused_with_its_size(micro: Config) -> None:
+def test_a_vision_tower_of_another_image_size_is_refused(micro: Config) -> None:
     vision = micro.model.vision.model_copy(update={"image_px": 108})
-    with pytest.raises(ValueError, match=r"model.vision.image_px is 108, but the tower at .* has 96; write 96"):
+    with pytest.raises(ValueError, match=r"model.vision.image_px must be that .* which is 96, got 108; set it to 96"):
         build(micro.model.model_copy(update={"vision": vision}), seed=0)
 
 
 def test_a_folder_without_a_model_is_refused(micro: Config, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model.language: .* holds no model .*'make backbones'"):
+    with pytest.raises(FileNotFoundError, match=r"model.language: .* must be a folder with .*'make backbones'"):
         build(micro.model.model_copy(update={"language": str(tmp_path)}), seed=0)
-    with pytest.raises(FileNotFoundError, match="holds no OneDiff model"):
+    with pytest.raises(FileNotFoundError, match="must contain a OneDiff model"):
         Captioner.load(tmp_path)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no error")
-def test_cuda_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees none; use device auto or cpu"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so device cuda is valid")
+def test_device_cuda_is_refused_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda' needs a GPU .*; use device auto or cpu"):
         pick_device("cuda")
 
 

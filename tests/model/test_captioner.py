@@ -26,8 +26,9 @@ def pairs(scene_pairs: list[Record]) -> list[tuple[Image.Image, Image.Image]]:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_confidence_is_the_mean_probability_of_the_tokens(captioner: Captioner, pairs: list, num_beams: int) -> None:
-    """Against the model's own probabilities of the whole answer at once."""
+def test_confidence_is_the_geometric_mean_of_the_token_probabilities(captioner: Captioner, pairs: list,
+                                                                     num_beams: int) -> None:
+    """The reference computes the probabilities of all answer tokens in one forward pass without a cache."""
     for pair, instruction in zip(pairs, INSTRUCTIONS, strict=True):
         options = {"max_new_tokens": 12, "num_beams": num_beams}
         [(_, confidence)] = captioner.caption_with_confidence([pair], instructions=[instruction], **options)
@@ -44,14 +45,14 @@ def test_confidence_is_the_mean_probability_of_the_tokens(captioner: Captioner, 
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_captions_are_the_very_same(captioner: Captioner, pairs: list, num_beams: int) -> None:
+def test_captions_with_confidence_equal_captions_without(captioner: Captioner, pairs: list, num_beams: int) -> None:
     options = {"instructions": INSTRUCTIONS, "max_new_tokens": 12, "num_beams": num_beams}
     captions = captioner.caption_with_confidence(pairs, **options)
     assert [text for text, _ in captions] == captioner.caption(pairs, **options)
     assert all(0 < confidence <= 1 for _, confidence in captions)
 
 
-def test_padding_after_a_short_caption_does_not_count(captioner: Captioner, pairs: list) -> None:
+def test_padding_after_a_short_caption_does_not_change_the_confidence(captioner: Captioner, pairs: list) -> None:
     together = captioner.caption_with_confidence(pairs, instructions=INSTRUCTIONS, max_new_tokens=20)
     single = [captioner.caption_with_confidence([pair], instructions=[instruction], max_new_tokens=20)[0]
              for pair, instruction in zip(pairs, INSTRUCTIONS, strict=True)]

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_digests_are_those_of_a_slow_and_obvious_reference(folder: Path) -> None:
+def test_the_digests_equal_a_simple_reference(folder: Path) -> None:
     names = ["config.json", "model-1.safetensors", "model-2.safetensors", "more/tokenizer.json"]
     listing = [[name, hashlib.sha256((folder / name).read_bytes()).hexdigest()] for name in names]
     both = b"".join((folder / name).read_bytes() for name in names[1:3])
@@ -27,9 +27,9 @@ def test_the_digests_are_those_of_a_slow_and_obvious_reference(folder: Path) -> 
     assert digests.weights == weights_digest(folder) == hashlib.sha256(both).hexdigest()
 
 
-def test_every_name_and_every_byte_counts_but_not_where_the_folder_is(folder: Path) -> None:
+def test_the_digest_depends_on_names_and_contents_but_not_on_the_path_of_the_folder(folder: Path) -> None:
     seen = {model_digests(folder).folder}
-    (folder.parent / "__pycache__").mkdir()  # a name that counts for nothing below the folder
+    (folder.parent / "__pycache__").mkdir()  # this name is ignored only below the model folder
     folder = folder.rename(folder.parent / "__pycache__/elsewhere")
     assert model_digests(folder).folder in seen
     for name, text in (("config.json", "other"), ("more/tokenizer.json", "other"), ("new.json", "")):
@@ -43,5 +43,5 @@ def test_every_name_and_every_byte_counts_but_not_where_the_folder_is(folder: Pa
 def test_a_folder_without_weights_has_no_digest(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
         model_digests(folder)

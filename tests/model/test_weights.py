@@ -1,4 +1,4 @@
-"""What is refused before it can be trained on, and that no refusal costs a legitimate checkpoint."""
+"""Checkpoints that must be refused before training, and valid checkpoints that must be accepted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BERT: dict[str, Any] = {"vocab_size": 17, "hidden_size": 13, "num_hidden_layers"
 
 
 class Shell:
-    """What unpickles as a command."""
+    """An object that runs a shell command when it is unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -54,7 +54,7 @@ def language(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(micro: Config, tmp_path: Path) -> Path:
-    """A folder as a training phase leaves it."""
+    """A model folder in the format that a training phase writes."""
     for part in build(settings(micro, *checkpoints(tmp_path, "clip", "llama")), seed=3):
         part.save_pretrained(tmp_path / "trained")
     return tmp_path / "trained"
@@ -76,47 +76,48 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def as_pickle(folder: Path, *, extra: Any = None, **options: Any) -> None:
-    """The same weights as an old checkpoint, and whatever else it is to hold."""
+    """Replace the safetensors file by a pickle of the weights, as in old checkpoints, with an `extra` object."""
     weights = load_file(folder / "model.safetensors") | ({} if extra is None else {"extra": extra})
     torch.save(weights, folder / "pytorch_model.bin", **options)
     (folder / "model.safetensors").unlink()
 
 
-def test_a_whole_checkpoint_loads_sharded_or_not(language: Path, tmp_path: Path) -> None:
-    whole = load(language)
-    whole.save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
+def test_a_complete_checkpoint_loads_with_and_without_shards(language: Path, tmp_path: Path) -> None:
+    model = load(language)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    again = load(tmp_path / "sharded")
-    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
+    sharded = load(tmp_path / "sharded")
+    assert all(torch.equal(weight, sharded.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_a_pickle_of_tensors_alone_loads(options: dict[str, Any], language: Path) -> None:
-    whole = load(language)
+def test_a_pickle_that_contains_only_tensors_loads(options: dict[str, Any], language: Path) -> None:
+    model = load(language)
     as_pickle(language, **options)
-    assert torch.equal(load(language).lm_head.weight, whole.lm_head.weight)
+    assert torch.equal(load(language).lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_a_pickle_with_code_is_refused_and_nothing_runs(options: dict[str, Any], language: Path,
-                                                        tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(options: dict[str, Any], language: Path,
+                                                                 tmp_path: Path) -> None:
     as_pickle(language, extra=Shell(f"touch {tmp_path / 'ran'}"), **options)
-    with pytest.raises(ValueError, match=r"model.language: .* this pickle calls (posix|os).system, which was not run; "
-                                         "take the model as safetensors"):
+    with pytest.raises(ValueError, match=r"model.language: .* this pickle calls (posix|os).system; no code .* was run; "
+                                         "get this model as safetensors"):
         load(language)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_bare_pickle_with_code_is_refused_and_nothing_runs(language: Path, tmp_path: Path) -> None:
+def test_a_pickle_with_code_in_the_oldest_format_is_refused_and_the_code_does_not_run(language: Path,
+                                                                                      tmp_path: Path) -> None:
     (language / "model.safetensors").unlink()
-    held = {"lm_head.weight": Shell(f"touch {tmp_path / 'ran'}")}
-    (language / "pytorch_model.bin").write_bytes(pickle.dumps(held, protocol=2))
-    with pytest.raises(ValueError, match="a weight file must hold tensors alone"):
+    content = {"lm_head.weight": Shell(f"touch {tmp_path / 'ran'}")}
+    (language / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match="a weight file must contain only tensors"):
         load(language)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pickle_named_by_a_safetensors_index_is_no_way_around(language: Path, tmp_path: Path) -> None:
+def test_a_pickle_with_code_that_a_safetensors_index_lists_is_refused(language: Path, tmp_path: Path) -> None:
     names = list(load_file(language / "model.safetensors"))
     as_pickle(language, extra=Shell(f"touch {tmp_path / 'ran'}"))
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
@@ -126,67 +127,66 @@ def test_a_pickle_named_by_a_safetensors_index_is_no_way_around(language: Path, 
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_that_a_checkpoint_brings_along_is_not_run(language: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_does_not_run(language: Path, tmp_path: Path) -> None:
     (language / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     change_config(language, model_type="own", auto_map={"AutoConfig": "modeling_own.Config",
                                                         "AutoModelForCausalLM": "modeling_own.Model"})
-    with pytest.raises(ValueError, match=r"must name a model that transformers has itself, for code .* is not run"):
+    with pytest.raises(ValueError, match=r"must be part of transformers, because OneDiff does not run code"):
         load_trained(language)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda weights: weights.pop("lm_head.weight"), r"1 missing \(lm_head.weight\): a checkpoint of another arch"),
-    (lambda weights: weights.update({"h.0.attn": torch.zeros(3)}), r"1 unexpected \(h.0.attn\): a checkpoint of ano"),
+    (lambda weights: weights.pop("lm_head.weight"), r"1 missing \(lm_head.weight\); use a config.json and weights"),
+    (lambda weights: weights.update({"h.0.attn": torch.zeros(3)}), r"1 additional \(h.0.attn\); use a config.json and"),
     (lambda weights: weights.update({"lm_head.weight": torch.zeros(5, 34)}),
-     r"1 of another shape \(lm_head.weight \[5, 34\] for \[263, 34\]\): a checkpoint of another arch"),
+     r"1 of another shape \(lm_head.weight \[5, 34\] instead of \[263, 34\]\); use a config.json and weights"),
     (lambda weights: [weights.pop(name) for name in list(weights)] and weights.update({"wte": torch.zeros(3)}),
-     r"21 missing \(lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight, ...\), 1 unex"),
+     r"21 missing \(lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight, ...\), 1 addi"),
 ])
 def test_a_checkpoint_of_another_architecture_is_refused(change: Callable[[dict[str, Tensor]], None], message: str,
                                                          language: Path) -> None:
     change_weights(language, change)
-    with pytest.raises(ValueError, match=r"model.language: .* must hold the weights of the LlamaForCausalLM .*"
+    with pytest.raises(ValueError, match=r"model.language: .* exactly the weights of the LlamaForCausalLM .*"
                                          + message):
         load(language)
 
 
-def test_a_missing_shard_is_named(language: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_shard_contains_its_name(language: Path, tmp_path: Path) -> None:
     load(language).save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
     shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the \d+ files of its weights \({shard.name}\); fetch"):
+    with pytest.raises(FileNotFoundError, match=rf"must contain \d+ weight files, but 1 are missing \({shard.name}\)"):
         load(tmp_path / "sharded")
 
 
 def test_no_weights_and_a_broken_index_are_refused(language: Path) -> None:
     (language / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no weights \(model.safetensors or .*\); fetch the whole model"):
+    with pytest.raises(FileNotFoundError, match=r"must contain weights \(model.safetensors or .*\), but it has none"):
         load(language)
     (language / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    with pytest.raises(ValueError, match=r"index.json must map each weight to its file \(weight_map\); fetch it again"):
+    with pytest.raises(ValueError, match=r"index.json must contain weight_map, which maps .*; download it again"):
         load(language)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pickle"])
-def test_a_file_that_was_cut_off_is_refused(format: str, language: Path) -> None:
+def test_a_truncated_weight_file_is_refused(format: str, language: Path) -> None:
     if format == "pickle":
         as_pickle(language)
     file = language / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
     file.write_bytes(file.read_bytes()[:-999])
-    with pytest.raises(ValueError, match=r"model.language: .* (cut off or corrupt: fetch it again|must hold tensors)"):
+    with pytest.raises(ValueError, match=r"model.language: .* (incomplete or damaged|must contain only tensors)"):
         load(language)
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(micro: Config, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_embedding_rows_is_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 251})).save_pretrained(language)
-    with pytest.raises(ValueError, match=r"model.language: .* embeds 251 tokens, but .* ids up to 257 \(.*\): wrong "
-                                         "vocabulary size"):
+    with pytest.raises(ValueError, match=r"token ids must be below 251, .* but the tokenizer has ids up to 257"):
         build(settings(micro, vision, language), seed=3)
 
 
-def test_placeholders_need_no_row_in_the_embedding(micro: Config, tmp_path: Path) -> None:
+def test_placeholders_need_no_row_in_the_embedding_table(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 258})).save_pretrained(language)
     model, processor = build(settings(micro, vision, language), seed=3)
@@ -194,36 +194,36 @@ def test_placeholders_need_no_row_in_the_embedding(micro: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize(("marks", "message"), [
-    ({"pad_token": "<image>"}, r"placeholder <image> must have a token id of its own, but 258 is also pad_token"),
-    ({"unk_token": "<delta>"}, r"placeholder <delta> must have a token id of its own, but 258 is also unk_token"),
+    ({"pad_token": "<image>"}, r"the id of the placeholder <image>, but 258 is also pad_token"),
+    ({"unk_token": "<delta>"}, r"the id of the placeholder <delta>, but 258 is also unk_token"),
 ])
-def test_a_placeholder_that_is_also_another_token_is_refused(marks: dict[str, str], message: str, micro: Config,
-                                                             tmp_path: Path) -> None:
+def test_a_placeholder_that_shares_its_id_with_another_token_is_refused(marks: dict[str, str], message: str,
+                                                                        micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     save_tokenizer(Path(language), bos_token="<s>", **marks)
     with pytest.raises(ValueError, match=r"params.yaml: model.language: .* " + message):
         build(settings(micro, vision, language), seed=3)
 
 
-def test_a_trained_model_loads_and_one_beside_another_tokenizer_does_not(trained: Path) -> None:
+def test_a_trained_model_loads_only_with_the_tokenizer_of_its_training(trained: Path) -> None:
     assert load_trained(trained)[0].config.image_token_id == 258
     change_config(trained, image_token_id=7)
-    with pytest.raises(ValueError, match=r"placeholder <image> has id 7 in config.json, but 258 in the tokenizer"):
+    with pytest.raises(ValueError, match=r"<image> must have id 7, as in config.json, but it has id 258"):
         load_trained(trained)
 
 
-def test_a_trained_folder_that_is_incomplete_or_anothers_is_refused(trained: Path, language: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold a OneDiff model, but its config.json says 'llama'"):
+def test_an_incomplete_trained_model_and_a_model_of_another_type_are_refused(trained: Path, language: Path) -> None:
+    with pytest.raises(ValueError, match=r"must contain a OneDiff model, but the model_type in config.json is 'llama'"):
         load_trained(language)
     change_weights(trained, lambda weights: weights.pop("delta.tokens"))
     with pytest.raises(ValueError, match=r"1 missing \(delta.tokens\)"):
         Captioner.load(trained)
     (trained / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="must contain weights"):
         Captioner.load(trained)
 
 
-def test_tied_embeddings_are_not_missing(micro: Config, tmp_path: Path) -> None:
+def test_tied_output_embeddings_do_not_count_as_missing_weights(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "qwen2")
     Qwen2ForCausalLM(Qwen2Config(**TALKER, tie_word_embeddings=True)).save_pretrained(language)
     assert "lm_head.weight" not in load_file(Path(language) / "model.safetensors")
@@ -234,7 +234,8 @@ def test_tied_embeddings_are_not_missing(micro: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
-def test_bert_may_have_heads_that_nothing_reads(kind: Any, micro: Config, tmp_path: Path) -> None:
+def test_a_bert_checkpoint_may_contain_heads_that_onediff_does_not_use(kind: Any, micro: Config,
+                                                                       tmp_path: Path) -> None:
     bert = kind(BertConfig(**BERT))
     bert.save_pretrained(tmp_path / "bert")
     delta = {"init": str(tmp_path / "bert")}
@@ -243,7 +244,7 @@ def test_bert_may_have_heads_that_nothing_reads(kind: Any, micro: Config, tmp_pa
     assert torch.equal(model.delta.layers[1].up.weight, layers[1].intermediate.dense.weight)
 
 
-def test_a_tower_may_have_a_projection_that_nothing_reads(micro: Config, tmp_path: Path) -> None:
+def test_a_vision_tower_may_contain_a_projection_that_onediff_does_not_use(micro: Config, tmp_path: Path) -> None:
     _, language = checkpoints(tmp_path, "siglip", "llama")
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER, projection_dim=7))
     tower.save_pretrained(tmp_path / "tower")
@@ -252,7 +253,7 @@ def test_a_tower_may_have_a_projection_that_nothing_reads(micro: Config, tmp_pat
     assert torch.equal(model.vision.tower.post_layernorm.weight, tower.vision_model.post_layernorm.weight)
 
 
-def test_a_tower_without_its_last_layer_is_refused(micro: Config, tmp_path: Path) -> None:
+def test_a_vision_tower_whose_last_layer_is_missing_is_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     change_weights(Path(vision), lambda weights: [weights.pop(name) for name in list(weights)
                                                   if name.startswith("vision_model.encoder.layers.2")])
@@ -260,9 +261,9 @@ def test_a_tower_without_its_last_layer_is_refused(micro: Config, tmp_path: Path
         build(settings(micro, vision, language), seed=3)
 
 
-def test_what_is_no_decoder_or_no_tower_is_refused(micro: Config, tmp_path: Path) -> None:
+def test_a_model_that_is_no_decoder_or_no_vision_tower_is_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
-    with pytest.raises(ValueError, match=r"model.language must be a decoder or a LLaVA, but .* is a 'clip'"):
+    with pytest.raises(ValueError, match=r"model.language must be a decoder-only .* or a LLaVA, but .* is a 'clip'"):
         build(settings(micro, vision, vision), seed=3)
-    with pytest.raises(ValueError, match=r"model.vision.path must be a CLIP or SigLIP tower, but .* is a 'llama'"):
+    with pytest.raises(ValueError, match=r"model.vision.path must be a CLIP or SigLIP vision tower, but .* 'llama'"):
         build(settings(micro, language, language), seed=3)

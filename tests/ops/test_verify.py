@@ -74,7 +74,7 @@ def test_one_byte_of_a_cached_shard_of_the_workspace_or_of_the_weights_is_named_
     failures = failed([Check(**check) for check in result["checks"]])
     workspace, weights = (next(failures[key] for key in failures if part in key) for part in ("workspace", "weights"))
     assert left.value.code == 1 and not result["verified"] and len(failures) == 3
-    assert "train-00000.parquet is damaged: md5 " in failures["data/diffcap"]
+    assert "train-00000.parquet is damaged: its md5 must be " in failures["data/diffcap"]
     assert workspace.startswith(f"{SHARD}: md5 must be ") and "they were changed" in weights
     assert weights.startswith(f"version 1: the files in {registered_weights().parent} must have the registered digest")
 
@@ -96,7 +96,7 @@ def test_what_cache_and_remote_lack_is_named_and_what_needs_it_is_not_tried() ->
     finally:
         Path("aside").rename(kept)
     assert list(failed(checks)) == ["data/captions"]
-    assert "gate/scenes.jsonl is missing: neither cache nor remote has" in failed(checks)["data/captions"]
+    assert "gate/scenes.jsonl is missing: neither the cache nor a remote contains" in failed(checks)["data/captions"]
     assert not [check for check in checks if "again" in check.what]
 
 

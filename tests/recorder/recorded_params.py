@@ -1,4 +1,4 @@
-"""Which keys of params.yaml a stage reads: its sections are patched to note every value that code takes from them."""
+"""Record which keys of params.yaml a stage reads, by patching the sections to report every access to a value."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = {"align", "tune"}  # stages/training.py reads the parameters for both
+PHASES = {"align", "tune"}  # stages/training.py loads the parameters for both phases
 
 
 def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
-    """note(stage, key) is called for every value that a stage takes from params.yaml."""
+    """Patch the sections so that note(stage, key) is called for every value that a stage reads."""
     from onediff import config
     from onediff.config import params
 
@@ -52,14 +50,15 @@ def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str,
 
 
 class Recorder:
-    """Knows the stage and the place of every section of the parameters that a stage has loaded."""
+    """Remembers the stage and the key of every section that a stage has loaded."""
 
     def __init__(self, note: Callable[[str, str], None], section: type) -> None:
         self.note, self.section = note, section
         self.places: dict[int, tuple[str, str]] = {}
-        self.kept: list[object] = []  # Python gives an object's id to another one after its end
+        self.kept: list[object] = []  # kept alive, because Python reuses the id of a deleted object
 
     def label(self, section: Any, stage: str, place: str) -> None:
+        """Remember the stage and the key of a section, and of all sections inside it."""
         self.places[id(section)] = (stage, place)
         self.kept.append(section)
         for name, value in vars(section).items():
@@ -67,14 +66,14 @@ class Recorder:
                 self.label(value, stage, f"{place}.{name}".lstrip("."))
 
     def read(self, section: object, name: str) -> None:
-        """tracking/runs.py sends all parameters to MLflow, which decides no result."""
+        """Report the access, except by tracking/runs.py, which only sends all parameters to MLflow."""
         if id(section) in self.places and sys._getframe(2).f_globals["__name__"] != "onediff.tracking.runs":
             stage, place = self.places[id(section)]
             self.note(stage, f"{place}.{name}".lstrip("."))
 
 
 def _stage_that_loads() -> str | None:
-    """By the module that called load_params; command.py only checks the parameters before a stage."""
+    """Return the stage whose module called load_params, or None for command.py, which only checks the parameters."""
     frame = sys._getframe(3)
     module = frame.f_globals["__name__"]
     if module == "__main__":
@@ -86,24 +85,26 @@ def _stage_that_loads() -> str | None:
 
 
 def undeclared(read: set[tuple[str, str]]) -> Iterator[str]:
-    """The keys that a stage has read and dvc.yaml does not name in its params, as `stage: key`."""
+    """Yield `stage: key` for each key that a stage has read but dvc.yaml does not list in the params of the stage."""
+    from ruamel.yaml import YAML
+
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for stage, key in sorted(read):
         declared = [item for item in stages[stage].get("params", ()) if isinstance(item, str)]
-        declared += [str(items).strip("${}") for items in stages[stage].get("matrix", {}).values()]  # names the item
+        declared += [str(items).strip("${}") for items in stages[stage].get("matrix", {}).values()]
         matches = any(f"{key}.".startswith(f"{_without_item(item, key)}.") for item in declared)
         if not matches and "params.yaml" not in stages[stage]["deps"]:
             yield f"{stage}: {key}"
 
 
 def _without_item(declared: str, key: str) -> str:
-    """The param data.${item.source} of `synthesize` stands for data.scenes and data.edits."""
+    """Replace ${item.source} in a parameter of `synthesize` by the source in the key: data.scenes or data.edits."""
     return declared.replace("${item.source}", key.split(".")[1]) if key.startswith(("data.scenes", "data.edits")) \
         else declared
 
 
 def append_to(path: str) -> Callable[[str, str], None]:
-    """Notes each key once per process, in a file that processes share."""
+    """Return a function that appends each stage and key once per process to a file, which several processes share."""
     noted: set[tuple[str, str]] = set()
 
     def note(stage: str, key: str) -> None:
@@ -116,9 +117,14 @@ def append_to(path: str) -> Callable[[str, str], None]:
 
 
 def read_notes(path: Path) -> set[tuple[str, str]]:
+    """Return the pairs of stage and key in a file that `append_to` wrote."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {(stage, key) for stage, key in map(str.split, lines)}
 
 
 if "DVC_STAGE" in os.environ and "RECORDED_PARAMS" in os.environ:
+    from onediff import interrupts
+
+    interrupts._handle(interrupts._end_at_once)  # a signal during `install` ends the process without a traceback
     install(append_to(os.environ["RECORDED_PARAMS"]))
+    interrupts.handle_as_python_does()

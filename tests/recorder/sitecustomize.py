@@ -1,3 +1,3 @@
-"""Python imports this at its start where this folder is on PYTHONPATH: the stages of a pipeline note what they read."""
+"""Python imports this module when it starts if this folder is on PYTHONPATH, so that stages record what they read."""
 
 import recorded_params  # noqa: F401

@@ -1,4 +1,4 @@
-"""What dvc.yaml says that a stage depends on, against the imports; and what DVC then calls stale."""
+"""The dependencies in dvc.yaml equal the imports of each stage, and a change makes exactly the right stages stale."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MATRIX = {"synthesize": "scenes", "read": "mine", "retrieve": "mine", "instruct"
           "write": "mine"}
 
 
-def test_dvc_yaml_and_packages_yaml_are_what_make_deps_writes(tmp_path: Path) -> None:
+def test_dvc_yaml_and_packages_yaml_equal_the_output_of_make_deps(tmp_path: Path) -> None:
     names = ("dvc.yaml", "packages.yaml", "requirements.lock")
     for name in names:
         shutil.copy(ROOT / name, tmp_path)
@@ -34,7 +34,7 @@ def test_dvc_yaml_and_packages_yaml_are_what_make_deps_writes(tmp_path: Path) ->
 
 @cache
 def _imported_names(module: str) -> list[str]:
-    """A slow, obvious reference: what the file says, outside of `if TYPE_CHECKING`."""
+    """Return the names that a module imports outside of `if TYPE_CHECKING`, as a simple reference implementation."""
     names = []
     path = ROOT / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
@@ -50,6 +50,7 @@ def _imported_names(module: str) -> list[str]:
 
 
 def _modules_by_reading(module: str) -> set[str]:
+    """Return the module and all modules of the project that it imports, directly or through other modules."""
     seen, waiting = set[str](), [module]
     while waiting:
         current = waiting.pop()
@@ -61,7 +62,7 @@ def _modules_by_reading(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", sorted(DVC_YAML.keys() - {"synthesize"}))
-def test_every_module_that_a_stage_imports_is_a_dep(stage: str) -> None:
+def test_every_module_that_a_stage_imports_is_a_dependency(stage: str) -> None:
     read = _modules_by_reading(f"onediff.stages.{stage}")
     assert {dep for dep in DVC_YAML[stage]["deps"] if dep.startswith("onediff/") and dep.endswith(".py")} \
         == {file for file in dependencies.files_of(read) if file.endswith(".py")}
@@ -72,18 +73,20 @@ def test_a_generated_source_does_not_depend_on_the_code_of_another(item: str, ot
     deps = {dep.replace("${item.source}", item) for dep in DVC_YAML["synthesize"]["deps"]}
     code = dependencies.reached(f"onediff.data.synthesis.{item}.records")
     assert set(dependencies.files_of(code)) <= deps | set(_files(f"onediff/data/synthesis/{item}"))
-    assert set(_files(f"onediff/data/synthesis/{item}")) <= set(dependencies.files_of(code))  # no file of the folder
-    assert not [dep for dep in deps if dep.startswith(f"onediff/data/synthesis/{other}")]     # is there for nothing
+    # DVC tracks the complete folder of the item, so each file in it must be used.
+    assert set(_files(f"onediff/data/synthesis/{item}")) <= set(dependencies.files_of(code))
+    assert not [dep for dep in deps if dep.startswith(f"onediff/data/synthesis/{other}")]
 
 
 def _files(folder: str) -> list[str]:
+    """Return the Python files below a folder that are not empty, relative to the project's folder."""
     return [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py") if path.stat().st_size]
 
 
-def test_what_has_no_result_is_imported_by_a_stage_and_has_a_reason() -> None:
+def test_every_module_without_a_result_is_imported_by_a_stage_and_has_a_reason() -> None:
     graph = dependencies.graph()
     used = {module for stage in DVC_YAML for module in graph.find_upstream_modules(f"onediff.stages.{stage}")}
-    assert {name for name in NO_RESULT if name not in used} == {"onediff"}  # runs before each of them, by no import
+    assert {name for name in NO_RESULT if name not in used} == {"onediff"}  # Python runs it before each stage
     assert all(NO_RESULT.values()) and all(PACKAGES_WITHOUT_RESULT.values())
 
 
@@ -95,7 +98,7 @@ def test_no_stage_imports_another_stage() -> None:
         == set()
 
 
-def test_every_file_that_is_no_module_is_declared() -> None:
+def test_every_file_that_is_not_a_python_module_is_declared() -> None:
     others = {path.relative_to(ROOT / "onediff").as_posix() for path in (ROOT / "onediff").rglob("*")
               if path.is_file() and path.suffix not in (".py", ".pyc")}
     opened = {(ROOT / "onediff" / Path(*module.split(".")[1:-1]) / name).resolve() for module, names in FILES.items()
@@ -109,11 +112,9 @@ def test_code_is_listed_by_file_so_that_a_new_file_makes_nothing_stale(stage: st
     assert folders == []
 
 
-# --- DVC's own word: a copy of the project in which each stage only makes its outs -----------------------------------
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which each stage only creates its output files, so that DVC itself can be asked."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("onediff", "presets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -187,6 +188,7 @@ def test_a_package_that_no_stage_uses_is_not_tracked() -> None:
 
 
 def _stale(project: Path) -> set[str]:
+    """Return the stages that DVC reports as changed."""
     from dvc.repo import Repo
 
     with contextlib.chdir(project), Repo() as repo:

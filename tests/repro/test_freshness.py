@@ -1,4 +1,4 @@
-"""A stage under DVC refuses what would make dvc.lock untrue: another version of a package, a folder DVC cannot see."""
+"""A stage under DVC rejects inputs that DVC does not track: another package version, or an untracked folder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_param(key: str, value: object) -> None:
+    """Set one key of params.yaml, such as "model.language", to another value."""
     values: dict[str, Any] = YAML(typ="safe").load(Path("params.yaml").read_text())
     node = values
     *parents, last = key.split(".")
@@ -39,6 +40,7 @@ def with_param(key: str, value: object) -> None:
 
 
 def with_version(package: str, wanted: str) -> None:
+    """Write another version of a package into packages.yaml."""
     path, installed = Path("packages.yaml"), version(package).split("+")[0]
     path.write_text(path.read_text().replace(f'{package}: "{installed}"', f'{package}: "{wanted}"'))
 
@@ -57,7 +59,7 @@ def test_another_version_is_refused_by_the_stages_that_use_the_package(project: 
     freshness.check("score")
 
 
-def test_the_label_of_a_build_is_no_version(project: Path) -> None:
+def test_the_label_of_a_build_is_not_part_of_the_version(project: Path) -> None:
     assert "+" not in YAML(typ="safe").load(Path("packages.yaml").read_text())["torch"]
     freshness.check("align")
 
@@ -66,11 +68,11 @@ def test_the_label_of_a_build_is_no_version(project: Path) -> None:
     ("align", "model.vision.path", "presets/backbones"), ("align", "model.language", "presets/backbones"),
     ("align", "model.delta.init", "presets/backbones"), ("probe", "data.clip", "data/pretrained"),
     ("synthesize@edits", "data.edits.photos", "data/own/edits")])
-def test_a_folder_that_dvc_cannot_see_is_refused(project: Path, stage: str, key: str, folder: str) -> None:
+def test_a_folder_that_dvc_does_not_track_is_refused(project: Path, stage: str, key: str, folder: str) -> None:
     Path("elsewhere/mine").mkdir(parents=True)
     with_param(key, "elsewhere/mine")
-    with pytest.raises(ValueError, match=rf"params\.yaml: {key}: must lie in {folder}, .* got elsewhere/mine; 'cp -r "
-                                         rf".*elsewhere/mine {folder}/' .* write {folder}/mine"):
+    with pytest.raises(ValueError, match=rf"params\.yaml: {key}: must be inside {folder}, .* got elsewhere/mine; run "
+                                         rf"'cp -r .*elsewhere/mine {folder}/' .* set {key} to {folder}/mine"):
         freshness.check(stage)
     shutil.copytree("elsewhere", folder, dirs_exist_ok=True)
     with_param(key, f"{folder}/mine")
@@ -81,11 +83,11 @@ def test_a_link_to_a_folder_is_refused_because_dvc_does_not_follow_it(project: P
     Path("elsewhere").mkdir()
     Path("presets/backbones/mine").symlink_to(Path("elsewhere").absolute())
     with_param("model.language", "presets/backbones/mine")
-    with pytest.raises(ValueError, match=r"model\.language: must lie in presets/backbones"):
+    with pytest.raises(ValueError, match=r"model\.language: must be inside presets/backbones"):
         freshness.check("align")
 
 
-def test_a_name_of_the_hub_and_a_stage_that_loads_no_backbone_are_accepted(project: Path) -> None:
+def test_a_model_of_the_hugging_face_hub_and_a_stage_that_loads_no_backbone_are_accepted(project: Path) -> None:
     with_param("model.language", "lmsys/vicuna-7b-v1.5")
     freshness.check("align")
     Path("elsewhere").mkdir()
@@ -93,7 +95,7 @@ def test_a_name_of_the_hub_and_a_stage_that_loads_no_backbone_are_accepted(proje
     freshness.check("caption")
 
 
-def test_a_stage_that_dvc_starts_refuses_before_it_works(project: Path) -> None:
+def test_a_stage_that_dvc_starts_fails_before_it_does_any_work(project: Path) -> None:
     with_version("pillow", "1.0.0")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_STAGE": "probe"}
     done = subprocess.run([sys.executable, "-m", "onediff.stages.probe"], env=environment, capture_output=True,

@@ -1,4 +1,4 @@
-"""params.yaml against what is on this machine: every fault in one message, before any stage runs."""
+"""params.yaml is checked against the files on this machine, and one message lists all errors before any stage runs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def params(*changes: tuple[str, str]) -> Config:
+    """Write the micro preset with these replacements of text as params.yaml, and load it."""
     text = MICRO
     for old, new in changes:
         assert old in text, f"presets/micro.yaml no longer holds {old!r}"
@@ -40,18 +41,18 @@ def test_every_preset_passes(project: Path) -> None:
         check_inputs(load_params(ROOT / f"presets/{name}.yaml"))
 
 
-def test_every_wrong_name_of_a_source_is_told_at_once(project: Path) -> None:
+def test_one_error_lists_every_wrong_name_of_a_source(project: Path) -> None:
     with pytest.raises(ValueError, match="not one of the sources") as caught:
         params(("raw: []", "raw: [mine]"), ("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1, edist: 1}"),
                ("max_distance: {}", "max_distance: {nobody: 2.0}"))
     assert str(caught.value).splitlines() == [
         "params.yaml: data.leaks.max_distance: 'nobody' is not one of the sources scenes, edits, mine; correct the "
-        "name, or add the source to data",
+        "name, or add the source to the section data",
         "params.yaml: tune.mixture: 'mien' is not one of the sources scenes, edits, mine; did you mean 'mine'?",
         "params.yaml: tune.mixture: 'edist' is not one of the sources scenes, edits, mine; did you mean 'edits'?"]
 
 
-def test_every_input_that_is_not_on_this_machine_is_told_at_once(project: Path) -> None:
+def test_one_error_lists_every_missing_input(project: Path) -> None:
     Path("data/raw/mine").mkdir(parents=True)
     config = params(("raw: []", "raw: [mien, birds_to_words]"), ("photos: null", "photos: holidays"),
                     ("language: presets/backbones/tiny/language", "language: ./llama"))
@@ -67,16 +68,16 @@ def test_every_input_that_is_not_on_this_machine_is_told_at_once(project: Path) 
     assert lines[3].startswith("params.yaml: model.language: folder ./llama does not exist; correct the path")
 
 
-def test_sources_without_pairs_to_validate_and_to_test_on_are_told(project: Path) -> None:
+def test_sources_with_training_pairs_only_are_refused(project: Path) -> None:
     Path("data/raw/llava_558k").mkdir(parents=True)
     config = params(("generated: [scenes, edits]", "generated: []"), ("raw: []", "raw: [llava_558k]"),
                     ("mixture: {scenes: 1}", "mixture: {llava_558k: 1}"),
                     ("mixture: {scenes: 3, edits: 1}", "mixture: {llava_558k: 1}"))
-    with pytest.raises(ValueError, match="llava_558k have pairs for split train only, so val, gate and test would be"):
+    with pytest.raises(ValueError, match="splits val, gate and test, but llava_558k have only training pairs"):
         check_inputs(config)
 
 
-def test_an_input_may_be_absent_once_dvc_has_what_was_made_from_it(project: Path) -> None:
+def test_an_input_may_be_missing_if_dvc_has_the_outputs_made_from_it(project: Path) -> None:
     config = params(("raw: []", "raw: [mine, other]"), ("photos: null", "photos: holidays"))
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  read@mine:\n    cmd: a\n  synthesize@edits:\n    cmd: a\n"
                                 "    params:\n      params.yaml:\n        data.edits:\n          photos: holidays\n")
@@ -85,15 +86,15 @@ def test_an_input_may_be_absent_once_dvc_has_what_was_made_from_it(project: Path
     check_inputs(config)
 
 
-def test_a_mixture_needs_training_pairs_and_something_to_validate_on(project: Path) -> None:
+def test_a_mixture_needs_training_pairs_and_validation_pairs(project: Path) -> None:
     Path("data/diffcap").mkdir(parents=True)
     counts = {"train": {"scenes": {"none": 7}}, "val": {"mine": {"unlabelled": 3}}, "gate": {}, "test": {}}
     Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": counts}))
     check_mixtures(params(("mixture: {scenes: 3, edits: 1}", "mixture: {scenes: 3}"),
                           ("validate_every: 4", "validate_every: null")))
-    with pytest.raises(ValueError, match=r"tune\.mixture: 'edits' has no pair in split train of data/diff") as caught:
+    with pytest.raises(ValueError, match=r"tune\.mixture: 'edits' has no training pairs in data/diffcap") as caught:
         check_mixtures(params())
-    assert str(caught.value).splitlines()[1].startswith("params.yaml: tune.validate_every: no source of tune.mixture")
+    assert str(caught.value).splitlines()[1].startswith("params.yaml: tune.validate_every: a source of tune.mix")
 
 
 STAGE = """
@@ -106,10 +107,10 @@ run(align)
 
 @pytest.mark.parametrize(("stage", "change", "message"), [
     ("report", ("raw: []", "raw: [mine]"), "data.raw: 'mine' needs the folder data/raw/mine, which does not exist"),
-    ("align", ("seed: 7", "seed: 7"), "tune.mixture: 'edits' has no pair in split train of data/diffcap")])
-def test_every_stage_checks_before_it_works(stage: str, change: tuple[str, str], message: str, project: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dvc repro` alone starts none of our code before the first stage."""
+    ("align", ("seed: 7", "seed: 7"), "tune.mixture: 'edits' has no training pairs in data/diffcap")])
+def test_every_stage_checks_its_inputs_first(stage: str, change: tuple[str, str], message: str, project: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc repro` starts no code of this project before the first stage, so each stage must make the checks."""
     monkeypatch.setenv("DVC_STAGE", stage)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv(interrupts.FLOW, raising=False)
@@ -122,9 +123,9 @@ def test_every_stage_checks_before_it_works(stage: str, change: tuple[str, str],
     assert done.stderr.count("\n") == 1
 
 
-def test_the_cure_of_the_doctor_fits_the_fault(project: Path) -> None:
+def test_onediff_doctor_suggests_a_cure_that_fits_the_error(project: Path) -> None:
     missing = doctor._project()[0]
-    assert "params.yaml not found" in missing.message and missing.cure.startswith("'onediff preset tiny' writes")
+    assert "params.yaml does not exist" in missing.message and missing.cure.startswith("'onediff preset tiny' writes")
     with pytest.raises(ValueError, match="mien"):
         params(("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1}"))
     wrong = doctor._project()[0]
