@@ -55,7 +55,8 @@ def _pod(phase: str, name: str, runtime: Runtime, image: str) -> dict[str, Any]:
                     "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}},
                 {"name": "OMP_NUM_THREADS", "value": "1"}],
         **gpus, "volumeMounts": [{"name": "project", "mountPath": PROJECT}, {"name": "shm", "mountPath": "/dev/shm"}]}
+    # The pod mounts memory at /dev/shm, because NCCL and data loaders need more than the default of 64 MiB there.
     return {"restartPolicy": "Never", "subdomain": name, "terminationGracePeriodSeconds": grace_s + 30,
             "containers": [container],
             "volumes": [{"name": "project", "persistentVolumeClaim": {"claimName": CLAIM}},
-                        {"name": "shm", "emptyDir": {"medium": "Memory"}}]}  # NCCL and data loaders need more than the default of 64 MiB.
+                        {"name": "shm", "emptyDir": {"medium": "Memory"}}]}

@@ -23,7 +23,7 @@ POLL_S = 0.2
 
 @dataclass
 class Group:
-    """The processes that one command started; `leader` is the process id of the command and the id of the process group."""
+    """The processes that one command started. The process id of the command, `leader`, is the id of the group."""
 
     leader: int
     terminated: set[int] = field(default_factory=set)

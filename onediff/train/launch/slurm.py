@@ -1,4 +1,4 @@
-"""Runs the ranks of training as a Slurm job: submits the job, watches it, and lets it write a checkpoint when stopped."""
+"""Runs the ranks of training as a Slurm job: submits the job, watches it, and asks for a checkpoint before a stop."""
 
 import json
 import shlex
