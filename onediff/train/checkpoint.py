@@ -47,7 +47,7 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
             for name, value in share.items():
                 if not torch.equal(file.get_tensor(name).view(torch.int32), value.view(torch.int32)):
                     raise OSError(f"{path.name} differs from the tensors that were written to it")
-    except (OSError, SafetensorError) as raised:  # safetensors reports a full disk as a SafetensorError.
+    except (OSError, SafetensorError) as raised:  # The library safetensors reports a full disk as a SafetensorError.
         error = raised
     [failed] = engine.any_rank(error is not None)
     if failed:
@@ -106,7 +106,7 @@ def resume(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def _check_architecture(path: Path, file_of: dict[str, Any], engine: Engine) -> None:
-    """Raise ValueError unless the checkpoint contains exactly the model's trainable parameters, in equal shapes."""
+    """Raise ValueError if the tensors of the checkpoint do not match the model's trainable parameters."""
     expected = {f"{name}:{key}": list(getattr(p, "ds_shape", p.shape)) for name, p in engine.learning.items()
                 for key in _PARTS}
     stored = {key: list(file.get_slice(key).get_shape()) for key, file in file_of.items()}

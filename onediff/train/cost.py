@@ -130,7 +130,7 @@ BEFORE = {"vision": (), "delta": ("vision",), "projector": ("vision",), "languag
 
 
 def _factor(rates: Mapping[str, float], part: str) -> float:
-    """Return the FLOPs per token and weight of a part, given the learning rate of each part."""
+    """Return the FLOPs per token for each weight of a part: 6, 4 or 2, depending on which parts are trainable."""
     if rates[part]:
         return LEARNS
     return PASSED_THROUGH if any(rates[other] for other in BEFORE[part]) else FORWARD
@@ -156,7 +156,10 @@ def _tower_products(tower: nn.Module, num_patches: int) -> int:
 
 
 def _delta_products(model: OneDiffForConditionalGeneration) -> int:
-    """Count the multiplications of the Visual Delta Module for one pair, and of `enhance` in token layout B."""
+    """Count the multiplications of the Visual Delta Module for one pair.
+
+    In token layout B, this includes the `enhance` module, which adds the delta tokens to the patches.
+    """
     if model.delta is None:
         return 0
     delta, num_patches, num_tokens = model.delta, model.config.num_patches, model.config.delta_num_tokens

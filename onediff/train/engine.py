@@ -16,12 +16,12 @@ from onediff.train import lora
 
 BETAS = (0.9, 0.999)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Method of DeepSpeed's ZeRO 1 and 2 optimizers that gives each parameter access to its Adam moments.
+# Name of the private DeepSpeed method that, under ZeRO 1 and 2, gives each parameter access to its Adam moments.
 LINK = "_lazy_init_hp_params_optimizer_state"
 
 
 def start_process_group() -> None:
-    """Join the process group of the ranks that a launcher started; without a launcher, be the only rank."""
+    """Join the process group of the ranks that a launcher started; without a launcher, create a group of one rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -31,7 +31,7 @@ def start_process_group() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # An in-memory store needs no port. Another process could take a free port before this process opens it.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # missing in the type stubs of torch
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not torch.cuda.is_available():
         # On a CPU, DeepSpeed would otherwise compile this extension, and fail on a machine without a compiler.
@@ -124,7 +124,7 @@ class Engine:
         self.device, self._plain_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self._updated is not None or hasattr(self._engine.optimizer, LINK):
-            # ZeRO 1 and 2 give access to moments at the first update, but only for parameters that have a gradient.
+            # DeepSpeed creates moments at the first update, and under ZeRO 1 and 2 only where there is a gradient.
             self._make_moments()
         for state in self.optimizer.state.values():
             # In bfloat16 without ZeRO, DeepSpeed has already called the optimizer once, without gradients.
@@ -142,7 +142,7 @@ class Engine:
         return totals
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is set on any rank, so that all ranks take the same decision."""
+        """Return for each flag whether at least one rank has set it, so that all ranks can take equal decisions."""
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Engine:
             (master.data if key == "value" else self.optimizer.state[master][key]).copy_(value)
             if key == "value" and master is not p:
                 p.data.copy_(value)
-        elif hasattr(p, "ds_tensor"):  # ZeRO 3: each rank has one slice, and the last slice is padded.
+        elif hasattr(p, "ds_tensor"):  # Under ZeRO 3, each rank holds one slice of the flattened tensor.
             size = p.ds_tensor.ds_numel
             part = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
             if key == "value":
@@ -301,7 +301,7 @@ class Engine:
 
 
 def checkpoint_activations(model: OneDiffForConditionalGeneration, phase: Phase, *, zero_level: int) -> None:
-    """Keep only the inputs of each transformer block and run the block again in the backward pass, to save memory."""
+    """Save memory: keep only the input of each transformer block and recompute the block in the backward pass."""
     # ZeRO 3 releases weights after the forward pass, and non-reentrant checkpointing rejects the changed shapes.
     options = {"use_reentrant": zero_level == 3}
     model.language.activation_checkpointing_enable(options)

@@ -226,7 +226,7 @@ def validate(engine: Engine, validation: Validation) -> float:
 
 
 def best_file(folder: Path, step: int) -> Path:
-    """Return the file for the best weights; the name contains the step, because a checkpoint refers to it by step."""
+    """Return the path for the best weights; it contains the step, because a checkpoint stores the best step."""
     return folder / "best" / f"step-{step:07d}.safetensors"
 
 

@@ -26,9 +26,9 @@ from onediff.train.cost import Size
 from onediff.train.engine import trainable
 
 Offload = Literal["none", "optimizer", "all"]
-BUCKET = 500_000_000  # gradients that are reduced together; DeepSpeed's default of reduce_bucket_size
-GATHERED = 1_000_000_000  # most parameters that ZeRO 3 gathers at a time; default of stage3_max_live_parameters
-SUB_GROUP = 1_000_000_000  # parameters that ZeRO 3 updates at a time; default of sub_group_size
+BUCKET = 500_000_000  # number of gradients that DeepSpeed reduces in one operation (default reduce_bucket_size)
+GATHERED = 1_000_000_000  # most parameters that ZeRO 3 gathers at a time (default stage3_max_live_parameters)
+SUB_GROUP = 1_000_000_000  # number of parameters that ZeRO 3 updates at a time (default sub_group_size)
 
 
 @dataclass(frozen=True)

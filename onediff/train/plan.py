@@ -26,14 +26,14 @@ ARCHITECTURES = Path("presets/architectures")
 GIB = 2**30
 SPARE = 0.05  # share of GPU memory that is lost to fragmentation
 OVERHEAD_GIB = 1.5  # GPU memory that CUDA and NCCL use
-ENOUGH_TOKENS = 4096  # tokens of a micro-batch beyond which a larger one is hardly faster
+ENOUGH_TOKENS = 4096  # number of tokens above which a larger micro-batch hardly increases the speed
 TOKENS_PER_WORD = 4 / 3
-ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated means
-USUAL_ANSWER_TOKENS = 16  # estimated mean for all sources that ANSWER_TOKENS does not contain
-CONVERSATION_TOKENS = 150  # estimated tokens of all questions in a conversation
+ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated mean number of answer tokens
+USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for every other source
+CONVERSATION_TOKENS = 150  # estimated number of tokens of all questions in a conversation
 CONVERSATIONS = {"llava_665k": 0.94}  # sources of conversations, with the share of conversations that have an image
-MERGED = ("spot_the_diff", "clevr_change")  # sources whose official count of records differs from the count of pairs
-SCENE_PAIRS = 3  # pairs of split `train` from one base scene
+MERGED = ("spot_the_diff", "clevr_change")  # sources in which several records describe one pair
+SCENE_PAIRS = 3  # number of training pairs that are generated from one base scene
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class MeanSample:
 class Layout:
     """One way to distribute a phase over the GPUs, with the memory of one GPU in bytes.
 
-    `micro_batch_size` is the largest that fits; 0 means that not even one row fits. `total` is the memory used at that
-    size, or with one row. `activations` is the memory for each row.
+    `micro_batch_size` is the largest micro-batch that fits, or 0 if not even one row fits. `activations` is the memory
+    for each row. `total` is all memory with the largest micro-batch, or with one row if none fits.
     """
 
     sharing: Sharing
@@ -69,7 +69,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """The plan of one phase; `num_samples` maps each source to its number of samples and the origin of this number."""
+    """The plan of one training phase.
+
+    `num_samples` maps each source to the number of samples and a text that says where this number is from.
+    """
 
     name: str
     sizes: dict[str, Size]
@@ -167,7 +170,7 @@ def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
 
 
 def _expected_pairs(source: str, config: Config) -> int | None:
-    """Return the number of training pairs by params.yaml or by the catalog, or None if neither has the number."""
+    """Return the number of training samples from params.yaml or from the catalog, or None if it is unknown."""
     if source == "scenes":
         return SCENE_PAIRS * config.data.scenes.num_scenes.train
     if source == "edits":

@@ -12,7 +12,7 @@ from typing import Any
 
 from onediff.files import write_json
 
-FINAL = "final"  # name of the sub-folder of a run that contains the trained model
+FINAL = "final"  # the trained model is in this sub-folder of the run folder
 
 
 def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
@@ -50,7 +50,7 @@ def recorded_errors(folder: Path) -> Iterator[None]:
 
 
 def modified_ns(folder: Path) -> int:
-    """Return the modification time of status.json, which shows whether a run has written it; 0 if it does not exist."""
+    """Return the modification time of status.json in nanoseconds, or 0 if the file does not exist."""
     path = folder / "status.json"
     return path.stat().st_mtime_ns if path.exists() else 0
 

@@ -13,7 +13,7 @@ from onediff.train.status import is_finished, modified_ns, read_status, write_st
 
 PATIENCE_S = 30.0  # longest time until shared storage shows a file that rank 0 wrote on another node
 AGAIN = "run the same command again to continue from the last checkpoint"
-# Words by which gloo and NCCL report that the connection to another rank was lost.
+# Error messages of gloo and NCCL match this pattern if the connection to another rank was lost.
 LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)
 
 
@@ -47,7 +47,8 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
     if is_finished(folder):
         return True
     is_new = modified_ns(folder) != modified_before
-    raise ValueError(_explanation(phase, folder, status if is_new else None, ending=ending, stopped=stopped))
+    message = _explanation(phase, folder, status if is_new else None, ending=ending, stopped=stopped)
+    raise ValueError(message)
 
 
 def _explanation(phase: str, folder: Path, status: dict[str, Any] | None, *, ending: str, stopped: bool) -> str:

@@ -9,9 +9,9 @@ from ruamel.yaml import YAML
 from onediff.config import Runtime
 from onediff.train.launch.ranks import GRACE_S
 
-# Where a pod mounts the project folder, with data and scratch. All pods share the volume that contains this folder.
+# Each pod mounts the project folder, including data and scratch, at this path, from a volume that all pods share.
 PROJECT = "/workspace"
-CLAIM = "onediff"  # name of the PersistentVolumeClaim for this volume
+CLAIM = "onediff"  # name of the PersistentVolumeClaim for the project folder
 
 
 def manifest(phase: str, runtime: Runtime, *, image: str) -> str:

@@ -220,7 +220,7 @@ class Pretrainer(nn.Module):
         return loss + 4.0 * functional.smooth_l1_loss(light, photometry(batch["images"]))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return two losses: of the labels of all patches, and of the captions."""
+        """Return two losses: one for the labels of all patches, and one for the captions."""
         states = self.tower((batch["images"] - CLIP_MEAN) / CLIP_STD, output_hidden_states=True).hidden_states
         middle, last = (states[level][:, 1:] for level in (LAYERS // 2, LAYERS))
         dense = 0.3 * self.dense_loss(middle, batch, self.heads[0]) + self.dense_loss(last, batch, self.heads[1])
