@@ -4,9 +4,9 @@
 
 Each of six kinds of processes is killed at three random moments, in a separate project of micro size with the services
 of `make services` (and PostgreSQL if it is installed). After each kill, the services are started again with the code of
-`make services`. A retraining that failed is triggered again, as a schedule would do. The result is right if there is exactly one
-new version, this version is the champion, no stage is stale, and the audit trail of the registry has no gap or fork.
-Until then, the previous champion must stay the champion.
+`make services`. A retraining that failed is triggered again, as a schedule would do. The result is right if there is
+exactly one new version, this version is the champion, no stage is stale, and the audit trail of the registry has no gap
+or fork. Until then, the previous champion must stay the champion.
 """
 
 import json

@@ -4,8 +4,8 @@
 
 The script creates a project of micro size, with a `tune` phase of 200 steps, in FOLDER or in a temporary folder, and
 runs it once undisturbed. For each interrupt, it makes one stage stale, starts a command in a new terminal, and stops
-the command in one of three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The table shows how long it
-took until no process was left, and whether the next run of the command produced equal files.
+the command in one of three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The table shows how
+long it took until no process was left, and whether the next run of the command produced equal files.
 """
 
 import os

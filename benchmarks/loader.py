@@ -4,9 +4,10 @@
     python -m benchmarks.loader --preset small --steps 6
 
 The waiting time is from the request for a step's tensors until they are ready. It is measured without training
-("alone") and during training with `fit` ("in a run"). With "pixels", images are decoded at every step; with "features", stored
-features of the frozen vision tower are read. Runs do not take turns, because loader workers would prepare batches while
-another run has its turn. The speed of the loader is measured by `python -m benchmarks.data --step loader`.
+("alone") and during training with `fit` ("in a run"). With "pixels", images are decoded at every step; with "features",
+stored features of the frozen vision tower are read. Runs do not take turns, because loader workers would prepare
+batches while another run has its turn. The speed of the loader is measured by `python -m benchmarks.data --step
+loader`.
 """
 
 import os
