@@ -23,7 +23,7 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
     """
     name = "image" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"{name} does not exist or is not a file; give the path of an image file")
+        raise FileNotFoundError(f"{name} not found: the path must be an existing file; give the path of an image")
     try:
         with warnings.catch_warnings():
             # Pillow's warning about large images is not needed, because this function checks the size itself.
@@ -39,7 +39,7 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
         raise ValueError(f"{name}: more than 178 megapixels, at most {max_megapixels:g} allowed; reduce the size of "
                          "the image") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image in a supported format; use one of {', '.join(FORMATS)}") from None
+        raise ValueError(f"{name}: not an image, or not in a supported format; use {', '.join(FORMATS)}") from None
     except _BROKEN as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: corrupt or truncated image ({reason}); replace the file") from None

@@ -111,9 +111,9 @@ def test_exif_rotation_is_applied_to_sixteen_bit_grey_too() -> None:
 
 
 def test_a_missing_file_and_a_folder_are_refused_with_the_path(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png not found"):
         open_image(tmp_path / "gone.png")
-    with pytest.raises(FileNotFoundError, match="or is not a file"):
+    with pytest.raises(FileNotFoundError, match="must be an existing file"):
         open_image(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_truncated_image_is_refused_with_a_one_line_message(kind: str, share: 
 def test_corrupt_content_is_refused() -> None:
     with pytest.raises(ValueError, match="image: not an image"):
         open_image(b"")
-    with pytest.raises(ValueError, match="not an image in a supported format"):
+    with pytest.raises(ValueError, match="not an image, or not in a supported format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     content = bytearray(save(Image.fromarray(noise(H, W, 3)), "PNG"))
     content[len(content) // 2] ^= 255
