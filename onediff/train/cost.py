@@ -88,10 +88,10 @@ class Flops:
     """The FLOPs of training for each image, pair, token and answer token of a batch."""
 
     image: float  # vision tower
-    view: float  # patch projector; in token layout C one view is both images of a row, else it is one image
+    view: float  # the patch projector, for one image, or in token layout C for both images of a pair together
     pair: float
     token: float
-    answer_token: float  # output layer, which computes logits only for answer tokens
+    answer_token: float  # the output layer, because logits are computed only for answer tokens
     views_joined: bool
 
     @classmethod

@@ -40,9 +40,9 @@ def start_process_group() -> None:
 
 
 def limit_waits() -> None:
-    """Give every process group the timeout of DeepSpeed's first group.
+    """Set the timeout of every process group to DEEPSPEED_TIMEOUT.
 
-    By default, operations in the other gloo groups would wait 30 minutes for a node that was lost.
+    DeepSpeed itself sets only the timeout of the first group. Other gloo groups would wait 30 minutes for a lost node.
     """
     from deepspeed.constants import default_pg_timeout
     from torch.distributed import distributed_c10d
@@ -127,7 +127,7 @@ class Engine:
             # DeepSpeed creates moments at the first update, and under ZeRO 1 and 2 only where there is a gradient.
             self._make_moments()
         for state in self.optimizer.state.values():
-            # In bfloat16 without ZeRO, DeepSpeed has already called the optimizer once, without gradients.
+            # In bfloat16 without ZeRO, DeepSpeed has already made one empty update, so the step counter is reset.
             state["step"].zero_()
 
     def set_rate(self, factor: float) -> None:

@@ -103,6 +103,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             micro_batches = next(batch_iterator)
             loader_wait_s = time.monotonic() - load_start
 
+            # Each loss is divided by the answer tokens of all ranks, so the number of GPUs does not change the result.
             counts = engine.sums(counts_of(micro_batches))
             num_answer_tokens = counts[COUNTED.index("answer_tokens")]
             lr_factor = rate_factor(step, run.num_steps, run.phase.warmup)
@@ -132,6 +133,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
                     save_best(engine, best_file(run.folder, num_done))
                     best = {"best": score, "best_step": num_done}
 
+            # All ranks must decide together, because each rank writes a part of the checkpoint.
             is_due = time.monotonic() - last_checkpoint > run.runtime.checkpoint_every_s
             is_stopped, is_due = engine.any_rank(bool(stop.reason), is_due)
             if is_stopped or is_due:

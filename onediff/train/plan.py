@@ -31,7 +31,7 @@ TOKENS_PER_WORD = 4 / 3
 ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated mean number of answer tokens
 USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for every other source
 CONVERSATION_TOKENS = 150  # estimated number of tokens of all questions in a conversation
-CONVERSATIONS = {"llava_665k": 0.94}  # sources of conversations, with the share of conversations that have an image
+CONVERSATIONS = {"llava_665k": 0.94}  # for each conversation source, the share of conversations that have an image
 MERGED = ("spot_the_diff", "clevr_change")  # sources whose samples are pairs; the samples of other sources are records
 SCENE_PAIRS = 3  # number of training pairs that are generated from one base scene
 

@@ -11,7 +11,7 @@ from onediff.config import Runtime
 from onediff.train.launch import nodes, ranks, slurm
 from onediff.train.status import is_finished, modified_ns, read_status, write_status
 
-PATIENCE_S = 30.0  # longest time until shared storage shows a file that rank 0 wrote on another node
+PATIENCE_S = 30.0  # Shared storage may show a file of another node only after this time.
 AGAIN = "run the same command again to continue from the last checkpoint"
 # Error messages of gloo and NCCL match this pattern if the connection to another rank was lost.
 LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)
@@ -54,7 +54,7 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
 def _explanation(phase: str, folder: Path, status: dict[str, Any] | None, *, ending: str, stopped: bool) -> str:
     """Return the message that says why the ranks ended, and record the reason in status.json.
 
-    The reason is from the status that the ranks wrote, if there is one, and otherwise from the exit of the launcher.
+    The reason is read from status.json if the ranks have written it; otherwise it is how the launcher ended.
     """
     if status and status["state"] in ("failed", "diverged", "preempted"):
         state, reason = status["state"], str(status["reason"])

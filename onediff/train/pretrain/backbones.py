@@ -42,9 +42,9 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "ma
 UNKNOWN = -100  # the default ignore_index of cross_entropy
 _SIDE = IMAGE_PX // PATCH_PX
 
-# An image, the objects in the image, the index of the object at each pixel (-1: none), and the caption.
+# A tuple of an image, the list of objects, the object index of each pixel (-1: no object), and the caption.
 Drawn = tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str | None]
-# The attributes, presence and offsets of each patch, as in the class Example.
+# A tuple of the arrays `attributes`, `present` and `offsets` of the class Example.
 Labels = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
