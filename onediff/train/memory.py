@@ -94,8 +94,8 @@ class MicroBatch:
 class Saved:
     """Bytes of activations that autograd saves for one micro-batch.
 
-    `everything` is without and `checkpointed` is with `checkpoint_activations`. `working` is the additional memory that
-    the backward pass needs in both cases.
+    `everything` is the amount without activation checkpointing, and `checkpointed` the amount with it. `working` is the
+    additional memory that the backward pass needs in both cases.
     """
 
     everything: int
@@ -139,9 +139,9 @@ def _allocate(model: nn.Module) -> None:
 
 
 class _Counter:
-    """Counts the bytes of the storages that autograd saves: in total, within each transformer block, and block inputs.
+    """Counts the bytes that autograd saves: in total, in each transformer block, and for the input of each block.
 
-    Every storage is counted once. Parameters are not counted.
+    A storage that several tensors share is counted once. Parameters are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
