@@ -91,7 +91,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
     """
     engine = Engine(run.model, run.phase, run.runtime)
     state = checkpoint.resume(engine, run.folder)
-    first_step, best = state.get("step", 0), {"best": state.get("best"), "best_step": state.get("best_step")}
+    first_step, best_score, best_step = state.get("step", 0), state.get("best"), state.get("best_step")
     curve = CurveWriter(run.folder, log, first_step=first_step) if engine.rank == 0 else None
     batch_iterator = batches(first_step, engine.rank)
     last_checkpoint = time.monotonic()
@@ -129,22 +129,23 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
                 score = validate(engine, run.validation)
                 if curve:
                     curve.write(step, {"val_CIDEr": score})
-                if best["best"] is None or score > best["best"]:
+                if best_score is None or score > best_score:
                     save_best(engine, best_file(run.folder, num_done))
-                    best = {"best": score, "best_step": num_done}
+                    best_score, best_step = score, num_done
 
             # All ranks must decide together, because each rank writes a part of the checkpoint.
             is_due = time.monotonic() - last_checkpoint > run.runtime.checkpoint_every_s
             is_stopped, is_due = engine.any_rank(bool(stop.reason), is_due)
             if is_stopped or is_due:
-                checkpoint.save(engine, run.folder, num_done, best)
+                checkpoint.save(engine, run.folder, num_done, {"best": best_score, "best_step": best_step})
                 write_status(run.folder, "running", num_done)
                 last_checkpoint = time.monotonic()
             if is_stopped:
                 raise preempted(run, num_done, stop.reason or "a signal to another rank")
-    weights = export(engine, run, best["best_step"])
+    weights = export(engine, run, best_step)
     engine.close()
-    return Trained({"steps": run.num_steps, **best, "seconds": meter.seconds, **meter.summary()}, weights)
+    summary = {"steps": run.num_steps, "best": best_score, "best_step": best_step, "seconds": meter.seconds}
+    return Trained(summary | meter.summary(), weights)
 
 
 def steps_of(phase: Phase, num_samples: int) -> int:
