@@ -1,3 +1,3 @@
-"""Scripts that print one table each: `python -m benchmarks.NAME`."""
+"""Benchmark scripts. Each script is run as `python -m benchmarks.NAME` and prints one table."""
 
-import onediff  # noqa: F401  (sets the OpenMP variables before a script loads torch)
+import onediff  # noqa: F401  (The import sets OpenMP variables before a script loads torch.)

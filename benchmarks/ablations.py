@@ -1,12 +1,13 @@
-"""What each part of the model and of the training is worth, on rendered scenes with known changes; one table.
+"""Ablations: how much each part of the model and the training contributes, measured on rendered scenes; one table.
 
-    python -m benchmarks.ablations run --seeds 3   # each variant and seed once, to docs/ablations; goes on
-    python -m benchmarks.ablations table           # docs/ablations.md from what was run
+    python -m benchmarks.ablations run --seeds 3   # run what is missing in docs/ablations
+    python -m benchmarks.ablations table           # write docs/ablations.md from the results
 
-Every variant trains both phases of presets/tiny.yaml with fewer steps on the same scenes, without `edits`, then
-captions three test sets: scenes like those of training, scenes whose changed object has a pair of color and shape that
-no training scene shows, and the first ones again, asked in words that training never used. The seed draws initial
-weights and batches; the scenes stay the same. `--jobs 2` trains two at once, a thread each.
+Every variant trains both phases of presets/tiny.yaml with fewer steps, on equal rendered scenes without the source
+`edits`. Then it captions three test sets: scenes like the training scenes; scenes whose changed object is a combination
+of color and shape that no training scene shows; and the first set again, with an instruction that training never used.
+The seed determines initial weights and batches, but not the scenes. `--jobs 2` trains two variants at a time, each on
+one thread.
 """
 
 import json
@@ -45,10 +46,12 @@ JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
 HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
 ALIGN_STEPS, TUNE_STEPS = 100, 400
 MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
-TESTS = ("test", "unseen", "asked")  # as in training; unseen color and shape; unseen instruction
+# The test sets: scenes as in training, unseen combinations of color and shape, and an unseen instruction.
+TESTS = ("test", "unseen", "asked")
 
-BASE = {"reading": "A"}  # beside presets/tiny.yaml: what was its default when these were run
-# Name -> what is changed in it: `align` None or a kind of samples, the rest under `model`.
+# The ablations were run when token layout A was the default of presets/tiny.yaml.
+BASE = {"reading": "A"}
+# Maps each variant to the settings that it changes: `align` is None or a kind of samples; other keys are under `model`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "inputs: pair (the paper)": {"inputs": "pair"},
@@ -76,9 +79,9 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.command()
 def run(seeds: int = 3, jobs: int = 2,
-        only: Annotated[list[str] | None, typer.Option(help="Names of variants.")] = None,
-        scale: Annotated[float, typer.Option(help="Share of the steps.")] = 1.0) -> None:
-    """Trains and scores what is missing in docs/ablations."""
+        only: Annotated[list[str] | None, typer.Option(help="Run only these variants.")] = None,
+        scale: Annotated[float, typer.Option(help="Factor on the number of training steps.")] = 1.0) -> None:
+    """Train and score every variant and seed whose result is missing in docs/ablations."""
     if not (HOME / "diffcap/card.json").exists():
         make_scenes(HOME / "diffcap")
     if not (HOME / "bert").exists():
@@ -90,13 +93,13 @@ def run(seeds: int = 3, jobs: int = 2,
                                      "--scale", str(scale)], env=os.environ | {"OMP_NUM_THREADS": "1"})
                    for name, seed in waiting[first : first + jobs]]
         if any(process.wait() for process in started):
-            raise SystemExit("a variant failed; its message stands above")
+            raise SystemExit("benchmarks.ablations: a variant failed; see the error message above")
     table()
 
 
 @app.command()
 def one(name: str, seed: int, scale: float = 1.0) -> None:
-    """One variant with one seed."""
+    """Train and score one variant with one seed."""
     silence_libraries()
     torch.set_num_threads(1)
     config = varied(load_params(Path("presets/tiny.yaml")), VARIANTS[name], seed=seed, scale=scale)
@@ -115,7 +118,7 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
 
 @app.command()
 def table() -> None:
-    """docs/ablations.md: means over the seeds, and their spread."""
+    """Write docs/ablations.md with the mean and the standard deviation over the seeds of each variant."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
              "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
@@ -129,6 +132,7 @@ def table() -> None:
 
 
 def spread(values: list[float]) -> str:
+    """Format the mean of the values and, if there are several, their standard deviation."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -137,10 +141,10 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
-    """The tiny preset with the base's and a variant's changes, checked as any params.yaml is."""
+    """Return the tiny preset with the changes of BASE and of a variant, validated like any params.yaml."""
     values = config.model_dump(mode="json") | {"seed": seed}
     model, align = values["model"], values["align"]
-    model["max_length"] = 256  # room for all patches of both images
+    model["max_length"] = 256  # Some variants give all patches of both images to the language model.
     for key, value in (BASE | changes).items():
         if key == "align":
             values["align"] = align | {"samples": value} if value else None
@@ -153,7 +157,7 @@ def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) 
 
 
 def train(config: Config, scratch: Path) -> float:
-    """Both phases; gives the GFLOPs of a step of `tune` per pair, the cached tower not counted."""
+    """Train both phases and return the GFLOPs per pair of a step of `tune`, without the cached vision tower."""
     gflops: list[float] = []
 
     def log(step: int, line: dict[str, float]) -> None:
@@ -170,12 +174,13 @@ def train(config: Config, scratch: Path) -> float:
 
 
 def make_scenes(folder: Path) -> None:
+    """Generate the training scenes and the three test sets as shards in `folder`."""
     values = load_params(Path("presets/tiny.yaml")).model_dump(mode="json")
     values["data"]["scenes"] |= {"jitter": JITTER, "min_objects": OBJECTS[0], "max_objects": OBJECTS[1]}
     config = Config.model_validate(values)
 
     def scenes(split: str, num: int, *, held_out: bool) -> Iterator[Record]:
-        """The first `num` scenes that show a held-out object, or that show none."""
+        """Yield the records of the first `num` scenes that show a held-out object, or of those that show none."""
         groups = (scene_records(config, split, index) for index in count())
         chosen = (records for records in groups if shows_held_out(records[0]) == held_out)
         return (replace(record, instruction=DEFAULT_INSTRUCTION) for records in islice(chosen, num)
@@ -190,17 +195,23 @@ def make_scenes(folder: Path) -> None:
                 ("asked", (replace(record, instruction="Describe the change between the scenes.") for record in test))):
             write_shards(records, part, split, shard_pairs=4000)
         write_json(part / "card.json", {"jitter": JITTER, "held_out": sorted(HELD_OUT)})
-    print(f"{NUM_TRAIN} train scenes, {len(test)} test pairs, {len(unseen)} with an unseen color and shape")
+    print(f"{NUM_TRAIN} training scenes, {len(test)} test pairs, {len(unseen)} test pairs with an unseen object")
 
 
 def shows_held_out(record: Record) -> bool:
-    """By the captions of both frames, which name every object as color, material and shape."""
+    """Check whether either image shows a held-out combination of color and shape.
+
+    The check reads the captions of both images, which describe every object by color, material and shape.
+    """
     words = " ".join(record.provenance["captions"]).replace(",", "").split()
     return any(pair in HELD_OUT for pair in zip(words, words[2:], strict=False))
 
 
 def make_bert(folder: Path) -> None:
-    """A BERT of the VDM's width, taught the project's sentences by masked words: what can stand for BERT-base here."""
+    """Train a small BERT, as wide as the Visual Delta Module, on the caption templates and save it in `folder`.
+
+    The paper initializes the module from BERT-base. This BERT is the equivalent for the tiny preset.
+    """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained("presets/backbones/tiny/language")
@@ -217,7 +228,7 @@ def make_bert(folder: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"BERT of width 128: {loss.item():.2f} per masked word")
+    print(f"BERT of width 128: the loss is {loss.item():.2f} per masked token")
     model.save_pretrained(folder)
 
 

@@ -1,14 +1,15 @@
-"""Peers of the champion on the test sets of data/diffcap: a Siamese CNN trained on the same pairs, and the floors.
+"""Compares the champion with baselines on the test sets of data/diffcap: a Siamese CNN, and trivial baselines.
 
-    python -m benchmarks.baselines                           # trains the CNN unless it is there; docs/baselines.md
-    python -m benchmarks.baselines --comparison same_place   # and one that compares the same place alone; a row more
+    python -m benchmarks.baselines                           # trains the CNN if needed; writes docs/baselines.md
+    python -m benchmarks.baselines --comparison same_place   # adds a CNN that compares only equal positions
 
-The CNN sees the training pairs of all sources and every reference, and nothing is pretrained. Training keeps the
-weights that reach the highest CIDEr on `val`. `make run` must have come before: it makes data/diffcap, and the
-champion's captions in data/captions/test. Without these captions the champion's figures are those of
-data/metrics.json, and no difference is tested. Ablations of the champion at its full length are rows, too: change
-params.yaml in a clone, `dvc repro caption`, and put its data/captions/test under the name
-.onediff/baselines/ablations/<what was changed>.
+Run `make run` before: it writes data/diffcap, and the captions of the champion in data/captions/test. Without these
+captions, the scores of the champion are read from data/metrics.json, and differences are not tested. The CNN is trained
+from random weights on the training pairs of all sources with all references. The weights with the highest CIDEr on the
+`val` split are kept. A trivial baseline is a source of captions that ignores the images.
+
+The table can also contain variants of the champion: change params.yaml in a clone, run `dvc repro caption`, and copy
+data/captions/test to .onediff/baselines/ablations/NAME.
 """
 
 import json
@@ -39,11 +40,11 @@ LABELS = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "
              "swap_consistency": "swap", "operation_accuracy": "operation"}
 COMPARISONS = {"matched": "Siamese CNN", "same_place": "Siamese CNN, difference at the same place alone"}
 
-Figures = dict[str, tuple[float, Sequence[float]]]  # name -> value and interval
+Figures = dict[str, tuple[float, Sequence[float]]]  # maps each metric to the value and the 95 % interval
 
 
 def main(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> None:
-    """Trains a CNN unless it is there, and writes the table of every system with 95 % intervals."""
+    """Train a CNN if it does not exist yet, and write the table of all systems with 95 % intervals."""
     if not (HOME / comparison / "training.json").exists():
         train(comparison, steps, threads)
     train_rows, test_rows = (read_table(DIFFCAP, f"{split}-*.parquet") for split in ("train", "test"))
@@ -56,7 +57,7 @@ def main(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> No
 
 
 def train(comparison: str, steps: int, threads: int) -> None:
-    """Trains a CNN and captions the test sets with it."""
+    """Train a CNN, caption the test sets with it, and save both in a folder."""
     import torch
 
     from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner
@@ -91,11 +92,12 @@ def train(comparison: str, steps: int, threads: int) -> None:
     captioner.save(folder)
     for benchmark in BENCHMARKS:
         write_predictions(benchmark, siamese_cnn(folder), folder / f"{benchmark}.jsonl")
-    write_json(folder / "training.json", facts, indent=1)  # last, because it marks the folder as complete
+    # This file is written last, because it marks the folder as complete.
+    write_json(folder / "training.json", facts, indent=1)
 
 
 def training_table() -> list[str]:
-    """Size and training of each CNN."""
+    """Return the lines of a table with the size and the training time of each CNN."""
     lines = ["| CNN | parameters | pairs seen | best val CIDEr, at step | processor time, minutes | in all, minutes |",
              "|---" * 6 + "|"]
     for folder, name in trained_cnns().items():
@@ -112,13 +114,13 @@ def trained_cnns() -> dict[Path, str]:
 
 
 def peers() -> dict[str, Path]:
-    """Name -> folder of the predictions for each benchmark: the champion's ablations, and the CNNs."""
+    """Return the folder with predictions of each variant of the champion and of each CNN, by name."""
     return {**{f"OneDiff, {folder.name}": folder for folder in sorted((HOME / "ablations").glob("*"))},
             **{name: folder for folder, name in trained_cnns().items()}}
 
 
 def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) -> list[str]:
-    """The table of one benchmark, and whether the champion is better than each peer."""
+    """Return the lines of one benchmark: the scores of all systems, and the differences between champion and peers."""
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     groups = [row["group_id"] for row in rows]
     predictions = predictions_by_system(benchmark, references, train_captions)
@@ -131,7 +133,7 @@ def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) 
              _line("", (LABELS.get(key, key) for key in names)), "|---" * (1 + len(names)) + "|"]
     lines += [_line(name, (with_interval(*values[key]) for key in names)) for name, values in figures.items()]
     empty = [""] * (len(names) - len(CAPTION_HEADLINES))
-    # Floors of data/metrics.json that have no captions, such as the nearest training pair's; without intervals.
+    # For other trivial baselines, data/metrics.json has scores but no captions, so they have no intervals.
     lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in CAPTION_HEADLINES), *empty])
               for name, values in metrics(benchmark)["floor"].items() if name not in ("constant", "random_train")]
     if CHAMPION in predictions:
@@ -153,7 +155,7 @@ def predictions_by_system(benchmark: str, references: dict[str, list[str]],
 
 
 def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: Sequence[PairRow]) -> Figures:
-    """Each figure and its 95 % interval."""
+    """Return the scores of one system on one benchmark, each with the 95 % interval."""
     grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
     shares = grammar.behaviour(predictions, rows) if grammar else {}
     spans = intervals(scores, [row["group_id"] for row in rows])
@@ -162,11 +164,11 @@ def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: S
 
 
 def recorded(benchmark: str, references: dict[str, list[str]]) -> Figures:
-    """The champion's figures as data/metrics.json has them, where its captions are no longer there."""
+    """Return the scores of the champion from data/metrics.json, for the case that the captions do not exist."""
     result = metrics(benchmark)
     if result["references"] != references_digest(references):
-        raise ValueError(f"data/metrics.json: scores of {benchmark} are of other references than those in {DIFFCAP}, "
-                         "and data/captions holds no captions to score again: 'make run' makes all of them")
+        raise ValueError(f"data/metrics.json: the scores of {benchmark} must belong to the references in {DIFFCAP}, "
+                         "but were computed with other references; run 'make run' to compute captions and scores")
     spans = result["score_intervals"] | result["intervals"]
     return {key: (result[key], spans[key]) for key in (*CAPTION_HEADLINES, *BEHAVIOUR_HEADLINES) if key in result}
 
@@ -177,7 +179,10 @@ def metrics(benchmark: str) -> dict[str, Any]:
 
 
 def differences(scores: dict[str, Scores], peer: str, groups: list[str]) -> list[str]:
-    """The champion less a peer by paired bootstrap, p in brackets."""
+    """Return the score of the champion minus the score of a peer for each metric, with interval and p-value.
+
+    Intervals and p-values are from a paired bootstrap over groups of pairs.
+    """
     compared = compare(scores[CHAMPION], scores[peer], groups)
     return [f"{100 * (figure.first - figure.second):+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}], "
             f"p {figure.p:.4f}" for figure in (compared[key] for key in CAPTION_HEADLINES)]

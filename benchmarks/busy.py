@@ -1,11 +1,11 @@
-"""Training steps of `tune` with and without the OpenMP settings of onediff, quiet and beside a busy core.
+"""Measures training steps of `tune` with and without the OpenMP settings of onediff, on an idle and on a busy machine.
 
-    python -m benchmarks.busy                  # 200 steps of each contender, on as many threads as there are cores
+    python -m benchmarks.busy                  # 200 steps of each contender, one thread for each core
     python -m benchmarks.busy --steps 20 --rounds 2
 
-Both contenders run the same steps of presets/tiny.yaml on generated pairs, step by step in turn, each in a process of
-its own. The ratio is the time with the settings divided by the time without: below 1 they are faster. The busy core
-is kept busy by one process that computes on one thread until the measurement ends.
+Both contenders run equal steps of presets/tiny.yaml on generated pairs. They take turns after each step, and each runs
+in a separate process. The ratio is the time with the settings divided by the time without them, so a ratio below 1
+means that the settings make training faster. On the busy machine, another process computes on one thread.
 """
 
 import os
@@ -22,16 +22,16 @@ from benchmarks import script, turns
 from benchmarks.train_step import BATCH, KINDS
 from benchmarks.turns import Contender
 
-# onediff does not overwrite variables that are set. So "without" sets the defaults of GNU OpenMP itself.
+# onediff does not change variables that are already set, so "without" sets the default values of GNU OpenMP.
 SETTINGS = {"with": {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ},
             "without": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}}
 
 
-def main(steps: Annotated[int, Option(help="Of each contender, quiet and beside a busy core.")] = 200,
+def main(steps: Annotated[int, Option(help="Number of steps of each contender on each machine.")] = 200,
          rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
-    """Measures training steps with and without the OpenMP settings that onediff makes."""
+    """Measure training steps with and without the OpenMP settings of onediff."""
     if steps % rounds:
-        raise ValueError(f"--steps {steps}: must be a multiple of --rounds, got {rounds}")
+        raise ValueError(f"--steps {steps}: must be a multiple of --rounds {rounds}; change one of them")
     table = Table("machine", "settings", "seconds a step", "with / without, by round", "times quiet",
                   title=f"tiny, tune, {steps} steps of {batch} rows, {threads} threads, {os.cpu_count()} cores")
     case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "threads": threads,
@@ -53,13 +53,14 @@ def main(steps: Annotated[int, Option(help="Of each contender, quiet and beside 
 
 
 def _ratio(policy: Contender, default: Contender) -> str:
-    by_round = [ours / theirs for ours, theirs in zip(policy.rounds, default.rounds, strict=True)]
+    """Format the ratio of the total times, and the median and range of the ratios of all rounds."""
+    by_round = [with_s / without_s for with_s, without_s in zip(policy.rounds, default.rounds, strict=True)]
     return f"{sum(policy.rounds) / sum(default.rounds):.3f} in all, median {turns.with_range(by_round, '.3f')}"
 
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """One process that computes on one thread for as long as this lasts."""
+    """Keep one core busy with another process during the block."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield

@@ -1,14 +1,14 @@
-"""Captions per second against transformers' LLaVA that reads both images; one table.
+"""Compares the captioning speed of OneDiff with LLaVA of transformers, which reads both images; one table.
 
     python -m benchmarks.captioning                                    # tiny, 32 pairs a batch, 30 new tokens each
     python -m benchmarks.captioning --preset small --batch 8
-    python -m benchmarks.captioning --preset paper --device cuda       # real sizes in bfloat16; not run here
+    python -m benchmarks.captioning --preset paper --device cuda       # sizes of the paper, in bfloat16; never run
 
-Ours is Captioner.caption as the stage `caption` calls it, the peer LlavaForConditionalGeneration.generate with SDPA;
-both from images in memory to text, greedily, every row exactly 30 new tokens long, the images made ready by the same
-processor. LLaVA reads all patches of both images, as does "all patches" (patch_pool 1), whose delta tokens come on top.
-A unit is one batch; the contenders take turns (benchmarks/turns.py), on a GPU one after the other. Weights are random:
-they decide which tokens come, not how fast.
+OneDiff runs `Captioner.caption`, like the stage `caption`. The peer runs `LlavaForConditionalGeneration.generate` with
+SDPA. Both start from images in memory, use equal image processors, and generate exactly 30 tokens per pair with greedy
+search. LLaVA reads all patches of both images. The contender "all patches" (patch_pool 1) reads all patches too, and in
+addition the delta tokens. A unit is one batch. On a CPU the contenders take turns (benchmarks/turns.py); on a GPU they
+run one after the other. Weights are random, because they do not influence the speed.
 """
 
 from collections.abc import Callable
@@ -39,10 +39,10 @@ BATCH = {"tiny": 32, "small": 8, "paper": 32}
 
 
 def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         batch: Annotated[int | None, Option(help="Pairs.")] = None, rounds: int = 5,
-         units: Annotated[int, Option(help="Batches of each in a round.")] = 2, device: str = "cpu",
+         batch: Annotated[int | None, Option(help="Pairs per batch.")] = None, rounds: int = 5,
+         units: Annotated[int, Option(help="Batches of each contender per round.")] = 2, device: str = "cpu",
          threads: int = 1) -> None:
-    """Times of captioning, ours and the peer's."""
+    """Measure the captioning speed of OneDiff and of LLaVA."""
     models.settings(preset)
     shared = {"preset": preset, "batch": batch or BATCH[preset], "device": device, "threads": threads, "units": units}
     contenders = [Contender(kind, "benchmarks.captioning", shared | case) for kind, case in KINDS.items()]
@@ -58,6 +58,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
+    """Caption one batch in each turn, in the process of one contender."""
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
     turn.facts["rows"] = case["batch"] * case["units"]
@@ -66,11 +67,12 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
                if record.num_images == 2)
     pairs = [(open_image(record.before), open_image(record.after)) for record in islice(records, case["batch"])]
     while True:
-        assert len(caption(pairs)) == len(pairs), "a caption for each pair"
+        assert len(caption(pairs)) == len(pairs), "every pair must get a caption"
         turn()
 
 
 def onediff(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
+    """Return a function that captions pairs with OneDiff."""
     model, processor = models.onediff(models.settings(case["preset"], **case["model"]), case["device"])
     model.language.generation_config.min_new_tokens = NEW_TOKENS
     captioner = Captioner(model, processor)
@@ -78,6 +80,7 @@ def onediff(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
 
 
 def llava(case: dict[str, Any]) -> Callable[[Pairs], list[str]]:
+    """Return a function that captions pairs with LLaVA of transformers."""
     config = models.settings(case["preset"])
     model, processor = models.llava(config, case["device"])
     tokenizer = processor.tokenizer

@@ -1,7 +1,7 @@
-"""How long the data path takes and how much memory, on this machine, with generated pairs; one table.
+"""Measures the time and memory of the data stages, DVC and the loader on generated pairs; one table.
 
-    python -m benchmarks.data --pairs 100000                      # everything, in .onediff/benchmark
-    python -m benchmarks.data --step build --folder .onediff/benchmark   # one step again, on what is there
+    python -m benchmarks.data --pairs 100000                             # all steps, in .onediff/benchmark
+    python -m benchmarks.data --step build --folder .onediff/benchmark   # one step, on existing data
 """
 
 import io
@@ -33,23 +33,25 @@ from onediff.data.record import write_shards
 from onediff.data.synthesis.edits.records import edit_record
 from onediff.inputs.processing import OneDiffProcessor, load_image_processor
 
-PX, LOADER_PX, STORED_PX = 64, 336, 512  # of the many pairs; of the tower; of the images that the loader reads
+PX = 64  # image size of the pairs for all steps except the loader
+LOADER_PX = 336  # image size that the vision tower of the paper takes
+STORED_PX = 512  # size of the stored images that the loader reads
 LOADER_PAIRS, LOADER_BATCH = 256, 16
 LEAST_PAIRS = 1000
 BACKBONES = ROOT / "presets/backbones/tiny"
 STEPS = ("synthesize", "probe", "validate", "build", "dvc", "loader")
 
-Result = tuple[str, str, float | None]  # what, how long or how fast, GiB
+Result = tuple[str, str, float | None]  # what was measured, the time or speed, and the peak memory in GiB
 
 
-def main(pairs: Annotated[int, Option(help="How many, if they are to be made.")] = 100_000,
-         folder: Annotated[Path, Option(help="Of the project; its shards are used if it has some.")] = (
+def main(pairs: Annotated[int, Option(help="Number of pairs to generate in a new folder.")] = 100_000,
+         folder: Annotated[Path, Option(help="Project folder; existing data is used again.")] = (
              Path(".onediff/benchmark")),
-         step: Annotated[list[str] | None, Option(help=f"Any of {', '.join(STEPS)}; all without.")] = None) -> None:
-    """Times of probe, validate, build, DVC and the loader on generated pairs."""
+         step: Annotated[list[str] | None, Option(help=f"Any of {', '.join(STEPS)}; default: all.")] = None) -> None:
+    """Measure the data stages, DVC and the loader on generated pairs."""
     for name in step or ():
         if name not in STEPS:
-            raise ValueError(f"--step {name}: must be one of {', '.join(STEPS)}")
+            raise ValueError(f"--step {name}: must be one of {', '.join(STEPS)}; correct the option")
     folder = folder.resolve()
     if not (folder / "params.yaml").exists():
         prepare(folder, pairs)
@@ -61,13 +63,16 @@ def main(pairs: Annotated[int, Option(help="How many, if they are to be made.")]
 
 
 def prepare(folder: Path, pairs: int) -> None:
-    """params.yaml for `pairs` pairs of 64 px: three quarters of rendered scenes, the rest edits. Raises ValueError."""
+    """Write a params.yaml for `pairs` small pairs, of which three quarters are rendered scenes and the rest edits.
+
+    Raises ValueError if `pairs` is not a multiple of LEAST_PAIRS.
+    """
     if pairs < LEAST_PAIRS or pairs % LEAST_PAIRS:
-        raise ValueError(f"--pairs must be a multiple of {LEAST_PAIRS}, got {pairs}")
+        raise ValueError(f"--pairs must be a positive multiple of {LEAST_PAIRS}, got {pairs}; change the option")
     yaml, unit = YAML(), pairs // LEAST_PAIRS
     values = yaml.load(ROOT / "presets/tiny.yaml")
     values["data"]["image_px"] = PX
-    # A scene of train gives three pairs, one of another split four.
+    # A scene gives three pairs in the train split and four pairs in the other splits.
     values["data"]["scenes"] |= {"num_far": 5 * unit, "num_scenes": {
         "train": 200 * unit, "val": 10 * unit, "gate": 10 * unit, "test": 20 * unit}}
     values["data"]["edits"]["num_pairs"] = {"train": 200 * unit, "val": 6 * unit, "gate": 6 * unit, "test": 8 * unit}
@@ -90,9 +95,9 @@ def _results(step: str, folder: Path) -> Iterator[Result]:
 
 
 def measured(what: str, command: list[str], folder: Path) -> Result:
-    """Runs it; seconds, and the peak of resident memory summed over its processes, read ten times a second.
+    """Run a command and return the seconds and the peak of the resident memory of all its processes together.
 
-    Raises ValueError if it fails.
+    The memory is read ten times per second. Raises ValueError if the command fails.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     start, peak = time.monotonic(), 0
@@ -101,7 +106,7 @@ def measured(what: str, command: list[str], folder: Path) -> Result:
         while process.poll() is None:
             resident = 0
             for each in [process, *process.children(recursive=True)]:
-                with suppress(psutil.Error):  # it has just ended
+                with suppress(psutil.Error):  # A process may end between listing and reading its memory.
                     resident += each.memory_info().rss
             peak = max(peak, resident)
             time.sleep(0.1)
@@ -112,7 +117,7 @@ def measured(what: str, command: list[str], folder: Path) -> Result:
 
 
 def dvc(folder: Path) -> Iterator[Result]:
-    """`add`, `push` to a folder as remote, and `pull` in another place that has neither cache nor shards."""
+    """Measure `dvc add`, `dvc push` to a local folder, and `dvc pull` and `dvc checkout` in a fresh clone."""
     project, clone = folder / "dvc/project", folder / "dvc/clone"
     shutil.rmtree(folder / "dvc", ignore_errors=True)
     shutil.copytree(folder / "data/diffcap", project / "diffcap")
@@ -130,14 +135,11 @@ def dvc(folder: Path) -> Iterator[Result]:
     shutil.rmtree(folder / "dvc")
 
 
-# --- the loader -------------------------------------------------------------------------------------------------------
-
-
 def loader(folder: Path) -> Iterator[Result]:
-    """Pairs per second and core: from shards to tensors, beside a bare Pillow loop over the same bytes.
+    """Measure the pairs per second that the loader reads and decodes on one core, and those of a plain Pillow loop.
 
-    Both take turns, batch by batch, in one process with one thread; processor time is counted, not the clock's, so
-    that a neighbour on the machine does not decide.
+    Both take turns after each batch, in one process with one thread. Processor time is measured instead of wall time,
+    because other processes on the machine influence it less.
     """
     torch.set_num_threads(1)
     shards = folder / "loader"
@@ -151,7 +153,7 @@ def loader(folder: Path) -> Iterator[Result]:
         shutil.rmtree(folder / "corpus", ignore_errors=True)
         return Corpus.read(shards, "train", ["edits"], store=folder / "corpus")
 
-    reading_s = min(_processor_s(read) for _ in range(3))  # the first also starts pyarrow
+    reading_s = min(_processor_s(read) for _ in range(3))  # The first call also loads pyarrow.
     corpus = read()
     images = load_image_processor(BACKBONES / "vision")
     images.size = images.crop_size = {"height": LOADER_PX, "width": LOADER_PX}
@@ -159,7 +161,7 @@ def loader(folder: Path) -> Iterator[Result]:
     names = [name for sample in corpus.samples for name in sample.images]
     batches = [names[start : start + 2 * LOADER_BATCH] for start in range(0, len(names), 2 * LOADER_BATCH)]
     seconds = [(_processor_s(pixels_of, batch), _processor_s(_bare, [corpus.files[name] for name in batch]))
-               for batch in [batches[0], *batches]]  # the first once more, to warm up
+               for batch in [batches[0], *batches]]  # The first batch is run twice, because it warms up.
     decoding_s, bare_s = (sum(column) for column in zip(*seconds[1:], strict=True))
     count, ours_s = len(corpus.samples), decoding_s + reading_s
     yield "read shards", f"{count / reading_s:.0f} pairs/s", None
@@ -168,12 +170,14 @@ def loader(folder: Path) -> Iterator[Result]:
 
 
 def _bare(files: list[bytes]) -> None:
+    """Decode and resize images with Pillow only."""
     for content in files:
         with Image.open(io.BytesIO(content)) as image:
             image.convert("RGB").resize((LOADER_PX, LOADER_PX), Image.Resampling.BICUBIC)
 
 
 def _processor_s(work: Callable[..., Any], *args: Any) -> float:
+    """Call a function and return the processor time in seconds."""
     start = time.process_time()
     work(*args)
     return time.process_time() - start

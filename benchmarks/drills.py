@@ -1,9 +1,12 @@
-"""`python -m benchmarks.drills [FOLDER]`: retrainings in which something is killed at three random moments; a table.
+"""Failure drills: kill a process during retraining, and check that retraining still ends correctly; one table.
 
-A project of its own at micro size with the services of `make services`, PostgreSQL where it is installed. After each
-kill what was killed is started again, as `make services` does it; a retraining that ended broken is triggered again, as
-its schedule would. It ends right if there is one new version, which is champion, nothing is out of date, and the trail
-has no gap or fork; until then the champion is the one before.
+    python -m benchmarks.drills [FOLDER]
+
+Each of six kinds of processes is killed at three random moments, in a separate project of micro size with the services
+of `make services` (and PostgreSQL if it is installed). After each kill, the services are started again with the code of
+`make services`. A retraining that failed is triggered again, as a schedule would do. The result is right if there is
+exactly one new version, this version is the champion, no stage is stale, and the audit trail of the registry has no gap
+or fork. Until then, the previous champion must stay the champion.
 """
 
 import json
@@ -27,15 +30,16 @@ from benchmarks.interrupts import wait_until
 
 TARGETS = ("training", "flow", "worker", "mlflow", "prefect", "postgres")
 MOMENTS = 3
-PATIENCE_S = 120.0  # of the automation for lost runs; 540 in use, where machines are busier
+PATIENCE_S = 120.0  # time until Prefect treats a silent run as lost; production uses 540 s, as machines are busier
 LIMIT_S = 900.0
 SERVICES = {"prefect_port": 4231, "mlflow_port": 5031, "postgres_port": 5451, "start_s": 400}
-RULES = "minima: {scenes.CIDEr: 0}\nmaxima: {}\nbetter_than_champion: null\n"  # every retraining makes a champion
+# With these promotion rules, every retraining makes a new champion.
+RULES = "minima: {scenes.CIDEr: 0}\nmaxima: {}\nbetter_than_champion: null\n"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
 class Site:
-    """A project with its services."""
+    """The project in which the drills run, with access to its services."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +50,7 @@ class Site:
                      "ONEDIFF_SERVICES": json.dumps(SERVICES)}
 
     def make(self) -> None:
-        """Clones this checkout's last commit, at micro size with longer phases and a gate that lets all through."""
+        """Clone the last commit, and set micro size with longer phases and promotion rules that accept every model."""
         script.clone(self.folder)
         text = (self.folder / "presets/micro.yaml").read_text().replace("\n  steps: 4\n", "\n  steps: 30\n")
         (self.folder / "params.yaml").write_text(text.replace("\n  steps: 8\n", "\n  steps: 30\n"))
@@ -56,7 +60,7 @@ class Site:
         self.commit("drills")
 
     def change(self, number: int) -> None:
-        """Another learning rate of phase align, so that everything from there on is out of date."""
+        """Change the learning rate of phase `align`, so that `align` and all later stages become stale."""
         params = self.folder / "params.yaml"
         rate = f"lr_delta: {1e-3 + number * 1e-5:.5f}"
         params.write_text(re.sub(r"lr_delta: \S+", rate, params.read_text(), count=1))
@@ -72,10 +76,10 @@ class Site:
         return self.run(sys.executable, "-m", *command)
 
     def versions(self) -> tuple[int, str | None]:
-        """How many there are, and the champion."""
+        """Return the number of registered versions, and the version that is the champion."""
         try:
             output = self.module("onediff", "registry", "list", "--json")
-        except ValueError:  # there is none yet
+        except ValueError:  # The command fails as long as no version is registered.
             return 0, None
         rows = json.loads(output.splitlines()[-1])
         return len(rows), next((row["version"] for row in rows if "champion" in row["aliases"]), None)
@@ -85,18 +89,18 @@ class Site:
         self.request("POST", f"deployments/{deployment['id']}/create_flow_run", {})
 
     def states(self) -> list[str]:
-        """Of all retrainings, oldest first; those that were cancelled before they began aside."""
+        """Return the states of all retraining runs, oldest first, except cancelled runs."""
         body = {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC", "limit": 200}
         states = [run["state_type"] for run in self.request("POST", "flow_runs/filter", body)]
         return [state for state in states if state != "CANCELLED"]
 
     def at_rest(self, old_runs: int) -> bool:
-        """Whether all retrainings after the first `old_runs` have ended, and there was one."""
+        """Check that at least one retraining was started after the first `old_runs`, and that all have ended."""
         states = self.states()[old_runs:]
         return bool(states) and all(state in ENDED for state in states)
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer of Prefect's server, for which it waits while the server is down."""
+        """Send a request to the Prefect server and return the answer; repeat the request while the server is down."""
         while True:
             try:
                 answer = httpx.request(method, f"{self.env['PREFECT_API_URL']}/{path}", json=body, timeout=30)
@@ -107,12 +111,13 @@ class Site:
             time.sleep(1)
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """Those of the project whose command line has an argument that begins so."""
+        """Return the processes of the project that have a command-line argument which starts with `part`."""
         return [process for process in psutil.process_iter(["cmdline", "cwd"])
                 if process.info["cwd"] == str(self.folder)
                 and any(argument.startswith(part) for argument in process.info["cmdline"] or ())]
 
     def victims(self, target: str) -> list[psutil.Process]:
+        """Return the processes to kill for a target: training, flow, worker or a service."""
         if target == "training":
             return self.processes("onediff.stages.")[:1]
         if target == "flow":
@@ -125,14 +130,14 @@ class Site:
 
 
 def undisturbed(site: Site, number: int) -> float:
-    """Seconds of a retraining that makes version `number`."""
+    """Run a retraining that registers version `number`, without a kill, and return the seconds."""
     site.change(number)
     site.trigger()
     return wait_until(lambda: site.at_rest(0) and site.versions()[1] == str(number), math.inf, every_s=1)
 
 
 def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ...]:
-    """One retraining on new parameters, in which the target is killed after `after_s` seconds: a row of the table."""
+    """Retrain with changed parameters, kill the target after `after_s` seconds, and return a row of the table."""
     site.change(number)
     num_versions, champion = site.versions()
     old_runs = len(site.states())
@@ -142,7 +147,7 @@ def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ..
     wait_until(lambda: site.victims(target), 120, every_s=0.3)
     victims = site.victims(target)
     if not victims:
-        raise TimeoutError(f"{target}: nothing to kill")
+        raise TimeoutError(f"{target}: no such process was running, so none was killed; run the drills again")
     stages = [argument.split(".")[-1] for process in site.processes("onediff.stages.") for argument in process.cmdline()
               if argument.startswith("onediff.stages.")]
     for victim in victims:
@@ -157,7 +162,7 @@ def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ..
             continue
         if site.versions() == expected:
             break
-        if wait_until(lambda: not site.at_rest(old_runs), 15, every_s=1) >= 15:  # no automation starts another run
+        if wait_until(lambda: not site.at_rest(old_runs), 15, every_s=1) >= 15:  # No automation started another run.
             triggered += 1
             site.trigger()
     states = " -> ".join(state.lower() for state in site.states()[old_runs:])

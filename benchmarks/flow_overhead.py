@@ -1,7 +1,9 @@
-"""What the flow adds to `dvc repro` when all stages are up to date; one line.  python -m benchmarks.flow_overhead
+"""Measures the time that the Prefect flow adds to `dvc repro` when all stages are up to date; one line.
 
-The stages of the flow `retrain` and `dvc repro` take turns in this folder, which must be up to date. Start-up is left
-out: of Prefect's server, and of DVC (`dvc version`).
+    python -m benchmarks.flow_overhead
+
+The flow `retrain` and the command `dvc repro` take turns in this folder, in which all stages must be up to date. The
+start-up times of the Prefect server and of DVC (measured with `dvc version`) are subtracted.
 """
 
 import subprocess
@@ -28,16 +30,17 @@ def measure() -> None:
         state = run_here(stale_stages())
         flow_s.append(time.perf_counter() - start)
         if state.name != "UpToDate":
-            sys.exit("onediff: this folder is not up to date: 'dvc repro' first")
+            sys.exit("benchmarks.flow_overhead: all stages must be up to date; run 'dvc repro' first")
         repro_s.append(_seconds("repro"))
     start_s = median(_seconds("version") for _ in range(ROUNDS))
     num_stages = len(stages(load_params().data))
-    added = [(ours - theirs) / num_stages for ours, theirs in zip(flow_s, repro_s, strict=True)]
+    added = [(with_flow - alone) / num_stages for with_flow, alone in zip(flow_s, repro_s, strict=True)]
     print(f"{num_stages} stages: flow {median(flow_s) - start_s:.2f} s, dvc repro {median(repro_s) - start_s:.2f} s; "
-          f"the flow adds {median(added):+.3f} s a stage ({min(added):+.3f} to {max(added):+.3f})")
+          f"the flow adds {median(added):+.3f} s per stage ({min(added):+.3f} to {max(added):+.3f})")
 
 
 def _seconds(command: str) -> float:
+    """Run a DVC command and return the seconds."""
     start = time.perf_counter()
     subprocess.run([*DVC, command], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -1,11 +1,11 @@
-"""Interrupt runs at random moments, start them again, and compare what they make with an undisturbed run's results.
+"""Interrupts runs at random moments, starts them again, and compares the results with those of an undisturbed run.
 
     python -m benchmarks.interrupts [--seed SEED] [--folder FOLDER]
 
-It makes a project of micro size in FOLDER or in a temporary folder, with a `tune` of 200 steps, and runs it once
-undisturbed. Each interrupt then makes one stage stale, starts a command in a new terminal, and ends it in one of
-three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The table says how long it took until no
-process was left, and whether the same command then made the same bytes.
+The script creates a project of micro size, with a `tune` phase of 200 steps, in FOLDER or in a temporary folder, and
+runs it once undisturbed. For each interrupt, it makes one stage stale, starts a command in a new terminal, and stops
+the command in one of three ways: Ctrl-C, SIGTERM to the command alone, or closing the terminal. The table shows how
+long it took until no process was left, and whether the next run of the command produced equal files.
 """
 
 import os
@@ -31,26 +31,29 @@ from benchmarks import script
 MARK = "ONEDIFF_INTERRUPTED_RUN"
 STEPS, LIMIT_S = 200, 15
 FLOW, REPRO = ("python", "-m", "flows.retrain"), ("dvc", "repro")
-MAKE = ("make", "-o", ".venv/.installed", "run")  # the project shares this environment, which is set up already
-CASES = (  # signal, command, the stage that it runs, the seconds from the start of the stage until the signal
+MAKE = ("make", "-o", ".venv/.installed", "run")  # -o: the Python environment is installed already.
+# Each case has a signal, a command, a stage (None: before the first stage), and the range of seconds until the signal.
+CASES = (
     ("SIGINT", MAKE, "tune", (4, 25)), ("SIGTERM", FLOW, "tune", (4, 25)), ("SIGHUP", MAKE, "tune", (4, 25)),
     ("SIGINT", REPRO, "tune", (4, 25)), ("SIGTERM", MAKE, "tune", (4, 25)), ("SIGHUP", REPRO, "tune", (4, 25)),
     ("SIGINT", FLOW, "synthesize@scenes", (0, 6)), ("SIGTERM", REPRO, "build", (0, 8)),
     ("SIGHUP", FLOW, "align", (0, 10)), ("SIGINT", MAKE, "caption", (0, 10)), ("SIGTERM", FLOW, "score", (0, 10)),
-    ("SIGINT", FLOW, None, (0, 15)))  # None: before the first stage
+    ("SIGINT", FLOW, None, (0, 15)))
 HEAD = ["signal", "command", "stage", "after s", "ended in s", "processes left", "tracebacks", "next run s", "bytes"]
-VARIES = ("data/runs/", "data/curves/", "data/report.html", "data/figures")  # run ids and seconds, and who shows them
+# These outputs contain run ids or times, so they differ between runs with equal results.
+VARIES = ("data/runs/", "data/curves/", "data/report.html", "data/figures")
 
 
 class Terminal:
-    """A command in a new terminal."""
+    """A command that runs in a new pseudo-terminal, so that it can be interrupted like a user's command."""
 
     def __init__(self, folder: Path, command: Sequence[str], env: Mapping[str, str]) -> None:
         self.output = bytearray()
         self.mark = f"{os.getpid()}-{time.monotonic()}"
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
-            for number in (signal.SIGINT, signal.SIGHUP):  # ignored where this benchmark runs in the background
+            # A shell starts background jobs with these signals ignored, and the command would inherit this.
+            for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             os.chdir(folder)
             os.execvpe(command[0], command, {**env, MARK: self.mark})
@@ -59,41 +62,44 @@ class Terminal:
         self.reader.start()
 
     def _read(self) -> None:
-        with suppress(OSError):  # raised when no process has the terminal any more
+        with suppress(OSError):  # Reading fails when the last process has closed the terminal.
             while not self.closing:
                 if select.select([self.screen], [], [], 0.1)[0]:
                     self.output += os.read(self.screen, 65536)
 
     def interrupt(self, kind: str) -> tuple[float, int, str]:
-        """Seconds until no process was left, how many were left after a minute, and what was printed meanwhile."""
+        """Interrupt the command; return the seconds until it ended, the number of remaining processes, and the output.
+
+        Processes that are left after a minute are counted and killed.
+        """
         start = len(self.output)
         if kind == "SIGINT":
             os.write(self.screen, b"\x03")
         elif kind == "SIGTERM":
             os.kill(self.pid, signal.SIGTERM)
         else:
-            self.closing = True  # while a thread reads from it, it would not be closed
+            self.closing = True  # The thread must stop first, because the terminal stays open while it reads.
             self.reader.join()
             os.close(self.screen)
         seconds = wait_until(lambda: not self.processes(), 60)
-        left = self.processes()
-        for process in left:
+        remaining = self.processes()
+        for process in remaining:
             process.kill()
         os.waitpid(self.pid, 0)
-        return seconds, len(left), self.output[start:].decode(errors="replace")
+        return seconds, len(remaining), self.output[start:].decode(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """The live processes that the command started."""
+        """Return the running processes that the command started."""
         live = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # it has ended, or belongs to another user
+            with suppress(psutil.Error):  # The process has ended or belongs to another user.
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
                     live.append(process)
         return live
 
 
 def wait_until(condition: Callable[[], object], limit_s: float, *, every_s: float = 0.1) -> float:
-    """Seconds until the condition was true, or `limit_s`."""
+    """Wait until the condition is true, at most `limit_s` seconds, and return the seconds."""
     start = time.monotonic()
     while not condition() and time.monotonic() - start < limit_s:
         time.sleep(every_s)
@@ -101,7 +107,7 @@ def wait_until(condition: Callable[[], object], limit_s: float, *, every_s: floa
 
 
 def main(seed: int = random.SystemRandom().randrange(10_000), folder: Path | None = None) -> None:
-    """The table of all interrupts, in a project that is made unless the folder has it."""
+    """Run all interrupts and print the table; the project is created if the folder does not exist."""
     print(f"seed {seed}")
     rng = random.Random(seed)
     table = Table(*HEAD)
@@ -117,11 +123,12 @@ def main(seed: int = random.SystemRandom().randrange(10_000), folder: Path | Non
             print(*rows[-1], sep=" | ", flush=True)
     script.show(table)
     if any(float(row[4]) > LIMIT_S or row[5] != "0" or row[6] != "0" or row[-1] != "same" for row in rows):
-        sys.exit(f"an interrupt took more than {LIMIT_S} s, left a process, printed a traceback or changed a result")
+        sys.exit(f"benchmarks.interrupts: an interrupted command took more than {LIMIT_S} s to end, left a process "
+                 "behind, printed a traceback or changed a result; see the table above")
 
 
 def make_project(folder: Path) -> None:
-    """A clone of this checkout's last commit at micro size, with a longer `tune`."""
+    """Clone the last commit, and set micro size with a longer `tune` phase."""
     script.clone(folder)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     yaml = YAML()
@@ -131,14 +138,14 @@ def make_project(folder: Path) -> None:
 
 
 def run(folder: Path, command: Sequence[str]) -> float:
-    """Seconds of an undisturbed run. Raises ValueError with the end of its output if it fails."""
+    """Run a command undisturbed and return the seconds. Raises ValueError if the command fails."""
     start = time.monotonic()
     script.run(command, folder, script.project_environment(folder))
     return time.monotonic() - start
 
 
 def results(folder: Path) -> dict[str, str]:
-    """The digest of everything that the stages made, model folders and scores included."""
+    """Return the digests of all outputs of the stages, including models and scores."""
     stages = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
     digests = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]
                if not out["path"].startswith(VARIES)}
@@ -146,7 +153,7 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def make_stale(folder: Path, stage: str) -> None:
-    """As if the stage had never run: no entry in dvc.lock, nothing in DVC's run cache."""
+    """Make DVC run a stage again, by deleting the stage from dvc.lock and from DVC's run cache."""
     yaml = YAML()
     lock = yaml.load(folder / "dvc.lock")
     del lock["stages"][stage]
@@ -156,7 +163,7 @@ def make_stale(folder: Path, stage: str) -> None:
 
 def interrupted(folder: Path, case: tuple[str, tuple[str, ...], str | None, tuple[int, int]], moment: float,
                 expected: dict[str, str]) -> list[str]:
-    """One row of the table."""
+    """Interrupt a command after `moment` seconds, run the command again, and return a row of the table."""
     kind, command, stage, _ = case
     if stage:
         make_stale(folder, stage)

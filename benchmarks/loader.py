@@ -1,11 +1,13 @@
-"""How long training waits for the loader; one table.  `python -m benchmarks.data --step loader` has its speed.
+"""Measures how long training waits for the data loader; one table.
 
-    python -m benchmarks.loader                        # tiny, 0, 1 and 2 workers
+    python -m benchmarks.loader                        # preset tiny with 0, 1 and 2 loader workers
     python -m benchmarks.loader --preset small --steps 6
 
-From asking for a step's tensors to having them: "alone" where nobody trains, "in a run" while `fit` trains, with the
-share of the run that it waits. "pixels": images are decoded at every step, "features": the frozen tower's come from the
-store. The runs follow one another, because workers prepare batches while others have their turn.
+The waiting time is from the request for a step's tensors until they are ready. It is measured without training
+("alone") and during training with `fit` ("in a run"). With "pixels", images are decoded at every step; with "features",
+stored features of the frozen vision tower are read. Runs do not take turns, because loader workers would prepare
+batches while another run has its turn. The speed of the loader is measured by `python -m benchmarks.data --step
+loader`.
 """
 
 import os
@@ -33,9 +35,9 @@ WORKERS = (0, 1, 2)
 
 def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
          work: Annotated[str, Option(help=f"One of {', '.join(MIXTURES)}.")] = "pairs", batch: int = 32,
-         rounds: int = 1, steps: Annotated[int, Option(help="Of a round.")] = 10, device: str = "cpu",
+         rounds: int = 1, steps: Annotated[int, Option(help="Steps per round.")] = 10, device: str = "cpu",
          threads: int = 1) -> None:
-    """Times of the loader."""
+    """Measure how long training waits for the loader."""
     models.settings(preset)
     shared = {"preset": preset, "batch": batch, "device": device, "threads": threads, "work": work, "units": 2,
               "unit_steps": steps}
@@ -56,6 +58,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
+    """Measure the waiting times for each kind of loader, in the process of one contender."""
     torch.set_num_threads(case["threads"])
     turn.facts["waited_s"] = []
     for kind in case["kinds"]:
@@ -67,7 +70,7 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 class Steps:
-    """Called after every step: each `num` of them are a unit, the first unit the warm-up."""
+    """A callback after every step. `num` steps are one unit of work, and the first unit is the warm-up."""
 
     def __init__(self, turn: Turn, num: int, *, trains: bool) -> None:
         self.turn, self.num, self.trains, self.done, self.waited_s = turn, num, trains, 0, 0.0
@@ -87,7 +90,10 @@ class Steps:
 
 def waiting(stream: Callable[..., Iterator[list[Batch]]], steps: Steps, *args: Any,
             **kwargs: Any) -> Iterator[list[Batch]]:
-    """The stream with its waits added up; with nobody training, the steps end here."""
+    """Yield the batches of a loader stream and add up the waiting times.
+
+    Without training, this function calls `steps` itself instead of yielding a batch.
+    """
     batches = stream(*args, **kwargs)
     while True:
         start = time.perf_counter()

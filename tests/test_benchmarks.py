@@ -1,4 +1,4 @@
-"""The contenders compute the same thing, and each script prints its table."""
+"""Tests that the contenders of a benchmark compute equal results, and that each script prints a table."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ CASE = {"preset": "tiny", "batch": 4, "device": "cpu", "units": 2, "work": "mixe
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Return the data of a small benchmark for OneDiff without delta tokens."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("benchmarks")
         for module in (models, rows):
@@ -35,8 +36,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         return Bench(CASE | {"model": models.ALL_PATCHES | {"num_tokens": 0}})
 
 
-def same_weights(ours: OneDiffForConditionalGeneration, theirs: LlavaForConditionalGeneration) -> None:
-    """Ours into theirs, whose embedding may have more rows."""
+def copy_weights(ours: OneDiffForConditionalGeneration, theirs: LlavaForConditionalGeneration) -> None:
+    """Copy the weights of OneDiff into LLaVA, whose embedding table may have more rows."""
     with torch.no_grad():
         theirs.model.vision_tower.load_state_dict(ours.vision.tower.state_dict())
         state = ours.language.get_decoder().state_dict()
@@ -49,21 +50,21 @@ def same_weights(ours: OneDiffForConditionalGeneration, theirs: LlavaForConditio
             for number in (0, 2) for part in ("weight", "bias")})
 
 
-def test_llava_and_onediff_without_delta_tokens_have_the_same_loss_on_the_same_rows(bench: Bench) -> None:
+def test_llava_and_onediff_without_delta_tokens_have_equal_losses_on_equal_rows(bench: Bench) -> None:
     ours, processor = models.onediff(bench.config, "cpu")
     theirs, their_processor = models.llava(bench.config, "cpu")
-    same_weights(ours, theirs)
+    copy_weights(ours, theirs)
     pixels_of = decode(bench.corpus, processor)
     for batch in bench.batches:
         loss = ours(**collate(batch, processor, pixels_of)).loss
         inputs = for_llava(batch, processor=their_processor, pixels_of=pixels_of)
-        words = ours.config.text_config.vocab_size  # it has logits for its placeholder, too
-        expected = functional.cross_entropy(theirs(**inputs).logits[:, :-1, :words].flatten(0, 1),
+        vocab_size = ours.config.text_config.vocab_size  # LLaVA has additional logits, for its placeholder.
+        expected = functional.cross_entropy(theirs(**inputs).logits[:, :-1, :vocab_size].flatten(0, 1),
                                             inputs["labels"][:, 1:].flatten())
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_padded_rows_have_the_loss_of_packed_ones(bench: Bench) -> None:
+def test_padded_rows_have_the_loss_of_packed_rows(bench: Bench) -> None:
     ours, processor = models.onediff(bench.config, "cpu")
     batch = collate(bench.batches[0], processor, decode(bench.corpus, processor))
     expected = ours(**batch, num_answer_tokens=torch.tensor(1000)).loss
@@ -71,7 +72,7 @@ def test_padded_rows_have_the_loss_of_packed_ones(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.8, 1.0])
-def test_attention_in_groups_of_alike_rows_equals_attention_row_by_row(alike: float) -> None:
+def test_attention_in_groups_of_similar_rows_equals_attention_row_by_row(alike: float) -> None:
     lengths, heads, width = [7, 13, 3, 13, 11], 3, 5
     inputs = [torch.randn(1, sum(lengths), heads, width, requires_grad=True) for _ in range(3)]
     weights = torch.randn(1, sum(lengths), heads, width)
@@ -83,20 +84,20 @@ def test_attention_in_groups_of_alike_rows_equals_attention_row_by_row(alike: fl
         torch.testing.assert_close(ours, expected)
 
 
-def test_a_group_holds_rows_alike_in_length() -> None:
-    places, shapes = layout((7, 13, 3, 13, 11), 0.8)
+def test_a_group_contains_rows_of_similar_length() -> None:
+    positions, shapes = layout((7, 13, 3, 13, 11), 0.8)
     assert shapes == [(3, 13), (1, 7), (1, 3)]
-    assert places.tolist()[:7] == list(range(39, 46)) and len(set(places.tolist())) == 47
+    assert positions.tolist()[:7] == list(range(39, 46)) and len(set(positions.tolist())) == 47
 
 
-def test_every_contender_sees_each_row_once_a_round(bench: Bench) -> None:
+def test_every_contender_processes_each_row_once_per_epoch(bench: Bench) -> None:
     ours = rows.shuffled(bench.batches)
     names = sorted(row.name for batch in bench.batches for row in batch)
     for epoch in (0, 1):
         assert sorted(row.name for step in (0, 1) for row in ours(2 * epoch + step)) == names
 
 
-def test_batches_of_the_peer_are_grouped_by_length(bench: Bench) -> None:
+def test_batches_of_llava_are_grouped_by_length(bench: Bench) -> None:
     processor = models.processor_of(bench.config)
     lengths = [[len(processor.encode_turns(row.prompt)[0]) for row in batch] for batch in bench.batches]
     short, long = sorted(lengths, key=max)
@@ -120,13 +121,13 @@ def test_the_small_preset_has_about_50_million_parameters() -> None:
     assert 45e6 < sum(parameter.numel() for parameter in model.parameters()) < 56e6
 
 
-def test_ratios_are_taken_round_by_round() -> None:
+def test_ratios_are_computed_for_each_round() -> None:
     ours, peer = (Contender(name, "", {}, rounds=took, facts={"rows": 8}) for name, took in
                   (("ours", [1.0, 2.0, 1.0]), ("peer", [2.0, 3.0, 1.0])))
     assert turns.with_range(turns.ratios(ours, peer)) == "1.50 (1.00 to 2.00)"
 
 
-def test_a_contender_that_dies_tells_why() -> None:
+def test_the_error_for_a_failed_contender_contains_the_reason() -> None:
     with pytest.raises(ValueError, match=r"ours: the process ended .*No module named benchmarks\.x"):
         turns.race([Contender("ours", "benchmarks.x", {})], rounds=1, units=1, threads=1)
 

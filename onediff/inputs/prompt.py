@@ -1,22 +1,23 @@
-"""What the language model reads around the images, and which part of it is the answer."""
+"""Prompts: the text that the language model reads around the images, and the answer that it learns or generates."""
 
 from dataclasses import dataclass, replace
 
 IMAGE, DELTA = "<image>", "<delta>"
 DEFAULT_INSTRUCTION = "What changed between the two images?"
-COUPLED_INSTRUCTION = "Describe the two images in order."  # Coupled Sample Training: one caption after the other
+COUPLED_INSTRUCTION = "Describe the two images in order."  # the instruction of Coupled Sample Training
 
 _APART, _JOINED = f"First image: {IMAGE} Second image: {IMAGE}", f"Both images: {IMAGE}"
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-_SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 as LLaVA-1.5 was tuned with, verbatim
+_SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 is the exact system prompt of LLaVA-1.5.
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's text: `question` up to and with "ASSISTANT:", `answer` (None when to be generated), and its images.
+    """The text of one row of a batch, and the number of images that belong to it.
 
-    `later` holds what follows in a conversation: questions in the same form, with their answers.
+    `question` ends with "ASSISTANT:". `answer` is None if the model is to generate it. `later` contains the further
+    questions and answers of a conversation.
     """
 
     question: str
@@ -26,34 +27,40 @@ class Prompt:
 
 
 def pair_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
-    """Two images: [before][after][delta] and the instruction."""
+    """Build a prompt about two images: placeholders for before, after and delta tokens, then the instruction."""
     question = f"{_SYSTEM[template]}USER: {_APART} {DELTA}\n{instruction} ASSISTANT:"
     return Prompt(question, answer, 2)
 
 
 def coupled_prompt(template: str, first: str, second: str) -> Prompt:
-    """Coupled Sample Training: two unlike images, both captions concatenated in order as the target."""
+    """Build a prompt for Coupled Sample Training: two unrelated images, and both captions in order as the answer."""
     return pair_prompt(template, COUPLED_INSTRUCTION, f"First image: {first}. Second image: {second}.")
 
 
 def single_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
-    """One image, as LLaVA puts it."""
+    """Build a prompt about one image, in the format of LLaVA."""
     return Prompt(f"{_SYSTEM[template]}USER: {IMAGE}\n{instruction} ASSISTANT:", answer, 1)
 
 
 def text_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
-    """No image at all."""
+    """Build a prompt without images."""
     return Prompt(f"{_SYSTEM[template]}USER: {instruction} ASSISTANT:", answer, 0)
 
 
 def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_images: int) -> Prompt:
-    """Question and answer in turn, as LLaVA's instruction data; the image, if any, stands before the first question."""
+    """Build a prompt from the (question, answer) turns of a conversation, as in LLaVA's instruction data.
+
+    If there is an image, the placeholder is before the first question.
+    """
     first = {0: text_prompt, 1: single_prompt}[num_images](template, *turns[0])
     return replace(first, later=tuple((f"USER: {question} ASSISTANT:", answer) for question, answer in turns[1:]))
 
 
 def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: bool) -> str:
-    """Each placeholder repeated as often as the model gives it tokens; `joined`: both images stand in the same tokens.
+    """Repeat each placeholder of a question once for each visual token that replaces it.
+
+    `joined` is for token layout C, in which every patch token represents both images. Without delta tokens, the delta
+    placeholder is removed.
     """
     if joined:
         question = question.replace(_APART, _JOINED)

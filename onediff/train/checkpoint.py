@@ -1,7 +1,7 @@
-"""Rolling checkpoints in scratch: none is half-written, and the last good one is never lost.
+"""Rolling checkpoints in the scratch folder. A checkpoint is either complete or ignored, and old ones are deleted last.
 
-A checkpoint holds the complete float32 value and both Adam moments of each parameter that learns, so training resumes
-on any number of processes and at any ZeRO level. It consists of safetensors files, so nothing in it can be executed.
+A checkpoint holds the complete float32 value and both Adam moments of each trainable parameter, so training resumes on
+any number of processes and at any ZeRO level. A checkpoint consists of safetensors files, which cannot contain code.
 """
 
 import json
@@ -23,14 +23,15 @@ _PARTS = ("value", *MOMENTS)
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that were written to the end and verified, oldest first."""
+    """Return the folders of the checkpoints that were written completely and verified, oldest first."""
     return [path.parent for path in sorted(folder.glob("checkpoints/step-*/complete.json"))]
 
 
 def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None:
-    """Each rank writes its share. Older checkpoints are removed only after this one was read back and is complete.
+    """Write a checkpoint of step `step` in which each rank stores a share of the parameters; `extra` is stored as JSON.
 
-    Raises OSError with what to do if the disk is full.
+    Older checkpoints are deleted only after every rank has read back and verified the new files. Raises OSError on all
+    ranks if any rank cannot write, for instance because the disk is full.
     """
     target = folder / "checkpoints" / f"step-{step:07d}"
     error: Exception | None = None
@@ -45,15 +46,15 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
         with safe_open(path, "pt") as file:
             for name, value in share.items():
                 if not torch.equal(file.get_tensor(name).view(torch.int32), value.view(torch.int32)):
-                    raise OSError(f"{path.name} does not read back as it was written")
-    except (OSError, SafetensorError) as raised:  # safetensors reports a full disk as its own error
+                    raise OSError(f"{path.name} differs from the tensors that were written to it")
+    except (OSError, SafetensorError) as raised:  # The library safetensors reports a full disk as a SafetensorError.
         error = raised
     [failed] = engine.any_rank(error is not None)
     if failed:
         shutil.rmtree(target, ignore_errors=True)
         why = str(error).splitlines()[0] if error else "on another rank"
-        raise NotWrittenError(f"{target}: the checkpoint could not be written ({why}); free some space and start "
-                              "again: training goes on from the checkpoint before") from error
+        raise NotWrittenError(f"{target}: the checkpoint could not be written ({why}); free some disk space and run "
+                              "the same command again: training resumes from the previous checkpoint") from error
     if engine.rank == 0:
         write_json(target / "complete.json", {"step": step, "world": engine.world, "zero_level": engine.zero_level,
                                               "sizes": _sizes(target), **extra})
@@ -62,7 +63,10 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
 
 
 def _share(engine: Engine) -> dict[str, Tensor]:
-    """Every world-th parameter that learns, in the CPU's memory. All ranks take part in gathering each parameter."""
+    """Return the trainable parameters that this rank stores, in CPU memory: every n-th one for n ranks.
+
+    All ranks must call this, because gathering a parameter that is sharded by ZeRO needs every rank.
+    """
     return {f"{name}:{key}": parts[key].to("cpu", torch.float32, copy=True).contiguous()
             for number, (name, parts) in enumerate(engine.masters()) if number % engine.world == engine.rank
             for key in _PARTS}
@@ -73,16 +77,16 @@ def _sizes(target: Path) -> dict[str, int]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint whose files have the sizes that were recorded."""
+    """Return the newest complete checkpoint whose files have the recorded sizes, or None if there is none."""
     return next((path for path in reversed(complete(folder))
                  if json.loads((path / "complete.json").read_text())["sizes"] == _sizes(path)), None)
 
 
 def resume(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Loads the newest complete checkpoint; returns what was stored beside it, or an empty dictionary without one.
+    """Load the newest complete checkpoint into the engine and return the state stored with it, such as the step.
 
-    Prints a line if the number of processes or the ZeRO level has changed. Raises ValueError if the checkpoint belongs
-    to another architecture.
+    Returns an empty dictionary if there is no checkpoint. Prints a line if the number of processes or the ZeRO level
+    has changed since then. Raises ValueError if the checkpoint belongs to a model with other parameters.
     """
     path = newest(folder)
     if path is None:
@@ -95,17 +99,20 @@ def resume(engine: Engine, folder: Path) -> dict[str, Any]:
         engine.set_masters(state["step"], lambda name: {key: file_of[f"{name}:{key}"].get_tensor(f"{name}:{key}")
                                                         for key in _PARTS})
     if engine.rank == 0 and (state["world"], state["zero_level"]) != (engine.world, engine.zero_level):
-        print(f"{path}: written by {state['world']} processes at ZeRO level {state['zero_level']}, goes on with "
-              f"{engine.world} at level {engine.zero_level}: the same batches, sums in another order")
+        print(f"{path}: written by {state['world']} processes at ZeRO level {state['zero_level']}, resumed by "
+              f"{engine.world} processes at level {engine.zero_level}: the batches are equal, but sums are rounded "
+              "differently")
     return dict(state)
 
 
 def _check_architecture(path: Path, file_of: dict[str, Any], engine: Engine) -> None:
+    """Raise ValueError if the tensors of the checkpoint do not match the model's trainable parameters."""
     expected = {f"{name}:{key}": list(getattr(p, "ds_shape", p.shape)) for name, p in engine.learning.items()
                 for key in _PARTS}
     stored = {key: list(file.get_slice(key).get_shape()) for key, file in file_of.items()}
     wrong = sorted(key for key in expected.keys() | stored.keys() if expected.get(key) != stored.get(key))
     if wrong:
-        raise ValueError(f"{path}: a checkpoint of another architecture: {wrong[0]} is "
-                         f"{stored.get(wrong[0], 'not in it')}, needs {expected.get(wrong[0], 'not in the model')} "
-                         f"({len(wrong)} differ); remove the folder to begin anew")
+        raise ValueError(f"{path}: a checkpoint of another architecture: {wrong[0]} has shape "
+                         f"{stored.get(wrong[0], 'none (missing)')} in the checkpoint and "
+                         f"{expected.get(wrong[0], 'none (missing)')} in the model ({len(wrong)} tensors differ); "
+                         "delete the folder to start training from the beginning")

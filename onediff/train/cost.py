@@ -1,8 +1,8 @@
-"""What training costs: parameters, floating-point operations, and what a GPU can do. Nothing here runs a model.
+"""The cost of training: parameter counts, floating-point operations (FLOPs), and the peak speed of known GPUs.
 
-FLOPs by the convention: per token 6 for each weight of a part that learns, 4 where the part is frozen but the gradient
-passes through it, 2 where it only runs forward. Recomputation is not counted (it buys memory, not learning), nor are
-attention scores, norms and embedding tables.
+Nothing here runs a model. FLOPs follow the usual convention: per token, 6 FLOPs for each weight of a trainable part,
+4 for each weight of a frozen part that the gradient passes through, and 2 for a part that only runs forward.
+Attention scores, norms, embedding tables and recomputed activations are not counted.
 Shapes:  N patches per image, K delta tokens.
 """
 
@@ -24,7 +24,10 @@ LEARNS, PASSED_THROUGH, FORWARD = 6.0, 4.0, 2.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory_gib` as torch reports it; `tflops` dense, of bfloat16 where the GPU has it."""
+    """A GPU model: its memory as torch reports it, and its peak TFLOP/s for dense products.
+
+    The peak is for bfloat16, or for float16 on GPUs without bfloat16.
+    """
 
     name: str
     memory_gib: float
@@ -32,7 +35,8 @@ class Gpu:
     bfloat16: bool = True
 
 
-GPUS = (  # the first whose name is in the device's own counts; from the makers' data sheets, without sparsity
+# Peaks are from the vendors' data sheets, without sparsity. The first entry whose name matches the device is used.
+GPUS = (
     Gpu("GB200", 184.0, 2500), Gpu("B200", 178.0, 2250), Gpu("GH200", 94.5, 989), Gpu("H200", 139.8, 989),
     Gpu("H100 PCIe", 79.1, 756), Gpu("H100 NVL", 93.1, 835), Gpu("H100", 79.1, 989), Gpu("H800", 79.1, 989),
     Gpu("H20", 95.0, 148), Gpu("A100-SXM4-40GB", 39.4, 312), Gpu("A100-PCIE-40GB", 39.4, 312),
@@ -46,10 +50,11 @@ GPUS = (  # the first whose name is in the device's own counts; from the makers'
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """By a device's own name (`NVIDIA H100 80GB HBM3`) or a short one (`h100`)."""
+    """Find a GPU by the name that the driver reports (`NVIDIA H100 80GB HBM3`) or by a short name (`h100`)."""
     for gpu in GPUS:
         words = r"[ -]?".join(re.split("[ -]", gpu.name))
-        if re.search(rf"{words}(?!\d)", name, re.IGNORECASE):  # so that A4000 is no A40
+        # No digit may follow the name, so that an A4000 is not taken for an A40.
+        if re.search(rf"{words}(?!\d)", name, re.IGNORECASE):
             return gpu
     return None
 
@@ -61,14 +66,17 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of one part."""
+    """The number of trainable and of frozen parameters of one part of the model."""
 
     learning: int
     frozen: int
 
 
 def sizes(model: OneDiffForConditionalGeneration) -> dict[str, Size]:
-    """By part, after `engine.trainable` froze what does not learn; a model on no device will do."""
+    """Count the parameters of each part of the model, after `engine.trainable` has frozen some of them.
+
+    The model may be on the meta device, because only shapes are read.
+    """
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         counts[model.part_of(name)][not parameter.requires_grad] += parameter.numel()
@@ -77,26 +85,28 @@ def sizes(model: OneDiffForConditionalGeneration) -> dict[str, Size]:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of training: per image, pair, token and answer token."""
+    """The FLOPs of training for each image, pair, token and answer token of a batch."""
 
-    image: float  # the tower
-    view: float  # the patches' projector: an image or, under reading C, the two of a row
+    image: float  # vision tower
+    view: float  # the patch projector, for one image, or in token layout C for both images of a pair together
     pair: float
     token: float
-    answer_token: float  # logits are made for these alone
+    answer_token: float  # the output layer, because logits are computed only for answer tokens
     views_joined: bool
 
     @classmethod
     def of(cls, model: OneDiffForConditionalGeneration, phase: Phase, *, cached_tower: bool) -> Flops:
-        """cached_tower: its features were computed beforehand. The model may be on no device, and must not be shared
-        out by ZeRO 3 in other shapes than its layers name.
+        """Compute the FLOPs of `model` when it is trained with the settings of `phase`.
+
+        `cached_tower` means that the features of the vision tower were computed before training. The model may be on
+        the meta device.
         """
         rates, config = learning_rates(phase), model.config
         blocks = [module for name, module in model.language.get_decoder().named_modules()
                   if isinstance(module, nn.Linear) and "lora_" not in name]
         adapters = phase.lora.rank * sum(m.in_features + m.out_features for m in blocks) if phase.lora else 0
         tower = _factor(rates, "vision") * _tower_products(model.vision.tower, config.num_patches)
-        # Of the delta tokens' projector, which follows the tower and the delta module.
+        # The projector of the delta tokens passes gradients if the vision tower or the delta module is trainable.
         after_delta = LEARNS if rates["projector"] else PASSED_THROUGH if rates["vision"] or rates["delta"] else FORWARD
         language = _factor({**rates, "language": 0.0} if phase.lora else rates, "language")
         return cls(image=0.0 if cached_tower else tower,
@@ -109,28 +119,36 @@ class Flops:
                    views_joined=config.reading == "C")
 
     def __call__(self, counts: Mapping[str, float]) -> float:
-        """Of steps with these `images`, `pairs` (rows with two of them), `tokens` and `answer_tokens`."""
+        """Return the FLOPs of steps that contain these numbers of `images`, `pairs`, `tokens` and `answer_tokens`."""
         views = counts["images"] - (counts["pairs"] if self.views_joined else 0)
         return (self.image * counts["images"] + self.view * views + self.pair * counts["pairs"]
                 + self.token * counts["tokens"] + self.answer_token * counts["answer_tokens"])
 
 
+# For each part, the parts that run before it in the model and receive gradients through it.
 BEFORE = {"vision": (), "delta": ("vision",), "projector": ("vision",), "language": ("vision", "delta", "projector")}
 
 
 def _factor(rates: Mapping[str, float], part: str) -> float:
+    """Return the FLOPs per token for each weight of a part: 6, 4 or 2, depending on which parts are trainable."""
     if rates[part]:
         return LEARNS
     return PASSED_THROUGH if any(rates[other] for other in BEFORE[part]) else FORWARD
 
 
 def _weights(module: nn.Module) -> int:
-    """Multiplications per token in the module's linear layers, by shape, because ZeRO 3 takes the weights away."""
+    """Count the weights of all linear layers in the module.
+
+    The count uses layer attributes instead of the weight tensors, because ZeRO 3 replaces these by empty tensors.
+    """
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _tower_products(tower: nn.Module, num_patches: int) -> int:
-    """Multiplications for one image: linear layers see every token, the patch embedding each patch."""
+    """Count the multiplications of the vision tower for one image.
+
+    Linear layers process every token, including the class token; the patch embedding processes each patch.
+    """
     patches = sum(m.in_channels * m.out_channels * m.kernel_size[0] * m.kernel_size[1]
                   for m in tower.modules() if isinstance(m, nn.Conv2d))
     classes = sum(name.endswith("class_embedding") for name, _ in tower.named_parameters())
@@ -138,7 +156,10 @@ def _tower_products(tower: nn.Module, num_patches: int) -> int:
 
 
 def _delta_products(model: OneDiffForConditionalGeneration) -> int:
-    """Multiplications of the Visual Delta Module, and of reading B's enhancement, for one pair."""
+    """Count the multiplications of the Visual Delta Module for one pair.
+
+    In token layout B, this includes the `enhance` module, which adds the delta tokens to the patches.
+    """
     if model.delta is None:
         return 0
     delta, num_patches, num_tokens = model.delta, model.config.num_patches, model.config.delta_num_tokens
@@ -148,7 +169,7 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
         reduced += _weights(delta.contrast)
     total = len(delta.level_norms) * num_states * reduced
     for layer in delta.layers:
-        assert isinstance(layer, DeltaLayer), "the module's layers are DeltaLayers"
+        assert isinstance(layer, DeltaLayer), "every layer of the Visual Delta Module must be a DeltaLayer"
         total += _attention_products(layer.self_attention, num_tokens, num_tokens)
         if layer.cross_attention is not None:
             total += _attention_products(layer.cross_attention, num_tokens, num_states)
@@ -156,11 +177,16 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
     if model.config.reading == "B":
         enhance, patches = model.enhance, 2 * num_patches
         total += patches * (_weights(enhance.reduce) + _weights(enhance.expand))
-        total += _attention_products(enhance.attention, patches, 2 * num_tokens)  # the delta tokens, for each image
+        # The delta tokens are attended to twice, once by the patches of each image.
+        total += _attention_products(enhance.attention, patches, 2 * num_tokens)
     return total
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:
+    """Count the multiplications in the four linear layers of an attention module.
+
+    With few queries, the module applies the key and value weights to the queries instead of the keys.
+    """
     num_keys_and_values = queries if attention.has_few_queries(queries, keys) else keys
     return (queries * (_weights(attention.query) + _weights(attention.out))
             + num_keys_and_values * (_weights(attention.key) + _weights(attention.value)))

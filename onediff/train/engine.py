@@ -1,4 +1,4 @@
-"""How memory and work are shared between GPUs: DeepSpeed. The only file that imports it."""
+"""DeepSpeed, which distributes memory and work over the GPUs. No other file imports it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +16,12 @@ from onediff.train import lora
 
 BETAS = (0.9, 0.999)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LINK = "_lazy_init_hp_params_optimizer_state"  # of ZeRO 1 and 2: where each parameter finds its moments
+# Name of the private DeepSpeed method that, under ZeRO 1 and 2, gives each parameter access to its Adam moments.
+LINK = "_lazy_init_hp_params_optimizer_state"
 
 
 def start_process_group() -> None:
-    """Joins the ranks that a launcher started; a process without a launcher becomes rank 0 of 1."""
+    """Join the process group of the ranks that a launcher started; without a launcher, create a group of one rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -29,16 +30,20 @@ def start_process_group() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        # A store in memory opens no port, which another process could take between its choice and its use.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch's stubs do not name it
+        # An in-memory store needs no port. Another process could take a free port before this process opens it.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, dying without a compiler
+        # On a CPU, DeepSpeed would otherwise compile this extension, and fail on a machine without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)
 
 
 def limit_waits() -> None:
-    """DeepSpeed's further groups would wait half an hour (gloo) for a node that is gone; now as long as its first."""
+    """Set the timeout of every process group to DEEPSPEED_TIMEOUT.
+
+    DeepSpeed itself sets only the timeout of the first group. Other gloo groups would wait 30 minutes for a lost node.
+    """
     from deepspeed.constants import default_pg_timeout
     from torch.distributed import distributed_c10d
 
@@ -47,12 +52,16 @@ def limit_waits() -> None:
 
 
 def learning_rates(phase: Phase) -> dict[str, float]:
-    """Part of the model -> its peak learning rate, in the order of the optimizer's parameter groups."""
+    """Return the peak learning rate of each part of the model, in the order of the optimizer's parameter groups."""
     return {part: getattr(phase, f"lr_{part}") for part in PARTS}
 
 
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
-    """Freezes what has learning rate 0; parameter groups of the rest, one per part, with its `peak` rate."""
+    """Freeze the parts with learning rate 0 and return one optimizer parameter group for each other part.
+
+    A group stores the learning rate of the part as `peak`. If `phase.lora` is set, this adds the adapters first, and
+    they are the only trainable parameters of the language model.
+    """
     if phase.lora:
         lora.add(model.language, phase.lora)
     groups = []
@@ -66,12 +75,15 @@ def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict
 
 
 def num_micro(phase: Phase, runtime: Runtime) -> int:
-    """Micro-batches of each step and rank. Raises ValueError unless they divide the batch."""
+    """Return the number of micro-batches per step on each rank.
+
+    Raises ValueError if the batch cannot be split evenly over the ranks and micro-batches.
+    """
     rows_per_rank, rest = divmod(phase.batch_size, runtime.num_ranks)
     size = runtime.micro_batch_size or rows_per_rank
     if rest or not size or rows_per_rank % size:
-        raise ValueError(f"runtime.yaml: batch_size {phase.batch_size} does not split over {runtime.num_ranks} GPUs "
-                         f"in micro-batches of {size}; change gpus, nodes or micro_batch_size")
+        raise ValueError(f"runtime.yaml: batch_size {phase.batch_size} cannot be split evenly over {runtime.num_ranks} "
+                         f"GPUs in micro-batches of {size}; change gpus, nodes or micro_batch_size")
     return rows_per_rank // size
 
 
@@ -87,7 +99,7 @@ def _deepspeed_config(phase: Phase, runtime: Runtime, *, bfloat16: bool) -> dict
 
 
 class Engine:
-    """DeepSpeed's engine with an exact loss: the sum over answer tokens divided by the step's count on all ranks."""
+    """A DeepSpeed engine whose loss is exact: the mean over all answer tokens of a step, on all ranks together."""
 
     def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime) -> None:
         start_process_group()
@@ -95,8 +107,8 @@ class Engine:
 
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.world != runtime.num_ranks:
-            raise ValueError(f"runtime.yaml: nodes x gpus is {runtime.num_ranks}, but {self.world} processes were "
-                             "started; make them agree")
+            raise ValueError(f"runtime.yaml: nodes x gpus must equal the number of processes, but nodes x gpus is "
+                             f"{runtime.num_ranks} and {self.world} processes were started; correct nodes or gpus")
         self.model, self.num_micro, self.zero_level = model, num_micro(phase, runtime), runtime.zero_level
         self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,
                                            fused=runtime.offload == "none")
@@ -104,7 +116,7 @@ class Engine:
             checkpoint_activations(model, phase, zero_level=runtime.zero_level)
         if runtime.compile:
             for block in model.language.get_decoder().layers:
-                block.compile(dynamic=True)  # one kernel for all blocks; row lengths stay dynamic
+                block.compile(dynamic=True)  # Rows have different lengths, so shapes must stay dynamic.
         bfloat16 = next(model.parameters()).dtype == torch.bfloat16
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer,
                                                 config=_deepspeed_config(phase, runtime, bfloat16=bfloat16))
@@ -112,36 +124,41 @@ class Engine:
         self.device, self._plain_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self._updated is not None or hasattr(self._engine.optimizer, LINK):
-            self._make_moments()  # not all have a gradient yet, and ZeRO 1 and 2 would link the first part's alone
+            # DeepSpeed creates moments at the first update, and under ZeRO 1 and 2 only where there is a gradient.
+            self._make_moments()
         for state in self.optimizer.state.values():
-            state["step"].zero_()  # without ZeRO in bfloat16 DeepSpeed has made an update without gradients
+            # In bfloat16 without ZeRO, DeepSpeed has already made one empty update, so the step counter is reset.
+            state["step"].zero_()
 
     def set_rate(self, factor: float) -> None:
+        """Set the learning rate of each parameter group to `factor` times its peak rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
     def sums(self, numbers: list[Any]) -> Tensor:
-        """Each number summed over all ranks."""
+        """Sum each number over all ranks and return the sums in order."""
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank: all ranks must stop, or write a checkpoint, at the same step."""
+        """Return for each flag whether at least one rank has set it, so that all ranks can take equal decisions."""
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-        """Runs forward and backward on one micro-batch; returns its share of the step's loss on this rank."""
+        """Run forward and backward on one micro-batch and return the loss that it contributes to the step."""
         if self._pending:
-            self._engine.step()  # DeepSpeed counts micro-batches here, and updates at the last one only
+            # DeepSpeed counts micro-batches by calls of step(); only the call after the last one updates the weights.
+            self._engine.step()
         self._pending = True
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         loss = self._engine(**on_device, num_answer_tokens=num_answer_tokens).loss
-        self._engine.backward(loss * self.world * self.num_micro)  # DeepSpeed averages over both; here they add up
+        # DeepSpeed averages over ranks and micro-batches. The factor undoes this, because our losses must be summed.
+        self._engine.backward(loss * self.world * self.num_micro)
         return loss.detach()
 
     def step(self) -> None:
-        """The update, after the last micro-batch."""
+        """Update the weights, after `backward` was called for the last micro-batch of a step."""
         if self._plain:
             grads = [p.grad for p in self.learning.values() if p.grad is not None]
             self._plain_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
@@ -150,15 +167,15 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Of the last step, before clipping. Under ZeRO the gradients are DeepSpeed's, and so is the norm."""
+        """The gradient norm of the last step before clipping. Under ZeRO, DeepSpeed computes the norm."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_norm if norm is None else float(norm)
 
     def gather_texts(self, generate: Callable[[list[int]], list[str]], num: int) -> list[str]:
-        """generate(numbers) -> a text for each; the numbers below `num` are shared between the ranks, and all ranks get
-        all texts, in order.
+        """Generate a text for each number below `num`, distributed over the ranks, and return all texts on all ranks.
 
-        Each rank generates equally many texts, because under ZeRO 3 the ranks would wait for one another.
+        `generate(numbers)` returns one text for each of its numbers. Every rank generates equally many texts, because
+        under ZeRO 3 a rank that finishes early would leave the other ranks waiting forever.
         """
         each = -(-num // self.world)
         mine = generate([number % num for number in range(self.rank, each * self.world, self.world)])
@@ -166,17 +183,16 @@ class Engine:
         torch.distributed.all_gather_object(by_rank, mine)
         return [by_rank[number % self.world][number // self.world] for number in range(num)]
 
-    # --- what a checkpoint and a model folder hold: whole tensors, however they are shared --------------------------
-
     @property
     def _plain(self) -> bool:
-        """Whether the optimizer updates the parameters themselves: no ZeRO, no bfloat16."""
+        """Whether the optimizer updates the model's parameters directly, as it does without ZeRO and in float32."""
         return not hasattr(self._engine.optimizer, "optimizer") or self._engine.optimizer is self.optimizer
 
     @cached_property
     def _updated(self) -> dict[int, Tensor] | None:
-        """id of each parameter -> what the optimizer updates for it: itself, or without ZeRO in bfloat16 its float32
-        copy; None where ZeRO shares them.
+        """Map the id of each trainable parameter to the tensor that the optimizer updates; None if ZeRO shards it.
+
+        This tensor is the parameter itself, or in bfloat16 without ZeRO the float32 copy of the parameter.
         """
         if self._plain:
             return {id(p): p for p in self.learning.values()}
@@ -187,7 +203,10 @@ class Engine:
                 for low, high in zip(lows, highs, strict=True)}
 
     def masters(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """For each parameter that learns: its complete float32 value and both moments, on all ranks."""
+        """Yield the name of each trainable parameter with its complete float32 value and both Adam moments.
+
+        All ranks must iterate together, because ZeRO gathers each tensor from all ranks.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, p in self.learning.items():
@@ -199,7 +218,11 @@ class Engine:
                              **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
 
     def set_masters(self, step: int, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """The reverse of `masters`; `step` updates were made. Every rank reads every parameter and keeps its share."""
+        """Load what `masters` yielded, to resume after `step` updates.
+
+        `read(name)` returns the value and both moments of a parameter. Every rank reads every parameter and keeps only
+        the share that ZeRO assigns to it.
+        """
         self._make_moments()
         for name, p in self.learning.items():
             for key, value in read(name).items():
@@ -208,6 +231,7 @@ class Engine:
             state["step"].fill_(step)
 
     def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set a parameter (`key` is "value") or one of its Adam moments from the complete tensor `value`."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -220,7 +244,7 @@ class Engine:
             (master.data if key == "value" else self.optimizer.state[master][key]).copy_(value)
             if key == "value" and master is not p:
                 p.data.copy_(value)
-        elif hasattr(p, "ds_tensor"):  # ZeRO 3: this rank's slice, the last one padded
+        elif hasattr(p, "ds_tensor"):  # Under ZeRO 3, each rank holds one slice of the flattened tensor.
             size = p.ds_tensor.ds_numel
             part = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
             if key == "value":
@@ -235,7 +259,7 @@ class Engine:
             safe_set_full_optimizer_state(p, value, key)
 
     def _make_moments(self) -> None:
-        """Adam's moments come with its first step; a resumed run needs them before."""
+        """Create Adam's moments, which torch creates only at the first update, too late for a run that resumes."""
         flat = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
         for p in flat or [p for group in self.optimizer.param_groups for p in group["params"]]:
             state = self.optimizer.state[p]
@@ -246,12 +270,15 @@ class Engine:
             getattr(self._engine.optimizer, LINK)()
 
     def learned_weights(self) -> dict[str, Tensor] | None:
-        """What learns, in the model's precision, in the CPU's memory of rank 0; None on the other ranks."""
+        """Return the trainable parameters by name, in the model's precision, in CPU memory; None except on rank 0."""
         values = self._gather(self.learning.values())
         return None if self.rank else {name: values[id(p)] for name, p in self.learning.items()}
 
     def model_weights(self) -> dict[str, Tensor] | None:
-        """As learned_weights, but of the complete model, where a weight that two layers share has two names."""
+        """Return all weights of the model by name, in CPU memory; None except on rank 0.
+
+        A weight that two layers share is listed under both names.
+        """
         values = self._gather(self.model.parameters())
         if self.rank:
             return None
@@ -259,7 +286,7 @@ class Engine:
         return {name: named.get(name, value) for name, value in self.model.state_dict().items()}
 
     def _gather(self, parameters: Iterable[nn.Parameter]) -> dict[int, Tensor]:
-        """id of each parameter -> its complete value. All ranks take part; only rank 0 gets values."""
+        """Gather the complete parameters on rank 0 and return them by id; the other ranks must call this too."""
         import deepspeed
 
         values: dict[int, Tensor] = {}
@@ -274,8 +301,8 @@ class Engine:
 
 
 def checkpoint_activations(model: OneDiffForConditionalGeneration, phase: Phase, *, zero_level: int) -> None:
-    """Blocks keep their inputs alone and are run again in the backward pass."""
-    # Under ZeRO 3 a block's weights are gone by then, which the other kind takes for a change of shape.
+    """Save memory: keep only the input of each transformer block and recompute the block in the backward pass."""
+    # ZeRO 3 releases weights after the forward pass, and non-reentrant checkpointing rejects the changed shapes.
     options = {"use_reentrant": zero_level == 3}
     model.language.activation_checkpointing_enable(options)
     if phase.lr_vision:

@@ -1,4 +1,7 @@
-"""`fit`: one loop for both phases, to be read from top to bottom."""
+"""The training loop of both phases: `fit` trains the model of a `TrainingRun` and returns the weights of the best step.
+
+`fit` comes first after the dataclasses that describe a run. The functions that it calls follow in the order of use.
+"""
 
 import json
 import math
@@ -32,8 +35,10 @@ Log = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Validation:
-    """Chooses the best step: `generate_captions(numbers)` gives one caption for each of `num_pairs` pairs that is named
-    by its number, and `score` rates the captions of all pairs.
+    """How to score the model during training, so that the step with the highest score can be kept.
+
+    Every `every_steps` steps, `generate_captions(numbers)` returns one caption for each validation pair, where
+    `numbers` are indices below `num_pairs`. `score` then rates the captions of all pairs with one number.
     """
 
     every_steps: int
@@ -44,9 +49,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One run of a phase. `folder` is its folder in scratch; `rows(step)` are the rows of a step's batch on all ranks.
+    """One run of a training phase: the model, the data, the settings, and the folder for checkpoints and results.
 
-    Without `validation` the last step counts as the best.
+    `folder` is inside the scratch folder. `rows(step)` returns the rows of the batch of one step, for all ranks
+    together. Without `validation`, the weights of the last step are the result.
     """
 
     name: str
@@ -67,50 +73,41 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Trained:
-    """`weights`: of the complete model at its best step, with adapters merged; None on ranks other than 0."""
+    """The result of training: a summary, and the weights of the complete model at the best step.
+
+    LoRA adapters are merged into `weights`. On every rank except rank 0, `weights` is None.
+    """
 
     summary: dict[str, Any]
     weights: dict[str, Tensor] | None
 
 
-def steps_of(phase: Phase, num_samples: int) -> int:
-    if phase.steps is not None:
-        return phase.steps
-    return max(1, math.ceil((phase.epochs or 0) * num_samples / phase.batch_size))
-
-
-def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then half a cosine to 0."""
-    start = max(1, round(steps * warmup))
-    if step < start:
-        return (step + 1) / start
-    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
-
-
 def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], log: Log, meter: Meter) -> Trained:
-    """Trains the model of the run in place, and returns its weights at the best step.
+    """Train the model of `run` in place and return the weights of the best step.
 
-    batches(first, rank) yields the micro-batches of a rank, for step `first` and each later step. If an earlier run was
-    interrupted, training resumes from its newest checkpoint. Raises ValueError when the loss is not finite, when memory
-    runs out or when a signal asks this process to end, and OSError when a checkpoint cannot be written.
+    `batches(first_step, rank)` yields the micro-batches of one rank, for `first_step` and every later step. If an
+    earlier run was interrupted, training resumes from the newest checkpoint. Raises ValueError if the loss is not
+    finite, if memory runs out or if a signal stops this process, and OSError if a checkpoint cannot be written.
     """
     engine = Engine(run.model, run.phase, run.runtime)
     state = checkpoint.resume(engine, run.folder)
-    first, best = state.get("step", 0), {"best": state.get("best"), "best_step": state.get("best_step")}
-    curve = CurveWriter(run.folder, log, first_step=first) if engine.rank == 0 else None
-    coming = batches(first, engine.rank)
-    saved = time.monotonic()
+    first_step, best_score, best_step = state.get("step", 0), state.get("best"), state.get("best_step")
+    curve = CurveWriter(run.folder, log, first_step=first_step) if engine.rank == 0 else None
+    batch_iterator = batches(first_step, engine.rank)
+    last_checkpoint = time.monotonic()
     run.model.train()
     with (postponed(Stop()) as stop,
-          tqdm(total=run.num_steps, initial=first, desc=run.name, unit="step", disable=engine.rank > 0) as bar):
-        for step in range(first, run.num_steps):
-            started = time.monotonic()
-            micro_batches = next(coming)
-            waited_s = time.monotonic() - started
+          tqdm(total=run.num_steps, initial=first_step, desc=run.name, unit="step", disable=engine.rank > 0) as bar):
+        for step in range(first_step, run.num_steps):
+            load_start = time.monotonic()
+            micro_batches = next(batch_iterator)
+            loader_wait_s = time.monotonic() - load_start
+
+            # Each loss is divided by the answer tokens of all ranks, so the number of GPUs does not change the result.
             counts = engine.sums(counts_of(micro_batches))
             num_answer_tokens = counts[COUNTED.index("answer_tokens")]
-            factor = rate_factor(step, run.num_steps, run.phase.warmup)
-            engine.set_rate(factor)
+            lr_factor = rate_factor(step, run.num_steps, run.phase.warmup)
+            engine.set_rate(lr_factor)
             rank_loss = torch.zeros((), device=engine.device)
             with explain_out_of_memory(run.name, run.phase, run.runtime):
                 for batch in micro_batches:
@@ -119,38 +116,57 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             if not math.isfinite(loss):
                 raise diverged(run, step, loss)
             engine.step()
-            meter.add(counts, waited_s)
+
+            meter.add(counts, loader_wait_s)
             if curve:
-                curve.write(step, {"loss": loss, "lr": factor, "grad_norm": engine.grad_norm, **meter.line(),
+                curve.write(step, {"loss": loss, "lr": lr_factor, "grad_norm": engine.grad_norm, **meter.line(),
                                    "seconds": meter.seconds})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            if run.validation and ((step + 1) % run.validation.every_steps == 0 or step + 1 == run.num_steps):
+
+            num_done = step + 1
+            if run.validation and (num_done % run.validation.every_steps == 0 or num_done == run.num_steps):
                 score = validate(engine, run.validation)
                 if curve:
                     curve.write(step, {"val_CIDEr": score})
-                if best["best"] is None or score > best["best"]:
-                    save_best(engine, best_file(run.folder, step + 1))
-                    best = {"best": score, "best_step": step + 1}
-            stopped, due = engine.any_rank(bool(stop.reason), time.monotonic() - saved > run.runtime.checkpoint_every_s)
-            if stopped or due:
-                checkpoint.save(engine, run.folder, step + 1, best)
-                write_status(run.folder, "running", step + 1)
-                saved = time.monotonic()
-            if stopped:
-                reason = stop.reason or "a signal to another rank"
-                write_status(run.folder, "preempted", step + 1, reason)
-                raise ValueError(f"{run.name}: stopped by {reason}; the checkpoint of step {step + 1} is saved, and "
-                                 "the same command goes on from there")
-    weights = export(engine, run, best["best_step"])
+                if best_score is None or score > best_score:
+                    save_best(engine, best_file(run.folder, num_done))
+                    best_score, best_step = score, num_done
+
+            # All ranks must decide together, because each rank writes a part of the checkpoint.
+            is_due = time.monotonic() - last_checkpoint > run.runtime.checkpoint_every_s
+            is_stopped, is_due = engine.any_rank(bool(stop.reason), is_due)
+            if is_stopped or is_due:
+                checkpoint.save(engine, run.folder, num_done, {"best": best_score, "best_step": best_step})
+                write_status(run.folder, "running", num_done)
+                last_checkpoint = time.monotonic()
+            if is_stopped:
+                raise preempted(run, num_done, stop.reason or "a signal to another rank")
+    weights = export(engine, run, best_step)
     engine.close()
-    return Trained({"steps": run.num_steps, **best, "seconds": meter.seconds, **meter.summary()}, weights)
+    summary = {"steps": run.num_steps, "best": best_score, "best_step": best_step, "seconds": meter.seconds}
+    return Trained(summary | meter.summary(), weights)
+
+
+def steps_of(phase: Phase, num_samples: int) -> int:
+    """Return how many optimizer steps the phase takes; a number of epochs is converted with `num_samples`."""
+    if phase.steps is not None:
+        return phase.steps
+    return max(1, math.ceil((phase.epochs or 0) * num_samples / phase.batch_size))
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Return the factor on the peak learning rate: linear warm-up for a share of the steps, then cosine decay to 0."""
+    warmup_steps = max(1, round(steps * warmup))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 class CurveWriter:
-    """Writes one line for each step to curve.jsonl, and passes the values to `log`; for rank 0.
+    """Writes the values of each training step as one line of curve.jsonl and passes them to `log`; rank 0 only.
 
-    On resume, it drops the lines at or after the checkpoint's step.
+    On resume, it drops the lines at or after the step of the checkpoint.
     """
 
     def __init__(self, folder: Path, log: Log, *, first_step: int) -> None:
@@ -165,21 +181,9 @@ class CurveWriter:
         self.log(step, values)
 
 
-def diverged(run: TrainingRun, step: int, loss: float) -> ValueError:
-    """The error for a loss that is not finite. The names of all rows of the batch are written to diverged.json; the
-    last checkpoint stays.
-    """
-    names = [row.name for row in run.rows(step)]
-    write_status(run.folder, "diverged", step, f"loss {loss} at step {step}")
-    write_json(run.folder / "diverged.json", {"step": step, "rows": names})
-    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return ValueError(f"{run.name}: the loss became {loss} at step {step}, on rows {few or 'unnamed'} "
-                      f"({run.folder}/diverged.json); look at them, or lower the learning rates in params.yaml")
-
-
 @contextmanager
 def explain_out_of_memory(name: str, phase: Phase, runtime: Runtime) -> Iterator[None]:
-    """Raises ValueError with what to change in runtime.yaml in place of an error for want of memory."""
+    """Replace an out-of-memory error by a ValueError that lists the settings of runtime.yaml that use less memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -192,11 +196,32 @@ def explain_out_of_memory(name: str, phase: Phase, runtime: Runtime) -> Iterator
             (f"zero_level {runtime.zero_level + 1} on several GPUs", runtime.zero_level < 3),
             ("offload: optimizer", runtime.offload == "none")) if helps]
         raise ValueError(f"{name}: out of memory ({str(error).splitlines()[0][:200]}); in runtime.yaml set "
-                         f"{', or '.join(cures) or 'more gpus'}: 'onediff plan' tells what fits") from error
+                         f"{', or '.join(cures) or 'more gpus'}; 'onediff plan' shows which settings fit") from error
+
+
+def diverged(run: TrainingRun, step: int, loss: float) -> ValueError:
+    """Record that the loss is not finite and return the error to raise.
+
+    The names of all rows of the batch are written to diverged.json. The last checkpoint is kept.
+    """
+    names = [row.name for row in run.rows(step)]
+    write_status(run.folder, "diverged", step, f"loss {loss} at step {step}")
+    write_json(run.folder / "diverged.json", {"step": step, "rows": names})
+    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ValueError(f"{run.name}: the loss must be finite, but became {loss} at step {step}, on rows "
+                      f"{few or 'without names'} (all rows: {run.folder}/diverged.json); check these rows, or lower "
+                      "the learning rates in params.yaml")
+
+
+def preempted(run: TrainingRun, num_done: int, reason: str) -> ValueError:
+    """Record that a signal stopped the run after `num_done` steps and return the error to raise."""
+    write_status(run.folder, "preempted", num_done, reason)
+    return ValueError(f"{run.name}: stopped by {reason}; the checkpoint of step {num_done} is saved; run the same "
+                      "command again to continue training")
 
 
 def validate(engine: Engine, validation: Validation) -> float:
-    """The score of the model as it is now, on all ranks."""
+    """Return the validation score of the current weights; all ranks share the captioning and get the score."""
     engine.model.eval()
     captions = engine.gather_texts(validation.generate_captions, validation.num_pairs)
     engine.model.train()
@@ -204,12 +229,12 @@ def validate(engine: Engine, validation: Validation) -> float:
 
 
 def best_file(folder: Path, step: int) -> Path:
-    """Named by its step, so that a resumed run reads the one that its checkpoint knows."""
+    """Return the path for the best weights; it contains the step, because a checkpoint stores the best step."""
     return folder / "best" / f"step-{step:07d}.safetensors"
 
 
 def save_best(engine: Engine, path: Path) -> None:
-    """Saves the parameters that learn. All ranks take part; rank 0 writes."""
+    """Save the trainable parameters. All ranks must call this, because it gathers the weights; only rank 0 writes."""
     weights = engine.learned_weights()
     if weights is not None:
         with new_file(path) as part:
@@ -217,10 +242,14 @@ def save_best(engine: Engine, path: Path) -> None:
 
 
 def export(engine: Engine, run: TrainingRun, best_step: int | None) -> dict[str, Tensor] | None:
-    """The weights of the complete model, in which what learned is that of the best step; None on ranks other than 0."""
+    """Return the weights of the complete model on rank 0, and None on the other ranks.
+
+    Trainable parameters have their values of `best_step`. LoRA adapters are merged into the base weights.
+    """
     weights = engine.model_weights()
     if weights is not None and best_step is not None:
         best = load_file(best_file(run.folder, best_step))
-        best_of = {id(weights[name]): value for name, value in best.items()}  # under each name of a shared weight
+        # A weight that two layers share has two names but is saved under one, so values are matched by tensor id.
+        best_of = {id(weights[name]): value for name, value in best.items()}
         weights = {name: best_of.get(id(value), value) for name, value in weights.items()}
     return lora.merged(weights, run.phase.lora) if weights is not None and run.phase.lora else weights

@@ -1,8 +1,8 @@
-"""Memory of one GPU in training: what DeepSpeed keeps for each parameter, and what autograd keeps of a micro-batch.
+"""Estimates of the GPU memory that training needs: model states of DeepSpeed, and activations saved by autograd.
 
-The states are counted as DeepSpeed 0.19 holds them, with the optimizer that `engine.py` gives it. The activations are
-not modelled but counted: the real model runs forward on tensors without contents, and every storage that autograd
-would save is added up.
+Model states (weights, gradients, optimizer) are computed as DeepSpeed 0.19 stores them for the AdamW of `engine.py`.
+Activations are counted with the real model: it runs forward on fake tensors, which have shapes but no data, and the
+sizes of all storages that autograd would save are added up.
 Shapes:  P pairs, N patches per image, L levels, T tokens of all rows together, A answer tokens, D language-model width.
 """
 
@@ -26,17 +26,14 @@ from onediff.train.cost import Size
 from onediff.train.engine import trainable
 
 Offload = Literal["none", "optimizer", "all"]
-BUCKET = 500_000_000  # gradients reduced at once: DeepSpeed's reduce_bucket_size
-GATHERED = 1_000_000_000  # weights that ZeRO 3 holds whole at once: stage3_max_live_parameters
-SUB_GROUP = 1_000_000_000  # weights that ZeRO 3 updates at once: sub_group_size
-
-
-# --- what is kept for each parameter ----------------------------------------------------------------------------------
+BUCKET = 500_000_000  # number of gradients that DeepSpeed reduces in one operation (default reduce_bucket_size)
+GATHERED = 1_000_000_000  # most parameters that ZeRO 3 gathers at a time (default stage3_max_live_parameters)
+SUB_GROUP = 1_000_000_000  # number of parameters that ZeRO 3 updates at a time (default sub_group_size)
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a model's states are shared between the ranks."""
+    """How DeepSpeed distributes the model states: ZeRO level, offload to CPU memory, and number of ranks."""
 
     zero_level: int
     offload: Offload
@@ -45,8 +42,10 @@ class Sharing:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU; `buffers`: reduction and gathering; `update`: float32 gradients while the optimizer steps;
-    `host`: in the CPU's memory, per GPU.
+    """Bytes of model states on one GPU, and in CPU memory (`host`) for each GPU.
+
+    `buffers` are for reducing gradients and gathering weights. `update` is for float32 gradients during an optimizer
+    step. `start` is for all weights before DeepSpeed distributes them.
     """
 
     weights: float
@@ -55,13 +54,15 @@ class States:
     buffers: float
     update: float
     host: float
-    start: float  # all weights, before they are shared
+    start: float
 
 
 def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
+    """Compute the bytes of model states for a model with `size` parameters, distributed as `sharing` says."""
     level, ranks, each = sharing.zero_level, sharing.num_ranks, 2 if bfloat16 else 4
     learning, everything = size.learning, size.learning + size.frozen
-    master = 4 if bfloat16 or level > 0 else 0  # in float32 only plain training updates the weights themselves
+    # DeepSpeed keeps a float32 copy of the weights, except in float32 training without ZeRO.
+    master = 4 if bfloat16 or level > 0 else 0
     weights = each * everything / (ranks if level == 3 else 1)
     gradients = each * learning / (ranks if level >= 2 else 1)
     optimizer = (master + 8) * learning / (ranks if level >= 1 else 1)
@@ -80,12 +81,9 @@ def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
     return States(weights, gradients, optimizer, buffers, update, host, float(each * everything))
 
 
-# --- what autograd keeps of a micro-batch -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of pairs, with rows of equal length."""
+    """The size of a micro-batch of pairs in which all rows have the same number of tokens."""
 
     num_pairs: int
     row_tokens: int
@@ -94,8 +92,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes: all that autograd keeps; with blocks that keep only their inputs (`runtime.checkpoint_activations`); and
-    what comes on top of either while the backward pass runs.
+    """Bytes of activations that autograd saves for one micro-batch.
+
+    `everything` is the amount without activation checkpointing, and `checkpointed` the amount with it. `working` is the
+    additional memory that the backward pass needs in both cases.
     """
 
     everything: int
@@ -104,7 +104,10 @@ class Saved:
 
 
 def saved(config: OneDiffConfig, phase: Phase, batch: MicroBatch, *, bfloat16: bool, cached_tower: bool) -> Saved:
-    """On a CPU's fused attention, whose output is kept a second time: on a GPU a few percent less."""
+    """Count the bytes that autograd saves in a forward pass of one micro-batch.
+
+    The count is for the fused attention of a CPU, which saves its output twice. A GPU needs a few percent less.
+    """
     with local_torch_dtype(torch.bfloat16 if bfloat16 else torch.float32):
         model = hollow(config, phase)
         with FakeTensorMode():
@@ -118,7 +121,7 @@ def saved(config: OneDiffConfig, phase: Phase, batch: MicroBatch, *, bfloat16: b
 
 
 def hollow(config: OneDiffConfig, phase: Phase) -> OneDiffForConditionalGeneration:
-    """The model as the engine prepares it, with adapters and frozen parts, on the device without contents."""
+    """Create the model on the meta device, with adapters and frozen parts as the training engine prepares them."""
     with torch.device("meta"):
         model = OneDiffForConditionalGeneration(config).train()
         trainable(model, phase)
@@ -126,8 +129,7 @@ def hollow(config: OneDiffConfig, phase: Phase) -> OneDiffForConditionalGenerati
 
 
 def _allocate(model: nn.Module) -> None:
-    """In place, from the device without contents to a CPU's tensors without contents, which take its fused attention.
-    """
+    """Replace all meta tensors of the model by fake CPU tensors, so that torch selects the CPU's fused attention."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype),
@@ -137,7 +139,9 @@ def _allocate(model: nn.Module) -> None:
 
 
 class _Counter:
-    """Adds up each storage once, parameters left out; for each block what was saved in it, and the size of its input.
+    """Counts the bytes that autograd saves: in total, in each transformer block, and for the input of each block.
+
+    A storage that several tensors share is counted once. Parameters are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -153,7 +157,8 @@ class _Counter:
         if _storage(tensor) not in self.seen:
             self.seen.add(_storage(tensor))
             self.total += tensor.untyped_storage().nbytes()
-        return tensor  # and so alive: no later storage can have its address
+        # Returning the tensor keeps it alive, so that no later storage can reuse its address.
+        return tensor
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.inputs[block] = args[0].nbytes if args[0].requires_grad else 0
@@ -168,7 +173,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cached_tower: bool) -> Tensor:
-    """`forward` on pairs, without the checks of ids and counts, because these tensors have no contents."""
+    """Compute the loss like the model's `forward`, but without checks of token ids, as fake tensors have no data."""
     config, pairs = model.config, batch.num_pairs
     if cached_tower:
         states = torch.empty(2 * pairs, len(config.read_levels), config.num_patches, config.vision_config.hidden_size)
@@ -181,14 +186,17 @@ def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cache
     if any(view.requires_grad for view in views) or model.language.get_input_embeddings().weight.requires_grad:
         embeds.requires_grad_()
     answers = torch.empty(pairs * batch.row_answer_tokens, dtype=torch.long)  # (A,)
-    places = torch.empty(1, sum(lengths), dtype=torch.long)
-    logits = model.language(inputs_embeds=embeds, position_ids=places, attention_mask=no_mask(embeds), lengths=lengths,
-                            logits_to_keep=answers, use_cache=False).logits[0]
+    positions = torch.empty(1, sum(lengths), dtype=torch.long)
+    logits = model.language(inputs_embeds=embeds, position_ids=positions, attention_mask=no_mask(embeds),
+                            lengths=lengths, logits_to_keep=answers, use_cache=False).logits[0]
     return functional.cross_entropy(logits.float(), torch.empty_like(answers), reduction="sum")
 
 
 def _views(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
-    """As the model's `look`: states (2P, L, N, C), the number of each pair's first image (P,) -> what is spliced."""
+    """Return the visual tokens like the model's `project_visual_tokens`, but without reading any tensor's data.
+
+    `states` has shape (2P, L, N, C), and `first` (P,) is the index of the first image of each pair.
+    """
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
     delta = None if model.delta is None else model.delta(states[first], states[first + 1])
     if model.config.reading == "B":

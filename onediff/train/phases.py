@@ -1,4 +1,4 @@
-"""The two training phases: what each of them reads, what learns in it, and how long it lasts. `fit` does the rest."""
+"""The two training phases, `align` and `tune`: each prepares the model and the data, then `loop.fit` trains."""
 
 import json
 import os
@@ -28,9 +28,10 @@ from onediff.train.status import FINAL, recorded_errors, write_status
 
 
 def run_folder(name: str, config: Config, runtime: Runtime) -> Path:
-    """The run's folder in scratch, named after the SHA-256 of everything that decides its result.
+    """Create the folder of a run in scratch. The name contains a hash of everything that decides the result.
 
-    A changed parameter, data set or starting model begins a new run; an interrupted run continues.
+    So an interrupted run continues in the same folder, while a changed parameter, data set or initial model starts a
+    new run.
     """
     phase: Phase | None = getattr(config, name)
     starts = ([str(ALIGNED)] if name == "tune"
@@ -46,10 +47,9 @@ def run_folder(name: str, config: Config, runtime: Runtime) -> Path:
 
 
 def align(config: Config, runtime: Runtime, *, data: Path, folder: Path) -> TrainingRun | None:
-    """Phase 1, Coupled Sample Training: single images coupled into pseudo pairs, with both captions as the target.
+    """Prepare phase 1, Coupled Sample Training: two unrelated images form a pair, and both captions are the target.
 
-    There is nothing to validate on. If params.yaml has no `align` section, this saves the backbones unchanged for
-    `tune`, and returns None.
+    If params.yaml has no `align` section, this function saves the untrained model for `tune` and returns None.
     """
     model, processor = build(config.model, seed=config.seed)
     phase = config.align
@@ -64,7 +64,7 @@ def align(config: Config, runtime: Runtime, *, data: Path, folder: Path) -> Trai
 
 
 def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: Path) -> TrainingRun:
-    """Phase 2, multi-task instruction tuning over all sources, from the model folder of `align`."""
+    """Prepare phase 2, multi-task instruction tuning on all sources, starting from the model that `align` saved."""
     model, processor = load_trained(start)
     phase = config.tune
     corpus = Corpus.read(data, "train", phase.mixture, store=folder / "corpus")
@@ -75,14 +75,14 @@ def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: P
 
 
 def train(run: TrainingRun, log: Log) -> None:
-    """Trains the model and saves it in the folder of the run; status.json is `finished` only when that is complete."""
+    """Train the model of a run and save it in the folder of the run. status.json then has the state `finished`."""
     write_status(run.folder, "running", 0)
     runtime, device = run.runtime, pick_device(run.runtime.device)
     run.model.to(device)
     workers, peak = runtime.loader_workers, runtime.peak_tflops
     if device.type == "cpu":
-        run.model.float()  # bfloat16 is far slower there
-        workers = workers or 0  # they would only take its cores from the training
+        run.model.float()  # On a CPU, bfloat16 is much slower than float32.
+        workers = workers or 0  # On a CPU, loader processes would take cores away from training.
     else:
         workers = max(1, (len(os.sched_getaffinity(0)) - 1) // runtime.gpus) if workers is None else workers
         peak = peak or peak_tflops(torch.cuda.get_device_name(device))
@@ -107,7 +107,7 @@ def train(run: TrainingRun, log: Log) -> None:
 
 def save_final_model(folder: Path, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor,
                      trained: Trained) -> None:
-    """Writes the trained model and its summary to where the stage fetches them."""
+    """Write the trained model, the processor and the summary to the run's folder, where the DVC stage reads them."""
     model.save_pretrained(folder / FINAL, state_dict=trained.weights)
     processor.save_pretrained(folder / FINAL)
     (folder / "summary.json").write_text(json.dumps(trained.summary), encoding="utf-8")
@@ -115,7 +115,9 @@ def save_final_model(folder: Path, model: OneDiffForConditionalGeneration, proce
 
 
 def _pixels_of(run: TrainingRun) -> Pixels:
-    """A frozen tower sees each image once if its features fit into the cache; a tower that learns sees it at each step.
+    """Return the function that loads the images of a batch, either as pixels or as features of a frozen vision tower.
+
+    Features are computed once, before training, if the tower is frozen and they fit into `feature_cache_gb`.
     """
     model, num_images = run.model, len(run.corpus.source_of)
     gb = feature_gb(model.config, num_images)
@@ -128,5 +130,5 @@ def _pixels_of(run: TrainingRun) -> Pixels:
 
 
 def feature_gb(config: OneDiffConfig, num_images: float) -> float:
-    """What the features of so many images take on disk."""
+    """Return the size on disk, in GB, of the vision tower's features of `num_images` images."""
     return num_images * len(config.read_levels) * config.num_patches * config.vision_config.hidden_size * 4 / 1e9

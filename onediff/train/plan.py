@@ -1,6 +1,7 @@
-"""What a run will take, before any GPU is touched: `onediff plan`. Nothing is downloaded, no weight is loaded.
+"""`onediff plan`: estimates the memory and time of training, without a GPU, without downloads and without weights.
 
-Of each phase: what learns, what a sample is, how many steps, what fits on which GPU, how many hours.
+For each phase, the plan shows the trainable parameters, the mean sample, the number of steps, which settings fit into
+the memory of a GPU, and the hours of training.
 """
 
 import json
@@ -23,19 +24,24 @@ from onediff.train.phases import feature_gb
 
 ARCHITECTURES = Path("presets/architectures")
 GIB = 2**30
-SPARE, OVERHEAD_GIB = 0.05, 1.5  # of a GPU's memory: lost between blocks; taken by CUDA and NCCL
-ENOUGH_TOKENS = 4096  # of a forward pass, on one GPU: beyond it a larger one is hardly faster
+SPARE = 0.05  # share of GPU memory that is lost to fragmentation
+OVERHEAD_GIB = 1.5  # GPU memory that CUDA and NCCL use
+ENOUGH_TOKENS = 4096  # number of tokens above which a larger micro-batch hardly increases the speed
 TOKENS_PER_WORD = 4 / 3
-ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimates, like all lengths of text here
-USUAL_ANSWER_TOKENS, CONVERSATION_TOKENS = 16, 150  # the latter: the questions of a conversation
-CONVERSATIONS = {"llava_665k": 0.94}  # the share that has an image
-MERGED = ("spot_the_diff", "clevr_change")  # their official records are not the pairs that are read
-SCENE_PAIRS = 3  # that a base scene gives `train`
+ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated mean number of answer tokens
+USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for every other source
+CONVERSATION_TOKENS = 150  # estimated number of tokens of all questions in a conversation
+CONVERSATIONS = {"llava_665k": 0.94}  # for each conversation source, the share of conversations that have an image
+MERGED = ("spot_the_diff", "clevr_change")  # sources whose samples are pairs; the samples of other sources are records
+SCENE_PAIRS = 3  # number of training pairs that are generated from one base scene
 
 
 @dataclass(frozen=True)
 class MeanSample:
-    """Means over a phase's mixture; `longest_tokens` of a row that a micro-batch must have room for."""
+    """The mean sample of a phase, weighted by the mixture.
+
+    `longest_tokens` is the length of the longest row, which must fit into a micro-batch.
+    """
 
     images: float
     pairs: float
@@ -47,23 +53,31 @@ class MeanSample:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to share a phase between the GPUs; `micro_batch_size` 0: not even one row fits. Bytes of one
-    GPU."""
+    """One way to distribute a phase over the GPUs, with the memory of one GPU in bytes.
+
+    `micro_batch_size` is the largest micro-batch that fits, or 0 if not even one row fits. `activations` is the memory
+    for each row. `total` is all memory with the largest micro-batch, or with one row if none fits.
+    """
 
     sharing: Sharing
     checkpoint_activations: bool
     states: States
-    activations: float  # of each row
+    activations: float
     micro_batch_size: int
-    total: float  # with that micro-batch, or with one row
+    total: float
 
 
 @dataclass(frozen=True)
 class PhasePlan:
+    """The plan of one training phase.
+
+    `num_samples` maps each source to the number of samples and a text that says where this number is from.
+    """
+
     name: str
     sizes: dict[str, Size]
     sample: MeanSample
-    num_samples: dict[str, tuple[int, str]]  # by source, and where the number is from
+    num_samples: dict[str, tuple[int, str]]
     steps: int
     batch_size: int
     cached_tower: bool
@@ -75,17 +89,22 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """The plan of a run; `published` lists backbones that are known by their architecture and were not downloaded."""
+
     gpu: Gpu
     num_gpus: int
     utilisation: float
-    published: list[str]  # backbones described by their published architecture, not downloaded
+    published: list[str]
     patch_tokens: int
     delta_tokens: int
     phases: list[PhasePlan]
 
 
 def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisation: float) -> Plan:
-    """Raises ValueError if a batch does not split over the GPUs or a backbone contradicts params.yaml."""
+    """Plan both phases.
+
+    Raises ValueError if a batch cannot be split evenly over the GPUs, or if a backbone contradicts params.yaml.
+    """
     described, published = described_model(config.model)
     model = configure(described)
     patch_tokens = (1 if model.reading == "C" else 2) * model.tokens_per_image
@@ -95,7 +114,10 @@ def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisati
 
 
 def described_model(model: Model) -> tuple[Model, list[str]]:
-    """The model with each backbone whose architecture is known here replaced by its folder, and their names."""
+    """Replace each backbone whose architecture is in presets/architectures by that folder.
+
+    Returns the changed model settings and the names of the replaced backbones.
+    """
     folders = {name: str(ARCHITECTURES / name) for name in (model.vision.path, model.language)
                if not Path(name).exists() and (ARCHITECTURES / name / "config.json").exists()}
     path, language = (folders.get(name, name) for name in (model.vision.path, model.language))
@@ -104,11 +126,11 @@ def described_model(model: Model) -> tuple[Model, list[str]]:
 
 
 def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime, planned: Plan) -> PhasePlan:
-    """`planned`: the plan with the GPUs, still without phases."""
+    """Plan the phase `name`; `planned` is the plan so far, which contains the GPUs but no phases."""
     phase: Phase = getattr(config, name)
     if phase.batch_size % planned.num_gpus:
-        raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} does not split over {planned.num_gpus} "
-                         "GPUs; change one of them")
+        raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} must be a multiple of the "
+                         f"{planned.num_gpus} GPUs; change batch_size or the number of GPUs")
     samples = {source: count_samples(source, config, phase) for source in phase.mixture}
     sample, total = mean_sample(config, model, phase), sum(number for number, _ in samples.values())
     num_images = total if name == "align" else total * sample.images
@@ -116,7 +138,8 @@ def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime
     empty, bfloat16 = hollow(model, phase), config.model.precision == "bfloat16"
     counts = {key: getattr(sample, key) * phase.batch_size for key in ("images", "pairs", "tokens", "answer_tokens")}
     flops, steps = Flops.of(empty, phase, cached_tower=cached)(counts), steps_of(phase, total)
-    once = Flops.of(empty, phase, cached_tower=False).image * num_images if cached else 0.0  # a frozen tower: forward
+    # If features are cached, the frozen vision tower encodes every image once, before training.
+    once = Flops.of(empty, phase, cached_tower=False).image * num_images if cached else 0.0
     seconds = (steps * flops + once) / (planned.num_gpus * planned.gpu.tflops * 1e12 * planned.utilisation)
     parts = sizes(empty)
     size = Size(sum(part.learning for part in parts.values()), sum(part.frozen for part in parts.values()))
@@ -128,11 +151,11 @@ def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime
                      choose(choices, sample))
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
-
-
 def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
-    """Samples of an epoch, and where the number is from: DiffCap's card, params.yaml, an official count or a guess."""
+    """Return the number of samples of a source in one epoch, and the origin of this number.
+
+    The origin is the DiffCap card, params.yaml, an official count, or a guess from the sampling weight.
+    """
     task, expected, times = config.tasks.get(source), _official(source), 1.0
     if task and task.targets == "each" and expected.get("references"):
         times = expected["references"] / expected["pairs"]
@@ -147,6 +170,7 @@ def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
 
 
 def _expected_pairs(source: str, config: Config) -> int | None:
+    """Return the number of training samples from params.yaml or from the catalog, or None if it is unknown."""
     if source == "scenes":
         return SCENE_PAIRS * config.data.scenes.num_scenes.train
     if source == "edits":
@@ -159,7 +183,7 @@ def _official(source: str) -> Mapping[str, int]:
 
 
 def mean_sample(config: Config, model: OneDiffConfig, phase: Phase) -> MeanSample:
-    """Weighted as the phase draws; a pair has two images, a conversation one or none."""
+    """Return the mean sample of a phase, weighted by the sampling weight of each source in the mixture."""
     total = sum(phase.mixture.values())
     samples = {source: _sample_of(source, config, model, phase) for source in phase.mixture}
     images, pairs, text, answer, tokens = (
@@ -178,7 +202,7 @@ def _sample_of(source: str, config: Config, model: OneDiffConfig, phase: Phase) 
 
 
 def _text_of(source: str, config: Config, phase: Phase) -> tuple[float, float, float]:
-    """Images, tokens of text with the answer, tokens of the answer."""
+    """Return the mean number of images, of text tokens including the answer, and of answer tokens in a sample."""
     answer, task = float(ANSWER_TOKENS.get(source, USUAL_ANSWER_TOKENS)), config.tasks.get(source)
     if source in CONVERSATIONS:
         return CONVERSATIONS[source], CONVERSATION_TOKENS + answer, answer
@@ -193,30 +217,28 @@ def _text_of(source: str, config: Config, phase: Phase) -> tuple[float, float, f
     return 1.0 if is_single else 2.0, num_words * TOKENS_PER_WORD + answer, answer
 
 
-# --- what fits --------------------------------------------------------------------------------------------------------
-
-
 def sharings(num_gpus: int) -> list[Sharing]:
-    """Every ZeRO level and offload that Runtime allows."""
+    """List every combination of ZeRO level and offload that runtime.yaml allows."""
     lowest_levels: dict[Offload, int] = {"none": 0, "optimizer": 1, "all": 3}
     return [Sharing(level, offload, num_gpus) for offload, lowest in lowest_levels.items()
             for level in range(lowest, 4)]
 
 
 def layouts(held: dict[Sharing, States], one: Saved, two: Saved, *, num_rows: int, gpu: Gpu) -> Iterator[Layout]:
-    """Each way to share the states, with and without checkpointing, and the largest micro-batch that each has room for.
+    """Yield each way to distribute the states, with and without activation checkpointing, and the largest micro-batch.
 
-    one, two: what autograd saves of that many rows; `num_rows`: of each GPU in a step.
+    `one` and `two` are the activations of micro-batches with one and two rows, from which larger ones are extrapolated.
+    `num_rows` is the number of rows per GPU in a step.
     """
     micro_batch_sizes = [number for number in range(1, num_rows + 1) if num_rows % number == 0]
     for sharing, kept in held.items():
-        for again in (False, True):
-            first, second = (rows.checkpointed if again else rows.everything for rows in (one, two))
+        for checkpointed in (False, True):
+            first, second = (rows.checkpointed if checkpointed else rows.everything for rows in (one, two))
             each_row, each_working = second - first, two.working - one.working
             totals = {number: total_bytes(kept, first + one.working + (number - 1) * (each_row + each_working))
                       for number in micro_batch_sizes}
             most = max((number for number in totals if totals[number] <= usable_gib(gpu) * GIB), default=0)
-            yield Layout(sharing, again, kept, each_row, most, totals[most or 1])
+            yield Layout(sharing, checkpointed, kept, each_row, most, totals[most or 1])
 
 
 def usable_gib(gpu: Gpu) -> float:
@@ -224,7 +246,9 @@ def usable_gib(gpu: Gpu) -> float:
 
 
 def total_bytes(kept: States, activations: float) -> float:
-    """At the worst moment: the start of the backward pass, the update, when no activation is left, or the beginning,
+    """Return the peak memory of one GPU.
+
+    The peak is at the start of the backward pass, during the update (when activations are freed), or at the beginning,
     when every GPU loads the complete model.
     """
     held = kept.weights + kept.gradients + kept.optimizer + kept.buffers
@@ -232,8 +256,10 @@ def total_bytes(kept: States, activations: float) -> float:
 
 
 def choose(layouts: list[Layout], sample: MeanSample) -> Layout | None:
-    """The least offload; of these a pass with enough tokens to keep the GPU busy; then nothing run twice, then the
-    lowest ZeRO level. None: nothing fits.
+    """Choose the layout that is probably the fastest, or None if no layout fits.
+
+    The order of preference is: least offload, enough tokens in a micro-batch to keep the GPU busy, no activation
+    checkpointing, lowest ZeRO level.
     """
     fitting = [layout for layout in layouts if layout.micro_batch_size]
     return min(fitting, default=None, key=lambda layout: (
@@ -242,17 +268,15 @@ def choose(layouts: list[Layout], sample: MeanSample) -> Layout | None:
         layout.checkpoint_activations, layout.sharing.zero_level))
 
 
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
 def text(planned: Plan) -> str:
+    """Return the plan as text for the terminal."""
     gpu = planned.gpu
     lines = [f"On {planned.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, {gpu.tflops:g} TFLOP/s"
-             f"{' in bfloat16' if gpu.bfloat16 else ' in float16; it has no bfloat16'}), at {planned.utilisation:.0%} "
-             "of that peak. Nothing was run or downloaded."]
-    lines += [f"{name}: architecture as published, not downloaded" for name in planned.published]
-    lines += [f"A pair: {planned.patch_tokens:,} patch tokens, {planned.delta_tokens} delta tokens, and text "
-              "(its length is an estimate)"]
+             f"{' in bfloat16' if gpu.bfloat16 else ' in float16, because this GPU has no bfloat16'}), at "
+             f"{planned.utilisation:.0%} of the peak speed. Nothing was run or downloaded."]
+    lines += [f"{name}: planned with the published architecture; nothing was downloaded" for name in planned.published]
+    lines += [f"A pair has {planned.patch_tokens:,} patch tokens, {planned.delta_tokens} delta tokens, and text of "
+              "estimated length"]
     return "\n".join([*lines, *(line for phase in planned.phases for line in _phase_text(phase, planned))])
 
 
@@ -265,16 +289,16 @@ def _phase_text(phase: PhasePlan, planned: Plan) -> Iterator[str]:
     for title, (source, (number, origin)) in zip(["samples", *[""] * len(phase.num_samples)],
                                                  phase.num_samples.items(), strict=False):
         yield f"  {title:<10} {number:>12,}  {source:<{width}}  {origin}"
-    yield (f"  steps      {phase.steps:>12,}  of {phase.batch_size} samples; on average {sample.images:.2g} images, "
-           f"{sample.tokens:,.0f} tokens, {sample.answer_tokens:.0f} of them answers")
-    seen = ("frozen, its features computed once" if phase.cached_tower else
-            "runs at every step" + ("" if phase.sizes["vision"].learning else
-                                    ": frozen, but its features exceed feature_cache_gb of runtime.yaml"))
-    yield f"  tower      {seen}"
-    yield f"  compute    {phase.flops_per_step / 1e15:>12,.4g}  PFLOP a step"
-    yield f"  time       {phase.hours:>12,.2g}  hours, without reading data, validation and checkpoints"
-    yield (f"  memory of one GPU in GiB, of which {usable_gib(planned.gpu):.1f} can be used ({OVERHEAD_GIB} are for "
-           f"CUDA and NCCL, {SPARE:.0%} for gaps); rows of {sample.longest_tokens:,} tokens")
+    yield (f"  steps      {phase.steps:>12,}  of {phase.batch_size} samples; a sample has on average "
+           f"{sample.images:.2g} images and {sample.tokens:,.0f} tokens, {sample.answer_tokens:.0f} of them in answers")
+    tower = ("frozen; the features are computed once" if phase.cached_tower else
+             "runs at every step" + ("" if phase.sizes["vision"].learning else
+                                     ": it is frozen, but the features exceed feature_cache_gb of runtime.yaml"))
+    yield f"  tower      {tower}"
+    yield f"  compute    {phase.flops_per_step / 1e15:>12,.4g}  PFLOP per step"
+    yield f"  time       {phase.hours:>12,.2g}  hours, without loading data, validation and checkpoints"
+    yield (f"  memory of one GPU in GiB, of which {usable_gib(planned.gpu):.1f} can be used (CUDA and NCCL use "
+           f"{OVERHEAD_GIB}, fragmentation {SPARE:.0%}); rows have {sample.longest_tokens:,} tokens")
     yield ("    ZeRO  offload    checkpoint | weights  gradients  optimizer  buffers  each row | largest micro-batch: "
            "total")
     for layout in phase.layouts:
@@ -286,20 +310,21 @@ def _layout_text(layout: Layout) -> str:
     kept = layout.states
     shares = [f"{value / GIB:>{width}.1f}" for value, width in (
         (kept.weights, 7), (kept.gradients, 10), (kept.optimizer, 10), (kept.buffers, 8), (layout.activations, 9))]
-    most = f"{layout.micro_batch_size:>19}" if layout.micro_batch_size else "       does not fit"
-    again = str(layout.checkpoint_activations).lower()
-    return (f"  {layout.sharing.zero_level}   {layout.sharing.offload:<10} {again:<10} | {' '.join(shares)} | {most}: "
-            f"{layout.total / GIB:.1f}")
+    largest = f"{layout.micro_batch_size:>19}" if layout.micro_batch_size else "       does not fit"
+    checkpointed = str(layout.checkpoint_activations).lower()
+    return (f"  {layout.sharing.zero_level}   {layout.sharing.offload:<10} {checkpointed:<10} | {' '.join(shares)} | "
+            f"{largest}: {layout.total / GIB:.1f}")
 
 
 def _advice(phase: PhasePlan) -> str:
     layout = phase.chosen
     if layout is None:
-        cures = ["more or larger GPUs", "model.patch_pool 2 or reading C: fewer patch tokens", "a lower max_length"]
+        cures = ["more or larger GPUs", "fewer patch tokens (model.patch_pool: 2 or model.reading: C)",
+                 "a lower model.max_length"]
         if phase.sizes["language"].learning:
-            cures.insert(0, f"{phase.name}.lora in place of the whole language model")
-        return f"does not fit, not even with one row, all offloaded. What helps: {'; '.join(cures)}"
-    host = f"; {layout.states.host / GIB:.0f} GiB of the CPU's memory for each GPU" if layout.states.host else ""
+            cures.insert(0, f"{phase.name}.lora instead of full training of the language model")
+        return f"does not fit, not even with one row and everything offloaded. Possible changes: {'; '.join(cures)}"
+    host = f"; needs {layout.states.host / GIB:.0f} GiB of CPU memory for each GPU" if layout.states.host else ""
     return (f"runtime.yaml: zero_level: {layout.sharing.zero_level}, offload: {layout.sharing.offload}, "
             f"checkpoint_activations: {str(layout.checkpoint_activations).lower()}, micro_batch_size: "
             f"{layout.micro_batch_size}{host}")

@@ -1,4 +1,4 @@
-"""How fast training goes, step by step: pairs, tokens, waiting, memory, and the share of the hardware's peak."""
+"""Training speed at each step: pairs and tokens per second, loader waiting time, memory, model FLOPs utilization."""
 
 import resource
 import time
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from onediff.inputs.processing import IGNORED
 
-WINDOW_S = 30.0  # rates are of the last half minute
+WINDOW_S = 30.0
 COUNTED = ("rows", "images", "pairs", "tokens", "padded_tokens", "answer_tokens")
 
 
 def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
-    """COUNTED of a rank's micro-batches: rows, images, rows with two, tokens that the language model reads, tokens that
-    padded rows would have, answer tokens."""
+    """Count rows, images, pairs and tokens in the micro-batches of one rank, in the order of COUNTED.
+
+    `pairs` counts the rows with two images, `tokens` the tokens without padding, and `padded_tokens` the tokens of
+    rows that are padded to equal length.
+    """
     totals: Counter[str] = Counter()
     for batch in batches:
         counts, mask = batch["image_counts"], batch["attention_mask"]
@@ -27,7 +30,10 @@ def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
 
 
 class Meter:
-    """What all ranks did; flops_of(counts) gives the FLOPs behind COUNTED, `peak_flops` what all GPUs could do in 1 s.
+    """Measures the training speed of all ranks together.
+
+    `flops_of(counts)` returns the FLOPs of steps with these counts, whose keys are COUNTED. `peak_flops` is the peak
+    speed of all GPUs together in FLOP/s, or None if it is unknown.
     """
 
     def __init__(self, flops_of: Callable[[dict[str, float]], float], peak_flops: float | None) -> None:
@@ -40,12 +46,12 @@ class Meter:
         return time.monotonic() - self.started
 
     def add(self, totals: Tensor, waited_s: float) -> None:
-        """totals: `counts_of` summed over all ranks."""
+        """Add one step; `totals` is the result of `counts_of` summed over all ranks."""
         counts = dict(zip(COUNTED, totals.tolist(), strict=True))
         self.totals.update({"steps": 1, "waited_s": waited_s, "flops": self.flops_of(counts), **counts})
 
     def line(self) -> dict[str, float]:
-        """Rates over the last WINDOW_S seconds."""
+        """Return the rates of the last WINDOW_S seconds of training."""
         now = time.monotonic()
         self.marks.append((now, self.totals.copy()))
         while len(self.marks) > 2 and now - self.marks[1][0] > WINDOW_S:
@@ -53,7 +59,7 @@ class Meter:
         return self._rates(*self.marks[0])
 
     def summary(self) -> dict[str, float]:
-        """Rates over the whole run."""
+        """Return the rates of the complete run."""
         return self._rates(self.started, Counter())
 
     def _rates(self, since: float, before: Counter[str]) -> dict[str, float]:
@@ -67,7 +73,7 @@ class Meter:
 
 
 def memory_gib() -> float:
-    """The most that this process has held: of the GPU's memory where there is one."""
+    """Return the peak memory of this process in GiB: GPU memory if there is a GPU, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,6 @@
-"""status.json of a run: rank 0 writes it, and the launcher reads it, perhaps on another node.
+"""status.json, the file in which rank 0 records the state of a run, and from which the launcher reads it.
 
-An exit code does not survive DVC; this file does.
+The state is in a file because DVC replaces the exit code of a stage, and because rank 0 may run on another node.
 """
 
 import contextlib
@@ -12,17 +12,17 @@ from typing import Any
 
 from onediff.files import write_json
 
-FINAL = "final"  # folder of the trained model in the run's folder
+FINAL = "final"  # the trained model is in this sub-folder of the run folder
 
 
 def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
-    """Writes it on rank 0. `state`: running, preempted, failed, diverged or finished."""
+    """Write status.json on rank 0. `state` is running, preempted, failed, diverged or finished."""
     if os.environ.get("RANK", "0") == "0":
         write_json(folder / "status.json", {"state": state, "step": step, "reason": reason})
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """state (one that rank 0 wrote, or `not started`), step and reason."""
+    """Read state, step and reason from status.json; without this file the state is `not started`."""
     try:
         return dict(json.loads((folder / "status.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -31,8 +31,10 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def recorded_errors(folder: Path) -> Iterator[None]:
-    """Marks a running phase that an error ends as failed, and one that a signal ends as preempted. On a full disk the
-    status cannot be written, and only the error itself is raised.
+    """Record an error in the block as state `failed` in status.json, and a signal as state `preempted`.
+
+    A state that the block has already set, such as `diverged`, is kept. The error is raised again in every case, also
+    when the disk is full and the state cannot be written.
     """
     try:
         yield
@@ -48,11 +50,11 @@ def recorded_errors(folder: Path) -> Iterator[None]:
 
 
 def modified_ns(folder: Path) -> int:
-    """Changes with every write, by the clock of the storage; 0 without status.json."""
+    """Return the modification time of status.json in nanoseconds, or 0 if the file does not exist."""
     path = folder / "status.json"
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether everything that the stage fetches is there; run.json is what rank 0 writes last."""
+    """Check whether all results of the run are written. Rank 0 writes run.json last."""
     return read_status(folder)["state"] == "finished" and (folder / "run.json").exists()

@@ -27,11 +27,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("settings", [
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
     SiglipImageProcessorPil(size={"height": 56, "width": 56})])
-def test_pixels_equal_those_of_the_image_processor(processor: OneDiffProcessor, settings: Any) -> None:
+def test_pixels_equal_the_output_of_the_image_processor(processor: OneDiffProcessor, settings: Any) -> None:
     images = [picture(120, 120), picture(31, 31, seed=1), picture(56, 56, seed=2)]
-    own = OneDiffProcessor(settings, processor.tokenizer)
+    ours = OneDiffProcessor(settings, processor.tokenizer)
     expected = settings(images, return_tensors="pt")["pixel_values"]
-    assert torch.allclose(own.pixels(images), expected, atol=1e-6)
+    assert torch.allclose(ours.pixels(images), expected, atol=1e-6)
 
 
 def test_both_images_get_the_same_transform(processor: OneDiffProcessor) -> None:
@@ -48,22 +48,22 @@ def test_no_image_is_flipped(processor: OneDiffProcessor) -> None:
     assert pixels[:, :40].mean() > pixels[:, 56:].mean() + 1
 
 
-def test_a_wide_image_keeps_its_edges_and_its_shape(processor: OneDiffProcessor) -> None:
+def test_a_wide_image_is_padded_and_not_cropped_or_stretched(processor: OneDiffProcessor) -> None:
     wide = Image.new("RGB", (200, 100), "black")
     wide.paste("white", (0, 0, 10, 100))
     wide.paste("white", (190, 0, 200, 100))
     pixels = processor.pixels([wide])[0].mean(0)
     assert pixels[48, 1] > pixels[48, 48] + 1
     assert pixels[48, -2] > pixels[48, 48] + 1
-    assert pixels[2].abs().max() < 0.1  # padded with the mean, which the norm makes 0
+    assert pixels[2].abs().max() < 0.1  # The padding has the mean colour, which is 0 after normalization.
 
 
-def test_images_of_unlike_sizes_make_one_batch(processor: OneDiffProcessor) -> None:
+def test_images_of_different_sizes_make_one_batch(processor: OneDiffProcessor) -> None:
     batch = processor([(picture(64, 48), picture(200, 333)), (picture(5, 5), picture(96, 96))])
     assert batch["images"].shape == (4, 3, 96, 96)
 
 
-def test_labels_cover_the_answer_and_its_end_only(processor: OneDiffProcessor) -> None:
+def test_only_the_answer_and_the_end_of_sequence_token_have_labels(processor: OneDiffProcessor) -> None:
     batch = processor.answers([pair_prompt("plain", "What changed?", "the red cube is gone"),
                                text_prompt("plain", "hi", "nothing")])
     tokenizer = processor.tokenizer
@@ -72,19 +72,19 @@ def test_labels_cover_the_answer_and_its_end_only(processor: OneDiffProcessor) -
     assert torch.equal(batch["input_ids"][batch["labels"] != IGNORED], batch["labels"][batch["labels"] != IGNORED])
 
 
-def test_questions_are_padded_left_and_answers_right(processor: OneDiffProcessor) -> None:
+def test_questions_are_padded_on_the_left_and_answers_on_the_right(processor: OneDiffProcessor) -> None:
     prompts = [pair_prompt("plain", "What changed?", "nothing"), text_prompt("plain", "hi", "nothing")]
     assert processor.questions(prompts)["attention_mask"][1, 0] == 0
     assert processor.questions(prompts)["attention_mask"][1, -1] == 1
     assert processor.answers(prompts)["attention_mask"][1, -1] == 0
 
 
-@pytest.mark.parametrize(("reading", "needed"), [("A", [32, 16, 0]), ("C", [16, 16, 0])])
-def test_each_row_has_the_placeholders_its_images_need(reading: str, needed: list[int], micro: Config) -> None:
+@pytest.mark.parametrize(("reading", "expected"), [("A", [32, 16, 0]), ("C", [16, 16, 0])])
+def test_each_row_has_one_placeholder_for_each_visual_token(reading: str, expected: list[int], micro: Config) -> None:
     processor = build(micro.model.model_copy(update={"reading": reading}), seed=0)[1]
     prompts = [pair_prompt("plain", "a"), single_prompt("plain", "b"), text_prompt("plain", "c")]
     batch = processor.questions(prompts)
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == needed
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == expected
     assert (batch["input_ids"] == processor.delta_token_id).sum(1).tolist() == [8, 0, 0]
     assert batch["image_counts"].tolist() == [2, 1, 0]
 
@@ -97,20 +97,20 @@ def test_saving_and_loading_gives_the_same_batch(processor: OneDiffProcessor, tm
         assert torch.equal(value, loaded(pairs)[key]), key
 
 
-def test_every_sentence_survives_the_tokenizer(processor: OneDiffProcessor) -> None:
+def test_decoding_an_encoded_sentence_returns_the_sentence(processor: OneDiffProcessor) -> None:
     for text in ("the small red metal cube moved to the left", "USER: ünïcode 世界!",
                  "First image: a. Second image: b."):
         assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)).strip() == text
 
 
-def test_a_question_too_long_is_refused_and_an_answer_is_cut(processor: OneDiffProcessor) -> None:
+def test_a_question_that_is_too_long_is_refused_and_a_long_answer_is_truncated(processor: OneDiffProcessor) -> None:
     with pytest.raises(ValueError, match=r"model.max_length 128 is too short for a question of \d+ tokens"):
         processor.questions([text_prompt("plain", "cube " * 200)])
     batch = processor.answers([text_prompt("plain", "hi", "cube " * 300)])
     assert batch["input_ids"].shape[1] == processor.max_length
 
 
-def test_every_answer_of_a_conversation_is_learned_and_no_question(processor: OneDiffProcessor) -> None:
+def test_in_a_conversation_every_answer_and_no_question_has_labels(processor: OneDiffProcessor) -> None:
     turns = [("What is it?", "a cube"), ("Which colour?", "it is red"), ("Sure?", "yes")]
     prompt = conversation_prompt("plain", turns, num_images=1)
     batch = processor.answers([prompt, text_prompt("plain", "hi", "there")])
@@ -121,18 +121,18 @@ def test_every_answer_of_a_conversation_is_learned_and_no_question(processor: On
     assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
 
 
-def test_a_long_conversation_is_cut_at_its_end(processor: OneDiffProcessor) -> None:
+def test_a_long_conversation_is_truncated_at_the_end(processor: OneDiffProcessor) -> None:
     prompt = conversation_prompt("plain", [("What is it?", "a cube")] * 50, num_images=0)
     assert processor.answers([prompt])["input_ids"].shape[1] == processor.max_length
 
 
-def test_coupled_captions_stand_in_order() -> None:
+def test_the_answer_of_a_coupled_prompt_contains_both_captions_in_order() -> None:
     prompt = coupled_prompt("plain", "a red cube", "a blue ball")
     assert prompt.answer == "First image: a red cube. Second image: a blue ball."
     assert prompt.num_images == 2
 
 
-def test_vicuna_template_is_the_published_one() -> None:
+def test_the_vicuna_template_equals_the_published_template() -> None:
     question = single_prompt("vicuna_v1", "What is this?").question
     assert question == ("A chat between a curious user and an artificial intelligence assistant. "
                         "The assistant gives helpful, detailed, "
@@ -140,7 +140,7 @@ def test_vicuna_template_is_the_published_one() -> None:
     assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count("<image>") == 3
 
 
-def test_without_delta_tokens_a_question_ends_as_llava_puts_it() -> None:
+def test_without_delta_tokens_a_question_has_no_delta_placeholder() -> None:
     question = pair_prompt("plain", "What?").question
     assert expand(question, tokens_per_image=1, delta_tokens=0, joined=False) == (
         "USER: First image: <image> Second image: <image>\nWhat? ASSISTANT:")

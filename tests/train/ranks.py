@@ -1,4 +1,7 @@
-"""What one of several processes runs in the tests of ZeRO: `python ranks.py CASES.json`, RANK and WORLD_SIZE set."""
+"""The program that each process runs in test_ranks.py: `python ranks.py CASES.json`, with RANK and WORLD_SIZE set.
+
+CASES.json is a list of cases. The program trains a small model for each case.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ ROWS = 12
 
 
 def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of a step, each a batch of one: answers of 1 to 40 tokens; in every third step one rank has no image."""
+    """Return the rows of a step, each as a batch of one row.
+
+    Answers have 1 to 40 tokens. In every third step, the rows of one rank have no images.
+    """
     generator = torch.Generator().manual_seed(step)
     rows = []
     for number in range(ROWS):
@@ -39,7 +45,8 @@ def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str,
     return rows
 
 
-def together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pad the rows on the right to equal length and concatenate them to one batch."""
     longest = max(row["input_ids"].shape[1] for row in rows)
     fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
     batch = {key: torch.cat([torch.nn.functional.pad(row[key], (0, longest - row[key].shape[1]), value=value)
@@ -48,6 +55,7 @@ def together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def run(case: dict[str, Any]) -> None:
+    """Train a small model with the settings of the case and save the weights in the folder of the case."""
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     model = small().to(getattr(torch, case.get("precision", "float32")))
@@ -61,7 +69,7 @@ def run(case: dict[str, Any]) -> None:
             parts = world * num_micro
             rows = rows_of(model, step)
             yield [{key: value.to(model.dtype) if key == "images" else value
-                    for key, value in together(rows[part::parts]).items()} for part in range(rank, parts, world)]
+                    for key, value in collate(rows[part::parts]).items()} for part in range(rank, parts, world)]
 
     def log(step: int, values: dict[str, float]) -> None:
         if step + 1 == case.get("die_at"):
@@ -72,7 +80,7 @@ def run(case: dict[str, Any]) -> None:
     try:
         trained = fit(training, batches, log, Meter(lambda counts: 0.0, None))
     except KeyboardInterrupt:
-        os._exit(0)  # as a power cut: nothing is tidied
+        os._exit(0)  # End without any clean-up, as in a power cut.
     if trained.weights is not None:
         torch.save(trained.weights, folder / "weights.pt")
 

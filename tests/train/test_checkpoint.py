@@ -22,27 +22,27 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_was_saved_comes_back_bit_for_bit(saved: Path) -> None:
-    first, other = engine(), engine()
+def test_resume_restores_saved_parameters_bit_for_bit(saved: Path) -> None:
+    original, resumed = engine(), engine()
     with torch.no_grad():
-        for p in other.learning.values():
+        for p in resumed.learning.values():
             p.add_(1)
-    assert checkpoint.resume(other, saved)["step"] == 3
-    for name, p in first.learning.items():
-        assert torch.equal(p, other.learning[name])
-        assert float(other.optimizer.state[other.learning[name]]["step"]) == 3
+    assert checkpoint.resume(resumed, saved)["step"] == 3
+    for name, p in original.learning.items():
+        assert torch.equal(p, resumed.learning[name])
+        assert float(resumed.optimizer.state[resumed.learning[name]]["step"]) == 3
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(saved: Path) -> None:
-    with pytest.raises(ValueError, match=r"a checkpoint of another architecture: .* \(\d+ differ\); remove the folder"):
+    with pytest.raises(ValueError, match=r"another architecture: .* \(\d+ tensors differ\); delete the folder"):
         checkpoint.resume(engine(delta_num_tokens=5), saved)
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_checkpoint_whose_files_are_not_whole_is_passed_over(harm: str, saved: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
+def test_a_checkpoint_with_incomplete_files_is_skipped(damage: str, saved: Path) -> None:
     checkpoint.save(engine_with_moments(), saved, 5, {})
     [file] = (saved / "checkpoints/step-0000005").glob("*.safetensors")
-    if harm == "cut":
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
     else:
         file.unlink()
@@ -50,29 +50,29 @@ def test_a_checkpoint_whose_files_are_not_whole_is_passed_over(harm: str, saved:
 
 
 def engine_with_moments() -> Engine:
-    made = engine()
-    made._make_moments()
-    return made
+    new = engine()
+    new._make_moments()
+    return new
 
 
-def test_a_checkpoint_holds_nothing_but_tensors(saved: Path) -> None:
+def test_a_checkpoint_contains_only_safetensors_and_json_files(saved: Path) -> None:
     files = [path for path in saved.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
 
 
-def test_out_of_memory_says_what_to_change() -> None:
+def test_an_out_of_memory_error_lists_the_settings_that_use_less_memory() -> None:
     settings = phase(batch_size=12)
     message = (r"tune: out of memory \(.*\); in runtime.yaml set micro_batch_size below 6, or "
-               r"checkpoint_activations: true, or zero_level 2 on several GPUs, or offload: optimizer: 'onediff plan' "
-               "tells what fits")
+               r"checkpoint_activations: true, or zero_level 2 on several GPUs, or offload: optimizer; 'onediff plan' "
+               "shows which settings fit")
     with (pytest.raises(ValueError, match=message),
           explain_out_of_memory("tune", settings, Runtime(micro_batch_size=6, zero_level=1))):
         torch.empty(1 << 46)
-    with pytest.raises(ValueError, match="not of memory"), explain_out_of_memory("tune", settings, Runtime()):
-        raise ValueError("not of memory")
+    with pytest.raises(ValueError, match="another error"), explain_out_of_memory("tune", settings, Runtime()):
+        raise ValueError("another error")
 
 
-def test_an_error_of_shapes_is_not_taken_for_one_of_memory() -> None:
+def test_a_shape_error_is_not_reported_as_out_of_memory() -> None:
     with (pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
           explain_out_of_memory("tune", phase(), Runtime())):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -26,21 +26,23 @@ def phase(**changes: Any) -> Phase:
 
 
 def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int:
-    """The slow, obvious count: every linear or convolution layer of a part, its weights times the places it made; key
-    and value weights that attention took to its queries, times those.
+    """Count the multiplications of a part with forward hooks, while `run()` runs that part.
+
+    A linear or convolution layer multiplies each weight once per output position. The key and value weights of an
+    attention module with few queries are applied to the queries, so they count once per query.
     """
-    found = 0
+    total = 0
 
     def count(module: nn.Module, args: Any, out: torch.Tensor) -> None:
-        nonlocal found
-        places = out.numel() // (out.shape[1] if isinstance(module, nn.Conv2d) else out.shape[-1])
-        found += module.weight.numel() * places  # type: ignore[operator,union-attr]
+        nonlocal total
+        positions = out.numel() // (out.shape[1] if isinstance(module, nn.Conv2d) else out.shape[-1])
+        total += module.weight.numel() * positions  # type: ignore[operator,union-attr]
 
     def count_folded(module: Attention, args: Any, out: torch.Tensor) -> None:
-        nonlocal found
+        nonlocal total
         queries, context = args
         if module.has_few_queries(queries.shape[1], context.shape[1]):
-            found += (module.key.weight.numel() + module.value.weight.numel()) * queries[..., 0].numel()
+            total += (module.key.weight.numel() + module.value.weight.numel()) * queries[..., 0].numel()
 
     handles = [module.register_forward_hook(count_folded if isinstance(module, Attention) else count)
                for name, module in model.named_modules()
@@ -49,11 +51,11 @@ def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int
         run()
     for handle in handles:
         handle.remove()
-    return found
+    return total
 
 
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
-def test_a_pair_costs_what_its_linear_layers_multiply(inputs: str) -> None:
+def test_the_flops_of_a_pair_equal_the_multiplications_of_the_delta_module_and_projector(inputs: str) -> None:
     model = small(delta_inputs=inputs)
     before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
     module = products(model, "delta.", lambda: model.delta(before, after))
@@ -64,14 +66,14 @@ def test_a_pair_costs_what_its_linear_layers_multiply(inputs: str) -> None:
         2 * module + 6 * projector * TOKENS
 
 
-def test_an_image_costs_what_the_tower_and_the_projector_multiply() -> None:
+def test_the_flops_of_an_image_equal_the_multiplications_of_the_tower_and_projector() -> None:
     model = small()
     flops = Flops.of(model, phase(), cached_tower=False)
     assert flops.image == 6 * products(model, "vision.", lambda: model.vision(torch.randn(1, 3, 12, 12)))
     assert flops.view == 6 * (CHANNELS * LANGUAGE + LANGUAGE * LANGUAGE) * PATCHES
 
 
-def test_reading_b_costs_its_enhancement_too() -> None:
+def test_the_flops_of_a_pair_in_token_layout_b_include_the_enhance_module() -> None:
     model = small(reading="B")
     patches, delta = torch.randn(2, PATCHES, CHANNELS), torch.randn(1, TOKENS, WIDTH)
     enhancing = products(model, "enhance.", lambda: model.enhanced(patches, delta, torch.tensor([0])))
@@ -80,7 +82,7 @@ def test_reading_b_costs_its_enhancement_too() -> None:
     assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + enhancing)
 
 
-def test_what_is_frozen_costs_less_and_what_nothing_learns_before_least() -> None:
+def test_frozen_parts_have_fewer_flops_and_the_fewest_if_no_gradient_passes_through_them() -> None:
     model = small()
     blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
     learns, passed, forward = (Flops.of(model, phase(**rates), cached_tower=False) for rates in (
@@ -91,7 +93,7 @@ def test_what_is_frozen_costs_less_and_what_nothing_learns_before_least() -> Non
     assert Flops.of(model, phase(**ALIGN), cached_tower=True).image == 0
 
 
-def test_adapters_cost_their_own_weights_whether_they_are_in_yet_or_not() -> None:
+def test_flops_include_lora_adapters_before_and_after_they_are_added() -> None:
     model, settings = small(), phase(lora=Lora(rank=3, alpha=6))
     blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
     early = Flops.of(model, settings, cached_tower=False)
@@ -102,19 +104,19 @@ def test_adapters_cost_their_own_weights_whether_they_are_in_yet_or_not() -> Non
     assert sizes(model)["language"].learning == adapters
 
 
-def test_images_that_are_read_jointly_are_projected_once() -> None:
-    one, two = (Flops.of(small(reading=reading), phase(), cached_tower=True) for reading in ("A", "C"))
-    assert one({**COUNTS, "pairs": 0}) < one(COUNTS)
-    assert two(COUNTS) == two.view * 6 + two.pair * 5 + two.token * 257 + two.answer_token * 31
-    assert one(COUNTS) == one.view * 11 + one.pair * 5 + one.token * 257 + one.answer_token * 31
+def test_in_token_layout_c_the_two_images_of_a_pair_are_projected_together() -> None:
+    a, c = (Flops.of(small(reading=reading), phase(), cached_tower=True) for reading in ("A", "C"))
+    assert a({**COUNTS, "pairs": 0}) < a(COUNTS)
+    assert c(COUNTS) == c.view * 6 + c.pair * 5 + c.token * 257 + c.answer_token * 31
+    assert a(COUNTS) == a.view * 11 + a.pair * 5 + a.token * 257 + a.answer_token * 31
 
 
-def test_a_part_that_learns_and_one_that_does_not_are_counted_apart() -> None:
+def test_trainable_and_frozen_parameters_are_counted_separately() -> None:
     model = small()
     trainable(model, phase(**ALIGN))
-    found = sizes(model)
-    assert found["vision"].learning == found["language"].learning == found["delta"].frozen == 0
-    assert sum(size.learning + size.frozen for size in found.values()) == sum(p.numel() for p in model.parameters())
+    counts = sizes(model)
+    assert counts["vision"].learning == counts["language"].learning == counts["delta"].frozen == 0
+    assert sum(size.learning + size.frozen for size in counts.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "tflops", "memory"), [
@@ -123,11 +125,11 @@ def test_a_part_that_learns_and_one_that_does_not_are_counted_apart() -> None:
     ("NVIDIA A100-SXM4-80GB", 312, 79.2), ("NVIDIA L40S", 362, 44.4), ("NVIDIA L4", 121, 22.0),
     ("NVIDIA A10", 125, 22.1), ("NVIDIA RTX A6000", 155, 47.4), ("NVIDIA GeForce RTX 4090", 165, 23.5),
     ("rtx4090", 165, 23.5), ("Tesla V100-SXM2-16GB", 125, 15.8)])
-def test_a_gpu_is_known_by_its_own_name_and_a_short_one(name: str, tflops: float, memory: float) -> None:
+def test_a_gpu_is_found_by_its_driver_name_and_by_a_short_name(name: str, tflops: float, memory: float) -> None:
     gpu = find_gpu(name)
     assert gpu is not None and (gpu.tflops, gpu.memory_gib) == (tflops, memory)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA GeForce GTX 1080", "cpu"])
-def test_of_an_unknown_gpu_no_peak_is_guessed(name: str) -> None:
+def test_an_unknown_gpu_has_no_peak_speed(name: str) -> None:
     assert peak_tflops(name) is None

@@ -33,6 +33,7 @@ def phase(**changes: Any) -> Phase:
 
 
 def batch_of_step(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
+    """Return a batch of six rows whose images depend on the step."""
     batch = batch_of(model, [2, 0, 1, 2, 1, 2])
     generator = torch.Generator().manual_seed(step)
     batch["images"] = torch.randn(batch["images"].shape, generator=generator)
@@ -42,14 +43,15 @@ def batch_of_step(model: OneDiffForConditionalGeneration, step: int) -> dict[str
 
 
 def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """Split a batch into micro-batches with equally many rows."""
     size = len(batch["input_ids"]) // parts
     counts = batch["image_counts"]
-    out = []
+    micro_batches = []
     for start in range(0, len(counts), size):
         first, last = int(counts[:start].sum()), int(counts[: start + size].sum())
-        out.append({k: v[start : start + size] for k, v in batch.items() if k != "images"}
-                   | {"images": batch["images"][first:last]})
-    return out
+        micro_batches.append({k: v[start : start + size] for k, v in batch.items() if k != "images"}
+                             | {"images": batch["images"][first:last]})
+    return micro_batches
 
 
 def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
@@ -57,7 +59,10 @@ def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, flo
           every_s: float = 0.0001,
           batch: Callable[[OneDiffForConditionalGeneration, int], dict[str, torch.Tensor]] = batch_of_step,
           ) -> tuple[OneDiffForConditionalGeneration, Trained]:
-    """With `score`, the model is validated every three steps."""
+    """Train a small model with `fit` and return a model with the best weights, and the result of `fit`.
+
+    If `score` is given, the model is validated every three steps.
+    """
     model = small()
     folder.mkdir(exist_ok=True)
     validation = score and Validation(3, 1, lambda numbers: [str(score(model))], lambda texts: float(texts[0]))
@@ -74,14 +79,18 @@ def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, flo
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module, atol: float = 0.0) -> bool:
-    """With a tolerance, without the biases of attention keys: their gradient is only rounding, which Adam blows up."""
-    theirs = b.state_dict()
-    return all(torch.allclose(x, theirs[name], atol=atol, rtol=0) for name, x in a.state_dict().items()
+    """Check that two models have equal weights, up to the tolerance `atol`.
+
+    With a tolerance, the biases of attention keys are not compared. Their exact gradient is 0, so their computed
+    gradient is only a rounding error, which Adam scales up.
+    """
+    expected = b.state_dict()
+    return all(torch.allclose(x, expected[name], atol=atol, rtol=0) for name, x in a.state_dict().items()
                if not (atol and name.endswith("key.bias")))
 
 
-def by_hand() -> tuple[OneDiffForConditionalGeneration, list[float]]:
-    """The same training without DeepSpeed, in the plainest torch."""
+def train_in_plain_torch() -> tuple[OneDiffForConditionalGeneration, list[float]]:
+    """Run the training of `train` without DeepSpeed, in a simple torch loop, and return the model and the losses."""
     model, losses = small().train(), []
     groups = [{"params": [p for n, p in model.named_parameters() if model.part_of(n) == part],
                "lr": 0.0, "peak": RATES[f"lr_{part}"]}
@@ -99,8 +108,8 @@ def by_hand() -> tuple[OneDiffForConditionalGeneration, list[float]]:
     return model, losses
 
 
-def test_fit_equals_plain_torch(tmp_path: Path) -> None:
-    model, losses = by_hand()
+def test_fit_gives_the_losses_and_weights_of_a_plain_torch_loop(tmp_path: Path) -> None:
+    model, losses = train_in_plain_torch()
     fitted, _ = train(tmp_path)
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in curve] == pytest.approx(losses, abs=1e-5)
@@ -108,33 +117,35 @@ def test_fit_equals_plain_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_micro", [2, 3])
-def test_micro_batches_of_unlike_lengths_train_as_the_whole_batch(num_micro: int, tmp_path: Path) -> None:
-    assert same_weights(train(tmp_path / "whole")[0], train(tmp_path / "parts", num_micro=num_micro)[0], atol=2e-5)
+def test_micro_batches_of_different_lengths_train_like_the_complete_batch(num_micro: int, tmp_path: Path) -> None:
+    complete, _ = train(tmp_path / "complete")
+    split_model, _ = train(tmp_path / "split", num_micro=num_micro)
+    assert same_weights(complete, split_model, atol=2e-5)
 
 
-def test_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
+def test_a_part_with_learning_rate_zero_is_frozen(tmp_path: Path) -> None:
     start = small()
     model, _ = train(tmp_path, settings=phase(lr_language=0.0))
     for name, value in model.named_parameters():
-        moved = not torch.equal(value, dict(start.named_parameters())[name])
-        learns = model.part_of(name) in ("delta", "projector")
-        assert moved == learns or name == "delta.layers.0.self_attention.key.bias", name
+        changed = not torch.equal(value, dict(start.named_parameters())[name])
+        is_trainable = model.part_of(name) in ("delta", "projector")
+        assert changed == is_trainable or name == "delta.layers.0.self_attention.key.bias", name
 
 
-@pytest.mark.parametrize("died_at", [1, 4, STEPS - 1])
-def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupted_at", [1, 4, STEPS - 1])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(interrupted_at: int, tmp_path: Path) -> None:
     score = lambda model: -abs(model.delta.tokens.sum().item())  # noqa: E731
-    undisturbed, whole = train(tmp_path / "a", score=score)
+    uninterrupted, expected = train(tmp_path / "a", score=score)
 
     def power_cut(step: int, values: dict[str, float]) -> None:
-        if step == died_at:
+        if step == interrupted_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", score=score, log=power_cut)
-    resumed, parts = train(tmp_path / "b", score=score)
-    assert same_weights(undisturbed, resumed)
-    assert all(whole.summary[key] == parts.summary[key] for key in ("best", "best_step"))
+    resumed, actual = train(tmp_path / "b", score=score)
+    assert same_weights(uninterrupted, resumed)
+    assert all(expected.summary[key] == actual.summary[key] for key in ("best", "best_step"))
     compared = ("step", "loss", "grad_norm", "lr", "val_CIDEr")
     lines = [[{key: value for key, value in json.loads(line).items() if key in compared} for line in
               (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
@@ -142,19 +153,19 @@ def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(died_at: int,
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_writes_a_checkpoint_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_stops_the_run_after_writing_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     def stop(step: int, values: dict[str, float]) -> None:
         if step == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(ValueError, match=f"stopped by {number.name}; the checkpoint of step 4 is saved, and the same"):
+    with pytest.raises(ValueError, match=f"stopped by {number.name}; the checkpoint of step 4 is saved; run the same"):
         train(tmp_path, log=stop, every_s=1e9)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"state": "preempted", "step": 4, "reason": number.name}
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000004"]
 
 
-def test_the_best_on_val_is_kept_not_the_last(tmp_path: Path) -> None:
+def test_the_result_has_the_weights_of_the_step_with_the_best_validation_score(tmp_path: Path) -> None:
     scores = iter([1.0, 3.0, 2.0])
     weights: list[dict[str, torch.Tensor]] = []
 
@@ -167,15 +178,15 @@ def test_the_best_on_val_is_kept_not_the_last(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_lists_the_rows(tmp_path: Path) -> None:
     def poisoned(model: OneDiffForConditionalGeneration, step: int) -> dict[str, torch.Tensor]:
         batch = batch_of_step(model, step)
         if step == 2:
             batch["images"][0] = math.inf
         return batch
 
-    message = (r"the loss became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 more "
-               r"\(.*diverged.json\); look at them, or lower the learning rates")
+    message = (r"the loss must be finite, but became nan at step 2, on rows scenes/2-0, scenes/2-1, scenes/2-2 and 3 "
+               r"more \(all rows: .*diverged.json\); check these rows, or lower the learning rates")
     with pytest.raises(ValueError, match=message):
         train(tmp_path, batch=poisoned)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
@@ -183,24 +194,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tm
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-0000001", "step-0000002"]
 
 
-def test_a_half_written_checkpoint_is_never_loaded(tmp_path: Path) -> None:
-    undisturbed, _ = train(tmp_path / "a")
+def test_an_incomplete_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    uninterrupted, _ = train(tmp_path / "a")
 
-    def cut(step: int, values: dict[str, float]) -> None:
+    def interrupt(step: int, values: dict[str, float]) -> None:
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", log=cut)
+        train(tmp_path / "b", log=interrupt)
     newest = checkpoint.complete(tmp_path / "b")[-1]
     (newest / "complete.json").unlink()
     for file in newest.iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    assert same_weights(undisturbed, train(tmp_path / "b")[0])
+    assert same_weights(uninterrupted, train(tmp_path / "b")[0])
 
 
-def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
-    """The limit on a file's size gives the very error of a full disk, without root."""
+def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    """A limit on the file size (RLIMIT_FSIZE) replaces a full disk here, because it needs no root privileges."""
     import resource
 
     def fill(step: int, values: dict[str, float]) -> None:
@@ -209,9 +220,9 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> 
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    undisturbed, _ = train(tmp_path / "a")
+    uninterrupted, _ = train(tmp_path / "a")
     try:
-        message = r"the checkpoint could not be written .*; free some space and start again"
+        message = r"the checkpoint could not be written .*; free some disk space and run the same command again"
         with pytest.raises(OSError, match=message) as caught:
             train(tmp_path / "b", log=fill)
     finally:
@@ -219,17 +230,17 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> 
     assert caught.value.__cause__ is not None
     assert os.strerror(errno.EFBIG)
     assert checkpoint.complete(tmp_path / "b")
-    assert same_weights(undisturbed, train(tmp_path / "b")[0])
+    assert same_weights(uninterrupted, train(tmp_path / "b")[0])
 
 
-def test_old_checkpoints_go_only_after_newer_ones_are_whole(tmp_path: Path) -> None:
-    seen: list[int] = []
-    train(tmp_path, log=lambda step, values: seen.append(len(checkpoint.complete(tmp_path))))
-    assert seen[:2] == [0, 1]
-    assert set(seen[3:]) == {checkpoint.KEEP}
+def test_old_checkpoints_are_deleted_only_after_newer_ones_are_complete(tmp_path: Path) -> None:
+    num_complete: list[int] = []
+    train(tmp_path, log=lambda step, values: num_complete.append(len(checkpoint.complete(tmp_path))))
+    assert num_complete[:2] == [0, 1]
+    assert set(num_complete[3:]) == {checkpoint.KEEP}
 
 
-def test_the_rate_rises_then_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
     factors = [rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
     assert factors[10] == 1.0

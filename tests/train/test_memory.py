@@ -29,7 +29,7 @@ def phase(**changes: Any) -> Phase:
 
 
 def config(**changes: Any) -> OneDiffConfig:
-    """Wide enough for the small things that the plan leaves out to be small."""
+    """Return a model configuration that is wide enough to make small tensors, which the plan ignores, negligible."""
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=5, num_attention_heads=4,
                               image_size=PX, patch_size=12)
     text = LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=304, num_hidden_layers=3,
@@ -40,6 +40,7 @@ def config(**changes: Any) -> OneDiffConfig:
 
 
 def batch(configuration: OneDiffConfig) -> dict[str, Tensor]:
+    """Return a micro-batch of pairs whose rows have equal length."""
     each = configuration.tokens_per_image * (1 if configuration.reading == "C" else 2)
     row = torch.tensor([IMAGE] * each + [DELTA] * configuration.delta_tokens_read + list(range(3, 3 + TEXT)))
     ids = row.expand(PAIRS, -1)
@@ -50,25 +51,25 @@ def batch(configuration: OneDiffConfig) -> dict[str, Tensor]:
 
 
 def really_saved(model: OneDiffForConditionalGeneration, inputs: dict[str, Tensor]) -> int:
-    """The plain count: every storage that autograd keeps in a real forward pass, parameters left out."""
-    kept: dict[int, Tensor] = {}
+    """Count the bytes of all storages, except parameters, that autograd saves in a real forward pass."""
+    saved_tensors: dict[int, Tensor] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved_tensors[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**inputs).loss
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors.values())
 
 
 @pytest.mark.parametrize("changes", [{}, {"delta_inputs": "pair_and_matched_difference"}, {"reading": "B"},
                                      {"reading": "C"}, {"delta_num_tokens": 0}])
 @pytest.mark.parametrize("rates", [ALIGN, TUNE], ids=["align", "tune"])
-def test_the_plan_counts_what_autograd_really_saves(rates: dict[str, float], changes: dict[str, Any]) -> None:
+def test_planned_activations_equal_what_autograd_saves(rates: dict[str, float], changes: dict[str, Any]) -> None:
     configuration = config(**changes)
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase(**rates))
@@ -78,7 +79,7 @@ def test_the_plan_counts_what_autograd_really_saves(rates: dict[str, float], cha
     assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
 
 
-def test_the_plan_counts_what_adapters_make_autograd_save() -> None:
+def test_planned_activations_with_lora_equal_the_bytes_that_autograd_saves() -> None:
     configuration, settings = config(), phase(**(ALIGN | {"lr_language": 1e-3}), lora=Lora(rank=5, alpha=10))
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, settings)
@@ -88,8 +89,8 @@ def test_the_plan_counts_what_adapters_make_autograd_save() -> None:
     assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
 
 
-def test_the_plan_knows_what_blocks_keep_that_run_again() -> None:
-    """The reentrant kind hands its inputs to autograd, so that they can be counted."""
+def test_planned_activations_with_checkpointing_equal_the_bytes_that_autograd_saves() -> None:
+    """Reentrant checkpointing is used, because it saves inputs through autograd, where the test can count them."""
     configuration = config()
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase())
@@ -97,25 +98,25 @@ def test_the_plan_knows_what_blocks_keep_that_run_again() -> None:
     micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
     planned = saved(configuration, phase(), micro_batch, bfloat16=False, cached_tower=False)
     checkpoint_activations(model, phase(), zero_level=3)
-    # Beyond the inputs it keeps rotary tables and states of the random generator, which only so small a model notices.
+    # The tolerance is large because checkpointing also saves rotary tables and random states of constant size.
     assert planned.checkpointed == pytest.approx(really_saved(model, inputs), rel=0.1)
     assert planned.checkpointed < 0.5 * planned.everything
 
 
-def test_saved_bytes_grow_by_as_much_with_every_pair() -> None:
+def test_saved_bytes_grow_linearly_with_the_number_of_pairs() -> None:
     one, two, five = (saved(config(), phase(), MicroBatch(pairs, 99, 11), bfloat16=True, cached_tower=False).everything
                       for pairs in (1, 2, 5))
     assert five == pytest.approx(one + 4 * (two - one), rel=0.005)
 
 
-def test_features_computed_beforehand_leave_the_tower_out() -> None:
+def test_a_frozen_tower_saves_no_activations_with_or_without_cached_features() -> None:
     micro_batch = MicroBatch(3, 99, 11)
-    kept = [saved(config(), phase(**ALIGN), micro_batch, bfloat16=False, cached_tower=cached).everything
-            for cached in (True, False)]
-    assert kept[0] == kept[1]  # a frozen tower keeps nothing anyway
+    cached, computed = (saved(config(), phase(**ALIGN), micro_batch, bfloat16=False, cached_tower=is_cached).everything
+                        for is_cached in (True, False))
+    assert cached == computed
 
 
-def test_parameters_counted_without_contents_are_the_model_s() -> None:
+def test_a_model_on_the_meta_device_has_the_parameter_counts_of_the_real_model() -> None:
     model = small()
     counts = sizes(hollow(model.config, phase(**ALIGN)))
     assert sum(size.learning + size.frozen for size in counts.values()) == sum(p.numel() for p in model.parameters())
@@ -123,13 +124,11 @@ def test_parameters_counted_without_contents_are_the_model_s() -> None:
     assert counts["delta"].frozen == counts["projector"].frozen == 0
 
 
-# --- states ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("level", "ranks", "weights", "gradients", "optimizer"), [
     (0, 4, 2 * 110, 2 * 100, 12 * 100), (1, 4, 2 * 110, 2 * 100, 3 * 100), (2, 4, 2 * 110, 2 * 25, 3 * 100),
     (3, 4, 2 * 110 / 4, 2 * 25, 3 * 100)])
-def test_states_in_bfloat16(level: int, ranks: int, weights: float, gradients: float, optimizer: float) -> None:
+def test_model_states_in_bfloat16_at_each_zero_level(level: int, ranks: int, weights: float, gradients: float,
+                                                     optimizer: float) -> None:
     held = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
     assert (held.weights, held.gradients, held.optimizer) == (weights, gradients, optimizer)
     assert held.host == 0
@@ -137,8 +136,8 @@ def test_states_in_bfloat16(level: int, ranks: int, weights: float, gradients: f
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_the_plan_counts_the_optimizer_and_the_gradients_that_deepspeed_really_holds(level: int) -> None:
-    """Alignment adds a few numbers for each part that learns."""
+def test_planned_optimizer_states_and_gradients_equal_those_of_deepspeed(level: int) -> None:
+    """The tolerance allows for padding, by which DeepSpeed aligns the flattened tensors of each trainable part."""
     configuration, settings = config(), phase(**ALIGN)
     model = OneDiffForConditionalGeneration(configuration).train()
     learning = sum(part.learning for part in sizes(hollow(configuration, settings)).values())
@@ -158,9 +157,9 @@ def test_the_plan_counts_the_optimizer_and_the_gradients_that_deepspeed_really_h
     assert sum(gradients) == expected.gradients
 
 
-def test_offload_moves_the_optimizer_and_then_the_weights_to_the_host() -> None:
-    here, there, away = (states(Size(100, 10), Sharing(3, offload, 4), bfloat16=True)
-                         for offload in ("none", "optimizer", "all"))
-    assert there.optimizer == there.gradients == 0 and there.weights == here.weights
-    assert away.weights == 0 and away.host - there.host == here.weights
-    assert there.host == here.optimizer + here.gradients + here.update
+def test_offload_moves_the_optimizer_states_and_then_the_weights_to_cpu_memory() -> None:
+    none, optimizer, everything = (states(Size(100, 10), Sharing(3, offload, 4), bfloat16=True)
+                                   for offload in ("none", "optimizer", "all"))
+    assert optimizer.optimizer == optimizer.gradients == 0 and optimizer.weights == none.weights
+    assert everything.weights == 0 and everything.host - optimizer.host == none.weights
+    assert optimizer.host == none.optimizer + none.gradients + none.update

@@ -32,7 +32,7 @@ def preset(name: str) -> Config:
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The presets without any data."""
+    """Run each test in a folder that contains the presets but no data."""
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     monkeypatch.chdir(tmp_path)
 
@@ -53,25 +53,25 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         return planned(preset("paper"), "h100", 8)
 
 
-def test_published_sizes_are_the_known_ones(paper: Plan) -> None:
+def test_planned_parameter_counts_equal_the_published_ones(paper: Plan) -> None:
     tune = paper.phases[1].sizes
     assert 303e6 < tune["vision"].learning < 304e6  # CLIP ViT-L/14 at 336 px
-    assert tune["language"].learning == 6_738_415_616  # Llama 2 7B, and so Vicuna 1.5
+    assert tune["language"].learning == 6_738_415_616  # Llama 2 7B, on which Vicuna 1.5 is based
     llava = preset("llava_pair")
     projector = sizes(hollow(configure(described_model(llava.model)[0]), llava.tune))["projector"]
-    assert projector.learning == 20_979_712  # LLaVA-1.5's
+    assert projector.learning == 20_979_712  # as in LLaVA-1.5
 
 
-def test_steps_are_epochs_of_the_official_counts(paper: Plan) -> None:
+def test_the_number_of_steps_is_computed_from_official_sample_counts(paper: Plan) -> None:
     align, tune = paper.phases
     assert align.num_samples == {"llava_558k": (558128, "official count")}
-    assert align.steps == 2181  # LLaVA-1.5's own, for the same data at the same batch
-    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # every sentence a sample
+    assert align.steps == 2181  # as LLaVA-1.5 reports for these data and this batch size
+    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # every reference is a sample
     assert tune.num_samples["image_editing_request"] == (3061, "official count")
     assert tune.num_samples["birds_to_words"][1] == "guess from its weight"
 
 
-def test_a_card_on_disk_is_believed_before_official_counts() -> None:
+def test_the_counts_of_the_diffcap_card_have_priority_over_official_counts() -> None:
     config = preset("paper")
     Path("data/diffcap").mkdir(parents=True)
     card = {"num_pairs": {"train": {"clevr_change": {"add": 1000, "none": 17}}}}
@@ -80,7 +80,7 @@ def test_a_card_on_disk_is_believed_before_official_counts() -> None:
     assert count_samples("llava_665k", config, config.tune) == (665298, "official count")
 
 
-def test_the_whole_of_the_paper_does_not_fit_without_sharing_and_fits_with_it(paper: Plan) -> None:
+def test_the_paper_preset_fits_only_if_states_are_distributed_over_the_gpus(paper: Plan) -> None:
     tune = paper.phases[1]
     plain = next(layout for layout in tune.layouts if layout.sharing.zero_level == 0)
     assert plain.micro_batch_size == 0 and plain.total / GIB > 79
@@ -88,29 +88,30 @@ def test_the_whole_of_the_paper_does_not_fit_without_sharing_and_fits_with_it(pa
     assert tune.chosen.total / GIB <= usable_gib(paper.gpu)
 
 
-def test_a_higher_zero_level_never_holds_more(paper: Plan) -> None:
-    """But for the buffers."""
+def test_a_higher_zero_level_never_needs_more_memory_for_model_states(paper: Plan) -> None:
+    """Buffers are not compared, because ZeRO needs more of them."""
     for phase in paper.phases:
         for one in phase.layouts:
-            for other in phase.layouts:
-                if other.sharing.zero_level >= one.sharing.zero_level and other.sharing.offload == one.sharing.offload:
-                    assert _bare(other.states) <= _bare(one.states)
+            for higher in phase.layouts:
+                if (higher.sharing.zero_level >= one.sharing.zero_level
+                        and higher.sharing.offload == one.sharing.offload):
+                    assert _without_buffers(higher.states) <= _without_buffers(one.states)
             assert one.activations > 0
 
 
-def _bare(kept: States) -> float:
+def _without_buffers(kept: States) -> float:
     return kept.weights + kept.gradients + kept.optimizer
 
 
-def test_what_does_not_fit_is_said_with_what_helps() -> None:
+def test_the_text_of_a_plan_that_does_not_fit_lists_possible_changes() -> None:
     config = preset("paper")
     small_gpu = planned(config.model_copy(update={"align": None}), "t4", 1)
     assert small_gpu.phases[0].chosen is None
     page = text(small_gpu)
-    assert "does not fit, not even with one row" in page and "lora" in page and "it has no bfloat16" in page
+    assert "does not fit, not even with one row" in page and "lora" in page and "this GPU has no bfloat16" in page
 
 
-def test_what_a_micro_batch_takes_grows_in_line_with_its_rows() -> None:
+def test_activations_of_large_micro_batches_can_be_extrapolated_from_one_and_two_rows() -> None:
     config = preset("tiny")
     model = configure(config.model)
     sample = mean_sample(config, model, config.tune)
@@ -124,12 +125,12 @@ def test_what_a_micro_batch_takes_grows_in_line_with_its_rows() -> None:
     assert total_bytes(free, activations) == pytest.approx(five.everything + five.working, rel=0.01)
 
 
-def test_a_batch_that_does_not_split_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"align\.batch_size 32 does not split over 7 GPUs"):
+def test_a_batch_that_cannot_be_split_evenly_over_the_gpus_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"align\.batch_size 32 must be a multiple of the 7 GPUs"):
         planned(preset("tiny"), "h100", 7)
 
 
-def test_the_command_prints_tables_for_people_and_json_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_command_prints_tables_or_with_an_option_json(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "l4", "--gpus", "1"])
     assert shown.exit_code == 0, shown.output
     assert "tune\n  parameters" in shown.output and "runtime.yaml: zero_level: 0" in shown.output
@@ -137,6 +138,6 @@ def test_the_command_prints_tables_for_people_and_json_for_machines(monkeypatch:
     assert [phase["name"] for phase in read["phases"]] == ["align", "tune"]
 
 
-def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_gpu_is_refused_with_a_list_of_known_gpus() -> None:
     error = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "abacus"]).exception
     assert isinstance(error, ValueError) and "--gpu abacus is not known; known are" in str(error)

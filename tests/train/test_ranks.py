@@ -1,4 +1,4 @@
-"""Several processes do the mathematics of one: every case is run by tests/train/ranks.py."""
+"""Tests that training on two processes gives the results of one process; tests/train/ranks.py runs each case."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LORA = {"lora": {"rank": 3, "alpha": 6}}
 
 
 def launch(folder: Path, cases: list[dict[str, Any]], world: int, *, dies: bool = False) -> str:
-    """Runs the cases one after the other on `world` processes; gives what they wrote to stdout.
+    """Run the cases one after the other on `world` processes and return the standard output of all processes.
 
-    `dies`: one of them leaves, and so the others fail.
+    If `dies` is true, a process is expected to end early, so failures of processes are ignored.
     """
     listed = folder / "cases.json"
     listed.write_text(json.dumps([case | {"folder": str(folder / case["folder"])} for case in cases]))
@@ -42,7 +42,7 @@ def launch(folder: Path, cases: list[dict[str, Any]], world: int, *, dies: bool 
         for process in started:
             process.kill()
     assert dies or not any(process.returncode for process in started), ended[0][1][-3000:]
-    return "".join(said for said, _ in ended)
+    return "".join(stdout for stdout, _ in ended)
 
 
 def losses(folder: Path) -> list[float]:
@@ -70,7 +70,7 @@ HALF = [{"folder": f"half{level}", "runtime": {"zero_level": level}, "precision"
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on one process."""
+    """Return a folder with the results of the cases in ALONE, run on one process."""
     folder = tmp_path_factory.mktemp("one")
     launch(folder, ALONE, 1)
     return folder
@@ -78,7 +78,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on two."""
+    """Return a folder with the results of the cases in FEW, run on two processes."""
     folder = tmp_path_factory.mktemp("two")
     launch(folder, FEW, 2)
     return folder
@@ -86,6 +86,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the results of the cases in MORE and HALF, run on two processes."""
     folder = tmp_path_factory.mktemp("more")
     launch(folder, MORE + HALF, 2)
     return folder
@@ -93,65 +94,68 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case["folder"])
 def test_two_processes_give_the_losses_and_weights_of_one(case: dict[str, Any], alone: Path, few: Path) -> None:
-    """30 steps; answers of 1 to 40 tokens; in every third step one process has no pair at all."""
+    """Train 30 steps with answers of 1 to 40 tokens. In every third step, one process has no pair."""
     assert_alike(few / case["folder"], alone / case["like"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE, ids=lambda case: case["folder"])
-def test_so_they_do_at_every_level_with_adapters_offload_and_activations_again(case: dict[str, Any], alone: Path,
-                                                                               more: Path) -> None:
+def test_two_processes_give_the_losses_and_weights_of_one_in_further_settings(case: dict[str, Any], alone: Path,
+                                                                              more: Path) -> None:
+    """The settings are all ZeRO levels, LoRA adapters, offload, and activation checkpointing."""
     assert_alike(more / case["folder"], alone / case["like"])
 
 
 def assert_alike(two: Path, one: Path) -> None:
+    """Check that the run on two processes has the losses and weights of the run on one process."""
     assert len(losses(two)) == 30
     assert losses(two) == pytest.approx(losses(one), abs=5e-6)
     for name, value in weights(one).items():
-        if not name.endswith("key.bias"):  # its gradient is only rounding, which Adam blows up
+        # The exact gradient of a key bias is 0. The computed one is a rounding error, which Adam scales up.
+        if not name.endswith("key.bias"):
             assert torch.allclose(weights(two)[name], value, atol=2e-5), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HALF, ids=lambda case: case["folder"])
-def test_in_bfloat16_too_but_for_its_rounding(case: dict[str, Any], alone: Path, more: Path) -> None:
+def test_in_bfloat16_two_processes_give_the_losses_of_one(case: dict[str, Any], alone: Path, more: Path) -> None:
     assert losses(more / case["folder"]) == pytest.approx(losses(alone / "half"), abs=5e-4)
 
 
-def test_activations_that_are_computed_again_change_nothing(alone: Path) -> None:
+def test_activation_checkpointing_does_not_change_the_losses(alone: Path) -> None:
     assert losses(alone / "again") == losses(alone / "plain")
 
 
-def test_adapters_are_merged_into_the_weights_of_a_plain_model(alone: Path) -> None:
+def test_the_result_of_lora_training_has_no_adapter_weights(alone: Path) -> None:
     assert weights(alone / "lora").keys() == weights(alone / "plain").keys()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_killed_on_one_process_goes_on_with_the_same_bits(precision: str, tmp_path: Path, alone: Path) -> None:
+def test_a_killed_run_on_one_process_resumes_with_equal_bits(precision: str, tmp_path: Path, alone: Path) -> None:
     case = {"folder": "cut", "runtime": OFTEN, "precision": precision}
     launch(tmp_path, [case | {"die_at": 13}], 1, dies=True)
     assert len(losses(tmp_path / "cut")) in (12, 13)
     launch(tmp_path, [case], 1)
-    whole = weights(alone / ("plain" if precision == "float32" else "half"))
+    uninterrupted = weights(alone / ("plain" if precision == "float32" else "half"))
     for name, value in weights(tmp_path / "cut").items():
-        assert torch.equal(whole[name], value), name
+        assert torch.equal(uninterrupted[name], value), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("level", "precision"), [(3, "float32"), (2, "float32"), (1, "bfloat16")])
-def test_killed_on_two_processes_goes_on_with_the_same_bits_and_on_one_too(
+def test_a_killed_run_on_two_processes_resumes_with_equal_bits_and_can_resume_on_one_process(
         level: int, precision: str, tmp_path: Path, alone: Path) -> None:
     case = {"runtime": OFTEN | {"zero_level": level}, "precision": precision}
-    launch(tmp_path, [case | {"folder": "whole"}, case | {"folder": "cut", "die_at": 13}], 2, dies=True)
+    launch(tmp_path, [case | {"folder": "uninterrupted"}, case | {"folder": "cut", "die_at": 13}], 2, dies=True)
     shutil.copytree(tmp_path / "cut", tmp_path / "alone")
     newest = sorted((tmp_path / "cut/checkpoints").iterdir())[-1]
     assert [path.suffix for path in newest.iterdir() if path.name != "complete.json"] == [".safetensors"] * 2
     with safe_open(newest / "rank-0000.safetensors", "pt") as file:
-        assert not [key for key in file.keys() if key.startswith("vision.")]  # noqa: SIM118  frozen
+        assert not [key for key in file.keys() if key.startswith("vision.")]  # noqa: SIM118
     launch(tmp_path, [case | {"folder": "cut"}], 2)
-    for name, value in weights(tmp_path / "whole").items():
+    for name, value in weights(tmp_path / "uninterrupted").items():
         assert torch.equal(weights(tmp_path / "cut")[name], value), name
-    said = launch(tmp_path, [{"folder": "alone", "runtime": {}, "precision": precision}], 1)
-    assert f"written by 2 processes at ZeRO level {level}, goes on with 1 at level 0" in said
+    stdout = launch(tmp_path, [{"folder": "alone", "runtime": {}, "precision": precision}], 1)
+    assert f"written by 2 processes at ZeRO level {level}, resumed by 1 processes at level 0" in stdout
     like = "plain" if precision == "float32" else "half"
     assert losses(tmp_path / "alone") == pytest.approx(losses(alone / like), abs=5e-6 if like == "plain" else 5e-4)

@@ -1,4 +1,4 @@
-"""A Slurm of one machine, real and of its own: jobs submitted, found again, stopped, cut short by their time limit."""
+"""Tests of Slurm jobs on a real Slurm cluster of one machine, which the tests start and stop themselves."""
 
 from __future__ import annotations
 
@@ -22,33 +22,36 @@ from onediff.train.status import read_status
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 RANK = '''
-"""A rank of ten steps. FOLDER/plan: a number is the seconds a step takes; SIGTERM makes it write its checkpoint."""
+"""A test program that replaces a rank and runs ten steps. After SIGTERM it writes a checkpoint.
+
+The file FOLDER/plan contains the seconds that a step takes, or the word fail.
+"""
 import json, os, pathlib, signal, sys, time
 folder, rank = pathlib.Path(os.environ["FOLDER"]), int(os.environ["RANK"])
 KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 (folder / f"rank-{rank}.json").write_text(json.dumps({key: os.environ.get(key) for key in KEYS}))
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-def tell(state, step, reason=""):
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+def write_status(state, step, reason=""):
     if rank == 0:
         (folder / "part").write_text(json.dumps({"state": state, "step": step, "reason": reason}))
         os.replace(folder / "part", folder / "status.json")
 plan = (folder / "plan").read_text()
-kept = folder / f"checkpoint-{rank}"
-first = int(kept.read_text()) if kept.exists() else 0
-tell("running", first)
+checkpoint = folder / f"checkpoint-{rank}"
+first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+write_status("running", first)
 if plan == "fail":
-    print("the last words of a rank", flush=True)
-    tell("failed", first, "ValueError: no such thing")
+    print("the last line of a rank", flush=True)
+    write_status("failed", first, "ValueError: no such thing")
     sys.exit(1)
 for step in range(first, 10):
     time.sleep(float(plan))
     print("step", step, flush=True)
-    if asked:
-        kept.write_text(str(step + 1))
-        tell("preempted", step + 1, "SIGTERM")
+    if signals:
+        checkpoint.write_text(str(step + 1))
+        write_status("preempted", step + 1, "SIGTERM")
         sys.exit(1)
-tell("finished", 10)
+write_status("finished", 10)
 if rank == 0:
     (folder / "run.json").write_text("{}")
 '''
@@ -67,7 +70,7 @@ except ValueError as error:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """munged, slurmctld and slurmd by hand, with sockets, keys and state in a folder that goes away."""
+    """Start the Slurm daemons munged, slurmctld and slurmd with all their files in a temporary folder."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing or os.getuid():
         pytest.skip(f"needs {', '.join(missing) or 'root'}: apt-get install slurm-wlm munge, as root")
@@ -143,10 +146,10 @@ def folder(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return scratch
 
 
-def wait_for(true: Callable[[], object], timeout_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, f"the condition did not become true within {timeout_s} s"
         time.sleep(0.1)
 
 
@@ -158,7 +161,7 @@ def start_stage() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", STAGE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def asked_for(**changes: object) -> Runtime:
+def slurm_runtime(**changes: object) -> Runtime:
     settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | dict(changes.pop("slurm", {}))  # type: ignore
     return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings} | changes)
 
@@ -171,7 +174,7 @@ def job_number(folder: Path) -> str:
     return str(json.loads((folder / "job.json").read_text())["job"])
 
 
-def test_the_script_asks_for_what_runtime_says(tmp_path: Path) -> None:
+def test_the_batch_script_requests_the_resources_of_runtime_yaml(tmp_path: Path) -> None:
     runtime = Runtime.model_validate({"launcher": "slurm", "nodes": 4, "gpus": 8, "slurm": {
         "partition": "gpu", "account": "lab", "time": "2-00:00:00", "options": ["--qos=long", "--mem=0"]}})
     lines = slurm.script(runtime, "onediff.stages.tune", tmp_path / "tune-0123").splitlines()
@@ -185,17 +188,17 @@ def test_the_script_asks_for_what_runtime_says(tmp_path: Path) -> None:
     assert "--gpus-per-node" not in slurm.script(Runtime(device="cpu"), "onediff.stages.tune", tmp_path / "tune")
 
 
-def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="launcher is slurm, but sbatch is not found; run this where jobs"):
-        dispatch.launch_ranks("align", asked_for(), tmp_path, module="rank")
+    with pytest.raises(ValueError, match="launcher is slurm, but the program sbatch is not installed; run this"):
+        dispatch.launch_ranks("align", slurm_runtime(), tmp_path, module="rank")
 
 
 @pytest.mark.slow
-def test_a_job_runs_a_rank_for_each_task_and_the_stage_waits(folder: Path) -> None:
+def test_a_job_runs_one_rank_for_each_task_and_the_stage_waits_for_the_job(folder: Path) -> None:
     (folder / "plan").write_text("0.05")
-    assert dispatch.launch_ranks("align", asked_for(), folder, module="rank")
+    assert dispatch.launch_ranks("align", slurm_runtime(), folder, module="rank")
     variables = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     for rank, values in enumerate(variables):
         assert values["RANK"] == values["LOCAL_RANK"] == str(rank) and values["WORLD_SIZE"] == "2"
@@ -206,56 +209,58 @@ def test_a_job_runs_a_rank_for_each_task_and_the_stage_waits(folder: Path) -> No
 @pytest.mark.slow
 def test_a_failed_job_shows_its_last_lines_and_the_reason(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "plan").write_text("fail")
-    with pytest.raises(ValueError, match="align: failed at step 0: ValueError: no such thing; the same command"):
-        dispatch.launch_ranks("align", asked_for(), folder, module="rank")
-    assert "the last words of a rank" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="align: failed at step 0: ValueError: no such thing; run the same"):
+        dispatch.launch_ranks("align", slurm_runtime(), folder, module="rank")
+    assert "the last line of a rank" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_refuses_is_told_in_its_words(folder: Path) -> None:
+def test_the_error_for_a_refused_job_contains_the_message_of_sbatch(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition specified: no_such"):
-        dispatch.launch_ranks("align", asked_for(slurm={"partition": "no_such"}), folder, module="rank")
+        dispatch.launch_ranks("align", slurm_runtime(slurm={"partition": "no_such"}), folder, module="rank")
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_killed_finds_its_job_again(folder: Path) -> None:
+def test_after_the_stage_was_killed_the_next_stage_waits_for_the_existing_job(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     first = start_stage()
     wait_for(lambda: running(folder))
     number = job_number(folder)
     first.kill()
     first.communicate()
-    (folder / "job.json").unlink()  # as if it had died before the number was kept: the name tells it
+    # Without job.json, as if the stage was killed before writing it, the job can only be found by name.
+    (folder / "job.json").unlink()
     output, _ = start_stage().communicate(timeout=120)
-    assert f"job {number} of this run is still there: watching it" in output and output.endswith("True\n")
+    assert f"job {number} of this run has not ended; waiting for it" in output and output.endswith("True\n")
     assert "submitted" not in output
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_stage_makes_the_job_write_its_checkpoint_and_the_next_goes_on(folder: Path) -> None:
+def test_after_sigterm_the_job_writes_a_checkpoint_and_the_next_job_resumes(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     stage = start_stage()
     wait_for(lambda: running(folder))
     stage.send_signal(signal.SIGTERM)
     output, _ = stage.communicate(timeout=60)
-    assert "align: preempted at step" in output and "the same command goes on from the last checkpoint" in output
+    assert "align: preempted at step" in output
+    assert "run the same command again to continue from the last checkpoint" in output
     first, step = job_number(folder), read_status(folder)["step"]
     assert 0 < step < 10 and (folder / "checkpoint-1").exists()
     (folder / "plan").write_text("0.05")
-    assert dispatch.launch_ranks("align", asked_for(), folder, module="rank")
+    assert dispatch.launch_ranks("align", slurm_runtime(), folder, module="rank")
     assert f"step {step - 1}\n" not in (folder / f"slurm-{job_number(folder)}.out").read_text()
     assert job_number(folder) != first
 
 
 @pytest.mark.slow
-def test_the_time_limit_gives_a_checkpoint_and_the_next_job_goes_on_by_itself(folder: Path) -> None:
-    """Slurm counts limits in minutes and looks twice a minute: SIGTERM comes up to a minute before the end."""
-    (folder / "plan").write_text("7.5")  # ten steps take longer than a minute
-    assert dispatch.launch_ranks("align", asked_for(slurm={"time": "1"}), folder, module="rank")
+def test_at_the_time_limit_the_job_writes_a_checkpoint_and_the_next_job_is_submitted(folder: Path) -> None:
+    """Slurm checks time limits only twice a minute, so SIGTERM may arrive up to a minute early."""
+    (folder / "plan").write_text("7.5")  # With 7.5 s per step, ten steps take longer than a minute.
+    assert dispatch.launch_ranks("align", slurm_runtime(slurm={"time": "1"}), folder, module="rank")
     outputs = sorted(folder.glob("slurm-*.out"))
     assert len(outputs) > 1 and "step 9" in outputs[-1].read_text()
     steps = [line for path in outputs for line in path.read_text().splitlines() if line.startswith("step")]
-    assert len(steps) == 20  # two ranks, each step once
+    assert len(steps) == 20  # Two ranks run ten steps, each step once.
 
 
 @pytest.mark.slow

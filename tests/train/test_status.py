@@ -7,7 +7,7 @@ import pytest
 from onediff.train.status import read_status, recorded_errors, write_status
 
 
-def test_a_run_that_a_signal_ends_before_its_first_step_is_preempted(tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_is_recorded_as_preempted(tmp_path: Path) -> None:
     write_status(tmp_path, "running", 0)
     with pytest.raises(KeyboardInterrupt), recorded_errors(tmp_path):
         raise KeyboardInterrupt("SIGHUP")
@@ -15,10 +15,10 @@ def test_a_run_that_a_signal_ends_before_its_first_step_is_preempted(tmp_path: P
 
 
 @pytest.mark.parametrize("blocked", [False, True])
-def test_an_error_is_recorded_in_the_status_and_never_hidden_by_it(blocked: bool, tmp_path: Path) -> None:
+def test_an_error_is_recorded_and_raised_even_if_status_json_cannot_be_written(blocked: bool, tmp_path: Path) -> None:
     write_status(tmp_path, "running", 4)
     if blocked:
-        (tmp_path / "status.json.part").mkdir()  # the status cannot be written, as on a full disk
+        (tmp_path / "status.json.part").mkdir()  # This folder makes writing status.json fail, as a full disk would.
     with pytest.raises(MemoryError, match="no room"), recorded_errors(tmp_path):
         raise MemoryError("no room")
     expected = ("running", "") if blocked else ("failed", "MemoryError: no room")
@@ -26,7 +26,7 @@ def test_an_error_is_recorded_in_the_status_and_never_hidden_by_it(blocked: bool
     assert (status["state"], status["reason"]) == expected
 
 
-def test_an_explained_end_keeps_its_status(tmp_path: Path) -> None:
+def test_an_error_does_not_replace_the_state_diverged(tmp_path: Path) -> None:
     write_status(tmp_path, "diverged", 7, "loss nan at step 7")
     with pytest.raises(ValueError, match="the loss became nan"), recorded_errors(tmp_path):
         raise ValueError("the loss became nan")

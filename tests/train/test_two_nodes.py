@@ -1,4 +1,4 @@
-"""Two nodes as two network namespaces: one phase on both, the loss of one, and the same command again."""
+"""Tests of training on two nodes, which are two network namespaces of this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Nodes:
-    """Hosts with a network interface and a folder each; scratch is the storage that they share."""
+    """Two hosts, each with a network interface and a project folder; both use one scratch folder as shared storage."""
 
     def __init__(self, shared: Path, params: Path) -> None:
         self.names = [f"onediff{os.getpid()}n{rank}" for rank in (0, 1)]
@@ -41,6 +41,7 @@ class Nodes:
             shutil.copy(params, folder / "params.yaml")
 
     def connect(self) -> None:
+        """Create both network namespaces and a virtual cable between them."""
         for name in self.names:
             ip("netns", "add", name)
         ip("link", "add", self.links[0], "netns", self.names[0], "type", "veth", "peer", "name", self.links[1],
@@ -56,9 +57,11 @@ class Nodes:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
     def plug(self, state: str) -> None:
+        """Connect (`up`) or disconnect (`down`) the network of the second node."""
         ip("-n", self.names[1], "link", "set", self.links[1], state)
 
     def kill(self, name: str) -> None:
+        """Kill all processes in a network namespace."""
         for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True,
                                   check=False).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
@@ -69,7 +72,7 @@ class Nodes:
                      ONEDIFF_MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME=self.links[rank], DEEPSPEED_TIMEOUT="1")
 
     def run(self) -> list[str]:
-        """Both nodes to their end; what they said."""
+        """Run the stage on both nodes until it ends and return the output of each node."""
         return [finished(process) for process in [self.start(rank) for rank in (0, 1)]]
 
     @property
@@ -82,17 +85,17 @@ def ip(*arguments: str) -> None:
 
 
 def stage(folder: Path, scratch: Path, *prefix: str, **environment: str) -> subprocess.Popen[str]:
-    ours = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    ours |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ONEDIFF_DEVICE": "cpu", "ONEDIFF_SCRATCH": str(scratch),
-             "ONEDIFF_CHECKPOINT_EVERY_S": "0.05"}
+    variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ONEDIFF_DEVICE": "cpu",
+                  "ONEDIFF_SCRATCH": str(scratch), "ONEDIFF_CHECKPOINT_EVERY_S": "0.05"}
     return subprocess.Popen([*prefix, sys.executable, "-m", "onediff.stages.align"], cwd=folder, text=True,
-                            env=ours | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            env=variables | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -101,7 +104,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DiffCap of a few scenes, and the micro preset with more steps."""
+    """Return a folder with DiffCap of a few scenes and with the micro preset, changed to more steps."""
     from onediff.data.synthesis.scenes.records import scene_records
 
     folder = tmp_path_factory.mktemp("shared")
@@ -118,7 +121,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(shared: Path) -> Path:
-    """The same phase in one process."""
+    """Return a project folder in which one process has run the phase, for comparison."""
     nodes = Nodes(shared / "alone", shared / "params.yaml")
     (shared / "alone/diffcap").symlink_to(shared / "diffcap")
     finished(stage(nodes.folders[0], nodes.scratch))
@@ -132,7 +135,7 @@ def nodes(shared: Path, tmp_path: Path) -> Iterator[Nodes]:
     (tmp_path / "diffcap").symlink_to(shared / "diffcap")
     both = Nodes(tmp_path, shared / "params.yaml")
     if subprocess.run(["ip", "netns", "add", "onediff-try"], capture_output=True, check=False).returncode:
-        pytest.skip("network namespaces cannot be made here, though this is root")
+        pytest.skip("network namespaces cannot be created on this machine, although the user is root")
     ip("netns", "delete", "onediff-try")
     try:
         both.connect()
@@ -142,26 +145,30 @@ def nodes(shared: Path, tmp_path: Path) -> Iterator[Nodes]:
 
 
 def assert_as_alone(nodes: Nodes, alone: Path) -> None:
-    """Float32, but the sums over a batch are taken in another order; Adam makes much of the last digit at first."""
-    ours, theirs = weights(nodes.folders[0]), weights(alone)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4), (name, (ours[name] - value).abs().max())
+    """Check that two nodes trained the weights that one process trained.
+
+    The tolerance is needed because sums over a batch are computed in different orders, and Adam scales up rounding
+    errors in the first steps.
+    """
+    actual, expected = weights(nodes.folders[0]), weights(alone)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, rtol=1e-3, atol=1e-4), (name, (actual[name] - value).abs().max())
 
 
-def test_two_nodes_train_what_one_process_trains(nodes: Nodes, alone: Path) -> None:
+def test_two_nodes_train_the_weights_that_one_process_trains(nodes: Nodes, alone: Path) -> None:
     nodes.run()
     assert_as_alone(nodes, alone)
     losses = [[json.loads(line)["loss"] for line in (folder / "data/curves/align.jsonl").read_text().splitlines()]
               for folder in (nodes.folders[0], alone)]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert not (nodes.folders[1] / "data/models").exists() and not list(nodes.scratch.glob("align-*"))
-    assert not (nodes.folders[1] / ".onediff").exists()  # only rank 0 has a run in MLflow
+    assert not (nodes.folders[1] / ".onediff").exists()  # Only rank 0 creates an MLflow run.
 
 
 @pytest.mark.parametrize("end", ["killed", "unplugged"])
-def test_the_loss_of_a_node_ends_the_run_which_resumes(end: str, nodes: Nodes, alone: Path) -> None:
-    """Killed: its kernel closes the connections. Unplugged: nothing is heard of it again until the timeout."""
+def test_a_lost_node_ends_the_run_and_the_next_run_resumes(end: str, nodes: Nodes, alone: Path) -> None:
+    """A killed node closes its connections and is noticed at once. An unplugged node is noticed by a timeout."""
     first, second = nodes.start(0), nodes.start(1)
     limit = time.monotonic() + 240
     while not list(nodes.scratch.glob("align-*/checkpoints/step-*/complete.json")):
@@ -171,15 +178,15 @@ def test_the_loss_of_a_node_ends_the_run_which_resumes(end: str, nodes: Nodes, a
         nodes.plug("down")
     nodes.kill(nodes.names[1])
     lost = time.monotonic()
-    said, _ = first.communicate(timeout=180)
+    output, _ = first.communicate(timeout=180)
     second.communicate()
     assert first.returncode == 1 and time.monotonic() - lost < (60 if end == "killed" else 150)
-    assert "a rank or its node was lost" in said.splitlines()[-1]
-    assert "the same command goes on from the last checkpoint" in said.splitlines()[-1]
+    assert "a rank or its node was lost" in output.splitlines()[-1]
+    assert "run the same command again to continue from the last checkpoint" in output.splitlines()[-1]
     status = read_status(nodes.run_folder)
     assert status["state"] == "failed" and 0 < status["step"] < STEPS
     assert "a rank or its node was lost" in status["reason"]
     nodes.plug("up")
-    again = nodes.run()[0]
+    resumed_output = nodes.run()[0]
     assert_as_alone(nodes, alone)
-    assert f" 0/{STEPS}" not in again  # the progress bar began where the checkpoint was
+    assert f" 0/{STEPS}" not in resumed_output  # The progress bar starts at the step of the checkpoint.

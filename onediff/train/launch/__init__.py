@@ -1,1 +1,1 @@
-"""How ranks are started: on nodes by DeepSpeed's launcher, as a Slurm job, by a Kubernetes manifest."""
+"""Launchers that start the ranks of training: DeepSpeed's launcher, Slurm jobs, and Kubernetes manifests."""

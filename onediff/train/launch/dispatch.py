@@ -1,4 +1,4 @@
-"""Where a phase runs: in this process, on the GPUs of one node or many through DeepSpeed's launcher, or under Slurm."""
+"""Starts the ranks of a training phase with the launcher of runtime.yaml: none, DeepSpeed's, or Slurm."""
 
 import os
 import re
@@ -11,21 +11,22 @@ from onediff.config import Runtime
 from onediff.train.launch import nodes, ranks, slurm
 from onediff.train.status import is_finished, modified_ns, read_status, write_status
 
-PATIENCE_S = 30.0  # until shared storage shows what rank 0 wrote on another node
-AGAIN = "the same command goes on from the last checkpoint"
-LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)  # gloo's and NCCL's words
+PATIENCE_S = 30.0  # Shared storage may show a file of another node only after this time.
+AGAIN = "run the same command again to continue from the last checkpoint"
+# Error messages of gloo and NCCL match this pattern if the connection to another rank was lost.
+LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)
 
 
 def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | None = None) -> bool:
-    """Starts the ranks, each `python -m onediff.stages.PHASE`, and waits; False if this process is to do the work.
+    """Start the ranks, each as `python -m onediff.stages.PHASE`, and wait until they end.
 
-    True: the run is finished, and its results are in `folder`, which lies in scratch on storage that all nodes share.
-    Raises ValueError with the reason if the ranks failed or SIGTERM stopped them; ValueError or FileNotFoundError,
-    before anything starts, if runtime.yaml cannot work.
+    Returns True when the run is finished and `folder` contains the results, and False without starting anything if this
+    process must train by itself. On several nodes, `folder` must be on storage that they share. Raises ValueError or
+    FileNotFoundError if runtime.yaml is wrong, and ValueError with the reason if the ranks failed or were stopped.
     """
     if runtime.launcher == "local" or "LOCAL_RANK" in os.environ:
         return False
-    if is_finished(folder):  # by ranks whose stage was killed meanwhile
+    if is_finished(folder):  # The ranks of an earlier run may finish after the stage that started them was killed.
         return True
     folder.mkdir(parents=True, exist_ok=True)
     module, modified_before = module or f"onediff.stages.{phase}", modified_ns(folder)
@@ -36,7 +37,7 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
         code, stopped = ranks.run(nodes.command(runtime, module, folder),
                                   nodes.environment(runtime, folder, os.environ),
                                   grace_s=max(ranks.GRACE_S, runtime.grace_s))
-        if runtime.node_rank and not code:  # node 0 reports how the run ended, and may have fetched the model by now
+        if runtime.node_rank and not code:  # Only node 0 reports how the run ended.
             return True
         ending = _ending(code)
     elsewhere = runtime.launcher == "slurm" or runtime.nodes > 1
@@ -46,11 +47,15 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
     if is_finished(folder):
         return True
     is_new = modified_ns(folder) != modified_before
-    raise ValueError(_explanation(phase, folder, status if is_new else None, ending=ending, stopped=stopped))
+    message = _explanation(phase, folder, status if is_new else None, ending=ending, stopped=stopped)
+    raise ValueError(message)
 
 
 def _explanation(phase: str, folder: Path, status: dict[str, Any] | None, *, ending: str, stopped: bool) -> str:
-    """The ranks' own reason if this run has written a status, else how the ranks ended, which becomes the status."""
+    """Return the message that says why the ranks ended, and record the reason in status.json.
+
+    The reason is read from status.json if the ranks have written it; otherwise it is how the launcher ended.
+    """
     if status and status["state"] in ("failed", "diverged", "preempted"):
         state, reason = status["state"], str(status["reason"])
         if LOST.search(reason):
@@ -61,14 +66,17 @@ def _explanation(phase: str, folder: Path, status: dict[str, Any] | None, *, end
         return f"{phase}: {state} at step {status['step']}: {reason}{cure} ({folder})"
     state, reason = ("preempted", f"stopped by SIGTERM, {ending}") if stopped else ("failed", ending)
     write_status(folder, state, read_status(folder)["step"], reason)
-    return f"{phase}: {reason}; what they said stands above; {AGAIN} ({folder})"
+    return f"{phase}: {reason}; see the output of the ranks above; {AGAIN} ({folder})"
 
 
 def _ending(code: int) -> str:
-    """How the ranks ended. DeepSpeed's launcher reports a rank's signal as 256 minus its number, a shell as 128 plus.
+    """Describe how the ranks ended, from the exit code of the launcher.
+
+    If a signal ended a rank, DeepSpeed's launcher exits with 256 minus the signal number, and a shell with 128 plus the
+    signal number.
     """
     for number in (-code, 256 - code if code < 255 else 0, code - 128):
         if number in set(signal.Signals):
             name = signal.Signals(number).name
-            return f"a rank was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+            return f"a rank was ended by {name}" + (", perhaps because memory ran out" if name == "SIGKILL" else "")
     return f"the ranks ended with code {code} before the run was finished"

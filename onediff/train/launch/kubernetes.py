@@ -1,4 +1,4 @@
-"""A Kubernetes Job of all ranks, one pod for each node, and the Service by which they find node 0."""
+"""Kubernetes manifest for training: a Job with one pod per node, and a Service by which the pods find node 0."""
 
 import io
 from pathlib import Path
@@ -9,18 +9,20 @@ from ruamel.yaml import YAML
 from onediff.config import Runtime
 from onediff.train.launch.ranks import GRACE_S
 
-PROJECT = "/workspace"  # in the pod: the project's folder, its data and scratch, on one volume that all nodes share
-CLAIM = "onediff"
+# Each pod mounts the project folder, including data and scratch, at this path, from a volume that all pods share.
+PROJECT = "/workspace"
+CLAIM = "onediff"  # name of the PersistentVolumeClaim for the project folder
 
 
 def manifest(phase: str, runtime: Runtime, *, image: str) -> str:
-    """YAML for `kubectl apply -f -`. The pods train and leave the weights in scratch; the stage, where DVC is, fetches.
+    """Return the YAML manifest of a training phase, for `kubectl apply -f -`.
 
-    Raises ValueError if scratch is not on the volume that the pods share.
+    The pods train and save the weights in scratch, from which a later run of the DVC stage copies them. Raises
+    ValueError if scratch is not on the volume that the pods share.
     """
     if Path(runtime.scratch).is_absolute():
-        raise ValueError(f"runtime.yaml: scratch '{runtime.scratch}' must lie in the project's folder, which is the "
-                         f"volume of claim '{CLAIM}' that all pods share")
+        raise ValueError(f"runtime.yaml: scratch must be a relative path inside the project folder, got "
+                         f"'{runtime.scratch}'; the pods share only the project folder (claim '{CLAIM}')")
     name = f"onediff-{phase}"
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
                "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": name},
@@ -36,8 +38,10 @@ def manifest(phase: str, runtime: Runtime, *, image: str) -> str:
 
 
 def _pod(phase: str, name: str, runtime: Runtime, image: str) -> dict[str, Any]:
-    """torchrun starts the ranks, because its time between SIGTERM and SIGKILL can be set; that of DeepSpeed's launcher
-    is 30 seconds.
+    """Return the specification of a pod, which starts the ranks of one node with torchrun.
+
+    DeepSpeed's launcher is not used here, because it kills ranks 30 seconds after SIGTERM, which can be too early for
+    writing a checkpoint. In torchrun this time can be set.
     """
     grace_s = round(max(GRACE_S, runtime.grace_s))
     gpus = {} if runtime.device == "cpu" else {"resources": {"limits": {"nvidia.com/gpu": runtime.gpus}}}
@@ -51,7 +55,8 @@ def _pod(phase: str, name: str, runtime: Runtime, image: str) -> dict[str, Any]:
                     "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}},
                 {"name": "OMP_NUM_THREADS", "value": "1"}],
         **gpus, "volumeMounts": [{"name": "project", "mountPath": PROJECT}, {"name": "shm", "mountPath": "/dev/shm"}]}
+    # The pod mounts memory at /dev/shm, because NCCL and data loaders need more than the default of 64 MiB there.
     return {"restartPolicy": "Never", "subdomain": name, "terminationGracePeriodSeconds": grace_s + 30,
             "containers": [container],
             "volumes": [{"name": "project", "persistentVolumeClaim": {"claimName": CLAIM}},
-                        {"name": "shm", "emptyDir": {"medium": "Memory"}}]}  # NCCL and loaders need more than 64 MiB
+                        {"name": "shm", "emptyDir": {"medium": "Memory"}}]}

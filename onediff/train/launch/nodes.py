@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher on one node or many: what it is called with, and what must be true before."""
+"""Command line, environment and checks for DeepSpeed's launcher on one or several nodes."""
 
 import os
 import re
@@ -10,17 +10,21 @@ from pathlib import Path
 
 from onediff.config import Runtime
 
-SENT = ("OMP_", "GLOO_", "NCCL_", "HF_", "TORCH", "TRANSFORMERS_", "CUDA_HOME")  # to other nodes, beside ONEDIFF_*
+# Prefixes of the environment variables that are sent to other nodes, in addition to the ONEDIFF_* variables.
+SENT = ("OMP_", "GLOO_", "NCCL_", "HF_", "TORCH", "TRANSFORMERS_", "CUDA_HOME")
 LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Node -> its slots, in order; the first is rank 0's. Raises FileNotFoundError or ValueError."""
+    """Read the number of GPUs (slots) of each node from a hostfile; rank 0 runs on the first node.
+
+    Raises FileNotFoundError if the file does not exist, and ValueError for a malformed line or a repeated node.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise FileNotFoundError(f"runtime.yaml: hostfile {path} not found; write one line 'NAME slots=GPUS' "
-                                "for each node, rank 0's first") from None
+        raise FileNotFoundError(f"runtime.yaml: hostfile {path} does not exist; write one line 'NAME slots=GPUS' "
+                                "for each node, starting with the node of rank 0") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
@@ -29,16 +33,19 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not match:
             raise ValueError(f"{path} line {number}: must be 'NAME slots=GPUS', got '{line}'")
         if match[1] in slots:
-            raise ValueError(f"{path} line {number}: node '{match[1]}' stands there twice; one line for each node")
+            raise ValueError(f"{path} line {number}: node '{match[1]}' occurs twice; keep one line for each node")
         slots[match[1]] = int(match[2])
     return slots
 
 
 def check(runtime: Runtime) -> None:
-    """Raises ValueError or FileNotFoundError, before anything starts, if the nodes cannot come together."""
+    """Check, before any rank starts, that the settings of runtime.yaml can connect the nodes.
+
+    Raises ValueError, or FileNotFoundError if the hostfile does not exist.
+    """
     if runtime.node_rank is not None and runtime.node_rank >= runtime.nodes:
-        raise ValueError(f"runtime.yaml: node_rank {runtime.node_rank} must be below nodes {runtime.nodes}: "
-                         "the first node is 0")
+        raise ValueError(f"runtime.yaml: node_rank {runtime.node_rank} must be less than nodes {runtime.nodes}; "
+                         "number the nodes from 0")
     if runtime.hostfile:
         _check_hostfile(Path(runtime.hostfile), runtime)
     if runtime.nodes == 1:
@@ -46,42 +53,44 @@ def check(runtime: Runtime) -> None:
     if runtime.node_rank is None:
         _check_ssh(runtime)
     elif runtime.master_addr is None:
-        raise ValueError("runtime.yaml: node_rank is set, so master_addr must name node 0, the same on every node")
+        raise ValueError("runtime.yaml: if node_rank is set, master_addr must be set too; give the address of node 0 "
+                         "on every node")
     elif runtime.node_rank == 0:
         _check_port(runtime.master_addr, runtime.master_port)
 
 
 def _check_hostfile(path: Path, runtime: Runtime) -> None:
+    """Check that the hostfile has enough nodes and GPUs, and that master_addr is the first node."""
     slots = read_hostfile(path)
     if len(slots) < runtime.nodes:
-        raise ValueError(f"{path}: runtime.yaml asks for nodes: {runtime.nodes}, but it names {len(slots)} "
-                         f"({', '.join(slots) or 'none'}); add the missing, or lower nodes")
+        raise ValueError(f"{path}: runtime.yaml needs {runtime.nodes} nodes, but the hostfile lists {len(slots)} "
+                         f"({', '.join(slots) or 'none'}); add the missing nodes, or lower nodes in runtime.yaml")
     used = list(slots)[: runtime.nodes]
     for node in used:
         if slots[node] < runtime.gpus:
-            raise ValueError(f"{path}: node '{node}' has slots={slots[node]}, but runtime.yaml asks for gpus: "
-                             f"{runtime.gpus} of each node; correct the slots, or lower gpus")
+            raise ValueError(f"{path}: node '{node}' has slots={slots[node]}, but runtime.yaml needs {runtime.gpus} "
+                             "GPUs on each node; correct the slots, or lower gpus in runtime.yaml")
     master = runtime.master_addr
     if master and master not in used and not _addresses(master) & _addresses(used[0]):
-        raise ValueError(f"{path}: master_addr '{master}' of runtime.yaml is missing; it must be the first node, "
-                         f"which is '{used[0]}': add it, or correct master_addr")
+        raise ValueError(f"{path}: master_addr '{master}' of runtime.yaml must be the first node of the hostfile, "
+                         f"which is '{used[0]}'; add a line for '{master}', or correct master_addr")
     if master in used[1:]:
-        raise ValueError(f"{path}: master_addr '{master}' must be the first node, which is '{used[0]}'; "
-                         "move its line up, or correct master_addr")
+        raise ValueError(f"{path}: master_addr '{master}' of runtime.yaml must be the first node of the hostfile, "
+                         f"which is '{used[0]}'; move the line of '{master}' up, or correct master_addr")
 
 
 def _check_ssh(runtime: Runtime) -> None:
     if not runtime.hostfile:
-        raise ValueError(f"runtime.yaml: nodes {runtime.nodes} need a hostfile (to start them over ssh), "
-                         "or node_rank and master_addr (started by hand on every node)")
+        raise ValueError(f"runtime.yaml: for {runtime.nodes} nodes, set hostfile (to start them over ssh), or "
+                         "node_rank and master_addr (to start each node by hand)")
     for program in ("pdsh", "ssh"):
         if not shutil.which(program):
-            raise ValueError(f"{program} not found: DeepSpeed starts other nodes with it; install it, or set node_rank "
-                             "and master_addr in runtime.yaml and start the same command on every node")
+            raise ValueError(f"{program} is not installed, but DeepSpeed needs it to start the other nodes; install "
+                             f"{program}, or set node_rank and master_addr in runtime.yaml and start each node by hand")
 
 
 def _check_port(address: str, port: int) -> None:
-    """On node 0, which opens it."""
+    """Check that this process, which runs on node 0, can open the port on the address."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -95,15 +104,20 @@ def _check_port(address: str, port: int) -> None:
 def _addresses(name: str) -> set[str]:
     try:
         return {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
-    except OSError:  # known to ssh's configuration only
+    except OSError:  # The name may be an alias that only the configuration of ssh defines.
         return set()
 
 
 def command(runtime: Runtime, module: str, folder: Path) -> list[str]:
-    """`deepspeed ...` for this process. If runtime.yaml names no hostfile, one is written to `folder`."""
-    hostfile, port = Path(runtime.hostfile or os.devnull), runtime.master_port  # else DeepSpeed reads /job/hostfile
+    """Return the command line of DeepSpeed's launcher, which starts the ranks of this node or over ssh of all nodes.
+
+    If the nodes are started by hand and runtime.yaml has no hostfile, a hostfile is written to `folder`.
+    """
+    # Without a hostfile, pass an empty one, because DeepSpeed would read /job/hostfile by default.
+    hostfile, port = Path(runtime.hostfile or os.devnull), runtime.master_port
     if runtime.node_rank is not None and not runtime.hostfile:
-        hostfile = folder / f"hostfile-{runtime.node_rank}"  # without ssh DeepSpeed only counts its lines
+        # Without ssh, DeepSpeed uses the hostfile only to count nodes, so the node names can be arbitrary.
+        hostfile = folder / f"hostfile-{runtime.node_rank}"
         hostfile.write_text("".join(f"node-{rank} slots={runtime.gpus}\n" for rank in range(runtime.nodes)),
                             encoding="utf-8")
     if runtime.nodes == 1 and "master_port" not in runtime.model_fields_set:
@@ -121,8 +135,10 @@ def command(runtime: Runtime, module: str, folder: Path) -> list[str]:
 
 
 def environment(runtime: Runtime, folder: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables for the ranks. DeepSpeed passes few of them on over ssh, so it reads the others from a file in
-    `folder`, without those that describe this host and without the writer's key.
+    """Return the environment variables for the ranks, given the `variables` of this process.
+
+    Over ssh, DeepSpeed sends only a few variables to other nodes. The other variables that ranks need are written to a
+    file in `folder` which DeepSpeed reads. Variables that describe this host, and API keys, are not written.
     """
     result = dict(variables)
     if runtime.device == "cpu" or not os.path.exists("/dev/nvidia0"):

@@ -1,4 +1,7 @@
-"""The ranks of this node: a session of their own, time to write a checkpoint when stopped, none left behind."""
+"""Runs the launcher of the ranks on this node as a process group, and makes sure that no rank outlives this process.
+
+When the ranks are stopped, they get time to write a checkpoint before they are killed.
+"""
 
 import os
 import signal
@@ -13,32 +16,32 @@ import psutil
 
 from onediff.interrupts import Stop, postponed
 
-# For the checkpoint of ranks, between SIGTERM and SIGKILL, unless runtime.yaml's grace_s is longer. Slurm and
-# Kubernetes get the same time.
+# Seconds between SIGTERM and SIGKILL, in which ranks write a checkpoint. A longer grace_s in runtime.yaml has priority.
 GRACE_S = 120.0
 POLL_S = 0.2
 
 
 @dataclass
 class Group:
-    """All processes that one command started, by the number of the process group that it leads."""
+    """The processes that one command started. The process id of the command, `leader`, is the id of the group."""
 
     leader: int
     terminated: set[int] = field(default_factory=set)
 
     def members(self) -> list[psutil.Process]:
+        """List the processes of the group that still run."""
         members = []
         for process in psutil.process_iter():
-            with suppress(ProcessLookupError, psutil.Error):  # it has ended meanwhile
+            with suppress(ProcessLookupError, psutil.Error):  # A process may end between listing and inspecting it.
                 if os.getpgid(process.pid) == self.leader and process.status() != psutil.STATUS_ZOMBIE:
                     members.append(process)
         return members
 
     def terminate(self) -> None:
-        """Sends SIGTERM once to each rank, or to the launcher if there is no rank here.
+        """Send SIGTERM to each rank that has not received it, or to the launcher if no rank runs on this node.
 
-        The loader processes of a rank get none, because the rank needs them to reach its checkpoint, and neither does
-        DeepSpeed's launcher, which gives its ranks no more than 30 seconds.
+        Data loader processes get no signal, because their rank needs them until the checkpoint is written. DeepSpeed's
+        launcher gets no signal either, because it would kill the ranks after 30 seconds.
         """
         ranks = {process.pid for process in self.members() if _is_rank(process)} or {self.leader}
         for pid in ranks - self.terminated:
@@ -47,13 +50,14 @@ class Group:
                 os.kill(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kills every process at once, and also those that start meanwhile."""
+        """Kill all processes of the group, including processes that start while this method runs."""
         while self.members():
             with suppress(ProcessLookupError):
                 os.killpg(self.leader, signal.SIGKILL)
             time.sleep(POLL_S / 4)
 
     def stop(self, grace_s: float) -> None:
+        """Send SIGTERM to the ranks, wait up to `grace_s` seconds until they have ended, and kill the rest."""
         end = time.monotonic() + grace_s
         while self.members() and time.monotonic() < end:
             self.terminate()
@@ -62,9 +66,10 @@ class Group:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], *, grace_s: float = GRACE_S) -> tuple[int, bool]:
-    """Exit code of the command, and whether it was stopped: a signal to this process reaches the ranks as SIGTERM.
+    """Run the command and return its exit code and whether a signal to this process stopped it.
 
-    However this process ends, even by SIGKILL, no rank goes on without it.
+    Signals to this process are passed on to the ranks as SIGTERM. However this process ends, even by SIGKILL, the ranks
+    are stopped too.
     """
     with postponed(Stop()) as stop:
         process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
@@ -82,7 +87,10 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, grace_s: floa
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    """A process with a LOCAL_RANK whose parent has none: not one that a rank has forked."""
+    """Check whether a process is a rank: it has LOCAL_RANK in its environment, but its parent has not.
+
+    The second condition excludes the processes that a rank starts, such as data loaders.
+    """
     try:
         parent = process.parent()
         return "LOCAL_RANK" in process.environ() and (parent is None or "LOCAL_RANK" not in parent.environ())
@@ -92,7 +100,10 @@ def _is_rank(process: psutil.Process) -> bool:
 
 @contextmanager
 def _guarded(group: Group, grace_s: float) -> Iterator[None]:
-    """Starts a process that waits for our end at the other side of a pipe: however we end, the pipe closes."""
+    """Run a guard process beside the block, which stops the group if this process ends inside the block.
+
+    The guard reads from a pipe that this process holds open. The kernel closes the pipe when this process ends.
+    """
     command = [sys.executable, "-m", "onediff.train.launch.ranks", str(group.leader), str(grace_s)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
         assert guard.stdin is not None
@@ -100,6 +111,7 @@ def _guarded(group: Group, grace_s: float) -> Iterator[None]:
         guard.stdin.write(b"ended")
 
 
-if __name__ == "__main__":  # the guard: stops the group once the pipe on standard input closes without a word
+if __name__ == "__main__":
+    # This is the guard process. Empty input means that the process which started the guard has been killed.
     if not sys.stdin.buffer.read():
         Group(int(sys.argv[1])).stop(float(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""A Slurm job of all ranks: submitted once, watched, and asked for a checkpoint before it is stopped."""
+"""Runs the ranks of training as a Slurm job: submits the job, watches it, and asks for a checkpoint before a stop."""
 
 import json
 import shlex
@@ -19,11 +19,11 @@ from onediff.train.status import read_status
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED", "SPECIAL_EXIT", "UNKNOWN")
-SHOWN = 20  # last lines of a failed job's output
+SHOWN = 20  # number of last output lines that are shown when a job fails
 
 
 def script(runtime: Runtime, module: str, folder: Path) -> str:
-    """What sbatch runs. As many tasks on each node as GPUs, with the ranks that Slurm numbers them by."""
+    """Return the batch script for sbatch, which starts one task for each GPU; the task number is the rank."""
     settings, cpu = runtime.slurm, runtime.device == "cpu"
     options = [f"--job-name={folder.name}", f"--nodes={runtime.nodes}", f"--ntasks-per-node={runtime.gpus}",
                *([] if cpu else [f"--gpus-per-node={runtime.gpus}"]),
@@ -39,16 +39,16 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
 
 
 def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
-    """How the job ended, in words, and whether a signal stopped this process.
+    """Run the job and return a sentence on how it ended, and whether a signal stopped this process.
 
-    A job of this run that has not ended is watched, not submitted again. If the time limit or the scheduler stopped a
-    job that had made progress, the next one is submitted. After a signal to this process, the job writes its checkpoint
-    and ends. After SIGKILL to this process, the job continues, and the same command watches it again.
+    If a job of this run still exists, this function watches that job instead of submitting another. If the time limit
+    or the scheduler stopped a job that made progress, the next job is submitted. After a signal to this process, the
+    job writes its checkpoint and ends. After SIGKILL the job continues, and the same command watches it again.
     """
     for program in ("sbatch", "squeue", "scancel"):
         if not shutil.which(program):
-            raise ValueError(f"runtime.yaml: launcher is slurm, but {program} is not found; run this where jobs are "
-                             "submitted, or choose launcher: deepspeed")
+            raise ValueError(f"runtime.yaml: launcher is slurm, but the program {program} is not installed; run this "
+                             "command on a host that can submit jobs, or set launcher: deepspeed")
     with postponed(Stop()) as stop:
         while True:
             first_step = int(read_status(folder)["step"])
@@ -57,7 +57,7 @@ def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
             cut_short = status["state"] == "preempted" and status["step"] > first_step
             if not cut_short or stop.reason or state.startswith("CANCELLED"):
                 break
-            _log(f"job {job} was stopped at step {status['step']}: submitting the next")
+            _log(f"job {job} was stopped at step {status['step']}; submitting the next job")
     output = folder / f"slurm-{job}.out"
     if state != "COMPLETED" and output.exists():
         print(*output.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:], sep="\n", file=sys.stderr)
@@ -65,35 +65,39 @@ def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
 
 
 def submit(runtime: Runtime, module: str, folder: Path) -> str:
-    """The number of the new job. Raises ValueError with Slurm's own words if it refuses."""
+    """Submit a new job and return its number. Raises ValueError with the message of sbatch if the submission fails."""
     path = folder / "job.sh"
     path.write_text(script(runtime, module, folder), encoding="utf-8")
     sbatch = _slurm("sbatch", "--parsable", str(path))
     if sbatch.returncode:
-        raise ValueError(f"sbatch refused {path}: {' '.join(sbatch.stderr.split())}; correct runtime.yaml: slurm, "
-                         "nodes or gpus")
+        raise ValueError(f"sbatch refused {path}: {' '.join(sbatch.stderr.split())}; correct slurm, nodes or gpus "
+                         "in runtime.yaml")
     job = sbatch.stdout.strip().split(";")[0]
     write_json(folder / "job.json", {"job": job})
-    _log(f"submitted job {job}; output: {folder}/slurm-{job}.out; end it with 'scancel {job}'")
+    _log(f"submitted job {job}; output: {folder}/slurm-{job}.out; to cancel, run 'scancel {job}'")
     return job
 
 
 def running(folder: Path) -> str | None:
-    """The job of this run that has not ended, from job.json, or by its name if this process was killed before it wrote
-    the file.
+    """Return the number of the job of this run that has not ended, or None.
+
+    The number is read from job.json. A process that was killed before it wrote job.json may have left a job too, so
+    jobs are also searched by name.
     """
     path = folder / "job.json"
     jobs = [str(json.loads(path.read_text(encoding="utf-8"))["job"])] if path.exists() else []
     jobs += _slurm("squeue", "--noheader", "--me", "--format=%i", "--name", folder.name).stdout.split()
     job = next((job for job in jobs if not _has_ended(_state(job))), None)
     if job:
-        _log(f"job {job} of this run is still there: watching it; end it with 'scancel {job}'")
+        _log(f"job {job} of this run has not ended; waiting for it; to cancel, run 'scancel {job}'")
     return job
 
 
 def watch(job: str, runtime: Runtime, stop: Stop) -> str:
-    """Waits until the job has ended; returns its last state. After a signal, the job writes its checkpoint first; it is
-    cancelled if it has not ended some time later.
+    """Wait until the job has ended and return the last state of the job.
+
+    After a signal to this process, the job is asked to write a checkpoint and end. If it does not end in time, it is
+    cancelled.
     """
     shown, ending, end = "", False, float("inf")
     while not _has_ended(state := _state(job)):
@@ -101,8 +105,9 @@ def watch(job: str, runtime: Runtime, stop: Stop) -> str:
             _log(f"job {job}: {state}")
             shown = state
         if stop.reason and not ending:
-            _log(f"{stop.reason}: job {job} writes its checkpoint and ends")
-            _slurm("scancel", *(["--signal=TERM"] if state == "RUNNING" else []), job)  # a job that waits just goes
+            _log(f"received {stop.reason}; job {job} writes its checkpoint and ends")
+            # A running job gets SIGTERM, so that it writes a checkpoint. A pending job is simply cancelled.
+            _slurm("scancel", *(["--signal=TERM"] if state == "RUNNING" else []), job)
             ending, end = True, time.monotonic() + max(GRACE_S, runtime.grace_s)
         if time.monotonic() > end:
             _slurm("scancel", job)
@@ -115,7 +120,10 @@ def watch(job: str, runtime: Runtime, stop: Stop) -> str:
 
 
 def _state(job: str) -> str:
-    """In Slurm's words; UNKNOWN if Slurm has forgotten the job, and empty while Slurm does not answer."""
+    """Return the state of a job as Slurm writes it, such as RUNNING.
+
+    The state is UNKNOWN if Slurm no longer knows the job, and empty while Slurm does not answer.
+    """
     squeue = _slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
     if squeue.returncode == 0 and squeue.stdout.strip():
         return squeue.stdout.split()[0]
@@ -126,7 +134,8 @@ def _state(job: str) -> str:
 
 
 def _has_ended(state: str) -> bool:
-    return bool(state) and state.split()[0].rstrip("+") in ENDED  # CANCELLED by 1000, NODE_FAIL+
+    # Slurm also writes states such as "CANCELLED by 1000" and "NODE_FAIL+".
+    return bool(state) and state.split()[0].rstrip("+") in ENDED
 
 
 def _log(text: str) -> None:
@@ -134,7 +143,7 @@ def _log(text: str) -> None:
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    """A program that is not installed, such as sacct, answers nothing."""
+    """Run a Slurm program. If it is not installed, as sacct often is not, return exit code 127 and no output."""
     if not shutil.which(command[0]):
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} not found")
     return subprocess.run(command, capture_output=True, text=True, check=False)

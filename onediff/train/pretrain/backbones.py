@@ -1,9 +1,9 @@
-"""`make backbones`: pretrains the tiny tower and language model that `presets/tiny.yaml` starts from.
+"""`make backbones`: pretrains the tiny vision tower and language model that `presets/tiny.yaml` starts from.
 
-The paper starts from CLIP and Vicuna. Single images only, never a pair: rendered table tops from their own seeds and
-windows of the train photographs, with dense labels of what stands in each patch (object attributes, where its middle
-is, brightness, contrast, sharpness) and captions that name the objects from left to right. Only the tower, the language
-model and the tokenizer are kept; every head and the projector are thrown away.
+These backbones replace the CLIP and Vicuna of the paper. They are trained on single images, never on pairs: rendered
+table tops, from seeds that no data set uses, and crops of the training photographs. Each patch has labels (attributes
+and centre of the object, brightness, contrast, sharpness), and captions list the objects from left to right. Only the
+vision tower, the language model and the tokenizer are saved; the heads and the projector are discarded.
 """
 
 import functools
@@ -39,18 +39,21 @@ STEPS, BATCH, CAPTIONED, LEARNING_RATE = 4000, 64, 16, 1.5e-3
 CLIP_MEAN, CLIP_STD = (torch.tensor(values).view(3, 1, 1) for values in (
     (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "material": MATERIALS}
-UNKNOWN = -100  # cross_entropy's ignore_index
+UNKNOWN = -100  # the default ignore_index of cross_entropy
 _SIDE = IMAGE_PX // PATCH_PX
 
-Drawn = tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str | None]  # image, things, thing at a pixel, caption
-Labels = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]  # of each patch, in the order of Example
+# A tuple of an image, the list of objects, the object index of each pixel (-1: no object), and the caption.
+Drawn = tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str | None]
+# A tuple of the arrays `attributes`, `present` and `offsets` of the class Example.
+Labels = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what each patch shows (N = rows x columns).
+    """A training image with labels for each of the N patches.
 
-    Attribute indices (N, 4), 0/1 object there (N,), offset of its middle (N, 2).
+    `attributes` (N, 4) are indices into ATTRIBUTES, `present` (N,) is 1 if the patch shows an object and 0 otherwise,
+    and `offsets` (N, 2) is the distance from the patch to the centre of the object, in patches.
     """
 
     image: NDArray[np.uint8]
@@ -61,9 +64,9 @@ class Example:
 
 
 def make_example(seed: int) -> Example:
-    """Nine in ten a table top, else a window of a photograph.
+    """Draw a training example from the seed: a rendered table top (90 percent) or a crop of a photo (10 percent).
 
-    One in three is changed in brightness, contrast, colour, sharpness or turned.
+    A third of the images is then changed in brightness, contrast, colour or sharpness, or rotated.
     """
     rng = np.random.default_rng([20240705, seed])
     image, things, ids, caption = _photo_window(rng) if rng.random() < 0.1 else _table_top(rng)
@@ -75,6 +78,7 @@ def make_example(seed: int) -> Example:
 
 
 def _table_top(rng: Generator) -> Drawn:
+    """Render a table top with one to six objects, all of which are large enough to see."""
     while True:
         things = draw_things(rng, int(rng.integers(1, 7)))
         view = draw_view(rng, 1.3)
@@ -85,6 +89,7 @@ def _table_top(rng: Generator) -> Drawn:
 
 @functools.cache
 def _train_photos() -> list[Image.Image]:
+    """Load the photographs of the train split, at most 480 pixels wide and high."""
     photos = [open_image(path) for path in photo_paths("train", None).values()]
     for photo in photos:
         photo.thumbnail((480, 480))
@@ -92,6 +97,7 @@ def _train_photos() -> list[Image.Image]:
 
 
 def _photo_window(rng: Generator) -> Drawn:
+    """Crop a random square from a random photograph; it has no labelled objects and no caption."""
     photo = _train_photos()[int(rng.integers(len(_train_photos())))]
     side = int(min(photo.size) * rng.uniform(0.3, 1.0))
     left, top = int(rng.integers(photo.width - side + 1)), int(rng.integers(photo.height - side + 1))
@@ -100,7 +106,10 @@ def _photo_window(rng: Generator) -> Drawn:
 
 
 def _disturb(rng: Generator, image: NDArray[np.uint8], labels: Labels) -> tuple[NDArray[np.uint8], Labels]:
-    """A photometric change or a quarter turn; labels that it makes unknowable become unknown."""
+    """Change brightness, contrast, colour or sharpness, or rotate by a multiple of 90 degrees.
+
+    Labels that the change makes wrong are set to unknown: colours after a colour change, offsets after a rotation.
+    """
     picture, (attributes, present, offsets) = Image.fromarray(image), labels
     kind = int(rng.integers(6))
     if kind == 0:
@@ -126,9 +135,9 @@ def _disturb(rng: Generator, image: NDArray[np.uint8], labels: Labels) -> tuple[
 
 
 def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> Labels:
-    """ids (P, P) -> attributes (N, 4), present (N,), offsets (N, 2) in patches.
+    """Label each patch with the object that covers most of it: attributes (N, 4), present (N,), offsets (N, 2).
 
-    All of the object that fills most of each patch.
+    `ids` (P, P) is the index of the object at each pixel, or -1. Offsets are in units of patches.
     """
     patches = ids.reshape(_SIDE, PATCH_PX, _SIDE, PATCH_PX).transpose(0, 2, 1, 3).reshape(_SIDE * _SIDE, -1)
     attributes = np.full((len(patches), 4), UNKNOWN, np.int64)
@@ -149,7 +158,10 @@ def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> Labels:
 
 
 def photometry(images: Tensor) -> Tensor:
-    """images (B, 3, P, P) in 0..1 -> (B, N, 5): mean red, green, blue, contrast and sharpness of each patch."""
+    """Measure each patch of images (B, 3, P, P) with values from 0 to 1.
+
+    Returns (B, N, 5): mean red, green and blue, contrast, and sharpness.
+    """
     grey = images.mean(1, keepdim=True)
     edges = functional.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
     grey_mean, grey_square, edge_mean, color_mean = (functional.avg_pool2d(values, PATCH_PX)
@@ -159,7 +171,7 @@ def photometry(images: Tensor) -> Tensor:
 
 
 def train_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the captions and the project's own sentences, so that none of their words falls apart."""
+    """Train a byte-level BPE tokenizer on captions and on all words of the project's caption templates."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -180,7 +192,7 @@ def train_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 
 
 class Pretrainer(nn.Module):
-    """Tower and language model with the heads that teach them."""
+    """The vision tower and the language model, with the heads and the projector that only pretraining needs."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -197,7 +209,7 @@ class Pretrainer(nn.Module):
         self.projector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def dense_loss(self, hidden: Tensor, batch: dict[str, Tensor], head: nn.Module) -> Tensor:
-        """hidden (B, N, C) -> how well each patch tells what it shows."""
+        """Return the loss of predicting the labels of each patch from its hidden state, hidden (B, N, C)."""
         sizes = [*(len(options) for options in ATTRIBUTES.values()), 1, 2, 5]
         *attributes, present, offsets, light = head(hidden).split(sizes, dim=-1)
         loss = functional.binary_cross_entropy_with_logits(present.squeeze(-1), batch["present"])
@@ -208,7 +220,7 @@ class Pretrainer(nn.Module):
         return loss + 4.0 * functional.smooth_l1_loss(light, photometry(batch["images"]))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """-> dense loss, caption loss."""
+        """Return two losses: one for the labels of all patches, and one for the captions."""
         states = self.tower((batch["images"] - CLIP_MEAN) / CLIP_STD, output_hidden_states=True).hidden_states
         middle, last = (states[level][:, 1:] for level in (LAYERS // 2, LAYERS))
         dense = 0.3 * self.dense_loss(middle, batch, self.heads[0]) + self.dense_loss(last, batch, self.heads[1])
@@ -222,6 +234,7 @@ class Pretrainer(nn.Module):
 
 
 def collate(examples: list[Example], tokenizer: PreTrainedTokenizerFast, captioned: int) -> dict[str, Tensor]:
+    """Make a batch of all examples; at most `captioned` of them get caption tokens."""
     rows = [i for i, example in enumerate(examples) if example.caption][:captioned]
     tokens = tokenizer([f"<s>{examples[i].caption}</s>" for i in rows], padding=True, return_tensors="pt",
                        add_special_tokens=False)
@@ -234,7 +247,7 @@ def collate(examples: list[Example], tokenizer: PreTrainedTokenizerFast, caption
 
 
 def measure(model: Pretrainer, examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Accuracy per attribute on held-out patches that show an object, and the caption loss per token."""
+    """Return the accuracy per attribute on held-out patches that show an object, and the caption loss per token."""
     right = {name: [0, 0] for name in ATTRIBUTES}
     losses = []
     model.eval()
@@ -253,7 +266,7 @@ def measure(model: Pretrainer, examples: list[Example], tokenizer: PreTrainedTok
 
 
 def main() -> None:
-    """Trains from scratch and writes presets/backbones/tiny/{vision,language}."""
+    """Pretrain both backbones from random weights and save them in presets/backbones/tiny."""
     started = time.time()
     torch.manual_seed(load_params().seed)
     with ProcessPoolExecutor(load_runtime().num_workers) as pool:

@@ -1,8 +1,8 @@
-"""The second half of `make backbones`: the tiny language model learns to talk, as Vicuna had before LLaVA met it.
+"""The second half of `make backbones`: trains the tiny language model on chats, as Vicuna was before LLaVA used it.
 
-Text alone: instructions and sentences of the project's own grammar about made-up objects, in the chat format. And
-single images with their captions through a projector that is thrown away, so that it is used to reading patch tokens.
-Never a pair.
+One part of the training is text only: an instruction, and as answer a sentence about invented objects from the caption
+templates. The other part is single images with captions, so that the model learns to read patch tokens; the projector
+for them is discarded. The training contains no image pairs.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ _NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
 def sentence(rng: Generator) -> tuple[str, str]:
-    """(instruction, sentence) about nothing that was ever seen."""
+    """Return a random instruction and a random change caption as answer; no image belongs to them."""
     if rng.random() < 0.6:
         kind = pick(rng, tuple(SCENE_TEMPLATES))
         new = {"color": tuple(COLORS), "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",))
@@ -40,6 +40,7 @@ def sentence(rng: Generator) -> tuple[str, str]:
 
 
 def noun(rng: Generator) -> str:
+    """Return a random noun phrase for an object, such as "small red cube" or "red cube left of the blue ball"."""
     words = [say(rng, pick(rng, tuple(SIZES)))] if rng.random() < 0.2 else []
     words.append(pick(rng, tuple(COLORS)))
     words += [say(rng, pick(rng, MATERIALS))] if rng.random() < 0.2 else []
@@ -51,7 +52,10 @@ def noun(rng: Generator) -> str:
 
 
 def text_row(rng: Generator, captions: list[str]) -> Prompt:
-    """A question and its answer in the chat format; a third are two captions one after the other."""
+    """Return a question with an answer in the chat format, without images.
+
+    In a third of the rows, the answer is two captions in order, as in Coupled Sample Training.
+    """
     if rng.random() < 0.33:
         first, second = (captions[int(i)] for i in rng.integers(len(captions), size=2))
         coupled = coupled_prompt("plain", first, second)
@@ -60,7 +64,7 @@ def text_row(rng: Generator, captions: list[str]) -> Prompt:
 
 
 def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """-> ids (B, S) and labels (B, S) on the answers alone, padded on the right."""
+    """Return token ids (B, S) and labels (B, S), padded on the right; only answer tokens have labels."""
     rows = [([1, *tokenizer.encode(prompt.question, add_special_tokens=False)],
              [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]) for prompt in prompts]
     ids = [torch.tensor(question + answer) for question, answer in rows]
@@ -70,9 +74,9 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[T
 
 def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
           captions: list[str], seed: int) -> dict[str, float]:
-    """Trains `language` in place; gives the mean losses of the last 100 steps.
+    """Train `language` in place and return the mean losses of the last 100 steps.
 
-    pixels (M, 3, P, P) are normed images, captions theirs.
+    `pixels` (M, 3, P, P) are normalized images, and `captions` has one caption for each image.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 21])
@@ -105,7 +109,7 @@ def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrai
 
 def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor,
                  captions: list[str]) -> Tensor:
-    """patches (B, T, D) stand where a question has its <image>."""
+    """Return the loss of the captions; patches (B, T, D) replace the <image> placeholder of the question."""
     question = single_prompt("plain", "Describe the image.").question
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
     ids, labels = encode([Prompt("", caption, 1) for caption in captions], tokenizer)

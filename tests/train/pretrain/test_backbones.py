@@ -25,7 +25,7 @@ from onediff.train.pretrain.backbones import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_patch_labels_equal_counting_pixels_one_by_one() -> None:
+def test_patch_labels_equal_labels_from_counting_pixels() -> None:
     rng = np.random.default_rng(4)
     things = draw_things(rng, 4)
     assert things
@@ -37,9 +37,9 @@ def test_patch_labels_equal_counting_pixels_one_by_one() -> None:
         patch = ids[row * PATCH_PX : (row + 1) * PATCH_PX, column * PATCH_PX : (column + 1) * PATCH_PX]
         counts = [int((patch == k).sum()) for k in range(len(things))]
         best = int(np.argmax(counts))
-        there = counts[best] > 0.12 * PATCH_PX**2
-        assert present[n] == there
-        if not there:
+        is_present = counts[best] > 0.12 * PATCH_PX**2
+        assert present[n] == is_present
+        if not is_present:
             assert (attributes[n] == UNKNOWN).all()
             continue
         assert SHAPES[attributes[n, 0]] == things[best].shape
@@ -50,15 +50,15 @@ def test_patch_labels_equal_counting_pixels_one_by_one() -> None:
     assert present.sum() > 4
 
 
-def test_same_seed_same_example() -> None:
+def test_the_same_seed_gives_the_same_example() -> None:
     for seed in (0, 5, 11):
-        one, other = make_example(seed), make_example(seed)
-        assert np.array_equal(one.image, other.image)
-        assert np.array_equal(one.attributes, other.attributes)
-        assert one.caption == other.caption
+        first, second = make_example(seed), make_example(seed)
+        assert np.array_equal(first.image, second.image)
+        assert np.array_equal(first.attributes, second.attributes)
+        assert first.caption == second.caption
 
 
-def test_photometry_tells_bright_from_dark_and_sharp_from_flat() -> None:
+def test_photometry_measures_brightness_contrast_and_sharpness() -> None:
     images = torch.zeros(2, 3, IMAGE_PX, IMAGE_PX)
     images[0] = 0.5
     images[1, :, :, ::2] = 1.0
@@ -68,14 +68,14 @@ def test_photometry_tells_bright_from_dark_and_sharp_from_flat() -> None:
     assert striped[4] > flat[4] + 1
 
 
-def test_every_sentence_that_teaches_chat_can_be_parsed() -> None:
+def test_every_chat_sentence_can_be_parsed_by_the_caption_grammar() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
-        _, said = chat.sentence(rng)
-        assert parse(said).change_type or parse_edit(said).change_type, said
+        _, caption = chat.sentence(rng)
+        assert parse(caption).change_type or parse_edit(caption).change_type, caption
 
 
-def test_no_text_row_speaks_of_an_image_it_does_not_have() -> None:
+def test_rows_without_images_have_no_image_placeholders() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         prompt = chat.text_row(rng, ["a red cube", "a blue sphere"])
@@ -83,7 +83,7 @@ def test_no_text_row_speaks_of_an_image_it_does_not_have() -> None:
         assert "<image>" not in prompt.question and "<delta>" not in prompt.question
 
 
-def test_the_committed_backbones_are_a_tower_and_a_language_model_and_nothing_else() -> None:
+def test_the_committed_backbones_contain_only_a_vision_tower_and_a_language_model() -> None:
     parts = {"vision": ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."), "language": ("model.",)}
     for part, allowed in parts.items():
         with safe_open(ROOT / FOLDER / part / "model.safetensors", framework="np") as file:
