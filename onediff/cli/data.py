@@ -34,9 +34,10 @@ def fetch(source: str) -> None:
 @app.command()
 def read(source: str, folder: Path, as_json: Json = False) -> None:
     """Read a folder as published and count, per split: records, pairs, references, empty sentences, missing images."""
+    from onediff.data.sources.decoding import broken_images
     from onediff.data.sources.read import as_text, summarize
 
-    summary = summarize(source, folder)
+    summary = summarize(source, folder) | {"broken": broken_images(source, folder)}
     print_result(summary, as_text(summary), as_json)
 
 

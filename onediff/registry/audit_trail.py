@@ -163,6 +163,7 @@ def check_champion() -> None:
 @tracking.plain_errors()
 def repair() -> TrailRecord:
     """Makes MLflow's aliases and the trail agree, as every change does first. Returns the last record."""
+    store.aliases()  # Refuse an empty registry before `writing` creates a lock file beside it.
     with writing():
         return settled()
 
