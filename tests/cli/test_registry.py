@@ -74,3 +74,11 @@ def test_a_champion_set_outside_that_never_met_the_gate_is_set_back() -> None:
     assert "the next change sets champion back: that version never met the gate" in run("trail")
     assert "restored" in run("repair") and aliases() == {"1": ["candidate"]}
     assert "2 records" in run("check")
+
+
+@pytest.mark.parametrize("command", ["list", "trail", "repair"])
+def test_reading_an_empty_registry_creates_no_database(command: str, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent/mlflow.db'}")
+    CliRunner().invoke(app, [command])
+    assert not (tmp_path / "absent").exists()
