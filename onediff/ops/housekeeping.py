@@ -54,6 +54,13 @@ class Survey:
         return [item.name for item in self.items if item.kind in kinds]
 
 
+def check_project() -> None:
+    """Raise FileNotFoundError if the working directory is not a project that DVC manages."""
+    if not Path(".dvc").is_dir():
+        raise FileNotFoundError(f"{Path('.dvc').absolute()} does not exist: run this command in the folder of the "
+                                "project")
+
+
 def survey(days: float) -> Survey:
     """What can be removed: older than `days`, or, in the DVC cache, whatever nobody needs. Removes nothing.
 
@@ -147,8 +154,6 @@ def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
 
 def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
     """Adds what `dvc gc` would remove. Refuses a cache that other clones share, because they need other objects."""
-    if not Path(".dvc").is_dir():
-        raise FileNotFoundError(f"{Path('.dvc').absolute()} not found: run this in the project's folder")
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
         surveyed.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "

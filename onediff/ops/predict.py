@@ -93,7 +93,7 @@ def folder_of(model: str) -> Path:
 
         return model_folder(model)
     if not (Path(model) / "config.json").exists():
-        cure = (f"name another one, such as {TRAINED} or {CHAMPION}" if TRAINED.exists() else
+        cure = (f"name another one, such as {TRAINED} or {CHAMPION}" if (TRAINED / "config.json").exists() else
                 f"'make run' trains one in {TRAINED}; 'dvc checkout {TRAINED}' brings back the last one that DVC's "
                 "cache has")
         raise FileNotFoundError(f"{model} is not a model folder (it has no config.json): {cure}")

@@ -65,14 +65,14 @@ def test_a_preset_replaces_another_but_not_your_own_values(project: Path, monkey
     assert _onediff(monkeypatch, "preset", "micro") == _onediff(monkeypatch, "preset", "tiny") == 0
     mine = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
     Path("params.yaml").write_text(mine)
-    assert "your own values" in str(_onediff(monkeypatch, "preset", "micro"))
+    assert "values that you edited" in str(_onediff(monkeypatch, "preset", "micro"))
     assert Path("params.yaml").read_text() == mine
     assert _onediff(monkeypatch, "preset", "micro", "--force") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
 
 
 def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("there are: llava_pair, micro, paper, pilot, tiny")
+    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("the presets are: llava_pair, micro, paper, pilot, tiny")
     assert not Path("params.yaml").exists()
 
 

@@ -29,7 +29,7 @@ def run(*words: str) -> str:
 
 
 def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
-    assert "no change yet" in run("trail")
+    assert "No alias has changed yet" in run("trail")
     for name, score in (("a", 3.0), ("b", 3.5)):
         add(name, CIDEr=score)
         run("promote")
@@ -38,8 +38,8 @@ def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
     assert "rollback  champion 2 -> 1, previous 1 -> -  by " in run("trail") and "it lies" in run("list")
     changes = json.loads(run("trail", "--json"))
     assert [change["to"] for change in changes][:-1] == [change["from"] for change in changes][1:]
-    assert run("check") == ("5 records, no gap, no fork; MLflow's aliases are as they say; mlflow/promotion.yaml is "
-                             "valid\n")
+    assert run("check") == ("5 records without a gap or a fork; MLflow's aliases agree with them; "
+                             "mlflow/promotion.yaml is valid\n")
 
 
 def test_where_the_rules_want_approval_the_command_names_the_case_and_asks() -> None:

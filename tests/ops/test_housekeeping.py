@@ -214,7 +214,7 @@ def test_the_command_shows_first_and_removes_when_told(project: Path) -> None:
     add_data("the workspace's")
     before = objects()
     shown = onediff("gc")
-    assert "2 data, 0.0 MB: objects of the DVC cache" in shown and "nothing was removed" in shown
+    assert "2 data, 0.0 MB: objects of the DVC cache" in shown and "Nothing was removed yet" in shown
     assert objects() == before
     assert "removed" in onediff("gc", "--yes") and len(objects()) == len(before) - 2
     assert json.loads(onediff("gc", "--json")) == {"items": [], "refused": [], "removed": False}
