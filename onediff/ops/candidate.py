@@ -47,7 +47,7 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
     Pairs are captioned one at a time. The time runs from two decoded images to the sentence. Raises FileNotFoundError
     if the model or the split does not exist.
     """
-    from onediff.model.captioner import Captioner  # Importing torch takes seconds, so the import is inside the function.
+    from onediff.model.captioner import Captioner  # This import loads torch, which takes seconds.
 
     captioner = Captioner.load(folder, device=device)
     times = []
@@ -57,6 +57,6 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
         captioner.caption([pair], instructions=[record.instruction])
         times.append((time.perf_counter() - start) * 1000)
     if len(times) < 2:
-        raise FileNotFoundError(f"{data}: the `gate` split has too few pairs to measure the time of a caption: run 'dvc repro "
-                                "build'")
+        raise FileNotFoundError(f"{data}: the `gate` split has too few pairs to measure the time of a caption: run "
+                                "'dvc repro build'")
     return statistics.median(times[1:])  # The first caption is slower, because it initializes torch.

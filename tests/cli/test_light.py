@@ -74,4 +74,4 @@ def test_scoring_and_comparing_need_the_light_install_only(absent: list[str], tm
 def test_what_needs_more_says_how_to_get_it(absent: list[str], tmp_path: Path) -> None:
     done = onediff(absent, "caption", "a.png", "b.png")
     assert done.returncode == 1
-    assert re.match(r"onediff: this needs the package \w+, .* pip install 'onediff-idc\[full\]'", done.stderr)
+    assert re.match(r"onediff: this command needs the package \w+, .* pip install 'onediff-idc\[full\]'", done.stderr)

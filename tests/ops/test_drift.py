@@ -165,7 +165,8 @@ def test_recent_use_of_a_model_is_held_against_the_profile_beside_it(project: Pa
     day.write_text(day.read_text() + "{cut\n")
     result = drift.examine(model="model")
     assert result.num_pairs == 60 and {"width", "height"} <= set(result.moved)
-    assert result.notes[1:] == ["7 captions of other weights left out", "1 broken lines of the log left out"]
+    assert result.notes[1:] == ["7 captions were ignored, because a model with other weights made them",
+                                "1 lines of the log were ignored, because they are damaged"]
 
 
 def test_what_is_missing_is_said_with_its_cure(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +179,7 @@ def test_what_is_missing_is_said_with_its_cure(project: Path, tmp_path: Path, mo
     with pytest.raises(FileNotFoundError, match=r"model/profile\.json not found: 'onediff profile"):
         drift.examine(model="model")
     (tmp_path / "model/profile.json").write_text('{"distributions": {}}')
-    with pytest.raises(ValueError, match="not a whole profile"):
+    with pytest.raises(ValueError, match="the profile is damaged or lacks a figure"):
         drift.examine(model="model")
 
 

@@ -67,8 +67,8 @@ def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Pat
     (DIFFCAP, (DIFFCAP, "was trained on it", True)),
     (ALIGN, (ALIGN, "was trained on it", True)),
     ("./data/../data/diffcap/train-00000.parquet", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
-    (f"{DIFFCAP}/val-00000.parquet", (f"{DIFFCAP}/val-00000.parquet", "chose its step on it", True)),
-    (f"{DIFFCAP}/gate-00000.parquet", (f"{DIFFCAP}/gate-00000.parquet", "was not trained on it, but scored", True)),
+    (f"{DIFFCAP}/val-00000.parquet", (f"{DIFFCAP}/val-00000.parquet", "chose the best step on it", True)),
+    (f"{DIFFCAP}/gate-00000.parquet", (f"{DIFFCAP}/gate-00000.parquet", "was scored on it, but not trained", True)),
     ("data/synthetic/scenes/all.parquet", ("data/synthetic/scenes/all.parquet", "was trained on it", True)),
     ("0123456789abcdef0123456789abcdef", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
     ("onediff/stages/train.py", ("onediff/stages/train.py", "was trained with it", True)),
@@ -82,7 +82,7 @@ def test_from_a_digest_to_the_versions_made_with_it(project: Path) -> None:
     shard = versioned.md5_of(project / DIFFCAP / "train-00000.parquet")
     assert uses_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
     weights = lineage.lineage_of("1")["weights_digest"]
-    assert uses_of(weights) == [("data/models/tune/*.safetensors", "is made of it", None)]
+    assert uses_of(weights) == [("data/models/tune/*.safetensors", "consists of it", None)]
     assert uses_of("f" * 32) == [] and uses_of("data/raw/other") == []
 
 

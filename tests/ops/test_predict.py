@@ -96,7 +96,7 @@ def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: 
 @pytest.mark.parametrize(("options", "message"), [
     ([], "one system is needed: give one of --model, --chat and --cnn"),
     (["--cnn", "a", "--chat", "b"], "one system is needed"),
-    (["--cnn", "a", "--prompt", "b"], "--prompt is for --chat"),
+    (["--cnn", "a", "--prompt", "b"], "--prompt works only with --chat"),
     (["--model", "nowhere"], "nowhere is not a model folder"),
     (["--cnn", "nowhere"], "nowhere holds no Siamese CNN"),
 ])

@@ -113,7 +113,7 @@ def test_a_lock_that_is_not_the_one_noted_is_named() -> None:
 
 @pytest.mark.parametrize(("commit", "message"), [
     ("0" * 40, r"commit 0{40}, which is not in this repository: 'git fetch origin' its branch \(retrain/7\) and try"),
-    ("none", "was made outside git")])
+    ("none", "was trained without git")])
 def test_a_commit_that_cannot_be_had_stops_it(commit: str, message: str) -> None:
     with edited(git={"commit": commit, "branch": "retrain/7", "dirty": []}), pytest.raises(ValueError, match=message):
         list(verify.verify("1"))
