@@ -105,7 +105,7 @@ def rollback(why: Why = None) -> None:
 
 @app.command()
 def trail(as_json: Json = False) -> None:
-    """List every change of the aliases: the audit trail.
+    """Print the audit trail, which lists every change of an alias.
 
     The aliases are candidate, champion and previous. If the aliases in MLflow differ from the audit trail, the command
     prints the difference to stderr.

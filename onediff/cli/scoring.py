@@ -209,7 +209,7 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
     A caption is correct if it states the change and invents no other change. Answers are stored, so that no question
     is paid for twice.
 
-    Example: onediff judge -p predictions.jsonl -r references.jsonl --model gpt-4o-mini
+    Example: onediff judge -p predictions.jsonl -r references.jsonl
     """
     from dataclasses import asdict
 
@@ -251,7 +251,7 @@ def audit(train: Annotated[Path, path_argument("The training set: a folder of sh
 
     The command compares images and captions.
 
-    Example: onediff audit data/diffcap data/raw/spot_the_diff -o findings.jsonl --fail
+    Example: onediff audit data/diffcap data/raw/spot_the_diff --fail
     """
     from onediff.config import load_runtime
     from onediff.data.overlap import audit as auditing
