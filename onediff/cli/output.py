@@ -16,7 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON inste
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, or a registered version such as "
                                     "models:/onediff/3.")]
 
-SETTINGS = {"help_option_names": ["--help", "-h"]}  # the context settings of every command
+SETTINGS = {"help_option_names": ["--help", "-h"]}  # These settings apply to every command.
 
 
 class GroupedCommands(TyperGroup):
@@ -59,7 +59,7 @@ def path_option(*names: str, help: str) -> Any:
 
 
 def local_path(text: str | Path) -> Path:
-    """Return the path. Refuse an address such as https://..., which pathlib would silently change to https:/..."""
+    """Return the path. Refuse an address such as https://..., because pathlib would change `//` to `/` in it."""
     if "://" in str(text):
         raise typer.BadParameter(f"'{text}' is an address, and this command reads and writes only files on this "
                                  "machine: download the file, then give its path.")

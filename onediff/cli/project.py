@@ -21,8 +21,8 @@ from onediff.cli.output import (
 )
 from onediff.paths import CHAMPION, PARAMS, RUNTIME
 
-NUM_SHOWN = 5  # the number of items that 'onediff gc' lists by name for each kind
-CANNOT_BE_MEASURED = 2  # the exit code of 'onediff drift' for "no answer", as diff and grep use it
+NUM_SHOWN = 5  # 'onediff gc' lists this many items of each kind by name.
+CANNOT_BE_MEASURED = 2  # diff and grep also use exit code 2 if they cannot answer.
 
 
 def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the command lists the presets.")] = None,

@@ -36,8 +36,7 @@ WORN_JPEG = 90  # The JPEG quality of the copy for the figure false_alarms_worn.
 _BATCH_SIZE = 32
 _CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
-# The values that are compared, each computed from one row of the usage log. If the two images of the pair differ in
-# size, the larger size counts.
+# Each function computes one compared value from a row of the usage log. Of two image sizes, the larger one counts.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "width": lambda row: max(row["width_before"], row["width_after"]),
     "height": lambda row: max(row["height_before"], row["height_after"]),
@@ -49,7 +48,7 @@ DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 
 UsageRow = Mapping[str, Any]
-Rate = tuple[int, int]  # (number of pairs that meet a condition, number of all pairs)
+Rate = tuple[int, int]  # A rate is (number of pairs that meet a condition, number of all pairs).
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
 
 
 def says_no_change(caption: str) -> bool:
-    """Return whether a caption says that nothing changed, as the grammar of the source scenes or edits says it."""
+    """Return whether a caption claims, in the words of the sources scenes or edits, that nothing changed."""
     return any(grammar.read(caption).change_type == "none" for grammar in GRAMMARS.values())
 
 
@@ -212,7 +211,7 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
     expected, log = read_profile(model, profile), Path(runtime.usage_log)
     all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
     rows = [row for row in all_rows if row["weights"] == expected["weights"]]
-    # The latest images come first, because only the first `num_pairs` of them are captioned.
+    # The latest images come first, because only `num_pairs` images are captioned.
     names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
     images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]
     alarms = None

@@ -177,8 +177,8 @@ def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
     if not (cache / "files").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        # `dvc gc --projects` keeps what another project needs, so a temporary project lists what the versions need. It
-        # uses the same cache, because DVC reads the list of files in a folder from the cache.
+        # `dvc gc --projects` keeps the data of other projects, so a temporary project lists the data of all versions.
+        # The temporary project uses our cache, because DVC looks up the files of a folder there.
         (Path(scratch) / ".dvc").mkdir()
         (Path(scratch) / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
         # The digest is quoted, because YAML would read a digest such as 12e4 as a number.

@@ -23,13 +23,13 @@ from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
 
 FOLDER = "lineage"  # The folder of a version that contains its lineage.
-WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths as dvc.lock writes them.
+WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths of weights and data in dvc.lock.
 TRAINING, SCORING = ("align", "tune"), ("score",)
 _ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # Folders below data/ with one folder for each source.
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
-    """Write the lineage of the pipeline's present results to the folder `lineage` below `folder`.
+    """Write the lineage of the current results of the pipeline to the folder `lineage` below `folder`.
 
     The folder gets lineage.json and copies of dvc.lock, params.yaml and the data card. Raises FileNotFoundError if
     'dvc repro' has not produced one of these files yet.
@@ -42,8 +42,7 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
             raise FileNotFoundError(f"{root / path} does not exist, and a version must contain a copy: run 'dvc repro'")
         shutil.copyfile(root / path, target / path.name)
     provenance = tracking.provenance(root)
-    # DVC restores the files in data/runs together with the model, so each file contains the id of the MLflow run that
-    # trained the model.
+    # DVC restores the files in data/runs together with the model, so they contain the id of the run that trained it.
     stage_runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"]
                   for path in sorted((root / paths.RUNS).glob("*.json"))}
     folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
@@ -67,7 +66,7 @@ def _files_in(folder: str, md5: str, root: Path) -> dict[str, str] | None:
     try:
         return files_of(md5, cache_of(root))
     except FileNotFoundError:
-        # The cache lacks the folder if another machine trained, or if the files of the folder are separate outs.
+        # The cache lacks the folder if another machine trained, or if DVC tracks the files one by one.
         in_workspace = (root / folder).is_dir() and md5_of(root / folder) == md5
         return md5_of_files(root / folder) if in_workspace else None
 
@@ -110,7 +109,7 @@ def as_text(lineage: Mapping[str, Any]) -> str:
              f"  copies of parameters, dvc.lock and data card are in {FOLDER}/ of the version's files in MLflow", "",
              "how the version was made:"]
     order = list(stages)
-    # A stage needs fewer stages than every stage that depends on it, so this order prints causes before effects.
+    # A stage needs fewer stages than every stage that depends on it, so this order lists sources first.
     for name in sorted(upstream(stages, TRAINING + SCORING),
                        key=lambda name: (len(upstream(stages, [name])), order.index(name))):
         stage = stages[name]
@@ -203,7 +202,7 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _role(path: str, lineage: Mapping[str, Any]) -> str:
-    """Return what a path was used for, as the predicate of a sentence about the version."""
+    """Return the role of a path for a version, as a predicate such as 'was trained on it'."""
     stages = stages_of(lineage)
     parts = path.split("/")
     mixtures = {source for phase in TRAINING if phase in stages

@@ -35,9 +35,7 @@ from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
 SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # The key is an MLflow tag.
 NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
-# The share of captions that must be identical. Other processors and GPUs round differently, so a few captions may
-# differ there.
-SAME_CAPTIONS = 0.98
+SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,9 @@ def _check_weights(uri: str, lineage: Mapping[str, Any], outs: Mapping[str, str]
 
 
 def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage]) -> Check:
-    """Check the data files in the workspace whose digest in the workspace's dvc.lock is that of the version.
+    """Read the data files in the workspace and compare each with the md5 in the version's lineage.
 
-    Each file is read completely. Data with another digest belongs to another version and is ignored.
+    Data that has another digest in the workspace's dvc.lock belongs to another version, and is skipped.
     """
     present = _data(read_dvc_lock()) if DVC_LOCK.exists() else {}
     num_files = 0
