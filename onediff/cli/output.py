@@ -44,7 +44,10 @@ def _first_paragraph(text: str) -> str:
 
 
 def use_colour() -> bool | None:
-    """Return False where NO_COLOR is set, see https://no-color.org; None lets typer look for a terminal."""
+    """Return False if the environment variable NO_COLOR is set, which switches colours off, see https://no-color.org.
+
+    Otherwise return None, so that typer uses colours only on a terminal.
+    """
     return False if os.environ.get("NO_COLOR") else None
 
 
@@ -77,7 +80,7 @@ def print_warning(text: object) -> None:
 
 
 def print_result(result: Any, text: str, as_json: bool) -> None:
-    """Print the result as one line of JSON if `as_json`, otherwise the text, which is written for people."""
+    """Print `result` as one line of JSON if `as_json` is True; otherwise print `text`, which is written for people."""
     print_text(json.dumps(result, ensure_ascii=False) if as_json else text)
 
 

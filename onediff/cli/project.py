@@ -123,7 +123,7 @@ def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The
 def doctor(as_json: Json = False) -> None:
     """Check the installation and the project, and print the cures.
 
-    The exit code is 1 if anything is missing without which nothing runs.
+    The exit code is 1 if a check fails without which OneDiff cannot run.
 
     Example: onediff doctor
     """
@@ -194,7 +194,7 @@ def gc(yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the listed 
     from onediff.ops.housekeeping import KINDS, check_project, survey, sweep
 
     check_project()
-    from flows.processes import pipeline_lock  # Importing flows creates .onediff, which only a project should have.
+    from flows.processes import pipeline_lock  # Importing flows creates the folder .onediff, so the project is checked first.
 
     with pipeline_lock() if yes else nullcontext():
         surveyed = survey(days)

@@ -173,7 +173,7 @@ def _no_change(rows: Sequence[UsageRow]) -> Rate:
 
 
 def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
-    """Read the profile from `path`, or without a path from the registered version or the model folder `model`.
+    """Read the profile from the file `path`, or by default from the registered version or model folder `model`.
 
     Raises FileNotFoundError if there is no profile, ValueError if the profile is damaged or lacks a figure that this
     code compares.

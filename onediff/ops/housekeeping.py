@@ -54,7 +54,7 @@ class Survey:
     refused: list[str] = field(default_factory=list)
 
     def names(self, *kinds: Kind) -> list[str]:
-        """Return the names of all items of these kinds."""
+        """Return the names of all items in the survey that have one of these kinds."""
         return [item.name for item in self.items if item.kind in kinds]
 
 
@@ -165,7 +165,7 @@ def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
 
 
 def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
-    """Add the objects that `dvc gc` would remove, except those that versions need.
+    """Add to the survey the cached objects that `dvc gc` would remove, except those that a version needs.
 
     A cache outside of this project is refused, because other clones may share the cache and need other objects.
     """

@@ -25,7 +25,7 @@ from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, 
 FOLDER = "lineage"  # The folder of a version that contains its lineage.
 WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths of weights and data in dvc.lock.
 TRAINING, SCORING = ("align", "tune"), ("score",)
-_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # Folders below data/ with one folder for each source.
+_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # Each has one sub-folder for each source.
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
@@ -66,7 +66,7 @@ def _files_in(folder: str, md5: str, root: Path) -> dict[str, str] | None:
     try:
         return files_of(md5, cache_of(root))
     except FileNotFoundError:
-        # The cache lacks the folder if another machine trained, or if DVC tracks the files one by one.
+        # DVC's cache lacks the list of files if another machine trained, or if DVC tracks the files one by one.
         in_workspace = (root / folder).is_dir() and md5_of(root / folder) == md5
         return md5_of_files(root / folder) if in_workspace else None
 
