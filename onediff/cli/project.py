@@ -194,7 +194,7 @@ def gc(yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the listed 
     from onediff.ops.housekeeping import KINDS, check_project, survey, sweep
 
     check_project()
-    from flows.processes import pipeline_lock  # Importing flows creates the folder .onediff, so the project is checked first.
+    from flows.processes import pipeline_lock  # Importing flows creates .onediff, so check_project() comes first.
 
     with pipeline_lock() if yes else nullcontext():
         surveyed = survey(days)
