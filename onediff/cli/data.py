@@ -1,21 +1,28 @@
-"""`onediff data ...`: the sources of pairs, what is missing of them, what the writer would cost, a page of pairs."""
+"""The commands `onediff data ...`, which inspect, fetch and read the sources of image pairs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from onediff.cli.output import Json, print_result, print_text
+from onediff.cli.output import SETTINGS, GroupedCommands, Json, path_argument, path_option, print_result, print_text
 from onediff.paths import DIFFCAP, PARAMS
 
 GALLERY = Path(".onediff/gallery")
 
-app = typer.Typer(help="Sources of pairs: status, fetch, read, dry-run, browse.", no_args_is_help=True)
+app = typer.Typer(cls=GroupedCommands, help="Inspect, fetch and read the sources of image pairs.",
+                  no_args_is_help=True, context_settings=SETTINGS)
+
+Source = Annotated[str, typer.Argument(help="The name of a source, such as spot_the_diff. 'onediff data status' lists "
+                                       "all names.")]
 
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Each source: what it is, licence, where it comes from, size, what is there, what is missing, what to do."""
+    """Show licence, size, missing files and the next step of each source.
+
+    Example: onediff data status
+    """
     from onediff.config import load_params
     from onediff.data.sources import status as sources
 
@@ -24,28 +31,49 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
-def fetch(source: str) -> None:
-    """Bring in what has a direct address by `dvc import-url`; say what to put where of the rest."""
-    from onediff.data.sources.tracked import fetch as bring
+def fetch(source: Source) -> None:
+    """Download a source, or print where to get it.
 
-    bring(source)
+    Files with a direct address are downloaded by 'dvc import-url'. For all other files, the command prints where to
+    get them and in which folder to put them.
+
+    Example: onediff data fetch spot_the_diff
+    """
+    from onediff.data.sources.tracked import fetch as fetch_source
+
+    fetch_source(source)
 
 
 @app.command()
-def read(source: str, folder: Path, as_json: Json = False) -> None:
-    """Read a folder as published and count, per split: records, pairs, references, empty sentences, missing images."""
+def read(source: Annotated[str, typer.Argument(help="The published set that the folder contains, or any name for "
+                                               "your own pairs.")],
+         folder: Annotated[Path, path_argument("The folder as its authors publish it, or with your pairs.csv.")],
+         as_json: Json = False) -> None:
+    """Count the pairs in a folder and decode every image.
+
+    For each split, the command prints the number of records, pairs, references, empty sentences and missing images,
+    and it lists every image that is damaged. Nothing is written.
+
+    Example: onediff data read mine examples/folder
+    """
+    from onediff.data.sources.decoding import broken_images
     from onediff.data.sources.read import as_text, summarize
 
-    summary = summarize(source, folder)
+    summary = summarize(source, folder) | {"broken": broken_images(source, folder)}
     print_result(summary, as_text(summary), as_json)
 
 
 @app.command("dry-run")
-def dry_run(source: str,
+def dry_run(source: Source,
             stage: Annotated[Literal["write", "instruct"], typer.Option(
-                help="Captions, or edit instructions.")] = "write",
+                help="The DVC stage: 'write' makes captions, 'instruct' makes edit instructions.")] = "write",
             as_json: Json = False) -> None:
-    """The exact requests to the writer and what they would cost; nothing is asked. `dvc repro write@SOURCE` asks."""
+    """Print the requests to the writer model and their cost.
+
+    Nothing is sent. 'dvc repro write@SOURCE' sends the requests.
+
+    Example: onediff data dry-run coco
+    """
     from onediff.config import load_params, load_runtime
     from onediff.data.writer.dry_run import as_text, plan
 
@@ -54,9 +82,15 @@ def dry_run(source: str,
 
 
 @app.command()
-def browse(folder: Annotated[Path, typer.Option(help="Folder of shards.")] = DIFFCAP,
-           per_group: Annotated[int, typer.Option(help="Pairs of each source, split and type.")] = 12) -> None:
-    """A page with pairs and captions: filters by source, split and type, and a search."""
+def browse(folder: Annotated[Path, path_option("--folder", help="The folder of shards to show.")] = DIFFCAP,
+           per_group: Annotated[int, typer.Option(
+               help="The number of pairs of each combination of source, split and change type.")] = 12) -> None:
+    """Write a web page that shows pairs with their captions.
+
+    The page has a search field, and filters for source, split and change type. The command prints the page's path.
+
+    Example: onediff data browse --per-group 30
+    """
     from onediff.data.browse import browse as write_page
 
     print_text(write_page(folder, GALLERY, per_group=per_group))

@@ -1,18 +1,92 @@
-"""The only code that prints the results of commands, and the options that several commands share."""
+"""The code that all commands share: printing, common options, path arguments and the layout of the help.
+
+Commands print their results through this module alone. Colours appear only on a terminal: `typer.echo` removes them
+from a pipe or a file, and `use_colour` switches them off where the environment variable NO_COLOR is set.
+"""
 
 import json
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
-Model = Annotated[str, typer.Option(help="A model folder, or an MLflow address such as models:/onediff/3.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, or a registered version such as "
+                                    "models:/onediff/3.")]
+
+SETTINGS = {"help_option_names": ["--help", "-h"]}  # These settings apply to every command.
+
+
+class GroupedCommands(TyperGroup):
+    """A command group whose help lists its commands under headings, each with one complete sentence.
+
+    The heading of a command is the `rich_help_panel` under which it was registered. Typer's own plain help has no
+    headings and cuts long sentences. Typer's rich help has both, but importing rich doubles the start time.
+    """
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per heading, in the order in which the headings first occur."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        width = max(map(len, self.list_commands(ctx)))
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            rows = sections.setdefault(command.rich_help_panel or "Commands", [])
+            rows.append((typer.style(name.ljust(width), fg="cyan"), _first_paragraph(command.help or "")))
+        for heading, rows in sections.items():
+            with formatter.section(typer.style(heading, bold=True)):
+                formatter.write_dl(rows)
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def use_colour() -> bool | None:
+    """Return False if the environment variable NO_COLOR is set, which switches colours off, see https://no-color.org.
+
+    Otherwise return None, so that typer uses colours only on a terminal.
+    """
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def path_argument(help: str) -> Any:
+    """Return a positional argument that is a path on this machine."""
+    return typer.Argument(help=help, parser=local_path)
+
+
+def path_option(*names: str, help: str) -> Any:
+    """Return an option that is a path on this machine."""
+    return typer.Option(*names, help=help, parser=local_path, metavar="PATH")
+
+
+def local_path(text: str | Path) -> Path:
+    """Return the path. Refuse an address such as https://..., because pathlib would change `//` to `/` in it."""
+    if "://" in str(text):
+        raise typer.BadParameter(f"'{text}' is an address, and this command reads and writes only files on this "
+                                 "machine: download the file, then give its path.")
+    return Path(text)
 
 
 def print_text(text: object) -> None:
+    """Print to stdout, with colours only on a terminal."""
     typer.echo(text)
 
 
+def print_warning(text: object) -> None:
+    """Print to stderr, so that the warning does not mix with a result that another program reads."""
+    typer.echo(text, err=True)
+
+
 def print_result(result: Any, text: str, as_json: bool) -> None:
-    """Prints the result as one line of JSON, or as text for people."""
+    """Print `result` as one line of JSON if `as_json` is True; otherwise print `text`, which is written for people."""
     print_text(json.dumps(result, ensure_ascii=False) if as_json else text)
+
+
+def error_message(error: Exception) -> str:
+    """Return the line that a command prints to stderr when it fails."""
+    if isinstance(error, ModuleNotFoundError):
+        return (f"onediff: this command needs the package {error.name}, which an installation for scoring alone does "
+                "not include: run \"pip install 'onediff-idc[full]'\", or 'make setup' in a clone")
+    return f"onediff: {error}"

@@ -1,4 +1,4 @@
-"""Versions of the model: `onediff registry ...`, `lineage` and `export`."""
+"""The commands for versions of the model: `onediff registry ...`, `onediff lineage` and `onediff export`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,27 +6,48 @@ from typing import Annotated, Any
 
 import typer
 
-from onediff.cli.output import Json, print_result, print_text
+from onediff.cli.output import (
+    SETTINGS,
+    GroupedCommands,
+    Json,
+    path_argument,
+    path_option,
+    print_result,
+    print_text,
+    print_warning,
+)
 from onediff.paths import TRAINED
 
-app = typer.Typer(help="Versions of the model: list, register, promote, rollback, trail.", no_args_is_help=True)
+app = typer.Typer(cls=GroupedCommands, help="List, register, promote and roll back versions of the model.",
+                  no_args_is_help=True, context_settings=SETTINGS)
 
-VERSION = "Its number, an alias such as champion, or an MLflow address."
-Why = Annotated[str | None, typer.Option(help="For the trail.")]
+VERSION = "A version number, an alias such as champion, or an MLflow address such as models:/onediff/3."
+Why = Annotated[str | None, typer.Option(help="The reason, which the audit trail records.")]
 
 
 @app.command("list")
 def list_versions(as_json: Json = False) -> None:
-    """Every version, newest first, with its aliases and gate scores."""
+    """List every version with its aliases and gate scores.
+
+    The newest version comes first.
+
+    Example: onediff registry list
+    """
     from onediff import registry
 
     rows = registry.list_versions()
-    print_result(rows, "\n".join(map(_version_text, rows)) or "no version yet: 'make run' registers one", as_json)
+    print_result(rows, "\n".join(map(_version_text, rows))
+                 or "No version is registered yet: 'make run' registers one.", as_json)
 
 
 @app.command()
-def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TRAINED) -> None:
-    """Make the trained model a version and the candidate; the same model folder stays the same version."""
+def register(model: Annotated[Path, path_option("--model", "-m", help="The model folder.")] = TRAINED) -> None:
+    """Register the trained model and make it the candidate.
+
+    A model folder that is already registered keeps its version number.
+
+    Example: onediff registry register --model data/models/tune
+    """
     from onediff import registry
     from onediff.ops import candidate
 
@@ -36,9 +57,16 @@ def register(model: Annotated[Path, typer.Option(help="The model folder.")] = TR
 
 
 @app.command()
-def promote(version: Annotated[str | None, typer.Argument(help="Default: the candidate.")] = None,
+def promote(version: Annotated[str | None, typer.Argument(help="The version number; without it, the "
+                                                          "candidate.")] = None,
             why: Why = None) -> None:
-    """Make a version champion if mlflow/promotion.yaml lets it. On a shared server the deployment `promote` does it."""
+    """Make a version champion if it passes the gate.
+
+    The gate is the list of checks in mlflow/promotion.yaml. On a registry that several machines share, the command
+    submits the version to the Prefect deployment `promote`.
+
+    Example: onediff registry promote 3 --why "fewer false alarms"
+    """
     from onediff import registry
 
     if registry.shared():
@@ -53,13 +81,18 @@ def promote(version: Annotated[str | None, typer.Argument(help="Default: the can
     verdict = registry.promote(version, why=why, approved=approved)
     if not verdict.promoted:
         raise ValueError("\n  ".join([f"version {verdict.version} is refused:", *verdict.reasons]))
-    was = f"; version {verdict.replaced} was" if verdict.replaced else ""
-    print_text(f"version {verdict.version} is champion{was}")
+    replaced = f"; it replaces version {verdict.replaced}" if verdict.replaced else ""
+    print_text(f"version {verdict.version} is champion{replaced}")
 
 
 @app.command()
 def rollback(why: Why = None) -> None:
-    """Make the previous champion champion again. On a shared server the deployment `rollback` does it."""
+    """Make the previous champion the champion again.
+
+    On a registry that several machines share, the command submits to the Prefect deployment `rollback`.
+
+    Example: onediff registry rollback --why "misses small objects"
+    """
     from onediff import registry
 
     if registry.shared():
@@ -72,31 +105,50 @@ def rollback(why: Why = None) -> None:
 
 @app.command()
 def trail(as_json: Json = False) -> None:
-    """Every change of candidate, champion and previous, by number; and whether MLflow's aliases are as it says."""
+    """Print the audit trail, which lists every change of an alias.
+
+    The aliases are candidate, champion and previous. If the aliases in MLflow differ from the audit trail, the command
+    prints the difference to stderr.
+
+    Example: onediff registry trail --json
+    """
     from onediff import registry
 
     changes = registry.trail()
-    print_result([change.as_dict() for change in changes], "\n".join(map(str, changes)) or "no change yet", as_json)
+    print_result([change.as_dict() for change in changes],
+                 "\n".join(map(str, changes)) or "No alias has changed yet.", as_json)
     if difference := registry.difference():
-        typer.echo(difference, err=True)
+        print_warning(difference)
 
 
 @app.command()
 def check() -> None:
-    """Whether the trail has no gap and no fork, MLflow's aliases are as it says, and mlflow/promotion.yaml is valid."""
+    """Check the audit trail, the aliases and the promotion rules.
+
+    The records of the audit trail must have no gap and no fork, the aliases in MLflow must agree with the records, and
+    mlflow/promotion.yaml must be valid.
+
+    Example: onediff registry check
+    """
     from onediff import registry
 
     registry.load_rules()
-    print_text(f"{len(registry.check_trail())} records, no gap, no fork; MLflow's aliases are as they say; "
+    print_text(f"{len(registry.check_trail())} records without a gap or a fork; MLflow's aliases agree with them; "
                f"{registry.RULES} is valid")
 
 
 @app.command()
 def repair() -> None:
-    """Finish a change that was cut off, or record one that was made outside; every change does so first."""
+    """Make MLflow's aliases and the audit trail agree.
+
+    The command finishes a change that was interrupted, or records a change that was made outside of OneDiff. Every
+    other change of an alias does this first.
+
+    Example: onediff registry repair
+    """
     from onediff import registry
 
-    print_text(f"MLflow's aliases and the trail agree: {registry.repair()}")
+    print_text(f"MLflow's aliases and the audit trail agree: {registry.repair()}")
 
 
 def _version_text(row: dict[str, Any]) -> str:
@@ -107,16 +159,23 @@ def _version_text(row: dict[str, Any]) -> str:
 
 
 def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
-            of: Annotated[str | None, typer.Option(metavar="PATH_OR_DIGEST", help="Which versions were made with this "
-                                                   "file, folder or digest.")] = None,
-            verify: Annotated[bool, typer.Option("--verify", help="Prove it: code, data and weights by digest, scores "
-                                                 "and captions again; exit code 1 if anything differs.")] = False,
+            of: Annotated[str | None, typer.Option(metavar="PATH_OR_DIGEST", help="List the versions that were made "
+                                                   "with this file, folder or digest.")] = None,
+            verify: Annotated[bool, typer.Option("--verify", help="Check code, data and weights by digest, then score "
+                                                 "and caption again. Exit code 1 if anything differs.")] = False,
             as_json: Json = False) -> None:
-    """What a version was made of, back to the sources; with --of, which versions were made with a file."""
+    """Show from which data, code and runs a version was made.
+
+    With --of, the command shows which versions were made with a file. See docs/lineage.md.
+
+    Example: onediff lineage champion --verify
+
+    Example: onediff lineage --of data/diffcap/train-00001.parquet
+    """
     from onediff.ops.lineage import as_text, lineage_of, versions_of
 
     if (version is None) == (of is None):
-        raise ValueError("give a version, or --of with a path or digest")
+        raise ValueError("give either a version, or --of with a path or a digest")
     if version is not None and verify:
         _verify(version, as_json)
     elif version is not None:
@@ -124,36 +183,44 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
         print_result(result, as_text(result), as_json)
     elif of is not None:
         uses, without_lineage = versions_of(of)
-        now = {True: ", the bytes that are here now", False: ", OTHER bytes than are here now", None: ""}
+        workspace = {True: ", and the workspace has the same bytes", False: ", and the workspace has OTHER bytes",
+                     None: ""}
         lines = [f"version {use.version}{''.join(f' ({alias})' for alias in use.aliases)} {use.role}: "
-                 f"{use.path} {use.digest}{now[use.here]}" for use in uses] or [f"no version has {of} in its lineage"]
+                 f"{use.path} {use.digest}{workspace[use.here]}" for use in uses] \
+            or [f"no version has {of} in its lineage"]
         if without_lineage:
-            lines.append(f"nothing is known of version {', '.join(without_lineage)}, which carries no lineage")
+            lines.append(f"unknown for version {', '.join(without_lineage)}, which was registered without a lineage")
         print_result({"of": of, "versions": [asdict(use) for use in uses], "without_lineage": without_lineage},
                      "\n".join(lines), as_json)
 
 
 def export(version: Annotated[str, typer.Argument(help=VERSION)],
-           folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
-    """Write a version as a folder that from_pretrained loads: weights, processor, model card, licence, lineage."""
+           folder: Annotated[Path, path_argument("A new folder.")]) -> None:
+    """Write a version as a folder that from_pretrained loads.
+
+    The folder contains weights, processor, model card, licence and lineage.
+
+    Example: onediff export champion onediff-champion
+    """
     from onediff.ops import export as exporting
 
     exporting.export(version, folder)
     print_text(f"{folder}: version {version}, model card in {folder}/README.md\n"
-               f"to put it on the Hub, which is not done here: hf upload YOUR_NAME/onediff {folder}")
+               f"To upload it to the Hugging Face Hub, run: hf upload YOUR_NAME/onediff {folder}")
 
 
 def _verify(version: str, as_json: bool) -> None:
-    from onediff.ops import verify as proving
+    """Print each check when it is done, then the result. Exit with code 1 if a check failed."""
+    from onediff.ops import verify as verification
 
     checks = []
-    for check in proving.verify(version):
+    for check in verification.verify(version):
         checks.append(check)
         if not as_json:
             print_text(check)
     num_failed = sum(bool(check.problem) for check in checks)
     print_result({"version": version, "verified": not num_failed, "checks": [asdict(check) for check in checks]},
                  f"version {version}: " + (f"{num_failed} of {len(checks)} checks FAILED" if num_failed
-                                           else f"proven, {len(checks)} checks"), as_json)
+                                           else f"verified, {len(checks)} checks passed"), as_json)
     if num_failed:
         raise typer.Exit(1)

@@ -1,24 +1,35 @@
-"""Captions and scores: `onediff caption`, `example`, `predict`, `references`, `score`, `compare` and so on."""
+"""The commands for captions and scores: `onediff caption`, `predict`, `score`, `compare`, `judge`, `audit` and more."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from onediff.cli.output import Json, Model, print_result, print_text
+from onediff.cli.output import Json, Model, path_argument, path_option, print_result, print_text
 from onediff.paths import CHAMPION, DIFFCAP, PARAMS, TRAINED
 
 EXAMPLE = Path(".onediff/example")
 
-Protocol = Annotated[str | None, typer.Option(help="Such as spot_the_diff/single: what its papers report, on "
-                                              "the official test split or not at all.")]
+Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protocol, such as spot_the_diff/single. It "
+                                              "scores only the complete official test split, as papers do.")]
+Benchmark = Annotated[str, typer.Argument(help="The name of a benchmark in data/diffcap, such as scenes.")]
+Split = Annotated[str, typer.Option(help="The split of the benchmark: test, gate or val.")]
+Jsonl = Annotated[Path, path_option("--out", "-o", help="The JSON lines file to write; 'onediff score' and 'onediff "
+                                    "compare' read it.")]
 
 
-def caption(before: Path, after: Path, model: Model = CHAMPION,
+def caption(before: Annotated[Path, path_argument("The image before the change.")],
+            after: Annotated[Path, path_argument("The image after the change.")],
+            model: Model = CHAMPION,
             instruction: Annotated[str | None, typer.Option(
-                help='Default: "What changed between the two images?"')] = None,
+                help='The question to the model. Default: "What changed between the two images?"')] = None,
             as_json: Json = False) -> None:
-    """Say what changed between two images."""
+    """Describe in one sentence what changed between two images.
+
+    Example: onediff caption before.png after.png
+
+    Example: onediff caption before.png after.png --model data/models/tune --json
+    """
     text = _caption(before, after, model, instruction)
     print_result({"before": str(before), "after": str(after), "caption": text, "model": model}, text, as_json)
 
@@ -50,7 +61,7 @@ def example(as_json: Json = False) -> None:
 
 
 def _caption(before: Path, after: Path, model: str, instruction: str | None) -> str:
-    """Opens the images before it loads the model, so that a wrong path is reported without delay."""
+    """Caption one pair. The images are opened before the model, so that a wrong path is reported without delay."""
     from onediff.config import load_runtime
     from onediff.inputs.images import open_image
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
@@ -68,23 +79,31 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
                            [instruction or DEFAULT_INSTRUCTION])[0]
 
 
-def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
-            out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
-            model: Annotated[str | None, typer.Option(help="A model folder, or an MLflow address.")] = None,
+def predict(benchmark: Benchmark, out: Jsonl,
+            model: Annotated[str | None, typer.Option("--model", "-m", help="A OneDiff model: a folder, or a "
+                                                      "registered version.")] = None,
             chat: Annotated[str | None, typer.Option(help="A chat model of transformers that reads two images: a name "
-                                                     "of the Hub or a folder.")] = None,
-            cnn: Annotated[Path | None, typer.Option(help="A folder of 'python -m benchmarks.baselines'.")] = None,
-            prompt: Annotated[str | None, typer.Option(help="What the chat model is asked after the two images; "
-                                                       "{question} in it is the pair's own.")] = None,
-            batch_size: Annotated[int, typer.Option(min=1, help="Pairs that the chat model reads at once.")] = 8,
-            split: str = "test") -> None:
-    """What a system says about every pair of a benchmark: ours, a chat model as it comes, or the Siamese CNN."""
+                                                     "on the Hugging Face Hub, or a folder.")] = None,
+            cnn: Annotated[Path | None, path_option("--cnn", help="The folder of a Siamese CNN that 'python -m "
+                                                    "benchmarks.baselines' trained.")] = None,
+            prompt: Annotated[str | None, typer.Option(help="The chat model's prompt after the two images. {question} "
+                                                       "in it is replaced by the question of the pair.")] = None,
+            batch_size: Annotated[int, typer.Option(min=1, help="The number of pairs that the chat model reads at "
+                                                    "once.")] = 8,
+            split: Split = "test") -> None:
+    """Write the captions of one system for every pair of a benchmark.
+
+    Give one of --model, --chat and --cnn.
+
+    Example: onediff predict scenes -o predictions.jsonl --model data/models/tune
+    """
     from onediff.ops import predict as systems
 
     if (model, chat, cnn).count(None) != 2:
-        raise ValueError("one system is needed: give one of --model, --chat and --cnn")
+        raise ValueError("exactly one system is needed: give one of --model, --chat and --cnn")
     if chat is None and prompt is not None:
-        raise ValueError("--prompt is for --chat: OneDiff is asked as its records say, the CNN reads no words")
+        raise ValueError("--prompt works only with --chat: OneDiff uses the instruction of each pair, and the CNN "
+                         "reads no text")
     systems.check_benchmark(benchmark, split)
     if chat is not None:
         system, full_prompt = systems.chat(chat, prompt=prompt, batch_size=batch_size)
@@ -95,25 +114,37 @@ def predict(benchmark: Annotated[str, typer.Argument(help="Its name in data/diff
     print_text(f"{out}: {num_predictions} predictions, {benchmark}, split {split}")
 
 
-def references(benchmark: Annotated[str, typer.Argument(help="Its name in data/diffcap, such as scenes.")],
-               out: Annotated[Path, typer.Option(help="JSONL for 'onediff score' and 'compare'.")],
-               split: str = "test") -> None:
-    """What people or the generator say about every pair of a benchmark, and which pairs are of one scene."""
+def references(benchmark: Benchmark, out: Jsonl, split: Split = "test") -> None:
+    """Write the reference captions of every pair of a benchmark.
+
+    Each line also contains the group of the pair: pairs of one scene share a group.
+
+    Example: onediff references scenes -o references.jsonl
+    """
     from onediff.ops.predict import write_references
 
     num_pairs = write_references(benchmark, out, split=split)
     print_text(f"{out}: references of {num_pairs} pairs, {benchmark}, split {split}")
 
 
-def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pair_id", "prediction"}. Given more than '
-                                                          'once, one for each seed: mean and spread.')],
-          references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]}; with a protocol '
-                                                   'also the benchmark\'s annotation file as published.')],
+def score(predictions: Annotated[list[Path], path_option(
+              "--predictions", "-p", help='JSON lines {"pair_id", "prediction"}. Repeat the option with one file for '
+                                          "each seed to get mean and spread.")],
+          references: Annotated[Path, path_option(
+              "--references", "-r", help='JSON lines {"pair_id", "references": [...]}. With --protocol, also the '
+                                         "annotation file that the benchmark's authors publish.")],
           protocol: Protocol = None,
-          spice: Annotated[bool, typer.Option("--spice", help="SPICE, too: slow, and at first use it downloads "
-                                              "Stanford CoreNLP (384 MB) to ~/.cache/onediff/spice.")] = False,
+          spice: Annotated[bool, typer.Option("--spice", help="Compute SPICE too. It is slow, and the first use "
+                                              "downloads Stanford CoreNLP (384 MB) to "
+                                              "~/.cache/onediff/spice.")] = False,
           as_json: Json = False) -> None:
-    """BLEU, METEOR, ROUGE-L (0 to 1) and CIDEr (0 to 10) as by the COCO toolkit, with 95 % intervals by bootstrap."""
+    """Score predicted captions against reference captions.
+
+    The metrics are BLEU, METEOR and ROUGE-L (0 to 1) and CIDEr (0 to 10), computed by the COCO caption toolkit, with
+    95 % bootstrap intervals.
+
+    Example: onediff score -p predictions.jsonl -r references.jsonl
+    """
     from onediff.eval.metrics.catalog import METRICS, OPTIONAL
     from onediff.eval.protocols import score_files
     from onediff.eval.report.peers import doubts, published
@@ -124,18 +155,25 @@ def score(predictions: Annotated[list[Path], typer.Option(help='JSONL lines {"pa
              + ("[{:.4f}, {:.4f}]".format(*scores["intervals"][name]) if "intervals" in scores
                 else f"+- {scores['spread'][name]:.4f}, {scores['num_runs']} runs") for name in metrics]
     lines.append(f"{scores['num_pairs']} pairs in {scores['num_groups']} groups, {scores['protocol']}")
-    # Published numbers of the same protocol, in the scale of ours.
+    # Papers print CIDEr times 100, and this command prints it between 0 and 10.
     peers = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}" + (f" ({doubts(row)})" if doubts(row) else "")
              for row in (published(protocol) if protocol else ())]
-    lines += ["published, not run here:", *peers] if peers else []
+    lines += ["published results, not reproduced here:", *peers] if peers else []
     print_result(scores, "\n".join(lines), as_json)
 
 
-def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", "prediction"}.')], second: Path,
-            references: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "references": [...]} and, for pairs '
-                                                     'of one scene or photograph, the same "group_id".')],
+def compare(first: Annotated[Path, path_argument('JSON lines {"pair_id", "prediction"} of the first system.')],
+            second: Annotated[Path, path_argument("JSON lines of the second system, for the same pairs.")],
+            references: Annotated[Path, path_option(
+                "--references", "-r", help='JSON lines {"pair_id", "references": [...]}. Pairs of one scene or '
+                                           'photograph need the same "group_id".')],
             protocol: Protocol = None, as_json: Json = False) -> None:
-    """Whether one system's captions score higher than another's: differences with 95 % intervals, by bootstrap."""
+    """Test whether one system scores higher than another.
+
+    The command prints the difference of each metric with a 95 % bootstrap interval and a p-value.
+
+    Example: onediff compare ours.jsonl theirs.jsonl -r references.jsonl
+    """
     from onediff.eval.metrics.catalog import METRICS
     from onediff.eval.protocols import compare_files
 
@@ -151,18 +189,28 @@ def compare(first: Annotated[Path, typer.Argument(help='JSONL lines {"pair_id", 
     print_result(differences, "\n".join(lines), as_json)
 
 
-def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id", "prediction"}.')],
-          references: Annotated[Path | None, typer.Option(help='JSONL lines {"pair_id", "references": [...]}, and '
-                                                          '"group_id" as for compare.')] = None,
-          model: Annotated[str | None, typer.Option(help="Default: params.yaml's judge.")] = None,
-          base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible; default: runtime.yaml's "
-                                                            "writer_url.")] = None,
-          truth: Annotated[str | None, typer.Option(help="Whose grammar knows the truth: scenes, scenes_far or edits. "
-                                                         "Tells what the judge is worth.")] = None,
-          shards: Annotated[Path, typer.Option(help="Where --truth finds its pairs.")] = DIFFCAP,
-          out: Annotated[Path | None, typer.Option(help="JSONL with every verdict.")] = None,
+def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
+                                                   help='JSON lines {"pair_id", "prediction"}.')],
+          references: Annotated[Path | None, path_option(
+              "--references", "-r", help='JSON lines {"pair_id", "references": [...]}, with "group_id" as for '
+                                         "'onediff compare'.")] = None,
+          model: Annotated[str | None, typer.Option("--model", "-m", help="The name of the language model; without it, "
+                                                    "the one in section judge of params.yaml.")] = None,
+          base_url: Annotated[str | None, typer.Option(help="The address of an OpenAI-compatible server; without it, "
+                                                            "writer_url of runtime.yaml.")] = None,
+          truth: Annotated[str | None, typer.Option(
+              help="A source whose true changes are known: scenes, scenes_far or edits. The command then also measures "
+                   "how often the judge is right.")] = None,
+          shards: Annotated[Path, path_option("--shards", help="The folder with the pairs for --truth.")] = DIFFCAP,
+          out: Annotated[Path | None, path_option("--out", "-o", help="A JSON lines file for every verdict.")] = None,
           as_json: Json = False) -> None:
-    """Ask a language model whether captions state the change and invent none; answers are paid for once and kept."""
+    """Ask a language model whether captions are correct.
+
+    A caption is correct if it states the change and invents no other change. Answers are stored, so that no question
+    is paid for twice.
+
+    Example: onediff judge -p predictions.jsonl -r references.jsonl
+    """
     from dataclasses import asdict
 
     from onediff.config import Judge, load_params, load_runtime
@@ -173,8 +221,8 @@ def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id"
     if model is not None:
         settings = settings.model_copy(update={"model": model}) if settings else Judge(model=model)
     if settings is None:
-        raise ValueError("params.yaml: judge: is not set, so no model is known: name one with --model, or write the "
-                         "section as presets/paper.yaml has it")
+        raise ValueError("params.yaml: judge: is not set, so the command does not know which model to ask: give "
+                         "--model, or copy the section from presets/paper.yaml")
     runtime = load_runtime()
     runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
     result, verdicts = judging.judge_files(predictions, references, settings, runtime, known=truth, shards=shards)
@@ -183,21 +231,28 @@ def judge(predictions: Annotated[Path, typer.Option(help='JSONL lines {"pair_id"
     print_result(result, judging.as_text(result), as_json)
 
 
-def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a folder as published or of your own pairs, "
-                                                     "or a JSON list of LLaVA's rows.")],
-          benchmark: Annotated[Path, typer.Argument(help="A folder of shards, or one as published.")],
-          images: Annotated[Path | None, typer.Option(help="Where the images of LLaVA's rows are; default: beside the "
-                                                           "file.")] = None,
-          split: Annotated[str, typer.Option(help="Of the benchmark: test, gate or val.")] = "test",
-          train_split: Annotated[str, typer.Option(help="Of a training set that has splits.")] = "train",
-          source: Annotated[str | None, typer.Option(help="The benchmark's published set, if its folder is not called "
-                                                          "so.")] = None,
-          train_source: Annotated[str | None, typer.Option(help="The same of the training set.")] = None,
-          max_distance: Annotated[float, typer.Option(min=0, help="Grey levels up to which images are near.")] = 2.0,
-          out: Annotated[Path | None, typer.Option(help="JSONL with every finding.")] = None,
-          fail: Annotated[bool, typer.Option("--fail", help="Exit code 1 if a pair leaks.")] = False,
+def audit(train: Annotated[Path, path_argument("The training set: a folder of shards, a published set, your own "
+                                               "pairs, or a JSON list in LLaVA's format.")],
+          benchmark: Annotated[Path, path_argument("The benchmark: a folder of shards, or a published set.")],
+          images: Annotated[Path | None, path_option("--images", help="The folder with the images of a LLaVA list; "
+                                                     "without it, the folder of the list.")] = None,
+          split: Split = "test",
+          train_split: Annotated[str, typer.Option(help="The split of the training set, if it has splits.")] = "train",
+          source: Annotated[str | None, typer.Option(help="The name of the benchmark's published set, if the folder "
+                                                          "has another name.")] = None,
+          train_source: Annotated[str | None, typer.Option(help="The name of the training set's published set, if "
+                                                                "the folder has another name.")] = None,
+          max_distance: Annotated[float, typer.Option(
+              min=0, help="Two images are near duplicates up to this mean difference in grey levels.")] = 2.0,
+          out: Annotated[Path | None, path_option("--out", "-o", help="A JSON lines file for every finding.")] = None,
+          fail: Annotated[bool, typer.Option("--fail", help="Exit with code 1 if any pair leaks.")] = False,
           as_json: Json = False) -> None:
-    """Whether a training set, ours or others', holds images or captions of a benchmark's test pairs."""
+    """Check whether a training set contains a benchmark's test pairs.
+
+    The command compares images and captions.
+
+    Example: onediff audit data/diffcap data/raw/spot_the_diff --fail
+    """
     from onediff.config import load_runtime
     from onediff.data.overlap import audit as auditing
     from onediff.data.overlap.datasets import read_examples
@@ -212,13 +267,20 @@ def audit(train: Annotated[Path, typer.Argument(help="A folder of shards, a fold
         raise typer.Exit(1)
 
 
-def report(against: Annotated[str, typer.Option(help="Another version, such as models:/onediff@previous.")] = CHAMPION,
-           out: Path = Path(".onediff/report.html")) -> None:
-    """data/report.html again, with the pairs on which the scored model loses most against another version."""
+def report(against: Annotated[str, typer.Option(help="The version to compare with, such as "
+                                                "models:/onediff@previous.")] = CHAMPION,
+           out: Annotated[Path, path_option("--out", "-o",
+                                            help="The HTML file to write.")] = Path(".onediff/report.html")) -> None:
+    """Write the report again, compared with another version.
+
+    The page is data/report.html, extended by the pairs on which the scored model loses most against that version.
+
+    Example: onediff report --against models:/onediff@previous
+    """
     from onediff.files import write_text
     from onediff.registry import scored_pairs
     from onediff.stages.report import make_page
 
     page, _ = make_page(against=scored_pairs(against))
     write_text(out, page)
-    print_text(f"{out}: against {against}")
+    print_text(f"{out}: compared with {against}")

@@ -1,4 +1,4 @@
-"""What was just trained and scored becomes a version, with all that a version carries."""
+"""Registration of the model that the pipeline has just trained and scored, with lineage, model card and profile."""
 
 import statistics
 import tempfile
@@ -19,11 +19,13 @@ from onediff.serve.card import write_card
 
 def register(model: Path, *, run_id: str | None = None, evaluation_run: str | None = None,
              by: str | None = None) -> str:
-    """The version's number. Measured once for the same model: the time of a caption here, and the profile that
-    `onediff drift` compares with. Lineage and model card are written each time.
+    """Register a model folder and return the number of the version.
 
-    Raises FileNotFoundError for what 'dvc repro' has not made yet, and ValueError unless the scores in data/ are those
-    of this very model folder, see `registry.pipeline_evidence`.
+    The version carries its lineage and its model card. A model that is registered for the first time is also measured:
+    the time for one caption on this machine, and the profile that `onediff drift` compares with.
+
+    Raises FileNotFoundError if 'dvc repro' has not produced a needed file yet, and ValueError if the scores in data/
+    do not belong to this model folder, see `registry.pipeline_evidence`.
     """
     evidence = registry.pipeline_evidence(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -40,11 +42,12 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
 
 
 def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "auto") -> float:
-    """Median milliseconds of a pair of split gate, one at a time, from two decoded images to the sentence.
+    """Return the median time in milliseconds to caption one pair of the `gate` split.
 
-    Raises FileNotFoundError if the model or the split is not there.
+    Pairs are captioned one at a time. The time runs from two decoded images to the sentence. Raises FileNotFoundError
+    if the model or the split does not exist.
     """
-    from onediff.model.captioner import Captioner  # loads torch
+    from onediff.model.captioner import Captioner  # This import loads torch, which takes seconds.
 
     captioner = Captioner.load(folder, device=device)
     times = []
@@ -54,5 +57,6 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
         captioner.caption([pair], instructions=[record.instruction])
         times.append((time.perf_counter() - start) * 1000)
     if len(times) < 2:
-        raise FileNotFoundError(f"{data}: split gate holds too few pairs to time one; 'dvc repro build' makes it")
-    return statistics.median(times[1:])  # the first one warms up
+        raise FileNotFoundError(f"{data}: the `gate` split has too few pairs to measure the time of a caption: run "
+                                "'dvc repro build'")
+    return statistics.median(times[1:])  # The first caption is slower, because it initializes torch.

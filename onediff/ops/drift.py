@@ -1,7 +1,8 @@
-"""Whether use still looks like training: the pairs, the model's confidence, and how often it sees a change in none.
+"""Detection of drift: whether recent captions in the usage log still resemble the captions of the `gate` split.
 
-A profile is measured on split gate when a version is registered, and the version carries it. Recent rows of the usage
-log are compared with the profile.
+When a version is registered, a profile is measured on the `gate` split: image sizes, brightness, caption lengths,
+confidence, and the share of unchanged pairs for which the model claims a change. The version carries the profile as
+profile.json, and recent rows of the usage log are compared with that profile.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
 PROFILE = "profile.json"
-WORN_JPEG = 90  # quality of the disturbed copy: nobody would call it a change
+WORN_JPEG = 90  # The JPEG quality of the copy for the figure false_alarms_worn. People see no difference.
 _BATCH_SIZE = 32
-_CURE = "'onediff profile .onediff/profile' measures one for 'onediff drift --profile .onediff/profile/profile.json'"
+_CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
-# What is compared of a row; both images count where they may differ.
+# Each function computes one compared value from a row of the usage log. Of two image sizes, the larger one counts.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "width": lambda row: max(row["width_before"], row["width_after"]),
     "height": lambda row: max(row["height_before"], row["height_after"]),
@@ -47,13 +48,15 @@ DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 
 UsageRow = Mapping[str, Any]
-Rate = tuple[int, int]  # how many of how many
+Rate = tuple[int, int]  # A rate is (number of pairs that meet a condition, number of all pairs).
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One comparison: `then` and `now` are medians, or rates; `difference` is what the threshold bounds. `by_chance`:
-    chance alone explains the difference.
+    """The comparison of one figure between the profile (`then`) and the recent captions (`now`).
+
+    `then` and `now` are medians or rates. `difference` is compared with `threshold`. `by_chance` is True if a
+    statistical test shows that chance alone can explain the difference.
     """
 
     name: str
@@ -65,13 +68,16 @@ class Figure:
 
     @property
     def moved(self) -> bool:
+        """Return True if the figure drifted: the difference exceeds the threshold, and chance does not explain it."""
         return self.difference > self.threshold and not self.by_chance
 
 
 @dataclass(frozen=True)
 class Drift:
-    """`figures` is empty where there are too few pairs; `notes` say why, and what was left out. `confidences`: every
-    value, then and now, for a picture.
+    """The result of a drift check.
+
+    `figures` is empty if there are too few pairs. `notes` explain this, and say which rows were ignored. `confidences`
+    holds every confidence value of the profile and of the recent captions, for a histogram.
     """
 
     num_pairs: int
@@ -81,10 +87,12 @@ class Drift:
 
     @property
     def moved(self) -> list[str]:
+        """Return the names of the figures that drifted."""
         return [figure.name for figure in self.figures if figure.moved]
 
     @property
     def verdict(self) -> str:
+        """Return the result in a few words: 'no verdict', 'steady', or 'drifted' with the names of the figures."""
         if not self.figures:
             return "no verdict"
         return f"drifted: {', '.join(self.moved)}" if self.moved else "steady"
@@ -95,22 +103,20 @@ class Drift:
 
 
 def load_settings() -> config.Drift:
-    """Raises ValueError if params.yaml has no section drift."""
+    """Return the section `drift` of params.yaml. Raises ValueError if the section is missing."""
     settings = config.load_params().drift
     if settings is None:
-        raise ValueError("params.yaml: drift: missing; copy it from presets/tiny.yaml")
+        raise ValueError("params.yaml: the section drift is missing: copy it from presets/tiny.yaml")
     return settings
 
 
-# --- the profile ------------------------------------------------------------------------------------------------------
-
-
 def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: int = 200) -> Path:
-    """Writes <folder>/profile.json of a model folder, from pairs of split gate. Same model and data, same bytes.
+    """Measure the profile of a model on pairs of the `gate` split, write it to <folder>/profile.json, return the path.
 
-    It holds `distributions` (every value, in order) and `rates` ([how many, of how many]) of pairs that the model
-    captions as in use, with false alarms on the first image of each. Raises FileNotFoundError without that split or
-    the model.
+    The model captions `num_pairs` pairs as `onediff caption` does. The profile contains `distributions` (each figure's
+    values in ascending order), `rates` (each as [number of pairs that meet a condition, number of all pairs]) and the
+    digest of the weights. False alarms are measured on the `before` image of each pair. The same model and data give
+    the same bytes. Raises FileNotFoundError if the split or the model does not exist.
     """
     silence_libraries()
     from onediff.model.captioner import Captioner
@@ -138,8 +144,10 @@ def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRo
 
 
 def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rate]:
-    """How often the model does not say that nothing changed: of an image shown twice, and of it beside a copy that was
-    saved as JPEG once more.
+    """Return how often the model claims a change for an unchanged pair.
+
+    `false_alarms` counts pairs of an image with itself. `false_alarms_worn` counts pairs of an image with a copy that
+    was saved as JPEG of quality 90.
     """
     alarms = dict.fromkeys(_ALARMS, 0)
     for start in range(0, len(images), _BATCH_SIZE):
@@ -152,7 +160,7 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
 
 
 def says_no_change(caption: str) -> bool:
-    """Whether a caption claims that nothing changed, in the words of scenes or of edits."""
+    """Return whether a caption claims, in the words of the sources scenes or edits, that nothing changed."""
     return any(grammar.read(caption).change_type == "none" for grammar in GRAMMARS.values())
 
 
@@ -165,16 +173,17 @@ def _no_change(rows: Sequence[UsageRow]) -> Rate:
 
 
 def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
-    """The profile in a file, or else the one that a registered version carries or a model folder holds.
+    """Read the profile from the file `path`, or by default from the registered version or model folder `model`.
 
-    Raises FileNotFoundError if there is none, ValueError if it is not a profile of this version of OneDiff.
+    Raises FileNotFoundError if there is no profile, ValueError if the profile is damaged or lacks a figure that this
+    code compares.
     """
     is_registered = path is None and model.startswith("models:/")
     where = f"{model}, {PROFILE}" if is_registered else str(path or Path(model) / PROFILE)
     try:
         text = version_text(model, PROFILE) if is_registered else Path(where).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        problem = f"{model} was registered without {PROFILE}" if is_registered else f"{where} not found"
+        problem = f"{model} was registered without {PROFILE}" if is_registered else f"{where} does not exist"
         raise FileNotFoundError(f"{problem}: {_CURE}") from None
     try:
         profile = json.loads(text)
@@ -183,28 +192,28 @@ def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise ValueError(f"{where}: not a whole profile; {_CURE}")
+        raise ValueError(f"{where}: the profile is damaged or lacks a figure: {_CURE}")
     return dict(profile)
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------
-
-
 def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = None) -> Drift:
-    """Compares the usage log of the last days with a model's profile: by default the one that was registered with it.
+    """Compare the usage log of the last `days` with a profile: by default the profile registered with the model.
 
-    Raises ValueError or FileNotFoundError with the cure if the log, the thresholds or the profile is missing.
+    Only captions of the model's own weights count. Raises ValueError or FileNotFoundError with the cure if the usage
+    log, the thresholds or the profile is missing.
     """
     settings, runtime = load_settings(), config.load_runtime()
     if runtime.usage_log is None:
-        raise ValueError("runtime.yaml: usage_log is not set, so nothing was noted: name a folder, docs/watching.md")
+        raise ValueError("runtime.yaml: usage_log must be a folder, and it is not set, so no captions were logged: see "
+                         "docs/watching.md")
     if days <= 0:
-        raise ValueError(f"days must be above 0, got {days:g}")
+        raise ValueError(f"days must be greater than 0, got {days:g}")
     expected, log = read_profile(model, profile), Path(runtime.usage_log)
     all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
     rows = [row for row in all_rows if row["weights"] == expected["weights"]]
+    # The latest images come first, because only `num_pairs` images are captioned.
     names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
-    images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]  # the latest
+    images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]
     alarms = None
     if len(images) >= settings.min_pairs:
         silence_libraries()
@@ -214,24 +223,27 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
                               [path.read_bytes() for path in images])
     drift = compare(expected, rows, settings, alarms=alarms)
     other_weights = len(all_rows) - len(rows)
-    notes = [f"{other_weights} captions of other weights left out"] if other_weights else []
-    notes += [f"{num_broken} broken lines of the log left out"] if num_broken else []
+    notes = []
+    if other_weights:
+        notes.append(f"{other_weights} captions were ignored, because a model with other weights made them")
+    notes += [f"{num_broken} lines of the log were ignored, because they are damaged"] if num_broken else []
     return replace(drift, notes=[*drift.notes, *notes])
 
 
 def compare(profile: Mapping[str, Any], rows: Sequence[UsageRow], settings: config.Drift, *,
             alarms: Mapping[str, Rate] | None = None) -> Drift:
-    """Compares recent rows of the usage log, each pair once, with a profile. `alarms`: the `false_alarms` of recent
-    images, where the log has images.
+    """Compare recent rows of the usage log with a profile. A pair that was captioned repeatedly counts once.
+
+    `alarms` is the result of `false_alarms` for recent images, or None if the log contains no images.
     """
     distinct = list({(row["hash_before"], row["hash_after"], row["caption"]): row for row in rows}.values())
     if len(distinct) < settings.min_pairs:
-        return Drift(len(distinct), [], [f"{len(distinct)} different pairs were captioned, and params.yaml: "
-                                         f"drift.min_pairs asks for {settings.min_pairs}: look further back (--days)"])
+        return Drift(len(distinct), [], [f"params.yaml: drift.min_pairs requires {settings.min_pairs} different pairs, "
+                                         f"and {len(distinct)} were captioned: read more days of the log (--days)"])
     rates = {"no_change": _no_change(distinct), **(alarms or {})}
     rates = {name: rate for name, rate in rates.items() if rate[1] >= settings.min_pairs}
-    notes = [] if alarms else ["false alarms in use are not measured: runtime.yaml: usage_images is off"]
-    level = settings.chance / (len(DISTRIBUTIONS) + len(rates))  # all figures share it: Bonferroni
+    notes = [] if alarms else ["false alarms were not measured, because runtime.yaml: usage_images is false"]
+    level = settings.chance / (len(DISTRIBUTIONS) + len(rates))  # Bonferroni correction for several figures.
     values = _distributions(distinct)
     figures = [_compare_values(name, profile["distributions"][name], now, settings, level)
                for name, now in values.items()]
@@ -240,7 +252,7 @@ def compare(profile: Mapping[str, Any], rows: Sequence[UsageRow], settings: conf
 
 
 def _compare_values(name: str, then: list[float], now: list[float], settings: config.Drift, level: float) -> Figure:
-    """Kolmogorov and Smirnov's distance: the largest gap between the shares of values below any value."""
+    """Compare two samples by the Kolmogorov-Smirnov statistic: the largest gap between their distribution functions."""
     from scipy.stats import ks_2samp
 
     test = ks_2samp(then, now)
@@ -249,13 +261,17 @@ def _compare_values(name: str, then: list[float], now: list[float], settings: co
 
 
 def _compare_rates(name: str, then: Sequence[int], now: Rate, settings: config.Drift, level: float) -> Figure:
+    """Compare two rates by their difference and the confidence interval of that difference."""
     first, second = then[0] / then[1], now[0] / now[1]
     low, high = difference_interval((then[0], then[1]), now, level)
     return Figure(name, first, second, abs(second - first), settings.max_rate_change, by_chance=low <= 0 <= high)
 
 
 def difference_interval(first: Rate, second: Rate, level: float) -> tuple[float, float]:
-    """Of second minus first, at confidence 1 - level, from both rates' Wilson intervals. Newcombe, 1998, method 10."""
+    """Return the confidence interval of second rate minus first rate, at confidence 1 - level.
+
+    The interval combines the Wilson intervals of both rates: Newcombe, 1998, method 10.
+    """
     from scipy.stats import binomtest
 
     rate1, rate2 = first[0] / first[1], second[0] / second[1]
@@ -266,7 +282,7 @@ def difference_interval(first: Rate, second: Rate, level: float) -> tuple[float,
 
 
 def as_text(drift: Drift) -> str:
-    """Markdown: the figures in a table, then the notes."""
+    """Return the result as Markdown: a table of the figures, the verdict and the notes."""
     rows = [["figure", "then", "now", "difference", "threshold", ""]]
     rows += [[figure.name, f"{figure.then:.3f}", f"{figure.now:.3f}", f"{figure.difference:.3f}",
               f"{figure.threshold:.3f}", "moved" if figure.moved else "by chance" if figure.by_chance else ""]

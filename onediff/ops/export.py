@@ -1,4 +1,4 @@
-"""Writes a version as a folder that loads without this project's data and can be uploaded to a hub."""
+"""Export of a version as a folder that loads without the project and can be uploaded to the Hugging Face Hub."""
 
 import shutil
 from contextlib import suppress
@@ -13,18 +13,18 @@ LICENCE = "LICENSE"
 
 
 def export(version: str, folder: Path) -> Path:
-    """Writes model, processor, README.md (the model card), licence and lineage.json. The folder is complete or absent.
+    """Write model, processor, README.md (the model card), licence and lineage.json of a version to a new folder.
 
-    Raises ValueError if the folder exists and is not empty, or the registered files are not those of their digest;
-    FileNotFoundError if the version carries no model card.
+    The folder appears only when it is complete. Raises ValueError if the folder exists and is not empty, or if the
+    registered files do not match their digest. Raises FileNotFoundError if the version has no model card.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not empty: name a new folder")
+        raise ValueError(f"{folder} must be new or empty, but it contains files: choose another folder")
     number, uri = lineage.lineage_of(version)["version"], lineage.uri_of(version)
     carried, model = registry.version_files(uri), registry.model_folder(uri)
     if not (carried / "README.md").exists():
-        raise FileNotFoundError(f"{carried / 'README.md'} not found: version {number} has no model card; "
-                                "register it again")
+        raise FileNotFoundError(f"{carried / 'README.md'} does not exist, so version {number} has no model card: "
+                                "register the model again")
     with new_folder(folder) as part:
         shutil.copytree(model, part, dirs_exist_ok=True)
         for path in (carried / "README.md", carried / lineage.FOLDER / "lineage.json", _licence()):
@@ -34,7 +34,7 @@ def export(version: str, folder: Path) -> Path:
 
 
 def _licence() -> Path:
-    """The licence beside the code of a clone, or of the installed distribution."""
+    """Return the licence file: in a clone beside the code, otherwise in the installed package."""
     in_clone = Path(__file__).parents[2] / LICENCE
     if in_clone.exists():
         return in_clone
@@ -42,4 +42,5 @@ def _licence() -> Path:
         for path in files("onediff-idc") or ():
             if path.name == LICENCE:
                 return Path(str(path.locate()))
-    raise FileNotFoundError(f"{in_clone} not found: an exported model carries its licence; run this in a clone")
+    raise FileNotFoundError(f"{in_clone} does not exist, and an exported model must contain the licence: run the "
+                            "command in a clone")

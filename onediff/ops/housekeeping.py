@@ -1,7 +1,8 @@
-"""What can be removed: old branches, runs, checkpoints, copies and cached data that no registered version needs.
+"""Removal of old branches, runs, checkpoints, copies and cached data that no registered version needs.
 
-`survey` only examines; `sweep` removes the items of a survey. A version needs what its dvc.lock (in its `lineage/`)
-names, the runs that it or its lineage names with their whole families, and, if an alias points at it, its copy here.
+`survey` lists what can be removed, and `sweep` removes the items of a survey. A version needs three kinds of things:
+the data listed in the dvc.lock of its lineage; the MLflow runs in its tags and lineage, with all runs of the
+same retraining; and its copy on this machine, if an alias points to the version.
 """
 
 import fcntl
@@ -27,17 +28,19 @@ from onediff.train.status import read_status
 
 Kind = Literal["scratch", "copy", "branch", "run", "data"]
 KINDS: dict[Kind, str] = {
-    "scratch": "checkpoints of runs that ended, and what `flows.evaluate` left",
-    "copy": "copies of versions without an alias, fetched again when asked for",
-    "branch": "branches retrain/* that no version names",
+    "scratch": "checkpoints of runs that ended, and files of `flows.evaluate`",
+    "copy": "copies of versions without an alias, which are downloaded again when needed",
+    "branch": "branches retrain/* that no version refers to",
     "run": "MLflow runs, with their artifacts, that no version refers to",
-    "data": "objects of the DVC cache that neither the workspace, nor a branch or tag, nor a version needs"}
+    "data": "objects in the DVC cache that no workspace, branch, tag or version needs"}
 _DIGEST = re.compile(r"\bmd5: '?([0-9a-f]{32}(?:\.dir)?)\b")
 _RUN = re.compile(r"\b[0-9a-f]{32}\b")
 
 
 @dataclass(frozen=True)
 class Item:
+    """One thing that can be removed: a folder, a file, a branch or a run."""
+
     kind: Kind
     name: str
     num_bytes: int
@@ -45,19 +48,28 @@ class Item:
 
 @dataclass
 class Survey:
-    """`items` can be removed. `refused`: what was not examined, and why."""
+    """The result of `survey`: `items` can be removed; `refused` lists what was not examined, with the reason."""
 
     items: list[Item] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
     def names(self, *kinds: Kind) -> list[str]:
+        """Return the names of all items in the survey that have one of these kinds."""
         return [item.name for item in self.items if item.kind in kinds]
 
 
-def survey(days: float) -> Survey:
-    """What can be removed: older than `days`, or, in the DVC cache, whatever nobody needs. Removes nothing.
+def check_project() -> None:
+    """Raise FileNotFoundError if the working directory is not a project that DVC manages."""
+    if not Path(".dvc").is_dir():
+        raise FileNotFoundError(f"{Path('.dvc').absolute()} does not exist: run this command in the folder of the "
+                                "project")
 
-    Raises ValueError if MLflow cannot say which versions there are: then nothing is known to be unneeded.
+
+def survey(days: float) -> Survey:
+    """List what can be removed: items older than `days`, and objects in the DVC cache that nothing needs.
+
+    Nothing is removed. If the lineage of a version cannot be read, only checkpoints and copies are listed. Raises
+    ValueError if MLflow cannot list the versions.
     """
     versions, surveyed = retention.registered(), Survey()
     ours = [version for version in versions if version.name == NAME]
@@ -69,8 +81,8 @@ def survey(days: float) -> Survey:
     surveyed.items += _old_folders("copy", copies, days)
     lineages = _lineages(ours, surveyed)
     if surveyed.refused:
-        surveyed.refused.append("branches, MLflow runs and the DVC cache stay as they are until such a version is "
-                                "registered again or deleted")
+        surveyed.refused.append("branches, MLflow runs and the DVC cache are not examined until each of these "
+                                "versions is registered again or deleted")
         return surveyed
     needed = "\n".join([*lineages, *(text for version in versions
                                      for text in (*version.tags.values(), version.run_id or ""))])
@@ -81,7 +93,7 @@ def survey(days: float) -> Survey:
 
 
 def sweep(surveyed: Survey) -> list[str]:
-    """Removes the items of a survey. Returns the runs that a server has only marked as deleted."""
+    """Remove the items of a survey. Return the runs that an MLflow server has only marked as deleted."""
     for name in surveyed.names("scratch", "copy"):
         shutil.rmtree(name)
     for name in surveyed.names("branch"):
@@ -93,8 +105,9 @@ def sweep(surveyed: Survey) -> list[str]:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process trains in this folder. A process of this machine holds the lock; one of another machine has
-    written its status lately.
+    """Return whether a process is training in this folder.
+
+    A process on this machine holds the lock file. A process on another machine has updated the status within a day.
     """
     if not (folder / "lock").exists():
         return read_status(folder)["state"] == "running" and _days_unchanged(folder) < 1
@@ -107,17 +120,23 @@ def _is_held(folder: Path) -> bool:
 
 
 def _old_folders(kind: Kind, folders: Iterable[Path], days: float) -> list[Item]:
+    """Return an item for each folder in which nothing changed for more than `days`."""
     return [Item(kind, str(folder), sum(path.stat().st_size for path in folder.rglob("*")
                                         if path.is_file() and not path.is_symlink()))
             for folder in folders if folder.is_dir() and _days_unchanged(folder) > days]
 
 
 def _days_unchanged(folder: Path) -> float:
+    """Return the number of days since the last change of any file in the folder."""
     return (time.time() - max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))) / 86400
 
 
 def _branches(days: float, needed: str) -> list[Item]:
-    """`needed`: every text of the versions, which may name a branch, or a commit that only that branch holds."""
+    """Return the old branches retrain/* that no version refers to.
+
+    `needed` is the text of all tags and lineages. A branch is needed if its name, or a commit that only this branch
+    contains, occurs in the text.
+    """
     if head() is None:
         return []
     items = []
@@ -131,7 +150,7 @@ def _branches(days: float, needed: str) -> list[Item]:
 
 
 def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
-    """The texts in the lineage of each version. A version without a dvc.lock there is added to `refused`."""
+    """Return the text files in the lineage of every version. A version without a dvc.lock is added to `refused`."""
     texts: list[str] = []
     for version in versions:
         try:
@@ -140,27 +159,29 @@ def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
             surveyed.refused.append(str(error))
             continue
         if not _DIGEST.search(carried.get("dvc.lock", "")):
-            surveyed.refused.append(f"version {version.version} of '{version.name}': its {FOLDER}/ holds no dvc.lock")
+            surveyed.refused.append(f"version {version.version} of '{version.name}': {FOLDER}/dvc.lock does not exist")
         texts += carried.values()
     return texts
 
 
 def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
-    """Adds what `dvc gc` would remove. Refuses a cache that other clones share, because they need other objects."""
-    if not Path(".dvc").is_dir():
-        raise FileNotFoundError(f"{Path('.dvc').absolute()} not found: run this in the project's folder")
+    """Add to the survey the cached objects that `dvc gc` would remove, except those that a version needs.
+
+    A cache outside of this project is refused, because other clones may share the cache and need other objects.
+    """
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):
-        surveyed.refused.append(f"DVC cache {cache} lies outside this project, so others may share it: clean it by "
-                                "'dvc gc --projects' with all of them")
+        surveyed.refused.append(f"DVC cache {cache} is outside of this project, so other projects may share it: run "
+                                "'dvc gc --projects' with the folders of all these projects")
         return
     if not (cache / "files").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        # A project that needs what the versions need. It has our cache, because DVC reads the files of a folder there.
+        # `dvc gc --projects` keeps the data of other projects, so a temporary project lists the data of all versions.
+        # The temporary project uses our cache, because DVC looks up the files of a folder there.
         (Path(scratch) / ".dvc").mkdir()
         (Path(scratch) / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
-        # Quoted, for a digest may look like a number: 12e4.
+        # The digest is quoted, because YAML would read a digest such as 12e4 as a number.
         outs = "".join(f"- {{md5: '{digest}', hash: md5, path: '{digest}'}}\n" for digest in sorted(needed))
         (Path(scratch) / "versions.dvc").write_text(f"outs:\n{outs}" if outs else "outs: []\n")
         branches = ["--all-branches", "--all-tags"] if head() else []
@@ -170,6 +191,7 @@ def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
 
 
 def _dvc(*arguments: str) -> str:
+    """Run DVC and return stdout. Raises ValueError with the end of stderr if the command fails."""
     done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"dvc {arguments[0]}: {' '.join(done.stderr.split())[-300:]}")

@@ -4,7 +4,7 @@
     lineage_of("3"), as_text(lineage_of("3"))   # `onediff lineage 3`
     versions_of("data/diffcap/train-00001.parquet")
 
-onediff/ops/verify.py proves the lineage.
+onediff/ops/verify.py checks that the lineage is true.
 """
 
 import json
@@ -22,27 +22,27 @@ from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
 
-FOLDER = "lineage"  # of a version's files
-WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # as dvc.lock names them
+FOLDER = "lineage"  # The folder of a version that contains its lineage.
+WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths of weights and data in dvc.lock.
 TRAINING, SCORING = ("align", "tune"), ("score",)
-_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # data/<one of these>/<source>
+_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # Each has one sub-folder for each source.
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
-    """Writes folder/lineage: from what the pipeline's present results were made, with copies of dvc.lock, params.yaml
-    and the data card.
+    """Write the lineage of the current results of the pipeline to the folder `lineage` below `folder`.
 
-    Raises FileNotFoundError for what 'dvc repro' has not made yet.
+    The folder gets lineage.json and copies of dvc.lock, params.yaml and the data card. Raises FileNotFoundError if
+    'dvc repro' has not produced one of these files yet.
     """
     stages = read_dvc_lock(root / DVC_LOCK)
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     for path in (DVC_LOCK, PARAMS, CARD):
         if not (root / path).exists():
-            raise FileNotFoundError(f"{root / path} not found: a version carries it; 'dvc repro' makes it")
+            raise FileNotFoundError(f"{root / path} does not exist, and a version must contain a copy: run 'dvc repro'")
         shutil.copyfile(root / path, target / path.name)
     provenance = tracking.provenance(root)
-    # data/runs comes out of DVC's cache with a stage, so each file names the run that made the outs.
+    # DVC restores the files in data/runs together with the model, so they contain the id of the run that trained it.
     stage_runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"]
                   for path in sorted((root / paths.RUNS).glob("*.json"))}
     folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
@@ -59,44 +59,45 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
 
 
 def _files_in(folder: str, md5: str, root: Path) -> dict[str, str] | None:
-    """Relative path -> md5 of the files; None if neither the cache nor the workspace has the folder."""
+    """Return the md5 of each file in a folder, by relative path.
+
+    Return None if neither DVC's cache nor the workspace contains the folder with this digest.
+    """
     try:
         return files_of(md5, cache_of(root))
-    except FileNotFoundError:  # trained on another machine, or a folder whose files are separate outs
+    except FileNotFoundError:
+        # DVC's cache lacks the list of files if another machine trained, or if DVC tracks the files one by one.
         in_workspace = (root / folder).is_dir() and md5_of(root / folder) == md5
         return md5_of_files(root / folder) if in_workspace else None
 
 
-# --- of a version ----------------------------------------------------------------------------------------------------
-
-
 def uri_of(version: str) -> str:
-    """The MLflow address of a version that is named by number, alias or address."""
+    """Return the MLflow address of a version, given its number, an alias or the address."""
     if version.startswith("models:/"):
         return version
     return f"models:/{registry.NAME}{'/' if version.isdigit() else '@'}{version}"
 
 
 def lineage_of(version: str) -> dict[str, Any]:
-    """The content of the version's lineage.json, with the version's number and the digest of the weights.
+    """Return the content of the version's lineage.json, with the version number and the digest of the weights added.
 
-    Raises ValueError if there is no such version or it was registered without lineage.
+    Raises ValueError if the version does not exist, or if its lineage.json is missing or damaged.
     """
     uri = uri_of(version)
     tags = registry.version_tags(uri)
     try:
         lineage = json.loads(registry.version_text(uri, f"{FOLDER}/lineage.json"))
     except FileNotFoundError as error:
-        raise ValueError(f"version {tags['version']} carries no lineage: it was registered before lineage was kept, or "
-                         f"its files are gone ({error}); register it again") from None
+        raise ValueError(f"version {tags['version']} has no lineage: an old release of OneDiff registered it, or the "
+                         f"files were deleted ({error}); register the model again") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"version {tags['version']}: its {FOLDER}/lineage.json is damaged ({error}): bring it back "
-                         "from a backup, or register it again") from None
+        raise ValueError(f"version {tags['version']}: {FOLDER}/lineage.json is damaged ({error}): restore the file "
+                         "from a backup, or register the model again") from None
     return {"version": tags["version"], "weights_digest": tags["weights_digest"], **lineage}
 
 
 def as_text(lineage: Mapping[str, Any]) -> str:
-    """For people: from the weights back to the sources."""
+    """Return the lineage as text for people, from the weights back to the sources."""
     git, stages = lineage["git"], stages_of(lineage)
     dirty = f"; CHANGED since the commit: {', '.join(git['dirty'])}" if git["dirty"] else ", nothing changed since"
     lines = [f"version {lineage['version']} of {registry.NAME}",
@@ -105,9 +106,10 @@ def as_text(lineage: Mapping[str, Any]) -> str:
              f"  dvc.lock    sha256 {lineage['dvc_lock']}",
              f"  data card   sha256 {lineage['data_card']}",
              "  runs        " + ", ".join(f"{name} {run}" for name, run in lineage["runs"].items() if run),
-             f"  parameters, dvc.lock and data card as they were: in {FOLDER}/ of the version's files in MLflow", "",
-             "how it was made:"]
-    order = list(stages)  # after it, a stage comes before the stages that need it
+             f"  copies of parameters, dvc.lock and data card are in {FOLDER}/ of the version's files in MLflow", "",
+             "how the version was made:"]
+    order = list(stages)
+    # A stage needs fewer stages than every stage that depends on it, so this order lists sources first.
     for name in sorted(upstream(stages, TRAINING + SCORING),
                        key=lambda name: (len(upstream(stages, [name])), order.index(name))):
         stage = stages[name]
@@ -115,15 +117,16 @@ def as_text(lineage: Mapping[str, Any]) -> str:
         code = len(stage.deps) - len(data)
         lines.append(f"  {name}: from {', '.join([*data, f'{code} files of code', f'{len(stage.params)} parameters'])}")
         lines += [f"    -> {path} {md5}" for path, md5 in stage.outs.items()]
-    return "\n".join([*lines, "", f"to prove it: onediff lineage {lineage['version']} --verify"])
+    return "\n".join([*lines, "", f"to verify this lineage, run: onediff lineage {lineage['version']} --verify"])
 
 
 def stages_of(lineage: Mapping[str, Any]) -> dict[str, Stage]:
+    """Return the stages of dvc.lock that a lineage.json contains, by name."""
     return {name: Stage(**stage) for name, stage in lineage["stages"].items()}
 
 
 def upstream(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
-    """These stages and all stages that they need, directly or through others."""
+    """Return the given stages and every stage on which they depend, directly or indirectly."""
     needed: set[str] = set()
     waiting = [name for name in names if name in stages]
     while waiting:
@@ -139,13 +142,11 @@ def _contains(folder: str, path: str) -> bool:
     return PurePosixPath(path).is_relative_to(folder)
 
 
-# --- of a file -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Use:
-    """A file or folder in the lineage of a version. `here`: whether the workspace has the same bytes now; None if it
-    has nothing under that path.
+    """A file or folder in the lineage of a version, and the role it had for the version.
+
+    `here` says whether the workspace has the same bytes under this path now. None: the path does not exist there.
     """
 
     version: str
@@ -157,9 +158,9 @@ class Use:
 
 
 def versions_of(item: str) -> tuple[list[Use], list[str]]:
-    """Every version with an item in its lineage: a path as in dvc.yaml, a file below one, or an md5 or SHA-256; then
-    the versions that carry no lineage, of which nothing is known. Newest first.
+    """Return every version that has an item in its lineage, and the numbers of the versions without a lineage.
 
+    The item is a path in dvc.yaml, a file below such a path, an md5 or a SHA-256. The newest version comes first.
     Raises ValueError if nothing is registered.
     """
     uses, without_lineage = [], []
@@ -176,8 +177,9 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
 
 
 def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> digest of what in the lineage has this path or digest. A path whose folder is in the lineage, without a
-    list of the folder's files, gives the folder.
+    """Return the digests of all paths in the lineage that match an item, which is a path or a digest.
+
+    If the lineage contains a folder without the list of its files, a file in that folder matches the folder.
     """
     digests: dict[str, str] = {}
     for stage in lineage["stages"].values():
@@ -186,7 +188,8 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
         digests |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
     digests |= {f"{WEIGHTS}/*.safetensors": lineage["weights_digest"], f"{DVC_LOCK} (SHA-256)": lineage["dvc_lock"],
                 f"{CARD} (SHA-256)": lineage["data_card"]}
-    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}", item):  # the data card names shards by half the SHA-256
+    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}", item):
+        # The data card identifies a shard by the first half of its SHA-256.
         shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if item[:32] == half}
         return {path: digest for path, digest in digests.items()
                 if item.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
@@ -199,16 +202,17 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _role(path: str, lineage: Mapping[str, Any]) -> str:
+    """Return the role of a path for a version, as a predicate such as 'was trained on it'."""
     stages = stages_of(lineage)
     parts = path.split("/")
     mixtures = {source for phase in TRAINING if phase in stages
                 for source in (stages[phase].params.get(phase) or {}).get("mixture", {})}
     if _contains(WEIGHTS, path):
-        return "is made of it"
+        return "consists of it"
     if path.startswith(f"{DIFFCAP}/") and not parts[2].startswith("train-"):
-        return {"val": "chose its step on it"}.get(parts[2].split("-")[0], "was not trained on it, but scored")
+        return {"val": "chose the best step on it"}.get(parts[2].split("-")[0], "was scored on it, but not trained")
     if len(parts) > 2 and parts[1] in _ONE_PER_SOURCE and parts[2] not in mixtures:
-        return "was not trained on it, but scored"
+        return "was scored on it, but not trained"
     needed = [stages[name] for name in upstream(stages, TRAINING)]
     if any(path in stage.outs or any(_contains(dep, path) for dep in stage.deps) for stage in needed):
         return "was trained on it" if path.startswith("data/") else "was trained with it"

@@ -1,4 +1,4 @@
-"""Captions of any system for the pairs of a benchmark, and their references: the files that score and compare read."""
+"""Captions of any system for a benchmark, in the files that `onediff score` and `onediff compare` read."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -20,9 +20,9 @@ REFERENCES = ("pair_id", "references", "group_id", "change_type")
 
 
 def write_predictions(benchmark: str, system: System, out: Path, *, split: str = "test") -> int:
-    """Writes a line {"pair_id", "prediction"} for every pair, in order. Returns the number of lines.
+    """Caption every pair of a benchmark and write a line {"pair_id", "prediction"} for each, in the order of the data.
 
-    Raises ValueError if the split has no such benchmark.
+    Return the number of lines. Raises ValueError if the split has no such benchmark.
     """
     check_benchmark(benchmark, split)
     records = (record for record in read_records(DIFFCAP, f"{split}-*.parquet") if record.source == benchmark)
@@ -30,9 +30,9 @@ def write_predictions(benchmark: str, system: System, out: Path, *, split: str =
 
 
 def write_references(benchmark: str, out: Path, *, split: str = "test") -> int:
-    """Writes a line for every pair, in order, with what `onediff score` reads. Returns the number of lines.
+    """Write a line with the references of each pair of a benchmark, in the order of the data.
 
-    Raises ValueError if the split has no such benchmark.
+    Return the number of lines. Raises ValueError if the split has no such benchmark.
     """
     check_benchmark(benchmark, split)
     return write_jsonl(out, ({key: row[key] for key in REFERENCES} for row in read_table(DIFFCAP, f"{split}-*.parquet")
@@ -40,17 +40,15 @@ def write_references(benchmark: str, out: Path, *, split: str = "test") -> int:
 
 
 def check_benchmark(benchmark: str, split: str) -> None:
-    """Raises ValueError if the split has no such benchmark."""
+    """Raise ValueError if the split has no pairs of this benchmark."""
     benchmarks = list(dict.fromkeys(row["source"] for row in read_table(DIFFCAP, f"{split}-*.parquet")))
     if benchmark not in benchmarks:
-        raise ValueError(f"{DIFFCAP}: split {split} has no benchmark '{benchmark}'; it has {', '.join(benchmarks)}")
-
-
-# --- systems ---------------------------------------------------------------------------------------------------------
+        raise ValueError(f"{DIFFCAP}: split {split} has no benchmark '{benchmark}'; its benchmarks are "
+                         f"{', '.join(benchmarks)}")
 
 
 def onediff(folder: Path) -> System:
-    """A trained model, with the instructions and the decoding of the stage `caption`."""
+    """Return a trained OneDiff model as a system. Instructions and decoding are those of the DVC stage `caption`."""
     config = load_params()
     silence_libraries()
     from onediff.eval.caption import caption_records
@@ -61,7 +59,10 @@ def onediff(folder: Path) -> System:
 
 
 def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[System, str]:
-    """A chat model of transformers and its prompt, which holds the question that OneDiff is asked about the pair."""
+    """Return a chat model of transformers as a system, and the complete prompt.
+
+    The placeholder {question} in the prompt is replaced by the instruction that OneDiff gets for the pair.
+    """
     config = load_params()
     silence_libraries()
     from onediff.baselines.chat import PROMPT, ChatCaptioner
@@ -79,7 +80,7 @@ def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[
 
 
 def siamese_cnn(folder: Path) -> System:
-    """The CNN that `python -m benchmarks.baselines` trained."""
+    """Return the Siamese CNN that `python -m benchmarks.baselines` trained as a system."""
     from onediff.baselines.siamese_cnn import SiameseCaptioner
 
     captioner = SiameseCaptioner.load(folder)
@@ -87,15 +88,18 @@ def siamese_cnn(folder: Path) -> System:
 
 
 def folder_of(model: str) -> Path:
-    """A model folder, or that of a registered version. Raises FileNotFoundError or ValueError if there is none."""
+    """Return the model folder of a path or of a registered version such as models:/onediff/3.
+
+    Raises FileNotFoundError if the path is not a model folder, ValueError if the version cannot be used.
+    """
     if model.startswith("models:/"):
         from onediff.registry import model_folder
 
         return model_folder(model)
     if not (Path(model) / "config.json").exists():
-        cure = (f"name another one, such as {TRAINED} or {CHAMPION}" if TRAINED.exists() else
-                f"'make run' trains one in {TRAINED}; 'dvc checkout {TRAINED}' brings back the last one that DVC's "
-                "cache has")
+        cure = (f"give another model, such as {TRAINED} or {CHAMPION}" if (TRAINED / "config.json").exists() else
+                f"'make run' trains one in {TRAINED}; 'dvc checkout {TRAINED}' restores the last one from DVC's "
+                "cache")
         raise FileNotFoundError(f"{model} is not a model folder (it has no config.json): {cure}")
     return Path(model)
 

@@ -1,6 +1,7 @@
-"""Proof that a version is what it says: its commit in a scratch clone, data and weights by digest, its scores again.
+"""Verification of a version: code, data and weights are compared by digest, then scores and captions are repeated.
 
-The code that scores and captions is that of the commit, run in the clone. Nothing is written outside scratch.
+The version's commit is checked out in a temporary clone, and the code of that commit scores and captions there.
+Nothing is written outside of the temporary folder.
 """
 
 import json
@@ -32,14 +33,14 @@ from onediff.paths import DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read_dvc_lock
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
-SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # by the version's tag
-NUM_BATCHES = 4  # of split gate, captioned again
-SAME_CAPTIONS = 0.98  # share that must be word for word the same; on the machine that made them all are
+SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # The key is an MLflow tag.
+NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
+SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check. `problem` says where, expected and got; it is empty if the check passed."""
+    """The result of one check. `problem` gives place, expected and actual value; it is empty if the check passed."""
 
     what: str
     problem: str = ""
@@ -49,9 +50,9 @@ class Check:
 
 
 def verify(version: str) -> Iterator[Check]:
-    """Yields each check when it is done. A check that needs something that failed before is left out.
+    """Yield the result of each check as soon as the check ends. A check is skipped if a check that it needs failed.
 
-    Raises ValueError if the version, its lineage or its commit cannot be had.
+    Raises ValueError if the version, its lineage or its commit does not exist.
     """
     lineage = lineage_of(version)
     uri = uri_of(version)
@@ -64,7 +65,7 @@ def verify(version: str) -> Iterator[Check]:
         clone = Path(scratch).absolute() / "clone"
         git("clone", "--quiet", "--shared", "--no-checkout", str(Path.cwd()), str(clone))
         git("checkout", "--quiet", "--detach", commit, root=clone)
-        yield Check("dvc.lock and data card that the version carries",
+        yield Check("dvc.lock and data card of the version",
                     next(_carried_problems(lineage, carried, stages), ""))
         yield Check(f"code at commit {commit[:12]}", "; ".join(_code_problems(lineage, stages, clone)))
         for name in (DVC_LOCK, PARAMS):
@@ -77,55 +78,57 @@ def verify(version: str) -> Iterator[Check]:
         yield weights
         yield _check_workspace(lineage, stages)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
-            yield Check("scored again by the commit's code: the registered scores, to the last digit",
+            yield Check("scoring again with the code of the commit gives exactly the registered scores",
                         "; ".join(_score_again(registry.version_tags(uri), outs, clone)))
             if not weights.problem:
                 yield _caption_again(registry.model_folder(uri), stages, clone, Path(scratch).absolute() / "again")
 
 
 def _commit(lineage: Mapping[str, Any]) -> str:
+    """Return the version's git commit. Raises ValueError if this repository does not contain the commit."""
     commit = str(lineage["git"]["commit"])
     if commit == "none":
-        raise ValueError(f"version {lineage['version']} was made outside git: no commit to prove it by")
+        raise ValueError(f"version {lineage['version']} was trained without git, so no commit contains its code: train "
+                         "and register the model in a clone")
     if head() is None:
-        raise ValueError(f"version {lineage['version']} was made at commit {commit}, and no git commit holds this "
-                         "folder: verify the version in a clone of the repository")
+        raise ValueError(f"version {lineage['version']} was made at commit {commit}, but this folder is not part of a "
+                         "git commit: verify the version in a clone of the repository")
     try:
         git("cat-file", "-e", f"{commit}^{{commit}}")
     except ValueError:
-        branch = lineage["git"]["branch"] or "not noted"
-        raise ValueError(f"version {lineage['version']} was made at commit {commit}, which is not in this repository: "
-                         f"'git fetch origin' its branch ({branch}) and try again") from None
+        branch = lineage["git"]["branch"] or "not recorded"
+        raise ValueError(f"version {lineage['version']} was made at commit {commit}, which this repository does not "
+                         f"contain: fetch the branch of the commit ({branch}) with 'git fetch origin', then verify "
+                         "again") from None
     return commit
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
 def _carried_problems(lineage: Mapping[str, Any], carried: Path, stages: Mapping[str, Stage]) -> Iterator[str]:
+    """Yield a line for each file of the version's lineage folder that does not match lineage.json."""
     for path, key in ((carried / DVC_LOCK, "dvc_lock"), (carried / "card.json", "data_card")):
         if not path.exists():
-            yield f"{path} not found"
+            yield f"{path} does not exist"
         elif (actual := sha256_of(path)) != lineage[key]:
             yield f"{path}: SHA-256 must be {lineage[key]}, got {actual}"
     if read_dvc_lock(carried / DVC_LOCK) != stages:
-        yield f"{carried}/lineage.json names other digests than {carried / DVC_LOCK}"
+        yield f"{carried}/lineage.json has other digests than {carried / DVC_LOCK}"
 
 
 def _code_problems(lineage: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Iterator[str]:
-    """Where the code of the commit is not the code with which the stages up to the scores ran."""
-    yield from (f"{path} had changes that are in no commit" for path in lineage["git"]["dirty"])
+    """Yield a line for each source file that differs between the commit and the code that trained and scored."""
+    yield from (f"{path} had uncommitted changes" for path in lineage["git"]["dirty"])
     for name in sorted(upstream(stages, TRAINING + SCORING)):
         code = {path: md5 for path, md5 in stages[name].deps.items() if not path.startswith("data/")}
         for path, md5 in code.items():
-            actual = md5_of(clone / path) if (clone / path).exists() else "nothing"
+            actual = md5_of(clone / path) if (clone / path).exists() else "no such file"
             if actual != md5:
                 yield f"{path}: stage {name} ran with md5 {md5}, the commit has {actual}"
 
 
 def _fetch(path: str, outs: Mapping[str, str], clone: Path) -> Check:
+    """Fetch an output of the pipeline into the clone by its digest, from DVC's cache or the default remote."""
     if path not in outs:
-        return Check(f"{path} by digest", "the version's dvc.lock has no such out")
+        return Check(f"{path} by digest", "the version's dvc.lock does not list this output")
     what = f"{path} by digest {outs[path]}"
     shutil.rmtree(clone / path, ignore_errors=True)
     try:
@@ -136,22 +139,26 @@ def _fetch(path: str, outs: Mapping[str, str], clone: Path) -> Check:
 
 
 def _check_weights(uri: str, lineage: Mapping[str, Any], outs: Mapping[str, str], clone: Path) -> Check:
-    """Compares the registered files with the digest of the version (`model_folder` does that) and with the out of
-    training in dvc.lock.
+    """Compare the registered model with the digest of the version, and with the training output in dvc.lock.
+
+    `registry.model_folder` does the first comparison and raises ValueError if the digest differs.
     """
-    what = f"registered weights are those that training left (SHA-256 {lineage['weights_digest'][:12]})"
+    what = f"registered weights are the output of training (SHA-256 {lineage['weights_digest'][:12]})"
     try:
         folder = registry.model_folder(uri)
     except ValueError as error:
         return Check(what, str(error))
     files = lineage["files"].get(WEIGHTS) or (md5_of_files(clone / WEIGHTS) if (clone / WEIGHTS).exists() else None)
     if files is None:
-        return Check(what, f"nothing lists the files of {outs.get(WEIGHTS)}")
+        return Check(what, f"the list of the files in {outs.get(WEIGHTS)} does not exist, so they cannot be compared")
     return Check(what, "; ".join(_differences(folder, files)))
 
 
 def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage]) -> Check:
-    """Reads every file in the workspace of the data that the workspace's dvc.lock has under the version's digest."""
+    """Read the data files in the workspace and compare each with the md5 in the version's lineage.
+
+    Data that has another digest in the workspace's dvc.lock belongs to another version, and is skipped.
+    """
     present = _data(read_dvc_lock()) if DVC_LOCK.exists() else {}
     num_files = 0
     problems: list[str] = []
@@ -164,14 +171,17 @@ def _check_workspace(lineage: Mapping[str, Any], stages: Mapping[str, Stage]) ->
 
 
 def _data(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """Path -> md5 of the deps and outs below data, without folders that contain other deps or outs."""
+    """Return the md5 of each dependency and output below data/, by path.
+
+    Folders that contain other dependencies or outputs are left out, because their files are compared one by one.
+    """
     md5s = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
             if path.startswith("data/")}
     return {path: md5 for path, md5 in md5s.items() if not any(other.startswith(f"{path}/") for other in md5s)}
 
 
 def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
-    """One line for each file that is missing or whose md5 is not the listed one."""
+    """Yield a line for each file that is missing or has another md5 than the listed one."""
     for name, md5 in files.items():
         path = folder / name
         if not path.exists():
@@ -181,7 +191,7 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> list[str]:
-    """Runs stage `score` of the commit. Returns where the scores or files differ from those of the version."""
+    """Run the stage `score` of the commit. Return a line for each score or file that differs from the version."""
     shutil.rmtree(clone / SCORED, ignore_errors=True)
     if failure := _run_stage("score", clone, code=clone):
         return [failure]
@@ -198,8 +208,11 @@ def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) 
 
 
 def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again: Path) -> Check:
-    """Captions some batches of split gate with the registered weights, in the same batches as the stage `caption`."""
-    what = "captioned again with the registered weights"
+    """Caption some batches of the `gate` split again with the registered weights.
+
+    The batches are those of the stage `caption`, because the composition of a batch changes how numbers are rounded.
+    """
+    what = "captioning again with the registered weights"
     pair_ids = _write_sample(clone, again, stages["caption"].params["caption"]["batch_size"])
     if problem := _run_stage("caption", again, str(model.absolute()), code=clone):
         return Check(what, problem)
@@ -208,15 +221,15 @@ def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again:
                    for folder in (clone, again))
     changed = [pair_id for pair_id in pair_ids if now.get(pair_id) != before.get(pair_id)]
     same = 1 - len(changed) / len(pair_ids)
-    what += (f": {100 * same:.1f} % of {len(pair_ids)} pairs of split gate the same, "
-             f"at least {100 * SAME_CAPTIONS:.0f} % asked")
+    what += (f" gives {100 * same:.1f} % identical captions of {len(pair_ids)} pairs of the `gate` split, "
+             f"and at least {100 * SAME_CAPTIONS:.0f} % are required")
     if same >= SAME_CAPTIONS:
         return Check(what)
     return Check(what, f"{changed[0]}: must be '{before.get(changed[0])}', got '{now.get(changed[0])}'")
 
 
 def _write_sample(clone: Path, again: Path, batch_size: int) -> list[str]:
-    """Writes a folder with some batches of split gate as its only data. Returns the ids of its pairs."""
+    """Write a project folder that contains only some batches of the `gate` split. Return the ids of the pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,13 +241,13 @@ def _write_sample(clone: Path, again: Path, batch_size: int) -> list[str]:
     sample = pa.concat_tables(table.slice(start, batch_size) for start in chosen)
     (again / DIFFCAP).mkdir(parents=True)
     pq.write_table(sample, again / DIFFCAP / "gate-00000.parquet")
-    pq.write_table(sample.slice(0, 1), again / DIFFCAP / "test-00000.parquet")  # the stage needs one
+    pq.write_table(sample.slice(0, 1), again / DIFFCAP / "test-00000.parquet")  # The stage requires a `test` split.
     shutil.copyfile(clone / PARAMS, again / PARAMS)
     return [str(pair_id) for pair_id in sample["pair_id"].to_pylist()]
 
 
 def _run_stage(name: str, folder: Path, *arguments: str, code: Path) -> str:
-    """Runs a stage of the commit in a folder. Returns why it failed, or an empty text."""
+    """Run a stage with the code of the commit in a folder. Return why the stage failed, or an empty text."""
     environ = os.environ | {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-P", "-m", f"onediff.stages.{name}", *arguments], cwd=folder, env=environ,
                           capture_output=True, text=True, check=False)

@@ -163,6 +163,8 @@ def check_champion() -> None:
 @tracking.plain_errors()
 def repair() -> TrailRecord:
     """Makes MLflow's aliases and the trail agree, as every change does first. Returns the last record."""
+    if not tracking.exists():
+        store.aliases()  # This raises ValueError, because `writing` would create a lock file beside a missing database.
     with writing():
         return settled()
 

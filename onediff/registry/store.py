@@ -30,6 +30,8 @@ _sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 
 def versions_of(model: str) -> list[ModelVersion]:
     """All versions of a registered model, oldest first; none if there is no such model."""
+    if not tracking.exists():
+        return []
     pages = tracking.all_pages(tracking.client().search_model_versions, f"name = '{model}'", max_results=1000)
     return sorted(pages, key=lambda item: int(item.version))
 
@@ -50,7 +52,7 @@ def make_model(name: str, description: str) -> None:
 
 def aliases() -> Aliases:
     """The aliases in MLflow now. Raises ValueError if nothing is registered."""
-    model = tracking.lookup(tracking.client().get_registered_model, NAME)
+    model = tracking.lookup(tracking.client().get_registered_model, NAME) if tracking.exists() else None
     if model is None:
         raise ValueError(f"no version of '{NAME}' at {tracking.where()}: 'make run' trains and registers one")
     return {alias: str(version) for alias, version in model.aliases.items()}
@@ -58,7 +60,7 @@ def aliases() -> Aliases:
 
 def get(version: str) -> ModelVersion:
     """A version of `onediff`. Raises ValueError if it is not registered."""
-    item = tracking.lookup(tracking.client().get_model_version, NAME, version)
+    item = tracking.lookup(tracking.client().get_model_version, NAME, version) if tracking.exists() else None
     if item is None:
         known = ", ".join(str(other.version) for other in versions_of(NAME)) or "none"
         raise ValueError(f"version {version} of '{NAME}' is not registered; there are: {known}")

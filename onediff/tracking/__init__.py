@@ -6,6 +6,7 @@ from onediff.tracking.connection import (
     all_pages,
     check,
     client,
+    exists,
     experiment_id,
     first_line,
     http_status,
@@ -18,6 +19,6 @@ from onediff.tracking.connection import (
 from onediff.tracking.evaluation import log_evaluation
 from onediff.tracking.runs import PARENT, Run, flatten, parent_run, phase_run, provenance
 
-__all__ = ["HOME", "PARENT", "SERVER", "Run", "all_pages", "check", "client", "experiment_id", "first_line", "flatten",
-           "http_status", "log_evaluation", "lookup", "parent_run", "phase_run", "plain_errors", "provenance", "uri",
-           "where", "without_password"]
+__all__ = ["HOME", "PARENT", "SERVER", "Run", "all_pages", "check", "client", "exists", "experiment_id", "first_line",
+           "flatten", "http_status", "log_evaluation", "lookup", "parent_run", "phase_run", "plain_errors",
+           "provenance", "uri", "where", "without_password"]

@@ -51,6 +51,12 @@ def uri() -> str:
     return address
 
 
+def exists() -> bool:
+    """Return False if the store is a SQLite file that does not exist. Opening such a store would create the file."""
+    address = uri()
+    return not address.startswith("sqlite:///") or Path(address.removeprefix("sqlite:///").partition("?")[0]).exists()
+
+
 def where() -> str:
     """`uri()` as it may be shown: without user and password."""
     return without_password(uri())

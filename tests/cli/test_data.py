@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from onediff.cli import main as cli
 from onediff.data.record import Record, write_shards
@@ -21,13 +22,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _data(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    """Run `onediff data` in this process and return the exit code, or the error message."""
     monkeypatch.setattr(sys, "argv", ["onediff", "data", *arguments])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         cli.main()
-    return left.value.code
+    return exit_.value.code
 
 
-def test_status_names_every_source_of_params_and_what_to_do(
+def test_status_lists_every_source_with_its_next_step(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert _data(monkeypatch, "status", "--json") == 0
     rows = {row["source"]: row for row in json.loads(capsys.readouterr().out)}
@@ -35,7 +37,7 @@ def test_status_names_every_source_of_params_and_what_to_do(
     assert "onediff data fetch spot_the_diff" in rows["spot_the_diff"]["todo"]
 
 
-def test_reading_the_example_counts_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+def test_reading_a_folder_counts_its_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                        project: Path) -> None:
     assert _data(monkeypatch, "read", "mine", str(ROOT / "examples/folder"), "--json") == 0
     splits = json.loads(capsys.readouterr().out)["splits"]
@@ -43,12 +45,23 @@ def test_reading_the_example_counts_it(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert all(counts["missing_images"] == 0 for counts in splits.values())
 
 
+def test_reading_a_folder_reports_a_truncated_jpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                   project: Path) -> None:
+    Path("mine").mkdir()
+    Image.effect_noise((97, 89), 50).convert("RGB").save("mine/a.jpg")
+    content = Path("mine/a.jpg").read_bytes()
+    Path("mine/b.jpg").write_bytes(content[:len(content) // 2])
+    Path("mine/pairs.csv").write_text("before,after,split\na.jpg,b.jpg,train\n")
+    assert _data(monkeypatch, "read", "mine", "mine") == 0
+    assert "broken: mine/b.jpg: corrupt or truncated image" in capsys.readouterr().out
+
+
 def test_an_error_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = str(_data(monkeypatch, "read", "spot_the_dif", str(project)))
     assert message.startswith("onediff: ") and "did you mean 'spot_the_diff'?" in message and "\n" not in message
 
 
-def test_a_dry_run_prints_requests_and_cost_and_sends_none(
+def test_a_dry_run_prints_requests_and_cost_and_sends_nothing(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("INPUT", "OUTPUT"):
         monkeypatch.setenv(f"ONEDIFF_WRITER_USD_PER_MILLION_{key}", "1.0")
@@ -62,8 +75,9 @@ def test_a_dry_run_prints_requests_and_cost_and_sends_none(
     assert not (project / "data/answers").exists()
 
 
-def test_browse_writes_a_page(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                              scene_pairs: list[Record]) -> None:
+def test_browse_writes_a_page_with_the_captions(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        scene_pairs: list[Record]) -> None:
     write_shards(scene_pairs, project / "data/diffcap", "train", shard_pairs=99)
     assert _data(monkeypatch, "browse") == 0
     page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scoring works where only `pip install onediff-idc` was done, without its extras."""
+"""Tests of an installation by `pip install onediff-idc` alone, without the extra `full`: scoring must work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ main()
 
 
 def installed_by(names: list[str]) -> set[str]:
-    """The distributions that these bring with them, without extras."""
+    """Return the given distributions and everything that they require, without extras."""
     distributions: set[str] = set()
     while names:
         requirement = Requirement(names.pop())
@@ -40,14 +40,14 @@ def installed_by(names: list[str]) -> set[str]:
         distributions.add(name)
         try:
             names += metadata.requires(requirement.name) or []
-        except metadata.PackageNotFoundError:  # for another platform
+        except metadata.PackageNotFoundError:  # The requirement is for another platform.
             continue
     return distributions
 
 
 @pytest.fixture(scope="module")
 def absent() -> list[str]:
-    """Top-level modules that a light install has not got."""
+    """Return the top-level modules that an installation without extras does not have."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     light = installed_by(list(project["dependencies"]))
     return [module for module, owners in metadata.packages_distributions().items() if module != "onediff"
@@ -55,23 +55,33 @@ def absent() -> list[str]:
 
 
 def onediff(absent: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process in which the modules `absent` cannot be imported."""
     code = BLOCK.format(refused=absent, arguments=arguments)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPO)
 
 
-def test_scoring_and_comparing_need_the_light_install_only(absent: list[str], tmp_path: Path) -> None:
+def test_scoring_and_comparing_work_without_the_extras(absent: list[str], tmp_path: Path) -> None:
     assert {"torch", "transformers", "pyarrow", "mlflow", "prefect", "PIL"} - {"PIL"} <= set(absent)
     predictions, truth = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
     predictions.write_text("".join(json.dumps({"pair_id": k, "prediction": "the red car left"}) + "\n" for k in "ab"))
     truth.write_text("".join(json.dumps({"pair_id": k, "references": [f"the {k} car left"]}) + "\n" for k in "ab"))
-    done = onediff(absent, "score", "--predictions", str(predictions), "--references", str(truth), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_pairs"] == 2 and json.loads(done.stdout)["BLEU-1"] == pytest.approx(0.75)
-    done = onediff(absent, "compare", str(predictions), str(predictions), "--references", str(truth), "--json")
-    assert json.loads(done.stdout)["CIDEr"]["p"] == 1, done.stderr
+    completed = onediff(absent, "score", "--predictions", str(predictions), "--references", str(truth), "--json")
+    assert completed.returncode == 0, completed.stderr
+    scores = json.loads(completed.stdout)
+    assert scores["num_pairs"] == 2 and scores["BLEU-1"] == pytest.approx(0.75)
+    completed = onediff(absent, "compare", str(predictions), str(predictions), "--references", str(truth), "--json")
+    assert json.loads(completed.stdout)["CIDEr"]["p"] == 1, completed.stderr
 
 
-def test_what_needs_more_says_how_to_get_it(absent: list[str], tmp_path: Path) -> None:
-    done = onediff(absent, "caption", "a.png", "b.png")
-    assert done.returncode == 1
-    assert re.match(r"onediff: this needs the package \w+, .* pip install 'onediff-idc\[full\]'", done.stderr)
+def test_a_command_that_needs_an_extra_says_how_to_install_it(absent: list[str], tmp_path: Path) -> None:
+    completed = onediff(absent, "caption", "a.png", "b.png")
+    assert completed.returncode == 1
+    assert re.match(r"onediff: this command needs the package \w+, ", completed.stderr)
+    assert "pip install 'onediff-idc[full]'" in completed.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["rich"]])
+def test_the_help_is_grouped_without_the_extras_and_without_rich(absent: list[str], more: list[str]) -> None:
+    completed = onediff([*absent, *more], "--help")
+    assert completed.returncode == 0, completed.stderr
+    assert "\nEvaluation:\n" in completed.stdout and "Score predicted captions against reference" in completed.stdout

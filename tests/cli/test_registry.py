@@ -22,14 +22,14 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(*words: str) -> str:
-    done = CliRunner().invoke(app, words)
-    if done.exception:
-        raise done.exception
-    return done.output
+    completed = CliRunner().invoke(app, words)
+    if completed.exception:
+        raise completed.exception
+    return completed.output
 
 
-def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
-    assert "no change yet" in run("trail")
+def test_promotion_and_rollback_are_in_the_audit_trail() -> None:
+    assert "No alias has changed yet" in run("trail")
     for name, score in (("a", 3.0), ("b", 3.5)):
         add(name, CIDEr=score)
         run("promote")
@@ -38,11 +38,11 @@ def test_promoting_rolling_back_and_what_the_trail_says_of_it() -> None:
     assert "rollback  champion 2 -> 1, previous 1 -> -  by " in run("trail") and "it lies" in run("list")
     changes = json.loads(run("trail", "--json"))
     assert [change["to"] for change in changes][:-1] == [change["from"] for change in changes][1:]
-    assert run("check") == ("5 records, no gap, no fork; MLflow's aliases are as they say; mlflow/promotion.yaml is "
-                             "valid\n")
+    assert run("check") == ("5 records without a gap or a fork; MLflow's aliases agree with them; "
+                             "mlflow/promotion.yaml is valid\n")
 
 
-def test_where_the_rules_want_approval_the_command_names_the_case_and_asks() -> None:
+def test_if_the_rules_require_approval_the_command_asks_for_it() -> None:
     write_rules(Path("mlflow/promotion.yaml"), approval_h=1)
     add("a")
     for answer, champion in (("n", []), ("y", ["champion"])):
@@ -50,13 +50,13 @@ def test_where_the_rules_want_approval_the_command_names_the_case_and_asks() -> 
         assert "Shall version 1 (model " in asked and aliases() == {"1": ["candidate", *champion]}
 
 
-def test_a_refusal_names_every_rule() -> None:
+def test_a_refusal_lists_every_failed_rule() -> None:
     add("a", CIDEr=3.0, change_type_accuracy=0.1, false_alarm_rate=0.9)
     with pytest.raises(ValueError, match=r"version 1 is refused:\n  scenes\.change_type.*\n  scenes\.false_alarm_rate"):
         run("promote")
 
 
-def test_an_alias_changed_outside_is_shown_and_taken_up() -> None:
+def test_an_alias_that_was_changed_outside_is_reported_and_repair_records_it() -> None:
     for name, score in (("a", 3.0), ("b", 3.5)):
         add(name, CIDEr=score)
         run("promote")
@@ -68,9 +68,17 @@ def test_an_alias_changed_outside_is_shown_and_taken_up() -> None:
     assert "5 records" in run("check")
 
 
-def test_a_champion_set_outside_that_never_met_the_gate_is_set_back() -> None:
+def test_a_champion_that_was_set_outside_and_never_passed_the_gate_is_reset() -> None:
     add("a")
     tracking.client().set_registered_model_alias("onediff", "champion", "1")
     assert "the next change sets champion back: that version never met the gate" in run("trail")
     assert "restored" in run("repair") and aliases() == {"1": ["candidate"]}
     assert "2 records" in run("check")
+
+
+@pytest.mark.parametrize("command", ["list", "trail", "repair"])
+def test_reading_an_empty_registry_creates_no_database(command: str, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent/mlflow.db'}")
+    CliRunner().invoke(app, [command])
+    assert not (tmp_path / "absent").exists()

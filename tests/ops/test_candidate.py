@@ -12,7 +12,7 @@ from onediff.model.assemble import build
 from onediff.ops.candidate import caption_ms
 
 
-def test_a_pair_takes_some_milliseconds(micro: Config, tmp_path: Path) -> None:
+def test_the_time_of_a_caption_is_positive_and_a_missing_split_is_an_error(micro: Config, tmp_path: Path) -> None:
     model, processor = build(settings(micro, *checkpoints(tmp_path, "clip", "llama")), seed=3)
     model.save_pretrained(tmp_path / "out")
     processor.save_pretrained(tmp_path / "out")

@@ -17,8 +17,8 @@ CARRIED = {"README.md": "# card\n", "lineage/lineage.json": '{"git": {}}'}
 
 
 @pytest.fixture(scope="module")
-def made(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a small real model as version 1, and as version 2 one without a card."""
+def model_store(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLflow store: version 1 is a small real model, version 2 has no model card."""
     from onediff.model.assemble import build
 
     folder = tmp_path_factory.mktemp("export")
@@ -43,12 +43,12 @@ def made(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made / 'mlflow.db'}")
+def store(model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{model_store / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_exported_folder_says_what_the_registered_model_says(made: Path) -> None:
+def test_the_exported_model_gives_the_captions_of_the_registered_model(model_store: Path) -> None:
     from onediff.inputs.processing import OneDiffProcessor
     from onediff.model.captioner import Captioner
     from onediff.model.onediff import OneDiffForConditionalGeneration
@@ -61,7 +61,7 @@ def test_the_exported_folder_says_what_the_registered_model_says(made: Path) -> 
     assert Captioner(model, processor).caption(pairs, max_new_tokens=7) == expected
 
 
-def test_it_carries_card_licence_and_lineage_and_no_trace_of_the_making() -> None:
+def test_the_folder_contains_card_licence_and_lineage_and_no_temporary_file_remains() -> None:
     Path("empty").mkdir()
     folder = export("1", Path("empty"))
     assert {"README.md", "LICENSE", "lineage.json", "config.json", "model.safetensors",
@@ -71,15 +71,15 @@ def test_it_carries_card_licence_and_lineage_and_no_trace_of_the_making() -> Non
     assert [path.name for path in Path().iterdir()] == ["empty"]
 
 
-def test_a_folder_with_something_in_it_is_left_as_it_is() -> None:
+def test_a_folder_that_contains_files_is_refused_and_not_changed() -> None:
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="mine is there and not empty: name a new folder"):
+    with pytest.raises(ValueError, match="mine must be new or empty, but it contains files: choose another folder"):
         export("1", Path("mine"))
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
 
 
-def test_weights_that_were_damaged_are_not_exported() -> None:
+def test_damaged_weights_are_not_exported() -> None:
     with (tiny_project.flipped(registry.model_folder("models:/onediff/1") / "model.safetensors"),
           pytest.raises(ValueError, match=r"must have the registered digest \w{12}, got \w{12}: they were changed")):
         export("1", Path("out"))
@@ -87,5 +87,5 @@ def test_weights_that_were_damaged_are_not_exported() -> None:
 
 
 def test_a_version_without_a_card_is_not_exported() -> None:
-    with pytest.raises(FileNotFoundError, match="version 2 has no model card; register it again"):
+    with pytest.raises(FileNotFoundError, match="version 2 has no model card: register the model again"):
         export("2", Path("out"))

@@ -19,7 +19,7 @@ NAME = "onediff"
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An MLflow database with its tables and nothing else: making one takes seconds."""
+    """The content of an empty MLflow database. It is made once, because creating the tables takes seconds."""
     folder = tmp_path_factory.mktemp("empty")
     code = "from onediff import tracking; tracking.client()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env={
@@ -29,7 +29,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bytes) -> Path:
-    """A git and DVC project with an MLflow store of its own; the test stands in it."""
+    """A git and DVC project with its own MLflow store. The working directory of the test is this project."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -58,7 +58,7 @@ def commit(message: str) -> str:
 
 
 def add_data(text: str) -> str:
-    """A folder of two files in the workspace, tracked; gives the lines of dvc.lock that name it."""
+    """Write a folder of two files and add it to DVC. Return the content of the .dvc file."""
     folder = Path("shards")
     folder.mkdir(exist_ok=True)
     (folder / "a").write_text(text)
@@ -68,7 +68,7 @@ def add_data(text: str) -> str:
 
 
 def register(lock: str | None, **tags: str) -> None:
-    """A version that carries this dvc.lock, or none."""
+    """Register a version whose lineage contains this text as dvc.lock, or no dvc.lock for None."""
     store = tracking.client()
     if not store.search_registered_models():
         store.create_registered_model(NAME)
@@ -82,10 +82,12 @@ def register(lock: str | None, **tags: str) -> None:
 
 
 def objects() -> set[str]:
+    """Return the contents of all files in the DVC cache."""
     return {path.read_text() for path in Path(".dvc/cache/files").rglob("*") if path.is_file()}
 
 
 def age(folder: Path) -> Path:
+    """Set the modification time of the folder and everything in it to 40 days ago."""
     for path in (*folder.rglob("*"), folder):
         os.utime(path, (OLD, OLD))
     return folder
@@ -100,7 +102,7 @@ def make_run(name: str, *, parent: str | None = None, started: float = OLD, stat
     return str(run.info.run_id)
 
 
-def test_data_that_only_a_version_needs_survives_and_what_nobody_needs_goes(project: Path) -> None:
+def test_cached_data_that_a_version_needs_is_kept_and_unneeded_data_is_removed(project: Path) -> None:
     add_data("nobody's")
     registered = add_data("a version's")
     add_data("a tag's")
@@ -108,65 +110,67 @@ def test_data_that_only_a_version_needs_survives_and_what_nobody_needs_goes(proj
     git("tag", "v1")
     add_data("the workspace's")
     register(registered)
-    assert len(objects()) == 9  # of each of the four: its list and its file a; b once
+    assert len(objects()) == 9  # Four folder lists, four versions of file a, and one file b.
     surveyed = survey(30)
     assert surveyed.refused == [] and len(surveyed.names("data")) == 2
-    assert len(objects()) == 9  # a survey removes nothing
+    assert len(objects()) == 9  # `survey` must not remove anything.
     assert sweep(surveyed) == []
-    left = {text for text in objects() if not text.startswith("[")}
-    assert left == {"a version's", "a tag's", "the workspace's", "the same in every version"}
+    remaining = {text for text in objects() if not text.startswith("[")}
+    assert remaining == {"a version's", "a tag's", "the workspace's", "the same in every version"}
     Path("shards.dvc").write_text(registered)
     dvc("checkout", "-q", "--force", "shards.dvc")
     assert Path("shards/a").read_text() == "a version's"
 
 
-def test_the_cache_is_not_touched_while_a_version_does_not_say_what_it_needs(project: Path) -> None:
+def test_the_cache_is_not_changed_if_a_version_has_no_dvc_lock(project: Path) -> None:
     add_data("unknown")
     add_data("the workspace's")
     register(None)
     before = objects()
     surveyed = survey(0)
-    assert surveyed.refused == ["version 1 of 'onediff': its lineage/ holds no dvc.lock",
-                             "branches, MLflow runs and the DVC cache stay as they are until such a version is "
-                             "registered again or deleted"]
+    assert surveyed.refused == ["version 1 of 'onediff': lineage/dvc.lock does not exist",
+                                "branches, MLflow runs and the DVC cache are not examined until each of these versions "
+                                "is registered again or deleted"]
     sweep(surveyed)
     assert objects() == before
 
 
-def test_a_version_whose_files_are_gone_is_told_by_its_number(project: Path) -> None:
+def test_a_version_whose_files_were_deleted_is_reported_by_number(project: Path) -> None:
     register("md5: '" + "0" * 32 + "'\n")
     subprocess.run(["rm", "-r", "mlflow-versions"], check=True)
     assert survey(30).refused[0].startswith("version 1 of 'onediff': its lineage/ cannot be read")
 
 
-def test_a_cache_that_others_share_is_left_alone(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_cache_outside_of_the_project_is_not_examined(project: Path,
+                                                        tmp_path_factory: pytest.TempPathFactory) -> None:
     dvc("cache", "dir", str(tmp_path_factory.mktemp("shared")))
     add_data("nobody's")
     add_data("the workspace's")
     surveyed = survey(0)
-    assert surveyed.names("data") == [] and "lies outside this project, so others may share it" in surveyed.refused[0]
+    assert surveyed.names("data") == [] and "is outside of this project" in surveyed.refused[0]
 
 
-def test_runs_go_with_their_artifacts_unless_a_version_a_young_or_a_living_run_is_of_their_family(
+def test_old_runs_are_removed_with_their_artifacts_unless_their_retraining_is_needed(
         project: Path) -> None:
     old = make_run("retrain")
-    below = make_run("tune", parent=old)
+    child = make_run("tune", parent=old)
     parent = make_run("retrain")
-    ours, sibling = make_run("tune", parent=parent), make_run("evaluate", parent=parent)
-    register("md5: '" + "0" * 32 + "'\n", run_id=ours)
+    registered_run, sibling = make_run("tune", parent=parent), make_run("evaluate", parent=parent)
+    register("md5: '" + "0" * 32 + "'\n", run_id=registered_run)
     young = make_run("retrain", started=time.time())
-    lives = make_run("retrain", status="RUNNING")
+    still_running = make_run("retrain", status="RUNNING")
     surveyed = survey(30)
-    assert set(surveyed.names("run")) == {old, below}
+    assert set(surveyed.names("run")) == {old, child}
     assert all(item.num_bytes == 1000 for item in surveyed.items if item.kind == "run")
     sweep(surveyed)
-    left = tracking.client().search_runs([tracking.experiment_id()])
-    assert {run.info.run_id for run in left} == {parent, ours, sibling, young, lives}
+    remaining = tracking.client().search_runs([tracking.experiment_id()])
+    assert {run.info.run_id for run in remaining} == {parent, registered_run, sibling, young, still_running}
     assert len(list(Path("mlflow-artifacts").rglob("a.txt"))) == 5
     assert survey(30).names("run") == []
 
 
-def test_old_retrain_branches_go_unless_a_version_names_them(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_retrain_branches_are_removed_unless_a_version_refers_to_them(project: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_COMMITTER_DATE", f"{int(OLD)} +0000")
     commits = {}
     for name in ("forgotten", "by_commit", "by_name"):
@@ -186,7 +190,7 @@ def test_old_retrain_branches_go_unless_a_version_names_them(project: Path, monk
         "retrain/by_commit", "retrain/by_name", "retrain/young"]
 
 
-def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(project: Path) -> None:
+def test_old_checkpoints_and_copies_are_removed_unless_they_are_in_use(project: Path) -> None:
     scratch, copies = Path(".onediff/scratch"), Path(".onediff/models")
     for name, state in (("ended", "finished"), ("held", "running"), ("young", "failed")):
         (scratch / name).mkdir(parents=True)
@@ -209,12 +213,12 @@ def test_scratch_and_copies_go_when_old_and_neither_running_nor_of_an_alias(proj
 
 
 @pytest.mark.slow
-def test_the_command_shows_first_and_removes_when_told(project: Path) -> None:
+def test_the_command_lists_items_and_removes_them_only_with_yes(project: Path) -> None:
     add_data("nobody's")
     add_data("the workspace's")
     before = objects()
     shown = onediff("gc")
-    assert "2 data, 0.0 MB: objects of the DVC cache" in shown and "nothing was removed" in shown
+    assert "2 data, 0.0 MB: objects in the DVC cache" in shown and "Nothing was removed yet" in shown
     assert objects() == before
     assert "removed" in onediff("gc", "--yes") and len(objects()) == len(before) - 2
     assert json.loads(onediff("gc", "--json")) == {"items": [], "refused": [], "removed": False}
@@ -226,5 +230,12 @@ def onediff(*arguments: str) -> str:
                           env=env).stdout
 
 
-def test_nothing_is_found_where_there_is_nothing(project: Path) -> None:
+def test_outside_of_a_project_the_command_refuses_and_creates_nothing(tmp_path: Path) -> None:
+    completed = subprocess.run([sys.executable, "-m", "onediff", "gc"], cwd=tmp_path, capture_output=True, text=True,
+                               check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert completed.returncode == 1 and ".dvc does not exist" in completed.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_project_has_nothing_to_remove(project: Path) -> None:
     assert survey(0) == Survey()

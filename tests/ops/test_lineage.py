@@ -26,12 +26,13 @@ def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uses_of(item: str) -> list[tuple[str, str, bool | None]]:
-    uses, unknown = lineage.versions_of(item)
-    assert unknown == []
+    """Return path, role and equality with the workspace for each use of an item."""
+    uses, without_lineage = lineage.versions_of(item)
+    assert without_lineage == []
     return [(use.path, use.role, use.here) for use in uses]
 
 
-def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) -> None:
+def test_the_lineage_contains_commit_files_parameters_data_and_runs(project: Path) -> None:
     recorded = lineage.lineage_of("candidate")
     assert recorded["git"] == {"commit": tracking.provenance()["git_commit"], "branch": "main", "dirty": []}
     assert recorded["runs"] == {"flow": "flow-7", "parent": "parent-5", "align": "run-of-align", "tune": "run-of-tune",
@@ -45,14 +46,14 @@ def test_a_version_names_commit_files_parameters_data_and_runs(project: Path) ->
     assert (carried / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()
 
 
-def test_a_stranger_can_read_it() -> None:
+def test_the_text_lists_the_stages_from_sources_to_scores() -> None:
     text = lineage.as_text(lineage.lineage_of("1"))
     assert "align run-of-align, tune run-of-tune" in text and "nothing changed since" in text
     order = [text.index(f"  {name}: from") for name in ("build", "align", "tune", "caption", "score")]
     assert order == sorted(order)
 
 
-def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Path) -> None:
+def test_a_file_that_changed_since_the_commit_is_recorded(project: Path, tmp_path: Path) -> None:
     code = Path("onediff/stages/score.py")
     before = code.read_text()
     code.write_text(before + "\n")
@@ -67,34 +68,34 @@ def test_what_was_changed_since_the_commit_is_noted(project: Path, tmp_path: Pat
     (DIFFCAP, (DIFFCAP, "was trained on it", True)),
     (ALIGN, (ALIGN, "was trained on it", True)),
     ("./data/../data/diffcap/train-00000.parquet", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
-    (f"{DIFFCAP}/val-00000.parquet", (f"{DIFFCAP}/val-00000.parquet", "chose its step on it", True)),
-    (f"{DIFFCAP}/gate-00000.parquet", (f"{DIFFCAP}/gate-00000.parquet", "was not trained on it, but scored", True)),
+    (f"{DIFFCAP}/val-00000.parquet", (f"{DIFFCAP}/val-00000.parquet", "chose the best step on it", True)),
+    (f"{DIFFCAP}/gate-00000.parquet", (f"{DIFFCAP}/gate-00000.parquet", "was scored on it, but not trained", True)),
     ("data/synthetic/scenes/all.parquet", ("data/synthetic/scenes/all.parquet", "was trained on it", True)),
     ("0123456789abcdef0123456789abcdef", (f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)),
     ("onediff/stages/train.py", ("onediff/stages/train.py", "was trained with it", True)),
     ("data/captions/gate/scenes.jsonl", ("data/captions/gate/scenes.jsonl", "has it in its lineage", True)),
 ])
-def test_from_a_file_to_the_versions_made_with_it(item: str, expected: tuple[str, str, bool]) -> None:
+def test_versions_are_listed_for_a_path_with_the_role_of_the_file(item: str, expected: tuple[str, str, bool]) -> None:
     assert uses_of(item) == [expected]
 
 
-def test_from_a_digest_to_the_versions_made_with_it(project: Path) -> None:
+def test_versions_are_listed_for_a_digest(project: Path) -> None:
     shard = versioned.md5_of(project / DIFFCAP / "train-00000.parquet")
     assert uses_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
     weights = lineage.lineage_of("1")["weights_digest"]
-    assert uses_of(weights) == [("data/models/tune/*.safetensors", "is made of it", None)]
+    assert uses_of(weights) == [("data/models/tune/*.safetensors", "consists of it", None)]
     assert uses_of("f" * 32) == [] and uses_of("data/raw/other") == []
 
 
-def test_other_bytes_under_the_same_path_are_told_apart(project: Path) -> None:
+def test_different_bytes_under_the_same_path_are_reported(project: Path) -> None:
     shard = f"{DIFFCAP}/train-00000.parquet"
     with tiny_project.flipped(project / shard):
         assert uses_of(shard) == [(shard, "was trained on it", False)]
 
 
 @pytest.fixture
-def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A second version, registered without lineage, in a copy of the store."""
+def version_without_lineage(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The number of a second version, registered without lineage in a copy of the MLflow store."""
     shutil.copy(project.parent / "mlflow.db", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
@@ -103,14 +104,16 @@ def bare(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return version
 
 
-def test_a_version_without_lineage_is_said_to_be_unknown(bare: str) -> None:
-    with pytest.raises(ValueError, match=f"version {bare} carries no lineage: .* register it again"):
-        lineage.lineage_of(bare)
-    uses, unknown = lineage.versions_of(DIFFCAP)
-    assert [use.version for use in uses] == ["1"] and unknown == [bare]
+def test_a_version_without_lineage_is_listed_separately(version_without_lineage: str) -> None:
+    message = f"version {version_without_lineage} has no lineage: .* register the model again"
+    with pytest.raises(ValueError, match=message):
+        lineage.lineage_of(version_without_lineage)
+    uses, without_lineage = lineage.versions_of(DIFFCAP)
+    assert [use.version for use in uses] == ["1"] and without_lineage == [version_without_lineage]
 
 
-def test_the_command_tells_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_lineage_and_uses(monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in ((["1", "--json"], '"version": "1"'),
                                 (["--of", DIFFCAP], f"was trained on it: {DIFFCAP} "),
                                 (["--of", "README.md"], "no version has README.md in its lineage")):
@@ -119,10 +122,10 @@ def test_the_command_tells_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: py
             cli.main()
         assert expected in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["onediff", "lineage"])
-    with pytest.raises(SystemExit, match="give a version, or --of"):
+    with pytest.raises(SystemExit, match="give either a version, or --of"):
         cli.main()
 
 
-def test_without_results_there_is_no_lineage(tmp_path: Path) -> None:
+def test_a_project_without_results_has_no_lineage(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'dvc repro' writes it"):
         lineage.write_lineage(tmp_path / "out", root=tmp_path)

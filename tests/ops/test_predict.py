@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def project(scene_pairs: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with two benchmarks of five and three pairs."""
+    """A project with the benchmarks scenes (five pairs) and mine (three pairs)."""
     records = [replace(record, source="scenes" if i < 5 else "mine") for i, record in enumerate(scene_pairs[:8])]
     write_shards(records, tmp_path / "data/diffcap", "test", shard_pairs=4)
     (tmp_path / "params.yaml").write_bytes((ROOT / "presets/micro.yaml").read_bytes())
@@ -38,13 +38,13 @@ def cnn(project: Path) -> Path:
 
 def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
     monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         cli.main()
-    return left.value.code
+    return exit_.value.code
 
 
-def test_predictions_and_references_are_what_score_and_compare_read(project: Path, cnn: Path, scene_pairs: list[Record],
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_and_references_are_readable_by_score_and_compare(
+        project: Path, cnn: Path, scene_pairs: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "out/p.jsonl") == 0
     assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
     predictions, truth = read_predictions(Path("out/p.jsonl")), read_rows(Path("r.jsonl"), "references")
@@ -53,7 +53,7 @@ def test_predictions_and_references_are_what_score_and_compare_read(project: Pat
                                     for record in scene_pairs[:5]]
 
 
-def test_a_chat_model_is_asked_each_pairs_own_question_and_the_prompt_is_told(
+def test_a_chat_model_gets_the_instruction_of_each_pair_and_the_prompt_is_printed(
         project: Path, scene_pairs: list[Record], monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     from onediff.baselines.chat import ChatCaptioner
@@ -72,22 +72,22 @@ def test_a_chat_model_is_asked_each_pairs_own_question_and_the_prompt_is_told(
     assert list(read_predictions(Path("p.jsonl")).values()) == expected
 
 
-def test_a_system_that_dies_leaves_the_file_that_was_there(project: Path) -> None:
+def test_a_system_that_is_interrupted_keeps_the_old_file(project: Path) -> None:
     out = Path("p.jsonl")
     out.write_text("as before\n")
 
-    def dies(records: Iterator[Record]) -> Iterator[tuple[Record, str]]:
+    def failing_system(records: Iterator[Record]) -> Iterator[tuple[Record, str]]:
         yield next(records), "something changed"
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict.write_predictions("scenes", dies, out)
+        predict.write_predictions("scenes", failing_system, out)
     assert out.read_text() == "as before\n" and not list(project.glob("*.part"))
 
 
-def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: Path,
+def test_an_unknown_benchmark_lists_the_existing_benchmarks_and_loads_no_model(project: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "onediff: data/diffcap: split test has no benchmark 'scene'; it has scenes, mine"
+    message = "onediff: data/diffcap: split test has no benchmark 'scene'; its benchmarks are scenes, mine"
     assert _onediff(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == message
     assert _onediff(monkeypatch, "references", "scene", "--out", "r.jsonl") == message
     assert not Path("p.jsonl").exists() and not Path("r.jsonl").exists()
@@ -96,18 +96,24 @@ def test_an_unknown_benchmark_lists_those_that_exist_and_loads_nothing(project: 
 @pytest.mark.parametrize(("options", "message"), [
     ([], "one system is needed: give one of --model, --chat and --cnn"),
     (["--cnn", "a", "--chat", "b"], "one system is needed"),
-    (["--cnn", "a", "--prompt", "b"], "--prompt is for --chat"),
+    (["--cnn", "a", "--prompt", "b"], "--prompt works only with --chat"),
     (["--model", "nowhere"], "nowhere is not a model folder"),
     (["--cnn", "nowhere"], "nowhere holds no Siamese CNN"),
 ])
-def test_options_that_do_not_fit_are_refused(options: list[str], message: str, project: Path,
+def test_contradictory_or_missing_options_are_refused(options: list[str], message: str, project: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     assert message in str(_onediff(monkeypatch, "predict", "scenes", *options, "--out", "p.jsonl"))
     assert not Path("p.jsonl").exists()
 
 
-def test_our_own_model_says_what_the_stage_caption_says(project: Path, scene_pairs: list[Record], micro: Config,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_model_is_not_suggested_as_the_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / predict.TRAINED).mkdir(parents=True)
+    message = str(_onediff(monkeypatch, "predict", "scenes", "--model", str(predict.TRAINED), "--out", "p.jsonl"))
+    assert "'make run' trains one in" in message and "give another model" not in message
+
+
+def test_a_onediff_model_gives_the_captions_of_the_stage_caption(
+        project: Path, scene_pairs: list[Record], micro: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     from onediff.eval.caption import caption_records
     from onediff.model.assemble import build
     from onediff.model.captioner import Captioner

@@ -81,9 +81,13 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         csv.field_size_limit(_LONGEST)
         try:
             header = [name.strip() for name in next(reader, [])]
+            if len(header) == 1 and (separator := next((sign for sign in ";\t" if sign in header[0]), "")):
+                raise ValueError(f"{path} line 1: the columns must be separated by commas, got "
+                                 f"{'a semicolon' if separator == ';' else 'a tab'} in {header[0]!r}: save the table "
+                                 "as CSV with commas")
             twice = [name for name in header if header.count(name) > 1]
             if twice:
-                raise ValueError(f"{path}: the header has '{twice[0]}' twice; call the second one otherwise")
+                raise ValueError(f"{path} line 1: the header has '{twice[0]}' twice; call the second one otherwise")
             for cells in filter(None, reader):
                 place = f"{path} line {reader.line_num}"
                 if len(cells) != len(header):

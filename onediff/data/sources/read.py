@@ -95,6 +95,9 @@ def as_text(summary: dict[str, Any]) -> str:
         total = sum(counts["missing_images"] for counts in summary["splits"].values())
         more = f" and on ({total:,} in all)" if total > len(summary["missing"]) else ""
         lines.append(f"missing: {', '.join(summary['missing'])}{more}")
+    if broken := summary.get("broken"):
+        more = f"; and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+        lines.append(f"broken: {'; '.join(broken[:SHOWN])}{more}")
     return "\n".join([*lines, *summary["notes"]])
 
 

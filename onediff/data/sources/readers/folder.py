@@ -42,15 +42,30 @@ def read(files: Files) -> Iterator[PublishedPair]:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".jsonl":
         return read_lines(path)
-    return ((place, row | {"references": row["references"].split("|") if row.get("references") else []})
-            for place, row in read_csv(path))
+    return _csv_rows(path)
 
 
-def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check the header with the first row, so that an error about a column points to line 1."""
+    for number, (place, row) in enumerate(read_csv(path)):
+        if number == 0:
+            header = f"{path} line 1"
+            _check_columns(row, header)
+            for side in ("before", "after"):
+                part(row, side, str, header)
+        yield place, row | {"references": row["references"].split("|") if row.get("references") else []}
+
+
+def _check_columns(row: dict[str, Any], place: str) -> None:
+    """Raise ValueError at `place` if the row has a column that this format does not know."""
     unknown = [key for key in row if key not in ("before", "after", *_OPTIONAL) and not _REFERENCE.fullmatch(key)]
     if unknown:
         raise ValueError(f"{place}: unknown column '{unknown[0]}'; known are before, after, references, reference, "
                          f"reference_2 and on, {', '.join(_OPTIONAL)}")
+
+
+def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
+    _check_columns(row, place)
     before, after = (_name(row, side, place) for side in ("before", "after"))
     texts = {key: one_line(expect(row.get(key) or "", str, f"{place}, {key}")) for key in _OPTIONAL}
     group = texts["group"] or f"{before}|{after}"
