@@ -1,4 +1,4 @@
-"""What was just trained and scored becomes a version, with all that a version carries."""
+"""Registration of the trained model: a version with lineage, model card, caption time and drift profile."""
 
 import statistics
 import tempfile
@@ -19,11 +19,13 @@ from onediff.serve.card import write_card
 
 def register(model: Path, *, run_id: str | None = None, evaluation_run: str | None = None,
              by: str | None = None) -> str:
-    """The version's number. Measured once for the same model: the time of a caption here, and the profile that
-    `onediff drift` compares with. Lineage and model card are written each time.
+    """Register the model folder as a version, give it the alias `candidate`, and return the number of the version.
 
-    Raises FileNotFoundError for what 'dvc repro' has not made yet, and ValueError unless the scores in data/ are those
-    of this very model folder, see `registry.pipeline_evidence`.
+    Lineage and model card are written each time. The time of one caption on this machine, and the profile with which
+    `onediff drift` compares later captions, are measured only for a new model.
+
+    Raises FileNotFoundError for files that 'dvc repro' has not created yet, and ValueError unless the scores in data/
+    belong to this model folder (`registry.pipeline_evidence`).
     """
     evidence = registry.pipeline_evidence(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -40,11 +42,11 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
 
 
 def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "auto") -> float:
-    """Median milliseconds of a pair of split gate, one at a time, from two decoded images to the sentence.
+    """Return the median time, in milliseconds, of captioning one pair of the `gate` split, from decoded images on.
 
-    Raises FileNotFoundError if the model or the split is not there.
+    Raises FileNotFoundError if the model or the split does not exist.
     """
-    from onediff.model.captioner import Captioner  # loads torch
+    from onediff.model.captioner import Captioner  # This import loads torch, which takes seconds.
 
     captioner = Captioner.load(folder, device=device)
     times = []
@@ -54,5 +56,6 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
         captioner.caption([pair], instructions=[record.instruction])
         times.append((time.perf_counter() - start) * 1000)
     if len(times) < 2:
-        raise FileNotFoundError(f"{data}: split gate holds too few pairs to time one; 'dvc repro build' makes it")
-    return statistics.median(times[1:])  # the first one warms up
+        raise FileNotFoundError(f"{data}: split gate must have at least 2 pairs to measure the time of a caption, got "
+                                f"{len(times)}; run 'dvc repro build' to create the split")
+    return statistics.median(times[1:])  # The first caption takes longer, because caches are empty.

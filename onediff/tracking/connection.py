@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from requests import RequestException
 
 EXPERIMENT = "onediff"
-# MLflow's page shows an experiment of this kind as model training. Without the tag it may show the page for chat traces.
+# MLflow's page shows an experiment of this kind as model training. Without this tag it may show a page for chat traces.
 KIND = ("mlflow.experimentKind", "custom_model_development")
 HOME = Path(".onediff")
 SERVER = ("http://", "https://")
@@ -72,7 +72,8 @@ def check() -> None:
     request = urllib.request.Request(
         f"{without_password(address).rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1",
         headers=_credentials(address))
-    other_credentials = any(os.environ.get(name) for name in _OTHER_CREDENTIALS) or Path("~/.netrc").expanduser().exists()
+    netrc = Path("~/.netrc").expanduser()
+    other_credentials = any(os.environ.get(name) for name in _OTHER_CREDENTIALS) or netrc.exists()
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
@@ -235,8 +236,8 @@ def experiment_id() -> str:
         except MlflowException:  # Another process created the experiment between our lookup and our request.
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None or experiment.lifecycle_stage != "active":
-        raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' must be active, but it is deleted; restore it "
-                         "on MLflow's page")
+        raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' must be active, but it is deleted; restore "
+                         "it on MLflow's page")
     return str(experiment.experiment_id)
 
 

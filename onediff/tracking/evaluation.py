@@ -1,4 +1,4 @@
-"""The MLflow run of an evaluation: the headline scores as metrics, and the score files, report and pictures as files."""
+"""The MLflow run of an evaluation: the headline scores as metrics; score files, report and pictures as artifacts."""
 
 import io
 import json

@@ -39,7 +39,8 @@ def show(port: int = PORT) -> None:
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
          "--uvicorn-opts", "--log-level warning"],
-        env={**os.environ, **ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": address}, stdout=subprocess.DEVNULL, start_new_session=True)
+        env={**os.environ, **ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": address}, stdout=subprocess.DEVNULL,
+        start_new_session=True)
     try:
         page = f"http://127.0.0.1:{port}"
         _wait_for(page, server)
@@ -71,8 +72,8 @@ def _wait_for(page: str, server: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.2)
     reason = "does not answer" if server.poll() is None else f"ended with exit code {server.returncode}"
-    raise ValueError(f"the MLflow server at {page} must answer within {START_S:.0f} s, but it {reason}; see the message "
-                     "above")
+    raise ValueError(f"the MLflow server at {page} must answer within {START_S:.0f} s, but it {reason}; see the "
+                     "message above")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
