@@ -32,7 +32,7 @@ from onediff.paths import DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read_dvc_lock
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
-SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # by the version's tag
+SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # The score table of each split.
 NUM_BATCHES = 4  # of split gate, captioned again
 SAME_CAPTIONS = 0.98  # share that must be word for word the same; on the machine that made them all are
 
@@ -78,7 +78,7 @@ def verify(version: str) -> Iterator[Check]:
         yield _check_workspace(lineage, stages)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
             yield Check("scored again by the commit's code: the registered scores, to the last digit",
-                        "; ".join(_score_again(registry.version_tags(uri), outs, clone)))
+                        "; ".join(_score_again(uri, outs, clone)))
             if not weights.problem:
                 yield _caption_again(registry.model_folder(uri), stages, clone, Path(scratch).absolute() / "again")
 
@@ -180,15 +180,15 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{path}: md5 must be {md5}, got {actual}"
 
 
-def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> list[str]:
+def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
     """Runs stage `score` of the commit. Returns where the scores or files differ from those of the version."""
     shutil.rmtree(clone / SCORED, ignore_errors=True)
     if failure := _run_stage("score", clone, code=clone):
         return [failure]
     problems: list[str] = []
-    for tag, path in SCORES.items():
+    for split, path in SCORES.items():
         scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
-        registered = json.loads(tags[tag])
+        registered = registry.version_scores(uri, split)
         problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
                      for key in sorted(registered) if registered[key] != scores.get(key)][:3]
     for path in (*SCORES.values(), SCORED):
