@@ -68,7 +68,7 @@ $(STAMP): requirements.lock pyproject.toml $(if $(WELL),,anew)
 params.yaml:
 	@onediff preset tiny
 
-run: setup params.yaml  ## the whole pipeline: data, two training phases, scores, registry; then a caption by the champion
+run: setup params.yaml  ## run the pipeline: data, two training phases, scores, registry; then caption a test pair
 	@python -m flows.retrain
 	@onediff example
 

@@ -1,0 +1,41 @@
+"""The main scores of the last pipeline run as a table for a terminal, beside the scores in the git commit."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from onediff.git import committed, is_committed
+from onediff.paths import METRICS, PARAMS
+
+# Each column shows the first of these metrics that a benchmark has.
+COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
+           "kind of change right": ("change_type_accuracy", "operation_accuracy"),
+           "false alarms": ("false_alarm_rate",)}
+
+
+def score_table() -> str:
+    """Return the scores of data/metrics.json, one row per benchmark of the test split, at most 100 characters wide.
+
+    If params.yaml equals the file in the git commit, the committed scores follow in brackets. They are the scores in
+    the README, unless the user has committed other ones. Raises FileNotFoundError if data/metrics.json does not exist.
+    """
+    if not METRICS.exists():
+        raise FileNotFoundError(f"{METRICS} does not exist: run 'dvc repro score' to create it")
+    present = json.loads(METRICS.read_text(encoding="utf-8"))
+    content = committed(METRICS) if is_committed(PARAMS) else None
+    earlier = json.loads(content) if content else {}
+    note = ("in brackets those of the git commit, as in the README" if earlier else
+            f"{PARAMS} is not that of a git commit, so they cannot be compared with the README")
+    rows = [["", *COLUMNS]]
+    for benchmark, scores in present.items():
+        rows.append([benchmark, *(_cell(scores, earlier.get(benchmark, {}), names) for names in COLUMNS.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n  ".join([f"Scores of the test split, times 100; {note}:", *lines])
+
+
+def _cell(scores: Mapping[str, Any], earlier: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    name = next((name for name in names if name in scores), None)
+    if name is None:
+        return "-"
+    return f"{100 * scores[name]:.1f}" + (f" ({100 * earlier[name]:.1f})" if name in earlier else "")
