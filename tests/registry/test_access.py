@@ -1,4 +1,4 @@
-"""A server that asks who we are: one line, what to set, and no password in it."""
+"""An MLflow server that requires a login: errors are one line with the variables to set and without a password."""
 
 from __future__ import annotations
 
