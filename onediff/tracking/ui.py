@@ -13,7 +13,7 @@ import urllib.request
 from contextlib import suppress
 
 from onediff import interrupts
-from onediff.tracking.connection import SERVER, client, quiet, uri, where
+from onediff.tracking.connection import EXPERIMENT, SERVER, experiment_id, quiet, uri, where
 
 PORT = 5000
 START_S = 120.0
@@ -32,7 +32,7 @@ def show(port: int = PORT) -> None:
     if address.startswith(SERVER):
         print(f"MLflow is already a server: open {where()} in a browser")
         return
-    client()  # This raises an error for an unreachable store, and creates the tables of a new SQLite database.
+    experiment = experiment_id()  # Raises an error for an unreachable store, and creates a new SQLite database.
     _check_port(port)
     quiet()
     # The address of the store may contain a password, so it is not on the command line, which other users can read.
@@ -44,7 +44,11 @@ def show(port: int = PORT) -> None:
     try:
         page = f"http://127.0.0.1:{port}"
         _wait_for(page, server)
-        print(f"MLflow shows {where()}\n  open {page}\n  Ctrl-C ends it", flush=True)
+        # Without workflowType, a browser that opens MLflow for the first time shows the page for chat traces.
+        print(f"MLflow shows {where()}. Open in a browser:\n"
+              f"  runs      {page}/#/experiments/{experiment}/runs?workflowType=machine_learning\n"
+              f"  versions  {page}/#/models/{EXPERIMENT}?workflowType=machine_learning\n"
+              "Ctrl-C ends the server.", flush=True)
         server.wait()
         raise ValueError(f"the MLflow server ended with exit code {server.returncode}; see the message above")
     except KeyboardInterrupt:
