@@ -56,18 +56,18 @@ def score_table(metrics: dict[str, Any]) -> str:
 
     Each benchmark has one row, followed by one row for each trivial baseline that has scores of this table.
     """
-    captions = {name: name for name in CAPTION_HEADLINES}
+    captions = {"num_pairs": "pairs", **{name: name for name in CAPTION_HEADLINES}}
     behaviour = {name: BEHAVIOUR[name].label for name in BEHAVIOUR_HEADLINES}
     return "\n\n".join(filter(None, (_table(metrics, captions), _table(metrics, behaviour))))
 
 
 def _table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
     columns = [name for name in labels if any(name in scores for scores in metrics.values())]
-    rows = [["", "pairs", *(labels[name] for name in columns)]]
+    rows = [["", *(labels[name] for name in columns)]]
     for benchmark, scores in metrics.items():
         if any(name in scores for name in columns):
-            rows.append([benchmark, str(scores["num_pairs"]), *_cells(scores, columns)])
-        rows += [[f"baseline: {name}", "", *_cells(values, columns)] for name, values in scores.get("floor", {}).items()
+            rows.append([benchmark, *_cells(scores, columns)])
+        rows += [[f"baseline: {name}", *_cells(values, columns)] for name, values in scores.get("floor", {}).items()
                  if any(column in values for column in columns)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
@@ -77,4 +77,6 @@ def _table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def _cells(scores: dict[str, Any], columns: list[str]) -> list[str]:
-    return [f"{scores[name]:.3f}" if isinstance(scores.get(name), (int, float)) else "" for name in columns]
+    values = [scores.get(name) for name in columns]
+    return [str(value) if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else ""
+            for value in values]

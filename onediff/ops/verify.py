@@ -188,7 +188,10 @@ def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
     problems: list[str] = []
     for split, path in SCORES.items():
         scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
-        registered = registry.version_scores(uri, split)
+        try:
+            registered = registry.version_scores(uri, split)
+        except ValueError as error:  # The registered score file was changed.
+            return [str(error)]
         problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
                      for key in sorted(registered) if registered[key] != scores.get(key)][:3]
     for path in (*SCORES.values(), SCORED):

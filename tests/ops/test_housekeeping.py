@@ -136,7 +136,7 @@ def test_the_cache_is_not_touched_while_a_version_does_not_say_what_it_needs(pro
 def test_a_version_whose_files_are_gone_is_told_by_its_number(project: Path) -> None:
     register("md5: '" + "0" * 32 + "'\n")
     subprocess.run(["rm", "-r", "mlflow-versions"], check=True)
-    assert survey(30).refused[0].startswith("version 1 of 'onediff': its lineage/ cannot be read")
+    assert survey(30).refused[0].startswith("version 1 of 'onediff': its folder lineage/ cannot be read")
 
 
 def test_a_cache_that_others_share_is_left_alone(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -80,12 +80,22 @@ def test_one_byte_of_a_cached_shard_of_the_workspace_or_of_the_weights_is_named_
 
 
 def test_a_score_that_was_touched_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = registry.version_tags("models:/onediff/1")
-    better = json.dumps(json.loads(tags["scores_gate"]) | {"scenes.CIDEr": 999.0})
-    monkeypatch.setattr(registry, "version_tags", lambda uri: tags | {"scores_gate": better})
+    scores = registry.version_scores
+    monkeypatch.setattr(registry, "version_scores", lambda uri, split: scores(uri, split) | {"scenes.CIDEr": 999.0}
+                        if split == "gate" else scores(uri, split))
     failures = failed(list(verify.verify("1")))
     assert list(failures) == ["scored again"]
     assert "data/gate.json: scenes.CIDEr: the version has 999.0, got " in failures["scored again"]
+
+
+def test_a_registered_score_file_that_was_changed_is_named() -> None:
+    path = registry.version_files("models:/onediff/1") / "scores/gate.json"
+    content = path.read_text()
+    path.write_text("{}")
+    try:
+        assert "must have the registered md5" in failed(list(verify.verify("1")))["scored again"]
+    finally:
+        path.write_text(content)
 
 
 def test_what_cache_and_remote_lack_is_named_and_what_needs_it_is_not_tried() -> None:
