@@ -1,4 +1,4 @@
-"""Small versions in a real MLflow store, and a real `mlflow server`."""
+"""Helpers for tests of the registry: register small models in a real MLflow store, and run a real MLflow server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ PAIR_METRICS = ("CIDEr", "ROUGE-L")
 
 
 def write_rules(path: Path, **changed: object) -> Path:
-    """The repository's gate without what a folder of a few bytes cannot have, and with what is `changed`."""
+    """Write promotion rules to a file and commit them: those of the repository, with the `changed` values.
+
+    Limits and required facts are left out, because the small models of the tests cannot meet them.
+    """
     rules = YAML(typ="safe").load(REPO / "mlflow/promotion.yaml") | OPEN | changed
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rules))  # JSON is YAML
@@ -48,7 +51,10 @@ def git(*words: str) -> None:
 
 
 def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: int = 50) -> dict[str, object]:
-    """What the pairs of each benchmark scored: around its scores, as far apart as `noise`, in groups of equal size."""
+    """Return scores of the pairs of each benchmark, whose mean is the score in `tables`.
+
+    `noise` is the standard deviation over the pairs. The pairs are split into `groups` groups of equal size.
+    """
     rows = np.random.default_rng(0).normal(0, noise, (len(tables), 200)) if noise else np.zeros((len(tables), 200))
     scores = {}
     for (benchmark, table), row in zip(tables.items(), rows, strict=True):
@@ -60,7 +66,7 @@ def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: 
 
 
 def model(name: str) -> Path:
-    """A model folder whose weights are `name`."""
+    """Create a model folder whose weights file contains the text `name`."""
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(name.encode())
@@ -70,7 +76,10 @@ def model(name: str) -> Path:
 
 def write_results(root: Path = Path(), *, operation: float = 0.8, references: str = "r1", edits: float = 1.0,
                   groups: int = 50, **scenes: float) -> None:
-    """What the stages `caption` and `score` leave: captions, tables of scores, and what each pair scored."""
+    """Write the outputs of the stages `caption` and `score`: captions, score tables, and scores of each pair.
+
+    The keyword arguments replace scores of the benchmarks `scenes` and `edits`.
+    """
     edit_table = {**BENCHMARK, "operation_accuracy": operation, "CIDEr": edits, "references": references}
     tables = {"gate": {"scenes": {**GOOD, "references": references, **scenes}, "edits": edit_table},
               "test": {"scenes": {**GOOD, "CIDEr": 0.001, "references": references}}}
@@ -81,7 +90,7 @@ def write_results(root: Path = Path(), *, operation: float = 0.8, references: st
 
 
 def write_data(root: Path = Path(), verdict: str = "clean") -> None:
-    """What the stages `validate` and `build` leave."""
+    """Write the outputs of the stages `validate` and `build`; `verdict` is the result of the leak audit."""
     write_json(root / "data/diffcap/card.json", {})
     write_json(root / "data/quarantine.parquet", "none")
     write_json(root / "data/reports/diffcap/audit.json", {"benchmarks": {"scenes": {"verdict": verdict}}})
@@ -93,8 +102,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str, str]]) -> None:
-    """dvc.lock as it is after the folder was trained and the files below `root` were made of it; `changed`: a stage's
-    digests that are others, as in score={"outs": {"data/gate.json": "0"}}.
+    """Write dvc.lock as DVC does after it has trained the model folder and scored it in `root`.
+
+    `changed` replaces digests of stages, as in score={"outs": {"data/gate.json": "0"}}.
     """
     outs = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
     scored = {path: md5_of(root / path) for path in outs}
@@ -113,7 +123,7 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
 
 
 def trained(name: str, **scores: float | str) -> Path:
-    """A model folder whose weights are `name`, with its scores in data/, as a pipeline leaves both."""
+    """Create a model folder whose weights are `name`, with its scores in data/ and dvc.lock, as the pipeline does."""
     folder = model(name)
     write_results(**scores)  # type: ignore[arg-type]
     write_lock(folder)
@@ -121,17 +131,17 @@ def trained(name: str, **scores: float | str) -> Path:
 
 
 def register(folder: Path, **options: Any) -> str:
-    """A model folder with the scores that lie in data/."""
+    """Register a model folder with the scores in data/, and return the number of the version."""
     return registry.register(registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:
-    """Registers a model whose weights are `name`."""
+    """Create and register a model whose weights are `name`, and return the number of the version."""
     return register(trained(name, **scores), run_id="abc")
 
 
 def score_again(version: str, **scores: float | str) -> None:
-    """As `flows/evaluate.py` does it, with these scores."""
+    """Replace the scores of a version, as `flows/evaluate.py` does."""
     root = Path("again")
     write_results(root, **scores)  # type: ignore[arg-type]
     registry.rescore(version, registry.evidence_of(registry.model_folder(f"models:/onediff/{version}"), root))

@@ -8,7 +8,7 @@ from onediff.git import committed
 from onediff.paths import DVC_LOCK, METRICS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
 
-# Each column shows the first of these metrics that a benchmark has.
+# Maps the title of each table column to metrics; the column shows the first one that the benchmark has.
 COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
            "kind of change right": ("change_type_accuracy", "operation_accuracy"),
            "false alarms": ("false_alarm_rate",)}
@@ -36,7 +36,7 @@ def score_table() -> str:
 
 
 def _committed_scores() -> dict[str, Any]:
-    """Return the content of data/metrics.json in the git commit, or {} if it belongs to other parameters than ours."""
+    """Return the content of data/metrics.json in the git commit, or {} if it was produced with other parameters."""
     metrics, locked = committed(METRICS), committed(DVC_LOCK)
     if not metrics or not locked or not DVC_LOCK.exists():
         return {}

@@ -187,7 +187,7 @@ def location(version: ModelVersion) -> str:
 
 
 def _inside(source: str, root: str) -> bool:
-    """Return whether a location is inside the store `root`, also after percent-encoding and links are resolved."""
+    """Return whether a location is inside the store `root`, after resolving percent-encoding and symbolic links."""
     while (plain := urllib.parse.unquote(source)) != source:
         source = plain
     if ".." in source.split("/") or "\x00" in source:

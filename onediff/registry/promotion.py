@@ -175,7 +175,7 @@ def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
 
 
 def _rolled_back(version: str) -> list[str]:
-    """Return one reason if a rollback replaced the version and it has not been champion again since."""
+    """Return one reason if a rollback replaced this version and nobody has promoted the version again since."""
     moves = [record for record in champion_moves()
              if version in (record.old.get(CHAMPION), record.new.get(CHAMPION))]
     return [f"a rollback on {record.when} replaced this version; to promote it again, run 'onediff registry promote "

@@ -93,5 +93,6 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
             env={**os.environ, "MLFLOW_TRACKING_URI": address},
             capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"'mlflow gc' could not delete the runs: {' '.join(done.stderr.split())[-300:]}")
+            raise ValueError(f"'mlflow gc' could not delete the runs ({' '.join(done.stderr.split())[-300:]}): correct "
+                             "the cause, then run 'make gc YES=1' again")
     return True

@@ -78,7 +78,7 @@ class Rules(Section):
         return self
 
     def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield each key of the file that refers to a metric, with the path of the metric in gate.json."""
+        """Yield each key of promotion.yaml that refers to a metric, with the path of the metric in gate.json."""
         for key in ("minima", "maxima", "not_worse_than_champion"):
             yield from ((f"{key}.{path}", path) for path in getattr(self, key))
         if self.better_than_champion is not None:
@@ -149,9 +149,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def commit_of_rules(path: Path = RULES) -> str:
-    """Return the checked-out commit if it contains the file with its present bytes, otherwise NO_GIT or NOT_COMMITTED.
+    """Return the checked-out git commit if it contains the file with its present bytes.
 
-    Raises ValueError if git refuses to read the repository.
+    Otherwise return NOT_COMMITTED, or NO_GIT if there is no repository. Raises ValueError if git refuses to read the
+    repository.
     """
     if is_committed(path):
         return str(head())
@@ -253,9 +254,9 @@ def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
 
 
 def least_differences(rules: Rules) -> dict[str, float]:
-    """Return, by path of a metric, the value that the complete interval of the difference must be above.
+    """Return for each compared metric, by path, the bound for the score of the candidate minus that of the champion.
 
-    The difference is that of the candidate minus the champion.
+    The complete 95 % interval of this difference must be above the bound.
     """
     best = rules.better_than_champion
     losses = {path: -loss for path, loss in rules.not_worse_than_champion.items()}
@@ -263,10 +264,10 @@ def least_differences(rules: Rules) -> dict[str, float]:
 
 
 def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> Iterator[str]:
-    """Yield one reason for each metric on which the candidate (`ours`) is not good enough to replace the champion.
+    """Compare the scores of a candidate's pairs (`ours`) with those of the champion (`theirs`).
 
-    The complete 95 % interval of the difference must be above the value from `least_differences`. `again` is the
-    command that scores the champion (`theirs`) again.
+    Yield one reason for each metric on which the candidate is not good enough: the complete 95 % interval of the
+    difference must be above the bound from `least_differences`. `again` is the command that scores the champion again.
     """
     for path, least in least_differences(rules).items():
         benchmark, _, metric = path.rpartition(".")

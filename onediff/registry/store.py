@@ -24,7 +24,7 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 WAIT_S = 600.0
 
 Aliases = dict[str, str]  # Maps each alias to the number of a version.
-ModelVersion = Any  # mlflow.entities.model_registry.ModelVersion, which is not imported because that takes seconds.
+ModelVersion = Any  # Stands for MLflow's class ModelVersion, because importing MLflow takes seconds.
 
 _sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 

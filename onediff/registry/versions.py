@@ -109,7 +109,7 @@ def _register(evidence: Evidence, run_id: str | None, carried: Path | None, meas
     if known and known.tags.get(SCORES_DIGEST) == scores_digest and all(
             known.tags.get(name) == YES for name in FACTS) and all(
             facts[name] == YES for name in OF_DATA) and not set(measured) - set(known.tags):
-        # The registration would add nothing. A clean lineage that was recorded earlier stays recorded.
+        # The version already has these scores and facts, so the registration changes nothing.
         return str(known.version)
     # MLflow's page shows the tags in this order.
     tags = {**scores, **{key: f"{value:.6g}" for key, value in measured.items()},

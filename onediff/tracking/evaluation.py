@@ -19,12 +19,13 @@ NUM_PICTURES = 4  # drawn for each source
 def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
     """Log the pipeline's results to an MLflow run and return the id of the run.
 
-    The run gets about ten metrics, those of the main benchmark; all other figures are in its score files. An active
-    retraining gets these metrics too. If a finished run already has the same scores, its id is returned.
+    The run gets about ten metrics, which are the scores of the main benchmark; the score files are artifacts of the run
+    and contain all other scores. The run of an active retraining gets these metrics too. If a finished run already has
+    these scores, no new run is started and the id of that run is returned.
     """
     scores = {"test": _read_scores(data / "metrics.json"), "gate": _read_scores(data / "gate.json"),
               "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}
-    # Stage `stress` is optional. Its scores enter the digest only if they exist, as in earlier versions of this code.
+    # The digest includes the scores of the optional stage `stress` only if they exist, as in earlier versions.
     key = key_of([tables for split, tables in scores.items() if tables or split != "stress"])
     headlines = headline_metrics(scores["test"], config)
     log_to_parent(headlines)

@@ -91,7 +91,7 @@ class Run:
         self._attempt(str(path), store, str(path), artifact_path=folder)
 
     def fail(self, reason: str) -> None:
-        """Mark the run as failed for this reason when no exception will mark it."""
+        """Mark the run as failed, with this reason, in a block that ends without an exception."""
         self._status = "FAILED"
         self.tag({"failed_because": reason})
 
@@ -200,7 +200,7 @@ def start_run(name: str, kind: str, config: Config) -> Run:
 
 
 def _title(name: str) -> str:
-    """Return the name that MLflow's page shows: `align` below a retraining, otherwise `align 2026-11-28 tiny`.
+    """Return the name that MLflow's page shows: `align` inside a retraining, otherwise `align 2026-11-28 tiny`.
 
     The last word is the preset that params.yaml equals, or "own parameters" if params.yaml equals no preset.
     """
