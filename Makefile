@@ -43,7 +43,7 @@ UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv $(NO_CACHE) pip
 INTO := --python $(BIN)/python
 
 .PHONY: help anew setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
-	restore upgrade gc lock deps backbones report clean
+	restore upgrade gc lock deps backbones report ui clean
 
 help:  ## this list
 	@echo "OneDiff: two images in, one sentence about what changed out."
@@ -68,7 +68,7 @@ $(STAMP): requirements.lock pyproject.toml $(if $(WELL),,anew)
 params.yaml:
 	@onediff preset tiny
 
-run: setup params.yaml  ## the whole pipeline: data, two training phases, scores, registry; then a caption by the champion
+run: setup params.yaml  ## run the pipeline: data, two training phases, scores, registry; then caption a test pair
 	@python -m flows.retrain
 	@onediff example
 
@@ -135,6 +135,9 @@ gc: setup  ## what is old and no registered version needs: shown, and with YES=1
 
 backbones: setup  ## train the tiny pretrained tower and language model of presets/backbones/tiny again
 	@python -m onediff.train.pretrain.backbones
+
+ui: setup  ## MLflow's page with the runs and versions of this project, until Ctrl-C (PORT=5000)
+	@python -m onediff.tracking.ui $(PORT)
 
 report: setup  ## open data/report.html
 	@test -f data/report.html || { echo "onediff: data/report.html not found: 'make run' makes it" >&2; exit 1; }

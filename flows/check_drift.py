@@ -13,11 +13,12 @@ from prefect.states import Completed, Failed
 
 from flows import command
 from flows.deployments import start_retraining
+from flows.names import dated_name
 from flows.notify import notify, without_secrets
 from onediff.ops.drift import as_text, examine
 
 
-@flow(name="check-drift")
+@flow(name="check-drift", flow_run_name=dated_name)
 def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
     """The champion's use in the last days; Drifted, Steady, or NoVerdict if too few captions were recorded.
 

@@ -7,13 +7,14 @@ from prefect import State, flow
 from prefect.states import Completed, Failed
 
 from flows import command
+from flows.names import dated_name
 from flows.notify import publish_scores
 from flows.processes import pipeline_lock
 from flows.tasks import rescore, score_again
 from onediff import paths, registry
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name=dated_name)
 def evaluate(model: str = paths.CHAMPION) -> State[Any]:
     """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
     try:

@@ -13,7 +13,7 @@ from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 
 from onediff.config import load_runtime
-from onediff.eval.metrics.catalog import HEADLINES
+from onediff.eval.metrics.catalog import BEHAVIOUR, BEHAVIOUR_HEADLINES, CAPTION_HEADLINES
 
 Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
 
@@ -52,18 +52,31 @@ def publish_scores(scores: Path, key: str) -> str:
 
 
 def score_table(metrics: dict[str, Any]) -> str:
-    """Markdown: one row per benchmark with its floors below, one column per score, aligned for reading as text too."""
-    columns = [name for name in HEADLINES if any(name in scores for scores in metrics.values())]
-    rows = [["", "pairs", *columns]]
+    """Return two Markdown tables, captions and behaviour, each at most 100 characters wide so that a terminal shows it.
+
+    Each benchmark has one row, followed by one row for each trivial baseline that has scores of this table.
+    """
+    captions = {"num_pairs": "pairs", **{name: name for name in CAPTION_HEADLINES}}
+    behaviour = {name: BEHAVIOUR[name].label for name in BEHAVIOUR_HEADLINES}
+    return "\n\n".join(filter(None, (_table(metrics, captions), _table(metrics, behaviour))))
+
+
+def _table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
+    columns = [name for name in labels if any(name in scores for scores in metrics.values())]
+    rows = [["", *(labels[name] for name in columns)]]
     for benchmark, scores in metrics.items():
-        rows.append([benchmark, str(scores["num_pairs"]), *_cells(scores, columns)])
-        rows += [[f"floor: {floor}", "", *_cells(values, columns)] for floor, values in scores.get("floor", {}).items()]
+        if any(name in scores for name in columns):
+            rows.append([benchmark, *_cells(scores, columns)])
+        rows += [[f"baseline: {name}", *_cells(values, columns)] for name, values in scores.get("floor", {}).items()
+                 if any(column in values for column in columns)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in padded]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join([lines[0], rule, *lines[1:]]) if columns else ""
 
 
 def _cells(scores: dict[str, Any], columns: list[str]) -> list[str]:
-    return [f"{scores[name]:.3f}" if isinstance(scores.get(name), (int, float)) else "" for name in columns]
+    values = [scores.get(name) for name in columns]
+    return [str(value) if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else ""
+            for value in values]

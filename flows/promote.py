@@ -10,6 +10,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, Failed
 
 from flows import tasks
+from flows.names import dated_name
 from flows.notify import notify
 from onediff import registry
 from onediff.paths import CHAMPION
@@ -25,7 +26,7 @@ class Approval(RunInput):
     reason: str = ""
 
 
-@flow(name="promote")
+@flow(name="promote", flow_run_name=dated_name)
 def promote(version: str | None = None, why: str | None = None, candidate: str | None = None) -> State[Any]:
     """The version, or else the candidate, becomes champion if mlflow/promotion.yaml lets it. A refusal is no failure.
 
@@ -68,7 +69,7 @@ def _report(verdict: registry.Verdict) -> State[Any]:
     return Completed(name="Promoted", message=what)
 
 
-@flow(name="rollback")
+@flow(name="rollback", flow_run_name=dated_name)
 def rollback(why: str | None = None) -> State[Any]:
     """`previous` becomes champion again."""
     try:

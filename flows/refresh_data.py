@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows import command, deployments
+from flows.names import dated_name
 from flows.notify import notify, without_secrets
 from flows.processes import pipeline_lock
 from onediff.config import load_params, load_runtime
@@ -15,7 +16,7 @@ from onediff.data.sources import tracked
 from onediff.data.sources.inbox import Inbox, InboxReport, import_batches
 
 
-@flow(name="refresh-data")
+@flow(name="refresh-data", flow_run_name=dated_name)
 def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]:
     """Updates imported sources and takes batches in whose files did not change for `settle_s`; Changed or Unchanged.
 

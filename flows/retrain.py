@@ -13,6 +13,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows import command, deployments, tasks
+from flows.names import dated_name
 from flows.notify import notify, publish_scores
 from flows.pipeline import dvc, raw_files, stages, stale_elsewhere, stale_stages
 from flows.processes import pipeline_lock
@@ -32,7 +33,7 @@ WITHOUT_GIT = ("no git commit holds this folder: there is no branch of results, 
                f"commit, and the promotion rule clean_lineage cannot be met. {CURE}")
 
 
-@flow(name="retrain")
+@flow(name="retrain", flow_run_name=dated_name)
 def retrain() -> State[Any]:
     """Runs the stages that are out of date, here or on the workers of runtime.yaml's pools; a stage that fails ends
     the flow with its message. Then the model is registered, and promoted if mlflow/promotion.yaml lets it.
@@ -65,7 +66,7 @@ def _retrain() -> State[Any]:
             commit_results(str(flow_run.id).partition("-")[0], remote=runtime.git_remote)
             if head() is None:
                 print(f"onediff: {WITHOUT_GIT}")
-        print(publish_scores(paths.METRICS, "scores"))
+        publish_scores(paths.METRICS, "scores")
         version = tasks.register()
     # As the candidate: promoting it by its number would undo a rollback.
     message = (deployments.submit(deployments.PROMOTE, candidate=version) if registry.shared()

@@ -1,4 +1,4 @@
-"""Functions that register small versions in a real MLflow store, and a real `mlflow server`."""
+"""Helpers for tests of the registry: register small models in a real MLflow store, and run a real MLflow server."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PAIR_METRICS = ("CIDEr", "ROUGE-L")
 
 
 def write_rules(path: Path, **changed: object) -> Path:
-    """Write promotion rules: those of the repository without requirements that a small model cannot meet.
+    """Write promotion rules to a file and commit them: those of the repository, with the `changed` values.
 
-    `changed` replaces keys of the rules.
+    Limits and required facts are left out, because the small models of the tests cannot meet them.
     """
     rules = YAML(typ="safe").load(REPO / "mlflow/promotion.yaml") | OPEN | changed
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +53,9 @@ def git(*words: str) -> None:
 
 
 def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: int = 50) -> dict[str, object]:
-    """Return scores of single pairs whose mean is the score of the benchmark and whose deviation is `noise`.
+    """Return scores of the pairs of each benchmark, whose mean is the score in `tables`.
 
-    The pairs are divided into `groups` groups of equal size.
+    `noise` is the standard deviation over the pairs. The pairs are split into `groups` groups of equal size.
     """
     rows = np.random.default_rng(0).normal(0, noise, (len(tables), 200)) if noise else np.zeros((len(tables), 200))
     scores = {}
@@ -68,7 +68,7 @@ def pairs_of(tables: dict[str, dict[str, object]], *, noise: float = 0, groups: 
 
 
 def model(name: str) -> Path:
-    """Create a model folder whose weights file contains the bytes of `name`."""
+    """Create a model folder whose weights file contains the text `name`."""
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(name.encode())
@@ -78,7 +78,10 @@ def model(name: str) -> Path:
 
 def write_results(root: Path = Path(), *, operation: float = 0.8, references: str = "r1", edits: float = 1.0,
                   groups: int = 50, **scenes: float) -> None:
-    """Write the outputs of the stages `caption` and `score`: captions, tables of scores, and scores of each pair."""
+    """Write the outputs of the stages `caption` and `score`: captions, score tables, and scores of each pair.
+
+    The keyword arguments replace scores of the benchmarks `scenes` and `edits`.
+    """
     edit_table = {**BENCHMARK, "operation_accuracy": operation, "CIDEr": edits, "references": references}
     tables = {"gate": {"scenes": {**GOOD, "references": references, **scenes}, "edits": edit_table},
               "test": {"scenes": {**GOOD, "CIDEr": 0.001, "references": references}}}
@@ -89,7 +92,7 @@ def write_results(root: Path = Path(), *, operation: float = 0.8, references: st
 
 
 def write_data(root: Path = Path(), verdict: str = "clean") -> None:
-    """Write the outputs of the stages `validate` and `build` that the registry reads."""
+    """Write the outputs of the stages `validate` and `build`; `verdict` is the result of the leak audit."""
     write_json(root / "data/diffcap/card.json", {})
     write_json(root / "data/quarantine.parquet", "none")
     write_json(root / "data/reports/diffcap/audit.json", {"benchmarks": {"scenes": {"verdict": verdict}}})
@@ -101,9 +104,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str, str]]) -> None:
-    """Write a dvc.lock in which the model in `folder` was trained and the files below `root` were made with it.
+    """Write dvc.lock as DVC does after it has trained the model folder and scored it in `root`.
 
-    `changed` replaces digests of a stage, for example score={"outs": {"data/gate.json": "0"}}.
+    `changed` replaces digests of stages, as in score={"outs": {"data/gate.json": "0"}}.
     """
     outs = ("data/captions", "data/scored", "data/metrics.json", "data/gate.json")
     scored = {path: md5_of(root / path) for path in outs}
@@ -122,7 +125,7 @@ def write_lock(folder: Path, root: Path = Path(), **changed: dict[str, dict[str,
 
 
 def trained(name: str, **scores: float | str) -> Path:
-    """Create a model folder whose weights are `name`, its scores in data/, and dvc.lock, as after a pipeline run."""
+    """Create a model folder whose weights are `name`, with its scores in data/ and dvc.lock, as the pipeline does."""
     folder = model(name)
     write_results(**scores)  # type: ignore[arg-type]
     write_lock(folder)
@@ -130,17 +133,17 @@ def trained(name: str, **scores: float | str) -> Path:
 
 
 def register(folder: Path, **options: Any) -> str:
-    """Register a model folder with the scores in data/, and return the version."""
+    """Register a model folder with the scores in data/, and return the number of the version."""
     return registry.register(registry.pipeline_evidence(folder), **options)
 
 
 def add(name: str, **scores: float | str) -> str:
-    """Create and register a model whose weights are `name`, and return the version."""
+    """Create and register a model whose weights are `name`, and return the number of the version."""
     return register(trained(name, **scores), run_id="abc")
 
 
 def score_again(version: str, **scores: float | str) -> None:
-    """Score a registered version again with these scores, as flows/evaluate.py does."""
+    """Replace the scores of a version, as `flows/evaluate.py` does."""
     root = Path("again")
     write_results(root, **scores)  # type: ignore[arg-type]
     registry.rescore(version, registry.evidence_of(registry.model_folder(f"models:/onediff/{version}"), root))

@@ -9,6 +9,11 @@ from onediff.cli.output import Json, Model, path_argument, path_option, print_re
 from onediff.paths import CHAMPION, DIFFCAP, PARAMS, TRAINED
 
 EXAMPLE = Path(".onediff/example")
+NEXT = """
+Report:    data/report.html; 'make report' opens it
+MLflow:    'make ui' shows runs, scores and versions
+Your pair: source .venv/bin/activate && onediff caption BEFORE AFTER
+Your data: data/README.md describes how to add pairs; then 'make run' again"""
 
 Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protocol, such as spot_the_diff/single. It "
                                               "scores only the complete official test split, as papers do.")]
@@ -35,14 +40,16 @@ def caption(before: Annotated[Path, path_argument("The image before the change."
 
 
 def example(as_json: Json = False) -> None:
-    """Caption one pair of the test split, and leave its two images in .onediff/example."""
+    """Caption one pair of the test split, save the two images in .onediff/example, and show the main scores."""
     from onediff.data.record import read_records
+    from onediff.ops.results import score_table
     from onediff.registry import model_folder
 
     record = next((record for record in read_records(DIFFCAP, "test-*.parquet")
                    if record.change_type != "none" and record.source != "scenes_far"), None)
     if record is None:
-        raise ValueError("data/diffcap: no changed pair in split test; give your own: 'onediff caption BEFORE AFTER'")
+        raise ValueError("data/diffcap: split test must have a pair with a change, but has none: caption a pair of "
+                         "your own with 'onediff caption BEFORE AFTER'")
     EXAMPLE.mkdir(parents=True, exist_ok=True)
     before, after = EXAMPLE / "before.png", EXAMPLE / "after.png"
     before.write_bytes(record.before)
@@ -50,14 +57,14 @@ def example(as_json: Json = False) -> None:
     model = CHAMPION
     try:
         model_folder(CHAMPION)
-    except ValueError:  # nothing was promoted yet
+    except ValueError:  # No version has been promoted yet, so the newest trained model captions the pair.
         model = str(TRAINED)
-    text = _caption(before, after, model, None)  # with the instruction of the command that is printed
+    text = _caption(before, after, model, None)
     print_result({"before": str(before), "after": str(after), "caption": text, "references": record.references,
                   "model": model},
                  f"An unseen test pair, captioned by {model}:\n  onediff caption {before} {after}"
                  + ("" if model == CHAMPION else f" --model {model}")
-                 + f"\n  prediction: {text}\n  reference:  {record.references[0]}", as_json)
+                 + f"\n  prediction: {text}\n  reference:  {record.references[0]}\n\n{score_table()}\n{NEXT}", as_json)
 
 
 def _caption(before: Path, after: Path, model: str, instruction: str | None) -> str:

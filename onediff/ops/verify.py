@@ -33,7 +33,7 @@ from onediff.paths import DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read_dvc_lock
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
-SCORES = {"scores_test": paths.METRICS.as_posix(), "scores_gate": paths.GATE.as_posix()}  # The key is an MLflow tag.
+SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # The score table of each split.
 NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
 SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
 
@@ -79,7 +79,7 @@ def verify(version: str) -> Iterator[Check]:
         yield _check_workspace(lineage, stages)
         if not fetched[DIFFCAP].problem and not fetched[CAPTIONS].problem:
             yield Check("scoring again with the code of the commit gives exactly the registered scores",
-                        "; ".join(_score_again(registry.version_tags(uri), outs, clone)))
+                        "; ".join(_score_again(uri, outs, clone)))
             if not weights.problem:
                 yield _caption_again(registry.model_folder(uri), stages, clone, Path(scratch).absolute() / "again")
 
@@ -190,15 +190,18 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{path}: md5 must be {md5}, got {actual}"
 
 
-def _score_again(tags: Mapping[str, str], outs: Mapping[str, str], clone: Path) -> list[str]:
+def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
     """Run the stage `score` of the commit. Return a line for each score or file that differs from the version."""
     shutil.rmtree(clone / SCORED, ignore_errors=True)
     if failure := _run_stage("score", clone, code=clone):
         return [failure]
     problems: list[str] = []
-    for tag, path in SCORES.items():
+    for split, path in SCORES.items():
         scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
-        registered = json.loads(tags[tag])
+        try:
+            registered = registry.version_scores(uri, split)
+        except ValueError as error:  # The registered score file was changed.
+            return [str(error)]
         problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
                      for key in sorted(registered) if registered[key] != scores.get(key)][:3]
     for path in (*SCORES.values(), SCORED):

@@ -1,7 +1,9 @@
-"""The files of a version: model folder, scores of pairs, model card; on this machine, or fetched once from the server.
+"""The files of a registered version: model folder, scores, lineage and model card.
 
-A version above runtime.register_by_reference_gb holds no weights but a reference.json: DVC fetches them by digest.
-Each time that a model folder is handed out, all of its bytes are compared with the digest of the version.
+The files are read from this machine, or downloaded once from the MLflow server. A model larger than the setting
+`register_by_reference_gb` is not copied into MLflow: its version contains a reference.json, and DVC downloads the
+weights by their digest. Each time that `model_folder` returns a folder, it compares all bytes with the registered
+digest.
 """
 
 import hashlib
@@ -19,23 +21,27 @@ from onediff import paths, tracking
 from onediff.model.digest import model_digests
 from onediff.registry import store
 from onediff.registry.audit_trail import check_champion
+from onediff.registry.evidence import TABLES
 from onediff.registry.store import NAME, ModelVersion
 from onediff.repro.lock import fetch
 
-SCORED = "scored"  # folder of a version: the scores of each pair
-REFERENCE = "reference.json"  # of a version without weights: their path, md5 (DVC's), weights_digest and remote
-CACHE = tracking.HOME / "models"  # versions fetched from a server, weights fetched by digest
-MODEL_DIGEST = "model_digest"  # tag: the identity of the model folder; versions of early code have weights_digest only
-SCORES_DIGEST = "scores_digest"  # tag: the md5 of each file of scores and of the model that they belong to
+SCORED = "scored"  # Folder in a version with the scores of each pair, test.json and gate.json.
+SCORES = "scores"  # Folder in a version with the score tables of each split, metrics.json and gate.json.
+# File of a version without weights. It contains the path of the weights, their digests and the DVC remote.
+REFERENCE = "reference.json"
+CACHE = tracking.HOME / "models"  # Versions downloaded from a server, and weights downloaded by DVC.
+# Tag with the digest of all files of the model folder. Versions of earlier code have the tag weights_digest only.
+MODEL_DIGEST = "model_digest"
+SCORES_DIGEST = "scores_digest"  # Tag with the md5 of each score file and of the model folder that was scored.
 
 
 @tracking.plain_errors()
 def model_folder(uri: str = paths.CHAMPION) -> Path:
-    """The model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
+    """Return the model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
 
-    A version on a server is fetched once, into .onediff/models. Raises ValueError if there is no such version, if its
-    files are missing or outside the store, if any byte of them is not what was registered, or if the champion never
-    met the gate.
+    A version on a server is downloaded once, into .onediff/models. Raises ValueError if the version does not exist, if
+    its files are missing or outside the MLflow store, if any byte differs from the registered files, or if the champion
+    never passed the gate (the checks that decide promotion).
     """
     if uri == paths.CHAMPION:
         check_champion()
@@ -45,16 +51,18 @@ def model_folder(uri: str = paths.CHAMPION) -> Path:
 
 @tracking.plain_errors()
 def version_files(uri: str = paths.CHAMPION) -> Path:
-    """The folder that MLflow keeps for a version, with the model, the scores of its pairs and what was `carried`.
+    """Return the folder with all files of a version: model, scores, lineage, model card and drift profile.
 
-    Read it, change nothing. Raises as `model_folder`.
+    The caller must not change the files. Raises ValueError if the version does not exist, or if its files are missing
+    or changed.
     """
     version = store.resolve(uri)
     folder, source = _fetched(version), location(version)
     if not _is_local(source):
         from mlflow.artifacts import list_artifacts
 
-        with _missing_named(version):  # files beside the weights may have been replaced since they were fetched
+        # The cached copy of the weights cannot change, but a new scoring replaces the other files on the server.
+        with _missing_named(version):
             for item in list_artifacts(artifact_uri=source, tracking_uri=tracking.uri()):
                 entry = item.path.rpartition("/")[2]
                 if entry != _data_path(folder).split("/")[0]:
@@ -64,64 +72,108 @@ def version_files(uri: str = paths.CHAMPION) -> Path:
 
 @tracking.plain_errors()
 def scored_pairs(uri: str, split: str = "test") -> dict[str, Any]:
-    """benchmark -> the scores of each pair of the split, of models:/onediff@ALIAS or models:/onediff/VERSION.
+    """Return the scores of each pair of a split, by benchmark, for models:/onediff@ALIAS or models:/onediff/VERSION.
 
-    Raises ValueError if there is no such version or it was registered without them.
+    Raises ValueError if the version does not exist or was registered without the scores of its pairs.
     """
     scores = pair_scores(store.resolve(uri), split)
     if not scores:
-        raise ValueError(f"{uri} has no scores of single pairs: score it again: python -m flows.evaluate {uri}")
+        raise ValueError(f"{uri} must have the scores of each pair, but its files do not contain them: score the "
+                         f"version again: python -m flows.evaluate {uri}")
     return scores
 
 
 @tracking.plain_errors()
-def version_text(uri: str, name: str) -> str:
-    """One text file of a version, such as lineage/lineage.json, without fetching the weights.
+def version_scores(uri: str, split: str) -> dict[str, Any]:
+    """Return the registered scores of a version on split `test` or `gate`, as {"scenes.CIDEr": 3.1, ...}.
 
-    Raises ValueError if there is no such version, FileNotFoundError if it has no such file.
+    Raises ValueError if the version does not exist or the scores differ from the registered digest.
+    """
+    return scores_of(store.resolve(uri), split)
+
+
+@tracking.plain_errors()
+def version_text(uri: str, name: str) -> str:
+    """Return the content of one text file of a version, such as lineage/lineage.json, without loading the weights.
+
+    Raises ValueError if the version does not exist, and FileNotFoundError if the version has no such file.
     """
     return _text(f"{location(store.resolve(uri))}/{name}")
 
 
 @tracking.plain_errors()
 def version_tags(uri: str = paths.CHAMPION) -> dict[str, str]:
-    """The tags of a version and its number. Raises ValueError if there is no such version."""
+    """Return the tags of a version, and the number of the version under the key `version`.
+
+    Raises ValueError if the version does not exist.
+    """
     version = store.resolve(uri)
     return {**version.tags, "version": str(version.version)}
 
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Empty if the store has no scores of pairs for the version. Raises ValueError if they are not those registered."""
-    source = f"{location(version)}/{SCORED}/{split}.json"
+    """Return the scores of each pair of a split, by benchmark; an empty dictionary if the store has no such file.
+
+    Raises ValueError if the file differs from the registered digest.
+    """
+    text = _registered_text(version, f"{SCORED}/{split}.json", f"{paths.SCORED}/{split}.json")
+    return {} if text is None else json.loads(text)
+
+
+def scores_of(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
+    """Return the scores of a version on a split in one level, without lists: {"scenes.CIDEr": 3.1, ...}.
+
+    Versions of earlier code have no score tables among their files, but the scores in the tag scores_<split>. Raises
+    ValueError if the table differs from the registered digest.
+    """
+    text = _registered_text(version, f"{SCORES}/{Path(TABLES[split]).name}", TABLES[split])
+    if text is None:
+        return json.loads(version.tags.get(f"scores_{split}", "{}"))
+    return {key: value for key, value in tracking.flatten(json.loads(text)).items() if not isinstance(value, list)}
+
+
+def _registered_text(version: ModelVersion, name: str, key: str) -> str | None:
+    """Return the content of a score file of a version, or None if the store has no such file.
+
+    `key` is the path of the file in the tag scores_digest. Raises ValueError if the md5 differs from the tag.
+    """
+    source = f"{location(version)}/{name}"
     try:
         text = _text(source)
     except FileNotFoundError:
-        return {}
+        return None
     got = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-    registered = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(f"{paths.SCORED}/{split}.json", got)
+    registered = json.loads(version.tags.get(SCORES_DIGEST, "{}")).get(key, got)
     if got != registered:
-        raise ValueError(f"version {version.version}: {source} must have the registered md5 {registered}, got {got}: "
-                         f"it was changed; score it again: python -m flows.evaluate models:/{NAME}/{version.version}")
-    return json.loads(text)
+        raise ValueError(f"version {version.version}: {source} must have the registered md5 {registered}, got {got}, "
+                         "so the file was changed: score the version again: "
+                         f"python -m flows.evaluate models:/{NAME}/{version.version}")
+    return text
 
 
 def add_files(version: ModelVersion, source: Path, folder: str | None = None) -> None:
-    """Copies a folder's content among the version's files; it replaces files of the same name."""
+    """Add all files of the folder `source` to the files of a version, and replace files with equal names."""
     location(version)
     tracking.client().log_model_artifacts(str(version.source).removeprefix("models:/"), str(source), folder)
 
 
 def check_files(version: ModelVersion) -> None:
-    """Raises ValueError unless the store has the version's files now, and its model is the one registered."""
+    """Check that the store has all files of a version and that the model equals the registered digest.
+
+    Raises ValueError otherwise.
+    """
     source = location(version)
     with tempfile.TemporaryDirectory() as scratch, _missing_named(version):
-        # Not from the cache, which may be older than the files on the server.
+        # Download the files again, because the cached copy does not show whether the server still has them.
         folder = _path(source) if _is_local(source) else _download(source, Path(scratch))
         _checked(_model_in(folder, version), version)
 
 
 def location(version: ModelVersion) -> str:
-    """Where MLflow keeps the version's files. Raises ValueError for a place outside the store, or if there are none."""
+    """Return the path or address where MLflow stores the files of a version.
+
+    Raises ValueError if the location is outside the MLflow store, or if the version has no files.
+    """
     mlflow = tracking.client()
     source = mlflow.get_model_version_download_uri(NAME, str(version.version))
     if source.startswith("models:/"):
@@ -129,12 +181,13 @@ def location(version: ModelVersion) -> str:
             source = mlflow.get_logged_model(source.removeprefix("models:/")).artifact_location
     root = mlflow.get_experiment(tracking.experiment_id()).artifact_location
     if not _inside(source, root):
-        raise ValueError(f"version {version.version}: MLflow at {tracking.where()} says that its files are at "
-                         f"'{source}', which is outside the store, '{root}': not read; register the model again")
+        raise ValueError(f"version {version.version}: its files must be inside the MLflow store '{root}', but MLflow "
+                         f"at {tracking.where()} gives the location '{source}'; register the model again")
     return source
 
 
 def _inside(source: str, root: str) -> bool:
+    """Return whether a location is inside the store `root`, after resolving percent-encoding and symbolic links."""
     while (plain := urllib.parse.unquote(source)) != source:
         source = plain
     if ".." in source.split("/") or "\x00" in source:
@@ -153,7 +206,7 @@ def _path(source: str) -> Path:
 
 
 def _fetched(version: ModelVersion) -> Path:
-    """The version's folder: in the store if that is on this machine, else a copy in the cache."""
+    """Return the folder with the files of a version: in the store if it is on this machine, otherwise in the cache."""
     source = location(version)
 
     def download(scratch: Path) -> Path:
@@ -170,7 +223,7 @@ def _fetched(version: ModelVersion) -> Path:
 
 
 def _cached(name: str, fill: Callable[[Path], Path]) -> Path:
-    """The folder of this name in the cache. `fill`: fetches it into a scratch folder if the cache does not have it."""
+    """Return the folder `name` of the cache. If it does not exist, `fill` creates it in a temporary folder first."""
     target = CACHE / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -178,14 +231,17 @@ def _cached(name: str, fill: Callable[[Path], Path]) -> Path:
             folder = fill(Path(scratch))
             try:
                 folder.rename(target)
-            except OSError:  # another process fetched it in the meantime
+            except OSError:  # Another process may have created this folder of the cache while `fill` ran.
                 if not target.is_dir():
                     raise
     return target
 
 
 def _model_in(folder: Path, version: ModelVersion) -> Path:
-    """The model folder of a version's folder; the weights that DVC keeps are fetched by digest once."""
+    """Return the model folder inside the files of a version.
+
+    If the version contains a reference instead of weights, DVC downloads the weights by their digest once.
+    """
     with _missing_named(version):
         reference = folder / REFERENCE
         if reference.exists():
@@ -194,8 +250,8 @@ def _model_in(folder: Path, version: ModelVersion) -> Path:
                            lambda scratch: _checked(fetch(md5, scratch / "model"), version))
         model = folder / _data_path(folder)
         if not model.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"version {version.version}: its MLmodel names '{_data_path(folder)}', which is outside "
-                             f"{folder}: not read; register the model again")
+            raise ValueError(f"version {version.version}: the data path in its MLmodel file must be inside {folder}, "
+                             f"got '{_data_path(folder)}'; register the model again")
         model.stat()
         return model
 
@@ -205,14 +261,16 @@ def _identity(version: ModelVersion) -> str:
 
 
 def cached_names(tags: Mapping[str, str]) -> set[str]:
-    """The names under which `CACHE` keeps a version with these tags."""
+    """Return the names of the folders in `CACHE` that belong to a version with these tags."""
     digests = [tags[key] for key in (MODEL_DIGEST, "weights_digest") if key in tags]
     return {*digests, *(f"{digest}-weights" for digest in digests)}
 
 
 def _checked(model: Path, version: ModelVersion) -> Path:
-    """Returns the model folder. Raises ValueError if its digest is not the registered one. Old versions have a digest
-    of their weights only, so only the weights are compared.
+    """Return the model folder after comparing its digest with the registered digest.
+
+    Versions of earlier code have a digest of their weights only, so only the weights are compared. Raises ValueError
+    if the digests differ.
     """
     with _missing_named(version):
         digests = model_digests(model)
@@ -221,9 +279,9 @@ def _checked(model: Path, version: ModelVersion) -> Path:
         what, got, registered = "weights", digests.weights, version.tags.get("weights_digest", "none")
     if got != registered:
         copies = [copy for name in cached_names(version.tags) if model.is_relative_to(copy := CACHE / name)]
-        cure = f"remove {copies[0]}, and it is fetched again" if copies else "register the model again"
+        cure = f"remove {copies[0]}, so that it is downloaded again" if copies else "register the model again"
         raise ValueError(f"version {version.version}: the {what} in {model} must have the registered digest "
-                         f"{registered[:12]}, got {got[:12]}: they were changed; {cure}")
+                         f"{registered[:12]}, got {got[:12]}, so they were changed: {cure}")
     return model
 
 
@@ -238,20 +296,24 @@ def _download(source: str, target: Path) -> Path:
 
 
 def _text(source: str) -> str:
-    """The content of a text file of a version. Raises FileNotFoundError if there is no such file."""
-    with tempfile.TemporaryDirectory() as scratch, _missing_as(FileNotFoundError, f"{source} not found"):
+    """Return the content of a text file of a version. Raises FileNotFoundError if the file does not exist."""
+    with tempfile.TemporaryDirectory() as scratch, _missing_as(FileNotFoundError, f"{source} does not exist"):
         return _download(source, Path(scratch)).read_text(encoding="utf-8")
 
 
 def _missing_named(version: ModelVersion) -> AbstractContextManager[None]:
-    """Raises ValueError, naming the version, in place of an error for a missing file."""
-    return _missing_as(ValueError, f"version {version.version}: its files are not where MLflow at {tracking.where()} "
-                       "says", "; bring them back, or train and register it again")
+    """Turn errors about missing files inside the block into a ValueError that contains the number of the version."""
+    return _missing_as(ValueError, f"version {version.version}: its files must be at the location that MLflow at "
+                       f"{tracking.where()} has, but they are missing",
+                       "; restore them from a backup, or train and register the model again")
 
 
 @contextmanager
 def _missing_as(kind: type[Exception], message: str, cure: str = "") -> Iterator[None]:
-    """Raises the exception in place of an error for a missing file. Other failures of a server are raised unchanged."""
+    """Turn errors about missing files inside the block into an exception of the type `kind` with this message.
+
+    Other errors of an MLflow server are raised unchanged.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 

@@ -1,11 +1,13 @@
-"""The trail: every change of the aliases is a numbered record, and the records decide what the aliases are.
+"""The audit trail: a log of every change of the aliases, whose records decide the aliases.
 
-The records are the versions of the registered model `onediff-audit`: MLflow's database gives each of them a number in
-the same transaction, and never gives a number twice. A change first appends a record, then sets MLflow's aliases. A
-record is valid if it follows the last valid one; of two records that follow the same one, the first is valid, and the
-writer of the other gets an error. If a process dies before it has set the aliases, its change still counts, and the
-next change sets them. Aliases that were changed outside OneDiff become a record `adopted`. But a champion that no
-record ever made champion is set back, by a record `restored`: only the gate makes a champion.
+The records are the versions of the registered model `onediff-audit`. MLflow's database numbers each record in the
+transaction that creates the record, and never uses a number twice. Each change first appends a record and then sets
+MLflow's aliases. A record is valid if it follows the last valid record. If two records follow the same record, the
+first one is valid, and the writer of the second one gets an error. If a process dies before it has set the aliases, its
+change is valid all the same, and the next change sets the aliases.
+
+Aliases that were changed outside OneDiff are accepted and recorded as `adopted`. There is one exception: a champion
+that no record has made champion did not pass the gate, so the earlier champion is set again and recorded as `restored`.
 """
 
 import json
@@ -28,22 +30,24 @@ from onediff.registry.store import (
     writing,
 )
 
-OURS = (PREVIOUS, CANDIDATE, CHAMPION)  # in the order in which they are set
-_SOURCE = "onediff-audit:/record"  # MLflow requires a location of files; a record has no files
+OURS = (PREVIOUS, CANDIDATE, CHAMPION)  # The aliases that OneDiff uses, in the order in which a change sets them.
+_SOURCE = "onediff-audit:/record"  # MLflow requires a location of files for each version, but a record has no files.
 _APPLIED = "applied"
 _CREATION_TRIES = 5
-_INSERTED_TWICE = ("IntegrityError", "UniqueViolation", "Duplicate entry")  # SQLite, PostgreSQL, MySQL
+# Texts in the errors of SQLite, PostgreSQL and MySQL for a row that another process has inserted first.
+_INSERTED_TWICE = ("IntegrityError", "UniqueViolation", "Duplicate entry")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change of the aliases. `by`: the writer; None for the user and machine of this process.
+    """A change of the aliases, before it is written to the audit trail.
 
-    `rules`: for a promotion, the SHA-256 of promotion.yaml and the commit that contains it, or "no git".
+    `by` is the author; None stands for the user and machine of this process. `figures` are the scores on which a
+    promotion was decided. `rules` contains the SHA-256 of promotion.yaml and the commit that contains it, or "no git".
     """
 
     action: str
-    new: Aliases  # all aliases after the change
+    new: Aliases  # All aliases after the change.
     why: str
     by: str | None = None
     figures: dict[str, float] = field(default_factory=dict)
@@ -52,11 +56,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class TrailRecord(Change):
-    """A change as it stands in the trail. `old`: all aliases before it; `follows`: the number of the record before it,
-    0 for none.
+    """A change as it is recorded in the audit trail.
 
-    `mark`: a random text by which a writer recognises its own record, also if the request was sent twice. `applied`:
-    MLflow's aliases were set. `valid` False: another change came first, and this one changed nothing.
+    `old` are all aliases before the change, and `follows` is the number of the record before it (0 for the first one).
+    `mark` is a random text by which a writer recognises its record, even if the request was sent twice. `applied` is
+    True if MLflow's aliases were set afterwards. `valid` is False if another change came first, so that this record
+    changed nothing.
     """
 
     number: int
@@ -68,7 +73,7 @@ class TrailRecord(Change):
     applied: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with `from` and `to`."""
+        """Return the record as a dictionary for JSON, with the aliases before and after under `from` and `to`."""
         return {"number": self.number, "when": self.when, "by": self.by, "action": self.action, "from": self.old,
                 "to": self.new, "why": self.why, "figures": self.figures, "rules": self.rules, "follows": self.follows,
                 "valid": self.valid, "applied": self.applied}
@@ -76,17 +81,18 @@ class TrailRecord(Change):
     def __str__(self) -> str:
         names = [name for name in reversed(OURS) if self.old.get(name) != self.new.get(name)]
         moved = ", ".join(f"{name} {self.old.get(name, '-')} -> {self.new.get(name, '-')}" for name in names)
-        void = "" if self.valid else "  VOID: another change came first"
+        void = "" if self.valid else "  INVALID: another change came first"
         rules = f"  rules {self.rules['sha256'][:12]}, {self.rules['commit'][:12]}" if self.rules else ""
         return f"{self.number}  {self.when}  {self.action}  {moved}  by {self.by}: {self.why}{rules}{void}"
 
 
-START = TrailRecord(number=0, when="", action="start", old={}, new={}, why="", by="")  # before the first record
+# Stands for the state before the first record.
+START = TrailRecord(number=0, when="", action="start", old={}, new={}, why="", by="")
 
 
 @tracking.plain_errors()
 def trail() -> list[TrailRecord]:
-    """All records, oldest first, including void ones."""
+    """Return all records of the audit trail, oldest first, including invalid ones."""
     records: list[TrailRecord] = []
     head = START
     for item in store.versions_of(AUDIT):
@@ -100,69 +106,76 @@ def trail() -> list[TrailRecord]:
 
 
 def last(records: list[TrailRecord]) -> TrailRecord:
-    """The last valid record; its `new` is what the aliases must be."""
+    """Return the last valid record, whose `new` contains the aliases that MLflow must have."""
     return next((record for record in reversed(records) if record.valid), START)
 
 
 @tracking.plain_errors()
 def check_trail() -> list[TrailRecord]:
-    """The trail. Raises ValueError if it has a gap or a fork, or if MLflow's aliases differ from it."""
+    """Return the audit trail after checking that it is complete and that MLflow's aliases agree with it.
+
+    Raises ValueError if a record is missing, if a record follows a state that never existed, or if the aliases differ.
+    """
     records = trail()
     missing = sorted(set(range(1, records[-1].number + 1)) - {record.number for record in records}) if records else []
     if missing:
-        raise ValueError(f"the trail at {tracking.where()} has a gap: record {', '.join(map(str, missing))} is missing")
+        raise ValueError(f"the audit trail at {tracking.where()} must have no gap, but record "
+                         f"{', '.join(map(str, missing))} is missing: restore the database from a backup")
     states = {0: START.new} | {record.number: record.new for record in records if record.valid}
     head = 0
     for record in records:
         if record.valid:
             head = record.number
         elif record.follows not in states or record.follows >= head or states[record.follows] != record.old:
-            raise ValueError(f"the trail at {tracking.where()} has a fork: record {record.number} says it was made "
-                             f"upon record {record.follows} and {_text(record.old)}, which is no state it could have "
-                             f"seen; record {head} was the last")
-    if unlike := difference(records):
-        raise ValueError(unlike)
+            raise ValueError(f"the audit trail at {tracking.where()} has a fork: record {record.number} must follow a "
+                             f"state that existed, but follows record {record.follows} with {_text(record.old)}; the "
+                             f"last valid record before it is {head}: restore the database from a backup")
+    if disagreement := difference(records):
+        raise ValueError(disagreement)
     return records
 
 
 @tracking.plain_errors()
 def difference(records: list[TrailRecord] | None = None) -> str | None:
-    """How MLflow's aliases differ from the trail and what the next change does about it, or None."""
+    """Describe how MLflow's aliases differ from the audit trail, and how the next change resolves that, or return None.
+
+    `records` defaults to the present audit trail.
+    """
     records = trail() if records is None else records
     if not records:
         return None
     head, current = last(records), _mlflow_aliases()
     if current == head.new:
         return None
-    text = (f"MLflow at {tracking.where()} has {_text(current)}, but the trail ends with {_text(head.new)} (record "
-            f"{head.number})")
+    text = (f"MLflow at {tracking.where()} has {_text(current)}, but the audit trail ends with {_text(head.new)} "
+            f"(record {head.number})")
     if _unfinished(records):
-        return f"{text}: a change was cut off; the next one finishes it, and so does 'onediff registry repair'"
-    then = ("sets champion back: that version never met the gate" if _champion_without_record(current, records)
-            else "records that as 'adopted'")
-    return f"{text}: somebody changed them outside OneDiff; the next change {then}"
+        return f"{text}: a change was interrupted; the next change or 'onediff registry repair' completes it"
+    resolution = ("sets champion back, because that version never passed the gate"
+                  if _champion_without_record(current, records) else "records the new aliases as 'adopted'")
+    return f"{text}: the aliases were changed outside OneDiff; the next change {resolution}"
 
 
 def _champion_without_record(aliases: Mapping[str, str], records: list[TrailRecord]) -> bool:
-    """Whether the champion is a version that no valid record made champion. False for an empty trail."""
+    """Return whether the champion is a version that no valid record made champion; False for an empty audit trail."""
     recorded = {record.new.get(CHAMPION) for record in records if record.valid}
     return bool(records) and aliases.get(CHAMPION, "") not in recorded | {""}
 
 
 @tracking.plain_errors()
 def check_champion() -> None:
-    """Raises ValueError if MLflow's champion is a version that never met the gate."""
+    """Check that MLflow's champion has passed the gate, the checks that decide promotion. Raises ValueError if not."""
     aliases = _mlflow_aliases()
     if _champion_without_record(aliases, trail()):
         version = aliases[CHAMPION]
-        raise ValueError(f"MLflow at {tracking.where()} has version {version} as champion, which was set outside "
-                         "OneDiff and never met the gate: 'onediff registry repair' sets champion back, 'onediff "
-                         f"registry promote {version}' asks the gate")
+        raise ValueError(f"MLflow at {tracking.where()}: the champion must have passed the gate, but version {version} "
+                         "became champion outside OneDiff: 'onediff registry repair' restores the earlier champion, "
+                         f"'onediff registry promote {version}' checks this version")
 
 
 @tracking.plain_errors()
 def repair() -> TrailRecord:
-    """Makes MLflow's aliases and the trail agree, as every change does first. Returns the last record."""
+    """Make MLflow's aliases and the audit trail agree, as every change does first. Return the last valid record."""
     if not tracking.exists():
         store.aliases()  # This raises ValueError, because `writing` would create a lock file beside a missing database.
     with writing():
@@ -170,10 +183,12 @@ def repair() -> TrailRecord:
 
 
 def settled(*, by: str | None = None) -> TrailRecord:
-    """Finishes a change that was cut off, or records one that was made outside OneDiff, and returns the last record.
+    """Complete an interrupted change, or record a change that was made outside OneDiff; return the last valid record.
+
     Call it inside `writing()`.
     """
-    records = trail()  # before the aliases: a record that comes in between makes an adoption void
+    # The audit trail is read before the aliases, so that a record written in between makes an adoption invalid.
+    records = trail()
     head, current = last(records), _mlflow_aliases()
     unfinished = _unfinished(records)
     if current == head.new or unfinished:
@@ -183,18 +198,18 @@ def settled(*, by: str | None = None) -> TrailRecord:
             _mark_applied(record)
         return head
     if _champion_without_record(current, records):
-        why = f"champion {current[CHAMPION]} was set outside OneDiff and never met the gate"
+        why = f"champion {current[CHAMPION]} was set outside OneDiff and never passed the gate"
         return apply_change(Change(action="restored", new=current | {CHAMPION: head.new.get(CHAMPION, "")}, by=by,
                                    why=why), upon=head)
-    why = "found changed outside OneDiff" if records else "as it was before there was a trail"
+    why = "changed outside OneDiff" if records else "state before the first record"
     return _append(Change(action="adopted", new=current, by=by, why=why), upon=head, tags={_APPLIED: "true"})
 
 
 def apply_change(change: Change, *, upon: TrailRecord) -> TrailRecord:
-    """Appends the change to the trail, then sets MLflow's aliases. Call it inside `writing()`.
+    """Append a change to the audit trail, then set MLflow's aliases. Call it inside `writing()`.
 
-    `upon`: the last record that the caller saw. Raises ValueError, naming the record that won, if another change came
-    first; then nothing is changed.
+    `upon` is the last valid record that the caller read. If another process appended a record after it, no alias
+    changes, and a ValueError with that record is raised.
     """
     without_empty = {alias: version for alias, version in change.new.items() if version}
     record = _append(replace(change, new=without_empty), upon=upon)
@@ -213,29 +228,32 @@ def _append(change: Change, *, upon: TrailRecord, tags: Mapping[str, str] | None
     ours = next((record for record in records if record.valid and record.mark == note["mark"]), None)
     if ours:
         return ours
-    won = next((record for record in records if record.valid and record.follows == upon.number), last(records))
-    raise ValueError(f"another change came first: record {won.number}, {won.action} by {won.by} ({_text(won.new)}); "
-                     f"this {change.action} changed nothing (record {number} is void): look, then try again")
+    winner = next((record for record in records if record.valid and record.follows == upon.number), last(records))
+    raise ValueError(f"another change came first: record {winner.number}, {winner.action} by {winner.by} "
+                     f"({_text(winner.new)}); this {change.action} changed nothing (record {number} is invalid): check "
+                     "the aliases with 'onediff registry list', then try again")
 
 
 def _create_record(tags: dict[str, str], description: str) -> int:
-    """Creates a version of the audit model. Returns its number."""
+    """Create a record, which is a version of the registered model `onediff-audit`. Return the number of the record."""
     mlflow = tracking.client()
     from mlflow.exceptions import MlflowException
 
-    store.make_model(AUDIT, f"Every change of the aliases of '{NAME}', by number. OneDiff writes it, nobody else.")
+    store.make_model(AUDIT, f"The audit trail: each version records one change of the aliases of '{NAME}'. "
+                     "Only OneDiff may write it.")
     for tries_left in reversed(range(_CREATION_TRIES)):
         try:
             return int(mlflow.create_model_version(AUDIT, _SOURCE, tags=tags, description=description,
                                                    await_creation_for=0).version)
         except MlflowException as error:
-            if not tries_left or "Giving up after" not in str(error):  # others took the numbers that MLflow tried
+            # MLflow gives up if other processes have taken all version numbers that it tried.
+            if not tries_left or "Giving up after" not in str(error):
                 raise
     raise AssertionError("the last try returns or raises")
 
 
 def _set_aliases(record: TrailRecord) -> None:
-    """Sets MLflow's aliases to those of the record, and then to those of a newer record if there is one by then."""
+    """Set MLflow's aliases to those of the record, and repeat that for a newer record if one was appended since."""
     mlflow = tracking.client()
     while True:
         current = _mlflow_aliases()
@@ -255,7 +273,7 @@ def _mark_applied(record: TrailRecord) -> None:
 
 
 def _insert(call: Callable[..., object], *arguments: Any) -> None:
-    """Repeats a call that failed because another process inserted the same alias or tag at the same time."""
+    """Call a method of the client, and repeat the call if another process inserted the same alias or tag just then."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -279,7 +297,7 @@ def _record(item: ModelVersion) -> TrailRecord:
                       rules=json.loads(tags.get("rules", "{}")), applied=_APPLIED in tags)
     except (KeyError, ValueError) as error:
         raise ValueError(f"record {item.version} of '{AUDIT}' at {tracking.where()} cannot be read ({error!r}): "
-                         "restore the database") from None
+                         "restore the database from a backup") from None
 
 
 def _unfinished(records: list[TrailRecord]) -> list[TrailRecord]:

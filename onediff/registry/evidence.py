@@ -1,10 +1,10 @@
-"""Which files hold the scores of which model folder, with the digest of each, so that scores cannot be exchanged.
+"""Evidence that score files belong to a model folder: the digests of all files, so that scores cannot be exchanged.
 
-    pipeline_evidence(model)     # results of stages tune, caption and score: every digest is the one in dvc.lock
-    evidence_of(model, root)     # captions and scores that were just made beside the pipeline
+    pipeline_evidence(model)     # results of the stages tune, caption and score, with the digests in dvc.lock
+    evidence_of(model, root)     # captions and scores that were created in another folder, outside the pipeline
 
-A model can be registered or get new scores only with an `Evidence`. Score files are read strictly: missing keys and
-values outside their range are refused.
+Registering a model and replacing its scores require an `Evidence`. Score files are read strictly: missing keys and
+values outside their range raise an error.
 """
 
 import hashlib
@@ -26,14 +26,16 @@ from onediff.repro.lock import Stage, md5_of, parse_dvc_lock, read_dvc_lock
 MODEL, DIFFCAP, CAPTIONS, SCORED = map(str, (paths.TRAINED, paths.DIFFCAP, paths.CAPTIONS, paths.SCORED))
 TABLES = {"test": str(paths.METRICS), "gate": str(paths.GATE)}
 _OUTS_OF_SCORE = (SCORED, *TABLES.values())
-ROUNDING = 1e-5  # score files have six decimal places
+ROUNDING = 1e-5  # Largest difference between two equal scores, because score files have six decimal places.
 _CURE = "'dvc repro' scores again; if the message stays, the stage 'score' has a fault"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model folder with the scores of its captions. `root`: the folder in which `files` are. `model`, `model_md5`:
-    digests of the model folder. `files`: path -> the md5 by which DVC knows captions, scores of pairs and score tables.
+    """A model folder with the digests of the scores of its captions.
+
+    `model` and `model_md5` are digests of the model folder. `files` maps the paths of captions, scores of pairs and
+    score tables, relative to `root`, to the md5 that DVC would record for them.
     """
 
     model_dir: Path
@@ -44,71 +46,74 @@ class Evidence:
 
     @property
     def scored(self) -> Path:
-        """The folder with the scores of each pair."""
+        """Return the folder with the scores of each pair."""
         return self.root / SCORED
 
     def tables(self) -> dict[str, dict[str, Any]]:
-        """split -> benchmark -> scores. Raises ValueError if a file no longer has its digest, or holds a value that is
-        not a valid score.
+        """Read the score tables, as {"test": {benchmark: scores}, "gate": {benchmark: scores}}.
+
+        Raises ValueError if a file no longer has its digest, or if it contains a value that is not a valid score.
         """
         if md5_of(self.scored) != self.files[SCORED]:
-            raise ValueError(f"{self.scored} was changed while it was read; start again")
+            raise ValueError(f"{self.scored} must not change while it is being read, but it did; run the command again")
         tables = {}
         for split, path in TABLES.items():
             content = (self.root / path).read_bytes()
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != self.files[path]:
-                raise ValueError(f"{self.root / path} was changed while it was read; start again")
+                raise ValueError(f"{self.root / path} must not change while it is being read, but it did; run the "
+                                 "command again")
             tables[split] = read_scores(str(self.root / path), content)
             pairs = self.scored / f"{split}.json"
             if not pairs.exists():
-                raise FileNotFoundError(f"{pairs} not found: 'dvc repro' makes it")
+                raise FileNotFoundError(f"{pairs} does not exist: run 'dvc repro' to create it")
             read_pair_scores(str(pairs), pairs.read_bytes(), tables[split])
         return tables
 
     def as_tag(self) -> str:
-        """The tag of a version: all digests as JSON, also those of the single files in data/scored."""
+        """Return all digests as JSON, with the digest of each file in data/scored, for a tag of the version."""
         pairs = {f"{SCORED}/{path.name}": md5_of(path) for path in sorted(self.scored.glob("*.json"))}
         return json.dumps({"model": self.model_md5, **self.files, **pairs}, sort_keys=True)
 
 
 def evidence_of(model_dir: Path, root: Path) -> Evidence:
-    """The digests of a model folder and of the captions and scores in `root` that were just made with it."""
+    """Return the digests of a model folder, and of the captions and scores in `root` that were created with it."""
     files = {}
     for path in (CAPTIONS, *_OUTS_OF_SCORE):
         if not (root / path).exists():
-            raise FileNotFoundError(f"{root / path} not found: 'dvc repro' makes it, 'dvc pull {path}' brings it from "
-                                    "a remote")
+            raise FileNotFoundError(f"{root / path} does not exist: run 'dvc repro' to create it, or 'dvc pull {path}' "
+                                    "to download it from a remote")
         files[path] = md5_of(root / path)
     return Evidence(model_dir, root, model_digests(model_dir), md5_of(model_dir), files)
 
 
 def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
-    """The scores of the pipeline in `root`, if they are those of this model folder.
+    """Check that the pipeline's scores in `root` belong to this model folder, and return the evidence.
 
-    By the digests in dvc.lock: stage `tune` wrote these bytes, stage `caption` read them, `score` read what `caption`
-    wrote, all three read the same DiffCap, and every file is still as its stage wrote it. In a git repository the
-    scores are also those of the commit, if that has the same captions. Raises FileNotFoundError for what is missing,
-    else ValueError with all that does not agree.
+    The digests in dvc.lock must show that stage `tune` wrote the model folder, that `caption` read it, that `score`
+    read the output of `caption`, that all three stages read the same data/diffcap, and that no file has changed since.
+    If the git commit has a dvc.lock with the same captions, it must have the same scores too. Raises FileNotFoundError
+    for missing files, and ValueError with one line for each digest that differs.
     """
     stages = read_dvc_lock(root / DVC_LOCK)
     missing = [name for name in ("tune", "caption", "score") if name not in stages]
     if missing:
-        raise ValueError(f"{root / DVC_LOCK}: must hold stage {missing[0]}, which records how the model was trained "
-                         "and scored: 'dvc repro' runs it")
+        raise ValueError(f"{root / DVC_LOCK}: must contain stage {missing[0]}, which records how the model was trained "
+                         "and scored, but does not: run 'dvc repro'")
     evidence = evidence_of(model_dir, root)
     tune, caption, score = (stages[name] for name in ("tune", "caption", "score"))
     rules = [(str(model_dir), "the model folder that stage caption read", caption.deps.get(MODEL), evidence.model_md5),
-             (f"{DVC_LOCK}: {MODEL} that stage caption read", "what stage tune left", tune.outs.get(MODEL),
+             (f"{DVC_LOCK}: {MODEL} that stage caption read", "the output of stage tune", tune.outs.get(MODEL),
               caption.deps.get(MODEL)),
-             (str(root / CAPTIONS), "what stage caption left", caption.outs.get(CAPTIONS), evidence.files[CAPTIONS]),
-             (f"{DVC_LOCK}: {CAPTIONS} that stage score read", "what stage caption left", caption.outs.get(CAPTIONS),
-              score.deps.get(CAPTIONS)),
-             *((f"{DVC_LOCK}: {DIFFCAP} that stage {name} read", "what stage tune read", tune.deps.get(DIFFCAP),
-                stages[name].deps.get(DIFFCAP)) for name in ("caption", "score")),
-             *((str(root / path), "what stage score left", score.outs.get(path), evidence.files[path])
+             (str(root / CAPTIONS), "the output of stage caption", caption.outs.get(CAPTIONS),
+              evidence.files[CAPTIONS]),
+             (f"{DVC_LOCK}: {CAPTIONS} that stage score read", "the output of stage caption",
+              caption.outs.get(CAPTIONS), score.deps.get(CAPTIONS)),
+             *((f"{DVC_LOCK}: {DIFFCAP} that stage {name} read", "the data that stage tune read",
+                tune.deps.get(DIFFCAP), stages[name].deps.get(DIFFCAP)) for name in ("caption", "score")),
+             *((str(root / path), "the output of stage score", score.outs.get(path), evidence.files[path])
                for path in _OUTS_OF_SCORE)]
-    wrong = [f"{where}: must be {rule}, md5 {expected or 'none'} in {DVC_LOCK}, got {got or 'none'}; 'dvc repro' makes "
-             "them agree" for where, rule, expected, got in rules if expected is None or expected != got]
+    wrong = [f"{where}: must be {rule}, md5 {expected or 'none'} in {DVC_LOCK}, got {got or 'none'}; run 'dvc repro' "
+             "to make them agree" for where, rule, expected, got in rules if expected is None or expected != got]
     wrong += _unlike_commit(score, root)
     if wrong:
         raise ValueError("\n".join(wrong))
@@ -116,8 +121,9 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
 
 
 def _unlike_commit(score: Stage, root: Path) -> list[str]:
-    """One line if the committed dvc.lock has other scores for the same captions, data and code. Scoring is
-    deterministic, so a difference means that one of the two was edited.
+    """Return one error line if the committed dvc.lock has other scores for the same captions, data and code.
+
+    Scoring is deterministic, so a difference means that somebody edited the committed or the present scores.
     """
     content = committed(DVC_LOCK, root)
     in_commit = parse_dvc_lock(content, DVC_LOCK).get("score") if content else None
@@ -125,17 +131,15 @@ def _unlike_commit(score: Stage, root: Path) -> list[str]:
         return []
     wrong = [path for path in _OUTS_OF_SCORE if in_commit.outs.get(path) != score.outs.get(path)]
     return [f"{root / DVC_LOCK}: {path} must be what the commit's {DVC_LOCK} has for the same captions, md5 "
-            f"{in_commit.outs.get(path)}, got {score.outs.get(path)}; 'git checkout {DVC_LOCK}' and 'dvc repro' "
-            "score again" for path in wrong[:1]]
-
-
-# --- score files -----------------------------------------------------------------------------------------------------
+            f"{in_commit.outs.get(path)}, got {score.outs.get(path)}; run 'git checkout {DVC_LOCK}' and 'dvc "
+            "repro' to score again" for path in wrong[:1]]
 
 
 def read_scores(where: str, content: bytes) -> dict[str, Any]:
-    """benchmark -> its table, of metrics.json or gate.json. `where`: the file, for messages.
+    """Parse the content of metrics.json or gate.json, which maps each benchmark to its scores.
 
-    Raises ValueError with one line per fault: no JSON, no benchmark, a missing key, a figure outside its range.
+    `where` is the path of the file, for error messages. Raises ValueError with one line for each fault: invalid JSON,
+    no benchmark, a missing key, or a score outside its range.
     """
     tables = _read_mapping(where, content)
     faults: list[str] = []
@@ -149,8 +153,10 @@ def read_scores(where: str, content: bytes) -> dict[str, Any]:
 
 
 def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> None:
-    """Checks scored/<split>.json against the tables of the same split: the same benchmarks and numbers of pairs, and
-    each corpus score is the mean of the pairs'. Raises ValueError with one line per fault.
+    """Check the content of scored/<split>.json, the scores of each pair, against the score tables of the split.
+
+    Both must have the same benchmarks and numbers of pairs, and each corpus score must be the mean of the scores of the
+    pairs. Raises ValueError with one line for each fault.
     """
     pairs = _read_mapping(where, content)
     faults = [f"{name}: must be a benchmark in both this file and the scores of its split"
@@ -161,7 +167,7 @@ def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> N
 
 
 def in_range(name: str, value: object) -> bool:
-    """Whether the value is a number in the range of the figure of this name. True and strings are not numbers."""
+    """Return whether the value is a number in the range of the metric with this name; bool is not a number here."""
     low, high = FIGURE_RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -169,8 +175,8 @@ def in_range(name: str, value: object) -> bool:
 def _read_mapping(where: str, content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{where}: not valid JSON ({error}); {_CURE}") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors.
+        raise ValueError(f"{where}: must be valid JSON, got: {error}; {_CURE}") from None
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{where}: must be a mapping with at least one benchmark, got "
                          f"{'an empty one' if values == {} else type(values).__name__}; {_CURE}")
@@ -180,12 +186,13 @@ def _read_mapping(where: str, content: bytes) -> dict[str, Any]:
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in items]
     if len(names) != len(set(names)):
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"each key of a JSON object must occur once, but '{duplicate}' occurs twice")
     return dict(items)
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"numbers must be finite in JSON, got {name}")
 
 
 def _missing(table: Any, keys: Sequence[str]) -> str:
@@ -194,10 +201,13 @@ def _missing(table: Any, keys: Sequence[str]) -> str:
 
 
 def _wrong_figures(path: str, name: str, value: Any) -> Iterator[str]:
-    """The faults of a value and of everything in it. `name`: the figure's, which decides the range."""
+    """Yield one message for each invalid number in a value, which may be nested.
+
+    `path` is where the value is in the file. `name` is the metric of the value, which decides the valid range.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
-            # In "change_type_accuracy_by_type" the keys are types of change and the values are figures of this name.
+            # In "change_type_accuracy_by_type" the keys are types of change and the values are change_type_accuracy.
             figure, by, _ = name.partition("_by_")
             yield from _wrong_figures(f"{path}.{key}", figure if by and figure in FIGURE_RANGES else key, item)
     elif isinstance(value, list):
@@ -224,9 +234,9 @@ def _wrong_pairs(pairs: Any, table: Mapping[str, Any]) -> Iterator[str]:
             yield f".{key}: must be a list of num_pairs {table['num_pairs']} items, got {_short(pairs[key])}"
         elif key not in PAIR_METRICS:
             if not all(isinstance(item, str) for item in pairs[key]):
-                yield f".{key}: must hold texts"
+                yield f".{key}: must contain strings only"
             elif key == "pair_id" and len(set(pairs[key])) != len(pairs[key]):
-                yield ".pair_id: must hold each pair once"
+                yield ".pair_id: must contain each pair once"
         elif faults := list(_wrong_figures(f".{key}", key, pairs[key])):
             yield faults[0]
         elif abs(math.fsum(pairs[key]) / len(pairs[key]) - table[key]) > ROUNDING:
@@ -237,7 +247,7 @@ def _wrong_pairs(pairs: Any, table: Mapping[str, Any]) -> Iterator[str]:
 def _short(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # Python refuses to print an integer with thousands of digits.
         text = f"a {type(value).__name__} of very many digits"
     return text if len(text) <= 60 else f"{text[:60]}..."
 

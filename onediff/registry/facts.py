@@ -1,6 +1,7 @@
-"""Facts about a version: the data passed validation, no test pair leaks into the training data, and git has the code.
+"""Facts about a version: the data passed validation, no test pair leaks into the training data, git has the code.
 
-They are read from dvc.lock, in which DVC writes a stage only after it succeeded, and from the files on disk; no MLflow.
+The facts are read from dvc.lock and from the files on disk. DVC adds a stage to dvc.lock only after the stage has
+succeeded. This module does not use MLflow.
 """
 
 import json
@@ -21,12 +22,14 @@ OF_DATA = ("data_validated", "leak_audit")
 FACTS = (*OF_DATA, "clean_lineage")
 DIFFCAP, QUARANTINE, REPORTS = map(str, (paths.DIFFCAP, paths.QUARANTINE, paths.DIFFCAP_REPORTS))
 AUDIT = "audit.json"
-TRAINED_CLEAN = "training_lineage"  # tag: clean_lineage of the training only; scoring again does not change it
+TRAINED_CLEAN = "training_lineage"  # Tag: clean_lineage of the training alone, which scoring again does not change.
 
 
 def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
-    """data_validated, leak_audit, clean_lineage, training_lineage: each `yes`, `no git`, or `no: ` with the reason and
-    the cure.
+    """Return the facts about a model folder of the pipeline in `root`, as tags for its version.
+
+    The keys are data_validated, leak_audit, clean_lineage and training_lineage. Each value is `yes`, `no git`, or
+    `no: ` followed by the reason and the cure.
     """
     stages, lineage = _stages(root), _lineage(root)
     return _facts_of_data(_broken_chain(model_dir, stages, root), stages, root) | {
@@ -35,26 +38,26 @@ def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, 
 
 
 def facts_after_scoring(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, str]:
-    """Facts for a version that was scored again with the DiffCap and the code that are in `root` now.
+    """Return the facts about a version that was scored again with the data and code that are in `root` now.
 
-    `tags`: the tags of the version, which say from which data and code it was trained.
+    `tags` are the tags of the version, which identify the data and code of its training.
     """
     stages, data = _stages(root), provenance(root)["data_digest"]
     broken = (_broken_data(md5_of(root / DIFFCAP), stages) if (root / DIFFCAP).exists() else
-              f"{root / DIFFCAP} not found; 'dvc pull {DIFFCAP}' brings it, 'dvc repro' makes it")
+              f"{root / DIFFCAP} does not exist; 'dvc pull {DIFFCAP}' downloads it, 'dvc repro' creates it")
     if not broken and tags.get("data_digest") != data:
-        broken = (f"the version learned from other data (data card {tags.get('data_digest', 'none')[:12]}) than it was "
-                  f"scored on ({data[:12]}), and no leak audit compares the two; 'dvc repro' trains on this data")
+        broken = (f"the version was trained on other data (data card {tags.get('data_digest', 'none')[:12]}) than it "
+                  f"was scored on ({data[:12]}), and no leak audit compares the two; 'dvc repro' trains on this data")
     return _facts_of_data(broken, stages, root) | {"clean_lineage": _lineage_after_scoring(tags, root)}
 
 
 def size_mib(folder: Path) -> float:
-    """The size of all files in the folder."""
+    """Return the total size of all files in the folder, in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 
 def locked_md5(model_dir: Path, *, root: Path = Path()) -> str | None:
-    """The digest of the folder's content in dvc.lock, or None if no stage made it."""
+    """Return the md5 of the model folder in dvc.lock, or None if the folder is not an output of a stage."""
     path, project = model_dir.absolute(), root.absolute()
     return outs_of(_stages(root)).get(path.relative_to(project).as_posix()) if path.is_relative_to(project) else None
 
@@ -64,26 +67,29 @@ def _stages(root: Path) -> dict[str, Stage]:
 
 
 def _broken_chain(model_dir: Path, stages: Mapping[str, Stage], root: Path) -> str:
-    """Where the chain from the folder's bytes back to the stage `validate` breaks; empty if it does not.
+    """Return where the chain of digests from the model folder back to the stage `validate` breaks, or "".
 
-    The folder is what a stage wrote, which read what `build` wrote, which read what `validate` wrote. A stage that
-    failed, as `validate` does for too many bad pairs, has no entry in dvc.lock.
+    The model folder must be the output of a stage that read the output of `build`, and `build` must have read the
+    output of `validate`. If `validate` refused the data, dvc.lock has no entry for it.
     """
     md5 = locked_md5(model_dir, root=root)
     if md5 is None:
-        return f"{model_dir} is no out of a stage in dvc.lock; only what 'dvc repro' made comes from checked data"
+        return (f"{model_dir} must be an output of a stage in dvc.lock, but is none; train with 'dvc repro', which "
+                "checks the data")
     if md5_of(model_dir) != md5:
-        return f"{model_dir} is not what dvc.lock says; 'dvc repro' or 'dvc checkout' makes them agree"
+        return (f"{model_dir} must have the digest in dvc.lock, but has another one; run 'dvc repro' or 'dvc checkout' "
+                f"to make them agree")
     trained = next(stage for stage in stages.values() if md5 in stage.outs.values())
     return _broken_data(trained.deps.get(DIFFCAP), stages)
 
 
 def _broken_data(diffcap_md5: str | None, stages: Mapping[str, Stage]) -> str:
-    """Where the chain from this DiffCap back to the stage `validate` breaks; empty if it does not."""
+    """Return where the chain of digests from the folder data/diffcap back to the stage `validate` breaks, or ""."""
     for stage, path in (("build", DIFFCAP), ("validate", QUARANTINE)):
         md5 = diffcap_md5 if stage == "build" else stages["build"].deps.get(QUARANTINE)
         if stage not in stages or md5 is None or stages[stage].outs.get(path) != md5:
-            return f"dvc.lock: {path} that was read is not what stage {stage} left; 'dvc repro' makes it anew"
+            return (f"dvc.lock: the {path} that was read must be the output of stage {stage}, but has another digest; "
+                    "'dvc repro' creates it again")
     return ""
 
 
@@ -95,9 +101,9 @@ def _facts_of_data(broken: str, stages: Mapping[str, Stage], root: Path) -> dict
 def _leaks(stages: Mapping[str, Stage], root: Path) -> str:
     folder = root / REPORTS
     if not (folder / AUDIT).exists():
-        return f"no: {folder / AUDIT} not found; 'dvc pull build' brings it, 'dvc repro' makes it"
+        return f"no: {folder / AUDIT} does not exist; 'dvc pull build' downloads it, 'dvc repro' creates it"
     if md5_of(folder) != stages["build"].outs.get(REPORTS):
-        return f"no: {folder} is not what dvc.lock says; 'dvc checkout' or 'dvc repro' makes them agree"
+        return f"no: {folder} must have the digest in dvc.lock, but has another one; run 'dvc checkout' or 'dvc repro'"
     benchmarks = json.loads((folder / AUDIT).read_text(encoding="utf-8"))["benchmarks"]
     leaks = [f"{name}: {table['verdict']}" for name, table in benchmarks.items() if table["verdict"] != "clean"]
     return f"no: {'; '.join(leaks)}; see {folder / AUDIT} and data.leaks in params.yaml" if leaks else YES
@@ -105,16 +111,18 @@ def _leaks(stages: Mapping[str, Stage], root: Path) -> str:
 
 def _lineage(root: Path) -> str:
     if head(root) is None:
-        return ("no: this repository has no commit; 'git add -A' and 'git commit', then register again"
+        return ("no: this repository has no commit; run 'git add -A' and 'git commit', then register the version again"
                 if (root / ".git").exists() else NO_GIT)
     changed = changed_files(root)
-    return (f"no: changed since the commit: {', '.join(changed[:5])}; 'git commit', then register again"
+    return (f"no: changed since the commit: {', '.join(changed[:5])}; run 'git commit', then register the version again"
             if changed else YES)
 
 
 def _lineage_after_scoring(tags: Mapping[str, str], root: Path) -> str:
-    """clean_lineage now, unless the training itself was not clean. `tags`: those of the version; versions of early code
-    have git_dirty only: false, true, or none without git.
+    """Return clean_lineage for a version that was scored again: the present state, unless its training was not clean.
+
+    `tags` are the tags of the version. Versions of earlier code have only the tag git_dirty about their training:
+    false, true, or none without git.
     """
     lineage, dirty = _lineage(root), tags.get("git_dirty", "none")
     trained = tags.get(TRAINED_CLEAN, YES)
@@ -123,42 +131,45 @@ def _lineage_after_scoring(tags: Mapping[str, str], root: Path) -> str:
     if dirty == "false" or (dirty == "none" and lineage == NO_GIT):
         return lineage
     how = "outside git" if dirty == "none" else "from code or parameters that were not committed"
-    return f"no: the version was registered {how}; 'git commit', 'dvc repro', then register again"
+    return f"no: the version was registered {how}; run 'git commit' and 'dvc repro', then register the version again"
 
 
 def _other_inputs(stages: Mapping[str, Stage], names: tuple[str, ...], root: Path) -> str | None:
-    """The first file of code or parameter that has changed since one of these stages, or one before them, ran with it:
-    then the commit does not contain what was run.
+    """Return a reason if a code file or parameter has changed since a stage ran with it, otherwise None.
+
+    The check covers the stages `names` and all stages before them. After such a change, the git commit no longer
+    contains the code that produced the results.
     """
     params = root / paths.PARAMS
     values = YAML(typ="safe").load(params.read_text(encoding="utf-8")) or {} if params.exists() else {}
     for name, stage in _with_earlier(stages, names).items():
         for path, md5 in stage.deps.items():
             if not path.startswith("data/") and (not (root / path).exists() or md5_of(root / path) != md5):
-                return f"no: stage {name} ran with another {path} than there is now; 'dvc repro', then register again"
+                return (f"no: stage {name} ran with another version of {path} than the present one; run 'dvc repro', "
+                        "then register the version again")
         for key, value in stage.params.items():
             if _parameter(values, key) != value:
-                return (f"no: stage {name} ran with another value of {key} than params.yaml has now; 'dvc repro', then "
-                        "register again")
+                return (f"no: stage {name} ran with another value of {key} than params.yaml has now; run 'dvc repro', "
+                        "then register the version again")
     return None
 
 
 def _with_earlier(stages: Mapping[str, Stage], names: tuple[str, ...]) -> dict[str, Stage]:
-    """These stages and all stages whose outs they read, directly or through other stages."""
+    """Return the stages `names` and all stages whose outputs they read, directly or through other stages."""
     reached: dict[str, Stage] = {}
     waiting = list(names)
     while waiting:
         name = waiting.pop(0)
         if name in stages and name not in reached:
             reached[name] = stages[name]
-            waiting += [other for other, stage in stages.items()
+            waiting += [earlier for earlier, stage in stages.items()
                         if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out)
                                for out in stage.outs for dep in stages[name].deps)]
     return reached
 
 
 def _parameter(values: Any, key: str) -> Any:
-    """The value with this full name, such as tune.steps, or None."""
+    """Return the value at this dotted path, such as tune.steps, in nested mappings, or None if it does not exist."""
     for name in key.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values

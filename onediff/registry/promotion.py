@@ -1,6 +1,8 @@
-"""Which version is candidate, champion and previous. Every change goes through the trail."""
+"""Changes of the aliases `candidate`, `champion` and `previous`: propose a version, promote it, roll back.
 
-import json
+Every change is written to the audit trail (audit_trail.py).
+"""
+
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 from onediff import tracking
 from onediff.files import key_of, sha256_of
 from onediff.registry import store
-from onediff.registry.artifacts import MODEL_DIGEST, SCORES_DIGEST, check_files, pair_scores
+from onediff.registry.artifacts import MODEL_DIGEST, SCORES_DIGEST, check_files, pair_scores, scores_of
 from onediff.registry.audit_trail import START, Change, TrailRecord, apply_change, settled, trail
 from onediff.registry.facts import NO_GIT
 from onediff.registry.rules import (
@@ -28,13 +30,13 @@ from onediff.registry.rules import (
 )
 from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, Aliases, ModelVersion, version_of, writing
 
-REGISTER = "register one first: 'make run', or 'dvc repro' and then 'onediff registry register'"
-REFUSED = ("refused_at", "refused_because")
+REGISTER = "register a version first: 'make run', or 'dvc repro' and then 'onediff registry register'"
+REFUSED = ("refused_at", "refused_because")  # Tags of a version with the time and reasons of its last refusal.
 
 
 @tracking.plain_errors()
 def propose(version: str, *, by: str | None = None) -> None:
-    """Makes the version the candidate. Writes nothing if it is the candidate already."""
+    """Give the version the alias `candidate`. Write nothing if the version already has this alias."""
     with writing():
         head = settled(by=by)
         if head.new.get(CANDIDATE) != version:
@@ -46,12 +48,14 @@ def propose(version: str, *, by: str | None = None) -> None:
 @tracking.plain_errors()
 def promote(version: str | None = None, *, rules: Path = RULES, by: str | None = None, why: str | None = None,
             approved: PromotionCase | None = None) -> Verdict:
-    """Makes a version (default: the candidate) champion if it meets the rules on split `gate` and its files are whole.
+    """Make a version (default: the candidate) the champion if it passes the rules; return the verdict with all reasons.
 
-    `approved`: the case of an earlier verdict, to which a person agreed; a promotion without one is refused if the
-    rules have approval_h. If the version is champion already, nothing changes. A version that was rolled back comes
-    back only if it is named. Raises ValueError if there is no such version, its files are missing or changed, the case
-    is another one than was approved, or another change came first.
+    The rules are checked on the scores of the `gate` split. `approved` is the `case` of an earlier verdict which a
+    person has approved; it is required if the rules set `approval_h`. If the version is the champion already, nothing
+    changes. After a rollback, the replaced version can become champion only if the caller passes its number.
+
+    Raises ValueError if the version does not exist, if its files are missing or changed, if the approved case differs
+    from the present one, or if another process changed the aliases first.
     """
     demands = load_rules(rules)
     with writing():
@@ -61,15 +65,15 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
             check_files(store.get(candidate))
         verdict = assess(version, file=rules, aliases=head.new)
         if approved and approved != verdict.case:
-            raise ValueError(f"the approval was for {approved}, but now it would be {verdict.case}: nothing was "
-                             "promoted; start the promotion again and approve what it names")
+            raise ValueError(f"the approval was for {approved}, but the promotion would now be of {verdict.case}: no "
+                             "version was promoted; start the promotion again and approve the present case")
         if demands.approval_h and not approved and verdict.promoted and candidate != champion:
-            raise ValueError(f"{rules}: approval_h wants a person to agree that {verdict.case} becomes champion, and "
-                             "nobody was asked: 'onediff registry promote' asks")
+            raise ValueError(f"{rules}: approval_h requires that a person approves {verdict.case} as champion, but no "
+                             "approval was given: run 'onediff registry promote', which asks for it")
         if not verdict.promoted:
             store.set_tags(NAME, candidate, {
                 REFUSED[0]: datetime.now(UTC).isoformat(timespec="seconds"),
-                REFUSED[1]: "; ".join(verdict.reasons)[:4900]})  # MLflow takes at most 5000 characters
+                REFUSED[1]: "; ".join(verdict.reasons)[:4900]})  # MLflow accepts at most 5000 characters.
         elif candidate != champion:
             beats = f", better than version {champion}" if champion and demands.better_than_champion else ""
             reason = f"meets {rules.name}{beats}"
@@ -78,8 +82,8 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
 
 
 def _make_champion(verdict: Verdict, head: TrailRecord, *, by: str | None, why: str) -> None:
-    """Records the change, and removes the tags that say when and why the version was refused earlier."""
-    assert verdict.case, "every verdict of assess has one"
+    """Record the promotion in the audit trail, and remove the tags about an earlier refusal of the version."""
+    assert verdict.case, "every verdict of assess has a case"
     previous = {PREVIOUS: head.new[CHAMPION]} if head.new.get(CHAMPION) else {}
     apply_change(Change(action="promote", new={**head.new, **previous, CHAMPION: verdict.version}, by=by, why=why,
                  figures=verdict.figures, rules={"sha256": verdict.case.rules, "commit": verdict.case.commit}),
@@ -91,15 +95,18 @@ def _make_champion(verdict: Verdict, head: TrailRecord, *, by: str | None, why: 
 
 @tracking.plain_errors()
 def rollback(*, by: str | None = None, why: str | None = None) -> str:
-    """Makes `previous` the champion again and returns its version. `previous` becomes the champion that this one had
-    replaced, if there was one and it still exists. The gate is not asked, because the version was champion before.
+    """Make the version with the alias `previous` the champion again, and return the number of this version.
 
-    Raises ValueError if there is no champion, no previous one, or its files are missing; then the champion stays.
+    The alias `previous` moves to the champion before that version, if one exists. The promotion rules are not checked
+    again, because the version was champion before. Raises ValueError, and changes no alias, if no version has the alias
+    `champion` or `previous`, or if the files of the previous champion are missing or changed.
     """
     with writing():
         head = settled(by=by)
-        champion = version_of(CHAMPION, head.new, "nothing to roll back; 'onediff registry promote' makes one")
-        back = version_of(PREVIOUS, head.new, f"version {champion} is the first champion; nothing to roll back to")
+        champion = version_of(CHAMPION, head.new, "so there is nothing to roll back; 'onediff registry promote' makes "
+                              "a version champion")
+        back = version_of(PREVIOUS, head.new, f"version {champion} is the first champion, so there is no version to "
+                          "roll back to")
         check_files(store.get(back))
         promotion = next((record for record in reversed(champion_moves()) if record.new.get(CHAMPION) == back), START)
         new = {**head.new, CHAMPION: back, PREVIOUS: promotion.new.get(PREVIOUS, "")}
@@ -112,8 +119,10 @@ def rollback(*, by: str | None = None, why: str | None = None) -> str:
 
 @tracking.plain_errors()
 def champion_to_score_again(version: str | None = None, *, rules: Path = RULES) -> str | None:
-    """The champion, as models:/onediff/VERSION, if the scores of its pairs cannot be compared with those of the version
-    (default: the candidate) because they are of other pairs, references or protocol. Else None.
+    """Return the champion, as models:/onediff/VERSION, if it must be scored again before a version is compared with it.
+
+    That is necessary if the champion was scored on other pairs, with other references or with another protocol than the
+    version (default: the candidate). Otherwise return None.
     """
     demands, aliases = load_rules(rules), store.aliases()
     candidate, champion = version or version_of(CANDIDATE, aliases, REGISTER), aliases.get(CHAMPION)
@@ -123,21 +132,20 @@ def champion_to_score_again(version: str | None = None, *, rules: Path = RULES) 
     return f"models:/{NAME}/{champion}" if incomparable(demands, ours, theirs) else None
 
 
-def gate_scores(version: ModelVersion) -> dict[str, Any]:
-    """Flat, as tagged at registration: {"scenes.CIDEr": 3.1, ...}."""
-    return json.loads(version.tags.get("scores_gate", "{}"))
-
-
 @tracking.plain_errors()
 def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases | None = None) -> Verdict:
-    """What `promote` would decide now; changes nothing. `aliases`: default: those in MLflow."""
+    """Return the verdict that `promote` would reach now, without changing anything.
+
+    `aliases` defaults to the present aliases in MLflow.
+    """
     rules, commit = load_rules(file), commit_of_rules(file)
     aliases = store.aliases() if aliases is None else aliases
     number, champion = version or version_of(CANDIDATE, aliases, REGISTER), aliases.get(CHAMPION)
     candidate = store.get(number)
-    scores, tags = gate_scores(candidate), candidate.tags
+    scores, tags = scores_of(candidate, "gate"), candidate.tags
     check_metrics(rules, scores, file=file)
     figures = figures_of(rules, scores, tags)
+    # Versions of earlier code have their scores in the tag scores_gate, which the digest of the files does not cover.
     scores_digest = key_of([tags.get(key, "") for key in (SCORES_DIGEST, "scores_gate")])
     case = PromotionCase(number, tags.get(MODEL_DIGEST, "none"), scores_digest, champion, sha256_of(file), commit)
     if number == champion:
@@ -155,23 +163,26 @@ def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases |
 
 
 def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
-    """Why the scores of the version cannot be used: old versions have no digest that connects scores and model (they
-    can still be loaded and rolled back to), or the store has lost the scores of pairs.
+    """Return why the scores of a version cannot be used for a promotion; an empty list if they can.
+
+    Versions of earlier code have no digest that connects their scores with their model. They can still be loaded, and a
+    rollback to them is possible. Another reason is that the store has lost the scores of the pairs.
     """
-    again = f"score it again: python -m flows.evaluate models:/{NAME}/{version.version}"
+    again = f"score the version again: python -m flows.evaluate models:/{NAME}/{version.version}"
     if MODEL_DIGEST not in version.tags or SCORES_DIGEST not in version.tags:
-        return [f"no digest says that its scores are those of its model: {again}"]
-    return [] if pairs else [f"its scores of pairs, scored/gate.json, are not in the store: {again}"]
+        return [f"the version must have a digest that connects its scores with its model, but has none: {again}"]
+    return [] if pairs else [f"the scores of its pairs, scored/gate.json, are missing in the store: {again}"]
 
 
 def _rolled_back(version: str) -> list[str]:
-    """One line if the version lost its place to a rollback and was not champion again since."""
+    """Return one reason if a rollback replaced this version and nobody has promoted the version again since."""
     moves = [record for record in champion_moves()
              if version in (record.old.get(CHAMPION), record.new.get(CHAMPION))]
-    return [f"it was rolled back on {record.when}; to take it all the same: onediff registry promote {version}"
+    return [f"a rollback on {record.when} replaced this version; to promote it again, run 'onediff registry promote "
+            f"{version}'"
             for record in moves[-1:] if record.action == "rollback" and record.old.get(CHAMPION) == version]
 
 
 def champion_moves() -> list[TrailRecord]:
-    """The valid changes of the champion, oldest first."""
+    """Return the valid records of the audit trail that changed the champion, oldest first."""
     return [record for record in trail() if record.valid and record.old.get(CHAMPION) != record.new.get(CHAMPION)]

@@ -1,4 +1,4 @@
-"""What housekeeping may remove and what must stay: registered versions, the files that they carry, and MLflow runs."""
+"""Queries for housekeeping: all registered versions, the files of a version, and MLflow runs to remove."""
 
 import os
 import subprocess
@@ -13,20 +13,20 @@ from onediff.registry.store import ModelVersion
 
 
 def registered() -> list[ModelVersion]:
-    """Every version of every registered model at `tracking.uri()`."""
+    """Return all versions of all registered models in the MLflow store, with their aliases."""
     mlflow = tracking.client()
     versions = list(tracking.all_pages(mlflow.search_model_versions, max_results=200))
     aliases = {name: mlflow.get_registered_model(name).aliases for name in {version.name for version in versions}}
-    for version in versions:  # a search leaves their aliases empty
+    for version in versions:  # A search in MLflow returns versions without their aliases.
         version.aliases = [alias for alias, number in aliases[version.name].items()
                            if str(number) == str(version.version)]
     return versions
 
 
 def carried(version: ModelVersion, folder: str) -> dict[str, str]:
-    """Name -> text of the files that a version carries in a folder. Nothing else of the version is fetched.
+    """Return the text of each file in one folder of a version, by file name. No other file is downloaded.
 
-    Raises ValueError if it carries none, or they cannot be read.
+    Raises ValueError if the version has no such folder, or if the files cannot be read.
     """
     mlflow = tracking.client()
     from mlflow.artifacts import download_artifacts
@@ -41,15 +41,15 @@ def carried(version: ModelVersion, folder: str) -> dict[str, str]:
                                             tracking_uri=tracking.uri()))
             return {path.name: path.read_text(encoding="utf-8") for path in sorted(files.iterdir()) if path.is_file()}
     except (MlflowException, OSError) as error:
-        raise ValueError(f"version {version.version} of '{version.name}': its {folder}/ cannot be read "
-                         f"({tracking.first_line(error)})") from None
+        raise ValueError(f"version {version.version} of '{version.name}': its folder {folder}/ cannot be read "
+                         f"({tracking.first_line(error)}): restore the files, or register the model again") from None
 
 
 def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
-    """Id -> bytes of artifacts on this machine, of the ended runs that started more than `days` ago, oldest first.
+    """Return the ended runs that started more than `days` ago, oldest first, with the bytes of their local artifacts.
 
-    A family is a retraining and the runs below it. A run stays if its family has a run that is to be kept, is younger,
-    or has not ended.
+    A retraining and its child runs form a family. No run of a family is returned if one of its runs is in `keep`, is
+    younger, or has not ended.
     """
     from mlflow.entities import ViewType
 
@@ -76,9 +76,9 @@ def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
 
 @tracking.plain_errors()
 def remove_runs(run_ids: Sequence[str]) -> bool:
-    """Deletes runs with all their content. False: the store is a server's, which has only marked them as deleted.
+    """Delete runs with their metrics, parameters and artifacts. Return False if they are only marked as deleted.
 
-    Raises ValueError with MLflow's message.
+    The store of a server only marks runs as deleted. Raises ValueError with the message of `mlflow gc` if it fails.
     """
     mlflow, address = tracking.client(), tracking.uri()
     for run_id in run_ids:
@@ -89,8 +89,10 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     for first in range(0, len(run_ids), 100):
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])],
-            env={**os.environ, "MLFLOW_TRACKING_URI": address},  # not on the command line: it may hold a password
+            # The address may contain a password, so it is not on the command line, which other users can read.
+            env={**os.environ, "MLFLOW_TRACKING_URI": address},
             capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"mlflow gc: {' '.join(done.stderr.split())[-300:]}")
+            raise ValueError(f"'mlflow gc' could not delete the runs ({' '.join(done.stderr.split())[-300:]}): correct "
+                             "the cause, then run 'make gc YES=1' again")
     return True

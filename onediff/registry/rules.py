@@ -1,4 +1,4 @@
-"""mlflow/promotion.yaml: what a candidate must reach to become champion, and whether it does. Imports no MLflow."""
+"""The promotion rules of mlflow/promotion.yaml, and functions that check a version against them. Imports no MLflow."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,17 +20,20 @@ from onediff.registry.evidence import in_range
 from onediff.registry.facts import NO_GIT, YES
 
 RULES = Path("mlflow/promotion.yaml")
-FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}  # what the rules may ask of a benchmark that was not scored
+# The figures that the rules may contain for a benchmark that was not scored.
+FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}
 NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PairScores = Mapping[str, Any]  # benchmark -> protocol, references, pair_id, group_id and a list for each metric
+# Maps each benchmark to its protocol, references, pair_id, group_id, and one list of values for each metric.
+PairScores = Mapping[str, Any]
 
 
 def _of_pairs(path: str) -> str:
     if path.rpartition(".")[2] not in PAIR_METRICS:
-        raise ValueError(f"only {' and '.join(PAIR_METRICS)} are kept for each pair, as in scenes.{PAIR_METRICS[0]}")
+        raise ValueError(f"must end with {' or '.join(PAIR_METRICS)}, the metrics with a score for each pair, as in "
+                         f"scenes.{PAIR_METRICS[0]}")
     return path
 
 
@@ -38,16 +41,20 @@ PairMetric = Annotated[str, AfterValidator(_of_pairs)]
 
 
 class Improvement(Section):
+    """The metric on which a candidate must be better than the champion, and by how much at least."""
+
     metric: PairMetric
     margin: Loss
 
 
 class Rules(Section):
-    """Keys of `minima` and `maxima` are paths into gate.json such as `scenes.CIDEr`.
+    """The content of mlflow/promotion.yaml: what a version must reach to become champion.
 
-    `not_worse_than_champion`: the loss that chance alone must not be able to explain away. Both comparisons are by
-    paired bootstrap over the groups of split gate. `max_caption_ms`, `max_size_mib`: None for no limit. `require`: what
-    must be known of data and code. `approval_h`: hours in which a person must agree; None: nobody is asked.
+    The keys of `minima` and `maxima` are paths into gate.json, such as `scenes.CIDEr`. `better_than_champion` and
+    `not_worse_than_champion` compare a version with the champion by paired bootstrap over the groups of the `gate`
+    split; `not_worse_than_champion` maps each metric to the largest loss that is accepted. `max_caption_ms` and
+    `max_size_mib` are None for no limit. `require` lists facts about data and code that must be true. `approval_h` is
+    the number of hours in which a person must approve the promotion; None means that no approval is needed.
     """
 
     minima: dict[str, Bound]
@@ -62,14 +69,16 @@ class Rules(Section):
     @model_validator(mode="after")
     def _has_bounds(self) -> Self:
         if not self.minima and not self.maxima:
-            raise ValueError("minima and maxima are both empty: any model would become champion; set at least one")
+            raise ValueError("minima and maxima must have at least one entry together, but both are empty, so that any "
+                             "model would become champion")
         for path in self.minima.keys() & self.maxima.keys():
             if self.minima[path] > self.maxima[path]:
-                raise ValueError(f"{path}: minimum {self.minima[path]} is above its maximum {self.maxima[path]}")
+                raise ValueError(f"{path}: the minimum must not be above the maximum {self.maxima[path]}, got "
+                                 f"{self.minima[path]}")
         return self
 
     def paths(self) -> Iterator[tuple[str, str]]:
-        """Each key of the file that names a metric, and the metric's path."""
+        """Yield each key of promotion.yaml that refers to a metric, with the path of the metric in gate.json."""
         for key in ("minima", "maxima", "not_worse_than_champion"):
             yield from ((f"{key}.{path}", path) for path in getattr(self, key))
         if self.better_than_champion is not None:
@@ -78,9 +87,11 @@ class Rules(Section):
 
 @dataclass(frozen=True)
 class PromotionCase:
-    """What a verdict decides about, and what a person approves. `model`: the digest of the version's folder; `scores`:
-    the digest of its scores; `champion`: the version that it was compared with, if any; `rules`: the SHA-256 of
-    promotion.yaml; `commit`: the commit that contains these rules, or "no git".
+    """The inputs of a promotion decision, which a person may have to approve.
+
+    `model` is the digest of the version's model folder, and `scores` the digest of its scores. `champion` is the
+    version with which it was compared, if there is one. `rules` is the SHA-256 of promotion.yaml, and `commit` the git
+    commit that contains these rules, or "no git".
     """
 
     version: str
@@ -98,8 +109,11 @@ class PromotionCase:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the rules let a version become champion. `reasons`: every rule that a refused version breaks. `replaced`:
-    the champion before it, if any. `figures`: gate scores by path, caption_ms and size_mib, as compared with the rules.
+    """The result of checking a version against the promotion rules.
+
+    `promoted` is True if the version may become champion. `reasons` has one sentence for each broken rule. `replaced`
+    is the champion before the promotion, if there was one. `figures` are the values that were compared with the rules:
+    scores of the `gate` split by path, caption_ms and size_mib.
     """
 
     version: str
@@ -110,17 +124,15 @@ class Verdict:
     case: PromotionCase | None = field(default=None, compare=False)
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
 def load_rules(path: Path = RULES) -> Rules:
-    """Reads the rules. Raises ValueError with one line per wrong value."""
+    """Read the promotion rules from a YAML file. Raises ValueError with one line for each wrong value."""
     try:
         return Rules.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: it says what a champion must reach; see mlflow/README.md") from None
+        raise FileNotFoundError(f"{path} does not exist, but promotion needs its rules: restore the file from git, or "
+                                "write it as mlflow/README.md describes") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: must be valid YAML, got: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise ValueError("\n".join(_explain(path, item) for item in error.errors())) from None
 
@@ -133,13 +145,14 @@ def _explain(path: Path, item: Any) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    return f"; {did_you_mean(name, known, 'there are ' + ', '.join(known))}"
+    return f"; {did_you_mean(name, known, 'possible are ' + ', '.join(known))}"
 
 
 def commit_of_rules(path: Path = RULES) -> str:
-    """The commit that contains the file with these bytes, NO_GIT, or NOT_COMMITTED.
+    """Return the checked-out git commit if it contains the file with its present bytes.
 
-    Raises ValueError for a repository that git does not read.
+    Otherwise return NOT_COMMITTED, or NO_GIT if there is no repository. Raises ValueError if git refuses to read the
+    repository.
     """
     if is_committed(path):
         return str(head())
@@ -147,18 +160,23 @@ def commit_of_rules(path: Path = RULES) -> str:
 
 
 def uncommitted(commit: str, *, first: bool, file: Path) -> Iterator[str]:
-    """Why these rules may not be used. `commit`: see `commit_of_rules`; `first`: there is no champion yet."""
+    """Yield the reason why rules of this `commit` (result of `commit_of_rules`) must not be used, if there is one.
+
+    `first` is True if there is no champion yet; then rules outside git are accepted.
+    """
     if commit == NOT_COMMITTED:
-        yield (f"{file}: must be the file that git has committed, got one that was changed, staged or never added: "
+        yield (f"{file}: must equal the file in the git commit, but it was changed, staged or never added: run "
                f"'git add {file}' and 'git commit', or 'git checkout HEAD {file}'")
     elif commit == NO_GIT and not first:
-        yield (f"{file}: must be in a git repository once there is a champion, got none: 'git init', 'git add -A' and "
-               "'git commit'")
+        yield (f"{file}: must be in a git repository as soon as there is a champion, but there is no repository: run "
+               "'git init', 'git add -A' and 'git commit'")
 
 
 def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
-    """Raises ValueError, naming the nearest one, for a figure that the gate scores of its benchmark do not have. A
-    benchmark without gate scores is no error of the file: the candidate is refused for it.
+    """Check that each metric in the rules exists in the gate scores of its benchmark.
+
+    `scores` maps paths such as scenes.CIDEr to values. Raises ValueError, with the most similar name, for an unknown
+    metric. A benchmark without gate scores is no error of the file; `broken_rules` refuses the candidate for it.
     """
     wrong = []
     for key, path in rules.paths():
@@ -173,21 +191,20 @@ def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES
         raise ValueError("\n".join(wrong))
 
 
-# --- the candidate by itself -----------------------------------------------------------------------------------------
-
-
 def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
                  without_git: bool = False) -> Iterator[str]:
-    """Why flattened gate scores and the facts in a version's tags do not meet the rules; nothing if they do.
-    `without_git`: a version that was registered without git is not refused for that.
+    """Yield one reason for each rule that a version breaks, without comparing the version with the champion.
+
+    `scores` are the gate scores by path, and `facts` the tags of the version. `without_git` accepts a version that was
+    registered outside a git repository.
     """
     for path, least in rules.minima.items():
-        if not number(scores, path) >= least:  # nan, a missing score, is refused too
+        if not number(scores, path) >= least:  # This form also refuses nan, the value of a missing score.
             yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
-    # The first champion needs the benchmarks of the comparisons, too.
+    # The first champion is compared with no other version, but must have the benchmarks of later comparisons too.
     benchmarks = sorted({path.partition(".")[0] for path in scores})
     yield from (f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
                 for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
@@ -195,25 +212,25 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
     for name, limit, unit in (("caption_ms", rules.max_caption_ms, "ms a pair"),
                               ("size_mib", rules.max_size_mib, "MiB")):
         if limit is not None and name not in facts:
-            yield f"{name} was not measured, must be at most {limit:g} {unit}: register it again"
+            yield f"{name} was not measured, must be at most {limit:g} {unit}: register the version again"
         elif limit is not None and not 0 < float(facts[name]) <= limit:
             yield f"{name} is {float(facts[name]):.4g}, must be at most {limit:g} {unit}"
     for name in rules.require:
         if facts.get(name) == NO_GIT and not without_git:
-            yield f"{name}: {NO_GIT}: 'git init' and 'git commit', then register again"
+            yield f"{name}: {NO_GIT}: run 'git init' and 'git commit', then register the version again"
         elif facts.get(name) not in (YES, NO_GIT):
-            yield f"{name}: {facts.get(name, 'not known: register it again')}"
+            yield f"{name}: {facts.get(name, 'not known: register the version again')}"
 
 
 def figures_of(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:
-    """The figures that the rules name, where they are known."""
+    """Return the values of a version that the rules refer to, by path; unknown values are left out."""
     figures = {path: number(scores, path) for _, path in rules.paths()}
     figures |= {name: float(facts[name]) for name in ("caption_ms", "size_mib") if name in facts}
     return {path: value for path, value in figures.items() if not math.isnan(value)}
 
 
 def number(scores: Mapping[str, Any], path: str) -> float:
-    """The score, or nan if it is missing or outside its range."""
+    """Return the score at this path, or nan if the score is missing or outside its range."""
     value = scores.get(path)
     return float(value) if in_range(path.rpartition(".")[2], value) else math.nan  # type: ignore[arg-type]
 
@@ -226,34 +243,37 @@ def _value(scores: Mapping[str, Any], path: str) -> str:
 
 
 def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
-    """One line for each benchmark in the rules whose gate pairs are all of one group. A bootstrap over one group is
-    meaningless.
+    """Return one reason for each benchmark in the rules whose pairs of the `gate` split are all of one group.
+
+    The comparison with the champion is a bootstrap over groups, which is meaningless for a single group.
     """
     num_groups = {name: len(set(ours[name]["group_id"]))
                   for name in dict.fromkeys(path.partition(".")[0] for _, path in rules.paths()) if name in ours}
-    return [f"{name}: the pairs of split gate must be of at least 2 groups (scenes or photographs), got {num}: give "
-            "split gate more of them, then 'dvc repro'" for name, num in num_groups.items() if num < 2]
-
-
-# --- the candidate against the champion: is the difference more than chance? -----------------------------------------
+    return [f"{name}: the pairs of split gate must be of at least 2 groups (scenes or photographs), got {num}: add "
+            "groups to split gate, then run 'dvc repro'" for name, num in num_groups.items() if num < 2]
 
 
 def least_differences(rules: Rules) -> dict[str, float]:
-    """Path of a metric -> the value that the whole interval of the difference must lie above."""
+    """Return for each compared metric, by path, the bound for the score of the candidate minus that of the champion.
+
+    The complete 95 % interval of this difference must be above the bound.
+    """
     best = rules.better_than_champion
     losses = {path: -loss for path, loss in rules.not_worse_than_champion.items()}
     return {best.metric: best.margin} | {**losses, best.metric: best.margin} if best else losses
 
 
 def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> Iterator[str]:
-    """Why the candidate may not replace the champion: each metric for which the whole 95 % interval of the difference
-    is not above its least value. `again`: the command that scores the champion again.
+    """Compare the scores of a candidate's pairs (`ours`) with those of the champion (`theirs`).
+
+    Yield one reason for each metric on which the candidate is not good enough: the complete 95 % interval of the
+    difference must be above the bound from `least_differences`. `again` is the command that scores the champion again.
     """
     for path, least in least_differences(rules).items():
         benchmark, _, metric = path.rpartition(".")
         first, second = ours.get(benchmark), theirs.get(benchmark, {})
         if first is None:
-            yield f"{path} is not in the gate scores of pairs"
+            yield f"{path} is not in the scores of the pairs of split gate"
         elif not _scored_alike(first, second):
             yield (f"{path}: the champion was scored on other pairs, references or by another protocol: score it "
                    f"again: {again}")
@@ -267,7 +287,10 @@ def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, ag
 
 
 def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str]:
-    """The benchmarks to compare on which the two were scored on other pairs or references, or by another protocol."""
+    """Return the benchmarks of the comparison on which two versions cannot be compared.
+
+    That is the case if they were scored on different pairs, with different references or with different protocols.
+    """
     benchmarks = dict.fromkeys(path.rpartition(".")[0] for path in least_differences(rules))
     return [name for name in benchmarks if name in ours and not _scored_alike(ours[name], theirs.get(name, {}))]
 

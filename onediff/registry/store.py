@@ -1,7 +1,8 @@
-"""MLflow's registered models `onediff` and `onediff-audit`, and the lock under which their aliases change.
+"""Lookups in MLflow's registered models `onediff` and `onediff-audit`, and the lock for changes of their aliases.
 
-MLflow has no compare-and-set. Therefore one process at a time changes the aliases of a database on this machine, and
-only the deployments promote and rollback change those of a store that several machines share.
+MLflow cannot change an alias only if it still has an expected value. Therefore, in a database on this machine, one
+process at a time changes the aliases. In a store that several machines share, only the Prefect deployments `promote`
+and `rollback` change them.
 """
 
 import fcntl
@@ -18,18 +19,18 @@ from typing import Any
 from onediff import paths, tracking
 
 NAME = "onediff"
-AUDIT = "onediff-audit"  # its versions are the records of the trail
+AUDIT = "onediff-audit"  # Each version of this registered model is one record of the audit trail.
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 WAIT_S = 600.0
 
-Aliases = dict[str, str]  # alias -> version
-ModelVersion = Any  # that of mlflow.entities.model_registry; importing MLflow takes seconds
+Aliases = dict[str, str]  # Maps each alias to the number of a version.
+ModelVersion = Any  # Stands for MLflow's class ModelVersion, because importing MLflow takes seconds.
 
 _sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 
 
 def versions_of(model: str) -> list[ModelVersion]:
-    """All versions of a registered model, oldest first; none if there is no such model."""
+    """Return all versions of a registered model, oldest first; an empty list if the model does not exist."""
     if not tracking.exists():
         return []
     pages = tracking.all_pages(tracking.client().search_model_versions, f"name = '{model}'", max_results=1000)
@@ -37,7 +38,7 @@ def versions_of(model: str) -> list[ModelVersion]:
 
 
 def make_model(name: str, description: str) -> None:
-    """Creates the registered model if it does not exist."""
+    """Create a registered model with this name and description if it does not exist."""
     mlflow = tracking.client()
     from mlflow.exceptions import MlflowException
 
@@ -45,67 +46,70 @@ def make_model(name: str, description: str) -> None:
         return
     try:
         mlflow.create_registered_model(name, description=description)
-    except MlflowException as error:  # another process created it in the meantime
+    except MlflowException as error:  # Another process may have created the model after the lookup above.
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
 def aliases() -> Aliases:
-    """The aliases in MLflow now. Raises ValueError if nothing is registered."""
+    """Return the present aliases in MLflow with their versions. Raises ValueError if nothing is registered."""
     model = tracking.lookup(tracking.client().get_registered_model, NAME) if tracking.exists() else None
     if model is None:
-        raise ValueError(f"no version of '{NAME}' at {tracking.where()}: 'make run' trains and registers one")
+        raise ValueError(f"MLflow at {tracking.where()} must have a version of '{NAME}', but has none: 'make run' "
+                         "trains and registers one")
     return {alias: str(version) for alias, version in model.aliases.items()}
 
 
 def get(version: str) -> ModelVersion:
-    """A version of `onediff`. Raises ValueError if it is not registered."""
+    """Return the version of `onediff` with this number. Raises ValueError if it is not registered."""
     item = tracking.lookup(tracking.client().get_model_version, NAME, version) if tracking.exists() else None
     if item is None:
         known = ", ".join(str(other.version) for other in versions_of(NAME)) or "none"
-        raise ValueError(f"version {version} of '{NAME}' is not registered; there are: {known}")
+        raise ValueError(f"version {version} of '{NAME}' is not registered; registered versions: {known}")
     return item
 
 
 def version_of(alias: str, named: Mapping[str, str], cure: str) -> str:
-    """The version that an alias names. Raises ValueError with the cure if it names none."""
+    """Return the version with this alias. Raises ValueError, with the text `cure`, if no version has the alias."""
     if alias not in named:
-        raise ValueError(f"no version of '{NAME}' is {alias}: {cure}")
+        raise ValueError(f"no version of '{NAME}' has the alias {alias}: {cure}")
     return named[alias]
 
 
 def resolve(uri: str) -> ModelVersion:
-    """The version of models:/onediff@ALIAS or models:/onediff/VERSION. Raises ValueError if there is none."""
+    """Return the version at the address models:/onediff@ALIAS or models:/onediff/VERSION.
+
+    Raises ValueError for another address, or if the version does not exist.
+    """
     name, _, version = uri.removeprefix("models:/").partition("/")
     name, _, alias = name.partition("@")
     if not uri.startswith("models:/") or name != NAME or bool(alias) == bool(version):
-        raise ValueError(f"'{uri}' names no version: write {paths.CHAMPION} or models:/{NAME}/1")
-    return get(version or version_of(alias, aliases(), "'onediff registry list' shows what there is"))
+        raise ValueError(f"the address of a version must look like {paths.CHAMPION} or models:/{NAME}/1, got '{uri}'")
+    return get(version or version_of(alias, aliases(), "'onediff registry list' shows all versions and aliases"))
 
 
 def set_tags(model: str, version: str, tags: Mapping[str, str]) -> None:
-    """Sets tags of a version, in this order."""
+    """Set tags of a version, in the order of the mapping."""
     for key, value in tags.items():
         tracking.client().set_model_version_tag(model, version, key, value)
 
 
 def iso_time(milliseconds: int) -> str:
-    """A time of MLflow as ISO 8601 in UTC, to the second."""
+    """Convert a time of MLflow, in milliseconds since 1970, to ISO 8601 in UTC, to the second."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-# --- one writer at a time --------------------------------------------------------------------------------------------
-
-
 def shared() -> bool:
-    """Whether other machines can reach the registry: a server or a database other than SQLite."""
+    """Return whether other machines can use the registry: it is a server, or a database other than SQLite."""
     return not tracking.uri().startswith("sqlite:")
 
 
 @contextmanager
 def sole_writer() -> Iterator[None]:
-    """Declares that no other process changes a shared registry inside this block. The deployments promote and rollback,
-    which run one at a time, use it. If the declaration is wrong, the later of two changes is refused.
+    """Declare that, during the block, only this process changes a registry that several machines share.
+
+    The deployments `promote` and `rollback`, which run one at a time, use it. If another process changes the aliases
+    all the same, the later of the two changes fails with an error.
     """
     token = _sole_writer.set(True)
     try:
@@ -115,16 +119,19 @@ def sole_writer() -> Iterator[None]:
 
 
 def may_write() -> bool:
-    """Whether this process may change the aliases."""
+    """Return whether this process may change the aliases: the registry is local, or `sole_writer` is active."""
     return _sole_writer.get() or not shared()
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Surrounds every change; does not nest. Raises ValueError on a shared registry unless `sole_writer` is held."""
+    """Hold the lock for changes of the aliases during the block. Blocks of this kind must not be nested.
+
+    Raises ValueError on a shared registry unless `sole_writer` is active, and if the lock stays taken for WAIT_S.
+    """
     if not may_write():
-        raise ValueError(f"aliases at {tracking.where()} are changed by the deployments promote and rollback alone: "
-                         "'onediff registry promote' submits to them")
+        raise ValueError(f"aliases at {tracking.where()} must be changed by the deployments promote and rollback only: "
+                         "run 'onediff registry promote' or 'onediff registry rollback', which submit to them")
     if shared():
         yield
         return
@@ -138,16 +145,16 @@ def writing() -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ValueError(f"{path}: another process has been changing the registry for {WAIT_S:.0f} s; "
-                                     "see what it does, or end it") from None
+                    raise ValueError(f"{path}: another process has held this lock of the registry for {WAIT_S:.0f} s; "
+                                     "wait until that process ends, or end it") from None
                 time.sleep(0.05)
-        yield  # closing the file, or the end of the process, releases the lock
+        yield  # Closing the file releases the lock, and so does the end of the process.
 
 
 def user_and_machine() -> str:
-    """user@machine, for the trail."""
+    """Return USER@MACHINE of this process, as the author of a change in the audit trail."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # In a container, the user id may have no name.
         user = "unknown"
     return f"{user}@{socket.gethostname()}"

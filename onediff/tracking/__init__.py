@@ -1,4 +1,4 @@
-"""MLflow: connection.py (address, client, errors), runs.py (what was run and how it went), evaluation.py (scores)."""
+"""MLflow tracking: connection.py (address, client, errors), runs.py (training runs), evaluation.py (scores), ui.py."""
 
 from onediff.tracking.connection import (
     HOME,

@@ -1,6 +1,7 @@
-"""The connection to MLflow: its address, its client, and its failures as one line.
+"""The connection to MLflow: the address of the store, the client, and one-line errors for failed requests.
 
-Only onediff/tracking and onediff/registry import MLflow, and only inside functions: importing it takes seconds.
+Only onediff/tracking and onediff/registry import MLflow. They import it inside functions, because the import takes
+seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from requests import RequestException
 
 EXPERIMENT = "onediff"
+# MLflow's page shows an experiment of this kind as model training. Without this tag it may show a page for chat traces.
+KIND = ("mlflow.experimentKind", "custom_model_development")
 HOME = Path(".onediff")
 SERVER = ("http://", "https://")
 _DENIED = (401, 403)
@@ -37,9 +40,10 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LO
 
 
 def uri() -> str:
-    """The address of the store: MLFLOW_TRACKING_URI, else runtime.mlflow_uri, else SQLite in .onediff.
+    """Return the address of the MLflow store.
 
-    Raises ValueError for an address that MLflow cannot keep runs at.
+    The environment variable MLFLOW_TRACKING_URI takes precedence over `mlflow_uri` in runtime.yaml. Without both, the
+    store is the SQLite database .onediff/mlflow.db. Raises ValueError for an address of another kind.
     """
     address = os.environ.get("MLFLOW_TRACKING_URI") or load_runtime().mlflow_uri
     if address is None:
@@ -58,32 +62,41 @@ def exists() -> bool:
 
 
 def where() -> str:
-    """`uri()` as it may be shown: without user and password."""
+    """Return the address of the MLflow store without user and password, for messages."""
     return without_password(uri())
 
 
 def check() -> None:
-    """Raises ValueError within seconds if a server is set and does not answer or refuses us. Imports no MLflow."""
+    """Check within seconds, without importing MLflow, that the configured server answers and accepts the credentials.
+
+    Raises ValueError otherwise. Returns at once if the store is a database and not a server.
+    """
     address = uri()
     if not address.startswith(SERVER):
         return
-    request = urllib.request.Request(  # not /health, which needs no credentials
+    # The request needs credentials, so it also tests them; MLflow's /health page answers without credentials.
+    request = urllib.request.Request(
         f"{without_password(address).rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1",
         headers=_credentials(address))
-    others = any(os.environ.get(name) for name in _OTHER_CREDENTIALS) or Path("~/.netrc").expanduser().exists()
+    netrc = Path("~/.netrc").expanduser()
+    other_credentials = any(os.environ.get(name) for name in _OTHER_CREDENTIALS) or netrc.exists()
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
-        if error.code in _DENIED and not others:
+        if error.code in _DENIED and not other_credentials:
             raise _denied(error.code) from None
         if error.code >= 500:
-            raise _unreachable(address, f"it answers {error.code}") from None
+            raise _unreachable(address, f"the server answers with HTTP status {error.code}") from None
     except (OSError, ValueError) as error:
         raise _unreachable(address, str(getattr(error, "reason", error))) from None
 
 
 def _credentials(address: str) -> dict[str, str]:
-    """The header with which MLflow's client logs in, from the address, the environment or ~/.mlflow/credentials."""
+    """Return the HTTP header for logging in, as MLflow's client builds it.
+
+    User and password come from the address, the environment variables or ~/.mlflow/credentials. The result is empty
+    if none of them is set.
+    """
     if os.environ.get("MLFLOW_TRACKING_TOKEN"):
         return {"Authorization": f"Bearer {os.environ['MLFLOW_TRACKING_TOKEN']}"}
     file = configparser.RawConfigParser()
@@ -97,18 +110,25 @@ def _credentials(address: str) -> dict[str, str]:
 
 
 def http_status(error: MlflowException | RequestException) -> int:
-    """The HTTP status of a failure; 503 if no server answered. Downloads of files fail with errors of `requests`."""
+    """Return the HTTP status of a failed request; 503 if no server answered.
+
+    Failed downloads of files raise exceptions of the package `requests` instead of MlflowException.
+    """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        in_message = re.search(r"\b(4\d\d) Client Error", str(error))  # all that a failed download of a folder has
+        # The failed download of a folder has the status in the text of the exception only.
+        in_message = re.search(r"\b(4\d\d) Client Error", str(error))
         return int(in_message[1] if in_message else error.get_http_status_code())
     return 503 if error.response is None else error.response.status_code
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raises MLflow's failures as one line: ConnectionError if its server may answer the next time, else ValueError."""
+    """Turn exceptions of MLflow inside the block or decorated function into exceptions with a one-line message.
+
+    Raises ConnectionError if the server may answer a later attempt (status 500 or above), otherwise ValueError.
+    """
     quiet()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -125,28 +145,37 @@ def plain_errors() -> Iterator[None]:
 
 def _denied(status: int) -> ValueError:
     if status == 401:
-        return ValueError(f"MLflow at {where()} does not know us (401): set MLFLOW_TRACKING_USERNAME and "
-                          "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what its administrator gave you")
+        return ValueError(f"MLflow at {where()} rejects the login (401): set MLFLOW_TRACKING_USERNAME and "
+                          "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to the values from the server's "
+                          "administrator")
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
-    return ValueError(f"MLflow at {where()} does not let {user} do this (403): ask its administrator for permission, "
-                      "or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may")
+    return ValueError(f"MLflow at {where()} does not give {user} permission for this request (403): ask the server's "
+                      "administrator for permission, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of "
+                      "a user with permission")
 
 
 def _unreachable(address: str, reason: str) -> ValueError:
     return ValueError(f"MLflow at {without_password(address)} cannot be reached ({without_password(reason)}): start "
-                      "it or correct MLFLOW_TRACKING_URI, or unset it to keep runs in .onediff/mlflow.db")
+                      "the server or correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to record runs in "
+                      ".onediff/mlflow.db")
 
 
 def quiet() -> None:
-    """Sets MLflow up for this process before its first import: no telemetry, short waits. Does not replace settings."""
+    """Set MLflow's environment variables for this process: no telemetry and short timeouts.
+
+    Call it before MLflow is imported. Variables that are already set keep their values.
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # or every retry of a lost server is a line
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # Hides the warning about every retry.
 
 
 def client() -> MlflowClient:
-    """The client of this process for `uri()`, made once. Raises ValueError if the store does not answer."""
+    """Return the MLflow client for the current store; each process creates it once for an address.
+
+    Raises ValueError if the store does not answer.
+    """
     return _client(uri())
 
 
@@ -157,13 +186,15 @@ def _client(address: str) -> MlflowClient:
     from mlflow import MlflowClient, set_tracking_uri
     from mlflow.exceptions import MlflowException
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it sets its own level when imported
+    # MLflow sets the level of this logger during the import, so it is changed after the import.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if address.startswith("sqlite:////"):
         Path(address.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        set_tracking_uri(address)  # logged models go through MLflow's own client, which would open ./mlflow.db
+        # MLflow uploads logged models with a client of its own, which would otherwise open ./mlflow.db.
+        set_tracking_uri(address)
         mlflow = MlflowClient(address, registry_uri=address)
-        mlflow.search_experiments(max_results=1)  # SQLite makes its tables here, once per process and store
+        mlflow.search_experiments(max_results=1)  # The first request creates the tables of a SQLite store.
     except MlflowException as error:
         if http_status(error) in _DENIED and address.startswith(SERVER):
             raise _denied(http_status(error)) from None
@@ -172,7 +203,7 @@ def _client(address: str) -> MlflowClient:
 
 
 def lookup(request: Callable[..., Any], *arguments: str) -> Any:
-    """The answer to a request of the client, or None if MLflow has nothing of this name."""
+    """Call a method of the MLflow client and return its result, or None if the requested object does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -184,7 +215,7 @@ def lookup(request: Callable[..., Any], *arguments: str) -> Any:
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-    """Everything that a `search_...` method of the client gives, page after page."""
+    """Yield all results of a `search_...` method of the MLflow client, which returns them in pages."""
     token = None
     while True:
         page = search(*arguments, **options, page_token=token)
@@ -195,7 +226,10 @@ def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> It
 
 
 def experiment_id() -> str:
-    """The id of the experiment `onediff`, made if missing. Local stores keep artifacts beside the database."""
+    """Return the id of the experiment `onediff`, and create the experiment if it does not exist.
+
+    A SQLite store gets a folder for artifacts beside the database. Raises ValueError if the experiment is deleted.
+    """
     mlflow, address = client(), uri()
     from mlflow.exceptions import MlflowException
 
@@ -204,17 +238,27 @@ def experiment_id() -> str:
         beside = Path(address.removeprefix("sqlite:///")).parent if address.startswith("sqlite:///") else HOME
         local = None if address.startswith(SERVER) else (beside / "mlflow-artifacts").absolute().as_uri()
         try:
-            return mlflow.create_experiment(EXPERIMENT, artifact_location=local)
-        except MlflowException:  # another process made it in the meantime
+            return mlflow.create_experiment(EXPERIMENT, artifact_location=local, tags=dict([KIND]))
+        except MlflowException:  # Another process created the experiment between our lookup and our request.
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None or experiment.lifecycle_stage != "active":
-        raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' is deleted; restore it in the MLflow page")
+        raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' must be active, but it is deleted; restore "
+                         "it on MLflow's page")
     return str(experiment.experiment_id)
 
 
+def mark_as_training(experiment: str) -> None:
+    """Set the tag with which MLflow's page shows the experiment as model training, unless the experiment has a kind."""
+    mlflow = client()
+    if KIND[0] not in mlflow.get_experiment(experiment).tags:
+        mlflow.set_experiment_tag(experiment, *KIND)
+
+
 def without_password(address: str) -> str:
+    """Remove user and password from an address."""
     return re.sub(r"//[^/\s]*@", "//", address)
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

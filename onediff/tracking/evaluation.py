@@ -1,34 +1,39 @@
-"""The MLflow run of an evaluation: scores, report and sample pictures of the results in data/."""
+"""The MLflow run of an evaluation: the headline scores as metrics; score files, report and pictures as artifacts."""
 
 import io
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onediff.config import Config
+from onediff.eval.metrics.catalog import BEHAVIOUR, CAPTION_HEADLINES
 from onediff.files import key_of
-from onediff.tracking.runs import find_run, flatten, start_run
+from onediff.tracking.runs import find_run, log_to_parent, start_run
 
-NUM_PICTURES = 4  # of each source
+NUM_PICTURES = 4  # drawn for each source
 
 
 def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
-    """Stores scores, report and sample pictures of the pipeline's results; returns the run's id.
+    """Log the pipeline's results to an MLflow run and return the id of the run.
 
-    The same results are stored once: if a finished run has the same scores, its id is returned.
+    The run gets about ten metrics, which are the scores of the main benchmark; the score files are artifacts of the run
+    and contain all other scores. The run of an active retraining gets these metrics too. If a finished run already has
+    these scores, no new run is started and the id of that run is returned.
     """
     scores = {"test": _read_scores(data / "metrics.json"), "gate": _read_scores(data / "gate.json"),
-              "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}  # optional
+              "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}
+    # The digest includes the scores of the optional stage `stress` only if they exist, as in earlier versions.
     key = key_of([tables for split, tables in scores.items() if tables or split != "stress"])
+    headlines = headline_metrics(scores["test"], config)
+    log_to_parent(headlines)
     finished = find_run(f"tags.scores_digest = '{key}' and attributes.status = 'FINISHED'")
     if finished:
         return finished
     with start_run("evaluate", "evaluation", config) as run, tempfile.TemporaryDirectory() as scratch:
-        run.log(0, {f"{split}/{key}": value for split, tables in scores.items()
-                    for key, value in flatten(tables).items()
-                    if isinstance(value, (int, float)) and not key.count(".floor.")})
+        run.log(0, headlines)
         for name in ("metrics.json", "gate.json", "stress.json", "report.html", "diffcap/card.json"):
             if (data / name).exists():
                 run.artifact(data / name)
@@ -39,15 +44,27 @@ def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
     return run.id
 
 
+def headline_metrics(tables: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, float]:
+    """Return the caption scores and behaviour figures of the main benchmark, as {"test/scenes.CIDEr": 2.2, ...}.
+
+    `tables` maps each benchmark to its scores on the test split. The main benchmark is the one whose source has the
+    largest weight in the mixture of phase `tune`.
+    """
+    weights = config.tune.mixture
+    benchmark = max(tables, key=lambda name: weights.get(name.split("/")[0], 0))
+    return {f"test/{benchmark}.{name}": tables[benchmark][name] for name in (*CAPTION_HEADLINES, *BEHAVIOUR)
+            if isinstance(tables[benchmark].get(name), (int, float))}
+
+
 def _read_scores(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: 'dvc repro' makes it") from None
+        raise FileNotFoundError(f"{path} does not exist: run 'dvc repro' to create it") from None
 
 
 def _draw_samples(data: Path, folder: Path) -> None:
-    """The first test pairs of each source, before and after side by side, reference and prediction below."""
+    """Draw the first test pairs of each source: both images side by side, the reference and prediction below them."""
     from PIL import Image, ImageDraw
 
     from onediff.data.record import read_records

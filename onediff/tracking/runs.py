@@ -1,8 +1,10 @@
-"""MLflow runs: parameters, metrics, tags and files of training phases and evaluations. A lost server loses no training.
+"""MLflow runs, which record the parameters, metrics, tags and files of training phases and evaluations.
 
-    tracking.check()                                    # stops before any work if a server is set and does not answer
+Training continues if the MLflow server stops answering:
+
+    tracking.check()                                    # raises before any work if the configured server is unreachable
     with tracking.phase_run("align", config) as run:
-        fit(..., log=run.log)                           # run.log(step, {"loss": 1.2, ...}) returns at once
+        fit(..., log=run.log)                           # run.log(step, {"loss": 1.2, ...}) returns without waiting
     write(run.describe(digest=...))
 """
 
@@ -15,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,26 +25,29 @@ from typing import Any, Self
 from onediff.config import Config
 from onediff.files import sha256_of
 from onediff.git import changed_files, head
-from onediff.paths import CARD, DVC_LOCK
+from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.tracking.connection import (
     check,
     client,
     experiment_id,
     first_line,
+    mark_as_training,
     plain_errors,
     uri,
     without_password,
 )
 
-PARENT = "ONEDIFF_PARENT_RUN"  # set by the flow: the run under which the runs of its stages nest
+# The flow `retrain` puts the id of its MLflow run into this environment variable; runs that start below it nest there.
+PARENT = "ONEDIFF_PARENT_RUN"
 SEND_EVERY_S = 5.0
 
 
 class Run:
-    """One MLflow run, used as a context manager. No method raises when MLflow fails; `problems` lists what failed.
+    """One MLflow run, used as a context manager.
 
-    Metrics wait in memory and a thread sends them. Those that fail wait for the next attempt, so a server that comes
-    back gets all of them.
+    No method raises an exception when MLflow fails; the list `problems` describes each failed request. Metrics wait in
+    memory until a background thread sends them. Metrics that could not be sent stay in memory for the next attempt, so
+    a server that restarts receives all of them.
     """
 
     def __init__(self, run_id: str, phase: str) -> None:
@@ -61,7 +67,7 @@ class Run:
         self._sender = threading.Thread(target=self._send_often, name="mlflow-metrics", daemon=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of one step; returns at once."""
+        """Queue the metrics of one training step for sending, without waiting for the server."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -71,25 +77,29 @@ class Run:
             self._rates.append(float(values["pairs_per_s"]))
 
     def tag(self, values: Mapping[str, str]) -> None:
-        """Sets tags of the run."""
+        """Set tags of the run."""
         from mlflow.entities import RunTag
 
         self._attempt("tags", self._mlflow.log_batch, tags=[RunTag(key, value) for key, value in values.items()])
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Stores a file, or a folder with everything in it, with the run."""
+        """Upload a file, or a folder with all its files, as an artifact of the run."""
         if not path.exists():
-            raise FileNotFoundError(f"{path} not found: nothing to keep with run {self.id}; 'dvc repro' makes it")
+            raise FileNotFoundError(f"{path} does not exist, so it cannot be stored with MLflow run {self.id}: run "
+                                    "'dvc repro' to create it")
         store = self._mlflow.log_artifacts if path.is_dir() else self._mlflow.log_artifact
         self._attempt(str(path), store, str(path), artifact_path=folder)
 
     def fail(self, reason: str) -> None:
-        """Marks the run as failed where no exception does."""
+        """Mark the run as failed, with this reason, in a block that ends without an exception."""
         self._status = "FAILED"
         self.tag({"failed_because": reason})
 
     def describe(self, *, digest: str) -> dict[str, Any]:
-        """The content of data/runs/<phase>.json. `digest`: the SHA-256 of the weights, also set as a tag of the run."""
+        """Return the content of data/runs/<phase>.json, and set the digest as a tag of the run.
+
+        `digest` is the SHA-256 of the trained weights.
+        """
         self.tag({"weights_digest": digest})
         seconds = self._seconds if self._seconds is not None else time.monotonic() - self._start
         return {"run_id": self.id, "tracking_uri": without_password(self._address), "phase": self.phase,
@@ -107,22 +117,22 @@ class Run:
         self._sender.join()
         self._unreachable = not self._send()
         if self._waiting:
-            self.problems.append(f"{len(self._waiting)} metrics not sent")
+            self.problems.append(f"{len(self._waiting)} metrics could not be sent")
         if kind is not None:
             self._status = "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._attempt("status", self._mlflow.set_terminated, self._status)
         if self.problems:
             print(f"MLflow run {self.id} ({self.phase}) is incomplete: {'; '.join(self.problems)}. "
-                  "What was computed is on disk.", file=sys.stderr)
+                  "All results are on disk.", file=sys.stderr)
 
     def _send_often(self) -> None:
         while not self._stop.wait(SEND_EVERY_S):
             self._send()
 
     def _send(self) -> bool:
-        """Sends the waiting metrics, oldest first. False if some of them could not be sent."""
+        """Send the queued metrics, oldest first. Return False if some of them could not be sent."""
         while self._waiting:
-            batch = self._waiting[:1000]  # MLflow takes at most 1000 at once
+            batch = self._waiting[:1000]  # MLflow accepts at most 1000 metrics per request.
             if self._failure(self._mlflow.log_batch, metrics=batch):
                 return False
             with self._lock:
@@ -130,25 +140,25 @@ class Run:
         return True
 
     def _attempt(self, what: str, method: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        failure = ("not tried, MLflow is gone" if self._unreachable
+        failure = ("not sent, because MLflow does not answer" if self._unreachable
                    else self._failure(method, *arguments, **options))
         if failure:
             self.problems.append(f"{what}: {failure}")
 
     def _failure(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> str | None:
-        """Calls a method of the client for this run. Gives the first line of its error, or None."""
+        """Call a method of the MLflow client for this run. Return the first line of its error, or None on success."""
         from mlflow.exceptions import MlflowException
 
         try:
             method(self.id, *arguments, **options)
-        except (MlflowException, OSError, ValueError) as error:  # OSError: artifacts
+        except (MlflowException, OSError, ValueError) as error:  # Uploads of artifacts raise OSError.
             return first_line(error)
         return None
 
 
 @contextmanager
 def parent_run(name: str, config: Config) -> Iterator[Run]:
-    """The run of a retraining. Runs that start inside it, in this process or its children, nest under it."""
+    """Start the run of a retraining. Runs that start inside the block, also in child processes, nest under this run."""
     with start_run(name, "flow", config) as run:
         os.environ[PARENT] = run.id
         try:
@@ -158,41 +168,76 @@ def parent_run(name: str, config: Config) -> Iterator[Run]:
 
 
 def phase_run(phase: str, config: Config) -> Run:
-    """The run of one training phase, to be used as a context manager. Raises as `start_run`."""
+    """Return the run of one training phase, as a context manager.
+
+    Raises ValueError, before any training, if MLflow does not answer.
+    """
     return start_run(phase, "phase", config)
 
 
 def start_run(name: str, kind: str, config: Config) -> Run:
-    """Starts a run, or continues one that was killed with the same parameters and data.
+    """Start a run, or continue a run that was killed and has the same name, parameters and data.
 
-    Raises ValueError, before any training, if MLflow does not answer.
+    `kind` becomes a tag: flow, phase or evaluation. Raises ValueError, before any training, if MLflow does not answer.
     """
     check()
     values = config.model_dump(mode="json")
-    tags = {"mlflow.runName": name, "kind": kind, **provenance()}
+    tags = {"mlflow.runName": _title(name), "kind": kind, **provenance()}
     tags["content"] = hashlib.sha256(json.dumps([name, values, tags["data_digest"]]).encode()).hexdigest()
     if os.environ.get(PARENT):
         tags["mlflow.parentRunId"] = os.environ[PARENT]
     with plain_errors():
         from mlflow.entities import Param
 
+        mark_as_training(experiment_id())
         killed = find_run(f"tags.content = '{tags['content']}' and attributes.status = 'RUNNING'")
-        run = Run(killed or client().create_run(experiment_id(), run_name=name).info.run_id, name)
+        run = Run(killed or client().create_run(experiment_id(), run_name=tags["mlflow.runName"]).info.run_id, name)
     run.tag({**tags, "resumed": "true"} if killed else tags)
     params = [Param(key, str(value)) for key, value in flatten(values).items()]
-    for first in range(0, len(params), 100):  # MLflow takes at most 100 at once
+    for first in range(0, len(params), 100):  # MLflow accepts at most 100 parameters per request.
         run._attempt("parameters", run._mlflow.log_batch, params=params[first:first + 100])
     return run
 
 
+def _title(name: str) -> str:
+    """Return the name that MLflow's page shows: `align` inside a retraining, otherwise `align 2026-11-28 tiny`.
+
+    The last word is the preset that params.yaml equals, or "own parameters" if params.yaml equals no preset.
+    """
+    if os.environ.get(PARENT):
+        return name
+    params = PARAMS.read_bytes() if PARAMS.exists() else b""
+    presets = [path.stem for path in sorted(Path("presets").glob("*.yaml")) if path.read_bytes() == params]
+    return f"{name} {date.today():%Y-%m-%d} {presets[0] if presets else 'own parameters'}"
+
+
+def log_to_parent(values: Mapping[str, float]) -> None:
+    """Log metrics to the run of the retraining, if one is active, so that MLflow's table of runs can compare them.
+
+    Raises ConnectionError if the server does not answer.
+    """
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    with plain_errors():
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        client().log_batch(parent, metrics=[Metric(key, float(value), now, 0) for key, value in values.items()])
+
+
 def find_run(condition: str) -> str | None:
-    """The id of the newest run that meets the condition, or None."""
+    """Return the id of the newest run that matches the MLflow search condition, or None if no run matches."""
     runs = client().search_runs([experiment_id()], condition, max_results=1)
     return str(runs[0].info.run_id) if runs else None
 
 
 def provenance(root: Path = Path()) -> dict[str, str]:
-    """Tags with the code, dvc.lock and data from which a run or version was made; 'none' where there is none."""
+    """Return tags that identify the code, dvc.lock and data in `root`; a tag is "none" if there is no such thing.
+
+    The tags are git_commit, git_dirty ("true" if files differ from the commit), dvc_lock and data_digest, which are the
+    SHA-256 of dvc.lock and of the data card.
+    """
     commit = head(root)
     return {"git_commit": commit or "none",
             "git_dirty": str(bool(changed_files(root))).lower() if commit else "none",
@@ -201,7 +246,7 @@ def provenance(root: Path = Path()) -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are not flattened."""
+    """Turn nested mappings into one level: {"a": {"b": 1}} becomes {"a.b": 1}. Lists stay unchanged."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

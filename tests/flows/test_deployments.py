@@ -125,7 +125,7 @@ def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_
     try:
         assert [add("a"), add("b", CIDEr=4.0)] == ["1", "2"]  # versions, and no alias yet
         assert aliases() == {"1": [], "2": []}
-        with pytest.raises(ValueError, match="changed by the deployments promote and rollback alone"):
+        with pytest.raises(ValueError, match="changed by the deployments promote and rollback only"):
             registry.promote("1")
         both = [site.trigger("promote/promote", version=version) for version in ("1", "1")]
         until(lambda: all(site.state(run)["type"] == "COMPLETED" for run in both), 180)

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import pipeline, processes, retrain, tasks
+from flows import names, pipeline, processes, retrain, tasks
 from flows.notify import score_table
 from flows.processes import DVC, end, pipeline_lock, stream
 from onediff.config import load_params
@@ -233,14 +235,25 @@ def test_what_ignores_sigterm_is_killed() -> None:
     stubborn.stdout.close()
 
 
-def test_the_score_table_has_floors_below_each_benchmark() -> None:
+def test_the_score_tables_fit_a_terminal_and_have_baselines_below_each_benchmark() -> None:
     floor = {"constant": {"CIDEr": 0.25}}
     metrics = {"scenes": {"CIDEr": 5.0, "num_pairs": 7, "false_alarm_rate": 0.02, "floor": floor},
                "edits": {"CIDEr": 3.0, "num_pairs": 11, "operation_accuracy": 0.9, "floor": {}}}
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in score_table(metrics).splitlines()]
-    assert lines[0] == ["", "pairs", "CIDEr", "false_alarm_rate", "operation_accuracy"]
-    assert lines[2:] == [["scenes", "7", "5.000", "0.020", ""], ["floor: constant", "", "0.250", "", ""],
-                         ["edits", "11", "3.000", "", "0.900"]]
+    captions, behaviour = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+                           for table in score_table(metrics).split("\n\n"))
+    assert captions[0] == ["", "pairs", "CIDEr"] and behaviour[0] == ["", "false alarms", "operation right"]
+    assert captions[2:] == [["scenes", "7", "5.000"], ["baseline: constant", "", "0.250"], ["edits", "11", "3.000"]]
+    assert behaviour[2:] == [["scenes", "0.020", ""], ["edits", "", "0.900"]]
+    committed = json.loads((ROOT / "data/metrics.json").read_text())
+    assert all(len(line) <= 100 for line in score_table(committed).splitlines())
+
+
+@pytest.mark.parametrize(("parameters", "subject"), [
+    ({}, ""), ({"version": None, "candidate": "3"}, "3 "), ({"model": "models:/onediff/1"}, "models:/onediff/1 ")])
+def test_a_flow_run_is_named_after_its_flow_its_subject_and_the_date(
+        monkeypatch: pytest.MonkeyPatch, parameters: dict[str, str], subject: str) -> None:
+    monkeypatch.setattr(names, "flow_run", SimpleNamespace(flow_name="promote", parameters=parameters))
+    assert names.dated_name() == f"promote {subject}{date.today():%Y-%m-%d}"
 
 
 def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_path: Path) -> None:

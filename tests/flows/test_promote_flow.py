@@ -33,7 +33,7 @@ def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_p
 
     monkeypatch.setattr(tasks, "assess", refuse_then_score_the_champion_lower)
     state = flow.promote.fn(second)
-    assert state.is_failed() and "nobody was asked" in state.message
+    assert state.is_failed() and "no approval was given" in state.message
 
 
 def test_nobody_is_asked_about_the_champion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_the_cache_is_not_changed_if_a_version_has_no_dvc_lock(project: Path) ->
 def test_a_version_whose_files_were_deleted_is_reported_by_number(project: Path) -> None:
     register("md5: '" + "0" * 32 + "'\n")
     subprocess.run(["rm", "-r", "mlflow-versions"], check=True)
-    assert survey(30).refused[0].startswith("version 1 of 'onediff': its lineage/ cannot be read")
+    assert survey(30).refused[0].startswith("version 1 of 'onediff': its folder lineage/ cannot be read")
 
 
 def test_a_cache_outside_of_the_project_is_not_examined(project: Path,

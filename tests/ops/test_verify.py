@@ -82,12 +82,22 @@ def test_one_wrong_byte_in_cache_workspace_or_weights_is_reported_and_the_exit_c
 
 
 def test_a_changed_score_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = registry.version_tags("models:/onediff/1")
-    better = json.dumps(json.loads(tags["scores_gate"]) | {"scenes.CIDEr": 999.0})
-    monkeypatch.setattr(registry, "version_tags", lambda uri: tags | {"scores_gate": better})
+    scores = registry.version_scores
+    monkeypatch.setattr(registry, "version_scores", lambda uri, split: scores(uri, split) | {"scenes.CIDEr": 999.0}
+                        if split == "gate" else scores(uri, split))
     failures = failed(list(verify.verify("1")))
     assert list(failures) == ["scoring again"]
     assert "data/gate.json: scenes.CIDEr: the version has 999.0, got " in failures["scoring again"]
+
+
+def test_a_changed_file_of_registered_scores_is_reported() -> None:
+    path = registry.version_files("models:/onediff/1") / "scores/gate.json"
+    content = path.read_text()
+    path.write_text("{}")
+    try:
+        assert "must have the registered md5" in failed(list(verify.verify("1")))["scoring again"]
+    finally:
+        path.write_text(content)
 
 
 def test_a_missing_file_is_reported_and_checks_that_need_it_are_skipped() -> None:

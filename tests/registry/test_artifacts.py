@@ -15,25 +15,25 @@ from onediff.paths import CHAMPION
 from onediff.registry.artifacts import MODEL_DIGEST, REFERENCE
 
 
-def test_the_model_folder_of_a_version_holds_the_registered_bytes() -> None:
+def test_the_model_folder_of_a_version_contains_the_registered_bytes() -> None:
     add("a")
     folder = registry.model_folder("models:/onediff@candidate")
     assert (folder / "model.safetensors").read_bytes() == b"a"
     assert registry.model_folder("models:/onediff/1") == folder
 
 
-def test_what_each_pair_scored_can_be_asked_of_a_version() -> None:
+def test_the_scores_of_each_pair_of_a_version_can_be_read() -> None:
     add("a", CIDEr=2.5)
     assert registry.scored_pairs("models:/onediff@candidate", "gate")["scenes"]["CIDEr"] == [2.5] * 200
     next(Path("mlflow-artifacts").rglob("scored/test.json")).unlink()
-    with pytest.raises(ValueError, match=r"models:/onediff/1 has no scores of single pairs: score it again: python -m"):
+    with pytest.raises(ValueError, match=r"models:/onediff/1 must have the scores of each pair, .*: python -m"):
         registry.scored_pairs("models:/onediff/1", "test")
 
 
-def test_files_that_are_gone_are_told_in_one_line() -> None:
+def test_missing_files_of_a_version_are_reported_in_one_line() -> None:
     add("a")
     shutil.rmtree("mlflow-artifacts")
-    with pytest.raises(ValueError, match=r"version 1: its files are not where MLflow at sqlite.* says .*register it"):
+    with pytest.raises(ValueError, match=r"version 1: .*MLflow at sqlite.* are missing .*register"):
         registry.model_folder("models:/onediff/1")
 
 
@@ -44,31 +44,31 @@ def test_files_outside_the_store_are_not_read(place: str, store: Path) -> None:
     root = (store / "mlflow-artifacts").as_uri()
     move(place.format(tmp=store.as_uri(), root=root))
     for call in (registry.model_folder, registry.version_files, registry.scored_pairs):
-        with pytest.raises(ValueError, match=r"version 1: .*is outside the store, .*: not read; register the"):
+        with pytest.raises(ValueError, match=r"version 1: its files must be inside the MLflow store '"):
             call("models:/onediff/1")
-    with pytest.raises(ValueError, match="outside the store"):
+    with pytest.raises(ValueError, match="must be inside the MLflow store"):
         registry.promote()
     assert aliases() == {"1": ["candidate"]}
 
 
 def move(place: str) -> None:
-    """As one who can write into the database would."""
+    """Change the location of the files in MLflow's database, as an attacker with access to the database could."""
     with sqlite3.connect("mlflow.db") as database:
         database.execute("UPDATE logged_models SET artifact_location = ?", [place])
         database.execute("UPDATE model_versions SET storage_location = ?, source = ?", [place, place])
 
 
-def test_a_version_that_names_a_folder_outside_its_own_is_not_read(store: Path) -> None:
+def test_a_model_path_outside_the_folder_of_the_version_is_not_read(store: Path) -> None:
     add("a")
     described = next(Path("mlflow-artifacts").rglob("MLmodel"))
     described.write_text(described.read_text().replace("data: data/a\n", "data: ../../../../..\n"))
-    with pytest.raises(ValueError, match=r"its MLmodel names '\.\./.* which is outside"):
+    with pytest.raises(ValueError, match=r"the data path in its MLmodel file must be inside .*, got '\.\./"):
         registry.model_folder("models:/onediff/1")
 
 
 @pytest.fixture
 def large_model(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder that a stage of a DVC project made, above the limit."""
+    """Return a model folder that a DVC stage created and that is too large to be copied into MLflow."""
     model("tune").rename("made")
     Path("dvc.yaml").write_text("stages:\n  tune:\n    cmd: mkdir -p data/models && cp -r made data/models/tune\n"
                                 "    outs: [data/models/tune]\n")
@@ -84,7 +84,7 @@ def dvc(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "dvc", *words], check=True)
 
 
-def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(large_model: Path) -> None:
+def test_a_large_model_is_registered_by_reference_and_downloaded_by_digest(large_model: Path) -> None:
     register(large_model)
     shutil.rmtree(large_model)
     files = registry.version_files("models:/onediff/1")
@@ -94,7 +94,7 @@ def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(large_mo
     folder = registry.model_folder()
     assert (folder / "model.safetensors").read_bytes() == b"tune" and ".onediff" in folder.parts
     (folder / "config.json").write_text("{ }")
-    with pytest.raises(ValueError, match=r"version 1: the files in .*-weights must .* remove .*-weights, and it is"):
+    with pytest.raises(ValueError, match=r"the files in .*-weights must .* remove .*-weights, so that"):
         registry.model_folder()
     shutil.rmtree(folder)
     assert registry.model_folder() == folder
@@ -104,28 +104,28 @@ def test_a_large_model_is_registered_by_reference_and_fetched_by_digest(large_mo
         load_model(CHAMPION)
 
 
-def test_weights_that_are_not_those_registered_are_not_used(large_model: Path) -> None:
+def test_weights_with_another_digest_than_the_registered_one_are_not_used(large_model: Path) -> None:
     register(large_model)
     tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, "0" * 64)
     with pytest.raises(ValueError, match=r"version 1: the files in .* must have the registered digest 0000"):
         registry.model_folder("models:/onediff/1")
     tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, model_digests(large_model).folder)
     shutil.rmtree(".dvc/cache")
-    with pytest.raises(ValueError, match=r"\.dir"):  # what is missing, in the words of onediff/repro/lock.py
+    with pytest.raises(ValueError, match=r"\.dir"):  # The message contains the digest of the folder.
         registry.model_folder("models:/onediff/1")
     with pytest.raises(ValueError, match=r"\.dir"):
         registry.promote()
     assert aliases() == {"1": ["candidate"]}
 
 
-def test_a_large_model_that_dvc_does_not_keep_is_not_registered(large_model: Path) -> None:
+def test_a_large_model_that_dvc_does_not_store_is_not_registered(large_model: Path) -> None:
     large_model.rename("elsewhere")
-    with pytest.raises(ValueError, match=r"elsewhere is above register_by_reference_gb 0 of runtime\.yaml"):
+    with pytest.raises(ValueError, match=r"elsewhere is larger than register_by_reference_gb 0 of runtime\.yaml"):
         register(Path("elsewhere"))
 
 
 @pytest.mark.slow
-def test_a_version_on_a_server_is_fetched_once_and_its_scores_are_new(server: Server) -> None:
+def test_a_version_on_a_server_is_downloaded_once_but_its_scores_are_read_again(server: Server) -> None:
     Path("carried").mkdir()
     Path("carried/README.md").write_text("one")
     with registry.sole_writer():
@@ -141,15 +141,15 @@ def test_a_version_on_a_server_is_fetched_once_and_its_scores_are_new(server: Se
         assert (registry.version_files("models:/onediff/1") / "mark").exists()
         assert registry.promote().promoted
         (registry.model_folder() / "config.json").write_text("{ }")
-        with pytest.raises(ValueError, match=r"version 1: the files in .*: they were changed; remove .*fetched again"):
+        with pytest.raises(ValueError, match=r"version 1: .*, so they were changed: remove .*downloaded again"):
             registry.model_folder()
         add("b", CIDEr=6.0)
         changed, = (path for path in (server.folder / "served").rglob("model.safetensors") if path.read_bytes() == b"b")
         changed.write_bytes(b"c")
-        with pytest.raises(ValueError, match=r"version 2: the files in .* they were changed"):
+        with pytest.raises(ValueError, match=r"version 2: the files in .* so they were changed"):
             registry.promote()
         shutil.rmtree(server.folder / "served")
-        with pytest.raises(ValueError, match="version 2: its files are not where MLflow"):
+        with pytest.raises(ValueError, match="version 2: its files must be at the location"):
             registry.promote()
         assert aliases() == {"1": ["champion"], "2": ["candidate"]}
     server.stop()
@@ -158,7 +158,7 @@ def test_a_version_on_a_server_is_fetched_once_and_its_scores_are_new(server: Se
 
 
 @pytest.mark.slow
-def test_outside_its_writer_a_shared_registry_takes_versions_but_no_candidate(server: Server) -> None:
+def test_registering_on_a_shared_registry_changes_the_candidate_only_inside_sole_writer(server: Server) -> None:
     assert add("a") == "1"
     assert aliases() == {"1": []}
     with registry.sole_writer():

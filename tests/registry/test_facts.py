@@ -13,7 +13,7 @@ from onediff.repro.lock import md5_of
 
 @pytest.fixture
 def trained_folder() -> Path:
-    """A model folder and what DVC would leave beside it."""
+    """Return a model folder, with the data, reports and dvc.lock that DVC would leave beside it."""
     folder = model("tune")
     for path, text in ((f"{DIFFCAP}/card.json", "{}"), (QUARANTINE, "none"), (f"{REPORTS}/{AUDIT}", audit("clean"))):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def audit(verdict: str) -> str:
 
 
 def write_lock(**digests: str) -> None:
-    """dvc.lock of three stages; a name's digest instead of that on disk."""
+    """Write dvc.lock with three stages. `digests` replaces the digests of the files on disk for some outputs."""
     on_disk = {path: md5_of(Path(path)) for path in (QUARANTINE, DIFFCAP, REPORTS, "models/tune")}
 
     def line(path: str, digest: str | None = None) -> dict[str, str]:
@@ -41,7 +41,7 @@ def write_lock(**digests: str) -> None:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
 
 
-def test_what_came_of_validated_and_clean_data_says_yes(trained_folder: Path) -> None:
+def test_the_facts_about_a_model_from_validated_and_clean_data_are_yes(trained_folder: Path) -> None:
     facts = facts_at_registration(trained_folder)
     assert facts["data_validated"] == facts["leak_audit"] == "yes"
     assert facts == facts_at_registration(trained_folder.absolute(), root=Path().absolute())
@@ -49,10 +49,10 @@ def test_what_came_of_validated_and_clean_data_says_yes(trained_folder: Path) ->
 
 
 @pytest.mark.parametrize(("changed", "reason"), [
-    ({"trained": "0.dir"}, "models/tune is not what dvc.lock says"),
-    ({"built": "0.dir"}, "data/diffcap that was read is not what stage build left"),
-    ({"validated": "0"}, "data/quarantine.parquet that was read is not what stage validate left")])
-def test_a_chain_that_breaks_says_where(trained_folder: Path, changed: dict[str, str], reason: str) -> None:
+    ({"trained": "0.dir"}, "models/tune must have the digest in dvc.lock"),
+    ({"built": "0.dir"}, "data/diffcap that was read must be the output of stage build"),
+    ({"validated": "0"}, "data/quarantine.parquet that was read must be the output of stage validate")])
+def test_a_broken_chain_of_digests_is_reported(trained_folder: Path, changed: dict[str, str], reason: str) -> None:
     write_lock(**changed)
     facts = facts_at_registration(trained_folder)
     assert reason in facts["data_validated"] and reason in facts["leak_audit"]
@@ -61,22 +61,23 @@ def test_a_chain_that_breaks_says_where(trained_folder: Path, changed: dict[str,
 
 def test_a_leak_is_reported_with_its_numbers(trained_folder: Path) -> None:
     Path(REPORTS, AUDIT).write_text(audit("3 of 1000 test pairs leak"))
-    assert "not what dvc.lock says" in facts_at_registration(trained_folder)["leak_audit"]
+    assert "must have the digest in dvc.lock" in facts_at_registration(trained_folder)["leak_audit"]
     write_lock()
     leaks = facts_at_registration(trained_folder)["leak_audit"]
     assert leaks.startswith("no: scenes: 3 of 1000 test pairs leak; see data/reports/diffcap/audit")
     Path(REPORTS, AUDIT).unlink()
-    assert "audit.json not found; 'dvc pull build' brings it" in facts_at_registration(trained_folder)["leak_audit"]
+    leaks = facts_at_registration(trained_folder)["leak_audit"]
+    assert "audit.json does not exist; 'dvc pull build' downloads it" in leaks
 
 
-def test_a_folder_that_no_stage_made_is_of_unknown_data(trained_folder: Path) -> None:
+def test_a_folder_that_no_stage_created_has_no_validated_data(trained_folder: Path) -> None:
     validated = facts_at_registration(model("own"))["data_validated"]
-    assert validated.startswith("no: models/own is no out of a stage in dvc.lock")
+    assert validated.startswith("no: models/own must be an output of a stage in dvc.lock")
     Path("dvc.lock").unlink()
     assert locked_md5(trained_folder) is None
 
 
-def test_the_size_is_that_of_all_files(trained_folder: Path) -> None:
+def test_the_size_of_a_folder_is_the_sum_of_all_files(trained_folder: Path) -> None:
     (trained_folder / "more").mkdir()
     (trained_folder / "more/b").write_bytes(b"0" * 2**20)
     assert size_mib(trained_folder) == pytest.approx(1 + 6 / 2**20)

@@ -1,4 +1,4 @@
-"""Versions that commit 601f16a registered: they have no digest of their folder, only of their weights."""
+"""Versions that the code of commit 601f16a registered. They have a digest of their weights but none of their folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def old(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return store
 
 
-def test_they_load_and_can_be_rolled_back_to_and_their_weights_are_checked(old: Path) -> None:
+def test_an_old_version_loads_with_checked_weights_and_a_rollback_to_it_works(old: Path) -> None:
     assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
     folder = registry.model_folder()
     assert (folder / "model.safetensors").read_bytes() == b"b" and (folder / "tokenizer.json").exists()
@@ -35,16 +35,16 @@ def test_they_load_and_can_be_rolled_back_to_and_their_weights_are_checked(old: 
         registry.model_folder()
 
 
-def test_one_of_them_is_compared_with_a_new_candidate() -> None:
+def test_an_old_champion_is_compared_with_a_new_candidate() -> None:
     add("c", CIDEr=3.4)
     assert "scenes.CIDEr is 3.4, the champion's 3.5" in registry.promote().reasons[0]
     add("d", CIDEr=4.0)
     assert registry.promote().promoted and aliases()["2"] == ["previous"]
 
 
-def test_one_of_them_is_promoted_only_after_its_scores_are_bound_to_its_folder() -> None:
+def test_an_old_version_is_promoted_only_after_it_was_scored_again() -> None:
     registry.rollback()
-    assert registry.promote("2").reasons[0].startswith("no digest says that its scores are those of its model")
+    assert registry.promote("2").reasons[0].startswith("the version must have a digest that connects its scores with")
     score_again("2", CIDEr=5.0)
     assert registry.promote("2").promoted and row("2")["aliases"] == ["candidate", "champion"]
     (registry.model_folder() / "tokenizer.json").write_text("{}")

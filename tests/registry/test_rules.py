@@ -11,22 +11,22 @@ from onediff.registry.rules import broken_rules, check_metrics, failed_compariso
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("minima: {}\nmaxima: {}\nbetter_than_champion: null", "both empty"),
+    ("minima: {}\nmaxima: {}\nbetter_than_champion: null", "both are empty"),
     ("minima: {a.b: high}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: .*got 'high'"),
     ("minima: {a.b: true}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: .*got True"),
     ("minima: {a.b: .nan}\nmaxima: {}\nbetter_than_champion: null", "minima.a.b: "),
-    ("minima: {a.b: 1}\nmaxima: {a.b: 0.5}\nbetter_than_champion: null", "above its maximum"),
+    ("minima: {a.b: 1}\nmaxima: {a.b: 0.5}\nbetter_than_champion: null", "must not be above the maximum"),
     ("minima: {a.b: 1}\nmaximum: {}\nbetter_than_champion: null", "maximum: unknown key; did you mean 'maxima'"),
     ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.CIDEr, margin: -1}",
      "better_than_champion.margin"),
     ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: {metric: a.METEOR, margin: 0}",
-     "better_than_champion.metric: only CIDEr and ROUGE-L are kept for each pair"),
+     "better_than_champion.metric: must end with CIDEr or ROUGE-L"),
     ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nnot_worse_than_champion: {a.CIDEr: -1}",
      "not_worse_than_champion.a.CIDEr"),
     ("minima: {a.b: 1}\nmaxima: {}", "better_than_champion: Field required"),
     ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nmax_caption_ms: 0", "max_caption_ms: .*greater than 0"),
     ("minima: {a.b: 1}\nmaxima: {}\nbetter_than_champion: null\nrequire: [luck]", "require.0: .*'data_validated'"),
-    ("minima: [", "not valid YAML"),
+    ("minima: [", "must be valid YAML"),
     ("", "the whole file"),
 ])
 def test_wrong_rules_are_refused(text: str, message: str) -> None:
@@ -35,14 +35,14 @@ def test_wrong_rules_are_refused(text: str, message: str) -> None:
         load_rules(Path("rules.yaml"))
 
 
-def test_the_rules_in_the_repository_are_valid_and_name_metrics_that_are_scored() -> None:
+def test_the_rules_in_the_repository_are_valid_and_contain_known_metrics() -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     check_metrics(rules, {})
     assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] == 0.2
     assert rules.require == ["data_validated", "leak_audit", "clean_lineage"]
 
 
-def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
+def test_every_path_in_the_scores_is_a_known_metric() -> None:
     rules = load_rules(write_rules(Path("rules.yaml"), minima={"scenes.by_change_type.none.beauty": 0},
                                    maxima={}))
     scores = {"scenes.by_change_type.none.beauty": 1.0, "scenes.CIDEr": 1.0, "edits.CIDEr": 1.0}
@@ -54,27 +54,28 @@ def test_a_path_that_the_scores_hold_is_known_whatever_it_is_called() -> None:
         check_metrics(rules, {})
 
 
-def test_a_figure_that_its_benchmark_does_not_have_is_an_error_of_the_file() -> None:
+def test_a_metric_that_its_benchmark_does_not_have_is_an_error_of_the_file() -> None:
     rules = load_rules(write_rules(Path("rules.yaml"), minima={"edits.swap_consistency": 0.5}, maxima={}))
     with pytest.raises(ValueError, match=r"minima\.edits\.swap_consistency: the gate scores of 'edits' have no 'swap"):
         check_metrics(rules, {"scenes.swap_consistency": 0.7, "scenes.CIDEr": 1.0, "edits.CIDEr": 1.0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), None])
-def test_a_score_that_is_no_number_is_refused(value: float) -> None:
+def test_a_score_that_is_not_a_number_breaks_its_rule(value: float) -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     wrong = ["scenes.change_type_accuracy", "scenes.false_alarm_rate"]
     scores = dict.fromkeys(rules.minima, 1.0) | dict.fromkeys(wrong, value)
     assert [reason.partition(" ")[0] for reason in list(broken_rules(rules, scores, {}))[:2]] == wrong
 
 
-def test_what_was_never_measured_or_found_out_is_refused_with_the_cure() -> None:
+def test_missing_measurements_and_facts_are_refused_with_the_cure() -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     scores = {**dict.fromkeys(rules.minima, 1.0), "scenes.false_alarm_rate": 0.0}
     reasons = list(broken_rules(rules, scores, {"size_mib": "11"}))
-    assert reasons == ["caption_ms was not measured, must be at most 2000 ms a pair: register it again",
-                       "data_validated: not known: register it again", "leak_audit: not known: register it again",
-                       "clean_lineage: not known: register it again"]
+    assert reasons == ["caption_ms was not measured, must be at most 2000 ms a pair: register the version again",
+                       "data_validated: not known: register the version again",
+                       "leak_audit: not known: register the version again",
+                       "clean_lineage: not known: register the version again"]
 
 
 def test_a_benchmark_that_was_not_scored_is_refused() -> None:
@@ -94,22 +95,22 @@ def reasons(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
     return [*failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), ours, theirs, again="again")]
 
 
-def test_a_gain_that_chance_explains_is_no_gain() -> None:
+def test_a_gain_within_the_bootstrap_interval_is_not_enough() -> None:
     reason, = reasons(pairs(3.1, noise=2.0), pairs(3.0))
     assert re.search(r"scenes.CIDEr is 3.1, the champion's 3: .* -0.\d+ to \+0.\d+, must be above \+0", reason)
     assert reasons(pairs(3.1, noise=0.1), pairs(3.0)) == []
 
 
-def test_a_gain_may_not_be_paid_for_on_another_benchmark() -> None:
+def test_a_gain_with_a_large_loss_on_another_benchmark_is_not_enough() -> None:
     assert reasons(pairs(4.0, edits=0.4), pairs(3.0)) == [
         "edits.CIDEr is 0.4, the champion's 1: the 95 % interval of the difference, -0.6 to -0.6, must be above -0.5"]
     assert reasons(pairs(4.0, edits=0.6), pairs(3.0)) == []
 
 
-def test_other_references_pairs_or_none_are_not_compared() -> None:
+def test_scores_with_other_references_or_without_pairs_are_not_compared() -> None:
     rules = load_rules(write_rules(Path("rules.yaml")))
     assert incomparable(rules, pairs(4.0), pairs(3.0)) == []
     for theirs in (pairs(3.0, references="r2"), {}):
         assert incomparable(rules, pairs(4.0), theirs) == ["scenes", "edits"]
         assert reasons(pairs(4.0), theirs)[0].endswith("score it again: again")
-    assert reasons({}, pairs(3.0))[0] == "scenes.CIDEr is not in the gate scores of pairs"
+    assert reasons({}, pairs(3.0))[0] == "scenes.CIDEr is not in the scores of the pairs of split gate"

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,16 @@ from registered import Server
 
 from onediff import tracking
 from onediff.config import Config
+from onediff.tracking import connection
+
+REPO = Path(__file__).parents[2]
 
 
 def history(run_id: str, key: str) -> list[tuple[int, float]]:
     return [(item.step, item.value) for item in tracking.client().get_metric_history(run_id, key)]
 
 
-def test_logged_values_stand_in_the_run_when_it_ends(config: Config) -> None:
+def test_logged_values_are_in_the_run_when_it_ends(config: Config) -> None:
     with tracking.phase_run("align", config) as run:
         for step, loss in enumerate((3.0, 2.0, 1.5)):
             run.log(step, {"step": step, "loss": loss, "pairs_per_s": 10.0 * (step + 1)})
@@ -38,7 +43,7 @@ def test_logging_does_not_wait_for_mlflow(config: Config) -> None:
     assert len(history(run.id, "loss")) == 2000
 
 
-def test_runs_below_a_parent_nest_under_it(config: Config) -> None:
+def test_runs_inside_a_retraining_nest_under_its_run(config: Config) -> None:
     with tracking.parent_run("retrain", config) as parent:
         with tracking.phase_run("align", config) as child:
             pass
@@ -46,11 +51,38 @@ def test_runs_below_a_parent_nest_under_it(config: Config) -> None:
     assert tracking.PARENT not in os.environ
     tags = tracking.client().get_run(child.id).data.tags
     assert tags["mlflow.parentRunId"] == parent.id and tags["kind"] == "phase"
+    assert tags["mlflow.runName"] == "align"
 
 
-def test_a_killed_phase_goes_on_in_its_run(config: Config) -> None:
+def test_a_run_is_named_after_its_work_the_date_and_the_preset(config: Config) -> None:
+    with tracking.parent_run("retrain", config) as run:
+        pass
+    assert name_of(run.id) == f"retrain {date.today():%Y-%m-%d} own parameters"
+    Path("presets").mkdir()
+    for path in ("presets/tiny.yaml", "params.yaml"):
+        shutil.copy(REPO / "presets/tiny.yaml", path)
+    with tracking.phase_run("align", config.model_copy(update={"seed": 13})) as run:
+        pass
+    assert name_of(run.id) == f"align {date.today():%Y-%m-%d} tiny"
+
+
+def name_of(run_id: str) -> str:
+    return str(tracking.client().get_run(run_id).info.run_name)
+
+
+def test_the_experiment_is_marked_as_model_training_also_if_earlier_code_created_it(config: Config) -> None:
+    experiment = tracking.experiment_id()
+    kind, value = connection.KIND
+    assert tracking.client().get_experiment(experiment).tags[kind] == value
+    tracking.client().delete_experiment_tag(experiment, kind)
+    with tracking.phase_run("align", config):
+        pass
+    assert tracking.client().get_experiment(experiment).tags[kind] == value
+
+
+def test_a_phase_that_was_killed_continues_its_run(config: Config) -> None:
     seeded = config.model_copy(update={"seed": 11})
-    killed = tracking.phase_run("align", seeded)  # never ended
+    killed = tracking.phase_run("align", seeded)  # This run is never ended, like the run of a killed process.
     with tracking.phase_run("align", seeded) as run:
         assert run.id == killed.id
     with tracking.phase_run("align", seeded) as again:
@@ -58,7 +90,7 @@ def test_a_killed_phase_goes_on_in_its_run(config: Config) -> None:
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_a_run_that_breaks_says_so_and_keeps_its_metrics(config: Config, error: type, status: str) -> None:
+def test_a_run_that_ends_with_an_exception_keeps_its_metrics(config: Config, error: type, status: str) -> None:
     with pytest.raises(error), tracking.phase_run("align", config) as run:
         run.log(1, {"loss": 2.5})
         raise error
@@ -66,7 +98,7 @@ def test_a_run_that_breaks_says_so_and_keeps_its_metrics(config: Config, error: 
     assert history(run.id, "loss") == [(1, 2.5)]
 
 
-def test_a_changed_file_makes_the_commit_dirty_but_the_pipeline_s_own_results_do_not() -> None:
+def test_a_changed_file_makes_the_commit_dirty_but_results_of_the_pipeline_do_not() -> None:
     def git(*words: str) -> None:
         who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         subprocess.run(["git", *who, *words], check=True, capture_output=True)
@@ -97,7 +129,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_while_training_loses_no_training(server: Server, config: Config, capsys) -> None:
+def test_training_continues_when_the_server_dies(server: Server, config: Config, capsys) -> None:
     with tracking.phase_run("align", config) as run:
         run.log(1, {"loss": 2.0})
         assert run._send()
@@ -106,13 +138,13 @@ def test_a_server_that_dies_while_training_loses_no_training(server: Server, con
         trained = "weights"
     assert trained == "weights"
     assert run.describe(digest="d")["run_id"] == run.id
-    assert f"MLflow run {run.id} (align) is incomplete: 1 metrics not sent" in capsys.readouterr().err
+    assert f"MLflow run {run.id} (align) is incomplete: 1 metrics could not be sent" in capsys.readouterr().err
     server.start()
     assert history(run.id, "loss") == [(1, 2.0)]
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_back_gets_every_metric_once(server: Server, config: Config) -> None:
+def test_a_server_that_restarts_gets_every_metric_once(server: Server, config: Config) -> None:
     with tracking.phase_run("align", config) as run:
         server.stop()
         run.log(1, {"loss": 2.0})

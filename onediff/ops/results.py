@@ -1,0 +1,52 @@
+"""The main scores of the last pipeline run as a table for a terminal, beside the scores in the git commit."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from onediff.git import committed
+from onediff.paths import DVC_LOCK, METRICS
+from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
+
+# Maps the title of each table column to metrics; the column shows the first one that the benchmark has.
+COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
+           "kind of change right": ("change_type_accuracy", "operation_accuracy"),
+           "false alarms": ("false_alarm_rate",)}
+
+
+def score_table() -> str:
+    """Return the scores of data/metrics.json, one row per benchmark of the test split, at most 100 characters wide.
+
+    If the git commit has scores that were produced with equal parameters, these scores follow in brackets. They are the
+    scores in the README, unless the user has committed other ones. Raises FileNotFoundError if data/metrics.json does
+    not exist.
+    """
+    if not METRICS.exists():
+        raise FileNotFoundError(f"{METRICS} does not exist: run 'dvc repro score' to create it")
+    present = json.loads(METRICS.read_text(encoding="utf-8"))
+    earlier = _committed_scores()
+    note = ("in brackets those of the git commit, as in the README" if earlier else
+            "the git commit has no scores with these parameters to compare with")
+    rows = [["", *COLUMNS]]
+    for benchmark, scores in present.items():
+        rows.append([benchmark, *(_cell(scores, earlier.get(benchmark, {}), names) for names in COLUMNS.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n  ".join([f"Scores of the test split, times 100; {note}:", *lines])
+
+
+def _committed_scores() -> dict[str, Any]:
+    """Return the content of data/metrics.json in the git commit, or {} if it was produced with other parameters."""
+    metrics, locked = committed(METRICS), committed(DVC_LOCK)
+    if not metrics or not locked or not DVC_LOCK.exists():
+        return {}
+    parameters = [{name: stage.params for name, stage in stages.items()}
+                  for stages in (parse_dvc_lock(locked, DVC_LOCK), read_dvc_lock())]
+    return json.loads(metrics) if parameters[0] == parameters[1] else {}
+
+
+def _cell(scores: Mapping[str, Any], earlier: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    name = next((name for name in names if name in scores), None)
+    if name is None:
+        return "-"
+    return f"{100 * scores[name]:.1f}" + (f" ({100 * earlier[name]:.1f})" if name in earlier else "")
