@@ -29,7 +29,7 @@ SPEED = (("pairs_per_s", "pairs per second", "{:.0f}"), ("tokens_per_s", "tokens
          ("padding_share", "padding avoided", "{:.1%}"), ("loader_wait_share", "time spent waiting for data", "{:.1%}"),
          ("memory_gib", "memory, GiB", "{:.2f}"), ("tflops_per_s", "TFLOP/s", "{:.3g}"), ("mfu", "MFU", "{:.1%}"))
 STRESS = {  # section of stress.json -> (heading, {key -> (row label, what the share counts)})
-    "identical": ("Both images are the first image", {
+    "identical": ("One image is shown twice", {
         "false_alarm_rate": ("false alarms", "captions that claim a change although the two images are equal; "
                                              "lower is better"),
         "unreadable_rate": ("unreadable", "captions that the grammar cannot parse, which also count as false alarms; "
@@ -134,10 +134,11 @@ def ordered_sources(sources: Iterable[str]) -> list[str]:
 
 def summary(metrics: Mapping[str, Any], card: Mapping[str, Any], phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the sentences that open the page: what the model does, how it was trained, and how well it does."""
-    train = {source: sum(types.values()) for source, types in card["num_pairs"].get("train", {}).items()}
+    counts = {source: sum(types.values()) for source, types in card["num_pairs"].get("train", {}).items()}
+    train = sorted(counts.items(), key=lambda item: -item[1])
     sentences = ["This model reads two images and describes in one sentence what changed between them."]
     if train:
-        sentences.append(f"It was trained on {_listed([f'{count:,} pairs of {name}' for name, count in train.items()])}"
+        sentences.append(f"It was trained on {_listed([f'{count:,} pairs of {name}' for name, count in train])}"
                          + _training_steps(phases) + ".")
     reported = [(name, result) for name, result in metrics.items() if name != "scenes_far"][:NUM_SENTENCES]
     return [*sentences, *(f"On {result['num_pairs']:,} test pairs of {name}, it {_achievement(result)}."
