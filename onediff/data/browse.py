@@ -1,6 +1,6 @@
-"""Shards -> one page to look at: some pairs of each source, split and kind of change, with filters and a search."""
+"""Write an HTML page that shows example pairs of a folder of shards, with filters, a search and pages of cards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +16,59 @@ from onediff.files import new_file
 
 THUMBNAIL_PX = 192
 QUALITY = 85
-MAX_CHARACTERS = 400  # of a caption
+MAX_CHARACTERS = 400  # of a caption; the page cuts longer captions
+PAGE_CARDS = 24  # cards that the browser shows at once
+SPLIT_ORDER = ("train", "val", "test", "gate")
 
 
 def browse(folder: Path, out: Path, *, per_group: int) -> Path:
-    """Writes out/index.html, which needs no network, about the folder's shards; returns its path.
+    """Write out/index.html, which shows records of the shards in `folder`, and return its path.
 
-    Of each source, split and kind of change up to `per_group` records, evenly spaced.
+    The page has up to `per_group` records of each source, split and change type, evenly spaced over the shards. It
+    contains all its images, so it opens without a network.
     """
     rows = read_table(folder)
     chosen = choose([(row["source"], row["split"], row["change_type"]) for row in rows], per_group=per_group)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("browse.html.j2").read_text(encoding="utf-8"))
-    keys = {name: sorted({row[name] for row in rows}) for name in ("source", "split", "change_type")}
-    page = template.generate(folder=str(folder), num_rows=len(rows), num_chosen=len(chosen), keys=keys,
-                             cards=_cards(folder, rows, chosen))
+    filters = {name: sorted({row[name] for row in rows}) for name in ("source", "change_type")}
+    filters["split"] = ordered_splits(row["split"] for row in rows)
+    cards = sorted(_cards(folder, rows, chosen), key=lambda card: filters["split"].index(card["split"]))
+    page = template.generate(folder=str(folder), num_rows=len(rows), filters=filters, cards=cards,
+                             page_cards=PAGE_CARDS)
     with new_file(out / "index.html") as part, part.open("w", encoding="utf-8") as file:
         file.writelines(page)
     return out / "index.html"
 
 
+def ordered_splits(splits: Iterable[str]) -> list[str]:
+    """Return the splits without repetition, in the order of SPLIT_ORDER; other splits come last."""
+    present = set(splits)
+    return [split for split in (*SPLIT_ORDER, *sorted(present - set(SPLIT_ORDER))) if split in present]
+
+
 def choose(groups: list[tuple[str, ...]], *, per_group: int) -> list[int]:
-    """Places of up to `per_group` members of each group, evenly spaced over them, in order."""
+    """Return the sorted positions of up to `per_group` members of each group, evenly spaced over the group.
+
+    `groups` has the group of each record.
+    """
     members: dict[tuple[str, ...], list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    spaced = {group: np.linspace(0, len(places) - 1, min(per_group, len(places))) for group, places in members.items()}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    spaced = {group: np.linspace(0, len(positions) - 1, min(per_group, len(positions)))
+              for group, positions in members.items()}
     return sorted(members[group][round(float(number))] for group, numbers in spaced.items() for number in numbers)
 
 
 def _cards(folder: Path, rows: list[dict[str, Any]], chosen: list[int]) -> Iterator[dict[str, Any]]:
-    """The chosen rows in order with small images; only the row groups that hold them are read."""
-    places = np.array(chosen, dtype=np.int64)
-    for path, group, numbers, part in row_groups_with([folder], places):
+    """Yield the chosen rows in order, each with thumbnails of its images and shortened captions.
+
+    Only the Parquet row groups that contain a chosen row are read.
+    """
+    positions = np.array(chosen, dtype=np.int64)
+    for path, group, numbers, part in row_groups_with([folder], positions):
         table = pq.ParquetFile(path).read_row_group(group, columns=["before", "after"]).take(numbers)
-        for row, sides in zip((rows[place] for place in places[part]), table.to_pylist(), strict=True):
+        for row, sides in zip((rows[position] for position in positions[part]), table.to_pylist(), strict=True):
             contents = [(sides[side] or {}).get("bytes") or b"" for side in ("before", "after")][: row["num_images"]]
             images = [thumbnail(content, THUMBNAIL_PX, quality=QUALITY, resample=Image.Resampling.LANCZOS,
                                 absent="missing") for content in contents]

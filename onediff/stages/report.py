@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from onediff.config import load_params
-from onediff.data.folders import sources_of
 from onediff.data.record import read_records, read_table
 from onediff.eval.metrics.catalog import PAIR_METRICS
 from onediff.eval.protocols import PairRow, protocols_of, read_predictions
@@ -59,9 +58,8 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
     model, delta = config.model, config.model.delta
     results = ModelResults(
         when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        subtitle=f"{', '.join(sources_of(config.data))} · vision {model.vision.path} · language {model.language} · "
-                 f"{delta.num_tokens} delta tokens from levels {delta.levels}, reading {model.reading}, "
-                 f"keys {delta.inputs} · seed {config.seed}",
+        subtitle=f"Vision encoder: {model.vision.path}. Language model: {model.language}. {delta.num_tokens} delta tokens, "
+                 f"token layout {model.reading}. Seed {config.seed}.",
         params=PARAMS.read_text(encoding="utf-8"), metrics=_read_json(METRICS), gate=_read_json(GATE),
         stress=_read_json_if_there(STRESS), card=_read_json(CARD),
         curves={phase: _read_lines(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")},

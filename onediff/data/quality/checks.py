@@ -1,6 +1,8 @@
-"""May this data be used? One list of rules per suite gives both Great Expectations' suite and the quarantine list.
+"""Decide which pairs are bad and whether the data may be used at all.
 
-GX caps its lists of failing values, so this module lists every bad pair, and GX writes a part of the page for people.
+Each suite is one list of rules. This list gives both the expectation suite of Great Expectations and the quarantine
+list. Great Expectations limits its lists of failing values, so this module finds every bad pair without it; Great
+Expectations checks the same rules again and writes a part of the validation page.
 """
 
 import os
@@ -17,16 +19,18 @@ from onediff.data.record import SPLITS
 from onediff.files import write_text
 
 MIN_PX = 32
-MAX_WORDS = {"generated": 100, "raw": 500}  # people write paragraphs about two birds
-ASPECT = 1.02  # before and after may differ in size, not in shape; rounding is forgiven
-NUM_SHOWN = 4  # bad pairs of a rule whose images the page shows
+MAX_WORDS = {"generated": 100, "raw": 500}  # In Birds-to-Words, people describe two birds in paragraphs.
+# Before and after may differ in size but not in aspect ratio. 2 % of tolerance allow for rounding to whole pixels.
+ASPECT = 1.02
+NUM_SHOWN = 4  # bad pairs of each rule that the page shows with their images
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A column's values lie in `low` to `high`, or are one of `allowed`; missing values are passed over.
+    """A rule for one column of the probe table: values are between `low` and `high`, or are one of `allowed`.
 
-    A fatal rule stops the run at the first bad pair, the others when the share of bad pairs exceeds the tolerance.
+    Missing values (NaN) satisfy a rule with bounds. `reason` describes the problem of a pair that breaks the rule. One
+    pair that breaks a fatal rule stops the run; other rules stop it when the share of bad pairs exceeds the tolerance.
     """
 
     column: str
@@ -57,7 +61,8 @@ _APART = (
     Rule("num_image_splits", "an image occurs in two splits", high=1, fatal=True),
     Rule("num_group_splits", "its group_id occurs in two splits", high=1, fatal=True),
 )
-# Published photographs come in any shape, and published splits overlap: what becomes of those, data.leaks decides.
+# The two published photographs of a pair may differ in aspect ratio, and published splits may overlap. The parameter
+# data.leaks decides what happens to pairs whose images occur in two published splits.
 SUITES = {
     "generated": (*_COMMON, _WORDS["generated"], _SHAPES, *_APART),
     "raw": (*_COMMON, _WORDS["raw"]),
@@ -67,10 +72,11 @@ SUITES = {
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """A suite's verdict: its judged rows, labelled by their place in the shards, and which of them are bad.
+    """The result of one suite: all rows that it judged, and which of them are bad.
 
-    `bad`: pair_id, source, split, suite, reasons (one text), error (from reading its images), labelled as the rows.
-    `excused` are bad pairs that count against no tolerance: the missing images of a source in data.partial.
+    The index of `rows`, `bad` and `excused` is the position of the pair in the shards. `bad` has the columns pair_id,
+    source, split, suite, reasons (one text) and error (the error that reading the images raised). `excused` is True
+    for bad pairs that do not count against the tolerance: pairs of sources in data.partial that only lack an image.
     """
 
     suite: str
@@ -81,17 +87,22 @@ class SuiteResult:
 
     @property
     def share(self) -> float:
+        """The share of bad pairs that count against the tolerance, 0 to 1."""
         return (len(self.bad) - int(self.excused.sum())) / max(len(self.rows), 1)
 
 
 def suites_of(table: pd.DataFrame, data: Data) -> pd.Series:
-    """Each row's suite: edited by a diffusion model is generated too; published, retrieved and own pairs are raw."""
+    """Return the suite of each row: "generated" for sources in data.generated and data.diffused, "raw" for others."""
     generated = table["listed_as"].isin([*data.generated, *data.diffused])
     return pd.Series(np.where(generated, "generated", "raw"), index=table.index, dtype=object)
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """The probe table, with its column `suite`, and the columns that rules need and a probe of one pair cannot know."""
+    """Return the probe table with the further columns that the rules need, such as num_same_id.
+
+    The table must have the column `suite`. A probe sees one pair at a time, so it cannot count repeated pair_ids or
+    the splits in which an image occurs.
+    """
     images = table["decodes"] & (table["num_images"] > 0)
     sizes = table[["width_before", "height_before", "width_after", "height_after"]].astype("float64")
     sizes = sizes.where(images).replace(0, np.nan)
@@ -109,7 +120,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _num_splits(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """In how many splits of its suite each value occurs, in whichever of the columns; 0 where it is empty."""
+    """Return in how many splits of the row's suite each value occurs, in any of the columns; 0 for an empty value."""
     values = pd.concat([table["suite"] + "\0" + table[name] for name in columns], ignore_index=True)
     present = np.concatenate([(table[name] != "").to_numpy() for name in columns])
     codes, kinds = pd.factorize(values)
@@ -121,7 +132,7 @@ def _num_splits(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def broken(rule: Rule, table: pd.DataFrame) -> pd.Series:
-    """Which rows of a judged table break the rule."""
+    """Return True for each row of a judged table that breaks the rule."""
     values = table[rule.column]
     if rule.allowed is not None:
         return ~values.isin(rule.allowed)
@@ -130,7 +141,7 @@ def broken(rule: Rule, table: pd.DataFrame) -> pd.Series:
 
 
 def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: tuple[str, ...] = ()) -> SuiteResult:
-    """The verdict on a judged table's rows of the suite; `partial`: sources that may lack images."""
+    """Judge the rows of one suite. `table` comes from judged(); `partial` are the sources that may lack images."""
     rows = table[table["suite"] == suite]
     reasons = pd.Series([""] * len(rows), index=rows.index, dtype=object)
     for rule in SUITES[suite]:
@@ -141,13 +152,13 @@ def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: t
     return SuiteResult(suite, rows, bad[columns], excused, tolerance)
 
 
-# --- going on or stopping ---------------------------------------------------------------------------------------------
-
-
 def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -> list[str]:
-    """Why the data may not be used, a line each; `whole`: sources whose test split must not lose a pair."""
+    """Return the reasons why the data may not be used, one line each; an empty list if it may be used.
+
+    `whole` are the sources whose test split must stay complete, so that scores stay comparable.
+    """
     splits = {split for checked in all_checked for split in checked.rows["split"].unique()}
-    lines = [f"no pair in split {split}; each of {', '.join(SPLITS)} needs some"
+    lines = [f"no pair in split {split}; each of {', '.join(SPLITS)} needs at least one"
              for split in SPLITS if split not in splits]
     for checked in all_checked:
         for rule in SUITES[checked.suite]:
@@ -158,8 +169,8 @@ def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -
         for source, bad in tests.groupby(checked.rows.loc[tests.index, "listed_as"]):
             if source in whole:
                 count = "1 test pair is" if len(bad) == 1 else f"{len(bad)} test pairs are"
-                lines.append(f"{source}: {count} bad (first: {_first(bad)}), and a test set must not shrink in "
-                             f"silence: mend data/raw/{source}, or add {source} to data.partial")
+                lines.append(f"{source}: {count} bad (first: {_first(bad)}), but the test split of a published "
+                             f"source must be complete: fix data/raw/{source}, or add {source} to data.partial")
         counted = checked.bad[~checked.excused]
         if checked.share > checked.tolerance:
             lines.append(f"{len(counted)} of {len(checked.rows)} {checked.suite} pairs are bad ({checked.share:.2%}, "
@@ -168,23 +179,25 @@ def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -
 
 
 def _first(bad: pd.DataFrame) -> str:
+    """Return the first bad pair as a text: pair_id, reasons, and the error of its images if there was one."""
     pair_id, reasons, error = bad[["pair_id", "reasons", "error"]].iloc[0]
     return f"{pair_id}: {reasons}" + (f" ({error})" if error else "")
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
 def write_report(all_checked: list[SuiteResult], folder: Path, *, shard_folders: list[Path],
                  whole: tuple[str, ...] = ()) -> None:
-    """Writes one page on all suites and complaints that needs no network, with images of bad pairs.
+    """Write folder/index.html, the validation page about all suites, with images of bad pairs.
 
-    `shard_folders`: where the records are, in the order in which the rows were probed. Raises ValueError if the shards
-    are not those that the table is of, and then, after the page is written, if there is any complaint.
+    `shard_folders` are the folders of the shards, in the order in which they were probed. `whole` are the sources
+    whose test split must stay complete.
+
+    Raises ValueError if the shards are not the shards that were probed. If the data may not be used, raises ValueError
+    with all reasons after the page is written.
     """
     lines = complaints(all_checked, whole=whole)
     parts = [_part(checked) for checked in all_checked if len(checked.rows)]
-    pair_ids = {place: row["pair_id"] for part in parts for rule in part["rules"] for place, row in rule["shown"]}
+    pair_ids = {position: row["pair_id"]
+                for part in parts for rule in part["rules"] for position, row in rule["shown"]}
     path = folder / "index.html"
     write_text(path, page(parts, lines, read_bad_pairs(shard_folders, pair_ids)))
     if lines:
@@ -192,30 +205,33 @@ def write_report(all_checked: list[SuiteResult], folder: Path, *, shard_folders:
 
 
 def _part(checked: SuiteResult) -> dict[str, Any]:
-    """What the page says about a suite."""
+    """Return the values that the validation page shows about one suite."""
     result = validate(checked)
     from great_expectations.render import renderer, view
 
     document = renderer.ValidationResultsPageRenderer().render(result)
     rules = []
     for rule in SUITES[checked.suite]:
-        places = checked.rows.index[broken(rule, checked.rows)]
-        shown = checked.bad.loc[places[:NUM_SHOWN]].to_dict("index")
-        rules.append({"reason": rule.reason, "fatal": rule.fatal, "count": len(places), "shown": list(shown.items())})
+        positions = checked.rows.index[broken(rule, checked.rows)]
+        shown = checked.bad.loc[positions[:NUM_SHOWN]].to_dict("index")
+        rules.append({"reason": rule.reason, "fatal": rule.fatal, "count": len(positions),
+                      "shown": list(shown.items())})
     languages = checked.rows.loc[checked.rows["language"] != "", ["listed_as", "language"]].value_counts().sort_index()
     is_bad = checked.rows.index.isin(checked.bad.index)
-    counts = checked.rows.assign(bad=is_bad).groupby(["listed_as", "split"])["bad"].agg(["size", "sum"])
+    counts = checked.rows.assign(bad=is_bad).groupby(["listed_as", "split"])["bad"].agg(["size", "sum"]).reset_index()
+    order = {split: number for number, split in enumerate(SPLITS)}
+    by_split = sorted(counts.to_numpy().tolist(), key=lambda row: (row[0], order.get(row[1], len(order)), row[1]))
     return {
         "suite": checked.suite, "tolerance": checked.tolerance, "share": checked.share, "num_pairs": len(checked.rows),
         "num_bad": len(checked.bad), "num_excused": int(checked.excused.sum()), "rules": rules,
-        "counts": counts.reset_index().to_numpy().tolist(), "languages": languages.reset_index().to_numpy().tolist(),
+        "counts": by_split, "languages": languages.reset_index().to_numpy().tolist(),
         "expectations": offline(view.DefaultJinjaPageView().render(document)),
     }
 
 
 def validate(checked: SuiteResult) -> Any:
-    """Great Expectations' own result for a suite (an ExpectationSuiteValidationResult)."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read at import
+    """Check the rules of a suite with Great Expectations and return its ExpectationSuiteValidationResult."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Great Expectations reads this variable when it is imported.
     import great_expectations as gx
 
     rules = SUITES[checked.suite]

@@ -1,4 +1,4 @@
-"""Charts as self-contained SVG: curves with interval bands, and horizontal bars."""
+"""Draw charts as self-contained SVG: curves with bands for their intervals, and horizontal bars."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from markupsafe import Markup
 Point = tuple[float, float]
 Interval = tuple[float, float]
 
-TEXT_CLASS = "told"  # of labels and values
-COLOURS = {  # name -> (on light ground, on dark ground)
+TEXT_CLASS = "label"  # CSS class of labels and values
+COLOURS = {  # name -> (colour of the light mode, colour of the dark mode)
     "ground": ("#fbfbf9", "#14171a"), "panel": ("#ffffff", "#1c2024"), "ink": ("#1d2228", "#e7e9ea"),
     "soft": ("#5d6771", "#a3adb6"), "line": ("#e2e4e0", "#343b42"), "accent": ("#1f6f78", "#5cc0c8"),
     "good": ("#23773b", "#6fcf87"), "bad": ("#b3372f", "#f08a80"), "second": ("#8a5a00", "#e3ac4e"),
-    "floor": ("#a7aeb5", "#6c7680"), "peer": ("#8fa8c9", "#5f7fa8"),
+    "floor": ("#868f98", "#76808a"), "peer": ("#6f8db8", "#6a8ab3"),
 }
 _STYLE = Template("""\
 svg.chart { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; font-size: 12px; }
@@ -39,7 +39,11 @@ PLOT_PX, ROW_PX = 150, 34
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in order of x, each with the interval of its y or none of them; `kind`: a, b, c, d or faint."""
+    """A curve of a line chart.
+
+    `points` are sorted by x. `intervals` is empty, or has the interval of y for each point. `kind` is the CSS class
+    that selects the colour and the dashes: a, b, c, d or faint.
+    """
 
     label: str
     kind: str
@@ -49,7 +53,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """`kind`: ours, floor, peer or doubtful; `note` stands behind the label."""
+    """A bar of a bar chart.
+
+    `kind` is the CSS class that selects the colour: ours (this model), floor (a trivial baseline), peer (a published
+    score) or doubtful (a published score that is not clearly comparable). `note` is printed after the label in italics.
+    """
 
     label: str
     kind: str
@@ -59,33 +67,37 @@ class Bar:
 
 
 def page_style() -> str:
-    """The rules of every chart on a page whose custom properties are COLOURS."""
+    """Return the CSS rules of all charts, for a page that defines the COLOURS as CSS custom properties."""
     return _STYLE.substitute({name: f"var(--{name})" for name in COLOURS}, text_class=TEXT_CLASS)
 
 
 def standalone(chart: Markup) -> str:
-    """A file of its own: light colours on white, written out, as programs that set papers need it."""
+    """Return the chart as the text of an SVG file: light colours on white, with literal colour values.
+
+    LaTeX and office programs do not understand CSS custom properties, so the file must not use them.
+    """
     style = _STYLE.substitute({name: light for name, (light, _) in COLOURS.items()}, text_class=TEXT_CLASS)
     head, rest = chart.split(">", 1)
     return f'{head}><style>{style}</style><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
 def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str,
                ticks: Sequence[tuple[float, str]] | None = None, high: float | None = None,
                marked: float | None = None) -> Markup:
-    """y from 0 to `high` or a round number; `ticks` (x, text): default the ends; `marked`: an x with a line upright."""
+    """Return a line chart of the curves that have points.
+
+    The y axis goes from 0 to `high`, by default to a round number above the largest y. `ticks` are the labels of the
+    x axis as (x, text), by default the smallest and the largest x. `marked` is the x of a vertical dotted line.
+    """
     curves = [curve for curve in curves if curve.points]
-    every = [x for curve in curves for x, _ in curve.points]
-    first, last = min(every), max(every)
+    xs = [x for curve in curves for x, _ in curve.points]
+    first, last = min(xs), max(xs)
     legend = _legend([curve for curve in curves if curve.kind != "faint"])
     top = 50 + (20 if legend else 0)
     bottom = top + PLOT_PX
     high = high or round_up(max(y for curve in curves for _, y in curve.points))
 
-    def place(point: Point) -> Point:
+    def to_pixels(point: Point) -> Point:
         share = (point[0] - first) / (last - first) if last > first else 0.5
         return LEFT + share * (WIDTH_PX - LEFT - RIGHT), bottom - min(point[1], high) / high * PLOT_PX
 
@@ -96,21 +108,28 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
                      f'y2="{y:.1f}"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
                      f'{high * quarter / 4:.3g}</text>')
     if marked is not None:
-        x = place((marked, 0))[0]
+        x = to_pixels((marked, 0))[0]
         parts.append(f'<line class="marked" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
     for x, text in ticks or [(x, f"{x:g}") for x in dict.fromkeys((first, last))]:
-        parts.append(f'<text x="{place((x, 0))[0]:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
+        x_px = to_pixels((x, 0))[0]
+        parts.append(f'<text x="{x_px:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
     middle = (LEFT + WIDTH_PX - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>')
     for curve in curves:
-        parts += _drawn(curve.kind, [place(point) for point in curve.points],
-                        [(place((x, low))[1], place((x, up))[1]) for (x, _), (low, up)
+        parts += _drawn(curve.kind, [to_pixels(point) for point in curve.points],
+                        [(to_pixels((x, low))[1], to_pixels((x, up))[1]) for (x, _), (low, up)
                          in zip(curve.points, curve.intervals, strict=bool(curve.intervals))])
-    return _svg(title, bottom + 44, parts)
+    return _svg(title, _curves_in_words(curves, x_label), bottom + 44, parts)
+
+
+def _curves_in_words(curves: Sequence[Curve], x_label: str) -> str:
+    """Return the ends of each curve as a text for screen readers."""
+    return "; ".join(f"{curve.label} from {curve.points[0][1]:.3g} to {curve.points[-1][1]:.3g}" for curve in curves
+                     if curve.kind != "faint") + f", over {x_label}"
 
 
 def _legend(curves: Sequence[Curve]) -> list[str]:
-    """Nothing for a single curve."""
+    """Return the SVG elements of the legend; an empty list for a single curve, which needs no legend."""
     parts, x = [], LEFT - 34
     for curve in curves if len(curves) > 1 else ():
         parts += _drawn(curve.kind, [(x, 34), (x + 24, 34)], [])
@@ -120,7 +139,10 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
 
 
 def _drawn(kind: str, points: Sequence[Point], bands: Sequence[Interval]) -> list[str]:
-    """A curve in pixels; few points are dots too, of another shape for each kind."""
+    """Return the SVG elements of a curve whose points and bands are in pixels.
+
+    A curve of at most 30 points also gets a dot at each point; the shape of the dot depends on `kind`.
+    """
     parts = []
     if bands:
         edge = [*((x, up) for (x, _), (_, up) in zip(points, bands, strict=True)),
@@ -142,11 +164,11 @@ def _path(points: Sequence[Point]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-# --- bars ------------------------------------------------------------------------------------------------------------
-
-
 def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, high: float | None = None) -> Markup:
-    """A bar under its label, with its value behind it; x from 0 to `high` or a round number."""
+    """Return a chart of horizontal bars, each with the label above the bar and the value at the end of the bar.
+
+    The x axis goes from 0 to `high`, by default to a round number above the largest value or interval end.
+    """
     high = high or round_up(max(max(bar.value, *(bar.interval or (0.0,))) for bar in bars))
     left, width = 6, WIDTH_PX - 6 - 52
     bottom = 34 + ROW_PX * len(bars)
@@ -168,11 +190,16 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, high: float | No
             parts.append(f'<path class="whisker" fill="none" d="M{ends[0]:.1f},{y + 21.5}H{ends[1]:.1f}'
                          f'M{ends[0]:.1f},{y + 18}v7M{ends[1]:.1f},{y + 18}v7"/>')
     parts.append(f'<text x="{left + width / 2}" y="{bottom + 33}" text-anchor="middle">{escape(x_label)}</text>')
-    return _svg(title, bottom + 42, parts)
+    in_words = "; ".join(f"{bar.label} {bar.value:.1f}" for bar in bars)
+    return _svg(title, f"{in_words}; {x_label}", bottom + 42, parts)
 
 
 def round_up(value: float) -> float:
-    """The next of 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10 times a power of ten: quarters of it are short numbers."""
+    """Return the smallest round number that is not below the value, or 1.0 if the value is not positive and finite.
+
+    Round numbers are 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8 and 10 times a power of ten, because an axis has four equal
+    parts and a quarter of these numbers has few digits.
+    """
     if value <= 0 or not math.isfinite(value):
         return 1.0
     scale = 10.0 ** math.floor(math.log10(value))
@@ -180,8 +207,9 @@ def round_up(value: float) -> float:
     return scale * next(step for step in steps if value <= step * scale * (1 + 1e-9))
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> Markup:
+def _svg(title: str, in_words: str, height: float, parts: Sequence[str]) -> Markup:
+    """Return the SVG element with a visible title; screen readers read the title and `in_words`."""
     name = escape(title)
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH_PX} {height:g}" '
-                  f'role="img" aria-label="{name}"><text class="title" x="6" y="16">{name}</text>{"".join(parts)}'
-                  '</svg>')
+                  f'role="img" aria-label="{name}: {escape(in_words)}"><text class="title" x="6" y="16">{name}</text>'
+                  f'{"".join(parts)}</svg>')

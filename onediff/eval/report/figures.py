@@ -1,4 +1,7 @@
-"""The figures of a model: CIDEr beside floors and peers, robustness, where it looks, training. Also as files."""
+"""Draw the charts of the report: CIDEr of this model and of other systems, stress test, attention, and training.
+
+Stage `report` shows these charts on the page and also writes each of them as an SVG file.
+"""
 
 import math
 import statistics
@@ -10,12 +13,12 @@ from markupsafe import Markup
 from onediff.eval.report.charts import Bar, Curve, Interval, Point, bar_chart, line_chart
 from onediff.eval.report.peers import doubts, published
 
-MAX_POINTS = 240  # of a curve
+MAX_POINTS = 240  # of a training curve; more points would only make the file larger
 TIMES_100 = "CIDEr times 100"
-NUISANCES = {  # -> (title, x axis)
+NUISANCES = {  # perturbation of the stress test -> (title of the chart, label of the x axis)
     "jpeg_quality": ("JPEG compression of both images", "JPEG quality"),
-    "noise": ("noise on both images", "standard deviation, grey levels of 255"),
-    "shift_percent": ("shift of the second image", "shift, % of the side"),
+    "noise": ("noise on both images", "standard deviation, grey levels (0 to 255)"),
+    "shift_percent": ("shift of the second image", "shift, % of the image side"),
     "scale_percent": ("enlargement of the second image", "enlargement, %"),
     "brightness_percent": ("brightness of the second image", "change of brightness, %")}
 CURVES = {"change_type_accuracy": ("type right", "a"), "operation_accuracy": ("operation right", "a"),
@@ -24,17 +27,19 @@ FLOORS = {"constant": "best constant sentence", "random_train": "random training
           "nearest_train": "caption of the nearest training pair"}
 INSIDE = {"inside_share": ("attention of the delta tokens", "ours"),
           "difference_inside_share": ("pixel differences", "floor"),
-          "area_share": ("looking everywhere alike", "floor")}
-POINTING = {"pointing_accuracy": ("patch looked at most", "ours"),
-            "difference_pointing_accuracy": ("patch that differs most", "floor"),
-            "centre_pointing_accuracy": ("middle of the image", "floor"),
-            "pointing_ceiling": ("any patch (most that can be reached)", "floor")}
+          "area_share": ("uniform attention", "floor")}
+POINTING = {"pointing_accuracy": ("patch with the most attention", "ours"),
+            "difference_pointing_accuracy": ("patch with the largest pixel difference", "floor"),
+            "centre_pointing_accuracy": ("centre of the image", "floor"),
+            "pointing_ceiling": ("best possible patch (upper bound)", "floor")}
 
 
 def figures(metrics: Mapping[str, Any], stress: Mapping[str, Any],
             curves: Mapping[str, list[dict[str, float]]]) -> dict[str, Markup]:
-    """Name -> chart: cider/<benchmark>, stress/<benchmark>/<nuisance>, attention/<benchmark>/<what> and
-    train/<phase>/<what>. What has no numbers is left out.
+    """Return all charts by name; a chart without numbers is left out.
+
+    The names are cider/<benchmark>, stress/<benchmark>/<perturbation>, attention/<benchmark>/inside or pointing, and
+    train/<phase>/loss or val.
     """
     charts = {f"cider/{key}": cider_chart(key, result) for key, result in metrics.items()}
     for benchmark, result in stress.items():
@@ -47,12 +52,15 @@ def figures(metrics: Mapping[str, Any], stress: Mapping[str, Any],
 
 
 def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
-    """The model beside floors and, where its test split is whole, beside what others published by the same protocol."""
+    """Return the bar chart of CIDEr: this model, the trivial baselines, and the scores that others published.
+
+    Published scores are shown only if our test split is complete, because otherwise they are not comparable.
+    """
     bars = [Bar("this model", "ours", 100 * result["CIDEr"], _percent(result["score_intervals"]["CIDEr"]))]
     bars += [Bar(label, "floor", 100 * result["floor"][floor]["CIDEr"]) for floor, label in FLOORS.items()
              if floor in result["floor"]]
     if result["leave_one_out"]:
-        bars.append(Bar("one reference against the others", "floor", 100 * result["leave_one_out"]["CIDEr"]))
+        bars.append(Bar("one reference against the other references", "floor", 100 * result["leave_one_out"]["CIDEr"]))
     for row in published(key) if "incomplete" not in result else ():
         doubt = doubts(row)
         kind = "floor" if row.get("floor") else "doubtful" if doubt else "peer"
@@ -62,10 +70,13 @@ def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
 
 
 def stress_chart(benchmark: str, nuisance: str, curve: Mapping[str, Any]) -> Markup:
-    """Shares under a nuisance of growing strength; CIDEr alone where no grammar reads the captions."""
+    """Return the chart of the shares in CURVES over the strength of one perturbation.
+
+    `curve` maps a strength to figures. If no grammar can parse the captions of the benchmark, the chart shows CIDEr.
+    """
     title, x_label = NUISANCES.get(nuisance, (nuisance, "strength"))
     none = "none" if nuisance == "jpeg_quality" else "0"
-    points = sorted((_place(nuisance, strength), none if strength == "none" else
+    points = sorted((_position(nuisance, strength), none if strength == "none" else
                      strength.replace("-", "\N{MINUS SIGN}"), point) for strength, point in curve.items())
     drawn = {key: style for key, style in CURVES.items() if all(key in point for _, _, point in points)}
     lines = [Curve(label, kind, [(x, 100 * point[key]) for x, _, point in points],
@@ -74,22 +85,26 @@ def stress_chart(benchmark: str, nuisance: str, curve: Mapping[str, Any]) -> Mar
     single = f"{lines[0].label}, " if len(lines) == 1 else ""
     return line_chart(lines, title=f"{benchmark}: {title}", x_label=x_label, high=100 if drawn else None,
                       y_label=f"{single}% of pairs" if drawn else TIMES_100,
-                      ticks=[(x, text) for x, text, _ in points], marked=_place(nuisance, "none"))
+                      ticks=[(x, text) for x, text, _ in points], marked=_position(nuisance, "none"))
 
 
-def _place(nuisance: str, strength: str) -> float:
-    """x of a strength: the better a JPEG, the nearer to none at all."""
+def _position(nuisance: str, strength: str) -> float:
+    """Return the x coordinate of a strength. Low JPEG quality is far right, because it is the strongest compression."""
     if strength == "none":
         return 0.0
     return 100 - float(strength) if nuisance == "jpeg_quality" else float(strength)
 
 
 def attention_charts(benchmark: str, attention: Mapping[str, Any]) -> dict[str, Markup]:
-    """How much of the attention meets the changed region, and how often its highest patch does."""
+    """Return two bar charts of the attention of the delta tokens, or none if the attention was not measured.
+
+    `inside` shows which part of the attention falls on the changed region. `pointing` shows how often the centre of
+    the patch with the most attention lies in the changed region.
+    """
     if not attention:
         return {}
-    shown = {"inside": (INSIDE, f"{benchmark}: share inside the changed region", "% of what falls on the image"),
-             "pointing": (POINTING, f"{benchmark}: middle lies in the changed region", "% of images")}
+    shown = {"inside": (INSIDE, f"{benchmark}: attention inside the changed region", "% of the image's attention"),
+             "pointing": (POINTING, f"{benchmark}: pointing at the changed region", "% of images")}
     return {f"attention/{benchmark}/{name}": bar_chart(
         [Bar(label, kind, 100 * attention[key], _percent(attention["intervals"][key]))
          for key, (label, kind) in parts.items()], title=title, x_label=x_label)
@@ -100,14 +115,12 @@ def _percent(bounds: Sequence[float]) -> Interval:
     return 100 * bounds[0], 100 * bounds[1]
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def training_charts(phase: str, lines: list[dict[str, float]]) -> dict[str, Markup]:
+    """Return the charts of a training phase: the loss, and CIDEr on the `val` split if it was measured."""
     steps, val = series(lines, "loss"), series(lines, "val_CIDEr")
     charts = {}
     if steps:
-        losses = [Curve("each step", "faint", thin(steps)), Curve("mean of steps nearby", "a", thin(smooth(steps)))]
+        losses = [Curve("each step", "faint", thin(steps)), Curve("moving average", "a", thin(smooth(steps)))]
         charts[f"train/{phase}/loss"] = line_chart(losses, title=f"{phase}: loss", x_label="step", y_label="loss")
     if val:
         charts[f"train/{phase}/val"] = line_chart([Curve("CIDEr", "a", [(x, 100 * y) for x, y in val])],
@@ -116,26 +129,30 @@ def training_charts(phase: str, lines: list[dict[str, float]]) -> dict[str, Mark
 
 
 def last_loss(lines: Iterable[dict[str, float]]) -> float | None:
-    """Mean of the last steps; None without any."""
+    """Return the mean loss of the last steps, or None if no step has a loss."""
     steps = series(lines, "loss")
     return smooth(steps)[-1][1] if steps else None
 
 
 def series(lines: Iterable[dict[str, float]], key: str) -> list[Point]:
-    """(step, value), one per step: a resumed run may have written a step twice, and the last one counts."""
+    """Return the values of `key` as (step, value), sorted by step.
+
+    A resumed run may have written a step twice; then the last line counts.
+    """
     return sorted({line["step"]: line[key] for line in lines if line.get(key) is not None}.items())
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Mean over the points nearby, a thirtieth of the curve in all; as wide as the ends allow."""
+    """Return the moving average of the points over a window of one thirtieth of the curve.
+
+    At both ends of the curve the window is cut off.
+    """
     reach = len(points) // 60
     return [(x, statistics.fmean(y for _, y in points[max(0, k - reach):k + reach + 1]))
             for k, (x, _) in enumerate(points)]
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
+    """Return at most about MAX_POINTS of the points, evenly spaced, with the first and the last point."""
     step = max(1, math.ceil(len(points) / MAX_POINTS))
     return [*points[:-1:step], *points[-1:]]
-
-
-# --- numbers of others ------------------------------------------------------------------------------------------------

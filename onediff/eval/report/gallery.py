@@ -1,4 +1,4 @@
-"""Pairs for the page: which ones, their images, where they changed, and where the delta module looked."""
+"""Choose the pairs that the report shows, and prepare their images, changed regions and attention maps."""
 
 import base64
 import io
@@ -14,17 +14,21 @@ from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 
-MAX_PX = 480  # longer side of an image on the page
+MAX_PX = 480  # the longer side of an image on the page
 _MAGIC = {b"\xff\xd8": "jpeg", b"GI": "gif", b"RI": "webp"}
-_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))  # from least to most looked at
+_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))  # colours from least to most attention
 
-Box = list[float]  # left, top, width, height in percent of an image
+Box = list[float]  # left, top, width and height, in percent of the image
 Grid = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One image as a data URI; `region`: what changed; `heat`: the delta module's attention, which covers `square`."""
+    """One of the two images of a pair, as the page shows it.
+
+    `name` is "before" or "after"; `image` is a data URI; `region` is the box that changed. `heat` is a data URI with
+    the attention of the delta tokens; the attention map covers the box `square`, which can extend beyond the image.
+    """
 
     name: str
     image: str
@@ -35,7 +39,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair; `sides` is empty where the page has no room for its images; `lost`: CIDEr of the pair below another's."""
+    """A pair of the gallery with the caption of the model.
+
+    `sides` is empty if the images of the pair would make the page too large. `checks` maps an aspect of the caption,
+    such as "type", to whether the caption is right about it. `scores` has the metrics of this pair. `lost` is how much
+    lower the CIDEr of this pair is than the CIDEr of the other model, if the report compares two models.
+    """
 
     pair_id: str
     source: str
@@ -49,25 +58,29 @@ class Example:
 
     @property
     def right(self) -> bool:
+        """Whether all checks of the caption succeeded."""
         return all(self.checks.values())
 
 
 @dataclass(frozen=True)
 class Album:
-    """What the page shows of a benchmark: pairs of every type, those that scored least, those that lost most."""
+    """The pairs that the page shows of one source.
+
+    `shown` has pairs of every change type; `worst` has the pairs with the lowest CIDEr; `lost` has the pairs whose
+    CIDEr is furthest below the CIDEr of the other model.
+    """
 
     shown: list[Example] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
     lost: list[Example] = field(default_factory=list)
 
 
-# --- which pairs ------------------------------------------------------------------------------------------------------
-
-
 def choose(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, *, per_type: int,
            first: Collection[str] = ()) -> list[str]:
-    """pair_ids in order of type: right ones, then as many wrong ones, as far as there are both; those of `first` come
-    first.
+    """Return the pair_ids of `per_type` pairs of each change type, sorted by type.
+
+    Of each type, up to half of the pairs have a wrong caption, or more if there are too few right captions. Pairs with
+    a right caption come first, and pairs in `first` are preferred.
     """
     by_type: dict[str, dict[bool, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row["pair_id"] not in first):
@@ -82,20 +95,29 @@ def choose(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, *,
 
 def worst(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, scores: Mapping[str, float], *,
           count: int) -> list[str]:
-    """pair_ids with the lowest scores, lowest first, among the wrong ones; among all where nothing reads captions."""
+    """Return the pair_ids of the pairs with the lowest scores, lowest first.
+
+    Only pairs with a wrong caption are considered, or all pairs if no grammar can parse the captions.
+    """
     wrong = [row["pair_id"] for row in rows
              if not all((checks(benchmark, predictions[row["pair_id"]], row) or {"": False}).values())]
     return sorted(wrong, key=lambda key: scores[key])[:count]
 
 
 def losses(ours: Mapping[str, float], theirs: Mapping[str, float], *, count: int) -> dict[str, float]:
-    """pair_id -> by how much ours is below, greatest first."""
+    """Return the pairs for which our score is below the score of the other model, as {pair_id: difference}.
+
+    The largest difference comes first, and at most `count` pairs are returned.
+    """
     below = {key: theirs[key] - value for key, value in ours.items() if theirs.get(key, value) > value}
     return dict(sorted(below.items(), key=lambda item: -item[1])[:count])
 
 
 def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
-    """The albums, in which the last pairs lose their images where all of them together would be larger."""
+    """Return the albums with at most `num_bytes` of images in total; further pairs keep only their texts.
+
+    Images of `shown` pairs have priority over images of `lost` pairs, and these over images of `worst` pairs.
+    """
     result = {source: Album() for source in albums}
     for name in ("shown", "lost", "worst"):
         ranked = sorted((rank, source) for source, album in albums.items() for rank in range(len(getattr(album, name))))
@@ -106,19 +128,18 @@ def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
     return result
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def example(record: Record, prediction: str, *, scores: Mapping[str, float] | None = None,
             maps: Mapping[str, Grid] | None = None) -> Example:
-    """A pair with its images. `maps`: side -> attention, which sum to 1 together.
+    """Return the pair with its images, ready for the page.
 
-    Raises ValueError for a broken image.
+    `maps` maps "before" and "after" to a grid of attention weights; the weights of both grids together sum to 1.
+
+    Raises ValueError if an image cannot be decoded.
     """
     boxes = {name: record.provenance.get(f"region_{name}") or record.provenance.get("region")
              for name in ("before", "after")}
     if record.change_type == "crop":
-        boxes["after"] = None  # the region of a crop is what the second image shows
+        boxes["after"] = None  # The second image of a crop shows only the region, so a box around it would be useless.
     peak = max(value for grid in maps.values() for row in grid for value in row) if maps else 0.0
     sides = []
     for name, box in boxes.items():
@@ -126,7 +147,8 @@ def example(record: Record, prediction: str, *, scores: Mapping[str, float] | No
         width, height = open_image(image).size
         longer = max(width, height)
         left, top = (width - longer) / 2, (height - longer) / 2
-        square = (left, top, left + longer, top + longer)  # what the tower pads an image to: the attention covers it
+        # The vision encoder pads each image to a square, and the attention map covers that square.
+        square = (left, top, left + longer, top + longer)
         sides.append(Side(name, data_uri(shrunk(image)), _percent(box, width, height),
                           heat_map(maps[name], peak) if maps else None, _percent(square, width, height)))
     return Example(record.pair_id, record.source, record.change_type, sides, record.references, prediction,
@@ -134,12 +156,13 @@ def example(record: Record, prediction: str, *, scores: Mapping[str, float] | No
 
 
 def data_uri(image: bytes) -> str:
+    """Return the encoded image as a data URI with the media type of its first bytes, PNG if they are unknown."""
     kind = _MAGIC.get(image[:2], "png")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def shrunk(image: bytes) -> bytes:
-    """As it is, or as a JPEG if it is larger than the page shows it."""
+    """Return the image unchanged if its longer side is at most MAX_PX, otherwise as a smaller JPEG."""
     opened = open_image(image)
     if max(opened.size) <= MAX_PX:
         return image
@@ -150,10 +173,10 @@ def shrunk(image: bytes) -> bytes:
 
 
 def heat_map(grid: Grid, peak: float) -> str:
-    """A data URI with a pixel for each patch; `peak`: the value that is drawn as most looked at."""
+    """Return the attention grid as an image with one pixel for each patch; `peak` gets the brightest colour."""
     share = np.clip(np.asarray(grid, dtype=np.float64) / peak, 0, 1) if peak else np.zeros(np.shape(grid))
-    places = [place for place, _ in _HEAT]
-    channels = [np.interp(share, places, [color[k] for _, color in _HEAT]) for k in range(3)]
+    stops = [stop for stop, _ in _HEAT]
+    channels = [np.interp(share, stops, [color[k] for _, color in _HEAT]) for k in range(3)]
     pixels = np.stack([*channels, np.full(share.shape, 165.0)], axis=-1)
     buffer = io.BytesIO()
     Image.fromarray(np.rint(pixels).astype(np.uint8), "RGBA").save(buffer, "PNG")
@@ -161,6 +184,7 @@ def heat_map(grid: Grid, peak: float) -> str:
 
 
 def _percent(box: Sequence[float] | None, width: int, height: int) -> Box | None:
+    """Convert a box (left, top, right, bottom) in pixels to (left, top, width, height) in percent of the image."""
     if box is None:
         return None
     left, top, right, bottom = box

@@ -1,4 +1,4 @@
-"""Scores that others published, from published.yaml. Needs only the packages of the light install."""
+"""Read the scores that other papers published (published.yaml). Needs only the packages of `pip install .`."""
 
 from functools import cache
 from pathlib import Path
@@ -12,20 +12,23 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
 def published(benchmark: str) -> list[dict[str, Any]]:
-    """The rows of a benchmark, best CIDEr first: `system`, metrics times 100, `source`, and where they hold
-    `unreproduced`, `saw_test_items` and `floor` (no system's). Empty where nobody publishes numbers of the protocol.
+    """Return the published scores of a benchmark, highest CIDEr first; an empty list if there are none.
+
+    A row has `system`, metrics times 100 and `source`. It can have the marks `unreproduced`, `saw_test_items` and
+    `floor`; `floor` marks a trivial baseline or human captions instead of a system.
     """
     return sorted(_published_rows().get(benchmark, []), key=lambda row: -float(row["CIDEr"]))
 
 
 def doubts(row: dict[str, Any]) -> str:
-    """Why a number is no clean comparison, in words."""
-    reasons = {"unreproduced": "unreproduced", "saw_test_items": "may have trained on test items"}
+    """Return the reasons why a published score is not clearly comparable with ours; an empty text if none is known."""
+    reasons = {"unreproduced": "not reproduced by others", "saw_test_items": "may have trained on test items"}
     return ", ".join(words for mark, words in reasons.items() if row.get(mark))
 
 
 @cache
 def _published_rows() -> dict[str, list[dict[str, Any]]]:
+    """Return all rows of published.yaml by benchmark."""
     rows: dict[str, list[dict[str, Any]]] = YAML(typ="safe").load(PUBLISHED.read_text(encoding="utf-8"))
-    assert set(rows) <= set(PROTOCOLS), f"{PUBLISHED} names a benchmark without protocol"
+    assert set(rows) <= set(PROTOCOLS), f"{PUBLISHED}: no protocol for {set(rows) - set(PROTOCOLS)}"
     return rows

@@ -177,8 +177,8 @@ def test_a_bad_pair_of_a_whole_test_set_is_never_passed_over() -> None:
     own.loc[[4, 9], list(GONE)] = list(GONE.values())
     checked = verdict(own, tolerance=1.0)
     assert complaints([checked], whole=("own",)) == [
-        "own: 2 test pairs are bad (first: p4: an image is missing (before: a.png is missing)), and a test set must "
-        "not shrink in silence: mend data/raw/own, or add own to data.partial"]
+        "own: 2 test pairs are bad (first: p4: an image is missing (before: a.png is missing)), but the test "
+        "split of a published source must be complete: fix data/raw/own, or add own to data.partial"]
     assert complaints([checked]) == []
     train = own.assign(split=own["split"].replace({"test": "train", "train": "test"}))
     assert complaints([verdict(train, tolerance=1.0)], whole=("own",)) == []
@@ -196,7 +196,7 @@ def test_missing_images_of_a_partial_source_count_against_no_tolerance() -> None
 
 def test_a_split_without_pairs_and_an_empty_table_are_refused() -> None:
     assert complaints([verdict(table()[lambda rows: rows["split"] != "gate"])]) == [
-        "no pair in split gate; each of train, val, gate, test needs some"]
+        "no pair in split gate; each of train, val, gate, test needs at least one"]
     empty = judged(table().iloc[:0])
     assert len(complaints([check_suite("raw", empty, tolerance=0)])) == 4
     halves = [check_suite(suite, judged(pd.concat([
@@ -234,13 +234,13 @@ def test_the_report_is_one_page_that_needs_no_network_and_shows_the_offenders(tm
     assert pages[0].count('<img src="data:image/jpeg;base64,') == 1  # the other cannot be read
     assert "image: not an image" in pages[0]
     assert "&lt;i&gt;a caption&lt;/i&gt;" in pages[0]
-    assert "num_empty_references" in pages[0].partition("What Great Expectations found")[2]
+    assert "num_empty_references" in pages[0].partition("Results of Great Expectations")[2]
 
 
 def test_a_report_on_other_shards_than_were_probed_is_refused(tmp_path: Path) -> None:
     write_shards([pair(k + 1) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
     checked = verdict(table(num_empty_references=1))
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: not what data/probe\.parquet was made of"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: has pair p6 where data/probe\.parquet has p5; run 'dvc repro'"):
         write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
 
 

@@ -12,9 +12,9 @@ POINTS = [(float(x), 2.0) for x in range(10)]
 
 
 def test_a_curve_starts_left_and_ends_at_the_last_point() -> None:
-    told = line_chart([Curve("loss", "a", POINTS)], title="loss", x_label="step", y_label="loss")
+    chart = line_chart([Curve("loss", "a", POINTS)], title="loss", x_label="step", y_label="loss")
     path = re.findall(r'polyline class="a" points="([^"]+)"', told)[0].split()
-    assert path[0] == "40.0,50.0" and path[-1] == "386.0,50.0" and ">9</text>" in told
+    assert path[0] == "40.0,50.0" and path[-1] == "386.0,50.0" and ">9</text>" in chart
 
 
 def test_one_point_is_a_chart() -> None:
@@ -33,7 +33,7 @@ def test_a_better_jpeg_stands_nearer_to_none_at_all() -> None:
     def point(share: float) -> dict[str, object]:
         return {"change_type_accuracy": share, "intervals": {"change_type_accuracy": [share, share]}}
 
-    told = stress_chart("scenes", "jpeg_quality", {"none": point(0.9), "10": point(0.2), "90": point(0.8)})
+    chart = stress_chart("scenes", "jpeg_quality", {"none": point(0.9), "10": point(0.2), "90": point(0.8)})
     ticks = re.findall(r'text-anchor="middle">(none|90|10)</text>', told)
     assert ticks == ["none", "90", "10"]
 
