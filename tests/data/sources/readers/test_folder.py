@@ -58,7 +58,7 @@ def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -
     ("before,after,split\na,b,test\n", "line 2: a pair of split test without references cannot be scored"),
     ("before,after,split,reference\na,b,gate, \n", "line 2: a pair of split gate without references cannot be scored"),
     ("before,after,reference\n", "no pair in it"),
-    ("before,after,reference,reference\na,b,c,d\n", "the header has 'reference' twice"),
+    ("before,after,reference,reference\na,b,c,d\n", "the header contains column 'reference' twice"),
     ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is also that of .*line 2"),
 ])
 def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:

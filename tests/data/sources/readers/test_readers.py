@@ -65,7 +65,7 @@ def test_published_val_is_halved_into_val_and_gate_always_alike(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("entry", "message"), [
-    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing; it has sentences"),
+    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing, got sentences"),
     ({"img_id": "1", "sentences": "x"}, "sentences: a list expected, got \"x\""),
     ({"img_id": "1", "sentences": [3]}, "text expected, got 3"),
     ({"img_id": None, "sentences": []}, "img_id: text expected, got null"),
@@ -179,7 +179,7 @@ def test_clevr_files_that_are_wrong_or_absent_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"splits\.json, train: a number expected, got \"12\""):
         summarize("clevr_change", tmp_path)
     clevr(tmp_path, splits={"train": []})
-    with pytest.raises(ValueError, match="'val' is missing; it has train"):
+    with pytest.raises(ValueError, match="'val' is missing, got train"):
         summarize("clevr_change", tmp_path)
     clevr(tmp_path, change_captions={"cube.png": []})
     with pytest.raises(ValueError, match=r"change_captions\.json: 'cube.png' is no image of CLEVR-Change"):
