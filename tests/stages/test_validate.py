@@ -159,5 +159,5 @@ def test_what_is_missing_or_broken_is_named(project: Project) -> None:
     with pytest.raises(ValueError, match=r"^data/pairs/own/test-00000\.parquet: not a complete Parquet file"):
         probe()
     (folder / "data/pairs/own").rename(folder / "data/pairs/moved")
-    with pytest.raises(FileNotFoundError, match=r"data/pairs/own/\*\.parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"data/pairs/own/\*\.parquet does not exist"):
         probe()
