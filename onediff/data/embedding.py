@@ -1,4 +1,4 @@
-"""Images and texts as unit vectors of a CLIP-class model: near in meaning, near in angle."""
+"""Embeds images and texts as unit vectors with a CLIP-class model, so that their cosine measures similarity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,13 @@ BATCH = 64
 
 
 class Embedder:
-    """CLIP, SigLIP or any of their class, by folder or name; half precision on a GPU."""
+    """A CLIP, SigLIP or similar model from transformers that embeds images and texts; half precision on a GPU."""
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        """Raises OSError (transformers' own) if there is no such model."""
+        """Load the model and processors from a local folder or by Hugging Face Hub name.
+
+        Raises OSError (from transformers) if the model does not exist.
+        """
         import torch
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -28,19 +31,19 @@ class Embedder:
         self._padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
 
     def images(self, images: list[Image.Image]) -> Vectors:
-        """RGB images of any size -> (n, d), each row of length 1."""
+        """Return the embeddings (n, d) of n RGB images of any size; each row has length 1."""
         return self._batched(images, lambda part: self.model.get_image_features(
             self.processor(part, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)))
 
     def texts(self, texts: list[str]) -> Vectors:
-        """-> (n, d), each row of length 1; what is longer than the model reads is cut."""
+        """Return the embeddings (n, d) of n texts; each row has length 1. Texts that are too long are truncated."""
         return self._batched(texts, lambda part: self.model.get_text_features(**self.tokenizer(
             part, padding=self._padding, truncation=True, max_length=self._longest,
             return_tensors="pt").to(self.model.device)))
 
     @property
     def identity(self) -> str:
-        """Differs when the weights or the preprocessing differ."""
+        """Return a text that changes whenever the model's weights, dtype or image preprocessing change."""
         weights = float(sum(p.detach().double().abs().sum() for p in self.model.parameters()))
         return f"{weights:.12g} {self.model.dtype} {self.processor.to_json_string()}"
 
@@ -51,6 +54,7 @@ class Embedder:
         with torch.inference_mode():
             for start in range(0, len(items), BATCH):
                 output = features(items[start : start + BATCH])
-                vectors = getattr(output, "pooler_output", output).float()  # older transformers give the tensor itself
+                # Older versions of transformers return the tensor itself instead of an output object.
+                vectors = getattr(output, "pooler_output", output).float()
                 rows.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
         return np.concatenate(rows)

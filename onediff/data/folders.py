@@ -1,4 +1,4 @@
-"""The sources that params.yaml names, in the order in which DiffCap holds them, and where the records of each are."""
+"""Lists the data sources of params.yaml in the order in which DiffCap stores them, and the folder of each source."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ from onediff.paths import PAIRS, SYNTHETIC, WRITTEN
 
 
 def sources_of(data: Data) -> list[str]:
+    """Return all configured sources: generated, raw, retrieved and diffused, in this order."""
     return [*data.generated, *data.raw, *data.retrieved, *data.diffused]
 
 
 def folder_of(data: Data, source: str) -> Path:
-    """Where the last stage before `probe` writes the records of the source."""
+    """Return the folder into which the last stage before `probe` writes the records of the source."""
     return (SYNTHETIC if source in data.generated else WRITTEN if source in data.written else PAIRS) / source

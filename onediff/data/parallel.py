@@ -1,8 +1,8 @@
-"""One function between work and where it runs: processes of this machine, or a Ray cluster. Results never differ.
+"""Runs a function on many items in parallel, in local processes or on a Ray cluster, with identical results.
 
-A cluster's machines need this package in the same version and the project's folder under the same path (shared
-storage): items may name files relative to it. Each worker computes with one thread on either engine, because sums that
-are split over threads round differently.
+All machines of a cluster need the same version of this package, and the project folder under the same path (shared
+storage), because items may contain file paths relative to the project folder. Each worker computes with one thread on
+both engines, because floating-point sums that are split over threads round differently.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Worker = Callable[[Item], Result]
 
-AHEAD = 4  # chunks that each process may be ahead of whoever takes the results
-MAX_BLOCKS = 4096  # parts of the items that a cluster hands out
-CONNECT_TIMEOUT_S = 10  # for the head of a cluster
+AHEAD = 4  # chunks that each process may compute before the caller has consumed earlier results
+MAX_BLOCKS = 4096  # largest number of blocks into which Ray Data divides the items
+CONNECT_TIMEOUT_S = 10  # timeout of the connection to the head node of a Ray cluster
 
 _worker: Callable[[Any], Any] | None = None
-_refusal: Exception | None = None  # why the worker could not be made
+_refusal: Exception | None = None  # the error that `make` raised in this process, if it failed
 
 
 def spread(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
            chunk: int = 1, num_gpus: float = 0) -> Iterator[Result]:
-    """make()(item) for every item, in order. `make` runs once in each process, so that a worker can hold a model.
+    """Yield make()(item) for every item, in the order of the items.
 
-    `chunk` items travel together; `num_gpus` is what one worker takes of a GPU where there are any. Results come as
-    they are ready, a few chunks ahead of whoever takes them, so that memory stays flat. An error of a worker is raised
-    here as it was there; a process that was killed is replaced by a cluster and is a ChildProcessError locally.
+    `make` is called once in each process and returns the worker function, so that a worker can hold a loaded model.
+    `chunk` is the number of items sent to a process at once. `num_gpus` is the share of a GPU that one worker uses, if
+    the machine has GPUs. Only a few chunks are computed ahead of the caller, so memory use does not grow with the
+    number of items.
+
+    Raises the ValueError or OSError that a worker raised. If a local process is killed, raises ChildProcessError; a
+    Ray cluster replaces a killed process.
     """
     run = _on_cluster if runtime.engine == "ray" else _in_processes
     return run(make, items, runtime, chunk=chunk, num_gpus=num_gpus)
@@ -59,13 +63,12 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-# --- in each worker process -------------------------------------------------------------------------------------------
-
-
 def _start(make: Callable[[], Worker[Any, Any]]) -> None:
+    """Create the worker of this process. If `make` fails, keep the error so that `_work` can return it."""
     global _worker, _refusal
     os.environ["OMP_NUM_THREADS"] = "1"
-    if "torch" in sys.modules:  # forked: the threads that torch had in the parent are not here, and would be waited for
+    if "torch" in sys.modules:
+        # A forked process does not inherit torch's threads, and torch would wait for them forever.
         sys.modules["torch"].set_num_threads(1)
     _worker = _refusal = None
     try:
@@ -75,7 +78,7 @@ def _start(make: Callable[[], Worker[Any, Any]]) -> None:
 
 
 def _work(chunk: list[Any]) -> tuple[list[Any], Exception | None]:
-    """The results before the first error of the world, and that error."""
+    """Apply the worker to each item. Return the results before the first ValueError or OSError, and this error."""
     if _refusal is not None:
         return [], _refusal
     assert _worker is not None, "a process of the pool has been started"
@@ -94,8 +97,6 @@ def _results(outcome: tuple[list[Any], Exception | None]) -> Iterator[Any]:
         raise error
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
-
 
 def _in_processes(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
                   chunk: int, num_gpus: float) -> Iterator[Result]:
@@ -112,17 +113,18 @@ def _in_processes(make: Callable[[], Worker[Item, Result]], items: Iterable[Item
             yield from _results(waiting.popleft().result())
         finished = True
     except BrokenProcessPool:
-        raise ChildProcessError("a worker process was killed or could not start: where memory is short, "
+        raise ChildProcessError("a worker process was killed or could not start; if the machine ran out of memory, "
                                 f"set workers below {len(gpus)} in runtime.yaml") from None
     finally:
-        if not finished:  # after an error or an interrupt the remaining results are not needed
+        if not finished:
+            # After an error or an interrupt nobody needs the remaining results, so we stop the workers at once.
             for process in multiprocessing.active_children():
                 process.kill()
         pool.shutdown(cancel_futures=True)
 
 
 def _visible_gpus(runtime: Runtime, num_gpus: float) -> list[str | None]:
-    """The GPU that each process may see; None: it sees them all, or there are none."""
+    """Return for each worker process the GPU that it may see, or None if its GPUs are not restricted."""
     if not num_gpus or runtime.device == "cpu" or not os.path.exists("/dev/nvidia0"):
         return [None] * runtime.num_workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(runtime.gpus)))
@@ -132,7 +134,11 @@ def _visible_gpus(runtime: Runtime, num_gpus: float) -> list[str | None]:
 
 
 def _start_process(make: Callable[[], Worker[Any, Any]], parent: int, gpus: list[str | None], num_started: Any) -> None:
-    """Ctrl-C and a closed terminal reach the parent as well, which then ends its processes."""
+    """Initialize a worker process: set up signals, choose its GPU and create its worker.
+
+    The worker ignores Ctrl-C and the closing of the terminal, because the parent process receives these signals too
+    and then ends its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -146,18 +152,19 @@ def _start_process(make: Callable[[], Worker[Any, Any]], parent: int, gpus: list
 
 
 def _end_with(parent: int) -> None:
-    """A process of the pool would wait forever for work from a parent that was killed."""
+    """Exit this process when its parent has died, because otherwise it would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-# --- a Ray cluster ----------------------------------------------------------------------------------------------------
-
 
 def _on_cluster(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
                 chunk: int, num_gpus: float) -> Iterator[Result]:
-    """The items themselves are all put into the cluster first: keep them small, such as numbers and paths."""
+    """Compute the results on a Ray cluster.
+
+    All items are sent to the cluster before the work begins, so they must be small, such as numbers and paths.
+    """
     packed = [pickle.dumps(part) for part in _chunks(items, chunk)]
     if not packed:
         return
@@ -181,7 +188,7 @@ def _on_cluster(make: Callable[[], Worker[Item, Result]], items: Iterable[Item],
 
 
 class _Actor:
-    """Holds the worker on a machine of the cluster; an error of the world comes back as a value."""
+    """A Ray actor that holds one worker; it returns a ValueError or OSError as a value instead of raising it."""
 
     def __init__(self, make: bytes, folder: str) -> None:
         _start(functools.partial(_make_in, folder, make))
@@ -199,33 +206,38 @@ def _make_in(folder: str, make: bytes) -> Worker[Any, Any]:
         os.chdir(folder)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} not found on {os.uname().nodename}, a machine of the Ray cluster: the project's folder must "
-            "be on storage that all of them share, under the same path") from None
+            f"{folder} does not exist on {os.uname().nodename}, a machine of the Ray cluster: put the project folder "
+            "on storage that all machines of the cluster mount under the same path") from None
     worker: Worker[Any, Any] = pickle.loads(make)()
     return worker
 
 
 def _connect(runtime: Runtime) -> None:
-    """Joins the cluster once per process. Raises ValueError without Ray, ConnectionError if nobody answers."""
+    """Connect this process to the Ray cluster, unless it is connected already.
+
+    Raises ValueError if Ray is not installed and ConnectionError if no cluster answers at the address.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back as an exception
+    # Ray's background processes log errors that our code also receives as exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
     except ModuleNotFoundError:
-        raise ValueError("runtime.yaml: engine 'ray' needs Ray: pip install -e \".[ray]\", "
-                         "or set engine to local") from None
+        raise ValueError("runtime.yaml: engine 'ray' needs Ray, which is not installed: run pip install -e "
+                         "\".[ray]\", or set engine to local") from None
     if ray.is_initialized():
         return
     address = runtime.ray_address
     try:
-        if address is not None and address != "auto":  # Ray itself would wait for minutes if nothing listens there
+        if address is not None and address != "auto":
+            # We test the connection ourselves, because Ray waits for minutes if no process listens at the address.
             host, _, port = address.rpartition(":")
             if "/" in host or not host or not port.isdecimal():
-                raise ValueError("must be auto or <host>:<port> of the head of a cluster that this machine belongs to")
+                raise ValueError("must be auto, or <host>:<port> of the head node of this machine's Ray cluster")
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address or "local", num_cpus=None if address else runtime.num_workers,
                  include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConnectionError(f"runtime.yaml: ray_address {address}: no Ray cluster answers ({reason}); start one "
-                              "with 'ray start --head', or leave ray_address out for this machine alone") from None
+                              "with 'ray start --head', or remove ray_address to use only this machine") from None

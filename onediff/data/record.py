@@ -1,4 +1,7 @@
-"""The DiffCap record: one pair, its references and its origin; kept in Parquet shards with the image bytes inside."""
+"""The DiffCap record (an image pair, its references and its origin), and reading and writing records in Parquet.
+
+A data set is a folder of Parquet files, called shards, that contain the encoded images.
+"""
 
 import hashlib
 import itertools
@@ -12,16 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Split = Literal["train", "val", "gate", "test"]
-# Their order seeds generated pairs, and decides which of two equal pairs counts as a leak.
+# The order of the splits must not change: it seeds generated pairs, and of two equal pairs in different splits, the
+# pair in the earlier split counts as the leak.
 SPLITS: tuple[Split, ...] = get_args(Split)
-ROW_GROUP = 64  # pairs decoded together when streaming
+ROW_GROUP = 64  # pairs per Parquet row group, which is read into memory at once
 
 
 @dataclass(frozen=True)
 class Record:
-    """One pair. `before` and `after` are encoded image files; `group_id` names its base scene, photo or video.
+    """One image pair with its reference captions and its origin.
 
-    General instruction data has one image (`before`) or none: what is absent is empty, and `num_images` says so.
+    `before` and `after` hold encoded image files. `group_id` identifies the base scene, photograph or video of the
+    pair; pairs of the same group stay in one split. A row of general instruction data has one image (`before`) or
+    none: absent images are empty bytes, and `num_images` is 1 or 0.
     """
 
     pair_id: str
@@ -38,6 +44,7 @@ class Record:
 
     @property
     def images(self) -> tuple[bytes, ...]:
+        """Return the encoded images that the record has: two for a pair, otherwise one or none."""
         return (self.before, self.after)[: self.num_images]
 
 
@@ -53,18 +60,21 @@ SCHEMA = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string()),
        ("num_images", pa.int64())],
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},  # datasets.load_dataset decodes the images
+    # With this metadata, datasets.load_dataset decodes the image columns.
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
 
 def digest(content: bytes) -> str:
+    """Return the first 32 hexadecimal digits of the SHA-256 of the content."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def write_shards(records: Iterable[Record], folder: Path, prefix: str, *, shard_pairs: int) -> int:
-    """Writes <folder>/<prefix>-00000.parquet and on, a row group in memory; returns the number of pairs.
+    """Write the records as <folder>/<prefix>-00000.parquet, ...-00001.parquet and so on; return their number.
 
-    Same records, same bytes.
+    Each file holds at most `shard_pairs` records, and one row group at a time is in memory. Writing the same records
+    again gives the same bytes.
     """
     return write_tables(_tables(records), folder, prefix, shard_pairs=shard_pairs)
 
@@ -85,7 +95,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard_pairs: int) -> int:
-    """Like `write_shards`, from Arrow tables of any size in SCHEMA."""
+    """Write shards like `write_shards`, from Arrow tables with columns SCHEMA and any number of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [min(ROW_GROUP, shard_pairs - start) for start in range(0, shard_pairs, ROW_GROUP)]
     groups, total = _in_sizes(tables, itertools.cycle(sizes)), 0
@@ -101,7 +111,7 @@ def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard
 
 
 def _in_sizes(tables: Iterable[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
-    """The rows of the tables, cut into tables of the given sizes; the last one may be smaller."""
+    """Yield the rows of the tables, regrouped into tables of the given sizes; the last table may be smaller."""
     rest, size = SCHEMA.empty_table(), next(sizes)
     for table in tables:
         rest = pa.concat_tables([rest, table])
@@ -113,15 +123,15 @@ def _in_sizes(tables: Iterable[pa.Table], sizes: Iterator[int]) -> Iterator[pa.T
 
 
 def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
-    """The shard files in order. Raises FileNotFoundError if there are none."""
+    """Return the Parquet files of the folder in order. Raises FileNotFoundError if there is none."""
     paths = sorted(folder.glob(pattern))
     if not paths:
-        raise FileNotFoundError(f"{folder}/{pattern} not found: 'dvc repro' makes it, or see data/README.md")
+        raise FileNotFoundError(f"{folder}/{pattern} does not exist: create it with 'dvc repro', or see data/README.md")
     return paths
 
 
 def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
-    """Every record of the matching shards, in order, a row group in memory at a time."""
+    """Yield every record of the folder's matching shards in order, with one row group at a time in memory."""
     for path in shards(folder, pattern):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
@@ -130,7 +140,7 @@ def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
 
 
 def read_table(folder: Path, pattern: str = "*.parquet") -> list[dict[str, Any]]:
-    """Every row without its images: what scoring and reports need."""
+    """Return all rows of the matching shards without the image columns, for scoring and reports."""
     columns = [name for name in SCHEMA.names if name not in ("before", "after")]
     return [row | {"provenance": json.loads(row["provenance"])} for path in shards(folder, pattern)
             for row in pq.read_table(path, columns=columns).to_pylist()]

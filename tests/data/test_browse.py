@@ -75,5 +75,5 @@ def test_odd_records_are_shown_and_their_text_is_no_markup(tmp_path: Path) -> No
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing/\*\.parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"nothing/\*\.parquet does not exist"):
         browse(tmp_path / "nothing", tmp_path, per_group=1)

@@ -100,7 +100,7 @@ def test_an_error_in_making_the_worker_arrives_as_it_was() -> None:
 
 
 def test_a_killed_process_is_an_error_in_words() -> None:
-    with pytest.raises(ChildProcessError, match=r"killed or could not start: .* set workers below 3 in runtime.yaml"):
+    with pytest.raises(ChildProcessError, match=r"killed or could not start; .* set workers below 3 in runtime.yaml"):
         list(spread(killer, range(20), LOCAL))
 
 
@@ -164,13 +164,13 @@ def test_no_more_is_worked_ahead_than_a_few_chunks(tmp_path: Path) -> None:
 
 def test_ray_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r'engine \'ray\' needs Ray: pip install -e "\.\[ray\]"'):
+    with pytest.raises(ValueError, match=r'engine \'ray\' needs Ray, which is not installed: run pip install -e "\.\[ray\]"'):
         list(spread(process_id, [1], RAY))
 
 
 @pytest.mark.parametrize(("address", "reason"), [
-    ("127.0.0.1:{port}", "Connection refused"), ("ray://head:10001", "auto or <host>:<port>"),
-    ("head", "auto or <host>:<port>")])
+    ("127.0.0.1:{port}", "Connection refused"), ("ray://head:10001", "auto, or <host>:<port>"),
+    ("head", "auto, or <host>:<port>")])
 def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, reason: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

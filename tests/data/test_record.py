@@ -58,5 +58,5 @@ def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_pa
 
 
 def test_no_shards_is_an_error_with_a_cure(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'dvc repro' makes it, or see data/README\.md"):
+    with pytest.raises(FileNotFoundError, match=r"create it with 'dvc repro', or see data/README\.md"):
         shards(tmp_path)

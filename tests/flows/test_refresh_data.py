@@ -69,7 +69,7 @@ def test_what_changed_at_its_origin_is_brought_and_what_cannot_be_had_stops_noth
     assert Path("data/raw/spot_the_diff/train.json").read_text() == "one and two"
     assert Path("data/raw/spot_the_diff/train.json.dvc").read_text() != before
     assert problem.startswith("dvc update data/raw/birds/gone.json.dvc: ")
-    assert "gone.json' does not exist; what is here stays" in problem
+    assert "gone.json' does not exist; the local data are unchanged" in problem
     assert "\n" not in problem and Path("data/raw/birds/gone.json").read_text() == "here once"
 
 
@@ -79,7 +79,7 @@ def test_only_what_was_imported_is_asked_for(project: Path) -> None:
         Path(f"data/raw/{name}.dvc").write_text(text)
     assert tracked.imported() == [Path("data/raw/theirs.dvc")]
     Path("data/raw/bad.dvc").write_text("outs: [")
-    with pytest.raises(ValueError, match=r"data/raw/bad\.dvc: not a \.dvc file of DVC's; bring it back with 'git"):
+    with pytest.raises(ValueError, match=r"data/raw/bad\.dvc: must be a \.dvc file written by DVC; restore the file with 'git"):
         tracked.imported()
 
 
@@ -130,4 +130,4 @@ def test_the_flow_says_whether_anything_changed_and_why_no_retraining_starts(pro
     end = run("settle_s=0", "then_retrain=True")
     assert end.startswith("END Changed mine: 5 pairs came in; no retraining was started: retrain/retrain")
     shutil.copytree(ROOT / "examples/folder", "inbox/mnie")
-    assert run("settle_s=0").startswith("END Failed inbox/mnie: no source of params.yaml")
+    assert run("settle_s=0").startswith("END Failed inbox/mnie: the folder must have the name of a source")

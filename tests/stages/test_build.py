@@ -147,7 +147,7 @@ def test_datasets_reads_the_shards_with_their_images(folder: Path) -> None:
 
 def test_with_stop_a_leak_stops_after_the_list_is_written(folder: Path) -> None:
     save_params(action="stop")
-    said = r"3 pairs show what a later split holds \(first: mine-train-2 in train and mine-test-2 in test: equal im"
+    said = r"3 pairs also occur in a later split \(first: mine-train-2 in train and mine-test-2 in test: equal im"
     with pytest.raises(ValueError, match=said):
         run_all()
     assert len(pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet")) == 3
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_leaves_the_old_shards_and_nothing_half_written(fold
 def test_shards_changed_after_the_probe_are_refused(folder: Path) -> None:
     run_all()
     save("mine", list(records("other", 700).values()))
-    with pytest.raises(ValueError, match=r"data/pairs/mine/.*parquet: changed since data/probe\.parquet was made"):
+    with pytest.raises(ValueError, match=r"data/pairs/mine/.*parquet: changed since data/probe\.parquet was written"):
         build()
 
 

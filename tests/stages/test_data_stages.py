@@ -85,5 +85,5 @@ def test_stages_say_what_is_missing(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found"):
         validate()
     (folder / "data/synthetic/edits").rename(folder / "data/synthetic/moved")
-    with pytest.raises(FileNotFoundError, match=r"data/synthetic/edits/\*\.parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"data/synthetic/edits/\*\.parquet does not exist"):
         probe()

@@ -84,7 +84,7 @@ def test_counts_that_are_not_the_official_ones_stop_it(project: Path) -> None:
     folder = project / "data/raw/spot_the_diff"
     for split in ("train", "val", "test"):
         put(folder / f"{split}.json", spot_entries(split)[: -10 if split == "test" else None])
-    with pytest.raises(ValueError, match=r"test: 1,394 records where 1,404 are published, .*missing .first: 0\.png"):
+    with pytest.raises(ValueError, match=r"test: 1,394 records, but 1,404 were published, .*missing .first: 0\.png"):
         read("spot_the_diff")
     report = json.loads((project / "data/reports/read/spot_the_diff.json").read_text())
     assert len(report["missing"]) == 2 * (8566 + 1493 + 1270), "every missing image is named"
@@ -105,7 +105,7 @@ def test_archives_in_the_folder_are_read(project: Path) -> None:
 def test_a_source_that_is_not_configured_or_not_there_is_named(project: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.raw does not name 'coco'; it names spot_the_diff"):
         read("coco")
-    with pytest.raises(FileNotFoundError, match=r"data/raw/mine not found, or no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data/raw/mine does not exist or is not a folder"):
         read("mine")
-    with pytest.raises(FileNotFoundError, match=r"data/raw/spot_the_diff not found: run 'onediff data fetch"):
+    with pytest.raises(FileNotFoundError, match=r"data/raw/spot_the_diff does not exist: run 'onediff data fetch"):
         read("spot_the_diff")

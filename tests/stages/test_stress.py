@@ -95,5 +95,5 @@ def test_a_model_without_delta_tokens_is_stressed_and_has_no_attention(repositor
 def test_missing_shards_are_told(repository: Path) -> None:
     for path in Path("data/diffcap").glob("test-*"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"test-\*\.parquet not found: 'dvc repro' makes it"):
+    with pytest.raises(FileNotFoundError, match=r"test-\*\.parquet does not exist: create it with 'dvc repro'"):
         stress()

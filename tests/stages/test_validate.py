@@ -156,8 +156,8 @@ def test_what_is_missing_or_broken_is_named(project: Project) -> None:
         validate()
     path = folder / "data/pairs/own/test-00000.parquet"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"^data/pairs/own/test-00000\.parquet: not a whole Parquet file"):
+    with pytest.raises(ValueError, match=r"^data/pairs/own/test-00000\.parquet: not a complete Parquet file"):
         probe()
     (folder / "data/pairs/own").rename(folder / "data/pairs/moved")
-    with pytest.raises(FileNotFoundError, match=r"data/pairs/own/\*\.parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"data/pairs/own/\*\.parquet does not exist"):
         probe()

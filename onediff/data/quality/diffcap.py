@@ -1,4 +1,4 @@
-"""Good records -> DiffCap: shards of what quarantine and leak check left, and the card that describes them."""
+"""Builds DiffCap from the records that passed validation and the leak check, and writes its dataset card."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,43 +15,47 @@ from onediff.data.quality.probe import row_groups_with
 from onediff.data.record import SCHEMA, SPLITS, digest
 from onediff.data.sources.catalog import CATALOG
 
-LICENCE = "Apache-2.0"  # this project's, and so that of what it draws
+LICENCE = "Apache-2.0"  # the licence of this project, which also applies to the images that the project renders
 
 
 def good_rows(table: pd.DataFrame, *, quarantined: frozenset[str]) -> pd.DataFrame:
-    """The rows that may be used, each labelled with its place in the probe table, which is its place in the shards."""
+    """Return the rows of the probe table whose pairs are not quarantined and have a known split.
+
+    The index of each row is the position of its record in all shards.
+    """
     rows = table.reset_index(drop=True)
     return rows[~rows["pair_id"].isin(list(quarantined)) & rows["split"].isin(SPLITS)]
 
 
 def staying(rows: pd.DataFrame, leaks: pd.DataFrame) -> pd.DataFrame:
-    """The rows without those that leak. Raises ValueError if a split ends up empty."""
+    """Return the rows without the pairs that leak. Raises ValueError if a split would be empty."""
     rows = rows[~rows["pair_id"].isin(leaks.loc[leaks["leaks"], "pair_id"])]
     for split in SPLITS:
         if not (rows["split"] == split).any():
-            raise ValueError(f"data/diffcap: no pair is left in split {split}; each of {', '.join(SPLITS)} needs some: "
-                             "see data/quarantine.parquet and data/reports/diffcap/leaks.parquet")
+            raise ValueError(f"data/diffcap: no pair is left in split {split}, but each of {', '.join(SPLITS)} must "
+                             "have pairs: data/quarantine.parquet and data/reports/diffcap/leaks.parquet list the "
+                             "removed pairs")
     return rows
 
 
 def chosen_tables(folders: list[Path], rows: pd.DataFrame, split: str) -> Iterator[pa.Table]:
-    """The split's records as Arrow tables, in the order of the folders and their shards, a row group at a time.
+    """Yield the records of one split as Arrow tables, one per row group, in the order of the folders and shards.
 
-    Raises ValueError if the shards are not those that the probe table is of.
+    Raises ValueError if the shards changed after the probe table was written.
     """
     rows = rows[rows["split"] == split]
     for path, group, numbers, part in row_groups_with(folders, rows.index.to_numpy()):
         table = pq.ParquetFile(path).read_row_group(group).take(numbers)
         if table.column("pair_id").to_pylist() != rows["pair_id"].iloc[part].to_list():
-            raise ValueError(f"{path}: changed since data/probe.parquet was made; 'dvc repro' makes it anew")
+            raise ValueError(f"{path}: changed since data/probe.parquet was written; update it with 'dvc repro'")
         yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
-
-
 def card(rows: pd.DataFrame, folder: Path, data: Data) -> dict[str, Any]:
-    """What card.json says about the shards in `folder` themselves; `rows` are those of the pairs in them."""
+    """Return the part of card.json about the shards in `folder`: counts, origins and digests.
+
+    `rows` holds the rows of the probe table for the pairs in these shards.
+    """
     counts = nested_counts(rows.groupby(["split", "source", "change_type"]).size())
     return {
         "num_pairs": {split: counts.get(split, {}) for split in SPLITS},
@@ -63,7 +67,11 @@ def card(rows: pd.DataFrame, folder: Path, data: Data) -> dict[str, Any]:
 
 def leak_card(rows: pd.DataFrame, leaks: pd.DataFrame, *, near_bits: int, near_train: Mapping[str, Any],
               names: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card says of leaks; `rows` is what stayed, so that the zeros are counted, not claimed."""
+    """Return the part of card.json about leaks.
+
+    `rows` holds the pairs that remain in DiffCap. The numbers of shared images and groups are counted in these rows
+    instead of being assumed to be zero.
+    """
     dropped = leaks[leaks["leaks"]].drop_duplicates("pair_id")
     return {"images": num_shared(rows, "hash_before", "hash_after"), "groups": num_shared(rows, "group_id"),
             "dropped": nested_counts(dropped.groupby(["split", "source", "reason"]).size()),
@@ -72,14 +80,14 @@ def leak_card(rows: pd.DataFrame, leaks: pd.DataFrame, *, near_bits: int, near_t
 
 
 def num_shared(rows: pd.DataFrame, *columns: str) -> int:
-    """How many values of the columns occur in more than one split."""
+    """Return the number of different values in the columns that occur in more than one split."""
     values = rows.melt("split", columns, value_name="value")
     num_splits = values[values["value"] != ""].groupby("value")["split"].nunique()
     return int((num_splits > 1).sum())
 
 
 def origin(source: str, data: Data) -> dict[str, str]:
-    """What a source is, its licence and its home."""
+    """Return description, licence and home of a source, and who wrote the captions if the writer did."""
     raw, images, generators = f"data/raw/{source}", f"that of the images in data/raw/{source}", "onediff/data/synthesis"
     if source in CATALOG:
         what, licence, home = CATALOG[source].what, CATALOG[source].licence, CATALOG[source].home
@@ -102,9 +110,11 @@ def origin(source: str, data: Data) -> dict[str, str]:
 
 
 def incomplete_tests(probed: pd.DataFrame, rows: pd.DataFrame, reports: Mapping[str, Any]) -> dict[str, Any]:
-    """Published sources whose test or gate is not whole: pairs in DiffCap, pairs listed, and what the reader reported.
+    """Return the published sources whose test or gate split is incomplete.
 
-    `probed`: every row of the probe table; `reports`: stage read's report.json by source.
+    The result gives for each such source the number of pairs in DiffCap, the number of pairs in the probe table, and
+    the counts of the reader. `probed` is the complete probe table, `rows` the rows of the pairs in DiffCap, and
+    `reports` the report.json of stage read by source.
     """
     incomplete: dict[str, Any] = {}
     for source, report in reports.items():
@@ -124,7 +134,7 @@ def incomplete_tests(probed: pd.DataFrame, rows: pd.DataFrame, reports: Mapping[
 
 
 def dataset_card(card: Mapping[str, Any]) -> str:
-    """README.md of the shards, with the head by which `datasets.load_dataset(folder)` finds the splits."""
+    """Return the text of README.md for the shards; `datasets.load_dataset` finds the splits in its header."""
     counts = [(source, kind, count) for sources in card["num_pairs"].values()
               for source, kinds in sources.items() for kind, count in kinds.items()]
     licences = {facts["licence"] for facts in card["sources"].values()}

@@ -1,7 +1,8 @@
-"""Which pairs of a split show what a later split holds: equal pixels, a published name, a group, or a near-duplicate.
+"""Finds leaks: pairs whose content also occurs in a later split (order: train, val, gate, test).
 
-The splits in order of precedence: what test holds leaves gate, val and train; test itself is never touched.
-A near-duplicate is a candidate by its perceptual hash and a leak by the distance of its pixels.
+A pair leaks if it shares pixels, published names or a group with a pair of a later split, or if an image is a
+near-duplicate. The pair in the earlier split is the leak, so test pairs are never removed. A perceptual hash proposes
+near-duplicates, and the pixel difference decides.
 """
 
 import functools
@@ -25,17 +26,18 @@ COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "
            "partner_source": "str", "partner_split": "str", "distance": "float64", "leaks": "bool"}
 THUMBNAIL_PX = 32
 NEAR = "near-duplicate image"
-_BLOCK, _SLICE, _CHUNK = 256, 65_536, 8_192  # images, images and pairs compared at once: what bounds the memory
+# These sizes limit memory use: query images per search, stored images per index, and pairs of images per result.
+_BLOCK, _SLICE, _CHUNK = 256, 65_536, 8_192
 
 Thumbnails = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.uint8]]
 
 
 def find_leaks(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """One line per pair and reason: the pair, its partner in a later split, `distance` in grey levels where measured.
+    """Return a table with one line per leaking pair and reason, and its partner in a later split (see COLUMNS).
 
-    `rows`: the probe table's, labelled by their place in it. Where `leaks` is false the pair is only reported: its
-    source has no max_distance or the pixels are further apart. A source that max_distance does not name is not
-    measured.
+    `rows` holds rows of the probe table, with the position of the record as index. `distance` is the mean difference of
+    the near-duplicate images in grey levels, and NaN for sources that `settings.max_distance` does not list. `leaks` is
+    False for a pair that is only reported, because its distance is larger than the source's limit or there is no limit.
     """
     named = (rows["name_before"] != "") & (rows["name_after"] != "")
     names = (rows["source"] + "\0" + rows["name_before"] + "\0" + rows["name_after"]).where(named, "")
@@ -47,18 +49,18 @@ def find_leaks(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> p
 
 
 def refuse_leaks(lines: pd.DataFrame, *, report: Path) -> None:
-    """Raises ValueError if any pair leaks."""
+    """Raise ValueError if any pair leaks; `report` is the file that lists all leaks."""
     leaks = lines[lines["leaks"]]
     if len(leaks):
         first = leaks.iloc[0]
         raise ValueError(
-            f"data/diffcap: {leaks['pair_id'].nunique()} pairs show what a later split holds (first: "
+            f"data/diffcap: {leaks['pair_id'].nunique()} pairs also occur in a later split (first: "
             f"{first['pair_id']} in {first['split']} and {first['partner']} in {first['partner_split']}: "
-            f"{first['reason']}); remove them, or set data.leaks.action to drop; all of them: {report}")
+            f"{first['reason']}); remove them, or set data.leaks.action to drop; {report} lists all leaks")
 
 
 def shared_names(table: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Per source with published splits: image pairs, by published names, that two of the published splits share."""
+    """Return for each source with published splits how many image pairs, by name, two published splits share."""
     table = table[(table["official_split"] != "") & (table["name_before"] != "") & (table["name_after"] != "")]
     shared = {}
     for source, rows in table.groupby("source"):
@@ -70,7 +72,7 @@ def shared_names(table: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def nested_counts(counts: pd.Series) -> dict[str, Any]:
-    """Counts with several keys each, such as those of a group-by, as dictionaries inside dictionaries."""
+    """Convert a series of counts with a multi-level index, such as a group-by result, to nested dictionaries."""
     nested: dict[str, Any] = {}
     for key, count in counts.items():
         *keys, last = cast(tuple[str, ...], key)
@@ -81,20 +83,18 @@ def nested_counts(counts: pd.Series) -> dict[str, Any]:
     return nested
 
 
-# --- equal values -----------------------------------------------------------------------------------------------------
-
-
 def _ranks(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """Return for each row the position of its split in SPLITS."""
     return np.asarray(rows["split"].map(SPLITS.index), dtype=np.int64)
 
 
 def _equal(rows: pd.DataFrame, columns: list[pd.Series], reason: str) -> pd.DataFrame:
-    """Pairs one of whose values a later split holds too; the empty text is no value."""
+    """Return a line for each pair that shares a value of the columns with a later split; empty texts do not count."""
     ranks = _ranks(rows)
     uses = pd.concat([pd.DataFrame({"row": np.arange(len(rows)), "rank": ranks, "value": column.to_numpy()})
                       for column in columns])
     uses = uses[uses["value"] != ""]
-    # Of each value: the first row of the last split that has it.
+    # For each value, take the first row of the last split that contains the value.
     holders = uses.sort_values(["rank", "row"], ascending=[False, True]).drop_duplicates("value").set_index("value")
     uses["partner"] = uses["value"].map(holders["row"]).astype("int64")
     leaking = uses[ranks[uses["partner"]] > uses["rank"]].drop_duplicates("row").sort_values("row")
@@ -103,6 +103,7 @@ def _equal(rows: pd.DataFrame, columns: list[pd.Series], reason: str) -> pd.Data
 
 def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.int64], reason: str, *,
            distance: NDArray[np.float64] | float = np.nan, leaks: NDArray[np.bool_] | bool = True) -> pd.DataFrame:
+    """Return the table of leaks for the given row numbers of pairs and of their partners."""
     left, right = rows.iloc[pairs].reset_index(drop=True), rows.iloc[partners].reset_index(drop=True)
     lines = pd.DataFrame({"pair_id": left["pair_id"], "source": left["source"], "split": left["split"],
                           "reason": reason, "partner": right["pair_id"], "partner_source": right["source"],
@@ -110,11 +111,12 @@ def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.in
     return lines.astype(COLUMNS)
 
 
-# --- near-duplicates --------------------------------------------------------------------------------------------------
-
 
 def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """For each pair with an image within `near_bits` of one of a later split: the nearest such image."""
+    """Return a line for each pair with a near-duplicate image in a later split, with the nearest such image.
+
+    Images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits.
+    """
     uses = _uses(rows)
     images = uses.drop_duplicates("image")
     nothing = np.zeros(0, dtype=np.int64)
@@ -129,7 +131,8 @@ def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails
             near = pd.DataFrame({"image": candidate["image"], "distance": distance,
                                  "partner": np.append(late["row"], -1)[partner]})[partner >= 0]
             near = near.merge(uses[["image", "row"]], on="image")
-            near = near.sort_values(["row", "distance"], kind="stable").drop_duplicates("row")  # the nearer of the two
+            # Both images of a pair may have a near-duplicate; keep the nearer one.
+            near = near.sort_values(["row", "distance"], kind="stable").drop_duplicates("row")
             limits = rows["source"].iloc[near["row"]].map(settings.max_distance).to_numpy(dtype=np.float64)
             lines.append(_lines(rows, near["row"].to_numpy(), near["partner"].to_numpy(), NEAR,
                                 distance=near["distance"].to_numpy(), leaks=near["distance"].to_numpy() <= limits))
@@ -137,7 +140,10 @@ def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails
 
 
 def near_train_images(rows: pd.DataFrame, *, bits: int) -> dict[str, dict[str, int]]:
-    """Per source and split: different images whose perceptual hash is within `bits` of a train image of any source."""
+    """Return by source and split how many different images resemble a train image of any source.
+
+    Two images resemble each other if their perceptual hashes differ in at most `bits` bits.
+    """
     images = _uses(rows).drop_duplicates("image")
     late = images[images["rank"] > 0]
     near = _nearest(_hashes(late), _hashes(images[images["rank"] == 0]), bits) >= 0
@@ -146,9 +152,11 @@ def near_train_images(rows: pd.DataFrame, *, bits: int) -> dict[str, dict[str, i
 
 
 def _uses(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every image of every pair: its row (counted), label (place in the probe table), side, hash, and its number.
+    """Return a table with one row for each image of each pair.
 
-    The same picture has the same number wherever it occurs in a source and split.
+    Columns: `row` (row number of the pair), `label` (position of the record in all shards), `side` (0 for before, 1 for
+    after), `source`, `rank` (position of the split), `phash`, and `image`, a number that equal images of one source and
+    split share.
     """
     sides = [pd.DataFrame({"row": np.arange(len(rows)), "label": rows.index.to_numpy(), "side": number,
                            "source": rows["source"].to_numpy(), "rank": _ranks(rows),
@@ -167,14 +175,16 @@ def _hashes(images: pd.DataFrame) -> NDArray[np.uint64]:
 
 def _nearest_pixels(images: pd.DataFrame, others: pd.DataFrame, bits: int,
                     thumbnails: Thumbnails) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Of all images within `bits`, the one with the smallest mean difference of grey levels; -1 where there is none.
+    """Return for each image the most similar of `others` and their mean difference in grey levels.
 
-    Candidates are searched twice, first to know which images to decode: holding them would be unbounded.
+    Only images whose hashes differ in at most `bits` bits are compared; if there is none, the index is -1. The
+    candidates are searched twice, first to learn which images must be decoded, because keeping all candidates in
+    memory could need too much memory.
     """
     used = np.zeros(len(images), dtype=bool), np.zeros(len(others), dtype=bool)
     for first, second in candidates(_hashes(images), _hashes(others), bits):
         used[0][first], used[1][second] = True, True
-    # Zeros where an image is not used, which cost no memory before they are touched.
+    # Unused images stay zero and need no memory, because the system allocates pages only when we write to them.
     pixels = [np.zeros((len(mask), THUMBNAIL_PX**2), dtype=np.uint8) for mask in used]
     for table, mask, values in zip((images, others), used, pixels, strict=True):
         if mask.any():
@@ -184,7 +194,7 @@ def _nearest_pixels(images: pd.DataFrame, others: pd.DataFrame, bits: int,
 
 
 def _nearest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """For each hash the index of the nearest of `others` that is within `bits`, or -1."""
+    """Return for each hash the index of the nearest of `others` that differs in at most `bits` bits, or -1."""
     kinds, back = np.unique(hashes, return_inverse=True)
     values, place = np.unique(others, return_index=True)
     nearest = _closest(kinds, values, bits, lambda first, second: np.bitwise_count(kinds[first] ^ values[second]))[0]
@@ -194,7 +204,11 @@ def _nearest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int) 
 def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
              apart: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]],
              ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each hash, of the others within `bits`: the index of the first that is least `apart`, or -1, and how far."""
+    """Return for each hash the index of the closest of `others` and its distance; index -1 if there is no candidate.
+
+    Candidates differ in at most `bits` bits. `apart` computes the distances of candidate pairs; the first candidate
+    with the smallest distance wins.
+    """
     partner, distance = np.full(len(hashes), -1), np.full(len(hashes), np.inf)
     for first, second in candidates(hashes, others, bits):
         measured = apart(first, second)
@@ -208,28 +222,34 @@ def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
 
 def candidates(hashes: NDArray[np.uint64], others: NDArray[np.uint64],
                 bits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Every (index, index) of hashes within `bits`, some thousand at a time."""
+    """Yield the index pairs (in `hashes`, in `others`) of hashes that differ in at most `bits` bits.
+
+    Each yielded item holds at most a few thousand pairs.
+    """
     import faiss
 
-    faiss.omp_set_num_threads(1)  # with two and a busy machine, its threads wait for each other: 46 s instead of 3
+    # On a busy machine, several faiss threads wait for each other: we measured 46 s instead of 3 s.
+    faiss.omp_set_num_threads(1)
     queries, stored = (np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8) for values in (hashes, others))
     for begin in range(0, len(stored), _SLICE):
         index = faiss.IndexBinaryFlat(64)
         index.add(stored[begin : begin + _SLICE])
         for start in range(0, len(queries), _BLOCK):
-            limits, _, neighbours = index.range_search(queries[start : start + _BLOCK], bits + 1)  # below this radius
+            # faiss returns hashes with a distance below the radius, so the radius is bits + 1.
+            limits, _, neighbours = index.range_search(queries[start : start + _BLOCK], bits + 1)
             ends = limits.astype(np.int64)
             first = start + np.repeat(np.arange(len(ends) - 1), ends[1:] - ends[:-1])
             for low in range(0, len(neighbours), _CHUNK):
                 yield first[low : low + _CHUNK], begin + neighbours[low : low + _CHUNK]
 
 
-# --- thumbnails from the shards ---------------------------------------------------------------------------------------
-
 
 def read_thumbnails(folders: list[Path], labels: NDArray[np.int64], sides: NDArray[np.int64], *,
                     max_megapixels: float, runtime: Runtime) -> NDArray[np.uint8]:
-    """(images, pixels) in grey: `labels` count the records of the folders' shards in order, side 0 is before."""
+    """Return grey thumbnails of the given images, with shape (images, pixels).
+
+    `labels` holds the positions of the records in all shards of the folders, `sides` is 0 for before and 1 for after.
+    """
     order = np.argsort(labels, kind="stable")
     parts = [(path, group, rows, sides[order][part])
              for path, group, rows, part in row_groups_with(folders, labels[order])]
@@ -239,6 +259,8 @@ def read_thumbnails(folders: list[Path], labels: NDArray[np.int64], sides: NDArr
 
 
 class _Reader:
+    """A worker that reads the thumbnails of one row group."""
+
     def __init__(self, max_megapixels: float) -> None:
         self.max_megapixels = max_megapixels
 
@@ -250,4 +272,5 @@ class _Reader:
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the grey levels of the image, resized to THUMBNAIL_PX x THUMBNAIL_PX, as a flat array."""
     return np.asarray(image.convert("L").resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)).ravel()

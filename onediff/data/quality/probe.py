@@ -1,4 +1,7 @@
-"""One row per pair, good or bad: what its images and captions are. Judging them is the business of checks.py."""
+"""Writes the probe table: one row of facts about images and captions for every pair, good or bad.
+
+The probe does not judge the pairs; checks.py applies the validation rules to this table.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,15 @@ SCHEMA = pa.schema(
     + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
     + [("has_bad_text", pa.bool_()), ("language", pa.string()), ("language_score", pa.float64())])
-# Control characters, half characters, line and paragraph separators (Unicode's Cc, Cs, Zl, Zp), and what was no UTF-8.
+# Bad text contains control characters, lone surrogates, line or paragraph separators (the Unicode categories Cc, Cs, Zl
+# and Zp), or U+FFFD, which replaces bytes that are not UTF-8.
 _BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
 _LINES = str.maketrans("\n\t", "  ")
-MIN_LANGUAGE_WORDS = 12  # of fewer words py3langid guesses
+MIN_LANGUAGE_WORDS = 12  # With fewer words, py3langid only guesses the language.
 _MISSING = " is missing"
-_ROWS = 4096  # rows that are written together
-_EMBEDDED = 16  # pairs whose images are embedded together
-# Texts are read as bytes, because pyarrow would stop at text that is not UTF-8.
+_ROWS = 4096  # number of rows that are written at once
+_EMBEDDED = 16  # number of pairs whose images are embedded at once
+# Texts are read as bytes, because pyarrow raises an error for text that is not UTF-8.
 _AS_BYTES = {field.name: pa.binary() for field in RECORD_SCHEMA if field.type == pa.string()} \
     | {"references": pa.list_(pa.binary())}
 
@@ -53,19 +57,21 @@ Images = dict[str, Image.Image]
 
 
 def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") -> dict[str, Any]:
-    """The pair's row: sizes in pixels (0 if one cannot be read or is not there), hashes of decoded pixels, `distance`
-    in grey levels (None unless there are two images), the language of its captions.
+    """Return the row of the probe table for one record.
 
-    `listed_as` is what params.yaml calls the source: scenes_far, for one, comes with scenes.
+    Image sizes are in pixels and 0 for images that are missing or cannot be decoded; `distance` is in grey levels and
+    None unless there are two images. `listed_as` is the name of the source in params.yaml, which may differ from
+    record.source: the records of source scenes_far are generated with source scenes.
     """
     return _row(record, *_open_images(record, max_megapixels), listed_as)
 
 
 def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: str | None,
                   runtime: Runtime) -> Iterator[pa.Table]:
-    """The rows of every pair in the folders' shards, in order, a row group at a time; sources by their listed name.
+    """Yield the rows of every pair in the shards of all folders in order, one table per row group.
 
-    Raises FileNotFoundError if a folder has no shards, ValueError for a shard that is broken or no record's.
+    `folders` maps the name of each source in params.yaml to its folder. `clip` is a CLIP model for `clip_distance`, or
+    None. Raises FileNotFoundError if a folder has no shards, and ValueError if a shard is broken or has wrong columns.
     """
     parts = [(source, path, group) for source, folder in folders.items()
              for path in shards(folder) for group in range(_open(path).num_row_groups)]
@@ -74,11 +80,12 @@ def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: s
 
 
 def count_pairs(folder: Path) -> int:
+    """Return the number of pairs in all shards of the folder."""
     return sum(_open(path).metadata.num_rows for path in shards(folder))
 
 
 def write_table(tables: Iterable[pa.Table], path: Path) -> None:
-    """The probe table as one Parquet file, a few thousand rows in memory at a time."""
+    """Write the probe table as one Parquet file, with a few thousand rows in memory at a time."""
     waiting = SCHEMA.empty_table()
     with new_file(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
         for table in tables:
@@ -90,7 +97,7 @@ def write_table(tables: Iterable[pa.Table], path: Path) -> None:
 
 
 class _Prober:
-    """What a process needs to probe row groups of shards: a CLIP model, where one is named."""
+    """A worker that probes row groups of shards; it holds the CLIP model if `clip` is given."""
 
     def __init__(self, *, max_megapixels: float, clip: str | None, device: str) -> None:
         self.max_megapixels = max_megapixels
@@ -116,7 +123,7 @@ class _Prober:
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _embed(self, waiting: list[tuple[dict[str, Any], Images]]) -> None:
-        """Adds to the rows how far apart their images are for CLIP: 0 the same, 1 unrelated, 2 opposite."""
+        """Add clip_distance, 1 - cosine of the embeddings of the two images, to the rows (0: equal, 2: opposite)."""
         if self.embedder is None or not waiting:
             return
         vectors = self.embedder.images([images[side] for _, images in waiting for side in SIDES])
@@ -124,25 +131,25 @@ class _Prober:
             row["clip_distance"] = round(1 - float(before @ after), 5)
 
 
-# --- reading, whatever the bytes --------------------------------------------------------------------------------------
-
-
 def _open(path: Path) -> pq.ParquetFile:
+    """Open a shard. Raises ValueError if the file is broken or does not have the columns of a record."""
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())}); make it again") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a complete Parquet file ({reason}); create it again with 'dvc repro'") from None
     kinds = [{field.name: field.type for field in schema} for schema in (RECORD_SCHEMA, file.schema_arrow)]
     if kinds[0] != kinds[1]:
         rule, got = (", ".join(f"{name} ({kind})" for name, kind in columns.items()) for columns in kinds)
-        raise ValueError(f"{path}: its columns must be {rule}; got {got}; make it again with 'dvc repro'")
+        raise ValueError(f"{path}: the columns must be {rule}; got {got}; create the file again with 'dvc repro'")
     return file
 
 
 def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
-    """(shard, row group, place of its first record, of its last + 1), counted over all the folders' shards in order.
+    """Yield (shard, row group, start, end) for every row group of the folders in order.
 
-    Places are those of the probe table's rows. Raises ValueError for a shard that is broken or no record's.
+    The records of the row group have the positions start to end - 1, counted over all shards of all folders. The same
+    positions number the rows of the probe table. Raises ValueError if a shard is broken or has wrong columns.
     """
     start = 0
     for path in itertools.chain.from_iterable(map(shards, folders)):
@@ -155,9 +162,10 @@ def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
 
 def row_groups_with(folders: Iterable[Path],
                     places: NDArray[np.int64]) -> Iterator[tuple[Path, int, NDArray[np.int64], slice]]:
-    """(shard, row group, rows of it, part of `places` that these rows are) where a row group has any of the places.
+    """Yield (shard, row group, rows, part) for every row group that contains one of the given positions.
 
-    `places` are those of `row_groups`, sorted.
+    `places` holds sorted positions of records, as `row_groups` counts them. `rows` are the row numbers of these records
+    inside the row group, and `places[part]` are their positions.
     """
     for path, group, start, end in row_groups(folders):
         low, high = np.searchsorted(places, [start, end])
@@ -166,16 +174,18 @@ def row_groups_with(folders: Iterable[Path],
 
 
 def read_group(path: Path, group: int) -> Iterator[Record]:
-    """The records of a shard's row group, like read_records, but bytes that are not UTF-8 become U+FFFD.
+    """Yield the records of one row group of a shard.
 
-    Raises ValueError for a shard that is broken or no record's.
+    Unlike `read_records`, this function accepts text that is not UTF-8 and replaces the wrong bytes by U+FFFD. Raises
+    ValueError if the shard is broken or has wrong columns.
     """
     file = _open(path)
     try:
         table = file.read_row_group(group)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: row group {group} is broken ({reason}); make it again with 'dvc repro'") from None
+        raise ValueError(f"{path}: row group {group} cannot be read ({reason}); create the file again with "
+                         "'dvc repro'") from None
     columns = {name: table[name].cast(_AS_BYTES.get(name, table[name].type)) for name in table.column_names}
     for row in pa.table(columns).to_pylist():
         values: dict[str, Any] = {name: _text(row[name]) for name in _AS_BYTES if name != "references"}
@@ -196,8 +206,6 @@ def _provenance(text: str) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
-
-# --- facts ------------------------------------------------------------------------------------------------------------
 
 
 def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> dict[str, Any]:
@@ -222,7 +230,7 @@ def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> d
 
 
 def _open_images(record: Record, max_megapixels: float) -> tuple[Images, list[str]]:
-    """The images that can be read, and what is wrong with the others."""
+    """Return the images of the record that can be decoded, and an error message for each other image."""
     images, errors = {}, []
     missing, names = (_texts(record.provenance.get(key)) for key in ("missing", "names"))
     for number, side in enumerate(SIDES[: record.num_images]):
@@ -243,7 +251,10 @@ def _texts(value: Any) -> list[str]:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each cell of a grid is darker than its right neighbour. Near pictures differ in few bits."""
+    """Return a perceptual hash of 64 bits, in which similar images differ in only a few bits.
+
+    Each bit tells whether a cell of a coarse grid is darker than the cell to the right.
+    """
     cells = _cells(image.convert("L"), 9, 8)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
@@ -255,10 +266,11 @@ def _cells(grey: Image.Image, width: int, height: int) -> NDArray[np.int16]:
 def _text_facts(record: Record) -> dict[str, Any]:
     words = [len(reference.split()) for reference in record.references]
     texts = [*record.references, record.instruction]
-    if record.num_images < 2:  # general instruction data is written in lines and is never scored
+    if record.num_images < 2:
+        # General instruction data may contain line breaks and tabs, because these texts are never scored.
         texts = [text.translate(_LINES) for text in texts]
     texts += [getattr(record, name) for name in _NAMES]
-    # A published test pair whose every sentence is empty: papers score it, so it is no fault of the record.
+    # A published test pair with only empty sentences is not an error, because papers score such pairs too.
     as_published = record.references == [""] and record.provenance.get("empty_references", 0) > 0
     language, score = _language(" ".join(record.references)) if sum(words) >= MIN_LANGUAGE_WORDS else ("", None)
     return {"num_references": len(words), "min_words": min(words, default=0), "max_words": max(words, default=0),
@@ -267,13 +279,19 @@ def _text_facts(record: Record) -> dict[str, Any]:
 
 
 def is_bad_text(text: str) -> bool:
-    """Whether it holds U+FFFD, a control character, or a line separator (PTB would shift all later captions)."""
+    """Return whether the text contains U+FFFD, a control character, or a line separator.
+
+    A line separator would make the PTB tokenizer split a caption, so that all later captions would be misaligned.
+    """
     return _BAD_TEXT.search(text) is not None
 
 
 @functools.lru_cache(maxsize=4096)
 def _language(text: str) -> tuple[str, float]:
-    """ISO 639-1 code and probability, by py3langid; the score is rounded, since processors add in different orders."""
+    """Return the language of the text as ISO 639-1 code, and its probability, both estimated by py3langid.
+
+    The probability is rounded, because different processors add floating-point numbers in different orders.
+    """
     code, score = _identifier().classify(text[:4096])
     return str(code), round(float(score), 3)
 

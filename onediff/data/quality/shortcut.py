@@ -1,4 +1,7 @@
-"""Can plain pixel differences tell a changed pair from an unchanged one? If so, scores on the source prove little."""
+"""The shortcut check: whether plain pixel differences separate changed from unchanged pairs.
+
+If they do, a model can detect changes in this source without understanding the images, so its scores prove little.
+"""
 
 from collections.abc import Iterable
 
@@ -13,19 +16,24 @@ PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
 def difference_features(record: Record) -> NDArray[np.float64]:
-    """|after - before|: its mean per cell of a raster and channel; mean, max, spread and percentiles of the whole."""
+    """Return features of |after - before|, the absolute pixel difference of a pair.
+
+    The features are the mean of each channel in each cell of a GRID x GRID raster, then mean, maximum, standard
+    deviation and percentiles over the complete image.
+    """
     before = open_image(record.before)
     delta = np.abs(np.asarray(open_image(record.after).resize(before.size), dtype=np.float64) - np.asarray(before))
     rows = [part.mean(axis=0) for part in np.array_split(delta, GRID, axis=0)]
     cells = [part.mean(axis=0) for row in rows for part in np.array_split(row, GRID, axis=0)]
-    whole = [delta.mean(), delta.max(), delta.std(), *np.percentile(delta, PERCENTILES)]
-    return np.concatenate([*cells, np.array(whole)])
+    overall = [delta.mean(), delta.max(), delta.std(), *np.percentile(delta, PERCENTILES)]
+    return np.concatenate([*cells, np.array(overall)])
 
 
 def pixel_difference_auc(train: Iterable[Record], test: Iterable[Record]) -> float | None:
-    """Area under the ROC curve of the better of two classifiers, fitted on `train`: 0.5 is chance.
+    """Return how well pixel differences predict whether a pair is changed, as area under the ROC curve on `test`.
 
-    None if either side lacks changed or unchanged pairs.
+    Two classifiers are fitted on `train` (logistic regression, gradient boosting), and the better one counts; 0.5 is
+    chance. Return None unless `train` and `test` both contain changed and unchanged pairs.
     """
     from sklearn import ensemble, linear_model, metrics, pipeline, preprocessing
 

@@ -1,4 +1,4 @@
-"""Archives of published data, unpacked without trust in what they say."""
+"""Unpacks zip and tar archives of published data safely, even if an archive is broken or malicious."""
 
 import contextlib
 import functools
@@ -20,18 +20,19 @@ MAX_FILES = 5_000_000
 _CHUNK = 1 << 20
 _PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
-# (name, how to open it or None for a folder, whether it is a link or a device) of a member
+# An archive member: its name, a function that opens it (None for a folder), and whether it is a link or a device.
 Member = tuple[str, Callable[[], IO[bytes] | None] | None, bool]
 
 
 def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> list[Path]:
-    """All its files into the new folder, or nothing at all; returns them in order.
+    """Unpack all files of the archive into a new folder and return their paths in order.
 
-    Raises ValueError for a broken archive, one with an absolute path, "..", a link, a device or a name twice, and one
-    that is larger than allowed, counted while writing; FileExistsError if the folder is there.
+    If an error occurs, the folder is not created. Raises ValueError if the archive is broken, contains an absolute
+    path, "..", a link, a device or two files of one name, or is larger than `max_bytes` or `max_files` allow (bytes
+    are counted while writing). Raises FileExistsError if the folder exists.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} is already there: remove it to unpack {archive} again")
+        raise FileExistsError(f"{folder} already exists: remove it to unpack {archive} again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
         target = Path(temporary) / "files"
@@ -40,17 +41,19 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> li
             names = _write(archive, target, max_bytes=max_bytes, max_files=max_files)
         except _BROKEN as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{archive}: broken or not a whole archive ({reason}); get it again") from None
-        except RuntimeError as error:  # zipfile's word for a password
-            raise ValueError(f"{archive}: cannot be read ({error}); unpack it yourself") from None
+            raise ValueError(f"{archive}: broken or incomplete archive ({reason}); download it again") from None
+        except RuntimeError as error:  # zipfile raises RuntimeError if the archive needs a password.
+            raise ValueError(f"{archive}: the archive cannot be read ({error}); unpack it by hand") from None
         target.rename(folder)
     return [folder / name for name in names]
 
 
 def unpack_once(archive: Path, folder: Path) -> Path:
-    """The archive's files below folder/<digest of its path, size and time>, unpacked when first asked for.
+    """Return the folder with the unpacked files of the archive; unpack the archive at the first call.
 
-    At most 20 times the archive's size and 1 GiB, and what the disk can hold. Raises ValueError as `unpack`.
+    The result is folder/<digest>, where the digest depends on the archive's path, size and modification time. The
+    unpacked files may have at most 20 times the archive's size plus 1 GiB, and must fit on the disk. Raises ValueError
+    for the reasons that `unpack` lists.
     """
     facts = archive.stat()
     target = folder / digest(f"{archive.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
@@ -67,45 +70,47 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
     with contextlib.closing(_members(archive)) as members:
         for name, opened, special in members:
             if special:
-                raise ValueError(f"{archive}: the member {name!r} is a link or a device; unpack it yourself if you "
-                                 "trust it")
+                raise ValueError(f"{archive}: must contain only files and folders, but the member {name!r} is a link "
+                                 "or a device; unpack the archive by hand if you trust it")
             path = PurePosixPath(name.replace("\\", "/"))
             if "\0" in name or path.is_absolute() or ".." in path.parts or name[1:2] == ":":
-                raise ValueError(f"{archive}: the member {name!r} would be written outside its folder; do not trust "
-                                 "this file")
+                raise ValueError(f"{archive}: the member {name!r} would be written outside the target folder; do not "
+                                 "trust this archive")
             source = opened() if opened else None
             if source is None:
                 continue
             names.append(str(path))
             if len(names) > max_files:
-                raise ValueError(f"{archive}: more than {max_files} files; unpack it yourself if that is right")
+                raise ValueError(f"{archive}: contains more than {max_files} files; if this is correct, unpack the "
+                                 "archive by hand")
             try:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 file = (target / path).open("xb")
             except (FileExistsError, NotADirectoryError):
-                raise ValueError(f"{archive}: holds '{path.name}' twice; unpack it yourself") from None
+                raise ValueError(f"{archive}: contains '{path.name}' twice; unpack the archive by hand") from None
             with source, file:
                 while content := source.read(_CHUNK):
                     total += len(content)
                     if total > max_bytes:
-                        raise ValueError(f"{archive}: unpacked it is larger than {max_bytes} bytes: a bomb, or a disk "
-                                         "too small; unpack it yourself if that is right")
+                        raise ValueError(f"{archive}: the unpacked files are larger than {max_bytes} bytes: free some "
+                                         "disk space, or unpack the archive by hand if this size is correct")
                     file.write(content)
     return names
 
 
 def _members(archive: Path) -> Generator[Member, None, None]:
-    """Each member, in order. Raises ValueError for a file that is no archive."""
+    """Yield each member of the archive in order. Raises ValueError if the file is not a supported archive."""
     name = archive.name.lower()
     if not name.endswith(ENDINGS):
-        raise ValueError(f"{archive}: {', '.join(ENDINGS)} can be unpacked; unpack it yourself")
+        raise ValueError(f"{archive}: only {', '.join(ENDINGS)} can be unpacked; unpack this archive by hand")
     if name.endswith(".zip"):
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 special = stat.S_IFMT(info.external_attr >> 16) not in _PLAIN
                 yield info.filename, None if info.is_dir() else functools.partial(packed.open, info), special
         return
-    with tarfile.open(archive, "r|*") as stream:  # one pass, whatever the size
+    with tarfile.open(archive, "r|*") as stream:  # This mode reads the archive once, as a stream.
         for member in stream:
             yield member.name, functools.partial(stream.extractfile, member), not (member.isreg() or member.isdir())
-            stream.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
+            # Without this line, tarfile would keep every member in memory.
+            stream.members = []  # type: ignore[attr-defined]

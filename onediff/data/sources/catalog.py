@@ -1,7 +1,8 @@
-"""Every published source: what it is, whose, where it comes from, how it is read, and how many of what it must have.
+"""The catalog of published sources: description, licence, origin, reader and official counts of each.
 
-To add a source, write onediff/data/sources/readers/<source>.py with `read(files) -> Iterator[PublishedPair]`, and one
-entry in CATALOG that names it. A benchmark with published scores also has a protocol in onediff/eval/protocols.py.
+To add a source, write onediff/data/sources/readers/<source>.py with `read(files) -> Iterator[PublishedPair]`, and add
+an entry to CATALOG that refers to it. A benchmark with published scores also needs a protocol in
+onediff/eval/protocols.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +28,11 @@ _VG = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """`addresses`: path below data/raw/<source> -> direct address; `manual`: the rest, in words.
+    """The facts about one published source.
 
-    `annotations` must be there for anything to be read; `expected`: official counts by split and name. `read`: the
-    reader, by default that of pairs.csv.
+    `addresses` maps paths below data/raw/<source> to download addresses; `manual` describes the files that users must
+    download by hand. `annotations` lists the files without which nothing can be read. `expected` holds the official
+    counts (records, pairs, references) by split. `read` is the reader, by default the reader of pairs.csv.
     """
 
     what: str
@@ -50,8 +52,8 @@ CATALOG = {
         what="12,562 annotations of 11,329 pairs of surveillance frames, benchmark",
         licence="none stated", home="https://github.com/harsh19/spot-the-diff", size="not stated",
         annotations=("train.json", "val.json", "test.json"),
-        manual="the images (resized_images, a Google Drive address in data/get_images.txt of the home page), packed or "
-               "not: <img_id>.png and <img_id>_2.png",
+        manual="the images <img_id>.png and <img_id>_2.png, as archive or unpacked (resized_images on Google Drive, "
+               "linked in data/get_images.txt of the home page)",
         addresses={f"{split}.json": f"{_SPOT}{split}.json" for split in spot_the_diff.ANNOTATIONS},
         expected={"train": {"records": 9524, "pairs": 8566, "references": 17676},
                   "val": {"records": 1634, "pairs": 1493, "references": 3310},
@@ -61,8 +63,8 @@ CATALOG = {
         what="3,939 requests to edit a photograph with the result, benchmark",
         licence="none stated", home="https://github.com/airsplay/VisualRelationships", size="not stated",
         annotations=("train.json", "valid.json", "test.json"),
-        manual="train.json, valid.json and test.json from the folder data/ of the home page, and the images from the "
-               "Google Drive address on it, packed or not",
+        manual="train.json, valid.json and test.json from the folder data/ of the home page, and the images from "
+               "Google Drive (linked on the home page), as archive or unpacked",
         expected={"train": {"records": 3061, "pairs": 2507}, "val": {"records": 383, "pairs": 357},
                   "test": {"records": 495, "pairs": 446}}),
     "birds_to_words": CatalogEntry(
@@ -71,15 +73,15 @@ CATALOG = {
         licence="texts: see the home page; photographs: each photographer's own (iNaturalist)",
         home="https://github.com/google-research-datasets/birds-to-words", size="not stated",
         annotations=(birds_to_words.ANNOTATIONS,),
-        manual="the photographs that the columns img1ImgURL and img2ImgURL name, each as <number in its address>.jpg; "
-               "many are gone from the web, so add birds_to_words to data.partial",
+        manual="the photographs at the addresses in the columns img1ImgURL and img2ImgURL, each as <number in its "
+               "address>.jpg; many no longer exist on the web, so add birds_to_words to data.partial",
         addresses={birds_to_words.ANNOTATIONS: _BIRDS}),
     "clevr_change": CatalogEntry(
         read=clevr_change.read,
         what="39,803 rendered scenes, each with a change and with another view only, benchmark",
         licence="none stated", home="https://github.com/Seth-Park/RobustChangeCaptioning", size="not stated",
         annotations=clevr_change.ANNOTATIONS,
-        manual="clevr_change.tar.gz from the Google Drive address on the home page, packed or not",
+        manual="clevr_change.tar.gz from Google Drive (linked on the home page), as archive or unpacked",
         expected={"train": {"records": 33830, "pairs": 67660}, "val": {"records": 1988, "pairs": 3976},
                   "test": {"records": 3985, "pairs": 7970}}),
     "instruct_pix2pix": CatalogEntry(
@@ -88,9 +90,9 @@ CATALOG = {
         licence="see the home page (code: MIT; images made with Stable Diffusion: CreativeML Open RAIL-M)",
         home="https://github.com/timothybrooks/instruct-pix2pix", size="436 GB",
         annotations=("prompt.json",),
-        manual="the shards, packed or not: wget -A zip,json -r -nd -P data/raw/instruct_pix2pix "
-               "http://instruct-pix2pix.eecs.berkeley.edu/clip-filtered-dataset; captions come from the writer: name "
-               "instruct_pix2pix in data.written too",
+        manual="the shards, as archives or unpacked: wget -A zip,json -r -nd -P data/raw/instruct_pix2pix "
+               "http://instruct-pix2pix.eecs.berkeley.edu/clip-filtered-dataset; the writer creates the captions, so "
+               "add instruct_pix2pix to data.written too",
         expected={"train": {"records": 313010, "pairs": 313010}}),
     "llava_558k": CatalogEntry(
         read=llava.read_558k,

@@ -1,9 +1,12 @@
-"""A collection: images with a caption each, in a folder of files or in Parquet.
+"""Reads a collection: a folder of single images with one caption each, as image files or in Parquet.
 
-Layouts: images beside captions.csv or captions.jsonl (columns image, caption); images beside annotations in COCO's
-JSON ({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}); Parquet files with a column of
-images (bytes, or datasets' {"bytes", "path"}) and a column of captions (caption, captions or text). Of several captions
-of an image the first counts.
+A collection has one of three layouts:
+1. images and captions.csv or captions.jsonl (columns image, caption);
+2. images and annotations in the JSON format of COCO
+   ({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]});
+3. Parquet files with an image column (bytes, or the {"bytes", "path"} of Hugging Face datasets) and a caption column
+   (caption, captions or text).
+If an image has several captions, only the first is used.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +26,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """`content` is the encoded image file."""
+    """An image of a collection with its caption; `content` is the encoded image file."""
 
     name: str
     content: bytes
@@ -32,7 +35,10 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an image stands: a file, or a row of a row group of a Parquet file."""
+    """The position of a captioned image: an image file, or a row in a row group of a Parquet file.
+
+    For an image file, `group` and `row` are -1.
+    """
 
     name: str
     caption: str
@@ -42,18 +48,19 @@ class Entry:
 
 
 def list_collection(folder: Path) -> list[Entry]:
-    """Where each image with a caption stands, in order; names are unique.
+    """Return the position of every captioned image of the collection, in order and with unique names.
 
-    Raises FileNotFoundError for a missing folder or missing images, ValueError for a broken or captionless one.
+    Raises FileNotFoundError if the folder or an image does not exist. Raises ValueError if a file is broken or no image
+    has a caption.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} not found: put images and captions.csv there, or Parquet files "
-                                "(data/README.md, Collections)")
+        raise FileNotFoundError(f"{folder} does not exist: put images and captions.csv, or Parquet files, into this "
+                                "folder (data/README.md, Collections)")
     tables = [folder / name for name in TABLES if (folder / name).is_file()]
     parquet = sorted(folder.rglob("*.parquet"))
     if len(tables) + bool(parquet) > 1:
-        raise ValueError(f"{folder}: {', '.join(path.name for path in (*tables, *parquet[:1]))}: which of them? "
-                         "leave only one there")
+        raise ValueError(f"{folder}: must contain one kind of caption file, got "
+                         f"{', '.join(path.name for path in (*tables, *parquet[:1]))}; keep only one of them")
     read = _of_table if tables else _of_parquet if parquet else _of_coco
     entries: dict[str, Entry] = {}
     for path in tables or parquet or sorted(folder.rglob("*.json")):
@@ -61,17 +68,17 @@ def list_collection(folder: Path) -> list[Entry]:
             if entry.caption:
                 entries.setdefault(entry.name, entry)
     if not entries:
-        raise ValueError(f"{folder}: no image with a caption in it; {' or '.join(TABLES)}, COCO's JSON, or Parquet "
-                         "files are needed (data/README.md, Collections)")
+        raise ValueError(f"{folder}: contains no image with a caption; add {' or '.join(TABLES)}, COCO's JSON, or "
+                         "Parquet files (data/README.md, Collections)")
     missing = [entry.name for entry in entries.values() if not entry.path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(entries)} images are not there (first: "
-                                f"{', '.join(missing[:SHOWN])}); get them, or take them off the list")
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(entries)} images do not exist (first: "
+                                f"{', '.join(missing[:SHOWN])}); add them, or remove them from the caption file")
     return list(entries.values())
 
 
 def load(entries: Iterable[Entry]) -> Iterator[CaptionedImage]:
-    """The images of the entries, in order."""
+    """Yield the images of the entries with their captions, in the order of the entries."""
     for (path, group), rows in groupby(entries, lambda entry: (entry.path, entry.group)):
         if group < 0:
             yield from (CaptionedImage(entry.name, path.read_bytes(), entry.caption) for entry in rows)
@@ -96,7 +103,7 @@ def _of_coco(folder: Path, path: Path) -> Iterator[Entry]:
     content = read_json(path, dict)
     is_coco = {"images", "annotations"} <= content.keys()
     if not is_coco or not any("caption" in row for row in content["annotations"][:1]):
-        return  # such as the boxes that COCO ships beside its captions
+        return  # COCO also publishes JSON files without captions, for example object boxes.
     names = {identity(image, "id", str(path)): part(image, "file_name", str, str(path)) for image in content["images"]}
     listed = set(names.values())
     files = {file.name: file for file in folder.rglob("*") if file.name in listed}
@@ -104,8 +111,8 @@ def _of_coco(folder: Path, path: Path) -> Iterator[Entry]:
         place = f"{path} annotation {number}"
         name = names.get(identity(annotation, "image_id", place))
         if name is None:
-            raise ValueError(f"{place}: image_id {annotation['image_id']} is none of the images; take the file as "
-                             "published")
+            raise ValueError(f"{place}: image_id {annotation['image_id']} is not in the file's list of images; use the "
+                             "file as published")
         yield Entry(name, one_line(part(annotation, "caption", str, place)), files.get(name, folder / name))
 
 
@@ -113,12 +120,13 @@ def _of_parquet(folder: Path, path: Path) -> Iterator[Entry]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({one_line(str(error))}); get it again") from None
+        raise ValueError(f"{path}: not a complete Parquet file ({one_line(str(error))}); download it again") from None
     with file:
         _image_column(path, file.schema_arrow)
         column = next((name for name in CAPTIONS if name in file.schema_arrow.names), None)
         if column is None:
-            raise ValueError(f"{path}: no column {', '.join(CAPTIONS)}; got {', '.join(file.schema_arrow.names)}")
+            raise ValueError(f"{path}: must have a column of captions called {', '.join(CAPTIONS[:-1])} or "
+                             f"{CAPTIONS[-1]}, got {', '.join(file.schema_arrow.names)}; rename a column")
         for group in range(file.num_row_groups):
             for row, value in enumerate(file.read_row_group(group, columns=[column]).column(0).to_pylist()):
                 texts = value if isinstance(value, list) else [value]
@@ -127,8 +135,10 @@ def _of_parquet(folder: Path, path: Path) -> Iterator[Entry]:
 
 
 def _image_column(path: Path, schema: pa.Schema) -> str:
+    """Return the name of the first column that contains images. Raises ValueError if there is none."""
     for field in schema:
         has_bytes = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         if has_bytes or pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             return str(field.name)
-    raise ValueError(f"{path}: no column of images (bytes, or a struct with bytes); got {', '.join(schema.names)}")
+    raise ValueError(f"{path}: must have a column of images (bytes, or a struct with bytes), got "
+                     f"{', '.join(schema.names)}; write the images into the file")

@@ -1,4 +1,7 @@
-"""Annotations in JSON, JSON lines, CSV and TSV -> entries with the place where each stands, or what is wrong."""
+"""Reads annotation files in JSON, JSON Lines, CSV and TSV, and reports errors with file and line.
+
+Each reader yields (place, entry), where `place` is the position of the entry for messages, such as "a.csv line 3".
+"""
 
 import csv
 import json
@@ -11,13 +14,13 @@ from typing import Any, TextIO, TypeVar
 Kind = TypeVar("Kind")
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
-_LONGEST = 1 << 26  # characters that one entry may have
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
+_LONGEST = 1 << 26  # largest number of characters in one entry
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON can encode but UTF-8 cannot
 _NAMES: dict[type, str] = {str: "text", int: "a number", list: "a list", dict: "an object {...}"}
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
-    """The whole file, which must hold a `kind`. Raises ValueError: file, line, what is wrong."""
+    """Return the content of a JSON file, which must be of type `kind`. Raises ValueError with file and line."""
     with _opened(path) as file:
         try:
             value = json.load(file)
@@ -27,7 +30,10 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
 
 
 def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, entry) of a JSON list of objects, one in memory at a time. Raises ValueError: file, entry, line."""
+    """Yield (place, entry) for a JSON file that holds a list of objects, with one entry in memory at a time.
+
+    Raises ValueError with file, entry and line if the file is not valid.
+    """
     number, due = 0, "["
     with _opened(path) as file:
         buffer, line = _skip_blanks(file, "", 1)
@@ -46,7 +52,7 @@ def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, entry) of a file of JSON lines; empty lines are none. Raises ValueError: file, line."""
+    """Yield (place, entry) for a JSON Lines file; empty lines are skipped. Raises ValueError with file and line."""
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             place = f"{path} line {number}"
@@ -58,24 +64,28 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row) of a TSV whose header names these columns; a row is one line. Raises ValueError: file, line."""
+    """Yield (place, row) for a TSV file whose header contains the given columns; each line is one row.
+
+    Raises ValueError with file and line if the header or a row is not valid.
+    """
     with _opened(path, newline="\n") as file:
         header = [cell.strip().strip('"') for cell in file.readline().rstrip("\r\n").split("\t")]
         absent = [name for name in columns if name not in header]
         if absent:
-            raise ValueError(f"{path} line 1: the header lacks {', '.join(absent)}; got {', '.join(header)[:200]}")
+            raise ValueError(f"{path} line 1: the header must contain {', '.join(absent)}, got "
+                             f"{', '.join(header)[:200]}; take the file as published")
         for number, line in enumerate(file, 2):
             place, cells = f"{path} line {number}", line.rstrip("\r\n").split("\t")
             if line.strip() and len(cells) != len(header):
-                raise ValueError(f"{place}: {len(header)} columns expected, got {len(cells)}: a tab or a line break "
-                                 "inside a text, or broken quoting; take the file as published")
+                raise ValueError(f"{place}: {len(header)} columns expected, got {len(cells)}: a text contains a tab or "
+                                 "a line break, or its quotes are wrong; take the file as published")
             if line.strip():
                 row = zip(header, cells, strict=True)
                 yield place, {name: _unquoted(cell, f"{place}, {name}") for name, cell in row}
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row) of a CSV with a header. Raises ValueError: file, line."""
+    """Yield (place, row) for a CSV file with a header. Raises ValueError with file and line."""
     with _opened(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         csv.field_size_limit(_LONGEST)
@@ -87,78 +97,89 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                                  "as CSV with commas")
             twice = [name for name in header if header.count(name) > 1]
             if twice:
-                raise ValueError(f"{path} line 1: the header has '{twice[0]}' twice; call the second one otherwise")
+                raise ValueError(f"{path} line 1: the header contains column '{twice[0]}' twice; rename one of them")
             for cells in filter(None, reader):
                 place = f"{path} line {reader.line_num}"
                 if len(cells) != len(header):
                     raise ValueError(f"{place}: {len(header)} columns expected, got {len(cells)}: put a text "
-                                     'that holds a comma into "quotes"')
+                                     'that contains a comma into "quotes"')
                 yield place, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise ValueError(f"{path} line {reader.line_num}: broken quoting ({error}); a quote inside a quoted text "
-                             'is written twice: ""') from None
+            raise ValueError(f"{path} line {reader.line_num}: wrong quotes ({error}); write a quote inside a quoted "
+                             'text twice: ""') from None
 
 
 def expect(value: Any, kind: type[Kind], place: str) -> Kind:
-    """The value if it is a `kind`; halves of a character in a text become U+FFFD. Raises ValueError."""
+    """Return the value if it is of type `kind`, otherwise raise ValueError.
+
+    `place` is the position of the value for the message. In a text, each lone surrogate is replaced by U+FFFD.
+    """
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{place}: {_NAMES[kind]} expected, got {json.dumps(value)[:60]}; take the file as published")
     return _HALF_CHARACTER.sub("\ufffd", value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 def part(entry: dict[str, Any], key: str, kind: type[Kind], place: str) -> Kind:
-    """entry[key], which must be a `kind`. Raises ValueError."""
+    """Return entry[key]. Raises ValueError if the key is missing or the value is not of type `kind`."""
     if key not in entry:
-        raise ValueError(f"{place}: '{key}' is missing; it has {', '.join(sorted(entry)) or 'nothing'}: "
+        raise ValueError(f"{place}: '{key}' is missing, got {', '.join(sorted(entry)) or 'nothing'}; "
                          "take the file as published")
     return expect(entry[key], kind, f"{place}, {key}")
 
 
 def identity(entry: dict[str, Any], key: str, place: str) -> str:
-    """entry[key] as text: an id is published as "1001" or 1001."""
+    """Return entry[key], an identifier, as text, because data sets publish identifiers as "1001" or as 1001."""
     value = entry.get(key)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else part(entry, key, str, place)
 
 
 def one_line(text: str) -> str:
-    """The text with single spaces between its words."""
+    """Return the text with single spaces between words and no line breaks."""
     return " ".join(text.split())
 
 
 def sentences(values: list[Any], place: str) -> tuple[list[str], int]:
-    """The sentences with single spaces, and how many were empty."""
+    """Return the sentences that are not empty, with single spaces between words, and the number of empty ones."""
     texts = [one_line(expect(value, str, place)) for value in values]
     return [text for text in texts if text], texts.count("")
 
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The file to read as UTF-8. Raises ValueError if it is not UTF-8."""
+    """Open the file for reading as UTF-8. Raises ValueError if the content is not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} near byte {error.start}); get the file again") from None
+        raise ValueError(f"{path}: must be UTF-8, got {error.reason} near byte {error.start}; "
+                         "download the file again") from None
 
 
 def _decode(file: TextIO, buffer: str, place: str) -> tuple[Any, int, str]:
-    """(value at the start of the buffer, where it ends, the buffer, which may have grown)."""
+    """Decode the JSON value at the start of the buffer, reading more of the file if necessary.
+
+    Return the value, its end position in the buffer, and the buffer with the added text.
+    """
     while True:
         try:
             return *_DECODER.raw_decode(buffer), buffer
         except json.JSONDecodeError as error:
             unterminated = error.msg.startswith("Unterminated")
-            cut = unterminated or error.pos >= len(buffer) - 16  # read on, and try again
-            more = file.read(_CHUNK) if cut and len(buffer) < _LONGEST else ""
+            # An error near the end of the buffer may mean that the value continues in the unread part of the file.
+            may_continue = unterminated or error.pos >= len(buffer) - 16
+            more = file.read(_CHUNK) if may_continue and len(buffer) < _LONGEST else ""
             if not more:
                 ends = unterminated or error.pos >= len(buffer.rstrip()) - 1
-                reason = f"{error.msg}; the file ends here, so it is not whole" if ends else error.msg
+                reason = f"{error.msg}; the file ends too early, so it is incomplete" if ends else error.msg
                 raise _broken(place, reason) from None
             buffer += more
 
 
 def _skip_blanks(file: TextIO, buffer: str, line: int) -> tuple[str, int]:
-    """The buffer from its first character that is no blank, filled up from the file, and its line."""
+    """Skip white space. Return the buffer from the next other character on, and the line of this character.
+
+    If the buffer contains only white space, more text is read from the file; at the end, ("", line) is returned.
+    """
     while not (rest := buffer.lstrip(" \t\r\n")):
         line += buffer.count("\n")
         buffer = file.read(_CHUNK)
@@ -168,16 +189,17 @@ def _skip_blanks(file: TextIO, buffer: str, line: int) -> tuple[str, int]:
 
 
 def _unquoted(cell: str, place: str) -> str:
+    """Return the text of a TSV cell without the quotes around it. Raises ValueError for a quote that is not closed."""
     if not cell.startswith('"'):
         return cell
     try:
         [value] = next(csv.reader([cell], delimiter="\t", strict=True))
         return value
-    except (csv.Error, ValueError):  # quotes that belong to the text, as published
+    except (csv.Error, ValueError):
         if cell.count('"') % 2 == 0:
-            return cell
-    raise ValueError(f"{place}: a quote is opened and never closed, got {cell[:40]!r}; take the file as published")
+            return cell  # Published files contain texts with quotes of their own, which we keep.
+    raise ValueError(f"{place}: a quote is opened but never closed, got {cell[:40]!r}; take the file as published")
 
 
 def _broken(place: str, reason: str) -> ValueError:
-    return ValueError(f"{place}: not valid JSON ({reason}); get the file again")
+    return ValueError(f"{place}: not valid JSON ({reason}); download the file again")

@@ -1,6 +1,9 @@
-"""A drop folder for pairs of one's own: each sub-folder is a batch for the source so called, in the formats of
-data/README.md. A batch is read first, then claimed (renamed), its images copied, its rows appended, the source added
-to DVC, and only then removed; killed between any two steps, the next run goes on from there.
+"""Imports new pairs from the inbox, a folder where users drop batches of their own pairs.
+
+Each sub-folder of the inbox is a batch for the source of the same name, in the formats of data/README.md. The import
+first reads and checks a batch, then claims the batch by renaming its folder, copies the images, appends the rows to the
+source's table, runs `dvc add` and finally removes the batch. If the process is killed between two steps, the next run
+continues at the interrupted step.
 """
 
 import csv
@@ -25,14 +28,16 @@ from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
 
-CLAIMED, DONE = ".taking.", ".done."  # prefixes inside the inbox
+CLAIMED, DONE = ".taking.", ".done."  # prefixes of batch folders that are being imported, or imported and to be removed
 
 
 @dataclass(frozen=True)
 class Inbox:
-    """`scratch` is where archives are unpacked; `sources` are those of data.raw in params.yaml.
+    """The settings of an inbox.
 
-    A batch in which something changed less than `settle_s` ago is left for later.
+    `scratch` is the folder for unpacked archives. `sources` lists the sources that accept batches (data.raw in
+    params.yaml). A batch in which a file changed less than `settle_s` seconds ago is imported by a later run, because
+    a user may still be copying files.
     """
 
     folder: Path
@@ -44,8 +49,10 @@ class Inbox:
 
 @dataclass
 class InboxReport:
-    """`batches`: source and number of pairs of each that came in; `problems`: what was left where it is, and why;
-    `waiting`: sub-folders in which something still changes.
+    """The result of an import.
+
+    `batches` holds the source and the number of pairs of each imported batch. `problems` holds one message for each
+    batch that could not be imported and stays in the inbox. `waiting` lists the batches whose files still change.
     """
 
     batches: list[tuple[str, int]] = field(default_factory=list)
@@ -54,12 +61,14 @@ class InboxReport:
 
 
 def import_batches(inbox: Inbox) -> InboxReport:
-    """Moves every batch that is whole into data/raw/<source>; one that is not stops no other.
+    """Move every complete and valid batch of the inbox into data/raw/<source>.
 
-    Raises FileNotFoundError if there is no inbox.
+    A batch with an error is reported and does not stop the other batches. Raises FileNotFoundError if the inbox does
+    not exist.
     """
     if not inbox.folder.is_dir():
-        raise FileNotFoundError(f"{inbox.folder} not found: make the folder, or set inbox in runtime.yaml to another")
+        raise FileNotFoundError(f"{inbox.folder} does not exist: create this folder, or set inbox in runtime.yaml to "
+                                "an existing folder")
     report = InboxReport()
     for entry in sorted(inbox.folder.iterdir(), key=lambda path: (not path.name.startswith(CLAIMED), path.name)):
         try:
@@ -73,18 +82,20 @@ def import_batches(inbox: Inbox) -> InboxReport:
 
 
 def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
+    """Import one batch folder, whether new or already claimed by an interrupted run, and add the result to `report`."""
     source = entry.name.removeprefix(CLAIMED)
     claimed = entry.with_name(f"{CLAIMED}{source}")
-    if entry != claimed:  # otherwise a run was killed after it had read and claimed this one
+    if entry != claimed:  # A batch that is already claimed was checked by an earlier run, which was then killed.
         _check_name(entry, inbox.sources)
         listing = _listing(entry)
-        # By ctime, which copying with old time stamps does not set back.
+        # We use ctime, because a copy that preserves old modification times still gets a new ctime.
         last_change = max(path.lstat().st_ctime for path in (entry, *entry.rglob("*")))
         settled = time.time() - last_change >= inbox.settle_s
         if settled:
             _check(_batch(source, entry, inbox), inbox)
             if claimed.exists():
-                raise ValueError("an earlier batch of this source is not in yet; see its own message")
+                raise ValueError("an earlier batch of this source has not been imported yet; fix the error that is "
+                                 "reported for the earlier batch first")
             entry.rename(claimed)
             settled = _listing(claimed) == listing
             if not settled:
@@ -96,38 +107,41 @@ def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
     _merge(batch, inbox)
     tracked.add(RAW / source)
     done = claimed.with_name(f"{DONE}{source}.{os.getpid()}")
-    claimed.rename(done)  # in one step: half a batch must never look like a whole one
+    # Removing a folder takes several steps, so rename it first: a half-removed batch must not be imported again.
+    claimed.rename(done)
     shutil.rmtree(done)
     report.batches.append((source, len(batch.pairs)))
 
 
-# --- before anything moves -------------------------------------------------------------------------------------------
-
-
 def _check_name(entry: Path, sources: Sequence[str]) -> None:
+    """Raise ValueError unless the entry is a folder with the name of a source for users' own pairs."""
     if not entry.is_dir() or entry.is_symlink():
-        raise ValueError("not a folder: put a batch into a sub-folder called as its source")
+        raise ValueError("not a folder: put each batch into a sub-folder that has the name of its source")
     if entry.name in CATALOG:
-        raise ValueError("a published set, which takes no pairs of one's own: give yours a name of their own")
+        raise ValueError("a published data set has this name, and no pairs can be added to it: choose another name")
     if entry.name not in sources:
         near = difflib.get_close_matches(entry.name, sources, 1)
-        raise ValueError(f"no source of params.yaml: data.raw, which names {', '.join(sources) or 'none'}; "
+        raise ValueError(f"the folder must have the name of a source in params.yaml: data.raw, which lists "
+                         f"{', '.join(sources) or 'none'}; "
                          + (f"did you mean '{near[0]}'?" if near else "rename the folder, or add the source there"))
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Every file with size and time. Raises ValueError for a link, which may point anywhere."""
+    """Return path, size and modification time of every file in the folder.
+
+    Raises ValueError if the folder contains a symbolic link, because a link may point to any file of the machine.
+    """
     paths = sorted(folder.rglob("*"))
     link = next((path for path in paths if path.is_symlink()), None)
     if link:
-        raise ValueError(f"{link.relative_to(folder)} is a link; put the file itself there")
+        raise ValueError(f"{link.relative_to(folder)} is a symbolic link; replace the link by the file itself")
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
             for path in paths if path.is_file()]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as read: its rows as written, and the same as pairs."""
+    """A batch that was read: the rows of its table, and the pairs that these rows describe."""
 
     source: str
     name: str
@@ -137,9 +151,10 @@ class Batch:
 
 
 def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
-    """Raises ValueError or FileNotFoundError: file, line, what is wrong.
+    """Read a batch and choose its name, <date>-<digest of its files>.
 
-    The name is <day>-<digest of its files>: a batch that was begun, or came in before, keeps the name it had.
+    A batch that was imported before, completely or in part, gets the name of the earlier import. Raises ValueError or
+    FileNotFoundError, with file and line, if the batch is not valid.
     """
     files = open_files(folder, inbox.scratch)
     pairs = list(own.read(files))
@@ -153,51 +168,53 @@ def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
 
 
 def _check(batch: Batch, inbox: Inbox) -> None:
-    """Raises ValueError for an image that is missing or broken, and for an id or a batch that the source has already.
-    """
+    """Raise ValueError if an image is missing or broken, or if the source already contains this batch or a pair_id."""
     target, dvc_file = RAW / batch.source, RAW / f"{batch.source}.dvc"
     if not target.is_dir() and dvc_file.exists():
-        raise ValueError(f"{target} is not here, and {dvc_file} says that there is one: 'dvc pull {dvc_file}' first")
+        raise ValueError(f"{target} does not exist although {dvc_file} does: run 'dvc pull {dvc_file}' first")
     known: set[str] = set()
     if target.is_dir():
         files = open_files(target, inbox.scratch)
         known = {pair.official_id for pair in own.read(files)} if any(map(files.named, own.TABLES)) else known
         if _holds(_table(files, target), batch):
-            raise ValueError(f"these very files came in before, as {target / batch.name}; remove the folder")
+            raise ValueError(f"exactly these files were imported before, as {target / batch.name}; remove this batch "
+                             "from the inbox")
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
             if path is None:
-                raise ValueError(f"pair {number}: {name} is not in the folder; put it there")
+                raise ValueError(f"pair {number}: the image {name} is not in the folder; add the image")
             try:
                 open_image(path, max_megapixels=inbox.max_megapixels)
             except ValueError as error:
                 raise ValueError(f"pair {number}: {error}") from None
         if row.get("pair_id") and pair.official_id in known:
-            raise ValueError(f"pair {number}: pair_id '{pair.official_id}' is in the source already; give it another, "
-                             "or leave the column out")
-
-
-# --- into the source --------------------------------------------------------------------------------------------------
+            raise ValueError(f"pair {number}: pair_id '{pair.official_id}' already exists in the source; choose "
+                             "another pair_id, or remove the column")
 
 
 def _table(files: Files, target: Path) -> Path:
+    """Return the path of the source's table; if the source has no table yet, the path for a new one."""
     return files.named(*own.TABLES) or target / "pairs.jsonl"
 
 
 def _holds(table: Path, batch: Batch) -> bool:
+    """Return whether the source's table already contains the rows of the batch."""
     return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
 
 
 def _merge(batch: Batch, inbox: Inbox) -> None:
-    """Images, then rows, each in one step; what a killed run did already stays as it is."""
+    """Copy the images of the batch into the source, then append the rows to the table, each as one atomic step.
+
+    Steps that an interrupted run completed are not repeated.
+    """
     target = RAW / batch.source
     target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob("*.part"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for partial in target.glob("*.part"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     table = _table(open_files(target, inbox.scratch), target)
     if _holds(table, batch):
         return
-    # Called by content, so that no image of one batch is taken for that of another.
+    # Image files are named by their content, so that equal file names in two batches cannot be confused.
     names = {path: f"{sha256_of(path)[:32]}{path.suffix.lower()}"
              for pair in batch.pairs for path in pair.locate(batch.files) if path}
     if not (target / batch.name).exists():
@@ -207,26 +224,28 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     rows = []
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         before, after = (names[path] for path in pair.locate(batch.files) if path)
-        # As the folder's reader reads it. Without a group of its own the same two images always come into one split.
+        # Each row has the columns that the reader of pairs.jsonl expects. If the user gave no group, the content of
+        # the two images is the group, so that the same two images always get the same split.
         rows.append({"before": f"{batch.name}/{before}", "after": f"{batch.name}/{after}",
                      "references": pair.references,
                      "pair_id": pair.official_id if row.get("pair_id") else f"{batch.name}-{number:06d}",
                      "group": pair.group if row.get("group") else f"{Path(before).stem}|{Path(after).stem}",
                      "split": pair.split if row.get("split") else "" if pair.references else "train",
                      "change_type": pair.change_type, "instruction": pair.instruction})
-    with new_file(table) as path:  # all rows or none
+    with new_file(table) as path:  # The table is replaced only when all rows have been written.
         _write_table(path, table, rows)
 
 
 def _write_table(path: Path, table: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows of the table, if there is one, and the new rows in its format to the path."""
+    """Write the rows of `table` (if the table exists), followed by the new rows, to `path` in the table's format."""
     if table.suffix == ".jsonl":
         old = table.read_text(encoding="utf-8-sig") if table.exists() else ""
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_text("\n".join([*filter(None, [old.rstrip("\n")]), *lines, ""]), encoding="utf-8")
         return
     every: list[dict[str, str]] = [row for _, row in read_csv(table)]
-    for row in rows:  # references in columns of their own, since one may hold the "|" that separates them in one cell
+    for row in rows:
+        # Each reference gets its own column, because a reference may contain "|", the separator inside one cell.
         texts = {f"reference_{number}": text for number, text in enumerate(row.pop("references"), 1)}
         every.append(row | texts)
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""A published set as its folder holds it: the files by name, wherever they lie, and the pairs that a reader gives."""
+"""Finds the files of a published data set by name in any folder layout, and converts the pairs to records."""
 
 import filecmp
 import os
@@ -18,19 +18,20 @@ NO_TYPE, GENERAL = "unlabelled", "general"
 OFFICIAL_SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
-_Place = tuple[int, str]  # number of the folder, path below it
+_Place = tuple[int, str]  # the index of a root folder in Files, and a path below this root
 
 
 class Files:
-    """An index by name over folders; each folder has a prefix, under which its files are known.
+    """An index of all files in several root folders, by file name.
 
-    Memory grows with the number of files (about 200 bytes each), not with their size.
+    Each root has a prefix: the folder in which its files appear (an unpacked archive has the folder of the archive).
+    The index needs about 200 bytes of memory per file, whatever the size of the files.
     """
 
     def __init__(self, roots: list[tuple[str, Path]]) -> None:
         self._roots = roots
-        self._images: dict[str, list[_Place]] = defaultdict(list)  # by stem without leading zeros
-        self._others: dict[str, list[_Place]] = defaultdict(list)  # by file name
+        self._images: dict[str, list[_Place]] = defaultdict(list)  # key: file name without ending and leading zeros
+        self._others: dict[str, list[_Place]] = defaultdict(list)  # key: file name
         for number, (_, root) in enumerate(roots):
             for path in _walk(root):
                 name = PurePosixPath(path)
@@ -39,10 +40,11 @@ class Files:
                 places.append((number, path))
 
     def find(self, *names: str) -> Path | None:
-        """The image of the first name that is there: so called, with another ending, or with its ids padded otherwise.
+        """Return the image file for the first of the names that matches a file; None if no name matches.
 
-        Folders in a name are binding ("after/1.png" is never "before/1.png"); none means anywhere.
-        Raises ValueError if different images fit equally well.
+        A file also matches with another image ending (1.jpg for 1.png) or other leading zeros (0001.png for 1.png);
+        the best match wins. Folders in a name must match ("after/1.png" never matches "before/1.png"); a name without
+        folders matches files in any folder. Raises ValueError if different files match equally well.
         """
         for name in names:
             published = PurePosixPath(name.replace("\\", "/"))
@@ -58,9 +60,9 @@ class Files:
         return None
 
     def at(self, name: str) -> Path | None:
-        """The file of exactly this path below the folder; a bare name may lie anywhere in it.
+        """Return the file with exactly this path; a bare file name may be in any folder. None if no file exists.
 
-        Raises ValueError if different files share the bare name.
+        Raises ValueError if different files have the same bare name.
         """
         exact = next((root / name for _, root in self._roots if (root / name).is_file()), None)
         if exact or len(PurePosixPath(name).parts) > 1:
@@ -69,19 +71,24 @@ class Files:
         return _only([path for path in paths if path.name == name], name)
 
     def named(self, *names: str) -> Path | None:
-        """The annotation file of the first name that is there. Raises ValueError if unlike files share the name."""
+        """Return the annotation file for the first name that exists, or None.
+
+        Raises ValueError if several files have this name and different content.
+        """
         return next((_only(self.all_named(name), name) for name in names if name in self._others), None)
 
     def require(self, *names: str) -> Path:
-        """As `named`. Raises FileNotFoundError if there is none."""
+        """Return the annotation file for the first name that exists; raise FileNotFoundError if no name exists."""
         path = self.named(*names)
         if path is None:
-            raise FileNotFoundError(f"{self._roots[0][1]}: no {' or '.join(names)} in it or in its folders: "
-                                    "'onediff data status' says what to put where")
+            raise FileNotFoundError(f"{self._roots[0][1]}: must contain {' or '.join(names)}, directly or in a "
+                                    "sub-folder: 'onediff data status' explains where to get the files")
         return path
 
     def by_split(self, annotations: dict[str, tuple[str, ...]]) -> dict[str, Path]:
-        """The annotation file of each split, by the names that it may have. Raises FileNotFoundError if none is there.
+        """Return the annotation file of each split that has one.
+
+        `annotations` lists for each split the possible file names. Raises FileNotFoundError if no split has a file.
         """
         paths = {split: path for split, names in annotations.items() if (path := self.named(*names))}
         if not paths:
@@ -89,10 +96,11 @@ class Files:
         return paths
 
     def all_named(self, name: str) -> list[Path]:
+        """Return all files with this name, images excepted, in any folder."""
         return [self._path(place) for place in self._others.get(name, [])]
 
     def ending(self, ending: str) -> list[Path]:
-        """Every file, images aside, that ends so, such as ".tsv"."""
+        """Return all files, images excepted, whose name ends with `ending`, such as ".tsv"."""
         return [path for name in sorted(self._others) if name.endswith(ending) for path in self.all_named(name)]
 
     def _path(self, place: _Place) -> Path:
@@ -100,12 +108,14 @@ class Files:
 
 
 def open_files(folder: Path, scratch: Path) -> Files:
-    """The folder and what its archives hold, unpacked once below `scratch`; an archive's files stand where it lies.
+    """Return an index of the files in the folder and in its archives.
 
-    Raises FileNotFoundError if there is no such folder, ValueError for an archive that is broken or not safe.
+    Archives are unpacked once below `scratch`; their files appear in the folder that contains the archive. Raises
+    FileNotFoundError if the folder does not exist, and ValueError if an archive is broken or not safe.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} not found, or no folder: 'onediff data status' says what to put there")
+        raise FileNotFoundError(f"{folder} does not exist or is not a folder: 'onediff data status' explains which "
+                                "files to put there")
     roots = [("", folder)]
     for path in _walk(folder):
         if path.lower().endswith(ARCHIVE_ENDINGS):
@@ -115,7 +125,7 @@ def open_files(folder: Path, scratch: Path) -> Files:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths below root, in order; links to folders are followed, but none twice."""
+    """Yield the relative paths of all files below `root` in order; links are followed, but each folder only once."""
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -126,7 +136,7 @@ def _walk(root: Path) -> Iterator[str]:
         seen.add(real)
         relative = os.path.relpath(folder, root)
         for name in sorted(names):
-            if not name.startswith("."):  # ._1.png is a Mac's note about 1.png
+            if not name.startswith("."):  # macOS writes metadata of 1.png into a file ._1.png, which is not an image.
                 yield name if relative == "." else f"{relative}/{name}"
 
 
@@ -135,26 +145,31 @@ def _unpadded(stem: str) -> str:
 
 
 def _unlikeness(published: PurePosixPath, path: Path) -> int:
-    """0: the very name; 1: another ending; 2 and 3: the same with ids padded otherwise."""
+    """Return how far a file name is from the published name.
+
+    0: equal; 1: another ending; 2: other leading zeros; 3: another ending and other leading zeros.
+    """
     ending = published.suffix.lower() != path.suffix.lower()
     return 0 if path.name == published.name else ending + 2 * (path.stem not in (published.stem, published.name))
 
 
 def _only(paths: list[Path], name: str) -> Path | None:
-    """The first path; None if there is none. Raises ValueError if the files differ."""
+    """Return the first path, or None for an empty list. Raises ValueError if the files have different content."""
     for other in paths[1:]:
         if not filecmp.cmp(paths[0], other, shallow=False):
-            raise ValueError(f"{name}: {paths[0]} and {other} both fit and differ: leave only one of them there")
+            raise ValueError(f"{name}: {paths[0]} and {other} both match this name but have different content: keep "
+                             "only one of them")
     return paths[0] if paths else None
 
 
 @dataclass(frozen=True)
 class PublishedPair:
-    """One pair (or single image, or text) of a published set.
+    """A pair (or a single image, or a text without image) that a reader found in a published data set.
 
-    `names` are its images as published; `sought` names under which each may lie, where those differ. `num_records`
-    official entries were merged into it and `num_empty` empty sentences were set aside. `split` is None where only the
-    published one is known. `exact`: the images are called as they are named, with no other ending or padding.
+    `names` holds the published names of the images; `sought` holds alternative file names for each image, if the
+    files may have other names. `num_records` official entries were merged into this pair, and `num_empty` empty
+    sentences were removed. `split` is None if the split follows from `official_split`. If `exact` is true, the image
+    files must have exactly these names, without another ending or other leading zeros.
     """
 
     official_id: str
@@ -172,28 +187,33 @@ class PublishedPair:
     exact: bool = False
 
     def locate(self, files: Files) -> list[Path | None]:
-        """Where each image lies; None: nowhere."""
+        """Return the file of each image, or None for an image that does not exist."""
         if self.exact:
             return [files.at(name) for name in self.names]
         paths = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
         if not self.sought and len(paths) == 2 and paths[0] == paths[1] and self.names[0] != self.names[1]:
-            # "a.png" is not there, and "a.jpg", the other image of the pair, was matched instead of it.
+            # A pair ("a.png", "a.jpg") of which a.png does not exist matches a.jpg twice: keep the exact match only.
             return [path if path and path.name == Path(name).name else None
                     for path, name in zip(paths, self.names, strict=True)]
         return paths
 
 
 def split_of(source: str, pair: PublishedPair) -> str:
-    """The published split; published val is halved into val and gate by digest, so that a group stays together."""
+    """Return the split of a pair in DiffCap.
+
+    This is the published split, except that the published val is divided into `val` and `gate` by a digest of the
+    group, so that pairs of one group stay together.
+    """
     if pair.split is None and pair.official_split == "val":
         return ("val", "gate")[int(digest(f"{source}-{pair.group}".encode()), 16) % 2]
     return pair.split or pair.official_split
 
 
 def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
-    """Reads the images. One that is not there is empty, and provenance["missing"] names it.
+    """Read the images of the pair and return the record.
 
-    A val or test pair whose every sentence is empty keeps one of them: papers score it so, and no pair may vanish.
+    A missing image becomes empty bytes, and provenance["missing"] lists its name. A val or test pair that has only
+    empty sentences keeps one empty reference, because papers score these pairs too, and no test pair may be lost.
     """
     paths = pair.locate(files)
     before, after, *_ = [*(path.read_bytes() if path else b"" for path in paths), b"", b""]
@@ -204,7 +224,7 @@ def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
     provenance |= {"missing": missing} if missing else {}
     provenance |= {"empty_references": pair.num_empty} if pair.num_empty else {}
     split = split_of(source, pair)
-    assert split in SPLITS, f"{source}: split '{split}' is none of {SPLITS}"
+    assert split in SPLITS, f"{source}: split must be one of {SPLITS}, got '{split}'"
     as_published = [""] if pair.num_empty and split != "train" and not pair.exact else []
     return Record(pair_id=f"{source}-{pair.official_split}-{pair.official_id}", source=source, split=split,
                   group_id=f"{source}-{pair.group}", before=before, after=after,

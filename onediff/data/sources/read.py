@@ -1,4 +1,4 @@
-"""A source's reader, what it finds in a folder as published, and the records that come of it."""
+"""Reads a source: chooses the reader, counts what a folder contains, and yields the records."""
 
 import difflib
 from collections import Counter, defaultdict
@@ -13,54 +13,61 @@ from onediff.data.sources.published import Files, PublishedPair, open_files, spl
 from onediff.data.sources.readers import folder as own
 from onediff.data.sources.tables import aligned
 
-SHOWN = 20  # missing images that are printed
+SHOWN = 20  # number of missing images that are printed
 SHARED = (("test", "val"), ("train", "val"), ("train", "test"))
 COUNTS = ("records", "pairs", "references", "empty", "missing_images")
 
 
 def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[PublishedPair]]:
-    """That of the published set so called, else `folder`. Raises ValueError for a name that looks misspelt."""
+    """Return the reader of the published data set with this name; otherwise the reader of users' own pairs.
+
+    Raises ValueError if the source is not a published set and its folder has no table of pairs.
+    """
     if source in CATALOG:
         return CATALOG[source].read
     if any(map(files.named, own.TABLES)):
         return own.read
     near = difflib.get_close_matches(source, CATALOG, 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"published ones are {', '.join(CATALOG)}"
-    raise ValueError(f"source '{source}' is no published one ({hint}) and the folder has no "
-                     f"{' or '.join(own.TABLES)}: data/README.md shows how to write one")
+    hint = f"did you mean '{near[0]}'?" if near else f"the published sets are {', '.join(CATALOG)}"
+    raise ValueError(f"source '{source}' is not a published set ({hint}), and the folder does not contain "
+                     f"{' or '.join(own.TABLES)}: data/README.md shows how to write such a file")
 
 
 def open_source(source: str, folder: Path, scratch: Path) -> Files:
-    """Raises FileNotFoundError that says what to put there; ValueError for an archive that is broken or not safe."""
+    """Return the index of the source's files. Archives are unpacked below `scratch`.
+
+    Raises FileNotFoundError, with instructions how to get the files, if the folder does not exist. Raises ValueError if
+    an archive is broken or not safe.
+    """
     if not folder.is_dir() and source in CATALOG:
         entry = CATALOG[source]
         steps = [f"run 'onediff data fetch {source}'"] if entry.addresses else []
-        steps += [f"put there {entry.manual}"] if entry.manual else []
-        raise FileNotFoundError(f"{folder} not found: {', then '.join(steps)} ({entry.home})")
+        steps += [f"put into this folder: {entry.manual}"] if entry.manual else []
+        raise FileNotFoundError(f"{folder} does not exist: {', then '.join(steps)} ({entry.home})")
     return open_files(folder, scratch)
 
 
 def records(source: str, files: Files, split: str) -> Iterator[Record]:
-    """The split's records, images read as they are asked for."""
+    """Return an iterator over the records of one split, which reads the images of each record only when needed."""
     return (to_record(source, pair, files) for pair in reader_of(source, files)(files)
             if split_of(source, pair) == split)
 
 
 def summarize(source: str, folder: Path, *, scratch: Path | None = None) -> dict[str, Any]:
-    """Counts by official split, image pairs that splits share, and the first missing images.
+    """Return counts for each official split, the number of image pairs that splits share, and the first missing images.
 
-    Archives in the folder are unpacked below `scratch` (by default runtime.yaml's), once. Raises ValueError,
-    FileNotFoundError.
+    Archives in the folder are unpacked once below `scratch` (default: `scratch` of runtime.yaml). Raises ValueError or
+    FileNotFoundError if a file is broken or missing.
     """
     summary, _ = survey(source, open_source(source, folder, scratch or Path(load_runtime().scratch)))
     return summary | {"missing": summary["missing"][:SHOWN]}
 
 
 def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
-    """As `summarize`, with every missing image; and how many pairs go into which split."""
+    """Return the summary that `summarize` describes, but with all missing images, and the number of pairs per split."""
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     types: dict[str, Counter[str]] = defaultdict(Counter)
-    names: dict[str, set[int]] = defaultdict(set)  # by hash: there may be millions
+    names: dict[str, set[int]] = defaultdict(set)  # hashes of the names, because a source may have millions of pairs
     missing: dict[str, dict[str, None]] = defaultdict(dict)
     num_pairs: Counter[str] = Counter()
     for pair in reader_of(source, files)(files):
@@ -85,7 +92,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary as lines to print."""
+    """Return the summary as text for the terminal."""
     rows = [[split, *(f"{counts[name]:,}" for name in COUNTS), _verdict(counts)]
             for split, counts in summary["splits"].items()]
     lines = [summary["source"], aligned(["split", *(name.replace("_", " ") for name in COUNTS), ""], rows)]
@@ -93,7 +100,7 @@ def as_text(summary: dict[str, Any]) -> str:
     lines.append(f"image pairs shared between splits, by published name: {', '.join(shared)}")
     if summary["missing"]:
         total = sum(counts["missing_images"] for counts in summary["splits"].values())
-        more = f" and on ({total:,} in all)" if total > len(summary["missing"]) else ""
+        more = f" and more ({total:,} in total)" if total > len(summary["missing"]) else ""
         lines.append(f"missing: {', '.join(summary['missing'])}{more}")
     if broken := summary.get("broken"):
         more = f"; and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
@@ -102,10 +109,10 @@ def as_text(summary: dict[str, Any]) -> str:
 
 
 def problems(summary: dict[str, Any]) -> list[str]:
-    """One line for every split that is not as published."""
+    """Return one line for every split that differs from the published counts or lacks images."""
     lines = []
     for split, counts in summary["splits"].items():
-        wrong = [f"{counts[name]:,} {name} where {number:,} are published" for name, number in _wrong(counts)]
+        wrong = [f"{counts[name]:,} {name}, but {number:,} were published" for name, number in _wrong(counts)]
         if counts["missing_images"]:
             noun = "image" if counts["missing_images"] == 1 else "images"
             wrong.append(f"{counts['missing_images']:,} {noun} missing")
@@ -115,12 +122,13 @@ def problems(summary: dict[str, Any]) -> list[str]:
 
 
 def _wrong(counts: dict[str, Any]) -> list[tuple[str, int]]:
-    """The official counts of a split that its own differ from."""
+    """Return name and official value of each count in which the split differs from the published set."""
     return [(name, number) for name, number in (counts["expected"] or {}).items() if counts[name] != number]
 
 
 def _counted(expected: dict[str, int] | None, tally: Counter[str], num_pairs: int, num_missing: int) -> dict[str, Any]:
-    with_empty = tally["references"] + tally["empty"]  # the official figure may count every sentence, empty ones too
+    # The official number of references may include empty sentences; then we count empty sentences too.
+    with_empty = tally["references"] + tally["empty"]
     official = expected and expected.get("references") == with_empty
     counts: dict[str, Any] = {"records": tally["records"], "pairs": num_pairs,
                               "references": with_empty if official else tally["references"], "empty": tally["empty"],
@@ -139,8 +147,8 @@ def _verdict(counts: dict[str, Any]) -> str:
 def _notes(source: str, splits: dict[str, dict[str, Any]]) -> Iterator[str]:
     for split, counts in splits.items():
         if not counts["records"]:
-            yield f"{split}: nothing found ({', '.join(CATALOG[source].annotations)} belong into the folder)"
+            yield f"{split}: no records (the folder must contain {', '.join(CATALOG[source].annotations)})"
         if counts["unreferenced"] and (counts["references"] or split == "test"):
-            yield f"{split}: {counts['unreferenced']:,} pairs have no sentence, or empty ones only: none can score them"
+            yield f"{split}: {counts['unreferenced']:,} pairs have no reference with words and cannot be scored"
     if source in CATALOG and not CATALOG[source].expected:
-        yield "no official counts are known: only the format was checked"
+        yield "the official counts are unknown, so only the format was checked"

@@ -1,4 +1,4 @@
-"""Open-domain real pairs: images of a collection that are alike, but not the same."""
+"""Finds open-domain real pairs: two images of a collection that are similar but not duplicates."""
 
 import functools
 import hashlib
@@ -18,14 +18,17 @@ from onediff.files import new_file
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
-PART = 512  # images whose vectors are stored together: what a kill can cost
-EXACT_UP_TO = 200_000  # images; above, an inverted file searches PROBES of its sqrt(n) lists only
-PROBES = 32
+PART = 512  # images whose embeddings are stored in one file; an interrupted run loses at most one such part
+EXACT_UP_TO = 200_000  # for more images than this, an approximate index (inverted file) replaces exact search
+PROBES = 32  # number of lists that the inverted file searches for each image, out of sqrt(number of images) lists
 
 
 @dataclass(frozen=True)
 class SimilarPair:
-    """Two images by their place in the collection; the order of before and after is drawn by digest."""
+    """A pair of images, given by their positions in the collection, with their cosine similarity.
+
+    A digest of the two names decides which image is `before`.
+    """
 
     before: int
     after: int
@@ -33,9 +36,10 @@ class SimilarPair:
 
 
 def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[SimilarPair]:
-    """Neighbours inside the window, nearest first, each image in at most max_uses pairs and no pair twice.
+    """Return pairs of neighbours whose similarity is between min_similarity and max_similarity, most similar first.
 
-    `vectors` (n, d) have length 1. The same vectors and names give the same pairs in the same order.
+    Each image is in at most max_uses pairs, and no pair occurs twice. `vectors` (n, d) must have length 1. Equal
+    vectors and names give equal pairs in equal order.
     """
     similarity, neighbour = _nearest(vectors, settings.num_neighbors + 1)
     rows, columns = np.nonzero((similarity >= settings.min_similarity) & (similarity <= settings.max_similarity))
@@ -55,7 +59,7 @@ def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[
 
 
 def pair_records(source: str, entries: list[Entry], pairs: list[SimilarPair]) -> Iterator[Record]:
-    """A training record of each pair, without references: those are the writer's to give."""
+    """Yield a training record for each pair. The record has no references, because the writer adds them later."""
     for pair in pairs:
         before, after = (next(load([entries[place]])) for place in (pair.before, pair.after))
         key = digest(f"{before.name}|{after.name}".encode())[:16]
@@ -68,10 +72,13 @@ def pair_records(source: str, entries: list[Entry], pairs: list[SimilarPair]) ->
 
 
 def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
-    """(n, count) cosines and places, nearest first; -1 where there is no more."""
+    """Return for each vector the `count` nearest vectors: their cosines (n, count) and their positions (n, count).
+
+    The nearest vector comes first. The position is -1 if fewer than `count` vectors were reached.
+    """
     import faiss
 
-    faiss.omp_set_num_threads(1)  # sums that are split over threads round differently
+    faiss.omp_set_num_threads(1)  # Sums that are split over several threads round differently.
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     index: faiss.Index = faiss.IndexFlatIP(rows.shape[1])
     if len(rows) > EXACT_UP_TO:
@@ -85,12 +92,10 @@ def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
     return similarity, neighbour
 
 
-# --- vectors ----------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Embedded:
-    """Vectors of the images that can be read, in order, and why the others cannot."""
+    """The embeddings of all readable images in order, and the error of each unreadable image by name."""
 
     vectors: Vectors
     names: list[str]
@@ -99,14 +104,18 @@ class Embedded:
 
 def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
                      max_megapixels: float) -> Iterator[Embedded]:
-    """PART images at a time, in order. Stored in scratch by content, so that a stopped run costs one part."""
+    """Yield the embeddings of the collection in order, PART images at a time.
+
+    The embeddings are stored in scratch under a digest of model and images, so an interrupted run repeats only one
+    part.
+    """
     parts = [entries[start : start + PART] for start in range(0, len(entries), PART)]
     make = functools.partial(_PartEmbedder, model, runtime.device, Path(runtime.scratch) / "embeddings", max_megapixels)
     return spread(make, parts, runtime, num_gpus=1)
 
 
 class _PartEmbedder:
-    """Loads the model once in each process."""
+    """A worker that embeds parts of a collection; the model is loaded once in each process."""
 
     def __init__(self, model: str, device: str, folder: Path, max_megapixels: float) -> None:
         self.embedder, self.folder, self.max_megapixels = Embedder(model, device), folder, max_megapixels

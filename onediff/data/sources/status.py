@@ -1,4 +1,4 @@
-"""What is there of every source, what is not, and what to do; without reading any image."""
+"""Reports for every source which files are present, which are missing and what to do, without reading any image."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
 from onediff.paths import PAIRS, RAW, READ_REPORTS
 
-_MAX_ENTRIES = 20_000  # directory entries that are listed per source
+_MAX_ENTRIES = 20_000  # largest number of directory entries that are listed per source
 _OWN = CatalogEntry(what="pairs of your own", licence="yours", home="", size="", annotations=TABLES,
                     manual="pairs.csv or pairs.jsonl and its images (data/README.md)")
 _COLLECTION = CatalogEntry(what="captioned images of your own", licence="yours", home="", size="", annotations=(),
@@ -22,7 +22,7 @@ _COLLECTION = CatalogEntry(what="captioned images of your own", licence="yours",
 
 
 def status(config: Config | None) -> list[dict[str, Any]]:
-    """A row for every published source and for each that the config names; paths are relative to the project."""
+    """Return a row for every published source and every source in the config; paths are relative to the project."""
     entries = dict(CATALOG)
     if config:
         entries |= {name: _OWN for name in config.data.raw if name not in CATALOG}
@@ -32,7 +32,7 @@ def status(config: Config | None) -> list[dict[str, Any]]:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """The table, then what each source is and what to do for it."""
+    """Return the rows as text: a table, then for each source a description and the next step."""
     table = aligned(["source", "used", "size", "present", "missing"],
                     [[row["source"], "yes" if row["used"] else "no", row["size"] or "-", row["present"] or "nothing",
                       row["missing"] or "nothing"] for row in rows])
@@ -48,11 +48,11 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     annotated = [name for name in entry.annotations if name in names]
     needs_all = entry is not _OWN and source != "instruct_pix2pix"
     missing = []
-    if not archives:  # what is missing may be in an archive
+    if not archives:  # If there are archives, they may contain the missing files.
         missing += [name for name in entry.annotations if name not in names] if needs_all or not annotated else []
         missing += [] if has_images else ["images"]
     reports = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
-    if reports:  # of the last run of stage read; that of stage retrieve has no splits
+    if reports:  # The last run of stage read wrote a report. (The report of stage retrieve has no splits.)
         splits = json.loads(reports[0].read_text(encoding="utf-8")).get("splits", {})
         num_missing = sum(counts["missing_images"] for counts in splits.values())
         missing += [f"{num_missing:,} images by name ({reports[0]})"] if num_missing else []
@@ -64,11 +64,14 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     return {"source": source, "what": entry.what, "licence": entry.licence, "home": entry.home, "size": entry.size,
             "present": ", ".join([*annotated, *archives, *(["images"] if has_images else [])]),
             "missing": ", ".join(missing),
-            "todo": "; ".join(steps) or f"nothing; 'onediff data read {source} {folder}' counts what is there"}
+            "todo": "; ".join(steps) or f"nothing; 'onediff data read {source} {folder}' counts the pairs"}
 
 
 def _listing(folder: Path) -> tuple[set[str], list[str], bool]:
-    """Names of files that are no images, the archives, whether there is an image; after some thousand it stops."""
+    """Return the names of files that are not images, the archives, and whether there are images.
+
+    The search stops after _MAX_ENTRIES directory entries.
+    """
     names, archives, has_images, num_entries = set(), [], False, 0
     for path, below, files in os.walk(folder, followlinks=True):
         below.sort()

@@ -1,8 +1,8 @@
-"""Rows of text in columns."""
+"""Formats rows of text as a table with aligned columns."""
 
 
 def aligned(head: list[str], rows: list[list[str]]) -> str:
-    """Numbers to the right, words to the left, two spaces between."""
+    """Return the table as text: numbers aligned right, words aligned left, two spaces between columns."""
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     right = [bool(rows) and all(row[column][:1].isdigit() for row in rows) for column in range(len(head))]

@@ -1,4 +1,4 @@
-"""Raw data under DVC: what was imported from elsewhere and may have changed there, and what was added here."""
+"""Keeps raw data under DVC: imports and updates published files, and adds folders of users' own data."""
 
 import subprocess
 import sys
@@ -16,59 +16,62 @@ _DVC = (sys.executable, "-m", "dvc")
 
 
 def fetch(source: str) -> None:
-    """`dvc import-url` of every direct address into data/raw/<source>, in the project's folder; what is there stays.
+    """Download all files of a published source into data/raw/<source> with `dvc import-url`; existing files stay.
 
-    Raises ValueError for an unknown source, for one without a direct address (saying what to put where), and when DVC
-    fails.
+    Raises ValueError if the source is unknown, if it has no direct address (the message then explains how to get the
+    files), or if DVC fails.
     """
     if source not in CATALOG:
-        raise ValueError(f"source '{source}' is no published one; known are {', '.join(CATALOG)}")
+        raise ValueError(f"source '{source}' is not a published set; the published sets are {', '.join(CATALOG)}")
     entry, folder = CATALOG[source], RAW / source
     if not entry.addresses:
-        raise ValueError(f"{source} has no direct address: put into {folder}: {entry.manual} ({entry.home})")
+        raise ValueError(f"{source} cannot be downloaded automatically: put into {folder}: {entry.manual} "
+                         f"({entry.home})")
     for place, address in entry.addresses.items():
         path = folder / place
         if path.exists():
-            print(f"{path} is there")
+            print(f"{path} already exists")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run([*_DVC, "import-url", address, str(path)], check=False).returncode:
-            raise ValueError(f"{path}: dvc could not get {address} (its words are above); try again, or put the file "
-                             f"there yourself ({entry.home})")
+            raise ValueError(f"{path}: dvc could not download {address} (see the error above); try again, or put the "
+                             f"file there by hand ({entry.home})")
     if entry.manual:
-        print(f"still to do by hand, into {folder}: {entry.manual} ({entry.home})")
+        print(f"now put by hand into {folder}: {entry.manual} ({entry.home})")
 
 
 def imported() -> list[Path]:
-    """The .dvc files of what `dvc import-url` or `dvc import` brought, as 'onediff data fetch' does; in order.
+    """Return in order the .dvc files of raw data that `dvc import-url` or `dvc import` downloaded.
 
-    Raises ValueError for a .dvc file that cannot be read.
+    Raises ValueError if a .dvc file cannot be read.
     """
     return [path for path in sorted(RAW.rglob("*.dvc")) if path.is_file() and _read(path).get("deps")]
 
 
 def update(path: Path) -> bool:
-    """`dvc update` of one .dvc file; whether what it brought has other bytes now.
+    """Run `dvc update` on one .dvc file and return whether the downloaded data changed.
 
-    Raises ValueError in DVC's words, such as when the origin cannot be reached; what is here stays as it is.
+    Raises ValueError with DVC's message if the update fails, for example because the origin cannot be reached; the
+    local data are then restored.
     """
     digests, content = _digests(path), path.read_bytes()
     try:
         _run("update", path)
     except ValueError as error:
         path.write_bytes(content)
-        _run("checkout", path)  # DVC had removed what is here before it asked the origin
-        raise ValueError(f"{error}; what is here stays: see whether its origin can be reached, then again") from None
+        _run("checkout", path)  # `dvc update` removes the local data before it contacts the origin.
+        raise ValueError(f"{error}; the local data are unchanged: check the connection to the origin, then try "
+                         "again") from None
     return _digests(path) != digests
 
 
 def add(folder: Path) -> None:
-    """`dvc add`. Raises ValueError in DVC's words."""
+    """Run `dvc add` on the folder. Raises ValueError with DVC's message if the command fails."""
     _run("add", folder)
 
 
 def state() -> str:
-    """One digest over all .dvc files below data/raw: the same as long as the raw data are the same."""
+    """Return one digest over all .dvc files below data/raw, which changes only when the raw data change."""
     contents = (f"{path.relative_to(RAW)}\0".encode() + path.read_bytes() for path in sorted(RAW.rglob("*.dvc")))
     return sha256(b"".join(contents)).hexdigest()[:32]
 
@@ -83,14 +86,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a .dvc file of DVC's; bring it back with 'git checkout {path}'")
+        raise ValueError(f"{path}: must be a .dvc file written by DVC; restore the file with 'git checkout {path}'")
     return content
 
 
 def _run(verb: str, path: Path) -> None:
-    """Runs `dvc <verb> <path>`, without --quiet, which would hide why it failed."""
+    """Run `dvc <verb> <path>`. We do not pass --quiet, because this option would hide the reason of a failure."""
     done = subprocess.run([*_DVC, verb, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line.strip().removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]
         reason = " ".join(line for line in lines if not line.startswith("Having any troubles"))
-        raise ValueError(f"dvc {verb} {path}: {reason or 'failed without a word'}")
+        raise ValueError(f"dvc {verb} {path}: {reason or 'failed without a message'}")

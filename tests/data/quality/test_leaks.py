@@ -228,7 +228,7 @@ def test_thumbnails_come_from_the_right_shard_row_and_side(tmp_path: Path) -> No
 
 def test_a_leak_is_refused_by_name_and_reports_alone_pass() -> None:
     rows = table([row(0, "train", hash_after="x"), row(1, "gate", hash_before="x")])
-    with pytest.raises(ValueError, match=r"1 pairs show what a later split holds \(first: web-0 in train and web-1 in "
+    with pytest.raises(ValueError, match=r"1 pairs also occur in a later split \(first: web-0 in train and web-1 in "
                                          r"gate: equal image\); remove them, or set data\.leaks\.action to drop"):
         refuse_leaks(find_leaks(rows, REPORT_ONLY, nothing), report=Path("leaks.parquet"))
     near = table([row(0, "train", phash_after=1), row(1, "gate", phash_before=1)])

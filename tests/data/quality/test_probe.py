@@ -245,13 +245,13 @@ def test_a_row_without_images_or_captions_is_a_bad_row_and_no_crash(tmp_path: Pa
 
 
 def test_shards_that_are_missing_broken_or_foreign_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not found"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         count_pairs(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet: not a complete Parquet file"):
         count_pairs(tmp_path)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"must be pair_id \(string\), source .*; got text \(string\); make"):
+    with pytest.raises(ValueError, match=r"must be pair_id \(string\), source .*; got text \(string\); create"):
         count_pairs(tmp_path)
 
 
@@ -260,8 +260,8 @@ def test_a_shard_that_is_cut_short_or_broken_inside_is_named(tmp_path: Path) -> 
     path = tmp_path / "train-00000.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: not a whole Parquet file"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: not a complete Parquet file"):
         probed(tmp_path)
     path.write_bytes(whole[:1000] + bytes(len(whole) // 2) + whole[1000 + len(whole) // 2 :])
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 is broken \(.*\); make it again"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 cannot be read \(.*\); create the file again"):
         probed(tmp_path)

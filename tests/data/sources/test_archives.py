@@ -44,7 +44,7 @@ def test_files_come_out_as_they_went_in(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["x.zip", "x.tar.gz"])
 def test_a_member_outside_the_folder_is_refused_and_nothing_is_left(name: str, kind: str, tmp_path: Path) -> None:
     archive = (zipped if kind == "x.zip" else tarred)(tmp_path / kind, {"fine.txt": b"1", name: b"2"})
-    with pytest.raises(ValueError, match="would be written outside its folder; do not trust"):
+    with pytest.raises(ValueError, match="would be written outside the target folder; do not"):
         unpack(archive, tmp_path / "deep/er/out", **LIMITS)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
 
@@ -67,9 +67,9 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
 
 def test_a_bomb_is_stopped_while_it_is_written_whatever_its_header_says(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "x.zip", {"bomb": bytes(10_001)})
-    with pytest.raises(ValueError, match="larger than 10000 bytes: a bomb"):
+    with pytest.raises(ValueError, match="larger than 10000 bytes: free some disk space"):
         unpack(archive, tmp_path / "out", **LIMITS)
-    with pytest.raises(ValueError, match="more than 20 files"):
+    with pytest.raises(ValueError, match="contains more than 20 files"):
         unpack(tarred(tmp_path / "x.tar", {str(k): b"" for k in range(21)}), tmp_path / "out", **LIMITS)
     assert not (tmp_path / "out").exists()
 
@@ -80,7 +80,7 @@ def test_a_broken_archive_is_refused_whole(name: str, tmp_path: Path) -> None:
     whole = archive.read_bytes()
     for content in (b"", b"<html>not found</html>", whole[: len(whole) // 2]):
         archive.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: broken or not a whole archive"):
+        with pytest.raises(ValueError, match=f"{name}: broken or incomplete archive"):
             unpack(archive, tmp_path / "out", **LIMITS)
     assert list(tmp_path.iterdir()) == [archive]
 
@@ -90,18 +90,18 @@ def test_a_damaged_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a", b"content that is stored as it is")
     archive.write_bytes(archive.read_bytes().replace(b"stored", b"STORED"))
-    with pytest.raises(ValueError, match=r"broken or not a whole archive .Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"broken or incomplete archive .Bad CRC-32"):
         unpack(archive, tmp_path / "out", **LIMITS)
 
 
 def test_other_files_names_twice_and_folders_that_are_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.rar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.zip, \.tar, .* can be unpacked; unpack it yourself"):
+    with pytest.raises(ValueError, match=r"\.zip, \.tar, .* can be unpacked; unpack this archive by hand"):
         unpack(tmp_path / "x.rar", tmp_path / "out", **LIMITS)
-    with pytest.raises(ValueError, match="holds 'a' twice"):
+    with pytest.raises(ValueError, match="contains 'a' twice"):
         unpack(tarred(tmp_path / "y.tar", {"a": b"1", "./a": b"2"}), tmp_path / "out", **LIMITS)
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="is already there: remove it"):
+    with pytest.raises(FileExistsError, match="already exists: remove it"):
         unpack(zipped(tmp_path / "z.zip", CONTENT), tmp_path / "out", **LIMITS)
 
 

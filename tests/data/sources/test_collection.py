@@ -67,10 +67,10 @@ def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: 
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    ([], r"no image with a caption in it; captions\.csv or captions\.jsonl, COCO's JSON"),
-    (["9.jpg,gone", "0.jpg,there"], r"1 of 2 images are not there \(first: 9\.jpg\)"),
+    ([], r"contains no image with a caption; add captions\.csv or captions\.jsonl, COCO's JSON"),
+    (["9.jpg,gone", "0.jpg,there"], r"1 of 2 images do not exist \(first: 9\.jpg\)"),
     (["../0.jpg,out"], r"captions\.csv line 2: image must be a path below the folder, .*, got '\.\./0\.jpg'"),
-    (['0.jpg,"never closed'], r"captions\.csv line \d: broken quoting"),
+    (['0.jpg,"never closed'], r"captions\.csv line \d: wrong quotes"),
     (["0.jpg,a,b"], r"captions\.csv line 2: 2 columns expected, got 3"),
 ])
 def test_bad_tables_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -80,15 +80,15 @@ def test_bad_tables_are_refused(tmp_path: Path, lines: list[str], message: str) 
 
 
 def test_bad_parquet_and_missing_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere not found: put images and captions\.csv there"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: put images and captions\.csv, or Parquet"):
         list(load(list_collection(tmp_path / "nowhere")))
     pq.write_table(pa.table({"image": [b"x"], "words": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: no column caption, captions, text; got image, words"):
+    with pytest.raises(ValueError, match=r"a\.parquet: must have a column of captions called caption, captions or text, got image, words"):
         list(load(list_collection(tmp_path)))
     pq.write_table(pa.table({"url": ["x"], "caption": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: no column of images"):
+    with pytest.raises(ValueError, match=r"a\.parquet: must have a column of images"):
         list(load(list_collection(tmp_path)))
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file .*get it again"):
+    with pytest.raises(ValueError, match=r"a\.parquet: not a complete Parquet file .*download it again"):
         list(load(list_collection(tmp_path)))

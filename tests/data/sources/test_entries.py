@@ -31,9 +31,9 @@ def test_a_list_read_in_pieces_is_what_json_reads_at_once(indent: int | None, ch
 @pytest.mark.parametrize(("text", "message"), [
     ("", r"line 1: not valid JSON \(a list \[...\] was expected, got ''\)"),
     ('{"a": 1}', "a list .* was expected"),
-    ('[\n{"a": 1},\n{"a": }\n]', r"entry 2 \(line 3\): not valid JSON \(Expecting value\); get the file again"),
-    ('[{"a": 1},\n {"a": "cut', r"entry 2 \(line 2\): not valid JSON \(Unterminated string.*the file ends here"),
-    ('[{"a": 1},', r"entry 2 \(line 1\).*the file ends here, so it is not whole"),
+    ('[\n{"a": 1},\n{"a": }\n]', r"entry 2 \(line 3\): not valid JSON \(Expecting value\); download the file again"),
+    ('[{"a": 1},\n {"a": "cut', r"entry 2 \(line 2\): not valid JSON \(Unterminated string.*the file ends too early"),
+    ('[{"a": 1},', r"entry 2 \(line 1\).*the file ends too early, so it is incomplete"),
     ('[{"a": 1}', r"',' or '\]' after entry 1 was expected, got ''"),
     ('[{"a": 1} {"a": 2}]', r"',' or '\]' after entry 1 was expected"),
     ("[\n\n3]", r"entry 1 \(line 3\): an object .* expected, got 3"),
@@ -49,9 +49,9 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": "\xff"}]')
     for read in (read_list, read_lines):
-        with pytest.raises(ValueError, match=r"rows\.json: not UTF-8 .* get the file again"):
+        with pytest.raises(ValueError, match=r"rows\.json: must be UTF-8, .* download the file again"):
             list(read(path))
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="must be UTF-8"):
         read_json(path, list)
 
 
@@ -62,7 +62,7 @@ def test_lines_and_whole_files_name_the_line(tmp_path: Path) -> None:
         read_json(put(tmp_path / "a.json", "{\n3}"), dict)
     with pytest.raises(ValueError, match=r"an object \{...\} expected, got \[1\]; take the file as published"):
         read_json(put(tmp_path / "b.json", "[1]"), dict)
-    with pytest.raises(ValueError, match="there: 'b' is missing; it has a"):
+    with pytest.raises(ValueError, match="there: 'b' is missing, got a"):
         part({"a": 1}, "b", str, "there")
     with pytest.raises(ValueError, match="there, a: text expected, got 1"):
         part({"a": 1}, "a", str, "there")
@@ -80,10 +80,10 @@ def test_a_tsv_is_what_the_csv_module_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("table", "message"), [
-    (bird_table([bird_row(1, "train", 1, '"opened and never closed')]), "line 2, description: a quote is opened and"),
-    (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]), "line 3: 11 columns expected, got 3: a tab"),
+    (bird_table([bird_row(1, "train", 1, '"opened and never closed')]), "line 2, description: a quote is opened but"),
+    (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]), "line 3: 11 columns expected, got 3: a text contains a tab"),
     (bird_table([bird_row(1, "train", 1, "with a\ttab")]), "line 2: 11 columns expected, got 12"),
-    ("a\tb\n1\t2\n", "line 1: the header lacks img1ObservationURL, .*; got a, b"),
+    ("a\tb\n1\t2\n", "line 1: the header must contain img1ObservationURL, .*, got a, b"),
 ])
 def test_a_broken_tsv_is_answered_with_the_line(table: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -91,9 +91,9 @@ def test_a_broken_tsv_is_answered_with_the_line(table: str, message: str, tmp_pa
 
 
 def test_a_broken_csv_is_answered_with_the_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="line 2: 2 columns expected, got 3: put a text that holds a comma"):
+    with pytest.raises(ValueError, match="line 2: 2 columns expected, got 3: put a text that contains a comma"):
         list(read_csv(put(tmp_path / "a.csv", "before,after\na,b,c\n")))
-    with pytest.raises(ValueError, match="broken quoting"):
+    with pytest.raises(ValueError, match="wrong quotes"):
         list(read_csv(put(tmp_path / "a.csv", 'before,after\n"a,b\nc,d\n')))
 
 

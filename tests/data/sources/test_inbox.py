@@ -125,10 +125,10 @@ def no_table(folder: Path) -> None:
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (break_image, r"pair 2: .*2_after\.png: corrupt or truncated"),
-    (lose_image, r"pair 2: images/2_after\.png is not in the folder; put it there"),
+    (lose_image, r"pair 2: the image images/2_after\.png is not in the folder; add the image"),
     (spoil_table, r"pairs\.csv line 3: before must be a path below the folder"),
-    (link_out, r"images/2_after\.png is a link; put the file itself there"),
-    (no_table, r"no pairs\.csv or pairs\.jsonl in it"),
+    (link_out, r"images/2_after\.png is a symbolic link; replace the link by the file itself"),
+    (no_table, r"must contain pairs\.csv or pairs\.jsonl"),
 ])
 def test_a_bad_batch_stays_where_it_is_and_stops_no_other(drop_box: Inbox, spoil: Callable[[Path], Any],
                                                           message: str) -> None:
@@ -144,8 +144,8 @@ def test_a_bad_batch_stays_where_it_is_and_stops_no_other(drop_box: Inbox, spoil
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("mnie", "no source of params.yaml: data.raw, which names mine, other; did you mean 'mine'?"),
-    ("spot_the_diff", "a published set"),
+    ("mnie", "a source in params.yaml: data.raw, which lists mine, other; did you mean 'mine'?"),
+    ("spot_the_diff", "a published data set has this name"),
     ("My pairs", "rename the folder, or add the source there"),
 ])
 def test_a_folder_of_a_wrong_name_is_reported(drop_box: Inbox, name: str, message: str) -> None:
@@ -156,7 +156,7 @@ def test_a_folder_of_a_wrong_name_is_reported(drop_box: Inbox, name: str, messag
 def test_a_loose_file_is_reported(drop_box: Inbox) -> None:
     Path("inbox/pairs.csv").write_text("before,after")
     [problem] = import_batches(drop_box).problems
-    assert problem == "inbox/pairs.csv: not a folder: put a batch into a sub-folder called as its source"
+    assert problem == "inbox/pairs.csv: not a folder: put each batch into a sub-folder that has the name of its source"
 
 
 def test_an_id_that_the_source_has_is_refused(drop_box: Inbox) -> None:
@@ -165,7 +165,7 @@ def test_an_id_that_the_source_has_is_refused(drop_box: Inbox) -> None:
         row = {"before": "1_before.png", "after": "1_after.png", "references": [reference], "pair_id": "x7"}
         (folder / "pairs.jsonl").write_text(json.dumps(row))
         report = import_batches(drop_box)
-    assert "pair 1: pair_id 'x7' is in the source already" in report.problems[0]
+    assert "pair 1: pair_id 'x7' already exists in the source" in report.problems[0]
     assert len(pairs_in(Path("data/raw/mine"))) == 1
 
 
@@ -173,7 +173,7 @@ def test_the_very_same_batch_again_is_reported_and_kept(drop_box: Inbox) -> None
     drop("folder")
     import_batches(drop_box)
     drop("folder")
-    assert "these very files came in before, as data/raw/mine/" in import_batches(drop_box).problems[0]
+    assert "exactly these files were imported before, as data/raw/mine/" in import_batches(drop_box).problems[0]
     assert Path("inbox/mine/pairs.csv").exists() and len(pairs_in(Path("data/raw/mine"))) == 5
 
 
@@ -186,7 +186,7 @@ def test_a_source_that_dvc_has_but_this_clone_has_not_is_not_begun_anew(drop_box
 
 
 def test_without_an_inbox_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"make the folder, or set inbox in runtime\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"create this folder, or set inbox in runtime\.yaml"):
         import_batches(Inbox(tmp_path / "none", tmp_path, SOURCES, settle_s=0, max_megapixels=64))
 
 

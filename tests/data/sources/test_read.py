@@ -79,18 +79,18 @@ def test_a_partial_download_names_what_it_lacks_and_is_not_complete(tmp_path: Pa
     text = as_text(summary)
     assert "missing: 8_2.png" in text
     assert "published: records 1,404, pairs 1,270, references 2,107" in text
-    assert "train: nothing found" in text
+    assert "train: no records" in text
 
 
 def test_a_misspelt_source_is_answered_with_the_likely_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'spot_the_dif' is no published one .did you mean 'spot_the_diff'"):
+    with pytest.raises(ValueError, match=r"'spot_the_dif' is not a published set .did you mean 'spot_the_diff'"):
         summarize("spot_the_dif", tmp_path)
-    with pytest.raises(ValueError, match=r"'mine' is no published one .* has no pairs\.csv or pairs\.jsonl"):
+    with pytest.raises(ValueError, match=r"'mine' is not a published set .* does not contain pairs\.csv or pairs\.jsonl"):
         summarize("mine", tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_answered_with_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not found: run 'onediff data fetch spot_the_diff', then put"):
+    with pytest.raises(FileNotFoundError, match="does not exist: run 'onediff data fetch spot_the_diff', then put"):
         summarize("spot_the_diff", tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match=r"no train\.json or val\.json or test\.json in it"):
+    with pytest.raises(FileNotFoundError, match=r"must contain train\.json or val\.json or test\.json"):
         summarize("spot_the_diff", tmp_path)

@@ -40,7 +40,7 @@ def test_what_is_present_is_seen_and_what_the_last_read_missed_is_named(config: 
     picture(tmp_path / "data/raw/spot_the_diff/images/1.png", 1)
     row = {row["source"]: row for row in status(config)}["spot_the_diff"]
     assert (row["present"], row["missing"]) == ("train.json, val.json, test.json, images", "")
-    assert row["todo"] == "nothing; 'onediff data read spot_the_diff data/raw/spot_the_diff' counts what is there"
+    assert row["todo"] == "nothing; 'onediff data read spot_the_diff data/raw/spot_the_diff' counts the pairs"
     put(tmp_path / "data/pairs/spot_the_diff/report.json", {"splits": {"test": {"missing_images": 1234}}})
     row = {row["source"]: row for row in status(config)}["spot_the_diff"]
     assert row["missing"] == "1,234 images by name (data/pairs/spot_the_diff/report.json)"

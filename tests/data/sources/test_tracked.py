@@ -53,17 +53,17 @@ def test_files_come_by_dvc_from_their_address_and_what_is_there_stays(
     assert (project / "data/raw/llava_665k/deep/b.zip").read_text() == "packed"
     assert address in (project / "data/raw/llava_665k/deep/b.zip.dvc").read_text()
     said = capfd.readouterr().out
-    assert "data/raw/llava_665k/a.json is there" in said
-    assert "still to do by hand, into data/raw/llava_665k: OCR-VQA's images" in said
+    assert "data/raw/llava_665k/a.json already exists" in said
+    assert "now put by hand into data/raw/llava_665k: OCR-VQA's images" in said
 
 
 def test_what_cannot_be_fetched_is_answered_with_what_to_do(project: Path, address: str,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"clevr_change has no direct address: put into data/raw/clevr_change: clevr"):
+    with pytest.raises(ValueError, match=r"clevr_change cannot be downloaded automatically: put into data/raw/clevr_change: clevr"):
         fetch("clevr_change")
-    with pytest.raises(ValueError, match="source 'mine' is no published one; known are spot_the_diff"):
+    with pytest.raises(ValueError, match="source 'mine' is not a published set; the published sets are spot_the_diff"):
         fetch("mine")
     monkeypatch.setitem(CATALOG, "llava_558k", replace(CATALOG["llava_558k"], addresses={"x": f"{address}/x.json"}))
-    with pytest.raises(ValueError, match=r"data/raw/llava_558k/x: dvc could not get http://127.*/x\.json"):
+    with pytest.raises(ValueError, match=r"data/raw/llava_558k/x: dvc could not download http://127.*/x\.json"):
         fetch("llava_558k")
     assert not (project / "data/raw/llava_558k/x").exists()

@@ -183,7 +183,7 @@ def test_truth_without_a_grammar_or_of_other_pairs_is_refused(server: ChatServer
         judge_files(path, None, SETTINGS, runtime, known="spot_the_diff", shards=shards)
     with pytest.raises(ValueError, match=r"--truth scenes: 1 pairs of the predictions are none of its .*\(first: a\)"):
         judge_files(path, None, SETTINGS, runtime, known="scenes", shards=shards)
-    with pytest.raises(FileNotFoundError, match=r"nowhere/test-.*parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/test-.*parquet does not exist"):
         judge_files(path, None, SETTINGS, runtime, known="scenes", shards=Path("nowhere"))
 
 

@@ -1,7 +1,8 @@
-"""Birds-to-Words: two photographs of birds and up to five paragraphs on how they differ. Forbes et al., EMNLP 2019.
+"""Reads Birds-to-Words: pairs of bird photographs and up to five paragraphs about their differences.
 
-A TSV with a header, a paragraph per row; the images are URLs of iNaturalist. Photograph 647514
-(".../photos/647514/large.jpg?...") is found as 647514.jpg, 647514_large.jpg, or large.jpg in a folder 647514.
+The annotations are a TSV file with a header and one paragraph per row; the images are given as URLs of iNaturalist.
+The photograph with the URL ".../photos/647514/large.jpg?..." may be stored as 647514.jpg, as 647514_large.jpg or as
+large.jpg in a folder 647514. Forbes et al., EMNLP 2019.
 """
 
 import re
@@ -20,13 +21,17 @@ _PHOTO = re.compile(r"/photos/(\d+)/")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Rows about the same two photographs are one pair. Raises ValueError, FileNotFoundError."""
+    """Yield one pair for all rows about the same two photographs.
+
+    Raises ValueError if the file is broken and FileNotFoundError if it does not exist.
+    """
     tables = files.ending(".tsv")
     path = tables[0] if len(tables) == 1 else files.require(ANNOTATIONS)
     merged: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for place, row in read_tsv(path, COLUMNS):
         if row["split"] not in OFFICIAL_SPLITS:
-            raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'")
+            raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'; "
+                             "take the file as published")
         key = (row["split"], row["img1ImgURL"].strip(), row["img2ImgURL"].strip())
         merged.setdefault(key, []).append(row)
     for (split, *names), rows in merged.items():
@@ -38,6 +43,7 @@ def read(files: Files) -> Iterator[PublishedPair]:
 
 
 def _file_names(url: str) -> tuple[str, ...]:
+    """Return the possible file names of the photograph with this URL."""
     path = PurePosixPath(urlsplit(url).path)
     photo = _PHOTO.search(str(path))
     if not photo:

@@ -1,7 +1,9 @@
-"""CLEVR-Change: rendered table tops; each base image with a change, and with another view only. Park et al., ICCV 2019.
+"""Reads CLEVR-Change: rendered scenes of objects on a table. Park et al., ICCV 2019.
 
-splits.json: numbers of base images by split; change_captions.json and no_change_captions.json: sentences by default
-image; type_mapping.json: images by type of change. Images CLEVR_{default,semantic,nonsemantic}_<number>.png.
+Each base image ("default") has two partners: one with a change ("semantic") and one that only shows another view
+("nonsemantic"). The images are CLEVR_{default,semantic,nonsemantic}_<number>.png. splits.json lists the numbers of the
+base images by split; change_captions.json and no_change_captions.json hold the sentences by base image;
+type_mapping.json lists the images by type of change.
 """
 
 from collections.abc import Iterator
@@ -11,11 +13,14 @@ from onediff.data.sources.entries import expect, part, read_json, sentences
 from onediff.data.sources.published import NO_TYPE, OFFICIAL_SPLITS, Files, PublishedPair
 
 ANNOTATIONS = ("splits.json", "change_captions.json", "no_change_captions.json", "type_mapping.json")
-TYPES = {"material": "texture"}  # the papers' word
+TYPES = {"material": "texture"}  # Papers call this type of change "texture".
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Two pairs for each base image. Raises ValueError for a broken file, FileNotFoundError if one is not there."""
+    """Yield two pairs for each base image, one with a change and one without.
+
+    Raises ValueError if a file is broken and FileNotFoundError if one does not exist.
+    """
     paths = [files.require(name) for name in ANNOTATIONS]
     splits, changed, same, mapping = (read_json(path, dict) for path in paths)
     types = {_number(name, paths[3]): TYPES.get(kind) or kind
@@ -29,14 +34,17 @@ def read(files: Files) -> Iterator[PublishedPair]:
                 place = f"{path}, image {number:06d}"
                 references, empty = sentences(expect(by_number.get(number, []), list, place), place)
                 names = (f"CLEVR_default_{number:06d}.png", f"CLEVR_{kind}_{number:06d}.png")
+                # Each entry of splits.json gives two pairs, so only the changed pair counts as an official record.
                 yield PublishedPair(
                     f"{number:06d}-{kind}", split, names, references, f"{number:06d}",
                     types.get(number, NO_TYPE) if kind == "semantic" else "none",
-                    num_records=int(kind == "semantic"), num_empty=empty)  # one entry of splits.json, two pairs
+                    num_records=int(kind == "semantic"), num_empty=empty)
 
 
 def _number(name: str, place: Path) -> int:
+    """Return the number in the name of an image. Raises ValueError if the name has none."""
     digits = PurePosixPath(expect(name, str, str(place))).stem.rpartition("_")[2]
     if not digits.isdecimal():
-        raise ValueError(f"{place}: '{name[:40]}' is no image of CLEVR-Change, such as CLEVR_default_000000.png")
+        raise ValueError(f"{place}: image names must be like CLEVR_default_000000.png, got '{name[:40]}'; take the "
+                         "file as published")
     return int(digits)

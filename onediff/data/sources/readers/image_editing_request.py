@@ -1,7 +1,7 @@
-"""Image-Editing-Request: photographs edited on request. Tan et al., ACL 2019.
+"""Reads Image-Editing-Request: photographs and the requests by which they were edited. Tan et al., ACL 2019.
 
-{train,valid,test}.json: [{"uid": "...", "img0": "a.jpg", "img1": "b.jpg", "sents": ["..."]}, ...]. A record is known by
-its uid: the same two images may come with several requests, and then stay in one split together.
+{train,valid,test}.json: [{"uid": "...", "img0": "a.jpg", "img1": "b.jpg", "sents": ["..."]}, ...]. The `uid` identifies
+a record. Two images may occur in several records with different requests; these records form one group.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,16 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("valid.json", "val.json"), "tes
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Raises ValueError for a broken file or a uid that is there twice, FileNotFoundError if there is no file."""
+    """Yield one pair for each record.
+
+    Raises ValueError if a file is broken or a uid occurs twice in a file, and FileNotFoundError if no file exists.
+    """
     for split, path in files.by_split(ANNOTATIONS).items():
         seen: set[str] = set()
         for place, entry in read_list(path):
             uid = identity(entry, "uid", place)
             if uid in seen:
-                raise ValueError(f"{place}: uid '{uid}' is there a second time; take the file as published")
+                raise ValueError(f"{place}: uid '{uid}' occurs a second time; take the file as published")
             seen.add(uid)
             names = (part(entry, "img0", str, place), part(entry, "img1", str, place))
             references, empty = sentences(part(entry, "sents", list, place), place)

@@ -1,8 +1,9 @@
-"""InstructPix2Pix: images made from a caption and from its edited form. Brooks et al., CVPR 2023.
+"""Reads InstructPix2Pix: images generated from a caption and from an edited version of the caption.
 
-A folder for each prompt, in shards or not: prompt.json {"input", "edit", "output"}, metadata.jsonl with a sample per
-line {"seed", "sim_image", ...}, images <seed>_0.jpg and <seed>_1.jpg. It has no captions of differences: the writer
-(data.written) makes them from "input", "edit" and "output".
+Each prompt has a folder, inside a shard or not, with prompt.json {"input", "edit", "output"}, metadata.jsonl with one
+sample {"seed", "sim_image", ...} per line, and the images <seed>_0.jpg and <seed>_1.jpg. The data set contains no
+captions of differences: the writer (data.written) creates them from "input", "edit" and "output".
+Brooks et al., CVPR 2023.
 """
 
 import itertools
@@ -15,19 +16,22 @@ SIMILARITIES = ("sim_0", "sim_1", "sim_direction", "sim_image", "sim_text")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """A pair for every sample. Raises ValueError for a broken file, FileNotFoundError if there is no prompt."""
+    """Yield one pair for each sample, without references.
+
+    Raises ValueError if a file is broken and FileNotFoundError if there is no prompt.
+    """
     prompts = sorted(files.all_named("prompt.json"), key=lambda path: path.parent.name)
     if not prompts:
         files.require("prompt.json")
     for before, after in itertools.pairwise(prompts):
         if before.parent.name == after.parent.name:
-            raise ValueError(f"{before.parent} and {after.parent}: the same prompt twice; leave only one of them there")
+            raise ValueError(f"{before.parent} and {after.parent} hold the same prompt; keep only one of these folders")
     for path in prompts:
         prompt = read_json(path, dict)
         caption, edit, edited = (one_line(part(prompt, key, str, str(path))) for key in ("input", "edit", "output"))
         samples, name = path.with_name("metadata.jsonl"), path.parent.name
         if not samples.exists():
-            raise FileNotFoundError(f"{samples} not found: unpack the shard again")
+            raise FileNotFoundError(f"{samples} does not exist: unpack the shard again")
         for place, sample in read_lines(samples):
             seed = part(sample, "seed", int, place)
             yield PublishedPair(

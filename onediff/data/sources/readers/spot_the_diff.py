@@ -1,7 +1,7 @@
-"""Spot-the-Diff: pairs of surveillance frames. Jhamtani and Berg-Kirkpatrick, EMNLP 2018.
+"""Reads Spot-the-Diff: pairs of frames from surveillance cameras. Jhamtani and Berg-Kirkpatrick, EMNLP 2018.
 
 {train,val,test}.json: [{"img_id": "1001", "sentences": ["..."]}, ...]; images <img_id>.png and <img_id>_2.png.
-Entries with the same img_id are one pair; every sentence is a reference.
+All entries with one img_id form one pair, and every sentence is a reference.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,10 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "tes
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Raises ValueError for a broken file, FileNotFoundError if there is none at all."""
+    """Yield one pair for all entries with the same img_id.
+
+    Raises ValueError if a file is broken and FileNotFoundError if no annotation file exists.
+    """
     for split, path in files.by_split(ANNOTATIONS).items():
         merged: dict[str, tuple[list[str], list[int]]] = {}
         for place, entry in read_list(path):

@@ -53,15 +53,15 @@ def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -
     ("before,after\na.png,../b.png\n", "line 2: after must be a path below the folder"),
     ("before,after\na.png,\n", "after must be a path below the folder, .* got ''"),
     ("before,reference\na.png,b\n", "line 1: 'after' is missing"),
-    ("before,after,captoin\na,b,c\n", "line 1: unknown column 'captoin'; known are before, after, references"),
+    ("before,after,captoin\na,b,c\n", "line 1: unknown column 'captoin'; allowed are before, after, references"),
     ("before;after;references\na;b;c\n", "line 1: the columns must be separated by commas, got a semicolon in "),
     ("before\tafter\na\tb\n", "line 1: the columns must be separated by commas, got a tab in "),
     ("before,after,split,reference\na,b,tset,c\n", "split must be one of train, val, gate, test or empty, got 'tset'"),
-    ("before,after,split\na,b,test\n", "line 2: a pair of split test without references cannot be scored"),
-    ("before,after,split,reference\na,b,gate, \n", "line 2: a pair of split gate without references cannot be scored"),
-    ("before,after,reference\n", "no pair in it"),
-    ("before,after,reference,reference\na,b,c,d\n", "line 1: the header has 'reference' twice"),
-    ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is also that of .*line 2"),
+    ("before,after,split\na,b,test\n", "line 2: a pair of split test must have a reference"),
+    ("before,after,split,reference\na,b,gate, \n", "line 2: a pair of split gate must have a reference"),
+    ("before,after,reference\n", "the table contains no pair"),
+    ("before,after,reference,reference\na,b,c,d\n", "line 1: the header contains column 'reference' twice"),
+    ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is already used in .*line 2"),
 ])
 def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", table)
@@ -72,7 +72,7 @@ def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:
 def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", "before,after\n")
     put(tmp_path / "pairs.jsonl", "")
-    with pytest.raises(ValueError, match="which of them"):
+    with pytest.raises(ValueError, match="the folder must contain one table"):
         read(tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_published_val_is_halved_into_val_and_gate_always_alike(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("entry", "message"), [
-    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing; it has sentences"),
+    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing, got sentences"),
     ({"img_id": "1", "sentences": "x"}, "sentences: a list expected, got \"x\""),
     ({"img_id": "1", "sentences": [3]}, "text expected, got 3"),
     ({"img_id": None, "sentences": []}, "img_id: text expected, got null"),
@@ -100,7 +100,7 @@ def test_requests_are_known_by_uid_and_pairs_stay_together(tmp_path: Path) -> No
     assert len({record.split for record in found.values()}) == 1, "the same pair is never in val and gate"
     assert found["image_editing_request-val-x"].provenance["names"] == ["a.jpg", "b.gif"]
     put(tmp_path / "valid.json", [entries[0], entries[0]])
-    with pytest.raises(ValueError, match=r"entry 2 .*: uid 'x' is there a second time"):
+    with pytest.raises(ValueError, match=r"entry 2 .*: uid 'x' occurs a second time"):
         summarize("image_editing_request", tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_birds_merge_their_paragraphs_and_are_found_by_photo_number(tmp_path: Pa
     summary = summarize("birds_to_words", tmp_path)
     assert summary["splits"]["test"]["records"] == 2
     assert summary["splits"]["test"]["pairs"] == 1
-    assert "no official counts are known: only the format was checked" in summary["notes"]
+    assert "the official counts are unknown, so only the format was checked" in summary["notes"]
 
 
 def test_birds_with_another_split_are_refused(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_clevr_files_that_are_wrong_or_absent_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"splits\.json, train: a number expected, got \"12\""):
         summarize("clevr_change", tmp_path)
     clevr(tmp_path, splits={"train": []})
-    with pytest.raises(ValueError, match="'val' is missing; it has train"):
+    with pytest.raises(ValueError, match="'val' is missing, got train"):
         summarize("clevr_change", tmp_path)
     clevr(tmp_path, change_captions={"cube.png": []})
-    with pytest.raises(ValueError, match=r"change_captions\.json: 'cube.png' is no image of CLEVR-Change"):
+    with pytest.raises(ValueError, match=r"change_captions\.json: image names must be like CLEVR_default_000000\.png, got 'cube\.png'"):
         summarize("clevr_change", tmp_path)
     (tmp_path / "type_mapping.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no type_mapping\.json in it"):
+    with pytest.raises(FileNotFoundError, match=r"must contain type_mapping\.json"):
         summarize("clevr_change", tmp_path)
 
 
@@ -219,13 +219,13 @@ def test_a_real_prompt_folder_gives_its_four_edits() -> None:
 
 def test_prompts_that_are_broken_or_there_twice_are_named(tmp_path: Path) -> None:
     put(tmp_path / "one/0000014/prompt.json", {"input": "a", "edit": "b", "output": "c"})
-    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl not found: unpack the shard again"):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl does not exist: unpack the shard again"):
         summarize("instruct_pix2pix", tmp_path)
     put(tmp_path / "one/0000014/metadata.jsonl", '{"seed": 1}\n{"seed": ')
     with pytest.raises(ValueError, match=r"metadata\.jsonl line 2: not valid JSON"):
         summarize("instruct_pix2pix", tmp_path)
     put(tmp_path / "two/0000014/prompt.json", {"input": "a", "edit": "b", "output": "c"})
-    with pytest.raises(ValueError, match=r"one/0000014 and .*two/0000014: the same prompt twice"):
+    with pytest.raises(ValueError, match=r"one/0000014 and .*two/0000014 hold the same prompt"):
         summarize("instruct_pix2pix", tmp_path)
 
 
@@ -263,5 +263,5 @@ def test_llava_665k_gives_conversations_with_one_image_or_none(tmp_path: Path) -
     assert (other.num_images, other.instruction, other.references) == (0, "Hi you", ["Hi!"])
     assert summarize("llava_665k", tmp_path)["splits"]["train"]["missing_images"] == 0
     put(tmp_path / "llava_v1_5_mix665k.json", [{"id": "1", "conversations": [turn("system", "x")]}])
-    with pytest.raises(ValueError, match="a turn is from human or gpt, got 'system'"):
+    with pytest.raises(ValueError, match="a turn must be from human or gpt, got 'system'"):
         summarize("llava_665k", tmp_path)
