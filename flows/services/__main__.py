@@ -45,7 +45,7 @@ def start(stack: Stack) -> str:
         raise
     lines = topology.shell_lines(stack)
     (folder / "env").write_text(lines, encoding="utf-8")
-    what = f"started {', '.join(started)} in {time.monotonic() - begin:.0f} s" if started else "all services are running"
+    what = f"started {', '.join(started)} in {time.monotonic() - begin:.0f} s" if started else "all services run"
     return "\n".join([f"{what}; database: {stack.database}, logs: {folder / 'logs'}",
                       f"  Prefect  {stack.prefect_api.removesuffix('/api')}", f"  MLflow   {stack.mlflow}",
                       f"For a shell: . {folder / 'env'}", *(f"  {line}" for line in lines.splitlines())])
