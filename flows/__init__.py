@@ -1,7 +1,7 @@
-"""Prefect flows: when and in which order the stages of dvc.yaml run, and who is notified. They hold no other logic.
+"""Prefect flows decide when and in which order the stages of dvc.yaml run, and who is notified.
 
 Prefect reads the settings below when it is first imported, so this package sets them before it imports any flow.
-Variables that the environment sets already keep their values.
+A variable that the environment already sets keeps its value.
 """
 
 import os
@@ -19,6 +19,6 @@ for _key, _value in {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }.items():
     os.environ.setdefault(_key, _value)
-exempt_loopback_from_proxies()  # Prefect's temporary server and those of `make services` are on this machine
+exempt_loopback_from_proxies()  # Prefect's temporary server and the servers of `make services` run on this machine
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
 interrupts.end_while_importing()

@@ -1,4 +1,4 @@
-"""`python -m flows.check_drift`: compares recent captions with training, reports drift, and retrains if asked to."""
+"""`python -m flows.check_drift` compares recent captions with training and reports drift; it can start a retraining."""
 
 import base64
 import io
@@ -20,9 +20,10 @@ from onediff.ops.drift import as_text, examine
 
 @flow(name="check-drift", flow_run_name=dated_name)
 def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
-    """The champion's use in the last days; Drifted, Steady, or NoVerdict if too few captions were recorded.
+    """Compare the champion's captions of the last `days` with those at training time.
 
-    `then_retrain`: drift starts a retraining.
+    The state's name is Drifted, Steady, or NoVerdict if the usage log has too few captions. With `then_retrain`, drift
+    starts a retraining.
     """
     try:
         drift = examine(days=days)
@@ -34,15 +35,15 @@ def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
         create_image_artifact(f"data:image/png;base64,{image}", key="drift-confidence", description=drift.verdict)
     if drift.moved:
         started = [start_retraining(f"drift-{datetime.now(UTC):%Y-%m-%d}")] if then_retrain else []
-        notify("drift", f"Use moved away from training: {', '.join(drift.moved)}",
-               why="\n".join([*drift.notes, *started]) or "docs/watching.md says what each figure means.",
+        notify("drift", f"Recent captions differ from training: {', '.join(drift.moved)}",
+               why="\n".join([*drift.notes, *started]) or "docs/watching.md explains each figure.",
                then=f"onediff drift --days {days:g}", table=as_text(drift))
     name = "Drifted" if drift.moved else "Steady" if drift.figures else "NoVerdict"
     return Completed(name=name, message="; ".join([drift.verdict, *drift.notes]))
 
 
 def picture(then: list[float], now: list[float]) -> bytes:
-    """Confidence of captions at training time and in use, as a PNG."""
+    """Return a PNG with two histograms: the confidence of captions at training time and in recent use."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for values, label in ((then, "at training time"), (now, "in use")):

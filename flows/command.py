@@ -1,4 +1,4 @@
-"""What the command lines of all flows share: one run in a folder, a server, and a clean end after an interrupt."""
+"""Run a flow from the command line: one run at a time in a folder, a Prefect server, a clean end after an interrupt."""
 
 import logging
 import os
@@ -24,13 +24,13 @@ from onediff.config import load_runtime
 from onediff.git import configure_dvc
 from onediff.paths import DVC_YAML
 
-SPARE_S = 4.0  # beside grace_s, for what an interrupted flow does after its stage has ended
+SPARE_S = 4.0  # time that an interrupted flow may take after its stage has ended, in addition to grace_s
 
 
 def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None] | None = None) -> State[Any]:
-    """The last state of the flow. Exits with one line if the flow cannot start, fails, or is ended by a signal.
+    """Run the flow and return its last state. Exit with one line if the flow cannot start, fails, or gets a signal.
 
-    `lock` is taken before the server starts, so that a refusal comes at once.
+    `lock` is acquired before the Prefect server starts, so that a second run in the same folder is refused at once.
     """
     start = time.time()
     survive_closed_output()
@@ -52,15 +52,17 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
         again = "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])
         print(f"onediff: stopped by {interrupt}; finished stages are kept{progress}; '{again}' continues",
               file=sys.stderr, flush=True)
-        os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's work at exit would need the server
+        os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's exit handlers would wait for the ended server.
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
     return state
 
 
 def survive_closed_output() -> None:
-    """As in the stages. Prefect's log handlers were made when Prefect was imported, so they need the new standard error
-    too: without it, the library behind them (rich) ends the process when nobody reads the pipe any longer.
+    """Let this process continue when the reader of its output has closed the pipe, as the stages do.
+
+    Prefect created its log handlers on import, so they must be switched to the new standard error as well. Otherwise
+    rich, the library behind them, ends the process when it writes to the closed pipe.
     """
     before = sys.stderr
     interrupts.survive_closed_output()
@@ -71,8 +73,9 @@ def survive_closed_output() -> None:
 
 
 def _limit_the_end(seconds: float) -> None:
-    """After the first signal, silences Prefect's log and ends the process when the seconds are over. A thread waits for
-    the signal, because Prefect replaces the handler of SIGTERM while a flow runs.
+    """Start a thread that waits for the first signal, silences Prefect's log, and ends the process `seconds` later.
+
+    A thread is needed because Prefect replaces the handler of SIGTERM while a flow runs.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -90,7 +93,7 @@ def _exit_after(receiver: socket.socket, seconds: float) -> None:
 
 
 def _end_descendants() -> None:
-    """Ends the server of this process, and every command that it was starting."""
+    """End every child process of this process: the temporary server and the commands of the current stage."""
     family = psutil.Process().children(recursive=True)
     send_signal(family, signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=1)

@@ -1,4 +1,4 @@
-"""`python -m flows.deploy [PATIENCE_S]`: pools, deployments, limits and automations, on a Prefect server."""
+"""`python -m flows.deploy [PATIENCE_S]` creates work pools, deployments, limits and automations on a Prefect server."""
 
 import os
 import subprocess
@@ -18,13 +18,17 @@ from onediff import interrupts
 from onediff.config import Pools, load_runtime
 
 LOST = "onediff: lost flow runs"
-PATIENCE_S = 540.0  # after a shorter time, runs of a busy machine would count as lost
+PATIENCE_S = 540.0  # With a shorter time, flow runs on a busy machine would be marked as crashed.
 
 
 def deploy(patience_s: float = PATIENCE_S) -> None:
-    """A second call changes nothing. Raises ValueError if PREFECT_API_URL names no server or Prefect refuses."""
+    """Create everything that the flows need on the Prefect server; a second call changes nothing.
+
+    A flow run without a heartbeat for `patience_s` seconds is marked as crashed. Raises ValueError if PREFECT_API_URL
+    is not set or if `prefect deploy` fails.
+    """
     if not os.environ.get("PREFECT_API_URL"):
-        raise ValueError("PREFECT_API_URL is not set: 'make services' starts a server and says what to set")
+        raise ValueError("PREFECT_API_URL is not set: 'make services' starts a server and prints the value to set")
     pools = load_runtime().pools or Pools()
     with get_client(sync_client=True) as client:
         for name in (pools.cpu, pools.gpu):
@@ -35,16 +39,19 @@ def deploy(patience_s: float = PATIENCE_S) -> None:
             client.delete_automation(old.id)
         client.create_automation(lost_runs(patience_s))
     if subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], check=False).returncode:
-        raise ValueError("prefect deploy failed; see its message above: correct prefect.yaml")
+        raise ValueError("'prefect deploy' failed with the message above: correct prefect.yaml")
 
 
 def lost_runs(patience_s: float) -> AutomationCore:
-    """A run whose machine died sends no heartbeats and becomes Crashed; prefect.yaml then runs `retrain` again."""
+    """Return the automation that marks a flow run as Crashed when its heartbeats stop, as after a machine died.
+
+    prefect.yaml contains the automation that then starts `retrain` again.
+    """
     trigger = EventTrigger(after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.*"},
                            for_each={"prefect.resource.id"}, match={"prefect.resource.id": ["prefect.flow-run.*"]},
                            posture=Posture.Proactive, threshold=1, within=timedelta(seconds=patience_s))
     action = ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, force=True,
-                                message="nothing was heard of its process")
+                                message="the flow run stopped sending heartbeats")
     return AutomationCore(name=LOST, trigger=trigger, actions=[action])
 
 

@@ -1,4 +1,4 @@
-"""Runs deployments of the Prefect server: a retraining, a promotion, a rollback."""
+"""Run deployments of the Prefect server: a retraining, a promotion, a rollback."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ RETRAIN_COMMAND = f"prefect deployment run {RETRAIN}"
 
 
 def start_retraining(key: str) -> str:
-    """Submits a retraining without waiting for it, once for each key; returns a sentence that says what happened.
+    """Submit a retraining without waiting for it, and return a sentence that says what happened.
 
-    A deployment that does not exist is no error, because the caller's own result stays valid.
+    Prefect starts only one run for each key. A missing deployment is no error, because the caller's own result stays
+    valid.
     """
     try:
         run = run_deployment(RETRAIN, timeout=0, idempotency_key=key, as_subflow=False)
@@ -23,20 +24,22 @@ def start_retraining(key: str) -> str:
 
 
 def submit(deployment: str, **parameters: Any) -> str:
-    """Runs the deployment of `promote` or `rollback` and waits; returns the flow's message, which says whether the
-    version is champion or was refused. Raises ValueError if the flow failed, or if Prefect has no such deployment.
+    """Run the deployment of `promote` or `rollback`, wait for it, and return the flow's final message.
+
+    The message says whether the version became champion or was refused. Raises ValueError if the flow failed, or if
+    Prefect has no such deployment.
     """
     try:
         run = run_deployment(deployment, parameters=parameters, timeout=None, poll_interval=1)
     except ObjectNotFound:
-        raise ValueError(f"Prefect has no deployment '{deployment}': 'make deploy' makes it; set PREFECT_API_URL to "
-                         "its server") from None
-    assert isinstance(run, FlowRun), "called from a thread without an event loop"
+        raise ValueError(f"the Prefect server has no deployment '{deployment}': 'make deploy' creates it; "
+                         "PREFECT_API_URL must name the right server") from None
+    assert isinstance(run, FlowRun), "submit must be called from a thread without an event loop"
     return message_of(run.state)
 
 
 def message_of(state: Any) -> str:
-    """The message of a completed flow. Raises ValueError with the message of any other one."""
+    """Return the message of a completed flow. Raises ValueError with the flow's message if it did not complete."""
     if not state.is_completed():
         raise ValueError(state.message or state.name)
     return str(state.message)

@@ -1,4 +1,4 @@
-"""`python -m flows.evaluate [MODEL]`: caption and score a registered version again, as after a change in scoring."""
+"""`python -m flows.evaluate [MODEL]` captions and scores a registered version again, for example after new metrics."""
 
 import sys
 from typing import Any
@@ -16,10 +16,10 @@ from onediff import paths, registry
 
 @flow(name="evaluate", flow_run_name=dated_name)
 def evaluate(model: str = paths.CHAMPION) -> State[Any]:
-    """Scores models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's own results stay."""
+    """Score models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's results do not change."""
     try:
         with pipeline_lock():
-            version = registry.version_tags(model)["version"]  # once: an alias may move while the version is scored
+            version = registry.version_tags(model)["version"]  # Resolve the alias once: it may move during scoring.
             evidence = score_again(f"models:/{registry.NAME}/{version}")
             print(publish_scores(evidence.root / paths.METRICS, "scores-again"))
             rescore(version, evidence)

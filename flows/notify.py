@@ -1,4 +1,4 @@
-"""Reports of the flows: events and score tables, as artifacts in Prefect and through the blocks of runtime.yaml."""
+"""Report events and scores of the flows as Prefect artifacts, and through the notification blocks of runtime.yaml."""
 
 import json
 import re
@@ -19,9 +19,11 @@ Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
 
 
 def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> None:
-    """`what` happened, `why`, and `then`, the command to type next; `table`: details, as Markdown.
+    """Publish an event: what happened (`what`), the reason (`why`), the command to type next (`then`), and details as a
+    Markdown table (`table`).
 
-    A block that cannot be reached or does not exist is printed, and no error is raised: the event itself has happened.
+    A notification block that does not exist or cannot be reached is printed but raises no error, because the event
+    itself has happened.
     """
     what, why = without_secrets(what), without_secrets(why)
     text = f"**{what}**\n\n{why}\n\nNext: `{then}`\n" + (f"\n{without_secrets(table)}\n" if table else "")
@@ -30,22 +32,22 @@ def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> 
         try:
             block = Block.load(slug)
             if not isinstance(block, NotificationBlock):
-                raise ValueError(f"is no block that can notify, but {type(block).__name__}")
-            send: Any = block.notify  # outside of an event loop it is no coroutine
+                raise ValueError(f"is a {type(block).__name__} block, which cannot send notifications")
+            send: Any = block.notify  # Prefect returns a coroutine only inside an event loop
             send(body=f"{what}\n{why}\nNext: {then}\n", subject=f"OneDiff: {what}")
-        except Exception as error:  # noqa: BLE001 - a service may raise anything, and its message may hold its address
+        except Exception as error:  # noqa: BLE001 - a service may raise any error, with a secret address in the message
             problem = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
             print(f"runtime.yaml: notify: {slug} was not notified: {without_secrets(problem)}")
 
 
 def without_secrets(text: str) -> str:
-    """The text with *** in place of user and password of each address."""
+    """Return the text with *** instead of the user and password of each address."""
     return re.sub(r"(?<=//)[^/@\s]+(?=@)", "***", text)
 
 
 @task(cache_policy=NO_CACHE)
 def publish_scores(scores: Path, key: str) -> str:
-    """Creates the score table as a Markdown artifact in Prefect; returns the table."""
+    """Publish the score table as a Markdown artifact in Prefect, and return the table."""
     table = score_table(json.loads(scores.read_text()))
     create_markdown_artifact(table, key=key, description=f"Scores in {scores}")
     return table

@@ -1,4 +1,4 @@
-"""Reads dvc.yaml and dvc.lock: the order of the stages, the inputs of a stage, and which stages are out of date."""
+"""Read dvc.yaml and dvc.lock: the order of the stages, the inputs of a stage, and which stages are out of date."""
 
 import json
 import re
@@ -17,7 +17,7 @@ STAGES = ("probe", "validate", "build", "align", "tune", "caption", "score", "st
 
 
 def stages(data: Data) -> list[str]:
-    """The stages of dvc.yaml in an order in which each has its inputs: first those of the sources."""
+    """Return the stages of dvc.yaml in an order in which every stage follows the stages that make its inputs."""
     sources_of: dict[str, list[Any]] = {
         "synthesize": data.generated, "read": data.raw, "retrieve": data.retrieved, "instruct": data.diffused,
         "diffuse": data.diffused, "write": data.written}
@@ -25,22 +25,24 @@ def stages(data: Data) -> list[str]:
 
 
 def needs(stage: str, folder: Path = Path()) -> str:
-    """`cpu` or `gpu`: the kind of machine that a stage runs on."""
+    """Return `cpu` or `gpu`, the kind of machine that the stage needs."""
     return str(_definitions(folder)[stage.partition("@")[0]]["meta"]["needs"])
 
 
 def stale_stages() -> set[str]:
-    """The stages whose deps, parameters or outs differ from dvc.lock now; what follows them may become stale too.
+    """Return the stages whose dependencies, parameters or outputs differ from dvc.lock.
 
-    Raises ValueError in DVC's words if dvc.yaml or the project is not in order.
+    Stages that depend on a stale stage are not included unless they are stale themselves. Raises ValueError with DVC's
+    message if DVC cannot read the project.
     """
     return set(json.loads(dvc(Path(), "status", "--json")))
 
 
 def stale_elsewhere() -> set[str]:
-    """The stale stages where the data are on other machines: a file that is missing here counts as dvc.lock says.
+    """Return the stale stages when the data are on other machines: a file that is missing here counts as unchanged.
 
-    Whether a folder that several stages fill is up to date cannot be seen here, so the stages that read it are stale.
+    A stage that reads a folder with the outputs of several stages counts as stale, because without the files this
+    machine cannot compute the digest of the folder.
     """
     missing = {"deleted", "not in cache"}
     changed = {stage for stage, changes in json.loads(dvc(Path(), "status", "--json")).items()
@@ -54,8 +56,9 @@ def stale_elsewhere() -> set[str]:
 
 
 def inputs_of(stage: str, folder: Path) -> tuple[list[str], list[Path]]:
-    """The deps of a stage that dvc.lock or a .dvc file names, as DVC names them; and the files beside them that were
-    left behind by stages that were removed.
+    """Return what a stage reads, as targets of `dvc pull`, and files that removed stages left in the folders it reads.
+
+    The targets are dependencies that are listed in dvc.lock or have a .dvc file.
     """
     name, _, source = stage.partition("@")
     deps = [Path(dep.replace("${item.source}", source)) for dep in _definitions(folder)[name]["deps"]]
@@ -71,20 +74,20 @@ def inputs_of(stage: str, folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def metric_files(folder: Path = Path()) -> list[Path]:
-    """The metrics of dvc.yaml, which git keeps instead of DVC's cache."""
+    """Return the paths of the metrics in dvc.yaml. They are in git, not in the DVC cache."""
     return [Path(path) for stage in _definitions(folder).values() for metric in stage.get("metrics", [])
             for path in metric]
 
 
 def raw_files(folder: Path = Path()) -> list[Path]:
-    """The .dvc files of raw data, which refreshing the data changes before anybody commits them."""
+    """Return the .dvc files of the raw data. The flow `refresh-data` changes them before anybody commits them."""
     return sorted(path.relative_to(folder) for path in (folder / RAW).rglob("*.dvc"))
 
 
 def dvc(folder: Path, *arguments: str) -> str:
-    """What `dvc ARGUMENTS` prints. Raises ValueError in DVC's own words."""
+    """Run `dvc ARGUMENTS` in the folder and return its output. Raises ValueError with DVC's message if it fails."""
     done = subprocess.run([*DVC, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:  # DVC lists the file below its message, on lines that begin with a number
+    if done.returncode:  # Below its message, DVC prints numbered lines of the faulty file, which are dropped here.
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not re.match(r"\s+\d+\s", line)]
         raise ValueError(f"dvc {arguments[0]}: {' '.join(lines).removeprefix('ERROR: ') or 'no message'}")
     return done.stdout
@@ -106,7 +109,7 @@ def reason(folder: Path, since: float) -> str:
 
 
 def training_status(folder: Path, since: float) -> dict[str, Any] | None:
-    """The state, step and reason that an unfinished training phase last wrote, if it wrote after `since`."""
+    """Return the last `status.json` of an unfinished training phase, or None if none was written after `since`."""
     written = [path for path in folder.glob(".onediff/scratch/*/status.json") if path.stat().st_mtime >= since]
     return json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text()) if written else None
 

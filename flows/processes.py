@@ -1,4 +1,4 @@
-"""Starts the processes of a flow, and ends every one of them with the flow."""
+"""Start the processes of a flow, and end all of them when the flow ends."""
 
 import codecs
 import os
@@ -23,8 +23,8 @@ _held_locks: set[Path] = set()  # by this process
 
 
 def code_env() -> dict[str, str]:
-    """Variables with which a child process finds `python` and `dvc` of this environment and the packages of this
-    checkout, and writes its output at once.
+    """Return environment variables for child processes: `python` and `dvc` of this environment, the packages of this
+    checkout, and unbuffered output.
     """
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -32,9 +32,9 @@ def code_env() -> dict[str, str]:
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
-    """Runs the command in the folder and shows its output as it comes; returns its exit status and its stdout.
+    """Run the command in the folder, print its output while it runs, and return its exit status and its stdout.
 
-    However this process is interrupted, the command ends with all its children, within runtime.yaml's grace_s.
+    If this process is interrupted, the command and all its children end within `grace_s` of runtime.yaml.
     """
     grace_s = load_runtime().grace_s
     env = os.environ | code_env() | {interrupts.FLOW: str(os.getpid())}
@@ -48,16 +48,16 @@ def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
             sys.stdout.flush()
         return process.wait(), "".join(stdout)
     finally:
-        with interrupts.postponed(interrupts.Stop()):  # a second Ctrl-C must not cut this short
+        with interrupts.postponed(interrupts.Stop()):  # A second Ctrl-C must not interrupt the clean-up.
             end(process, grace_s)
         process.stdout.close()
 
 
 def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ends a command and all its descendants. Each process of its process group gets SIGTERM; a process that still
-    runs after `grace_s` is killed.
+    """End a command and all its descendants: send SIGTERM to each, and SIGKILL to those that run after `grace_s`.
 
-    DVC itself gets no signal: it ends when its stage has ended. Ended while it writes, it leaves half of dvc.lock.
+    The DVC process itself gets no SIGTERM, because it ends when its stage has ended, and SIGTERM while it writes would
+    leave half a dvc.lock.
     """
     group, signalled, family = Group(command.pid), set[int](), set[psutil.Process]()
     if isinstance(command.args, Sequence) and tuple(command.args[: len(DVC)]) == DVC:
@@ -71,11 +71,11 @@ def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.1)
     send_signal(wait_for_end(list(family), deadline - time.monotonic()), signal.SIGKILL)
     group.kill()
-    command.wait()  # a zombie would hold DVC's lock of the stage
+    command.wait()  # DVC would take a zombie process for alive, and keep the lock of the stage.
 
 
 def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], folder: Path = Path()) -> str:
-    """What the command prints. Raises ValueError with the text `failure` and the end of the command's message."""
+    """Run the command and return its output. Raises ValueError with `failure` and the end of the command's message."""
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{failure}: {' '.join((done.stderr or done.stdout).split())[-500:]}")
@@ -84,12 +84,12 @@ def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], fo
 
 def send_signal(processes: list[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
-        with suppress(psutil.NoSuchProcess):  # it has ended
+        with suppress(psutil.NoSuchProcess):  # the process has ended
             process.send_signal(number)
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """False also for a zombie: a process that has ended and whose parent has not read its exit status yet."""
+    """Return whether the process runs. A zombie, whose parent has not read its exit status yet, does not run."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -97,7 +97,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def wait_for_end(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
-    """Waits until the processes have ended; returns those that still run after the time."""
+    """Wait until the processes have ended, at most `limit_s` seconds; return those that still run."""
     deadline = time.monotonic() + limit_s
     while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -106,11 +106,10 @@ def wait_for_end(processes: list[psutil.Process], limit_s: float) -> list[psutil
 
 @contextmanager
 def pipeline_lock(path: Path = LOCK) -> Iterator[None]:
-    """Holds the pipeline of a folder for this process: two `dvc repro` at once fail on the files that they share.
+    """Hold the lock of the pipeline in a folder, because two `dvc repro` at once fail on the files that they share.
 
-    The command line takes the lock before it calls the flow. The flow takes it again, which changes nothing.
-
-    Raises ValueError if another process holds it.
+    The command line acquires the lock before it calls the flow; acquiring it again in the flow has no effect. Raises
+    ValueError if another process holds the lock.
     """
     if path.absolute() in _held_locks:
         yield

@@ -1,4 +1,4 @@
-"""The flows `promote` and `rollback`: all that changes the registry's aliases on a shared server, one at a time."""
+"""The flows `promote` and `rollback`, the only code that changes the registry's aliases on a shared server."""
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ from flows.notify import notify
 from onediff import registry
 from onediff.paths import CHAMPION
 
-SLOT = "onediff-registry"  # global concurrency limit of 1, made by `make deploy`
+SLOT = "onediff-registry"  # name of the global concurrency limit of 1 that `make deploy` creates
 
 
 class Approval(RunInput):
@@ -28,9 +28,10 @@ class Approval(RunInput):
 
 @flow(name="promote", flow_run_name=dated_name)
 def promote(version: str | None = None, why: str | None = None, candidate: str | None = None) -> State[Any]:
-    """The version, or else the candidate, becomes champion if mlflow/promotion.yaml lets it. A refusal is no failure.
+    """Make a version the champion if it meets mlflow/promotion.yaml. A refused version does not fail the flow.
 
-    `candidate`: the version that becomes the candidate first.
+    `version` is the version to promote; without it, the flow promotes the version with the alias `candidate`.
+    `candidate` is a version that first receives the alias `candidate`.
     """
     try:
         if candidate:
@@ -43,7 +44,7 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
         hours = registry.load_rules().approval_h
         if hours is not None:
             verdict = tasks.assess(version)
-            if verdict.promoted and not verdict.reasons:  # no question about a refused version or the champion
+            if verdict.promoted and not verdict.reasons:  # A refused version or the champion needs no approval.
                 approved = verdict.case
                 by = _approval(approved, hours)
         with _slot(), registry.sole_writer():
@@ -62,7 +63,7 @@ def _report(verdict: registry.Verdict) -> State[Any]:
                why="\n".join(f"* {reason}" for reason in verdict.reasons),
                then=f"onediff report --against {CHAMPION}")
         return Completed(name="Refused", message=f"version {verdict.version} is refused: {'; '.join(verdict.reasons)}")
-    if verdict.reasons:  # it is champion already
+    if verdict.reasons:  # The version was the champion before this run.
         return Completed(message=f"version {verdict.version} {verdict.reasons[0]}")
     what = f"version {verdict.version} is champion" + (f"; version {verdict.replaced} was" if verdict.replaced else "")
     notify("promotion", what, why="it meets mlflow/promotion.yaml", then="onediff registry rollback")
@@ -71,7 +72,7 @@ def _report(verdict: registry.Verdict) -> State[Any]:
 
 @flow(name="rollback", flow_run_name=dated_name)
 def rollback(why: str | None = None) -> State[Any]:
-    """`previous` becomes champion again."""
+    """Make the version with the alias `previous` the champion again."""
     try:
         with _slot(), registry.sole_writer():
             version = tasks.rollback(by=tasks.author(), why=why)
@@ -84,22 +85,27 @@ def rollback(why: str | None = None) -> State[Any]:
 
 
 def _approval(case: registry.PromotionCase | None, hours: float) -> str:
-    """The author of the change, with the name of the person who approves it. Raises ValueError if the person refuses or
-    gives no name; Prefect fails the flow if nobody answers in time.
+    """Pause the flow until a person approves the promotion; return the author of the change with the person's name.
+
+    Raises ValueError if the person refuses or gives no name. Prefect fails the flow if nobody answers in time.
     """
     answer = pause_flow_run(wait_for_input=Approval.with_initial_data(
         description=f"Shall {case} become champion?", approve=False, name=""), timeout=round(hours * 3600))
     if not answer.approve:
-        raise ValueError(f"{answer.name or 'nobody named'} did not approve: {answer.reason or 'no reason given'}")
+        raise ValueError(f"{answer.name or 'a person without a name'} did not approve the promotion: "
+                         f"{answer.reason or 'no reason given'}")
     if not answer.name.strip():
-        raise ValueError("the approval must hold the name of the person, got none: start the promotion again")
+        raise ValueError("the approval form must contain the name of the person, got none: start the promotion again")
     return f"{tasks.author()}, approved by {answer.name.strip()}"
 
 
 def _slot() -> AbstractContextManager[Any]:
-    """On a shared server, only one flow at a time changes aliases; a store of this machine has a lock of its own."""
+    """Return a context in which no other flow changes aliases on a shared server.
+
+    A store on this machine has its own lock (`registry.sole_writer`), so the context does nothing there.
+    """
     return concurrency(SLOT, strict=True) if registry.shared() else nullcontext()
 
 
 if __name__ == "__main__":
-    sys.exit("onediff: this module holds flows for deployments; 'onediff registry promote [VERSION]' promotes")
+    sys.exit("onediff: this module contains flows for deployments; use 'onediff registry promote [VERSION]'")

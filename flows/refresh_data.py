@@ -1,4 +1,4 @@
-"""`python -m flows.refresh_data`: adds updates of imported sources and new batches of the inbox to the raw data."""
+"""`python -m flows.refresh_data` adds updates of imported sources and new batches of the inbox to the raw data."""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from onediff.data.sources.inbox import Inbox, InboxReport, import_batches
 
 @flow(name="refresh-data", flow_run_name=dated_name)
 def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]:
-    """Updates imported sources and takes batches in whose files did not change for `settle_s`; Changed or Unchanged.
+    """Update imported sources, and import inbox batches whose files did not change for `settle_s` seconds.
 
-    A source or batch that cannot be read is reported and stops no other. `then_retrain`: a change starts a retraining.
+    The state's name is Changed or Unchanged. A source or batch that cannot be read is reported and does not stop the
+    others. With `then_retrain`, a change starts a retraining.
     """
     try:
         with pipeline_lock():
@@ -28,7 +29,7 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
             batches = take_batches(settle_s)
     except (ValueError, OSError) as error:
         return Failed(message=without_secrets(str(error)))
-    changed += [f"{source}: {number} pairs came in" for source, number in batches.batches]
+    changed += [f"{source}: {number} pairs imported" for source, number in batches.batches]
     problems += [without_secrets(problem) for problem in batches.problems]
     started = []
     if changed:
@@ -45,12 +46,12 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
 
 @task(cache_policy=NO_CACHE)
 def update_sources() -> tuple[list[str], list[str]]:
-    """Updates everything that `onediff data fetch` or `dvc import` brought; returns the changes and the problems."""
+    """Update all data that `onediff data fetch` or `dvc import` imported; return the changes and the problems."""
     changed, problems = [], []
     for path in tracked.imported():
         try:
             if tracked.update(path):
-                changed.append(f"{path.with_suffix('')}: new at its origin")
+                changed.append(f"{path.with_suffix('')}: updated from its origin")
         except ValueError as error:
             problems.append(without_secrets(str(error)))
     return changed, problems
@@ -58,7 +59,7 @@ def update_sources() -> tuple[list[str], list[str]]:
 
 @task(cache_policy=NO_CACHE)
 def take_batches(settle_s: float) -> InboxReport:
-    """Takes in every complete batch of runtime.yaml's inbox; none where there is no inbox."""
+    """Import every complete batch of the inbox that runtime.yaml names; without an inbox, do nothing."""
     runtime, data = load_runtime(), load_params().data
     if runtime.inbox is None:
         return InboxReport()

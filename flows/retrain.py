@@ -1,4 +1,4 @@
-"""`python -m flows.retrain`: the stages of dvc.yaml in order, then registering and promotion."""
+"""`python -m flows.retrain` runs the stages of dvc.yaml in order, then registers the model and tries to promote it."""
 
 import os
 import tempfile
@@ -29,20 +29,22 @@ from onediff.tracking import parent_run
 READ_TO_REGISTER = (paths.DIFFCAP, paths.QUARANTINE, paths.VALIDATION_REPORT, paths.DIFFCAP_REPORTS, paths.TRAINED,
                     paths.RUNS / "align.json", paths.RUNS / "tune.json", paths.CAPTIONS, paths.SCORED, paths.REPORT)
 MAX_CRASHES = 3
-WITHOUT_GIT = ("no git commit holds this folder: there is no branch of results, the lineage of the version names no "
-               f"commit, and the promotion rule clean_lineage cannot be met. {CURE}")
+WITHOUT_GIT = ("this folder is not in a git commit, so there is no branch with the results, the lineage of the version "
+               f"has no commit, and the promotion rule clean_lineage cannot be met. {CURE}")
 
 
 @flow(name="retrain", flow_run_name=dated_name)
 def retrain() -> State[Any]:
-    """Runs the stages that are out of date, here or on the workers of runtime.yaml's pools; a stage that fails ends
-    the flow with its message. Then the model is registered, and promoted if mlflow/promotion.yaml lets it.
+    """Run the stages that are out of date, register the model, and promote it if mlflow/promotion.yaml allows it.
+
+    The stages run in this folder, or on the workers of the work pools in runtime.yaml. A stage that fails ends the flow
+    with the stage's message.
     """
     try:
         _check_crashes()
         with pipeline_lock(), disk_full_named(Path(".onediff")):
             state = _retrain()
-    except (ValueError, OSError) as error:  # as one line; Prefect would print the whole stack
+    except (ValueError, OSError) as error:  # The message is one line; Prefect would print the complete traceback.
         state = Failed(message=str(error))
     if state.is_failed():
         notify("failure", "a retraining failed", why=str(state.message), then=deployments.RETRAIN_COMMAND)
@@ -54,7 +56,7 @@ def _retrain() -> State[Any]:
     if runtime.pools:
         stale, run_stages = stale_elsewhere(), run_on_workers
     else:
-        check_inputs(load_params())  # before any stage: workers have inputs of their own
+        check_inputs(load_params())  # Only here: a worker checks the inputs on its own machine.
         stale, run_stages = stale_stages(), run_here
     with parent_run("retrain", load_params()) if stale else nullcontext() as run:
         state = run_stages(stale)
@@ -68,14 +70,14 @@ def _retrain() -> State[Any]:
                 print(f"onediff: {WITHOUT_GIT}")
         publish_scores(paths.METRICS, "scores")
         version = tasks.register()
-    # As the candidate: promoting it by its number would undo a rollback.
+    # The version is passed as the candidate, because promoting it by its number would undo an earlier rollback.
     message = (deployments.submit(deployments.PROMOTE, candidate=version) if registry.shared()
                else deployments.message_of(promote(candidate=version, return_state=True)))
     return Completed(name=state.name, message=message)
 
 
 def run_here(stale: set[str]) -> State[Any]:
-    """Runs the stale stages in this folder, and every stage after one that ran."""
+    """Run the stale stages in this folder, and every stage that follows a stage that ran."""
     ran = False
     for stage in stages(load_params().data):
         if ran or stage in stale:
@@ -87,7 +89,7 @@ def run_here(stale: set[str]) -> State[Any]:
 
 
 def run_on_workers(stale: set[str]) -> State[Any]:
-    """Runs every stale stage on a worker of its kind, and pulls the outs that registering reads."""
+    """Run every stale stage on a worker with or without GPU as the stage needs; pull the outputs to register."""
     revision, ran = commit_for_workers(), False
     if raw_files():
         dvc(Path(), "push", *map(str, raw_files()))
@@ -103,11 +105,11 @@ def run_on_workers(stale: set[str]) -> State[Any]:
 
 
 def commit_results(run: str, *, remote: str | None = None) -> str | None:
-    """Commits dvc.lock, and metrics and .dvc files under data/, as branch retrain/RUN above the checked-out commit, and
-    pushes it to the remote; returns the branch, or None if nothing changed or no commit holds this folder.
+    """Commit dvc.lock, the metrics and the .dvc files as branch retrain/RUN, push the branch, and return its name.
 
-    Neither the checked-out branch nor the working tree changes. Raises ValueError in git's words if git refuses to read
-    the checkout or if the branch cannot be pushed.
+    The parent of the new commit is the checked-out commit. The checked-out branch and the working tree do not change.
+    Returns None if nothing changed or if this folder is not in a git commit. Raises ValueError with git's message if
+    git fails or if the branch cannot be pushed.
     """
     if head() is None:
         return None
@@ -131,7 +133,10 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
 
 
 def _check_crashes() -> None:
-    """Raises ValueError if the last runs all crashed: a crashed run is started again (prefect.yaml), without end."""
+    """Raise ValueError if the last MAX_CRASHES runs all crashed.
+
+    The deployment in prefect.yaml starts a crashed run again, and without this check it would do so forever.
+    """
     if deployment.id is None:
         return
     with get_client(sync_client=True) as client:
@@ -140,7 +145,7 @@ def _check_crashes() -> None:
     before = [run for run in runs if str(run.id) != str(flow_run.id)][:MAX_CRASHES]
     if len(before) == MAX_CRASHES and all(run.state and run.state.is_crashed() for run in before):
         raise ValueError(f"the last {MAX_CRASHES} runs crashed: {before[0].state.message if before[0].state else ''}; "
-                         "see the worker's log; this run ends the row, and the next one tries again")
+                         "see the worker's log for the reason; this run does nothing, and the next run tries again")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Prefect's temporary server, for flows that run where PREFECT_API_URL names no server.
+"""A temporary Prefect server for flows, used when PREFECT_API_URL is not set.
 
-Prefect starts its temporary server in the flow's own process group. There Ctrl-C ends the server first, and the flow
-then waits minutes for it. This server has a session of its own, where no signal of a terminal reaches it. It ends when
-the pipe on its standard input is closed, which the kernel does when the flow's process ends, whatever ended it.
+Prefect's own temporary server runs in the process group of the flow, so Ctrl-C ends the server first, and the flow then
+waits minutes for an answer. The server of this module runs in a separate session, which a terminal sends no signals to.
+It ends when the pipe on its standard input closes; the kernel closes the pipe when the flow's process ends.
 """
 
 import atexit
@@ -19,15 +19,17 @@ from pathlib import Path
 
 from onediff import interrupts
 
-START = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}  # as Prefect does
-END_S = 3.0  # from SIGTERM to SIGKILL: all that it keeps is in a database that survives both
+# Prefect sets the same variables for its own temporary server.
+START = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+END_S = 3.0  # seconds from SIGTERM to SIGKILL; short, because the server's database survives SIGKILL
 
 
 @contextmanager
 def temporary_server() -> Iterator[None]:
-    """Flows in the block have a server. It lives until this process ends: Prefect sends its last events at exit.
+    """Provide a server for the flows that run inside the `with` block.
 
-    Raises ValueError if the server does not answer in time.
+    The server runs until this process ends, because Prefect sends its last events at exit. Raises ValueError if the
+    server does not answer in time.
     """
     from prefect.settings import (
         PREFECT_API_URL,
@@ -40,7 +42,7 @@ def temporary_server() -> Iterator[None]:
         yield
         return
     url = _start(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: ""}):  # it shows no pages
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: ""}):  # the temporary server has no web pages
         yield
 
 
@@ -59,10 +61,10 @@ def _start(limit_s: float) -> str:
         try:
             if httpx.get(f"{url}/health", timeout=limit_s, trust_env=False).is_success:
                 return url
-        except httpx.TransportError:  # it has ended, or takes longer than that
+        except httpx.TransportError:  # The server has ended or does not listen yet.
             time.sleep(0.1)
-    raise ValueError(f"Prefect's temporary server did not answer within {limit_s:.0f} s; {log} says why. Name another "
-                     "server in PREFECT_API_URL, or set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher")
+    raise ValueError(f"Prefect's temporary server did not answer within {limit_s:.0f} s; {log} contains the reason. "
+                     "Set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher, or PREFECT_API_URL to a server")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,8 @@
-"""One DVC stage on a worker's machine, which shares DVC's remote and the Prefect server with the machine of `retrain`.
+"""Run one DVC stage on another machine, which shares the DVC remote and the Prefect server with this machine.
 
-The task `run_on_worker` sends the stage and waits. The flow `stage` runs it on the worker, in a git worktree of its
-own, so that the worker's clone stays unchanged, and returns dvc.lock and the metrics as an artifact.
+On the machine of the flow `retrain`, the task `run_on_worker` submits the stage and waits for it. On the worker's
+machine, the flow `stage` runs the stage in a separate git worktree, so that the worker's clone stays unchanged, and
+returns dvc.lock and the metrics as an artifact.
 """
 
 import json
@@ -26,33 +27,34 @@ from onediff.git import CURE, git, head
 from onediff.paths import DVC_LOCK, RUNTIME
 
 POLL_S = 2.0
-MAX_CRASHES = 3  # a run whose worker died is sent again
+MAX_CRASHES = 3  # a stage whose worker died is submitted again until it crashed this many times
 WORK = Path(".onediff/work")
 ARTIFACT = "onediff-stage"  # type of the artifact that carries the stage's results back
 
 
-# --- on the machine of `retrain` ------------------------------------------------------------------------------------
-
-
 def commit_for_workers() -> str:
-    """The commit that the workers check out. Raises ValueError if the code or params.yaml here is not that commit."""
+    """Return the commit that the workers check out.
+
+    Raises ValueError if code or params.yaml have changes that are not committed, because workers would not have them.
+    """
     revision = head()
     if revision is None:
-        raise ValueError(f"work pools need a git commit of this folder, which the workers check out: {CURE}")
+        raise ValueError(f"this folder has no git commit that the workers of the work pools could check out: {CURE}")
     changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock",
                                         ":!data").splitlines()]
     if changed:
-        raise ValueError(f"git: {', '.join(changed[:5])} changed since commit {revision[:12]}, which the workers check "
-                         "out: commit it first")
+        raise ValueError(f"git: {', '.join(changed[:5])} changed since commit {revision[:12]}; workers check out that "
+                         "commit, so commit the changes first")
     return revision
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
 def run_on_worker(name: str, revision: str) -> State[Any]:
-    """Runs a stage on a worker. Its state is named as that of `repro`: Ran, Restored or UpToDate.
+    """Run a stage on a worker. The name of the returned state is Ran, Restored or UpToDate, as in `repro`.
 
-    The same stage on the same inputs is one run, however often it is sent: a flow that was restarted waits for the run
-    that it had begun. A run whose worker died is sent again, and training continues from its checkpoint.
+    The idempotency key is made from the stage and the digests of its inputs. A flow that was restarted therefore waits
+    for the run that it had submitted before. A stage whose worker died is submitted again, and training continues from
+    its checkpoint.
     """
     files = {str(path): path.read_text(encoding="utf-8") for path in (DVC_LOCK, *metric_files(), *raw_files())
              if path.exists()}
@@ -60,8 +62,8 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
     for number in range(1000):
         run = run_deployment(f"stage/{needs(name)}", idempotency_key=f"{key}-{number}", timeout=0,
                              parameters={"name": name, "commit": revision, "files": files})
-        assert isinstance(run, FlowRun), "called from a thread without an event loop"
-        had_ended = bool(run.state and run.state.is_final())  # in an earlier retraining
+        assert isinstance(run, FlowRun), "run_on_worker must be called from a thread without an event loop"
+        had_ended = bool(run.state and run.state.is_final())  # an earlier retraining submitted this run
         state = _final_state(run)
         if state.is_completed():
             write_outputs(run)
@@ -73,22 +75,27 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
 
 
 def _final_state(run: FlowRun) -> State[Any]:
-    """Waits until the run has ended. If this flow is cancelled, it cancels the run, whose worker then signals the stage
-    to write its checkpoint.
+    """Wait until the flow run has ended, and return its state.
+
+    If this flow is cancelled, it cancels the run; the run's worker then sends SIGTERM to the stage, which writes a
+    checkpoint.
     """
     try:
         with get_client(sync_client=True) as client:
             while not ((state := client.read_flow_run(run.id).state) and state.is_final()):
                 time.sleep(POLL_S)
         return state
-    except BaseException:  # a cancelled flow raises Prefect's TerminationSignal, which is no Exception
+    except BaseException:  # a cancelled flow raises Prefect's TerminationSignal, which does not derive from Exception
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Cancelling())
         raise
 
 
 def write_outputs(run: FlowRun) -> None:
-    """Writes dvc.lock and the metrics of the worker into this folder. Raises ValueError for any other file."""
+    """Write the dvc.lock and the metrics that a worker returned into this folder.
+
+    Raises ValueError if the worker returned any other file.
+    """
     outputs = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]),
                              type=ArtifactFilterType(any_=[ARTIFACT]))
     with get_client(sync_client=True) as client:
@@ -96,18 +103,16 @@ def write_outputs(run: FlowRun) -> None:
     allowed = {str(path) for path in (DVC_LOCK, *metric_files())}
     for name, text in json.loads(str(artifact.data)).items():
         if name not in allowed:
-            raise ValueError(f"flow run {run.id} handed back '{name}', which is neither dvc.lock nor a metrics file")
+            raise ValueError(f"flow run {run.id} returned the file '{name}'; a worker may return only dvc.lock and "
+                             "the metrics files of dvc.yaml")
         write_text(Path(name), text)
-
-
-# --- on the worker's machine ----------------------------------------------------------------------------------------
 
 
 @flow(name="stage", flow_run_name="{name}")
 def stage(name: str, commit: str, files: dict[str, str]) -> State[Any]:
-    """Runs a stage of dvc.yaml at a commit, and pushes its outs to DVC's remote.
+    """Run a stage of dvc.yaml at a git commit on the worker's machine, and push its outputs to the DVC remote.
 
-    `files`: dvc.lock, the metrics and the .dvc files of the sender.
+    `files` holds dvc.lock, the metrics and the .dvc files of the machine that submitted the stage, by path.
     """
     try:
         with pipeline_lock(WORK.with_suffix(".lock")):
@@ -121,14 +126,17 @@ def stage(name: str, commit: str, files: dict[str, str]) -> State[Any]:
 
 
 def check_out(commit: str) -> None:
-    """Checks the commit out in the worktree, after a fetch if this clone lacks it. Raises ValueError if git refuses."""
+    """Check the commit out in the worker's worktree, after `git fetch` if the clone does not have the commit.
+
+    Raises ValueError if git fails.
+    """
     unfetched = ""
     try:
         git("cat-file", "-e", f"{commit}^{{commit}}")
     except ValueError:
         try:
             git("fetch", "--quiet", "--all")
-        except ValueError as error:  # another remote may have had the commit
+        except ValueError as error:  # One unreachable remote is no failure if another remote had the commit.
             unfetched = f"{error}; "
     try:
         if (WORK / ".git").exists():
@@ -143,11 +151,14 @@ def check_out(commit: str) -> None:
 
 
 def write_inputs(files: dict[str, str]) -> None:
-    """Writes the sender's files into the worktree, and this machine's runtime.yaml, remotes and cache."""
+    """Write the submitted files into the worktree, and copy this machine's runtime.yaml and DVC configuration there.
+
+    Raises ValueError if the path of a file is outside the project.
+    """
     for name, text in files.items():
         path = WORK / name
         if (path.is_absolute() and WORK.absolute() not in path.absolute().parents) or ".." in Path(name).parts:
-            raise ValueError(f"the sender's file '{name}' lies outside the project")
+            raise ValueError(f"the submitted file '{name}' is outside the project folder; nothing was written")
         write_text(path, text)
     for local in (RUNTIME, Path(".dvc/config.local")):
         (WORK / local).unlink(missing_ok=True)
@@ -157,8 +168,9 @@ def write_inputs(files: dict[str, str]) -> None:
 
 
 def run_stage(name: str) -> tuple[str, dict[str, str]]:
-    """Ran, Restored or UpToDate, and dvc.lock and the metrics afterwards. Raises ValueError if the stage failed or if
-    one of its inputs is missing.
+    """Run a stage in the worktree; return Ran, Restored or UpToDate, and the text of dvc.lock and metrics by path.
+
+    Raises ValueError if the stage failed or if one of its inputs is missing.
     """
     inputs, left_behind = inputs_of(name, WORK)
     for path in left_behind:
@@ -167,8 +179,9 @@ def run_stage(name: str) -> tuple[str, dict[str, str]]:
         dvc(WORK, "pull", "--force", "--allow-missing", *inputs)
     missing = [path for path in inputs if not (WORK / path.removesuffix(".dvc")).exists()]
     if missing:
-        raise ValueError(f"{missing[0]} is not in DVC's remote, nor {len(missing) - 1} more that it reads: 'dvc push' "
-                         "on the machine that made it, or remove its entry from dvc.lock")
+        others = f", and {len(missing) - 1} more inputs of the stage are missing" if len(missing) > 1 else ""
+        raise ValueError(f"{missing[0]} is not in the DVC remote{others}: run 'dvc push' on the machine that made it, "
+                         "or remove its entry from dvc.lock")
     start = time.time()
     status, stdout = stream([*DVC, "repro", "--single-item", "--pull", "--allow-missing", name], WORK)
     if status:
@@ -179,4 +192,4 @@ def run_stage(name: str) -> tuple[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit("onediff: this module holds flows for deployments; 'dvc repro --single-item STAGE' runs a stage")
+    sys.exit("onediff: this module contains flows for deployments; 'dvc repro --single-item STAGE' runs a stage")

@@ -1,4 +1,4 @@
-"""The tasks of the flows: run a DVC stage, score a version again, and every call of the MLflow server."""
+"""The Prefect tasks of the flows: run a DVC stage, score a version again, and call the MLflow server."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from onediff.tracking import log_evaluation
 
 
 def _may_recover(task: Any, run: Any, state: State[Any]) -> bool:
-    """A server that cannot be reached may answer the next time; wrong values and missing files stay wrong."""
+    """Return whether a retry can help: only if a server could not be reached, not for wrong values or missing files."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, (ConnectionError, TimeoutError)) or "cannot be reached" in str(error)
 
@@ -34,33 +34,35 @@ rollback = service_task(registry.rollback)
 
 
 def author() -> str:
-    """The flow run, as the registry records who changed an alias."""
+    """Return the name and id of this flow run, which the registry records as the author of an alias change."""
     return f"flow run {flow_run.name} ({flow_run.id})"
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
 def repro(stage: str) -> State[Any]:
-    """`dvc repro --single-item`. Its state is named Ran, Restored (from DVC's run cache) or UpToDate.
+    """Run `dvc repro --single-item STAGE`. The state's name is Ran, Restored (from DVC's run cache) or UpToDate.
 
-    No retries: the same bytes would fail again.
+    A failed stage is not retried, because the same inputs would fail again.
     """
     start = time.time()
     with preserved_dvc_lock():
         status, stdout = stream([*DVC, "repro", "--single-item", stage])
     if status:
-        restore_outs(stage)  # for a stage that was killed before it could do so
+        restore_outs(stage)  # A stage that was killed could not restore its old outputs itself.
         return Failed(message=f"{stage} failed{reason(Path(), start)}")
     lost = [path for path in uncached_outs(stage) if path not in metric_files()]
     if lost:
-        return Failed(message=f"{stage}: {lost[0]} is not in DVC's cache, see DVC's message above; if the disk is "
-                              "full, make room, then run the same command again")
+        return Failed(message=f"{stage}: DVC could not put {lost[0]} into its cache, see its message above; if the "
+                              "disk is full, make room, then run the same command again")
     return Completed(name=outcome(stdout), message=f"{stage}: {outcome(stdout)}, {time.time() - start:.0f} s")
 
 
 @service_task
 def register() -> str:
-    """Logs scores, report and sample pictures to MLflow, and makes the model of stage `tune` the candidate; returns its
-    version. The same scores stay the same run, and the same model stays the same version.
+    """Log scores, report and sample pictures to MLflow, register the model of stage `tune`, and return its version.
+
+    The version receives the alias `candidate`. Calling the task again with unchanged scores and an unchanged model
+    creates neither a new run nor a new version.
     """
     from onediff.ops import candidate
 
@@ -70,12 +72,13 @@ def register() -> str:
 
 @task(cache_policy=NO_CACHE)
 def score_again(model: str) -> registry.Evidence:
-    """Captions and scores a registered version in .onediff/evaluate, so that the pipeline's results stay; returns the
-    digests of the model folder and of the new scores.
+    """Caption and score a registered version; return the digests of the model folder and of the new scores.
+
+    The work is done in .onediff/evaluate, so that the pipeline's own results in data/ do not change.
     """
     if not paths.CARD.exists():
-        raise ValueError(f"{paths.DIFFCAP} not found in {Path.cwd()}, where {model} is to be scored again: "
-                         f"'dvc pull {paths.DIFFCAP}' there, or 'make run'")
+        raise ValueError(f"{paths.DIFFCAP} not found in {Path.cwd()}; scoring {model} again needs it: "
+                         f"run 'dvc pull {paths.DIFFCAP}' there, or 'make run'")
     folder = Path(".onediff/evaluate").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / paths.DATA).mkdir(parents=True)
@@ -93,6 +96,6 @@ def score_again(model: str) -> registry.Evidence:
 
 @service_task
 def rescore(version: str, evidence: registry.Evidence) -> None:
-    """Writes the new scores on the version and into an MLflow run."""
+    """Write the new scores into the registered version and into an MLflow run."""
     registry.rescore(version, evidence)
     log_evaluation(load_params(), data=evidence.root / paths.DATA)

@@ -1,4 +1,4 @@
-"""Starts, stops and checks the services of this machine, and saves their databases."""
+"""Start, stop and check the services of this machine, and back up their databases."""
 
 import argparse
 import json
@@ -15,10 +15,10 @@ from onediff.config import load_runtime
 
 
 def start(stack: Stack) -> str:
-    """Starts the services that do not run, each after those that it needs; returns the addresses. If one fails, those
-    that this call started are ended again.
+    """Start the services that do not run yet, each after the services that it needs; return text with the addresses.
 
-    Raises ValueError if a port is in use, or if a service does not answer in time, with the end of its log.
+    If one service fails, the services that this call started are stopped. Raises ValueError if a port is in use, or,
+    with the end of the log, if a service does not answer in time.
     """
     begin = time.monotonic()
     topology.begin(stack)
@@ -30,7 +30,8 @@ def start(stack: Stack) -> str:
         for group in (topology.servers(stack), topology.workers(stack)):
             missing = [service for service in group if background.running(folder, service.name) is None]
             for service in missing:
-                if service.port is not None:  # a child of a killed server may hold the port; flows outlive a worker
+                # A child of a killed server may hold the port. Workers have no port, and their flows may continue.
+                if service.port is not None:
                     background.end(folder, service.name)
                     background.check_port_is_free(service.port, f"{service.name}_port")
             for service in missing:
@@ -44,25 +45,26 @@ def start(stack: Stack) -> str:
         raise
     lines = topology.shell_lines(stack)
     (folder / "env").write_text(lines, encoding="utf-8")
-    what = f"{', '.join(started)} started in {time.monotonic() - begin:.0f} s" if started else "all of them run already"
+    what = f"started {', '.join(started)} in {time.monotonic() - begin:.0f} s" if started else "all services run"
     return "\n".join([f"{what}; database: {stack.database}, logs: {folder / 'logs'}",
                       f"  Prefect  {stack.prefect_api.removesuffix('/api')}", f"  MLflow   {stack.mlflow}",
                       f"For a shell: . {folder / 'env'}", *(f"  {line}" for line in lines.splitlines())])
 
 
 def stop(stack: Stack) -> str:
-    """Ends the workers and their flows, also of pools that runtime.yaml no longer has; then the servers, and last
-    PostgreSQL.
+    """Stop the workers and their flows, then the servers, then PostgreSQL; return a line for the user.
+
+    Workers of pools that are no longer in runtime.yaml are stopped too.
     """
     grace_s = max(background.GRACE_S, stack.runtime.grace_s)
     recorded = [path.stem for path in sorted((stack.folder / "run").glob("*.json"))]
     names = dict.fromkeys(["postgres", "prefect", "mlflow", *recorded, *topology.pools(stack.runtime)])
     ended = [name for name in reversed(names) if background.end(stack.folder, name, grace_s=grace_s)]
-    return f"ended: {', '.join(ended)}" if ended else "none ran"
+    return f"stopped: {', '.join(ended)}" if ended else "no service was running"
 
 
 def status(stack: Stack) -> list[dict[str, Any]]:
-    """One row for each service: name, running, pid, address, healthy, problem, database, memory_mb."""
+    """Return one row for each service: name, running, pid, address, healthy, problem, database, memory_mb."""
 
     def row(service: Service) -> dict[str, Any]:
         process = background.running(stack.folder, service.name)
@@ -80,7 +82,7 @@ def status(stack: Stack) -> list[dict[str, Any]]:
 def status_text(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        state = f"pid {row['pid']}, {row['memory_mb']} MB" if row["running"] else "does not run"
+        state = f"pid {row['pid']}, {row['memory_mb']} MB" if row["running"] else "not running"
         lines.append(f"{'ok' if row['healthy'] else '--'}  {row['name']:<12} {row['address']:<32} {state}")
         if row["problem"]:
             lines.append(f"      -> {row['problem']}")
@@ -90,12 +92,14 @@ def status_text(rows: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("start", help="what does not run yet")
-    commands.add_parser("status", help="exit status 1 if one is not well").add_argument("--json", action="store_true")
-    commands.add_parser("stop", help="workers first, the database last")
-    for name, what in (("backup", "new folder"), ("restore", "folder of a backup")):
-        commands.add_parser(name, help="both databases").add_argument("folder", type=Path, help=what)
-    commands.add_parser("upgrade", help="schemas of both databases, after a backup")
+    commands.add_parser("start", help="start the services that do not run yet")
+    commands.add_parser("status", help="print the state of each service; exit status 1 if one has a problem"
+                        ).add_argument("--json", action="store_true")
+    commands.add_parser("stop", help="stop the workers, then the servers, then the database")
+    for name, what, folder in (("backup", "write both databases into a new folder", "a new folder"),
+                               ("restore", "replace both databases by those of a backup", "the folder of a backup")):
+        commands.add_parser(name, help=what).add_argument("folder", type=Path, help=folder)
+    commands.add_parser("upgrade", help="upgrade the schemas of both databases, after a backup")
     arguments = parser.parse_args()
     interrupts.handle_as_python_does()
     try:

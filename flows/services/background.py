@@ -1,4 +1,4 @@
-"""Processes that outlive the shell: each has a session of its own, and a file with its process id and start time."""
+"""Background processes that outlive the shell. Each has its own session, and a file with process id and start time."""
 
 import json
 import os
@@ -16,15 +16,15 @@ import psutil
 from flows.processes import is_alive, send_signal, wait_for_end
 from onediff.files import write_text
 
-GRACE_S = 60.0  # before SIGKILL; a training below a worker writes its checkpoint
-MARK = "ONEDIFF_SERVICE"  # variable of a service and of every process that it starts
-SHOWN_LINES = 15  # of a log, when something failed
-STOP_SIGNALS = {"postgres": signal.SIGINT}  # its fast shutdown: it disconnects clients and writes all data
+GRACE_S = 60.0  # seconds before SIGKILL, in which a training that a worker started can write its checkpoint
+MARK = "ONEDIFF_SERVICE"  # environment variable of a service, inherited by every process that the service starts
+SHOWN_LINES = 15  # lines of a log that an error message shows
+STOP_SIGNALS = {"postgres": signal.SIGINT}  # SIGINT makes PostgreSQL disconnect its clients and write all data
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process and the name under which it runs. `check` queries it, and raises ValueError if it does not answer."""
+    """A background process and its name. `check` queries the process and raises ValueError if it does not answer."""
 
     name: str
     command: list[str]
@@ -35,7 +35,7 @@ class Service:
     check: Callable[[], object]
 
     def problem(self) -> str | None:
-        """Why the service does not answer, or None."""
+        """Return the reason why the service does not answer, or None if it answers."""
         try:
             self.check()
         except ValueError as error:
@@ -52,7 +52,10 @@ def log_file(folder: Path, name: str) -> Path:
 
 
 def running(folder: Path, name: str) -> psutil.Process | None:
-    """The process that was started under the name, unless it has ended and its process id belongs to another."""
+    """Return the process that was started under the name, or None if it has ended.
+
+    The start time shows whether the process id now belongs to another process.
+    """
     try:
         record = json.loads(pid_file(folder, name).read_text(encoding="utf-8"))
         process = psutil.Process(record["pid"])
@@ -63,27 +66,29 @@ def running(folder: Path, name: str) -> psutil.Process | None:
 
 
 def family(folder: Path, name: str) -> list[psutil.Process]:
-    """The living processes that were started under the name, also after the first of them was killed: those in its
-    session, and those that inherited its mark.
+    """Return the running processes of a service: its first process and all that descend from it.
+
+    They are recognised by their session or by the inherited environment variable, so they are also found after the
+    first process was killed.
     """
     alive = [process for process in psutil.process_iter() if is_alive(process)]
     leader = None
     if pid_file(folder, name).exists():
         leader = int(json.loads(pid_file(folder, name).read_text(encoding="utf-8"))["pid"])
         if running(folder, name) is None and any(process.pid == leader for process in alive):
-            leader = None  # the process id belongs to another process now
+            leader = None  # another process has this process id now
 
     def belongs(process: psutil.Process) -> bool:
         try:
             return os.getsid(process.pid) == leader or process.environ().get(MARK) == _mark(folder, name)
-        except (OSError, psutil.Error):  # it has ended, or belongs to another user
+        except (OSError, psutil.Error):  # the process has ended or belongs to another user
             return False
 
     return list(filter(belongs, alive))
 
 
 def launch(service: Service, folder: Path) -> None:
-    """Starts the process in a session of its own; its output goes to the end of its log."""
+    """Start the service in a new session, and append its output to its log."""
     log = log_file(folder, service.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab", buffering=0) as output:
@@ -101,7 +106,10 @@ def _mark(folder: Path, name: str) -> str:
 
 
 def wait_until_it_answers(service: Service, folder: Path, limit_s: float) -> None:
-    """Raises ValueError with the last lines of the log if it ends, or does not answer within the time."""
+    """Wait until the service answers, at most `limit_s` seconds.
+
+    Raises ValueError with the last lines of the log if the service ends or does not answer in time.
+    """
     deadline = time.monotonic() + limit_s
     while problem := service.problem():
         ended = running(folder, service.name) is None
@@ -114,8 +122,10 @@ def wait_until_it_answers(service: Service, folder: Path, limit_s: float) -> Non
 
 
 def end(folder: Path, name: str, *, grace_s: float = GRACE_S) -> bool:
-    """Ends all processes that were started under the name; returns whether there were any. The first process gets the
-    service's stop signal, then the others SIGTERM, then SIGKILL; each of the two waits takes `grace_s` at most.
+    """End all processes of a service; return whether there were any.
+
+    The first process gets the service's stop signal, then all others get SIGTERM, then SIGKILL. Each wait between two
+    signals takes at most `grace_s` seconds.
     """
     members, leader = family(folder, name), running(folder, name)
     if leader is not None:
@@ -129,16 +139,16 @@ def end(folder: Path, name: str, *, grace_s: float = GRACE_S) -> bool:
 
 
 def check_port_is_free(port: int, key: str) -> None:
-    """Raises ValueError with the cure if a process listens on the port. `key` names the port in runtime.yaml."""
+    """Raise ValueError if a process listens on the port. `key` is the key of the port in runtime.yaml."""
     try:
-        socket.create_server(("127.0.0.1", port)).close()  # a server that just ended does not count
+        socket.create_server(("127.0.0.1", port)).close()  # The port of a server that just ended can be reused.
     except OSError:
-        raise ValueError(f"port {port} is in use: end what listens there, or set another one in runtime.yaml, "
-                         f"services: {{{key}: {port + 1000}}}") from None
+        raise ValueError(f"port {port} is in use: stop the process that listens there, or set another port in "
+                         f"runtime.yaml, services: {{{key}: {port + 1000}}}") from None
 
 
 def memory_mb(folder: Path, name: str) -> int:
-    """Memory of the service and its descendants; pages that several of its processes share count once."""
+    """Return the memory of the service's processes in MiB; pages that several of the processes share count once."""
     total = 0
     for process in family(folder, name):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):

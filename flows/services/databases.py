@@ -1,6 +1,6 @@
 """Backup, restore, schema upgrade and purge of the databases `prefect` and `mlflow`, in PostgreSQL or SQLite.
 
-MLflow's artifacts are files beside them (`mlflow/artifacts`, or S3): copy those as any other files.
+MLflow's artifacts are ordinary files (`mlflow/artifacts`, or S3) and are not part of a backup.
 """
 
 import json
@@ -24,12 +24,13 @@ SUFFIX = {"postgresql": ".dump", "sqlite": ".db"}
 
 
 def backup(stack: Stack, target: Path) -> str:
-    """Writes both databases into a new folder, also while the servers run. The folder is complete or absent.
+    """Write both databases into a new folder. This works while the servers run.
 
-    Raises ValueError if the folder is not empty, or if there is no database yet.
+    The folder appears only when the backup is complete. Raises ValueError if the folder is not empty, or if there is no
+    database yet.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} holds something already: name a new folder")
+        raise ValueError(f"{target} is not empty: choose a new folder for the backup")
     with new_folder(target) as part:
         part.chmod(0o700)
         with _database_up(stack):
@@ -41,13 +42,13 @@ def backup(stack: Stack, target: Path) -> str:
             "made": datetime.now(UTC).isoformat(timespec="seconds"), "database": stack.database,
             "versions": {name: version(name) for name in postgres.DATABASES}, "files": files}, indent=2)
     return (f"{target}: {', '.join(files)} ({sum((target / name).stat().st_size for name in files) / 2**20:.1f} MB); "
-            f"MLflow's artifacts are not in it: copy {stack.folder / 'mlflow/artifacts'} too")
+            f"MLflow's artifacts are not in the backup: copy {stack.folder / 'mlflow/artifacts'} as well")
 
 
 def restore(stack: Stack, source: Path) -> str:
-    """Restores both databases from the backup; if one fails, both stay unchanged.
+    """Replace both databases by those of a backup; if one cannot be restored, both stay unchanged.
 
-    Raises ValueError while the servers run, or if the backup is damaged or of the other kind of database.
+    Raises ValueError if a server runs, if the backup is damaged, or if it comes from the other kind of database.
     """
     _refuse_while_running(stack, f"python -m flows.services restore {source}")
     manifest = _checked_manifest(stack, source)
@@ -57,11 +58,14 @@ def restore(stack: Stack, source: Path) -> str:
             _restore_postgres(stack, source)
     else:
         _restore_sqlite(stack, source)
-    return f"{stack.folder}: as of {manifest['made']}; 'make services' starts it"
+    return f"{stack.folder}: restored the backup of {manifest['made']}; 'make services' starts the servers"
 
 
 def upgrade(stack: Stack) -> str:
-    """Upgrades both schemas to the installed Prefect and MLflow, after a backup. Raises ValueError if one fails."""
+    """Write a backup, then upgrade both schemas to the installed versions of Prefect and MLflow.
+
+    Raises ValueError if an upgrade fails, with the command that restores the backup.
+    """
     _refuse_while_running(stack, "make upgrade")
     topology.begin(stack)
     target = stack.folder / "backups" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
@@ -71,29 +75,29 @@ def upgrade(stack: Stack) -> str:
     with _database_up(stack):
         for name, (env, arguments) in commands.items():
             run_tool([sys.executable, "-m", name, *arguments],
-                     f"{name} {version(name)} cannot upgrade its database ('python -m flows.services restore {target}' "
-                     "brings the old one back)", env=env, folder=stack.folder / name)
+                     f"{name} {version(name)} could not upgrade its database ('python -m flows.services restore "
+                     f"{target}' restores the old one)", env=env, folder=stack.folder / name)
             lines.append(f"{name}: schema of version {version(name)}")
     return "\n".join(lines)
 
 
 def purge(stack: Stack, runs: Sequence[str]) -> str:
-    """Removes runs that the server has marked as deleted, with their artifacts. The server must run."""
+    """Remove runs that the MLflow server has marked as deleted, and their artifacts. The server must run."""
     run_tool([sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", stack.database_address("mlflow"),
               "--run-ids", ",".join(runs)], "mlflow gc", folder=stack.folder / "mlflow",
              env=topology.worker_env(stack) | topology.mlflow_env(stack))
-    return f"{len(runs)} runs are gone from the MLflow server for good"
+    return f"removed {len(runs)} deleted runs from the MLflow server"
 
 
 def _refuse_while_running(stack: Stack, again: str) -> None:
     for name in postgres.DATABASES:
         if background.running(stack.folder, name):
-            raise ValueError(f"{stack.folder}: the {name} server runs: 'make services-stop', then {again}")
+            raise ValueError(f"{stack.folder}: the {name} server is running: run 'make services-stop', then {again}")
 
 
 @contextmanager
 def _database_up(stack: Stack) -> Iterator[None]:
-    """PostgreSQL runs inside the block: the server that runs already, or one that is started for the block only."""
+    """Provide a running PostgreSQL inside the `with` block; if none runs, start one and stop it at the end."""
     if stack.database == "sqlite" or background.running(stack.folder, "postgres"):
         yield
         return
@@ -112,13 +116,13 @@ def _dump(stack: Stack, name: str, target: Path) -> None:
         return
     database = stack.folder / "databases" / f"{name}.db"
     if not database.exists():
-        raise ValueError(f"{database} not found: nothing to keep; 'make services' makes it")
+        raise ValueError(f"{database} not found, so there is nothing to back up; 'make services' creates it")
     with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(target)) as new:
-        old.backup(new)  # a consistent state, while others write
+        old.backup(new)  # SQLite copies a consistent state while the servers write.
 
 
 def _restore_postgres(stack: Stack, source: Path) -> None:
-    """Restores beside the old databases; then one transaction exchanges the names."""
+    """Restore into new databases, then exchange their names with those of the old ones in one transaction."""
     port, folder = stack.runtime.services.postgres_port, stack.folder
 
     def drop(suffix: str) -> None:
@@ -154,12 +158,14 @@ def _checked_manifest(stack: Stack, source: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{source / MANIFEST} not found: {source} is no backup, or not a whole one") from None
+        raise FileNotFoundError(f"{source / MANIFEST} not found: {source} is not a complete backup; choose a folder "
+                                "that 'make backup' wrote") from None
     if manifest["database"] != stack.database:
-        raise ValueError(f"{source} is a backup of {manifest['database']}, but {stack.folder} keeps {stack.database}: "
-                         "restore into a folder that began with the same kind (services.folder, services.database)")
+        raise ValueError(f"{source} is a backup of {manifest['database']}, but {stack.folder} uses {stack.database}: "
+                         "restore into a folder with the same kind of database (services.folder, services.database)")
     for name in postgres.DATABASES:
         path = source / f"{name}{SUFFIX[stack.database]}"
         if not path.exists() or sha256_of(path) != manifest["files"].get(path.name, {}).get("sha256"):
-            raise ValueError(f"{path} is not as {MANIFEST} says: the backup is damaged; take another one")
+            raise ValueError(f"{path} is missing or differs from its digest in {MANIFEST}: the backup is damaged; use "
+                             "another backup")
     return dict(manifest)

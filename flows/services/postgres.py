@@ -1,6 +1,7 @@
-"""A PostgreSQL cluster of its own in the folder. Its password is only in a file that no other user can read.
+"""A PostgreSQL cluster for the services of one folder.
 
-Clients read that file through PGPASSFILE, so no address, no command line and no log contains the password.
+The password is in a file that no other user can read. Clients read it through PGPASSFILE, so no address, command line
+or log contains the password.
 """
 
 import os
@@ -18,12 +19,12 @@ from flows.services.background import Service
 from onediff.files import new_folder
 
 DATABASES = ("prefect", "mlflow")
-USER = "onediff"  # in PostgreSQL
-SYSTEM_USER = "postgres"  # PostgreSQL refuses to run as root
+USER = "onediff"  # the PostgreSQL role that owns both databases
+SYSTEM_USER = "postgres"  # the system user that runs PostgreSQL when this process is root, as which it refuses to run
 
 
 def binaries() -> Path | None:
-    """The folder with initdb and postgres, or None where PostgreSQL is not installed."""
+    """Return the folder with the programs initdb and postgres, or None if PostgreSQL is not installed."""
     initdb = shutil.which("initdb")
     if initdb:
         return Path(initdb).resolve().parent
@@ -36,7 +37,7 @@ def binaries() -> Path | None:
 
 
 def obstacle(folder: Path) -> str | None:
-    """Why this user cannot keep a cluster in the folder, or None."""
+    """Return the reason why PostgreSQL cannot use the folder for this user, or None if it can."""
     if binaries() is None:
         return "PostgreSQL is not installed"
     if os.geteuid():
@@ -44,27 +45,27 @@ def obstacle(folder: Path) -> str | None:
     try:
         pwd.getpwnam(SYSTEM_USER)
     except KeyError:
-        return f"PostgreSQL does not run as root, and there is no user '{SYSTEM_USER}'"
+        return f"PostgreSQL does not run as root, and the system user '{SYSTEM_USER}' does not exist"
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if subprocess.run(_as_owner(["test", "-x", str(nearest)]), check=False).returncode:
-        return f"PostgreSQL does not run as root, and user '{SYSTEM_USER}' may not enter {nearest}"
+        return f"PostgreSQL does not run as root, and the system user '{SYSTEM_USER}' has no access to {nearest}"
     return None
 
 
 def _as_owner(command: list[str]) -> list[str]:
-    """The command, run by the owner of the cluster: this user, or in place of root the system user `postgres`."""
+    """Return the command that runs `command` as the owner of the cluster: this user, or `postgres` instead of root."""
     if os.geteuid():
         return command
     return ["setpriv", f"--reuid={SYSTEM_USER}", f"--regid={SYSTEM_USER}", "--init-groups", *command]
 
 
 def client_env(folder: Path) -> dict[str, str]:
-    """Where a client finds the password."""
+    """Return the environment variable that tells PostgreSQL's clients where the password file is."""
     return {"PGPASSFILE": str((folder / "pgpass").absolute())}
 
 
 def service(folder: Path, port: int) -> Service:
-    """The server process."""
+    """Return the description of the PostgreSQL server process."""
     command = _as_owner([_program("postgres"), "-D", str((folder / "postgres").absolute()), "-p", str(port),
                          "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="])
     return Service("postgres", command, _plain_env(), Path("/"), f"127.0.0.1:{port}", port,
@@ -72,31 +73,32 @@ def service(folder: Path, port: int) -> Service:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the cluster where there is none yet, and removes the lock file of a server that was killed.
+    """Create the PostgreSQL cluster if it does not exist, and remove the lock file of a server that was killed.
 
-    Raises ValueError if the password of a cluster is gone.
+    Raises ValueError if the cluster exists and the file with its password does not.
     """
     data = folder / "postgres"
     if not data.exists():
         _make(folder, data)
     if not (folder / "pgpass").exists():
-        raise ValueError(f"{folder / 'pgpass'} not found: it held the password of the cluster beside it; bring it "
-                         f"back, or move {data} away, start, and restore a backup")
+        raise ValueError(f"{folder / 'pgpass'} not found: this file contained the password of the database in {data}; "
+                         f"restore the file, or move {data} away, start again, and restore a backup")
     lock = data / "postmaster.pid"
     if lock.exists() and not _is_postgres(int(lock.read_text().split()[0])):
         lock.unlink()
 
 
 def tool(folder: Path, port: int, name: str, *arguments: str) -> str:
-    """What one of PostgreSQL's client programs prints. Raises ValueError with the end of its message."""
+    """Run one of PostgreSQL's client programs and return its output. Raises ValueError with its message if it fails."""
     command = [_program(name), "-h", "127.0.0.1", "-p", str(port), "-U", USER, "-w", *arguments]
     return run_tool(command, f"PostgreSQL on port {port}: {name}",
                     env={**_plain_env(), **client_env(folder), "PGCONNECT_TIMEOUT": "5"})
 
 
 def start(folder: Path, port: int, start_s: float) -> None:
-    """Starts the server and makes its databases. Raises ValueError if the port is in use or the server does not answer;
-    then none of its processes is left.
+    """Start the server and create the databases that do not exist yet.
+
+    Raises ValueError if the port is in use or the server does not answer; then no process of the server is left.
     """
     background.end(folder, "postgres")
     background.check_port_is_free(port, "postgres_port")
@@ -132,14 +134,17 @@ def _make(folder: Path, data: Path) -> None:
 
 
 def write_secret(path: Path, text: str) -> None:
-    """Writes a file that no other user can read, from its first moment on."""
+    """Write a file that no other user can read at any time: it is created with mode 0600 before the text is written."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
 
 
 def _is_postgres(pid: int) -> bool:
-    """A killed server keeps its name as a zombie until its parent reads its status; PostgreSQL takes it for alive."""
+    """Return whether the process is a running PostgreSQL server.
+
+    A killed server stays a zombie until its parent reads its exit status; PostgreSQL itself would take it for alive.
+    """
     try:
         process = psutil.Process(pid)
         return process.name() == "postgres" and is_alive(process)
@@ -148,7 +153,7 @@ def _is_postgres(pid: int) -> bool:
 
 
 def _plain_env() -> dict[str, str]:
-    """Without PG* of the shell, which would name another server, and without secrets of other services."""
+    """Return a minimal environment without the shell's PG* variables, which may name another server, and no secrets."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
 
 

@@ -1,4 +1,4 @@
-"""The servers and workers of one folder: their commands, environments, databases and addresses."""
+"""Describe the servers and workers of one folder: their commands, environments, databases and addresses."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ from onediff.config import Runtime
 from onediff.files import refusing_lock
 
 MLFLOW_USER = "admin"
-MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"  # if it is set, the MLflow server asks for it
-PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; if it is set, the Prefect server asks for it
+MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"  # if this variable is set, the MLflow server requires the password
+PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; if it is set, the Prefect server requires the login
 LOGINS = (MLFLOW_PASSWORD, PREFECT_LOGIN)
-NOT_INHERITED = (  # settings of the shell that name other servers, or that are secrets of one service
+NOT_INHERITED = (  # variables of the shell that point to other servers, or that are secrets of a single service
     "PG", "PREFECT_API_", "PREFECT_SERVER_API_", "PREFECT_SERVER_DATABASE_", "PREFECT_PROFILE", "PREFECT__",
     "MLFLOW_TRACKING_", "MLFLOW_BACKEND_", "MLFLOW_REGISTRY_", "MLFLOW_ARTIFACTS_", "MLFLOW_AUTH_", "MLFLOW_FLASK_",
     "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_", MLFLOW_PASSWORD)
@@ -37,7 +37,7 @@ QUIET = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY
 
 @dataclass(frozen=True)
 class Stack:
-    """The services of one folder: the database that it began with (`services.json`), and what runtime.yaml says now."""
+    """The services of one folder: the kind of database that it has (`services.json`), and runtime.yaml."""
 
     folder: Path
     runtime: Runtime
@@ -52,41 +52,45 @@ class Stack:
         return f"http://127.0.0.1:{self.runtime.services.mlflow_port}"
 
     def database_address(self, name: str, drivers: tuple[str, str] = ("postgresql+psycopg2", "sqlite")) -> str:
-        """Of the database `prefect` or `mlflow`, with the driver of its kind; the password is in PGPASSFILE."""
+        """Return the address of the database `prefect` or `mlflow`. `drivers`: SQLAlchemy's for PostgreSQL and SQLite.
+
+        The address has no password, because clients read the password from the file that PGPASSFILE names.
+        """
         if self.database == "postgresql":
             return f"{drivers[0]}://{postgres.USER}@127.0.0.1:{self.runtime.services.postgres_port}/{name}"
         return f"{drivers[1]}:///{(self.folder / 'databases' / f'{name}.db').absolute()}"
 
 
 def load_stack(runtime: Runtime) -> Stack:
-    """The folder of runtime.yaml. A new one gets the database that services.database names; nothing is written yet.
+    """Return the services of the folder in runtime.yaml, with the kind of database that the folder has or will get.
 
-    Raises ValueError if PostgreSQL is required and cannot run there.
+    Writes nothing. Raises ValueError if runtime.yaml asks for another kind than the folder has, or if PostgreSQL is
+    required and cannot run there.
     """
     folder, database = Path(runtime.services.folder), runtime.services.database
     began_with: Database | None = _settings(folder).get("database")
     if began_with is not None and database not in ("auto", began_with):
-        raise ValueError(f"runtime.yaml: services.database is {database}, but {folder} began with {began_with}: set it "
-                         "so, or set another services.folder")
+        raise ValueError(f"runtime.yaml: services.database is {database}, but {folder} already has a {began_with} "
+                         f"database: set services.database to {began_with}, or set another services.folder")
     obstacle = postgres.obstacle(folder)
     if database == "auto":
         database = began_with or ("sqlite" if obstacle else "postgresql")
     if database == "postgresql" and obstacle:
-        raise ValueError(f"{folder}: {obstacle}: set services.folder to one that it can use"
+        raise ValueError(f"{folder}: {obstacle}: set services.folder to a folder that PostgreSQL can use"
                          + ("" if began_with else ", or services.database to sqlite"))
     return Stack(folder, runtime, database)
 
 
 def begin(stack: Stack) -> None:
-    """Makes the folder, records its settings, and undoes a restore of SQLite files that was killed between its two
-    renames.
+    """Create the folder, record its settings, and undo a restore of SQLite files that was killed between two renames.
 
-    Raises ValueError if a server that asked for a password would now be started without one.
+    Raises ValueError if a server that required a password would now start without one.
     """
     settings = _settings(stack.folder)
     for key in LOGINS:
         if settings.get(key) and not os.environ.get(key):
-            raise ValueError(f"{stack.folder}: its server was started with {key}; set it, as before")
+            raise ValueError(f"{stack.folder}: the server was protected by {key} before, and this variable is not set "
+                             "now: set it")
     databases, old = stack.folder / "databases", stack.folder / "databases.old"
     if old.exists() and not databases.exists():
         old.rename(databases)
@@ -94,7 +98,7 @@ def begin(stack: Stack) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
         (stack.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    stack.folder.chmod(0o755)  # user `postgres` must enter it; each secret file in it is closed to other users
+    stack.folder.chmod(0o755)  # The user `postgres` must enter the folder; secret files have mode 0600.
     settings |= {"database": stack.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
     (stack.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
     if not (stack.folder / "flask_key").exists():
@@ -104,17 +108,18 @@ def begin(stack: Stack) -> None:
 
 
 def exclusive(folder: Path) -> AbstractContextManager[None]:
-    """One start, stop, backup or restore at a time. Raises ValueError while another process runs one."""
-    return refusing_lock(folder / "lock", f"{folder}: another start, stop, backup or restore goes on: wait for it")
+    """Return a lock that allows one start, stop, backup or restore at a time; raises ValueError if another one runs."""
+    return refusing_lock(folder / "lock", f"{folder}: another start, stop, backup or restore is running: wait for it")
 
 
 def pools(runtime: Runtime) -> list[str]:
-    """Work pools that this machine serves."""
+    """Return the Prefect work pools whose stages this machine can run."""
     gpu = runtime.device == "cuda" or (runtime.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
     return ["onediff-cpu", *(["onediff-gpu"] if gpu else [])]
 
 
 def servers(stack: Stack) -> list[Service]:
+    """Return the descriptions of the Prefect server and the MLflow server."""
     settings, api = stack.runtime.services, stack.prefect_api
     login, password = os.environ.get(PREFECT_LOGIN), os.environ.get(MLFLOW_PASSWORD)
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
@@ -129,8 +134,8 @@ def servers(stack: Stack) -> list[Service]:
 
 
 def workers(stack: Stack) -> list[Service]:
-    """One for each pool, in the project's folder. A worker makes its pool if the server has none."""
-    clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]  # one machine may have several
+    """Return one worker for each work pool. A worker creates the pool if the Prefect server does not have it."""
+    clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]  # One machine may run several clones
     name = f"{socket.gethostname()}-{clone}"
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
                            "--name", name, "--install-policy", "never"],
@@ -139,7 +144,10 @@ def workers(stack: Stack) -> list[Service]:
 
 
 def shell_lines(stack: Stack) -> str:
-    """The lines with which a shell uses the servers; they refer to passwords in the environment of the shell."""
+    """Return `export` lines with which a shell uses the servers.
+
+    Passwords are not written out: the lines refer to environment variables of the shell.
+    """
     lines = [f"export PREFECT_API_URL={stack.prefect_api}", f"export MLFLOW_TRACKING_URI={stack.mlflow}"]
     if os.environ.get(PREFECT_LOGIN):
         lines.append(f'export PREFECT_API_AUTH_STRING="${{{PREFECT_LOGIN}:?}}"')
@@ -156,7 +164,7 @@ def _base_env(stack: Stack) -> dict[str, str]:
 
 
 def prefect_env(stack: Stack) -> dict[str, str]:
-    """Of the Prefect server and of the tool that upgrades its database."""
+    """Return the environment of the Prefect server and of the tool that upgrades its database."""
     login = os.environ.get(PREFECT_LOGIN)
     return {**_base_env(stack), **(postgres.client_env(stack.folder) if stack.database == "postgresql" else {}),
             **({PREFECT_LOGIN: login, "PREFECT_API_AUTH_STRING": login} if login else {}),
@@ -165,7 +173,7 @@ def prefect_env(stack: Stack) -> dict[str, str]:
 
 
 def mlflow_env(stack: Stack) -> dict[str, str]:
-    """Of the MLflow server and of the tools that work on its database."""
+    """Return the environment of the MLflow server and of the tools that work on its database."""
     folder, key = stack.folder / "mlflow", stack.folder / "flask_key"
     password = os.environ.get(MLFLOW_PASSWORD)
     auth = {"MLFLOW_AUTH_CONFIG_PATH": str((folder / "auth.ini").absolute()), "MLFLOW_AUTH_ADMIN_USERNAME": MLFLOW_USER,
@@ -177,7 +185,7 @@ def mlflow_env(stack: Stack) -> dict[str, str]:
 
 
 def worker_env(stack: Stack) -> dict[str, str]:
-    """Of a worker. The flows that it starts inherit it, so they use these servers and send heartbeats."""
+    """Return the environment of a worker. Its flows inherit it, so they use these servers and send heartbeats."""
     login, password = os.environ.get(PREFECT_LOGIN), os.environ.get(MLFLOW_PASSWORD)
     return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(stack), "ONEDIFF_PROJECT": str(Path.cwd()),
             "MLFLOW_TRACKING_URI": stack.mlflow,
@@ -189,12 +197,14 @@ def _check_worker(stack: Stack, pool: str, name: str) -> None:
     url = f"{stack.prefect_api}/work_pools/{pool}/workers/filter"
     workers = _query(url, PREFECT_LOGIN, os.environ.get(PREFECT_LOGIN), body={})
     if not any(worker["name"] == name and worker["status"] == "ONLINE" for worker in workers):
-        raise ValueError("the Prefect server has not heard of it")
+        raise ValueError("the Prefect server does not list the worker as online")
 
 
 def _query(url: str, key: str, login: str | None, *, body: dict[str, Any] | None = None) -> Any:
-    """The JSON answer of a server. `login`: user:password, which the variable `key` holds. Raises ValueError if there
-    is no answer.
+    """Send a request to a server and return its JSON answer.
+
+    `login` is user:password, the value of the environment variable `key`. Raises ValueError if the server does not
+    answer or answers with an error.
     """
     try:
         response = httpx.request("GET" if body is None else "POST", url, json=body, timeout=5, trust_env=False,
@@ -202,9 +212,10 @@ def _query(url: str, key: str, login: str | None, *, body: dict[str, Any] | None
     except httpx.TransportError as error:
         raise ValueError(str(error)) from None
     if response.status_code in (401, 403):
-        raise ValueError("it asks for other credentials" if login else f"it asks for credentials: set {key}")
+        raise ValueError(f"the server refuses the credentials of {key}" if login
+                         else f"the server requires credentials: set {key}")
     if response.is_error:
-        raise ValueError(f"it answers {response.status_code}")
+        raise ValueError(f"the server answers with HTTP status {response.status_code}")
     return response.json()
 
 

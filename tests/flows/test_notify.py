@@ -60,4 +60,4 @@ def test_blocks_get_what_why_and_what_next_and_a_lost_one_stops_nothing(
     assert [artifact.key for artifact in artifacts] == ["refusal"] and "`onediff x`" in str(artifacts[0].data)
     stdout = capsys.readouterr().out
     assert stdout.count("was not notified") == 3 and "hunter2" not in stdout
-    assert "secret/key was not notified: is no block that can notify, but Secret" in stdout
+    assert "secret/key was not notified: is a Secret block, which cannot send notifications" in stdout

@@ -65,7 +65,7 @@ def test_what_changed_at_its_origin_is_brought_and_what_cannot_be_had_stops_noth
     (tmp_path / "gone.json").unlink()
     before = Path("data/raw/spot_the_diff/train.json.dvc").read_text()
     changed, [problem] = update_sources.fn()
-    assert changed == ["data/raw/spot_the_diff/train.json: new at its origin"]
+    assert changed == ["data/raw/spot_the_diff/train.json: updated from its origin"]
     assert Path("data/raw/spot_the_diff/train.json").read_text() == "one and two"
     assert Path("data/raw/spot_the_diff/train.json.dvc").read_text() != before
     assert problem.startswith("dvc update data/raw/birds/gone.json.dvc: ")
@@ -128,6 +128,6 @@ def test_the_flow_says_whether_anything_changed_and_why_no_retraining_starts(pro
     assert run("settle_s=0") == "END Unchanged nothing is new"
     shutil.copytree(ROOT / "examples/folder", "inbox/mine")
     end = run("settle_s=0", "then_retrain=True")
-    assert end.startswith("END Changed mine: 5 pairs came in; no retraining was started: retrain/retrain")
+    assert end.startswith("END Changed mine: 5 pairs imported; no retraining was started: retrain/retrain")
     shutil.copytree(ROOT / "examples/folder", "inbox/mnie")
     assert run("settle_s=0").startswith("END Failed inbox/mnie: the folder must have the name of a source")

@@ -171,7 +171,7 @@ def test_gpu_work_is_served_where_runtime_says_so_and_never_where_it_says_cpu() 
 def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topology.Stack) -> None:
     folder = str(sqlite_stack.folder)
     assert topology.load_stack(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
-    with pytest.raises(ValueError, match=r"services.database is postgresql, but .* began with sqlite"):
+    with pytest.raises(ValueError, match=r"services.database is postgresql, but .* already has a sqlite"):
         topology.load_stack(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
 
 
@@ -179,7 +179,7 @@ def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topol
 def test_root_gets_the_error_that_postgres_may_not_enter_the_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     runtime = {"services": {"folder": str(tmp_path / "services"), "database": "postgresql"}}
-    with pytest.raises(ValueError, match=rf"user 'postgres' may not enter {tmp_path}: set services.folder .* sqlite"):
+    with pytest.raises(ValueError, match=rf"user 'postgres' has no access to {tmp_path}: set services.folder .* sqlite"):
         topology.load_stack(Runtime.model_validate(runtime))
 
 
@@ -193,7 +193,7 @@ def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: 
 
 
 def test_two_starts_at_once_are_one_start(tmp_path: Path) -> None:
-    refusal = "another start, stop, backup or restore goes on"
+    refusal = "another start, stop, backup or restore is running"
     with topology.exclusive(tmp_path), pytest.raises(ValueError, match=refusal), topology.exclusive(tmp_path):
         pass
 
@@ -214,7 +214,7 @@ def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack,
         write_rows(sqlite_stack, name, ["new"])
     assert "as of" in databases.restore(sqlite_stack, tmp_path / "kept")
     assert [read_rows(sqlite_stack, name) for name in postgres.DATABASES] == [["old"], ["old"]]
-    with pytest.raises(ValueError, match="holds something already: name a new folder"):
+    with pytest.raises(ValueError, match="is not empty: choose a new folder"):
         databases.backup(sqlite_stack, tmp_path / "kept")
 
 
@@ -224,13 +224,13 @@ def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stac
     write_rows(sqlite_stack, "prefect", ["new"])
     with (kept / "mlflow.db").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=r"mlflow.db is not as manifest.json says: the backup is damaged"):
+    with pytest.raises(ValueError, match=r"mlflow.db is missing or differs from its digest in manifest.json"):
         databases.restore(sqlite_stack, kept)
     manifest = json.loads((kept / "manifest.json").read_text())
     (kept / "manifest.json").write_text(json.dumps({**manifest, "database": "postgresql"}))
     with pytest.raises(ValueError, match=r"is a backup of postgresql, but .* keeps sqlite"):
         databases.restore(sqlite_stack, kept)
-    with pytest.raises(FileNotFoundError, match="is no backup, or not a whole one"):
+    with pytest.raises(FileNotFoundError, match="is not a complete backup"):
         databases.restore(sqlite_stack, tmp_path)
     assert read_rows(sqlite_stack, "prefect") == ["old", "new"]
 
@@ -307,7 +307,7 @@ def test_all_of_them_are_well_and_a_second_start_doubles_none(services: RunningS
     before = services.rows()
     assert all(row["healthy"] and row["running"] and row["database"] == services.database for row in before.values())
     assert list(before)[-3:] == ["prefect", "mlflow", "onediff-cpu"]
-    assert "all of them run already" in services.run("start")
+    assert "all services run" in services.run("start")
     assert {name: row["pid"] for name, row in services.rows().items()} == {
         name: row["pid"] for name, row in before.items()}
     assert "MLFLOW_TRACKING_URI=http://127.0.0.1:" in (services.folder / "services/env").read_text()
@@ -336,7 +336,7 @@ def test_a_restore_brings_back_the_state_of_the_backup(services: RunningServices
     services.run("backup", str(kept))  # while they run
     services.create("after_the_backup")
     refused = services.command("restore", str(kept))
-    assert refused.returncode == 1 and "the prefect server runs: 'make services-stop'" in refused.stderr
+    assert refused.returncode == 1 and "the prefect server is running: run 'make services-stop'" in refused.stderr
     services.run("stop")
     services.run("restore", str(kept))
     services.run("start")
@@ -346,7 +346,7 @@ def test_a_restore_brings_back_the_state_of_the_backup(services: RunningServices
 @pytest.mark.slow
 def test_an_upgrade_keeps_the_data_and_makes_a_backup_first(services: RunningServices) -> None:
     state = services.created()
-    assert "runs: 'make services-stop', then make upgrade" in services.command("upgrade").stderr
+    assert "is running: run 'make services-stop', then make upgrade" in services.command("upgrade").stderr
     services.run("stop")
     stdout = services.run("upgrade")
     assert "mlflow: schema of version" in stdout and "prefect: schema of version" in stdout
@@ -475,7 +475,7 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: st
             assert services.ask(service, path, login=login)
         status = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=folder,
                               capture_output=True, text=True, check=False)
-        assert status.returncode == 1 and f"it asks for credentials: set {topology.MLFLOW_PASSWORD}" in status.stdout
+        assert status.returncode == 1 and f"the server requires credentials: set {topology.MLFLOW_PASSWORD}" in status.stdout
         address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
         refused = subprocess.run([sys.executable, "-c", "from onediff import tracking; tracking.client()"], cwd=folder,
                                  env={**without, "MLFLOW_TRACKING_URI": address}, capture_output=True, text=True,

@@ -130,7 +130,7 @@ def test_an_object_that_the_remote_lost_is_named(
     for path in (first.parent / "remote/files").rglob("*"):
         if path.is_file():
             path.unlink()
-    with pytest.raises(ValueError, match=r"data/made/one\.txt is not in DVC's remote"):
+    with pytest.raises(ValueError, match=r"data/made/one\.txt is not in the DVC remote"):
         _work(second, "count", commit, files, monkeypatch)
 
 
@@ -139,7 +139,7 @@ def test_a_sender_may_not_write_outside_the_project(
     monkeypatch.chdir(clones[0])
     stage.check_out(clones[2])
     for name in ("../evil", "/tmp/evil", "data/../../evil"):
-        with pytest.raises(ValueError, match="lies outside the project"):
+        with pytest.raises(ValueError, match="is outside the project folder"):
             stage.write_inputs({name: "x"})
 
 
