@@ -58,8 +58,8 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
     model, delta = config.model, config.model.delta
     results = ModelResults(
         when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        subtitle=f"Vision encoder: {model.vision.path}. Language model: {model.language}. {delta.num_tokens} delta tokens, "
-                 f"token layout {model.reading}. Seed {config.seed}.",
+        subtitle=f"Vision encoder: {model.vision.path}. Language model: {model.language}. "
+                 f"{delta.num_tokens} delta tokens, token layout {model.reading}. Seed {config.seed}.",
         params=PARAMS.read_text(encoding="utf-8"), metrics=_read_json(METRICS), gate=_read_json(GATE),
         stress=_read_json_if_there(STRESS), card=_read_json(CARD),
         curves={phase: _read_lines(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")},

@@ -179,7 +179,7 @@ def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topol
 def test_root_gets_the_error_that_postgres_may_not_enter_the_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     runtime = {"services": {"folder": str(tmp_path / "services"), "database": "postgresql"}}
-    with pytest.raises(ValueError, match=rf"user 'postgres' has no access to {tmp_path}: set services.folder .* sqlite"):
+    with pytest.raises(ValueError, match=rf"user 'postgres' has no access to {tmp_path}: set services.folder"):
         topology.load_stack(Runtime.model_validate(runtime))
 
 
@@ -475,7 +475,8 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: st
             assert services.ask(service, path, login=login)
         status = subprocess.run([sys.executable, "-m", "flows.services", "status"], env=without, cwd=folder,
                               capture_output=True, text=True, check=False)
-        assert status.returncode == 1 and f"the server requires credentials: set {topology.MLFLOW_PASSWORD}" in status.stdout
+        assert status.returncode == 1
+        assert f"the server requires credentials: set {topology.MLFLOW_PASSWORD}" in status.stdout
         address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
         refused = subprocess.run([sys.executable, "-c", "from onediff import tracking; tracking.client()"], cwd=folder,
                                  env={**without, "MLFLOW_TRACKING_URI": address}, capture_output=True, text=True,

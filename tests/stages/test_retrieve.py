@@ -68,5 +68,5 @@ def test_a_window_that_nothing_falls_into_is_told(project: Path) -> None:
 
 def test_a_missing_collection_is_told(project: Path) -> None:
     (project / "data/raw/street").rename(project / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"data/raw/street does not exist: put images and captions\.csv, or Parquet"):
+    with pytest.raises(FileNotFoundError, match=r"data/raw/street does not exist: put images"):
         retrieve("street")

@@ -196,7 +196,7 @@ def test_real_photographs_are_recognised_as_small_jpegs_and_other_photographs_ar
 
 @pytest.mark.parametrize(("content", "message"), [
     ({"data": []}, r"rows\.json line 1: not valid JSON \(a list \[\.\.\.\] was expected, got '\{.*LLaVA's rows is"),
-    ([row("a", "a.jpg", "x"), {"id": "b", "image": "a.jpg"}], r"entry 2 \(line 1\): 'conversations' is missing, got id"),
+    ([row("a", "a.jpg", "x"), {"id": "b", "image": "a.jpg"}], r"entry 2 \(line 1\): 'conversations' is missing"),
     ([{"id": "b", "image": {"path": "a"}, "conversations": []}], r"entry 1 \(line 1\), image: a list expected, got"),
     ([{"id": "b", "image": ["a", 3], "conversations": []}], r"entry 1 \(line 1\), image: text expected, got 3"),
     ([{"id": "b", "conversations": [{"from": "gpt", "text": "x"}]}], r"entry 1 .*, conversations: 'value' is missing"),

@@ -263,5 +263,5 @@ def test_a_shard_that_is_cut_short_or_broken_inside_is_named(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"train-00000\.parquet: not a complete Parquet file"):
         probed(tmp_path)
     path.write_bytes(whole[:1000] + bytes(len(whole) // 2) + whole[1000 + len(whole) // 2 :])
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 cannot be read \(.*\); create the file again"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 cannot be read \(.*\); create"):
         probed(tmp_path)

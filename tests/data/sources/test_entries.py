@@ -81,7 +81,8 @@ def test_a_tsv_is_what_the_csv_module_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("table", "message"), [
     (bird_table([bird_row(1, "train", 1, '"opened and never closed')]), "line 2, description: a quote is opened but"),
-    (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]), "line 3: 11 columns expected, got 3: a text contains a tab"),
+    (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]),
+     "line 3: 11 columns expected, got 3: a text contains a tab"),
     (bird_table([bird_row(1, "train", 1, "with a\ttab")]), "line 2: 11 columns expected, got 12"),
     ("a\tb\n1\t2\n", "line 1: the header must contain img1ObservationURL, .*, got a, b"),
 ])

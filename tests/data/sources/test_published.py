@@ -40,15 +40,15 @@ def test_the_nearest_name_wins(tmp_path: Path) -> None:
     assert files.find("7.png") == tmp_path / "7.png"
     assert files.find("07.jpg") == tmp_path / "07.jpg"
     assert files.find("008.png") == tmp_path / "008.gif"
-    with pytest.raises(ValueError, match="both match this name but have different content"):
+    with pytest.raises(ValueError, match="both match this name"):
         files.find("007.png")
 
 
 def test_two_unlike_files_of_one_name_stop_it_and_two_equal_ones_do_not(tmp_path: Path) -> None:
     files = index(tmp_path, "one/7.png", "two/7.png", "one/train.json", "two/train.json")
-    with pytest.raises(ValueError, match=r"7\.png: .*one/7\.png and .*two/7\.png both match this name but have different content"):
+    with pytest.raises(ValueError, match=r"7\.png: .*one/7\.png and .*two/7\.png both match this name"):
         files.find("7.png")
-    with pytest.raises(ValueError, match=r"train\.json: .* both match this name but have different content: keep only one"):
+    with pytest.raises(ValueError, match=r"train\.json: .* both match this name but have different content"):
         files.named("train.json")
     put(tmp_path / "two/7.png", "content 0")
     assert files.find("7.png") == tmp_path / "one/7.png"

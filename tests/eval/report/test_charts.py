@@ -13,7 +13,7 @@ POINTS = [(float(x), 2.0) for x in range(10)]
 
 def test_a_curve_starts_left_and_ends_at_the_last_point() -> None:
     chart = line_chart([Curve("loss", "a", POINTS)], title="loss", x_label="step", y_label="loss")
-    path = re.findall(r'polyline class="a" points="([^"]+)"', told)[0].split()
+    path = re.findall(r'polyline class="a" points="([^"]+)"', chart)[0].split()
     assert path[0] == "40.0,50.0" and path[-1] == "386.0,50.0" and ">9</text>" in chart
 
 
@@ -34,7 +34,7 @@ def test_a_better_jpeg_stands_nearer_to_none_at_all() -> None:
         return {"change_type_accuracy": share, "intervals": {"change_type_accuracy": [share, share]}}
 
     chart = stress_chart("scenes", "jpeg_quality", {"none": point(0.9), "10": point(0.2), "90": point(0.8)})
-    ticks = re.findall(r'text-anchor="middle">(none|90|10)</text>', told)
+    ticks = re.findall(r'text-anchor="middle">(none|90|10)</text>', chart)
     assert ticks == ["none", "90", "10"]
 
 

@@ -182,7 +182,7 @@ def test_clevr_files_that_are_wrong_or_absent_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'val' is missing, got train"):
         summarize("clevr_change", tmp_path)
     clevr(tmp_path, change_captions={"cube.png": []})
-    with pytest.raises(ValueError, match=r"change_captions\.json: image names must be like CLEVR_default_000000\.png, got 'cube\.png'"):
+    with pytest.raises(ValueError, match=r"change_captions\.json: image names must be like CLEVR_default_000000\.png"):
         summarize("clevr_change", tmp_path)
     (tmp_path / "type_mapping.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must contain type_mapping\.json"):
