@@ -40,7 +40,7 @@ def address() -> Iterator[str]:
     "import flows; ask()", "from onediff.stages.command import run; run(ask)",
     "from onediff.cli import main as cli; cli.app = ask; cli.main()"], ids=["flows", "stages", "cli"])
 def test_requests_to_this_machine_do_not_use_the_proxy(address: str, start: str, tmp_path: Path) -> None:
-    code = f"import sys, httpx, requests, urllib.request\nurl = sys.argv.pop()\ndef ask(): {ASK}\n{start}"
+    code = f"import sys, httpx, requests, urllib.request\nurl = sys.argv.pop()\ndef ask(**_): {ASK}\n{start}"
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     environment = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"} | proxies
     done = subprocess.run([sys.executable, "-c", code, address], cwd=tmp_path, capture_output=True, text=True,

@@ -55,7 +55,7 @@ FILES = {
                              "../data/writer/prompts/v1/differences_vision.md"],
 }
 # Templates and prompts that no stage uses. A test checks that every such file is listed here or in FILES.
-FILES_OF_NO_STAGE = {"data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
+FILES_OF_NO_STAGE = {"py.typed", "data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
                      "train/launch/slurm.sh.j2"}
 
 # Matrix stage -> the folder that contains one package for each item of the matrix.

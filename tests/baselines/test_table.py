@@ -62,5 +62,5 @@ def test_without_captions_the_champion_is_what_metrics_json_says_of_the_same_ref
     lines = baselines.section("scenes", rows, ["no change was made"])
     assert cells(lines, baselines.CHAMPION) == ["50.0 [40.0, 60.0]"] * 4 + ["70.0 [60.0, 80.0]"]
     assert not [line for line in lines if "champion less" in line]
-    with pytest.raises(ValueError, match=r"scores of scenes are of other references .*'make run' makes all of them"):
+    with pytest.raises(ValueError, match=r"scores of scenes must belong to the references"):
         baselines.recorded("scenes", {row["pair_id"]: row["references"] for row in rows[1:]})

@@ -66,7 +66,8 @@ def test_odd_records_are_shown_and_their_text_is_no_markup(tmp_path: Path) -> No
            record(3, after=b"", num_images=1), record(4, before=b"", after=b"", num_images=0)]
     write_shards(odd, tmp_path / "shards", "train", shard_pairs=9)
     page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
-    first, missing, broken, one, none = articles(page)
+    cards = {re.search(r"web-(\d+)", article).group(1): article for article in articles(page)}  # type: ignore[union-attr]
+    first, missing, broken, one, none = (cards[str(number)] for number in range(5))
     assert "<script>alert" not in page and "<script>alert(1)</script> & \"so\"" in unescape(first)
     assert len(page) < 60_000
     assert "missing" in missing and "no caption" in missing

@@ -188,7 +188,7 @@ def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: 
     monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
     topology.begin(sqlite_stack)
     monkeypatch.delenv(topology.PREFECT_LOGIN)
-    with pytest.raises(ValueError, match="was started with PREFECT_SERVER_API_AUTH_STRING; set it, as before"):
+    with pytest.raises(ValueError, match="was protected by PREFECT_SERVER_API_AUTH_STRING before"):
         topology.begin(sqlite_stack)
 
 
@@ -212,7 +212,7 @@ def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack,
     databases.backup(sqlite_stack, tmp_path / "kept")
     for name in postgres.DATABASES:
         write_rows(sqlite_stack, name, ["new"])
-    assert "as of" in databases.restore(sqlite_stack, tmp_path / "kept")
+    assert "restored the backup of" in databases.restore(sqlite_stack, tmp_path / "kept")
     assert [read_rows(sqlite_stack, name) for name in postgres.DATABASES] == [["old"], ["old"]]
     with pytest.raises(ValueError, match="is not empty: choose a new folder"):
         databases.backup(sqlite_stack, tmp_path / "kept")
@@ -228,7 +228,7 @@ def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stac
         databases.restore(sqlite_stack, kept)
     manifest = json.loads((kept / "manifest.json").read_text())
     (kept / "manifest.json").write_text(json.dumps({**manifest, "database": "postgresql"}))
-    with pytest.raises(ValueError, match=r"is a backup of postgresql, but .* keeps sqlite"):
+    with pytest.raises(ValueError, match=r"is a backup of postgresql, but .* uses sqlite"):
         databases.restore(sqlite_stack, kept)
     with pytest.raises(FileNotFoundError, match="is not a complete backup"):
         databases.restore(sqlite_stack, tmp_path)

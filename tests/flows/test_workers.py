@@ -156,7 +156,7 @@ def test_uncommitted_code_is_not_sent_to_workers(
     monkeypatch.chdir(first)
     assert stage.commit_for_workers() == commit
     (first / "code.txt").write_text("other")
-    with pytest.raises(ValueError, match=r"code.txt changed since commit .*commit it first"):
+    with pytest.raises(ValueError, match=r"code.txt changed since commit .*commit the changes first"):
         stage.commit_for_workers()
 
 

@@ -113,10 +113,10 @@ def test_the_list_of_versions_contains_aliases_changes_and_refusals() -> None:
 
 
 def test_a_model_without_weights_or_readable_scores_is_not_registered() -> None:
-    with pytest.raises(FileNotFoundError, match=r"dvc\.lock not found"):
+    with pytest.raises(FileNotFoundError, match=r"dvc\.lock does not exist"):
         register(Path("nowhere"))
     folder = trained("a")
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
         register(Path("nowhere"))
     Path("data/gate.json").write_text("{")
     write_lock(folder)

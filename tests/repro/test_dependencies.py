@@ -144,7 +144,7 @@ AFTER_DATA = {"align", "tune", "caption", "stress"}
     ("onediff/train/speed.py", {"align", "tune"}),
     ("onediff/stages/training.py", {"align", "tune"}),
     ("onediff/config/params.py onediff/tracking/runs.py onediff/train/cost.py onediff/train/new_module.py", set()),
-    ("onediff/data/folders.py", {"probe", "validate", "build", "report"}),
+    ("onediff/data/folders.py", {"probe", "validate", "build"}),
     ("onediff/eval/report/report.css.j2", {"report"}),
     ("onediff/data/synthesis/scenes/blender.py", {"synthesize@scenes"}),
     ("onediff/data/synthesis/edits/operations.py", {"synthesize@edits"}),

@@ -125,7 +125,7 @@ def test_every_stage_checks_its_inputs_first(stage: str, change: tuple[str, str]
 
 def test_onediff_doctor_suggests_a_cure_that_fits_the_error(project: Path) -> None:
     missing = doctor._project()[0]
-    assert "params.yaml does not exist" in missing.message and missing.cure.startswith("'onediff preset tiny' writes")
+    assert "params.yaml does not exist" in missing.message and missing.cure.startswith("run 'onediff preset tiny'")
     with pytest.raises(ValueError, match="mien"):
         params(("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1}"))
     wrong = doctor._project()[0]

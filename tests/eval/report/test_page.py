@@ -99,7 +99,7 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     parser.feed(html)
     assert parser.open == [] and parser.outside == []
     assert not re.search(r"<script \w|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", html)
-    for shown in ("87.6", "80.0 to 90.0", "11 pairs quarantined", "test 13", "<td>17</td>", "reaches 50.0 %",
+    for shown in ("87.6", "80.0 to 90.0", "Validation quarantined (left out) 11 pairs", "test 13", "<td>17</td>", "reaches 50.0 %",
                   "tune: CIDEr on val", "10.0 to 40.0", "crop 17", "CIDEr 137.5", "<td>clean</td>", 'class="heat"'):
         assert shown in html, shown
 
@@ -119,9 +119,9 @@ def test_page_without_curves_gate_or_gallery() -> None:
 
 def test_published_numbers_stand_beside_a_whole_test_split_of_the_same_protocol_only() -> None:
     whole = {key: value for key, value in result().items() if key not in ("changed", "intervals")}
-    told = page(metrics={"spot_the_diff/single": whole, "spot_the_diff/multi": whole})
-    assert told.count("published under this protocol, not run here") == 1
-    assert told.count("unreproduced") == 2 and "may have trained on test items" in told  # table and figure
+    html = page(metrics={"spot_the_diff/single": whole, "spot_the_diff/multi": whole})
+    assert html.count("published under this protocol, not run here") == 1
+    assert html.count("not reproduced by others") == 2 and "may have trained on test items" in html  # table and figure
     part = page(metrics={"spot_the_diff/single": {**whole, "incomplete": "1 image missing"}})
     assert "M3Diff" not in part and "not comparable with published scores" in part
 
@@ -138,7 +138,7 @@ def test_a_benchmark_that_no_grammar_reads_shows_cider_under_stress() -> None:
 def test_page_tells_how_fast_each_phase_was() -> None:
     lines = [{"step": step, "loss": 1.0, "pairs_per_s": 17.0 + step, "padding_share": 0.125, "seconds": 1.0}
              for step in range(3)]
-    told = page(curves={"tune": lines})
-    for cell in ("<th>rows/s</th>", "<td>18</td>", "<th>padding left out</th>", "<td>12.5%</td>"):
-        assert cell in told
-    assert "MFU" not in told
+    html = page(curves={"tune": lines})
+    for cell in ("<th>pairs per second</th>", "<td>18</td>", "<th>padding avoided</th>", "<td>12.5%</td>"):
+        assert cell in html
+    assert "MFU" not in html

@@ -13,8 +13,8 @@ def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
             assert row["system"] and row["source"] and 10 < row["CIDEr"] < 200
 
 
-def test_the_best_stands_first_and_doubts_are_told() -> None:
+def test_the_best_system_is_first_and_doubts_are_stated() -> None:
     rows = published("image_editing_request")
     assert [row["system"] for row in rows[:2]] == ["M3Diff", "OneDiff (the paper)"]
-    assert [doubts(row) for row in rows[:3]] == ["may have trained on test items", "unreproduced", ""]
+    assert [doubts(row) for row in rows[:3]] == ["may have trained on test items", "not reproduced by others", ""]
     assert published("scenes") == published("spot_the_diff/multi") == []
