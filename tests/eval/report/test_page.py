@@ -99,7 +99,8 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     parser.feed(html)
     assert parser.open == [] and parser.outside == []
     assert not re.search(r"<script \w|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", html)
-    for shown in ("87.6", "80.0 to 90.0", "Validation quarantined (left out) 11 pairs", "test 13", "<td>17</td>", "reaches 50.0 %",
+    for shown in ("87.6", "80.0 to 90.0", "Validation quarantined (left out) 11 pairs", "test 13",
+                  "<td>17</td>", "reaches 50.0 %",
                   "tune: CIDEr on val", "10.0 to 40.0", "crop 17", "CIDEr 137.5", "<td>clean</td>", 'class="heat"'):
         assert shown in html, shown
 
