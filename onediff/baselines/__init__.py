@@ -1,1 +1,1 @@
-"""Systems that every table sets beside OneDiff: chat models that read two images, and a Siamese CNN trained here."""
+"""Systems that OneDiff is compared with: chat models that read two images, and a Siamese CNN trained by this project."""

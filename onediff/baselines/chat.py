@@ -1,4 +1,4 @@
-"""Captions by any chat model of transformers that reads two images, given by name or folder, without training it."""
+"""Baseline without training: ask an existing chat model of transformers what changed between two images."""
 
 import inspect
 from collections.abc import Sequence
@@ -26,12 +26,15 @@ NUM_IMAGES = 2
 
 
 class ChatCaptioner:
-    """Decodes greedily, without the sampling and penalties that a checkpoint recommends."""
+    """A chat model that writes captions with greedy decoding.
+
+    The sampling settings and repetition penalties of the checkpoint are ignored, so that results can be reproduced.
+    """
 
     def __init__(self, model: Any, processor: Any, *, name: str, prompt: str = PROMPT) -> None:
-        """`prompt`: the text after the two images; {question} in it becomes the question of the pair.
+        """Wrap a loaded model. `prompt` is the text after the two images; {question} stands for the pair's question.
 
-        Raises ValueError if the chat template does not show both images.
+        Raises ValueError if the chat template of the model does not insert both images.
         """
         self.model, self.processor, self.name, self.prompt = model.eval(), processor, name, prompt
         tokenizer = processor.tokenizer
@@ -40,21 +43,22 @@ class ChatCaptioner:
         mark = getattr(processor, "image_token", None)
         shown = self.conversation("").count(mark) if mark else NUM_IMAGES
         if shown != NUM_IMAGES:
-            raise ValueError(f"{WHERE} {name}: its chat template must show {NUM_IMAGES} images, but shows {shown} of "
-                             f"them as {mark}; take a model that was trained on several images")
+            raise ValueError(f"{WHERE} {name}: the chat template must insert {NUM_IMAGES} images, but inserts {shown} "
+                             f"(as {mark}); choose a model that was trained on several images")
 
     @classmethod
     def load(cls, name: str, *, prompt: str = PROMPT, device: str = "auto") -> Self:
-        """`name`: of the hub, or a folder, with safetensors. Code in the checkpoint is not run.
+        """Load a chat model from a folder or by name from the Hugging Face Hub.
 
-        Raises FileNotFoundError if there is no such model, ValueError if the model cannot chat about two images.
+        Only weights in safetensors format are read, and no code from the checkpoint is run. Raises FileNotFoundError if
+        the model does not exist, ValueError if it is not a chat model that accepts two images.
         """
         try:
             config = read_config(name, where=WHERE)
             if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise ValueError(f"{WHERE} {name}: a chat model that reads images is needed, but its config.json says "
-                                 f"'{config.model_type}', which transformers cannot show images and ask; take one such "
-                                 "as llava, qwen2_vl, qwen2_5_vl or idefics3")
+                raise ValueError(f"{WHERE} {name}: must be a chat model that reads images, but config.json has the "
+                                 f"model type '{config.model_type}'; choose a model of a type such as llava, qwen2_vl, "
+                                 "qwen2_5_vl or idefics3")
             processor = load_processor(config, name)
             torch_device = pick_device(device)
             model = load_strictly(AutoModelForImageTextToText, name, where=WHERE, use_safetensors=True,
@@ -62,25 +66,25 @@ class ChatCaptioner:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise FileNotFoundError(f"{WHERE} {name} not found: no folder with such a model's files in safetensors, "
-                                    f"nor to be had from the Hub ({first_line(error)}); give a folder, or fetch it "
-                                    f"with 'hf download {name}'") from None
+            raise FileNotFoundError(f"{WHERE} {name} must be a folder with weights in safetensors format, or a model "
+                                    f"of the Hugging Face Hub, but could not be loaded ({first_line(error)}); give a "
+                                    f"folder, or download the model with 'hf download {name}'") from None
         return cls(model.to(torch_device), processor, name=name, prompt=prompt)
 
     @torch.inference_mode()
     def caption(self, pairs: Sequence[tuple[Image.Image, Image.Image]], questions: Sequence[str], *,
                 max_new_tokens: int = 64) -> list[str]:
-        """What the model answers about the first and second image of each pair, one question per pair.
+        """Return the model's answer for each pair (before, after). `questions` has one question per pair.
 
-        Raises ValueError if the model cannot read so much.
+        Raises ValueError if images, prompt and answer are longer than the context of the model.
         """
         batch = self.inputs(pairs, questions).to(self.model.device, self.model.dtype)
         length = batch["input_ids"].shape[1]
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if room and length + max_new_tokens > room:
-            raise ValueError(f"{WHERE} {self.name}: {NUM_IMAGES} images, prompt and answer take "
-                             f"{length + max_new_tokens} tokens, but it reads at most {room}; take a shorter prompt, "
-                             "or a model that reads more")
+            raise ValueError(f"{WHERE} {self.name}: {NUM_IMAGES} images, prompt and answer must fit into the context "
+                             f"of {room} tokens, but need {length + max_new_tokens}; use a shorter prompt, or a model "
+                             "with a longer context")
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
@@ -90,14 +94,16 @@ class ChatCaptioner:
         return clean_captions(tokenizer, ids)
 
     def inputs(self, pairs: Sequence[tuple[Image.Image, Image.Image]], questions: Sequence[str]) -> Any:
-        """What the model's `generate` takes: rows padded on the left, so that every answer begins at the end."""
+        """Return the input batch for `generate`. Rows are padded on the left, because generation continues at the end.
+        """
         texts = [self.conversation(question) for question in questions]
         begin = self.processor.tokenizer.bos_token
         return self.processor(text=texts, images=[list(pair) for pair in pairs], padding=True, padding_side="left",
                               add_special_tokens=not (begin and texts[0].startswith(begin)), return_tensors="pt")
 
     def conversation(self, question: str) -> str:
-        """The chat template's text, a placeholder for each image, up to where the answer begins."""
+        """Return the prompt by the chat template: a placeholder for each image, the question, and the answer's start.
+        """
         content = [*({"type": "image"} for _ in range(NUM_IMAGES)),
                    {"type": "text", "text": self.prompt.replace(QUESTION, question)}]
         return str(self.processor.apply_chat_template([{"role": "user", "content": content}],
@@ -105,32 +111,39 @@ class ChatCaptioner:
 
 
 def load_processor(config: PreTrainedConfig, name: str) -> Any:
-    """The checkpoint's own processor. Raises ValueError if it has no chat template or asks for an absent package."""
+    """Load the processor of the checkpoint.
+
+    Raises ValueError if the processor has no chat template or needs a package that is not installed.
+    """
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (ImportError, ValueError) as error:  # which one depends on the files that say that it reads videos, too
+    except (ImportError, ValueError) as error:
+        # Processors for images and videos need torchvision only for videos, so the video part is left out if possible.
         kind: Any = PROCESSOR_MAPPING.get(type(config), None)
         video = inspect.signature(kind.__init__).parameters.get("video_processor") if kind else None
         if "torchvision" not in str(error).lower() or video is None or video.default is not None:
-            raise ValueError(f"{WHERE} {name}: its processor cannot be made, a package or a file may be absent: "
-                             f"{first_line(error)}") from None
+            raise ValueError(f"{WHERE} {name}: the processor could not be loaded ({first_line(error)}); install the "
+                             "missing package, or add the missing file to the checkpoint") from None
         processor = _without_videos(kind).from_pretrained(name, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ValueError(f"{WHERE} {name}: a processor for images and text is needed, but its files make a "
-                         f"{type(processor).__name__}; fetch preprocessor_config.json and the tokenizer, too")
+        raise ValueError(f"{WHERE} {name}: the checkpoint must have a processor for images and text, got a "
+                         f"{type(processor).__name__}; also download preprocessor_config.json and the tokenizer files")
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{WHERE} {name}: has no chat template, so how it is asked is not known; take a checkpoint "
-                         "with one (llava-hf/llava-1.5-7b-hf has), or put its chat_template.jinja beside config.json")
+        raise ValueError(f"{WHERE} {name}: the checkpoint must have a chat template, but has none; choose a checkpoint "
+                         "with a chat template (such as llava-hf/llava-1.5-7b-hf), or put chat_template.jinja beside "
+                         "config.json")
     return processor
 
 
 def _without_videos(kind: Any) -> Any:
-    """The processor class without the part for videos, which is the only part that needs torchvision."""
+    """Return a subclass of the processor class without the part for videos, which is the only part that needs
+    torchvision.
+    """
 
     class ForImages(kind):
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [part for part in super().get_attributes() if "video" not in part]
 
-    ForImages.__name__ = kind.__name__  # transformers chooses its defaults by it
+    ForImages.__name__ = kind.__name__  # transformers looks up default settings by the name of the class.
     return ForImages

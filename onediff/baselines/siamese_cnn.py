@@ -1,8 +1,10 @@
-"""A peer without a language model: a CNN encodes both images, and a transformer decoder writes the difference in words.
+"""Siamese CNN: a baseline without pretrained parts and without a large language model.
 
-Nothing is pretrained: CNN, decoder and vocabulary learn only from `siamese_training.py`. It reads no instruction.
+A CNN encodes both images, and a small transformer decoder writes the caption word by word. All weights are trained from
+random initialization in `siamese_training.py`. The model takes no instruction.
 
-Shapes:  B pairs, S places of a feature map's side, N = S * S, C channels, T words, W width, V words known.
+Shapes:  B pairs, S positions per side of a feature map, N = S * S, C channels, T words, W width, V words in the
+         vocabulary.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ from onediff.files import write_json
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 MARKS = ("<pad>", "<s>", "</s>", "<unk>")
-STRIDE = 8  # image pixels to a place of the feature map
+STRIDE = 8  # image pixels per position of the feature map
 WEIGHTS, SETTINGS = "model.safetensors", "siamese_cnn.json"
 Comparison = Literal["same_place", "matched"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`comparison`: beside both images' features the decoder reads their difference at the same place, or also that to
-    the best match in the other image, for pairs whose camera moved (Shi et al., ECCV 2020).
+    """Sizes of a Siamese CNN, and how both images are compared.
+
+    `comparison`: the decoder always reads the features of both images and their difference at the same position. With
+    "matched", it also reads the difference between each position and the most similar positions of the other image,
+    which helps if the camera moved (Shi et al., ECCV 2020).
     """
 
     image_px: int = 96
@@ -49,12 +54,10 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.image_px % (2 * STRIDE):
-            raise ValueError(f"image_px {self.image_px} is not a multiple of {2 * STRIDE}")
+            raise ValueError(f"siamese_cnn: image_px must be a multiple of {2 * STRIDE}, got {self.image_px}")
         if self.comparison not in get_args(Comparison):
-            raise ValueError(f"comparison {self.comparison!r} must be one of {', '.join(get_args(Comparison))}")
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
+            raise ValueError(f"siamese_cnn: comparison must be one of {', '.join(get_args(Comparison))}, "
+                             f"got {self.comparison!r}")
 
 
 def words_of(caption: str) -> list[str]:
@@ -68,24 +71,21 @@ class Vocabulary:
 
     @classmethod
     def of(cls, captions: Iterable[str]) -> Vocabulary:
-        """Every word of the captions, the most frequent first."""
+        """Create a vocabulary of all words in the captions, with the most frequent word first."""
         counts = Counter(word for caption in captions for word in words_of(caption))
         return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
     def encode(self, captions: Sequence[str], *, max_words: int) -> Tensor:
-        """Captions -> (B, T): begin, at most `max_words` words, end, padding."""
+        """Return the word ids of the captions, (B, T): begin mark, at most `max_words` words, end mark, padding."""
         rows = [[BEGIN, *(self._number.get(word, UNKNOWN) for word in words_of(caption)[:max_words]), END]
                 for caption in captions]
         longest = max(map(len, rows))
         return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
     def decode(self, ids: Tensor) -> list[str]:
-        """(B, T) -> captions, each up to its end."""
+        """Return the captions for word ids (B, T). Words after the end mark are dropped."""
         rows = [list(takewhile(lambda number: number != END, row)) for row in ids.tolist()]
         return [" ".join(self.words[number] for number in row if number > UNKNOWN) for row in rows]
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -105,7 +105,10 @@ def convolution(inputs: int, outputs: int, side: int, stride: int) -> nn.Sequent
 
 
 class FeatureMatch(nn.Module):
-    """How each place differs from its match in the other image, a mean of similar and near places."""
+    """Difference between each position and its match in the other image.
+
+    The match is a weighted mean over all positions of the other image; similar and near positions have more weight.
+    """
 
     distances: Tensor
 
@@ -114,10 +117,10 @@ class FeatureMatch(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.sharpness, self.nearness = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.3))
         places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
-        self.register_buffer("distances", torch.cdist(places, places).square(), persistent=False)  # (N, N), in places
+        self.register_buffer("distances", torch.cdist(places, places).square(), persistent=False)  # (N, N)
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """before, after (B, C, S, S) -> the part of each that is not in the other, (B, C, S, S) twice."""
+        """Return `before` minus its match in `after`, and `after` minus its match in `before`. All are (B, C, S, S)."""
         shape = before.shape
         before, after = (self.norm(x.flatten(2).transpose(1, 2)) for x in (before, after))  # (B, N, C)
         similarity = self.sharpness * before @ after.transpose(1, 2) / shape[1] ** 0.5 - self.nearness * self.distances
@@ -147,19 +150,20 @@ class SiameseCNN(nn.Module):
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        """images (B, 2, 3, H, W), 0 to 255, words (B, T) -> logits of the next word (B, T, V)."""
+        """Return the logits of the next word (B, T, V) for images (B, 2, 3, H, W) from 0 to 255 and words (B, T)."""
         return self.word_logits(self.encode(images), words)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 2, 3, H, W) -> the context of the decoder, (B, N / 4, W)."""
+        """Return the context that the decoder attends to, (B, N / 4, W), for images (B, 2, 3, H, W) from 0 to 255."""
         pixels = images.flatten(0, 1).float() / 127.5 - 1
-        features = self.tower(pixels.contiguous(memory_format=torch.channels_last))  # one call: statistics shared
+        # Both images go through one call, so that batch normalization uses the same statistics for both.
+        features = self.tower(pixels.contiguous(memory_format=torch.channels_last))
         before, after = features.unflatten(0, (-1, 2)).unbind(1)  # (B, C, S, S)
         views = [before, after, after - before, *(self.match(before, after) if self.match else ())]
         return self.join(torch.cat(views, 1)).flatten(2).transpose(1, 2) + self.places
 
     def word_logits(self, context: Tensor, words: Tensor) -> Tensor:
-        """context (B, N / 4, W), words (B, T) -> logits of the next word (B, T, V)."""
+        """Return the logits of the next word (B, T, V) for the context of `encode` (B, N / 4, W) and words (B, T)."""
         num = words.shape[1]
         hidden = self.words(words) + self.turns[:num]
         later = torch.ones(num, num, dtype=torch.bool, device=words.device).triu(1)
@@ -167,21 +171,21 @@ class SiameseCNN(nn.Module):
 
 
 class SiameseCaptioner:
-    """Captions pairs with a trained CNN and its vocabulary."""
+    """A trained Siamese CNN with its vocabulary, which writes captions for pairs of images."""
 
     def __init__(self, model: SiameseCNN, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
 
     @torch.inference_mode()
     def caption(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[str]:
-        """What changed from the first to the second image of each pair, greedily."""
+        """Return a caption for each pair (before, after), with greedy decoding."""
         side = self.model.architecture.image_px
         images = [torch.stack([pixels(image, side) for image in pair]) for pair in pairs]
         return self.caption_pixels(torch.stack(images))
 
     @torch.inference_mode()
     def caption_pixels(self, images: Tensor) -> list[str]:
-        """images (B, 2, 3, H, W) -> captions."""
+        """Return a caption for each pair of images (B, 2, 3, H, W) from 0 to 255, with greedy decoding."""
         self.model.eval()
         device = self.model.places.device
         context = self.model.encode(images.to(device))
@@ -200,11 +204,13 @@ class SiameseCaptioner:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """A folder that `save` wrote. Raises FileNotFoundError for another one, ValueError if its files do not match.
+        """Load a captioner from a folder that `save` wrote.
+
+        Raises FileNotFoundError if a file is missing, ValueError if the weights do not fit the settings file.
         """
         for name in (SETTINGS, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no Siamese CNN (no {name} in it): "
+                raise FileNotFoundError(f"{folder} must contain a Siamese CNN, but {name} does not exist; "
                                         "'python -m benchmarks.baselines' trains one")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         channels = tuple(settings["architecture"]["channels"])
@@ -213,13 +219,14 @@ class SiameseCaptioner:
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder / WEIGHTS}: not the weights of {SETTINGS} beside it "
-                             f"({' '.join(str(error).split())[:200]}); train it again") from None
+            raise ValueError(f"{folder / WEIGHTS}: must contain weights that fit {SETTINGS} in the same folder, but "
+                             f"could not be loaded ({' '.join(str(error).split())[:200]}); train the CNN again"
+                             ) from None
         return cls(model.eval(), vocabulary)
 
 
 def pixels(image: Image.Image, image_px: int) -> Tensor:
-    """An image -> (3, H, W), 0 to 255, resized to a square."""
+    """Return the pixels of an image, resized to a square, (3, image_px, image_px) from 0 to 255."""
     if image.size != (image_px, image_px):
         image = image.resize((image_px, image_px), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

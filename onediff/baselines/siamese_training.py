@@ -1,4 +1,4 @@
-"""The Siamese CNN's training, on the pairs of DiffCap that OneDiff's second phase sees: a plain loop on one device."""
+"""Train the Siamese CNN on the training pairs of DiffCap, in a plain loop on one device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Log = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Training:
-    """The captioner is validated every `validate_every` steps, and the best weights become the result."""
+    """Settings of the training. The captioner is validated every `validate_every` steps, and the best weights are kept.
+    """
 
     steps: int = 3900
     batch_size: int = 32
@@ -36,7 +37,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Pairs:
-    """images (M, 3, H, W), each once, 0 to 255; places (n, 2) of before and after among them; references of each."""
+    """The image pairs of a split, in memory.
+
+    `images` (M, 3, H, W): each distinct image once, pixel values from 0 to 255. `places` (n, 2): for each pair the
+    positions of before and after in `images`. `references`: the captions of each pair.
+    """
 
     images: Tensor
     places: Tensor
@@ -44,8 +49,8 @@ class Pairs:
 
     @classmethod
     def read(cls, folder: Path, split: str, *, image_px: int) -> Pairs:
-        """All two-image records of a split of DiffCap. Raises ValueError if there are none."""
-        images: dict[str, Tensor] = {}  # by digest, in the order of their first pair
+        """Read all records with two images from a split of DiffCap. Raises ValueError if there are none."""
+        images: dict[str, Tensor] = {}  # maps the digest of each image to its pixels
         names, references = [], []
         for record in read_records(folder, f"{split}-*.parquet"):
             if record.num_images == 2:
@@ -54,7 +59,8 @@ class Pairs:
                 images |= {name: pixels(open_image(content), image_px)
                            for name, content in zip(names[-1], record.images, strict=True) if name not in images}
         if not names:
-            raise ValueError(f"{folder}: no pair in split {split}; 'dvc repro' makes data/diffcap with some")
+            raise ValueError(f"{folder}: split {split} must contain at least one pair, got none; "
+                             "'dvc repro' builds data/diffcap")
         place = {name: number for number, name in enumerate(images)}
         return cls(torch.stack([*images.values()]), torch.tensor([[place[name] for name in pair] for pair in names]),
                    references)
@@ -63,15 +69,15 @@ class Pairs:
         return len(self.places)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """(B, 2, 3, H, W)."""
+        """Return the images of the given pairs, (B, 2, 3, H, W)."""
         return self.images[self.places[list(rows)]]
 
 
 def fit(pairs: Pairs, architecture: Architecture, training: Training, *, validate: Validate,
         log: Log) -> SiameseCaptioner:
-    """A captioner trained on the pairs, with the weights that `validate` scores highest. The seed decides the weights.
+    """Train a captioner on the pairs, and return it with the weights that got the highest score from `validate`.
 
-    Raises ValueError if the loss stops being a number.
+    The same seed gives the same weights. Raises ValueError if the loss becomes infinite or NaN.
     """
     torch.manual_seed(training.seed)
     vocabulary = Vocabulary.of(text for texts in pairs.references for text in texts)
@@ -87,7 +93,8 @@ def fit(pairs: Pairs, architecture: Architecture, training: Training, *, validat
         logits = model(pairs[rows], words[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), ignore_index=PAD)
         if not loss.isfinite():
-            raise ValueError(f"siamese_cnn: the loss became {loss.item()} at step {step}; lower the rate")
+            raise ValueError(f"siamese_cnn: the loss must be finite, got {loss.item()} at step {step}; "
+                             "use a lower learning rate")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
@@ -103,7 +110,10 @@ def fit(pairs: Pairs, architecture: Architecture, training: Training, *, validat
 
 
 def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[str]]]:
-    """The rows of each step, every pair once an epoch, and a reference of each, drawn anew at each visit."""
+    """Yield for each step the positions of the pairs in the batch, and one random reference for each pair.
+
+    Each epoch visits all pairs once in random order. The reference of a pair is drawn again in each epoch.
+    """
     generator = torch.Generator().manual_seed(training.seed)
     queue: list[int] = []
     for _ in range(training.steps):
@@ -116,13 +126,16 @@ def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[st
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Rises linearly over the share `warmup` of the steps, then falls along a cosine to 0."""
+    """Return the factor of the learning rate at a step: linear warmup, then a cosine decay to 0.
+
+    `warmup` is the share of the steps that the warmup takes.
+    """
     rising = max(1, round(steps * warmup))
     return step / rising if step <= rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
 def _decayed(model: SiameseCNN, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices and filters, but not for biases, norms and positions."""
+    """Return parameter groups with weight decay for matrices and filters, but not for biases, norms and positions."""
     named = list(model.named_parameters())
     decayed = {name for name, value in named if value.dim() > 1 and name not in ("places", "turns")}
     matrices = [value for name, value in named if name in decayed]

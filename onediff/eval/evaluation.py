@@ -1,4 +1,4 @@
-"""Everything that metrics.json says about a source: a table for each of its benchmarks."""
+"""Compute the scores of a source for metrics.json: one table for each benchmark of the source."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -22,19 +22,24 @@ from onediff.eval.resample import intervals, restricted
 
 
 def checks(source: str, prediction: str, row: PairRow) -> dict[str, bool]:
-    """What of a prediction is right, by the source's parser; empty where no parser reads the captions."""
+    """Return which parts of a predicted caption are correct, such as {"type": True, "object": False}.
+
+    The caption is parsed with the grammar of the source. The result is empty if the source has no grammar.
+    """
     grammar = GRAMMARS.get(protocol_of(source).grammar)
     return grammar.checks(prediction, row) if grammar else {}
 
 
 def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, train: Sequence[PairRow],
              nearest: Mapping[str, PairRow] | None = None) -> dict[str, dict[str, Any]]:
-    """benchmark -> scores, floors and behaviour, and under "pairs" what each pair scored.
+    """Return a table of scores for each benchmark of the source, by the benchmark's key.
 
-    `train`: the rows whose captions the floors may use; `nearest`: for each pair the one of these with the nearest
-    pixels.
+    A table has the scores of the predictions and of the trivial baselines and the behaviour figures. The key "pairs"
+    holds the scores of each single pair.
 
-    Raises ValueError if predictions and rows do not match.
+    `train` are the training rows whose captions the trivial baselines use. `nearest` maps the pair_id of each test
+    pair to the training row with the most similar pixels. Raises ValueError if predictions and rows do not have the
+    same pair_ids.
     """
     tables = {}
     for joined, group in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
@@ -42,7 +47,7 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, 
         captions = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
         scores = {system: score(texts, references) for system, texts in captions.items()}
         for key, protocol in group:
-            if chosen_rows(protocol, rows):  # a gate split, for one, need not hold unchanged pairs
+            if chosen_rows(protocol, rows):  # The `gate` split, for example, may contain no unchanged pairs.
                 tables[key] = _table(protocol, rows, references, captions, scores)
     style = language(predictions.values(), [text for row in train for text in row["references"]])
     return {key: {**table, "language": style} for key, table in tables.items()}
@@ -50,7 +55,11 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, 
 
 def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, captions: Mapping[str, Predictions],
            scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """`captions` and `scores`: those of the predictions under "", and those of the floors under their names."""
+    """Return the table of one benchmark.
+
+    `captions` and `scores` contain the predictions of the model under the key "", and the captions of each trivial
+    baseline under the name of the baseline.
+    """
     chosen = chosen_rows(protocol, rows)
     chosen_pairs = [rows[place] for place in chosen]
     part = {system: restricted(all_pairs, chosen) for system, all_pairs in scores.items()}
@@ -76,14 +85,17 @@ def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, 
 
 
 def _changed(scores: Scores, rows: Sequence[PairRow]) -> dict[str, float]:
-    """CIDEr on the changed pairs beside that of an oracle; document frequencies are those of the whole split."""
+    """Return CIDEr on the changed pairs, for the model and for the reference captions of `floors.oracle`.
+
+    The document frequencies of CIDEr are computed on all pairs of the split.
+    """
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     truths = score({row["pair_id"]: oracle(row) for row in rows}, references, metrics=["CIDEr"])
     chosen = [place for place, row in enumerate(rows) if row["change_type"] != "none"]
     if not chosen:
         return {"num_pairs": 0}
     ours, best = _mean(scores.items["CIDEr"], chosen), _mean(truths.items["CIDEr"], chosen)
-    ratio = {"oracle_ratio": ours / best} if best else {}  # one pair alone has no document frequencies
+    ratio = {"oracle_ratio": ours / best} if best else {}  # With a single pair, all CIDEr weights are log(1) = 0.
     return {"num_pairs": len(chosen), "CIDEr": ours, "oracle_CIDEr": best, **ratio}
 
 
@@ -92,9 +104,12 @@ def _mean(values: Sequence[float], chosen: Sequence[int]) -> float:
 
 
 def language(captions: Iterable[str], train: Sequence[str]) -> dict[str, float]:
-    """`words`: mean length; `vocabulary`: different words; `different`: share of captions that no other pair has had
-    before; `distinct_1`, `distinct_2`: different words and word pairs to all of them (Li et al., NAACL 2016); `copied`:
-    share of captions that stand word for word among the training captions, left out without these; `empty`: share.
+    """Return figures that describe the language of the predicted captions.
+
+    `words`: mean number of words. `vocabulary`: number of distinct words. `different`: number of distinct captions
+    divided by the number of captions. `distinct_1`, `distinct_2`: number of distinct words (word pairs) divided by the
+    number of all words (word pairs), Li et al., NAACL 2016. `empty`: share of empty captions. `copied`: share of
+    captions that are identical to a training caption; this key is missing if `train` is empty.
     """
     texts = [clean(text).lower() for text in captions]
     lines = [text.split() for text in texts]

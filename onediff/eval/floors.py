@@ -1,6 +1,8 @@
-"""What scores are compared with: floors that understand no image, and an oracle that states the truth in other words.
+"""Captions that the model's scores are compared with: trivial baselines and human or generated references.
 
-Shapes:  n pairs, m training pairs, E = 2 images x 8 x 8 places x 3 colors.
+A trivial baseline ignores the images or does not understand them. A model that is useful must score higher.
+
+Shapes:  E = 2 images x 8 x 8 positions x 3 colors.
 """
 
 import zlib
@@ -24,19 +26,21 @@ from onediff.eval.metrics.words import Predictions, References, clean
 from onediff.eval.protocols import PairRow, texts_of
 from onediff.inputs.images import open_image
 
-NUM_CANDIDATES = 30
-NUM_FINALISTS = 3
-MAX_LEFT_OUT = 3  # references at most that take their turn as a prediction
-SAMPLE = 100  # pairs on which the candidates for the constant sentence are compared first
-SIDE = 8
-MAX_TRAIN_PAIRS = 10_000  # drawn by seed: more would cost minutes and be the same floor
+NUM_CANDIDATES = 30  # captions that are tried as the best constant sentence, on a sample of the pairs
+NUM_FINALISTS = 3  # candidates that are then compared on all pairs
+MAX_LEFT_OUT = 3  # `leave_one_out` uses at most this many references of a pair as predictions
+SAMPLE = 100  # number of pairs in the sample for the candidates
+SIDE = 8  # width and height to which images are reduced for `coarse_pixels`
+MAX_TRAIN_PAIRS = 10_000  # training pairs that are searched for the nearest one; all pairs would only take longer
 
 
 def floor_captions(train: Sequence[PairRow], references: References, *, nearest: Mapping[str, PairRow] | None = None,
                    joined: bool = False, seed: int = 0) -> dict[str, Predictions]:
-    """Captions of systems that understand no image, all from training captions: `constant`, the best sentence for
-    every pair; `random_train`, any one; `nearest_train`, that of the training pair whose pixels are nearest, where
-    these are known. Empty without training captions.
+    """Return the captions of each trivial baseline, by its name; an empty dict without training captions.
+
+    `constant`: the training caption with the highest CIDEr, repeated for all pairs. `random_train`: a random training
+    caption for each pair. `nearest_train`: the caption of the training pair with the most similar pixels; this baseline
+    is left out if `nearest` is None. `joined`: all sentences of a training pair form one caption.
     """
     texts = [text for row in train for text in row["references"]]
     if not texts:
@@ -49,12 +53,14 @@ def floor_captions(train: Sequence[PairRow], references: References, *, nearest:
 
 
 def best_constant(train: Sequence[str], references: References, *, seed: int = 0) -> str:
-    """Of the most frequent training captions the one with the highest CIDEr, so that the floor is as high as it can be.
+    """Return the frequent training caption that reaches the highest CIDEr when it is predicted for every pair.
 
-    All are compared on a sample of the pairs, the best few on all of them. Raises ValueError without training captions.
+    The candidates are compared on a sample of the pairs, and the best of them on all pairs. Raises ValueError if there
+    are no training captions.
     """
     if not train:
-        raise ValueError("floors need training captions, got none")
+        raise ValueError("the best constant sentence is chosen from training captions, but there are none; "
+                         "give training captions or leave the trivial baselines out")
     candidates = [text for text, _ in Counter(clean(text) for text in train).most_common(NUM_CANDIDATES)]
     keys = list(references)
     chosen = np.random.default_rng(seed).permutation(len(keys))[:SAMPLE]
@@ -68,7 +74,7 @@ def best_constant(train: Sequence[str], references: References, *, seed: int = 0
 
 
 def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0) -> Predictions:
-    """A training caption for every key, drawn with replacement. Same seed, same captions."""
+    """Return a random training caption for each key, drawn with replacement. The same seed gives the same captions."""
     names = list(keys)
     drawn = np.random.default_rng(seed).integers(len(train), size=len(names))
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
@@ -76,8 +82,11 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
 
 def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], records: Iterable[Record],
                  *, seed: int = 0) -> dict[str, PairRow]:
-    """The floor of memory: pair_id of every record -> the row of `train` that looks most alike, by coarse pixels and
-    no learning. `train_records` have the images of `train`. Raises OSError for an image that cannot be read.
+    """Return the most similar training row for each record, by the pair_id of the record.
+
+    Two pairs are compared by the Euclidean distance of their `coarse_pixels`. The captions of these rows are the
+    trivial baseline `nearest_train`. `train_records` contains the images of the rows in `train`. Raises OSError for an
+    image that cannot be read.
     """
     import faiss
 
@@ -85,7 +94,7 @@ def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], reco
     candidates = {train[place]["pair_id"]: train[place] for place in sorted(drawn)}
     names, vectors = _coarse_records(record for record in train_records if record.pair_id in candidates)
     keys, queries = _coarse_records(records)
-    faiss.omp_set_num_threads(1)  # on a busy machine its threads wait for each other
+    faiss.omp_set_num_threads(1)  # On a busy machine, several threads of faiss slow each other down.
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(vectors)
     places = index.search(queries, 1)[1][:, 0]
@@ -99,19 +108,24 @@ def _coarse_records(records: Iterable[Record]) -> tuple[list[str], NDArray[np.fl
 
 
 def coarse_pixels(before: Image.Image, after: Image.Image) -> NDArray[np.float32]:
-    """(E,): the image before, and what differs after it, coarse; the difference counts as much as its contrast."""
+    """Return a feature vector of a pair, (E,): the pixels of `before`, and the pixels of `after` minus `before`.
+
+    Both images are reduced to 8 x 8 pixels with values from 0 to 1.
+    """
     small = [np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
              for image in (before, after)]
     return np.concatenate([small[0].ravel(), (small[1] - small[0]).ravel()])
 
 
 def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """How far the references agree: each of the first ones scored against the others of its pair, the mean of these
-    scores; what people reach, where people wrote them. Beside it `num_pairs`, those with two references or more; empty
-    where there are fewer than two.
+    """Return the scores of one reference against the other references of the same pair, as a measure of agreement.
+
+    If people wrote the references, these are the scores that people reach. Each of the first MAX_LEFT_OUT references
+    is the prediction once, and the scores are averaged. `num_pairs` is the number of pairs with at least two
+    references; the result is empty if there are fewer than two such pairs.
     """
     several = {key: texts for key, texts in references.items() if len(texts) > 1}
-    if len(several) < 2:  # one pair alone has no document frequencies
+    if len(several) < 2:  # With a single pair, all document frequencies of CIDEr are equal and the weights are 0.
         return {}
     num_turns = min(MAX_LEFT_OUT, *map(len, several.values()))
     scores = [score({key: texts[out] for key, texts in several.items()},
@@ -121,7 +135,11 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -
 
 
 def oracle(row: PairRow) -> str:
-    """The truth about a pair of scenes in a sentence that its references do not use, where there is one."""
+    """Return a correct caption for a pair of scenes, made with a template that none of its references use.
+
+    If the references use all templates of the change type, one of these templates is used again. The score of this
+    caption shows what a perfect model can reach.
+    """
     rng = np.random.default_rng(zlib.crc32(row["pair_id"].encode()))
     templates = SCENE_TEMPLATES[row["change_type"]]
     used = {template for text in row["references"] for template in matching_templates(text, row["change_type"])}
@@ -131,7 +149,7 @@ def oracle(row: PairRow) -> str:
     new = row["provenance"]["new"] or ""
     thing = _thing(row["provenance"]["object"])
     others = [_thing(other) for other in row["provenance"]["objects"] if _thing(other) != thing]
-    unique = describe(rng, thing, [*others, thing])  # words that fit no other object of the scene
+    unique = describe(rng, thing, [*others, thing])  # a description that fits only this object of the scene
     phrase = unique or noun(rng, thing, {"size", "material"})
     return template.format(old=phrase, new=DIRECTIONS.get(new) or say(rng, new))
 

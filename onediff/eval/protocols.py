@@ -1,6 +1,7 @@
-"""Protocols: how each benchmark is scored, by name and version. Scores of two protocols never stand in one column.
+"""Protocols: the versioned rules by which each benchmark is scored. docs/protocols.md explains each rule.
 
-Traps that these close: docs/protocols.md.
+A protocol fixes the pairs, the references and the tokenization. Scores of two different protocols must not be compared,
+so tables never show them in the same column.
 """
 
 import json
@@ -16,16 +17,20 @@ from onediff.eval.metrics.words import Predictions, References
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 from onediff.files import key_of
 
-PairRow = Mapping[str, Any]  # pair_id, references; where known group_id, change_type, provenance
+PairRow = Mapping[str, Any]  # pair_id and references; optionally group_id, change_type and provenance
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """`source`: whose captions it scores; `train_source`: whose training captions make its floors; `grammar`: which
-    parser reads them, if any. `joined`: all sentences of a pair are one reference. `only`: the table is about the
-    "changed" or the "unchanged" pairs, with the document frequencies of the whole split. `num_pairs` and
-    `num_references` (those with words): the official test split's. `id_key` and `text_key`: where its annotation file
-    has one entry for each pair or part of one.
+    """The rules by which one benchmark is scored.
+
+    `source`: the dataset whose captions are scored. `train_source`: the dataset whose training captions are used for
+    the trivial baselines. `grammar`: the grammar that parses the captions, if there is one. `joined`: all sentences of
+    a pair are joined to one reference. `only`: score only the "changed" or only the "unchanged" pairs; the document
+    frequencies of CIDEr are still counted on all pairs of the split.
+
+    `num_pairs`, `num_references`: numbers of pairs and of non-empty references in the official test split. `id_key`,
+    `text_key`: keys of the pair id and of the sentences in the published annotation file.
     """
 
     name: str
@@ -60,53 +65,66 @@ PROTOCOLS = {
 
 
 def protocols_of(source: str) -> dict[str, Protocol]:
-    """Every benchmark of a source. An unknown source has one, by the COCO toolkit against all its references."""
+    """Return the protocol of each benchmark of a source, by the benchmark's key.
+
+    A source without an entry in PROTOCOLS has one benchmark: all its references, scored like COCO captions.
+    """
     known = {key: protocol for key, protocol in PROTOCOLS.items() if protocol.source == source}
     return known or {source: Protocol("coco-caption/v1", source, source)}
 
 
 def protocol_of(source: str) -> Protocol:
-    """The first of them, which says how its captions are read and whose training captions are its own."""
+    """Return the first protocol of a source; `grammar` and `train_source` are equal in all protocols of a source."""
     return next(iter(protocols_of(source).values()))
 
 
 def texts_of(row: PairRow, *, joined: bool) -> list[str]:
-    """The references of a pair; joined: all of them as one."""
+    """Return the references of a pair, or a list with one text that contains all references if `joined` is set."""
     return [" ".join(text for text in row["references"] if text.strip())] if joined else list(row["references"])
 
 
 def chosen_rows(protocol: Protocol, rows: Sequence[PairRow]) -> list[int]:
-    """The places of the rows that the table is about. Raises ValueError if a row that must be chosen has no type."""
+    """Return the positions of the rows that the protocol scores.
+
+    Raises ValueError if the protocol scores only changed or only unchanged pairs and a row has no change_type.
+    """
     if protocol.only is None:
         return list(range(len(rows)))
     untyped = [row["pair_id"] for row in rows if not row.get("change_type")]
     if untyped:
-        raise ValueError(f"{protocol.name} is about {protocol.only} pairs, but {untyped[0]} has no 'change_type' "
-                         "(none: unchanged); 'onediff references' writes it")
+        raise ValueError(f"{protocol.name} scores only {protocol.only} pairs, so each reference line must have a "
+                         f"'change_type' ('none' for unchanged pairs), but {untyped[0]} has none; "
+                         "'onediff references' writes a file with change types")
     return [place for place, row in enumerate(rows) if (row["change_type"] == "none") == (protocol.only == "unchanged")]
 
 
 def check_counts(protocol: Protocol, rows: Sequence[PairRow]) -> None:
-    """Raises ValueError unless the rows are as many as the official test split has, with as many references."""
+    """Check that the rows have the same numbers of pairs and references as the official test split.
+
+    Raises ValueError otherwise.
+    """
     chosen = [rows[place] for place in chosen_rows(protocol, rows)]
     num_references = sum(bool(text.strip()) for row in chosen for text in row["references"])
     for what, official, got in (("pairs", protocol.num_pairs, len(chosen)),
                                 ("references", protocol.num_references, num_references)):
         if official not in (None, got):
-            raise ValueError(f"{protocol.name} scores the official test split with its {official:,} {what}, got "
-                             f"{got:,}: take that split whole, or score without a protocol")
+            raise ValueError(f"{protocol.name} scores the official test split with {official:,} {what}, got "
+                             f"{got:,}; give the complete test split, or score without --protocol")
 
 
 def references_digest(references: References) -> str:
-    """Names the references, whatever order the pairs come in: equal digests make scores comparable."""
+    """Return a digest of all references, independent of the order of the pairs.
+
+    Scores are comparable only if their references have the same digest.
+    """
     return key_of(references)[:32]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def read_predictions(path: Path) -> Predictions:
-    """The predictions of a JSONL file by pair_id. Raises ValueError naming file and line."""
+    """Read a JSONL file of predictions, and return the predictions by pair_id.
+
+    Raises ValueError with the file and the wrong line or pair.
+    """
     predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
     for key, text in predictions.items():
         if not isinstance(text, str):
@@ -115,13 +133,17 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
-    """pair_id -> the line, which has the field, in the order of the lines; blank lines are skipped."""
+    """Read a JSONL file whose lines have a `pair_id` and the given field, and return the lines by pair_id.
+
+    Blank lines are skipped. Raises ValueError with file and line for a line that is wrong, FileNotFoundError if the
+    file does not exist.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a string.
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found") from None
+        raise FileNotFoundError(f"{path} does not exist; give a JSONL file with 'pair_id' and '{field}'") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -129,27 +151,33 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raise ValueError(f"{path} line {number}: must be valid JSON, but has an error at column {error.colno} "
+                             f"({error.msg}); correct this line") from None
         missing = [name for name in ("pair_id", field) if not isinstance(row, dict) or name not in row]
         if missing:
-            raise ValueError(f"{path} line {number}: needs 'pair_id' and '{field}', missing {missing}")
+            raise ValueError(f"{path} line {number}: must have 'pair_id' and '{field}', missing {missing}")
         if not isinstance(row["pair_id"], str):
             raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
         if row["pair_id"] in rows:
-            raise ValueError(f"{path} line {number}: duplicate pair_id {row['pair_id']!r}")
+            raise ValueError(f"{path} line {number}: each pair_id must be unique, got {row['pair_id']!r} again; "
+                             "remove one of both lines")
         rows[row["pair_id"]] = row
     return rows
 
 
 def rounded(value: Any) -> Any:
-    """A JSON value with floats of six decimal places, so that the order of a sum does not change the file."""
+    """Return a JSON value with all floats rounded to six decimal places.
+
+    Rounding keeps score files identical when only the order of a floating-point sum differs.
+    """
     return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 6))
 
 
 def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
-    """The rows of a JSONL file of references, or of the annotation file of the protocol's benchmark as published.
+    """Read references from a JSONL file or from the published annotation file of the benchmark (.json).
 
-    Raises ValueError naming file and line or entry, or for counts that are not the official test split's.
+    Raises ValueError with file and line for a wrong line or entry, and if the numbers of pairs or references differ
+    from the official test split.
     """
     published = protocol.id_key is not None and path.suffix == ".json"
     rows: list[PairRow] = [*(_published(path, protocol) if published else read_rows(path, "references").values())]
@@ -158,22 +186,26 @@ def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
             raise ValueError(f"{path}: 'references' of {row['pair_id']!r} must be a list of strings, "
                              f"got {row['references']!r}")
     if not rows:
-        raise ValueError(f"{path}: no line; one per pair is needed")
+        raise ValueError(f"{path}: must have one line per pair, but is empty; 'onediff references' writes such a file")
     check_counts(protocol, rows)
     return rows
 
 
 def _published(path: Path, protocol: Protocol) -> list[PairRow]:
-    """Entries with the same id are one pair; a pair without words keeps one empty reference, as papers score it."""
+    """Read a published annotation file. Entries with the same id belong to one pair.
+
+    A pair whose sentences are all empty keeps one empty reference, because papers include such pairs in their scores.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise ValueError(f"{path}: must be valid JSON, but has an error ({error}); download the annotation file again"
+                         ) from None
     merged: dict[str, list[str]] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         if not isinstance(entry, dict) or {protocol.id_key, protocol.text_key} - entry.keys():
-            raise ValueError(f"{path} entry {number}: needs '{protocol.id_key}' and '{protocol.text_key}', as the "
-                             f"annotations of {protocol.source} have")
+            raise ValueError(f"{path} entry {number}: must have '{protocol.id_key}' and '{protocol.text_key}', like "
+                             f"the published annotations of {protocol.source}")
         texts = merged.setdefault(str(entry[protocol.id_key]), [])
         texts += [text for text in entry[protocol.text_key] if text.strip()]
     return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
@@ -181,12 +213,14 @@ def _published(path: Path, protocol: Protocol) -> list[PairRow]:
 
 def score_files(predictions: Sequence[Path], references: Path, *, key: str | None = None,
                 metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """The metrics of a JSONL file of predictions with their 95 % "intervals", `num_pairs`, the protocol's name and the
-    digest of the references. Of several files, one for each seed of a system: the means, the standard deviation of
-    one run as "spread", and `num_runs`.
+    """Score JSONL files of predictions, and return the metrics, num_pairs, the protocol and the digest of references.
 
-    Lines are {"pair_id", "prediction"} and {"pair_id", "references": [...]}; see read_benchmark for other references.
-    Raises ValueError naming file and line, or the ids that only one file has.
+    For one file, "intervals" has the 95 % intervals. For several files, one for each training seed of a system, the
+    metrics are means over the files, "spread" is the standard deviation between files, and `num_runs` their number.
+
+    Lines of predictions are {"pair_id", "prediction"}; lines of references are {"pair_id", "references": [...]}.
+    `read_benchmark` describes other formats of references. `key` is a key of PROTOCOLS. Raises ValueError with file and
+    line for a wrong line, and with the pair_ids that only one of the files contains.
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:
@@ -197,9 +231,10 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
 
 
 def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
-    """Two JSONL files of predictions against one of references, whose pairs are drawn by `group_id` where they have it.
+    """Compare two JSONL files of predictions on the same references with a paired bootstrap.
 
-    Raises as score_files.
+    The bootstrap draws groups of pairs by the `group_id` of the references, or single pairs if there is no `group_id`.
+    Raises ValueError as `score_files` does.
     """
     (ours, theirs), groups, facts = _score_all([first, second], references, key, METRICS)
     comparisons = compare(ours, theirs, groups)
@@ -208,12 +243,13 @@ def compare_files(first: Path, second: Path, references: Path, *, key: str | Non
 
 def _score_all(predictions: Sequence[Path], references: Path, key: str | None,
                metrics: Sequence[str]) -> tuple[list[Scores], list[str], dict[str, Any]]:
-    """The scores of each file on the pairs of the protocol, the group of each pair, and the facts that results share.
+    """Score each file of predictions on the pairs of the protocol.
 
-    Raises ValueError if there is no protocol of this key.
+    Returns the scores of each file, the group of each pair, and the entries that describe the test set in a result.
+    Raises ValueError if `key` is not a key of PROTOCOLS.
     """
     if key and key not in PROTOCOLS:
-        raise ValueError(f"--protocol {key} is not known; known are {', '.join(PROTOCOLS)}")
+        raise ValueError(f"--protocol {key}: must be one of {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[key] if key else protocol_of("")
     rows = read_benchmark(references, protocol)
     texts = {row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}

@@ -1,7 +1,9 @@
-"""How far chance moves a corpus score: bootstrap over what each pair adds to it, so that no text is read again.
+"""Bootstrap intervals of corpus scores, and paired tests of the difference between two systems.
 
-Shapes:  n pairs, G groups (pairs of one scene or photograph, which are drawn together), R resamples,
-         k columns of statistics whose sums over the pairs decide a metric.
+A corpus score follows from sums of statistics over the pairs. A resample therefore only adds up rows of statistics;
+no caption is scored again. Groups of pairs that share a scene or photograph are drawn together.
+
+Shapes:  n pairs, G groups, R resamples, k columns of statistics of a metric.
 """
 
 from collections.abc import Sequence
@@ -14,13 +16,15 @@ from onediff.eval.metrics.compute import Scores
 from onediff.eval.metrics.ngrams import Numbers, bleu
 
 RESAMPLES = 10_000
-CHUNK = 500  # resamples whose draws are in memory at once
+CHUNK = 500  # number of resamples that are held in memory at the same time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on the same pairs: their scores, the difference, its 95 % interval, and how likely chance alone is
-    to bring one as large in either direction (two-sided p).
+    """The scores of two systems on the same pairs for one metric, and a test of the difference.
+
+    `low` and `high` bound the 95 % interval of `first` minus `second`. `p` is the two-sided p-value: the probability
+    of a difference at least as large if both systems were equally good.
     """
 
     first: float
@@ -31,7 +35,10 @@ class Comparison:
 
 
 def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
-    """The scores of some pairs, which share the document frequencies of all that were scored."""
+    """Return the scores of a subset of the pairs, given by positions.
+
+    Document frequencies of CIDEr remain those of all pairs that were scored.
+    """
     if len(chosen) == len(next(iter(scores.items.values()))):
         return scores
     places = np.asarray(chosen, dtype=int)
@@ -43,24 +50,29 @@ def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
 
 def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
               seed: int = 0) -> dict[str, list[float]]:
-    """95 % percentile intervals of the corpus scores. CIDEr's document frequencies stay those of all pairs."""
+    """Return the 95 % interval of each corpus score by a percentile bootstrap over groups.
+
+    `groups` has the group of each pair. The document frequencies of CIDEr are the same in all resamples.
+    """
     drawn, = resampled([scores], groups, resamples=resamples, seed=seed)
     return {name: _interval(values) for name, values in drawn.items()}
 
 
 def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
             seed: int = 0) -> dict[str, Comparison]:
-    """Paired bootstrap: every resample draws the same groups for both. Koehn, EMNLP 2004.
+    """Compare two systems with a paired bootstrap: each resample draws the same groups for both. Koehn, EMNLP 2004.
 
-    Raises ValueError if the two hold other metrics or numbers of pairs.
+    Raises ValueError if the two systems have scores of different metrics or of different numbers of pairs.
     """
     if list(first.corpus) != list(second.corpus):
-        raise ValueError(f"both must have the same metrics, got {list(first.corpus)} and {list(second.corpus)}")
+        raise ValueError(f"two systems are compared by the same metrics, got {list(first.corpus)} and "
+                         f"{list(second.corpus)}; score both with the same list of metrics")
     ours, theirs = resampled([first, second], groups, resamples=resamples, seed=seed)
     comparisons = {}
     for name, score in first.corpus.items():
         difference = ours[name] - theirs[name]
-        tail = 1 + min(int((difference <= 0).sum()), int((difference >= 0).sum()))  # 1: the observed one is a draw, too
+        # We add 1 because the observed sample counts as one more resample, so that p is never 0.
+        tail = 1 + min(int((difference <= 0).sum()), int((difference >= 0).sum()))
         low, high = _interval(difference)
         comparisons[name] = Comparison(score, second.corpus[name], low, high,
                                        min(1.0, 2 * tail / (len(difference) + 1)))
@@ -69,10 +81,10 @@ def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: 
 
 def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: int,
               seed: int) -> list[dict[str, Numbers]]:
-    """Each metric's value on each resample (R,), of each system. The same groups and seed draw the same resamples; all
-    systems get the same draws, which take most of the time.
+    """Return for each system the scores on all resamples, (R,) for each metric.
 
-    Raises ValueError unless there is a group for each pair.
+    All systems get the same resamples; drawing resamples takes most of the time. The same groups and seed give the same
+    resamples. Raises ValueError if the number of groups differs from the number of pairs.
     """
     names, place = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     sums: dict[tuple[int, str], Numbers] = {}
@@ -80,7 +92,8 @@ def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: in
         for name in scores.corpus:
             shares = shares_of(scores, name)
             if len(shares) != len(groups):
-                raise ValueError(f"one group for each pair is needed, got {len(groups)} for {len(shares)} pairs")
+                raise ValueError(f"`groups` must have one entry for each pair, got {len(groups)} for {len(shares)} "
+                                 "pairs; give the group_id of each scored pair")
             sums[number, name] = np.zeros((len(names), shares.shape[1]))  # (G, k)
             np.add.at(sums[number, name], place, shares)
     rng = np.random.default_rng(seed)
@@ -95,14 +108,17 @@ def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: in
 
 
 def corpus_score(name: str, sums: Numbers) -> Numbers:
-    """sums (R, k) of the statistics of some pairs -> their corpus score (R,)."""
+    """Return the corpus score (R,) of a metric for sums of the statistics of pairs, (R, k)."""
     if name.startswith("BLEU-"):
         return bleu(sums, int(name[-1]))
     return meteor.meteor(sums) if name == "METEOR" else sums[:, 0] / sums[:, 1]
 
 
 def shares_of(scores: Scores, name: str) -> Numbers:
-    """What each pair adds to a metric's sums (n, k): the metric's own statistics, or its value on the pair and 1."""
+    """Return the statistics of each pair that are summed for the corpus score of a metric, (n, k).
+
+    If the metric has no `statistics`, its corpus score is a mean: then the two columns are the score of the pair and 1.
+    """
     if name in scores.statistics:
         return scores.statistics[name]
     return np.stack([np.asarray(scores.items[name]), np.ones(len(scores.items[name]))], 1)

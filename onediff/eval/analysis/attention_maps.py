@@ -1,7 +1,9 @@
-"""Cross-attention of the delta tokens: where the Visual Delta Module looks, and how much of it meets the change.
+"""Attention maps of the delta tokens, and figures of how much attention falls on the changed region.
 
-Shapes:  B pairs, X cross-attentions, P patches along a side, N = P * P, K delta tokens, W width of the module,
-         S = 2N or 3N keys.
+A map shows how much cross-attention the Visual Delta Module gives to each patch of both images.
+
+Shapes:  B pairs, X cross-attention layers, P patches per image side, N = P * P patches per image, K delta tokens,
+         W width of the module, S keys: 2N (before, after) or 3N (before, after, difference).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,16 +27,17 @@ from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule
 Grid = NDArray[np.float64]
 Box = Sequence[float]  # left, top, right, bottom in pixels
 SIDES = ("before", "after")
-BATCH = 32  # pairs
-FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # also by side and by change type
+BATCH = 32  # pairs per forward pass
+FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # figures also reported by side and change type
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """How much each patch is looked at: `before` and `after` (P, P), of all delta tokens, heads and layers, which sum
-    to 1 together; `levels`: the same of the layers that read one level of the tower, (2, P, P).
+    """The attention maps of one pair.
 
-    `change` (P, P): mean difference of the pixels as the tower gets them, what the attention is compared with.
+    `before`, `after` (P, P): the attention on each patch, averaged over delta tokens, heads and layers; both maps
+    together sum to 1. `levels`: the two maps (2, P, P) averaged over the layers that read one feature level of the
+    vision encoder, by level. `change` (P, P): mean absolute pixel difference of each patch, for comparison.
     """
 
     before: Grid
@@ -45,11 +48,11 @@ class AttentionMaps:
 
 @torch.inference_mode()
 def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[AttentionMaps]:
-    """The maps of each pair. Raises ValueError for a model without delta tokens."""
+    """Return the attention maps of each pair. Raises ValueError for a model without delta tokens."""
     model, delta = captioner.model, captioner.model.delta
     if delta is None:
-        raise ValueError("model.delta.num_tokens is 0: a model without delta tokens has no attention of theirs; "
-                         "ask one that has some")
+        raise ValueError("model.delta.num_tokens is 0, but attention maps need a model with delta tokens; "
+                         "choose a model with num_tokens greater than 0")
     images = captioner.processor.pixels([image for pair in pairs for image in pair])  # (2B, 3, H, W)
     states = model.vision(images.to(model.device)).to(delta.tokens.dtype).unflatten(0, (-1, 2))
     with recorded(delta) as weights:
@@ -64,11 +67,14 @@ def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Imag
 
 @contextmanager
 def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
-    """Fills the list with what each cross-attention looks at in the next pass: (B, S), which sums to 1 over S."""
+    """Yield a list that receives the attention weights of each cross-attention layer in the next forward pass.
+
+    The weights are averaged over heads and delta tokens; they have shape (B, S) and sum to 1 over S.
+    """
     weights: list[Tensor] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-        assert isinstance(module, Attention), "only cross-attentions have the hook"
+        assert isinstance(module, Attention), "the hook must be registered on cross-attention modules only"
         weights.append(attention_weights(module, *inputs).mean((1, 2)))
 
     layers = [layer for layer in delta.layers if isinstance(layer, DeltaLayer)]
@@ -82,31 +88,37 @@ def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
 
 
 def attention_weights(attention: Attention, queries: Tensor, context: Tensor) -> Tensor:
-    """queries (B, K, W), context (B, S, W) -> (B, heads, K, S): the weights that the module never makes itself."""
+    """Return the attention weights (B, heads, K, S) for queries (B, K, W) and context (B, S, W).
+
+    The forward pass of the module uses a fused attention function, which does not return the weights.
+    """
     query, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
                   for part in (attention.query(queries), attention.key(context)))
     return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
 
 def per_image(weights: Grid, *, side: int) -> Grid:
-    """weights (B, X, 2N or 3N) -> (B, X, 2, P, P): a difference is read at the same place of both images, half each."""
-    views = weights.reshape(*weights.shape[:2], -1, side, side)  # before, after and perhaps difference
+    """Return the attention on each image (B, X, 2, P, P) for attention weights over all keys (B, X, 2N or 3N).
+
+    If the keys contain difference features, half of the attention on a difference is added to each of both images.
+    """
+    views = weights.reshape(*weights.shape[:2], -1, side, side)  # (B, X, 2 or 3, P, P): before, after, difference
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 
 
 def pixel_change(images: Tensor, *, side: int) -> Grid:
-    """images (B, 2, 3, H, W) -> (B, P, P), the mean difference in each patch."""
+    """Return the mean absolute pixel difference of each patch (B, P, P) for images (B, 2, 3, H, W)."""
     difference = (images[:, 1] - images[:, 0]).double().abs().mean(1)  # (B, H, W)
     px = difference.shape[-1] // side
     patches = difference[:, : side * px, : side * px].unflatten(2, (side, px)).unflatten(1, (side, px))
     return patches.mean((2, 4)).numpy()
 
 
-# --- the changed region ----------------------------------------------------------------------------------------------
-
-
 def regions(row: PairRow) -> dict[str, Box]:
-    """Side -> box of what changed, where the provenance has it. The region of a crop is what stayed."""
+    """Return the box of the changed region in each image of a pair, by side; empty if the region is unknown.
+
+    A crop has no changed region, because its provenance records the part of the image that was kept.
+    """
     if row["change_type"] in ("none", "crop"):
         return {}
     provenance = row["provenance"]
@@ -115,14 +127,17 @@ def regions(row: PairRow) -> dict[str, Box]:
 
 
 def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, ...]:
-    """A box in pixels of an image of this width and height -> in patches of the square it is padded to."""
+    """Convert a box from pixels of an image to patches of the square to which the image is padded.
+
+    `size` is the width and height of the image, `side` the number of patches per side of the square.
+    """
     longer = max(size)
     margins = [(longer - length) / 2 for length in size]
     return tuple((value + margins[axis % 2]) * side / longer for axis, value in enumerate(box))
 
 
 def coverage(box: Sequence[float], *, side: int) -> Grid:
-    """box in patches -> (P, P): which share of each patch lies inside."""
+    """Return which share of each patch lies inside the box, (P, P). The box is given in patches."""
     left, top, right, bottom = box
     starts = np.arange(side)
     across, down = (np.clip(np.minimum(starts + 1, high) - np.maximum(starts, low), 0, 1)
@@ -131,7 +146,10 @@ def coverage(box: Sequence[float], *, side: int) -> Grid:
 
 
 def points_inside(grid: Grid, box: Sequence[float]) -> bool:
-    """Whether the middle of the patch with the highest value lies in the box (in patches); the first of equal ones."""
+    """Return whether the centre of the patch with the highest value lies inside the box, which is given in patches.
+
+    If several patches have the highest value, the first one is used.
+    """
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     return _inside(column + 0.5, row + 0.5, box)
 
@@ -141,12 +159,9 @@ def _inside(x: float, y: float, box: Sequence[float]) -> bool:
     return bool(left <= x < right and top <= y < bottom)
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RegionFigures:
-    """The figures of one image of a changed pair: name -> outcome."""
+    """The attention figures of one image of a changed pair."""
 
     group: str
     change_type: str
@@ -155,7 +170,10 @@ class RegionFigures:
 
 
 def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
-    """Those of each image of the pair that shows a known region. Raises ValueError for a broken image."""
+    """Return the attention figures of each image of the pair whose changed region is known.
+
+    Raises ValueError for an image that cannot be decoded.
+    """
     images = []
     for name, box in regions(vars(record)).items():
         grid, side = getattr(maps, name), len(maps.change)
@@ -170,7 +188,7 @@ def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
             "pointing_accuracy": points_inside(grid, place),
             "difference_pointing_accuracy": points_inside(maps.change, place),
             "centre_pointing_accuracy": _inside(side / 2, side / 2, place),
-            # A region smaller than a patch may hold the middle of none.
+            # A region that is smaller than a patch may not contain the centre of any patch.
             "pointing_ceiling": any(_inside(x, y, place) for x in middles for y in middles),
             **{f"level_{level}_inside_share": _share(each, inside) for level, each in levels.items()},
             **{f"level_{level}_pointing_accuracy": points_inside(each, place) for level, each in levels.items()}}
@@ -184,13 +202,17 @@ def _share(grid: Grid, inside: Grid) -> float:
 
 
 def attention_figures(images: Sequence[RegionFigures]) -> dict[str, Any]:
-    """Means over images that show a changed region, with 95 % intervals; {} where there are none.
+    """Return the means of the attention figures over images with a known changed region, with 95 % intervals.
 
-    attention_share: how much of the pair's attention the image gets; the other image gets the rest.
-    inside_share: how much of the attention that an image gets falls into its region, beside the region's share of the
-    image (area_share: what looking everywhere alike would give) and the share of the pixel differences that do.
-    pointing_accuracy: the patch looked at most has its middle in the region; beside it the same of the patch that
-    differs most, of the image's centre, and how many regions hold the middle of any patch (pointing_ceiling).
+    attention_share: share of the attention on both images that falls on this image.
+    inside_share: share of the attention on an image that falls into the changed region. For comparison:
+    difference_inside_share, the share of the pixel differences inside the region; area_share, the share of the image
+    area that the region covers, which uniform attention would reach.
+    pointing_accuracy: share of images in which the centre of the patch with the most attention lies in the region. For
+    comparison: the same for the patch with the largest pixel difference and for the centre of the image;
+    pointing_ceiling, the share of regions that contain the centre of any patch.
+
+    The result is empty if there are no images.
     """
     if not images:
         return {}
@@ -206,7 +228,7 @@ def _mean_figures(images: Sequence[RegionFigures], names: Sequence[str]) -> dict
 
 
 def maps_of_records(captioner: Captioner, records: Sequence[Record]) -> Iterator[tuple[Record, AttentionMaps]]:
-    """Every record with its maps, a batch at a time. Raises ValueError for a broken image."""
+    """Yield each record with its attention maps. Raises ValueError for an image that cannot be decoded."""
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         pairs = [(open_image(record.before), open_image(record.after)) for record in batch]

@@ -1,6 +1,7 @@
-"""What a caption claims, read by the grammar that made the references, and how often the claim is true.
+"""Behaviour figures: parse the captions of generated pairs and compare the claimed change with the true change.
 
-BLEU and CIDEr reward "the red cube was removed" where the blue one was; these figures do not.
+The grammar that generated the references also parses the captions. BLEU and CIDEr give a high score to "the red cube
+was removed" if the blue cube was removed; these figures count such a caption as wrong.
 """
 
 import functools
@@ -23,7 +24,8 @@ _WORDS = {synonym: (kind, word) for kind, words in _KINDS.items() for word in wo
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-# crop, black_and_white and blur have no inverse: no sentence asks to widen, to colour or to sharpen.
+# The operations crop, black_and_white and blur have no inverse, because the grammar has no sentence that asks to widen,
+# to colour or to sharpen an image.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
                  "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
                  "remove": "paste"}
@@ -31,13 +33,16 @@ _EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple"
                                  "yellow": "blue"},
                   "rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
-Outcomes = Sequence[tuple[str, float]]  # (group_id, right or not, or a share)
+Outcomes = Sequence[tuple[str, float]]  # (group_id of a pair, its outcome from 0 for wrong to 1 for right)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a caption says about a pair. change_type None: it could not be read. `new`: the new color or material; of an
-    edit its place, turn or tint.
+    """The change that a caption claims, or the change that really happened in a pair.
+
+    A change_type of None means that the caption could not be parsed. The attributes from `color` to `material` describe
+    the object that changed. `new` is the new color or material; for an edit, `new` is the position, the turn or the
+    tint.
     """
 
     change_type: str | None
@@ -52,11 +57,8 @@ class Change:
 UNREADABLE = Change(None)
 
 
-# --- reading captions ------------------------------------------------------------------------------------------------
-
-
 def parse(caption: str) -> Change:
-    """The change that a caption of a scene claims; UNREADABLE if it is none of the grammar's sentences."""
+    """Return the change that a caption of a scene claims, or UNREADABLE if the grammar does not match the caption."""
     text = _plain(caption)
     for change_type, _, pattern in _scene_patterns():
         match = pattern.fullmatch(text)
@@ -72,7 +74,10 @@ def parse(caption: str) -> Change:
 
 
 def parse_edit(caption: str) -> Change:
-    """What a request asks for: its operation as the type, the object that is pasted; UNREADABLE if it is none."""
+    """Return the edit that a caption of `edits` asks for, or UNREADABLE if the grammar does not match the caption.
+
+    The operation is the change_type. The attributes describe the object to be pasted, if the operation is `paste`.
+    """
     text = _plain(caption)
     for operation, pattern in _edit_patterns():
         match = pattern.fullmatch(text)
@@ -83,7 +88,7 @@ def parse_edit(caption: str) -> Change:
 
 
 def matching_templates(caption: str, change_type: str) -> list[str]:
-    """The scene templates of the type that the caption could have been made from."""
+    """Return the scene templates of a change type that can generate the caption."""
     text = _plain(caption)
     return [template for kind, template, pattern in _scene_patterns()
             if kind == change_type and pattern.fullmatch(text)]
@@ -95,14 +100,21 @@ def _plain(caption: str) -> str:
 
 @functools.cache
 def _scene_patterns() -> list[tuple[str, str, re.Pattern[str]]]:
-    """The slot {new} takes only what fits the type: "became red" is a color, "became shiny" a texture."""
+    """Return (change type, template, regular expression) for each scene template.
+
+    The slot {new} matches only words that fit the change type: "became red" is a change of color, "became shiny" a
+    change of texture.
+    """
     return [(kind, text, _pattern(text, new="|".join(_results(kind))))
             for kind, texts in SCENE_TEMPLATES.items() for text in texts]
 
 
 @functools.cache
 def _edit_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    """Sentences without a slot come first, since a slot would also take their words."""
+    """Return (operation, regular expression) for each edit template.
+
+    Templates without a slot come first, because the slot of another template could also match their words.
+    """
     flat = [(kind, text) for kind, texts in EDIT_TEMPLATES.items() for text in texts]
     flat.sort(key=lambda item: "{" in item[1])
     return [(kind, _pattern(text, new=r"\w+(?: \w+){0,3}")) for kind, text in flat]
@@ -115,7 +127,7 @@ def _pattern(template: str, *, new: str) -> re.Pattern[str]:
 
 
 def _results(change_type: str) -> dict[str, str]:
-    """Phrase for what an object became or where it went -> the color, material or direction."""
+    """Return the phrases for the result of a change, each with the color, material or direction that it stands for."""
     if change_type == "move":
         return {phrase: name for name, phrase in DIRECTIONS.items()}
     result_kind = {"color": "color", "texture": "material"}.get(change_type)
@@ -123,7 +135,11 @@ def _results(change_type: str) -> dict[str, str]:
 
 
 def _parse_noun(phrase: str) -> dict[str, str | None] | None:
-    """The attributes named before the neighbour, if there is one; None if a word is unknown or the shape is missing."""
+    """Return the attributes of the object that a phrase describes; None if a word is unknown or the shape is missing.
+
+    A phrase may locate the object by a neighbour, as in "the cube left of the ball". The attributes of the neighbour
+    are ignored.
+    """
     first, *rest = _NEIGHBOUR.split(phrase)
     parts = [_parse_words(text.split()) for text in (first, *rest)]
     return None if len(parts) > 2 or None in parts else parts[0]
@@ -133,17 +149,14 @@ def _parse_words(words: list[str]) -> dict[str, str | None] | None:
     attributes: dict[str, str | None] = dict.fromkeys(_KINDS)
     for word in words:
         kind, value = _WORDS.get(word, (None, None))
-        if kind is None or attributes[kind] is not None or attributes["shape"] is not None:  # the shape is last
-            return None
+        if kind is None or attributes[kind] is not None or attributes["shape"] is not None:
+            return None  # The word is unknown, repeats an attribute, or follows the shape, which must be the last word.
         attributes[kind] = value
     return attributes if attributes["shape"] else None
 
 
-# --- the truth -------------------------------------------------------------------------------------------------------
-
-
 def truth(row: PairRow) -> Change:
-    """What really happened in a pair of scenes, or was done to a picture, from its provenance."""
+    """Return the true change of a generated pair, which is recorded in the provenance of the row."""
     if row["change_type"] == "none":
         return Change("none")
     thing = row["provenance"]["object"]
@@ -153,18 +166,18 @@ def truth(row: PairRow) -> Change:
 
 
 def same_object(a: Change, b: Change) -> bool:
-    """Color and shape are named and agree."""
+    """Return whether both changes name a color and a shape, and these are equal."""
     return None not in (a.color, a.shape) and (a.color, a.shape) == (b.color, b.shape)
 
 
 def says_the_truth(claim: Change, true: Change) -> bool:
-    """Type, object (color and shape) and what it became or where it went."""
+    """Return whether the claimed change of a scene is correct in change type, object (color and shape) and result."""
     return claim.change_type == true.change_type and (true.change_type == "none" or (
         same_object(claim, true) and (claim.new, claim.direction) == (true.new, true.direction)))
 
 
 def inverse(a: Change, b: Change) -> bool:
-    """Whether b undoes a: the same object, before and after exchanged."""
+    """Return whether change b is the inverse of change a: the same object, changed from `after` back to `before`."""
     if a.change_type is None or _INVERSE.get(a.change_type) != b.change_type:
         return False
     if a.change_type == "color":
@@ -177,13 +190,16 @@ def inverse(a: Change, b: Change) -> bool:
 
 
 def says_the_edit(claim: Change, true: Change) -> bool:
-    """Operation, place, turn or tint, and of what is pasted color and shape."""
+    """Return whether the claimed edit is correct in operation and in position, turn or tint.
+
+    For `paste`, color and shape of the pasted object must also be correct.
+    """
     return ((claim.change_type, claim.new) == (true.change_type, true.new)
             and (true.change_type != "paste" or same_object(claim, true)))
 
 
 def undone(change: Change) -> Change | None:
-    """What happens in the same scenes with before and after exchanged; None if nothing does."""
+    """Return the change of the swapped pair (after, before) of a scene; None if nothing changed or it is unknown."""
     kind = _INVERSE.get(change.change_type or "")
     if kind is None:
         return None
@@ -195,7 +211,10 @@ def undone(change: Change) -> Change | None:
 
 
 def undone_edit(edit: Change) -> Change | None:
-    """The edit that leads back, in the grammar's words; None where it has none, as for a crop or a hole in a photo."""
+    """Return the edit that undoes `edit`, or None if the grammar has no sentence for it.
+
+    For example, no sentence undoes a crop, or the removal of an object from a photograph.
+    """
     kind = _EDIT_INVERSE.get(edit.change_type or "")
     if kind is None or (kind == "paste" and edit.shape is None):
         return None
@@ -204,7 +223,10 @@ def undone_edit(edit: Change) -> Change | None:
 
 
 def inverse_edit(a: Change, b: Change) -> bool:
-    """Whether request b undoes request a; a request to remove names no object, so any may be pasted in its place."""
+    """Return whether edit b is the inverse of edit a.
+
+    A caption that asks to remove an object does not name the object, so pasting any object counts as the inverse.
+    """
     kind = _EDIT_INVERSE.get(a.change_type or "")
     if kind is None or kind != b.change_type:
         return False
@@ -213,7 +235,10 @@ def inverse_edit(a: Change, b: Change) -> bool:
 
 
 def scene_checks(prediction: str, row: PairRow) -> dict[str, bool]:
-    """What of the caption is right: its type, its object, and what that became or where it went; all of it: right."""
+    """Return which parts of a scene caption are correct: "type", "object" and "outcome" (new color, place and so on).
+
+    For an unchanged pair, the only part is "no change". The caption is correct if all parts are correct.
+    """
     claim, true = parse(prediction), truth(row)
     if true.change_type == "none":
         return {"no change": claim.change_type == "none"}
@@ -224,20 +249,19 @@ def scene_checks(prediction: str, row: PairRow) -> dict[str, bool]:
 
 
 def edit_checks(prediction: str, row: PairRow) -> dict[str, bool]:
-    """Whether the request names the operation, whatever its object or place."""
+    """Return whether the caption of an edit names the right operation. Object and position are not checked."""
     return {"operation": parse_edit(prediction).change_type == row["change_type"]}
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 def scene_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """Shares of pairs, 0 to 1, with 95 % intervals under "intervals"; what has no pairs is left out.
+    """Return the behaviour figures of scenes: shares of pairs, 0 to 1, and 95 % intervals under "intervals".
 
     Over changed pairs: change_found_rate (a change is claimed), change_type_accuracy, changed_object_accuracy (color
-    and shape), change_accuracy (type, object and what it became). Over unchanged pairs: false_alarm_rate (the caption
-    does not say that nothing changed). Over pairs and their exact swaps: swap_consistency (the two captions undo each
-    other, right or wrong). A caption that cannot be read is wrong everywhere.
+    and shape), change_accuracy (type, object and result). Over unchanged pairs: false_alarm_rate (the caption does not
+    say that nothing changed). Over pairs of which the swapped pair is also in `rows`: swap_consistency (the two
+    captions are inverse to each other, even if both are wrong).
+
+    A caption that cannot be parsed counts as wrong everywhere. A figure without pairs is left out.
     """
     table = [(row, parse(predictions[row["pair_id"]]), truth(row)) for row in rows]
     claims = {row["pair_id"]: claim for row, claim, _ in table}
@@ -258,14 +282,15 @@ def scene_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[s
 
 
 def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """operation_accuracy: share of pairs whose caption names the operation, whatever its object or place."""
+    """Return operation_accuracy, the share of edits whose caption names the right operation: of all edits, and by type.
+    """
     table = list(rows)
     outcomes = [(row["group_id"], edit_checks(predictions[row["pair_id"]], row)["operation"]) for row in table]
     return {**rates({"operation_accuracy": outcomes}), "operation_accuracy_by_operation": _by_type(table, outcomes)}
 
 
 def by_change_type(rows: Sequence[PairRow]) -> dict[str, list[int]]:
-    """Change type -> the positions of its rows, in order of type."""
+    """Return the positions of the rows of each change type, sorted by change type."""
     return {kind: [place for place, row in enumerate(rows) if row["change_type"] == kind]
             for kind in sorted({row["change_type"] for row in rows})}
 
@@ -276,14 +301,20 @@ def _by_type(rows: Sequence[PairRow], outcomes: Outcomes) -> dict[str, float]:
 
 
 def rates(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """The mean of the outcomes under each name that has any, the share of right ones, and their intervals."""
+    """Return the mean outcome under each name, and the 95 % intervals of the means under "intervals".
+
+    A name without outcomes is left out.
+    """
     known = {name: values for name, values in outcomes.items() if values}
     return {**{name: sum(ok for _, ok in values) / len(values) for name, values in known.items()},
             "intervals": {name: interval(values) for name, values in known.items()}}
 
 
 def interval(outcomes: Outcomes) -> list[float]:
-    """95 % bootstrap interval of the share, drawing whole groups: pairs of one scene or photo are not independent."""
+    """Return the 95 % bootstrap interval of the mean outcome.
+
+    The bootstrap draws groups instead of pairs, because pairs from one scene or photograph are not independent.
+    """
     groups = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in outcomes))}
     numbers = [groups[group] for group, _ in outcomes]
     right, count = np.bincount(numbers, [ok for _, ok in outcomes]), np.bincount(numbers)
@@ -291,15 +322,15 @@ def interval(outcomes: Outcomes) -> list[float]:
     shares = right[drawn].sum(axis=1) / count[drawn].sum(axis=1)
     return [float(bound) for bound in np.percentile(shares, [2.5, 97.5])]
 
-# --- both grammars ----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Grammar:
-    """How the captions of a source are read and what they should say.
+    """The functions that parse and judge the captions of a generated source.
 
-    `undone`: what the swapped pair shows, None where the grammar has no sentence for it; `inverse`: whether the second
-    claim takes the first one back, right or wrong; `checks`: what of a prediction is right.
+    `read`: parse a caption. `undone`: return the change of the swapped pair, None if the grammar has no sentence for
+    it. `says`: return whether a claimed change is the true change. `inverse`: return whether the second claim is the
+    inverse of the first, even if both are wrong. `checks`: return which parts of a caption are correct. `behaviour`:
+    return the behaviour figures of a set of captions.
     """
 
     read: Callable[[str], Change]
@@ -310,7 +341,7 @@ class Grammar:
     behaviour: Callable[[Predictions, Iterable[PairRow]], dict[str, Any]]
 
 
-# By Protocol.grammar; the captions of a protocol without grammar are not read.
+# The keys are values of Protocol.grammar. Captions of a protocol without a grammar are not parsed.
 GRAMMARS: dict[str | None, Grammar] = {
     "scenes": Grammar(parse, undone, says_the_truth, inverse, scene_checks, scene_behaviour),
     "edits": Grammar(parse_edit, undone_edit, says_the_edit, inverse_edit, edit_checks, edit_behaviour)}

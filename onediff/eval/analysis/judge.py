@@ -1,8 +1,8 @@
-"""A language model judges captions by their references: is the change stated, is any invented? It decides nothing.
+"""Let a language model judge captions: does a caption state the change in the references, and does it invent a change?
 
-What a judge is worth shows where the truth is known: `agreement` sets its verdicts beside those of the grammar that
-made the references. Both then answer one question, whether the caption is true: for the judge, it states the change
-(yes, not partly) and invents none. What it answers in another form is an error, counted and left out, never guessed.
+The verdicts are only reported; they do not decide about promotion. `agreement` measures how reliable the judge is on
+generated data, where the grammar knows whether a caption is true. The judge calls a caption true if the caption states
+the change (answer "yes", not "partly") and invents none. An answer in any other form is counted as an error.
 """
 
 from collections import Counter
@@ -32,7 +32,11 @@ VALUES = {"states": ("yes", "partly", "no"), "invents": ("yes", "no")}
 
 @dataclass(frozen=True)
 class Verdict:
-    """`states` and `invents` are empty unless status is ok; `reason` says then why, `key` names the kept answer."""
+    """The judge's verdict on one caption.
+
+    `states` and `invents` are empty unless `status` is "ok"; otherwise `reason` says why there is no verdict. `key`
+    identifies the stored answer of the judge in the file ANSWERS.
+    """
 
     pair_id: str
     prediction: str
@@ -51,24 +55,29 @@ class Verdict:
 
 def judge_files(predictions: Path, references: Path | None, settings: Judge, runtime: Runtime, *,
                 known: str | None = None, shards: Path = DIFFCAP) -> tuple[dict[str, Any], list[Verdict]]:
-    """The summary and the verdicts on JSONL files; beside the truth, where `known` names a benchmark of the shards
-    whose grammar tells it, and whose references serve where no others are given.
+    """Judge a JSONL file of predictions, and return the summary and the verdicts.
 
-    Raises ValueError naming file and line, or as `judge` and `known_truths` do.
+    `references` is a JSONL file. `known` is a benchmark with a grammar in the DiffCap files of the folder `shards`. If
+    it is given, the summary also contains the agreement of the judge with the grammar, and `references` may be None;
+    then the references of the benchmark are used.
+
+    Raises ValueError with file and line for bad input, and all errors of `judge` and `known_truths`.
     """
     captions = read_predictions(predictions)
     if not captions:
-        raise ValueError(f"{predictions}: no line; one per pair is needed")
+        raise ValueError(f"{predictions}: must have one line per pair, but is empty; write predictions first, for "
+                         "example with 'onediff predict'")
     rows: list[PairRow] = []
     if known:
         splits = [name for name in ("test", "gate", "val") if any(shards.glob(f"{name}-*.parquet"))] or ["test"]
         rows = [row for name in splits for row in read_table(shards, f"{name}-*.parquet") if row["source"] == known]
     truths = known_truths(captions, rows, known) if known else {}
     judged_rows = [row for row in rows if row["pair_id"] in captions]
-    if references:  # of no published set, so no count is official
+    if references:  # The protocol of an unknown source is used, which does not check the number of pairs.
         judged_rows = read_benchmark(references, protocol_of("references"))
     elif not known:
-        raise ValueError("--references is needed: JSONL lines of pair_id and references; or --truth, of generated data")
+        raise ValueError("--references is needed: a JSONL file of lines with 'pair_id' and 'references'; "
+                         "for generated data, --truth BENCHMARK can be given instead")
     texts = {row["pair_id"]: list(row["references"]) for row in judged_rows}
     groups = {row["pair_id"]: str(row.get("group_id", row["pair_id"])) for row in [*judged_rows, *rows]}
     verdicts = judge(captions, texts, settings, runtime)
@@ -77,9 +86,11 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
 
 
 def judge(predictions: Predictions, references: References, settings: Judge, runtime: Runtime) -> list[Verdict]:
-    """A verdict for each pair, in the order of the references; only what ANSWERS does not hold is asked and paid for.
+    """Return a verdict for each pair, in the order of the references.
 
-    Raises ValueError if the keys differ; as the writer does ValueError, ConnectionError, InterruptedError, OSError.
+    The judge is only asked about captions that have no stored answer in the file ANSWERS, because each request costs
+    money. Raises ValueError if predictions and references have different keys, and all errors of `writer.asking.ask`:
+    ValueError, ConnectionError, InterruptedError and OSError.
     """
     check_keys(predictions, references)
     writer = Writer(mode="text", **settings.model_dump())
@@ -97,9 +108,9 @@ def judge(predictions: Predictions, references: References, settings: Judge, run
 
 
 def summary(verdicts: Sequence[Verdict], groups: Mapping[str, str]) -> dict[str, Any]:
-    """Shares of the judged captions, 0 to 1, with 95 % intervals, and what could not be used, by status.
+    """Return the share of captions for each answer of the judge, 0 to 1, with 95 % intervals, and the number of errors.
 
-    `groups`: pair_id -> group; pairs of one scene or photograph are drawn together.
+    `groups` maps each pair_id to its group, the scene or photograph of the pair. The bootstrap draws groups.
     """
     judged = [verdict for verdict in verdicts if verdict.status == "ok"]
     errors = Counter(verdict.status for verdict in verdicts if verdict.status != "ok")
@@ -113,34 +124,35 @@ def summary(verdicts: Sequence[Verdict], groups: Mapping[str, str]) -> dict[str,
     return result
 
 
-# --- what the judge is worth ------------------------------------------------------------------------------------------
-
-
 def known_truths(predictions: Predictions, rows: Iterable[PairRow], benchmark: str) -> dict[str, bool]:
-    """pair_id -> whether the caption is true, by the grammar of generated data (of edits: whether the operation is).
+    """Return whether each predicted caption is true, by pair_id, according to the grammar of generated data.
 
-    Raises ValueError if no grammar reads the benchmark's captions, or rows lack pairs of the predictions.
+    For `edits`, a caption is true if it names the right operation. Raises ValueError if the benchmark has no grammar,
+    or if `rows` do not contain all pairs of the predictions.
     """
     grammar = PROTOCOLS[benchmark].grammar if benchmark in PROTOCOLS else None
     if grammar is None:
         known = ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.grammar)
-        raise ValueError(f"--truth {benchmark}: no grammar reads its captions, so their truth is not known; it is for "
-                         f"{known}")
+        raise ValueError(f"--truth {benchmark}: must be a benchmark of generated pairs with a grammar, because only "
+                         f"there the true change is known; use one of {known}")
     truths = {row["pair_id"]: all(GRAMMARS[grammar].checks(predictions[row["pair_id"]], row).values())
               for row in rows if row["pair_id"] in predictions}
     lacking = [pair_id for pair_id in predictions if pair_id not in truths]
     if lacking:
-        raise ValueError(f"--truth {benchmark}: {len(lacking):,} pairs of the predictions are none of its pairs in the "
-                         f"shards (first: {lacking[0]}); name their folder with --shards")
+        raise ValueError(f"--truth {benchmark}: all pairs of the predictions must be in the DiffCap files, but "
+                         f"{len(lacking):,} are missing (first: {lacking[0]}); give the folder that contains them "
+                         "with --shards")
     return truths
 
 
 def agreement(verdicts: Iterable[Verdict], truths: Mapping[str, bool], groups: Mapping[str, str], *,
               resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Accuracy and Cohen's kappa of the judge against the truth, over what it judged, with 95 % intervals that draw
-    whole groups; the four counts, "judge_grammar"; accuracy_of_all, where an error is wrong.
+    """Return accuracy and Cohen's kappa (Cohen, 1960) of the judge against the grammar, with 95 % intervals.
 
-    Kappa is None where both call all captions true, or all false. Cohen, 1960.
+    `truths` says whether each caption is true according to the grammar. Captions without a verdict are left out;
+    accuracy_of_all counts them as wrong. "counts" has four numbers with keys such as "true_false": the judge says true,
+    the grammar says false. Kappa is None if judge and grammar both call all captions true, or both all false. The
+    bootstrap for the intervals draws groups of pairs.
     """
     table = list(verdicts)
     judged = [verdict for verdict in table if verdict.status == "ok"]
@@ -166,19 +178,22 @@ def agreement(verdicts: Iterable[Verdict], truths: Mapping[str, bool], groups: M
 
 
 def accuracy(counts: Numbers) -> Numbers:
-    """counts (..., 2, 2) -> share on the diagonal (...)."""
+    """Return the accuracy (...) for tables of counts (..., 2, 2): the share of counts on the diagonal."""
     return np.asarray(np.trace(counts, axis1=-2, axis2=-1) / counts.sum((-2, -1)))
 
 
 def kappa(counts: Numbers) -> Numbers:
-    """counts (..., 2, 2) -> Cohen's kappa (...), -1 to 1; NaN where chance alone agrees always."""
+    """Return Cohen's kappa (...), -1 to 1, for tables of counts (..., 2, 2).
+
+    The result is NaN if the agreement expected by chance is 1.
+    """
     total = counts.sum((-2, -1))
     chance = (counts.sum(-1) * counts.sum(-2)).sum(-1) / total**2
     return np.divide(accuracy(counts) - chance, 1 - chance, out=np.full(total.shape, np.nan), where=chance < 1)
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The table of `summary`, and beside it `agreement` where there is one."""
+    """Return the result of `judge_files` as text: the table of `summary`, then `agreement` if it was measured."""
     rows = [[f"{question}: {value}", f"{share['count']:,}", f"{100 * share['share']:.1f} %",
              "[{:.1f}, {:.1f}]".format(*(100 * bound for bound in share["interval"]))]
             for name, question in (("states", "states the change"), ("invents", "invents one"))
@@ -193,14 +208,14 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 def _agreement_text(agreed: Mapping[str, Any]) -> list[str]:
     if "accuracy" not in agreed:
-        return ["agreement with the grammar: unknown, as no caption was judged"]
+        return ["agreement with the grammar: unknown, because no caption was judged"]
     counts = agreed["counts"]
-    lines = [f"the judge calls {counts['true_true'] + counts['true_false']:,} captions true, the grammar "
-             f"{counts['true_true'] + counts['false_true']:,}, both {counts['true_true']:,}, neither "
+    lines = [f"captions called true: by the judge {counts['true_true'] + counts['true_false']:,}, by the grammar "
+             f"{counts['true_true'] + counts['false_true']:,}, by both {counts['true_true']:,}, by neither "
              f"{counts['false_false']:,}"]
     for name, called in (("accuracy", "accuracy"), ("kappa", "Cohen's kappa")):
         low, high = agreed[f"{name}_interval"]
-        lines.append(f"{called:<14} undefined: all verdicts are alike" if agreed[name] is None else
+        lines.append(f"{called:<14} undefined, because all verdicts are equal" if agreed[name] is None else
                      f"{called:<14} {agreed[name]:.3f} [{low:.3f}, {high:.3f}]")
-    return [*lines, f"{agreed['num_groups']:,} groups; {agreed['num_errors']:,} errors left out, as wrong ones the "
-                    f"accuracy would be {agreed['accuracy_of_all']:.3f}"]
+    return [*lines, f"{agreed['num_groups']:,} groups; {agreed['num_errors']:,} errors are left out; counted as wrong, "
+                    f"they would give an accuracy of {agreed['accuracy_of_all']:.3f}"]

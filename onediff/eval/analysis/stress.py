@@ -1,7 +1,8 @@
-"""Captions beyond the plain test pairs: of pairs without or with every change, of swapped and of disturbed ones.
+"""Stress test: caption altered versions of the test pairs, and measure how the captions change.
 
-A trial is a way to make other pairs of the same records; captions of a trial are kept under its name:
-`plain`, `identical/before`, `identical/after`, `unrelated`, `swapped`, and `<nuisance>/<strength>` for each curve.
+Each way to alter the pairs is a trial with a name. The trials are: `plain` (unaltered pairs), `identical/before` and
+`identical/after` (one image shown twice), `unrelated` (two images of different pairs), `swapped` (after, before), and
+`<perturbation>/<strength>` (noise, JPEG compression and other changes that a caption should not mention).
 """
 
 import io
@@ -29,31 +30,35 @@ PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
 RESAMPLES = 2000
 CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy")
-_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # of this stage in every random stream
+_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the seed, so that each use has other random numbers
 
-Trials = Mapping[str, Predictions]  # name of the trial -> its captions
-
-
-# --- which pairs ------------------------------------------------------------------------------------------------------
+Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of the trial
 
 
 def is_stressed(benchmark: str) -> bool:
-    """Whether this stage measures it: not a benchmark that is another source under stress itself, as scenes_far is."""
+    """Return whether the stress test measures the benchmark.
+
+    A benchmark that is a harder version of another source, as `scenes_far` is of `scenes`, is not measured.
+    """
     return protocol_of(benchmark).train_source == benchmark
 
 
 def choose(rows: Sequence[PairRow], count: int, *, seed: int) -> list[str]:
-    """pair_ids of `count` rows, or of all if there are fewer, in their order. Same rows and seed, same pairs."""
+    """Return the pair_ids of `count` random rows, or of all rows if there are fewer, in the order of the rows.
+
+    The same rows and seed give the same pairs.
+    """
     rng = np.random.default_rng([seed, _TAG["chosen"]])
     return [rows[place]["pair_id"] for place in sorted(rng.permutation(len(rows))[:count])]
 
 
 def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
            seed: int) -> Iterator[tuple[str, Iterator[Record]]]:
-    """Name of each trial and its pairs, made one by one: at full size all of them would not fit into memory.
+    """Yield the name of each trial and an iterator over its altered records.
 
-    Pairs keep their ids and group; `unrelated` is left out if all are of one group. Raises ValueError for a broken
-    image.
+    Records are made one at a time, because all trials of a large test set together do not fit into memory. An altered
+    record keeps its pair_id and group_id. The trial `unrelated` is left out if all records belong to one group. Raises
+    ValueError for an image that cannot be decoded.
     """
     yield PLAIN, iter(records)
     for side, name in IDENTICAL.items():
@@ -66,12 +71,15 @@ def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
 
 
 def num_trials(benchmark: str, settings: Stress) -> int:
-    """At most: without `unrelated` one less."""
+    """Return the number of trials, assuming that the trial `unrelated` is not left out."""
     return 3 + len(IDENTICAL) + len(curve_points(benchmark, settings))
 
 
 def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
-    """Each `before` with the `after` of a random pair of another group; [] if there is only one group."""
+    """Return a record for each pair, with the image `before` of the pair and the image `after` of another group.
+
+    The other pair is drawn at random. The result is empty if there is only one group.
+    """
     rng = np.random.default_rng([seed, _TAG["unrelated"]])
     if len({record.group_id for record in records}) < 2:
         return []
@@ -83,21 +91,23 @@ def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
     return mixed
 
 
-# --- nuisances: what no caption should tell ---------------------------------------------------------------------------
-
-
 def curve_points(benchmark: str, settings: Stress) -> list[tuple[str, float]]:
-    """(nuisance, strength) of every point, without the strength 0, which is `plain`.
+    """Return (perturbation, strength) for each point of the curves, without strength 0, which is the trial `plain`.
 
-    Where camera and light wander anyway, as in scenes, all of them are nuisances; elsewhere a shift or another
-    brightness may be the very change, and only wear remains.
+    In scenes, camera and light differ between the two images of every pair, so all perturbations are used. In other
+    benchmarks, a shift or another brightness may be the change to be described, so only JPEG compression and noise on
+    both images are used.
     """
     names = NUISANCES if protocol_of(benchmark).grammar == "scenes" else WEAR
     return [(name, strength) for name in names for strength in getattr(settings, name)]
 
 
 def disturbed(record: Record, nuisance: str, strength: float, *, seed: int) -> Record:
-    """The pair under a nuisance. A pair has one random stream for each: a stronger noise is the weaker one, louder."""
+    """Return the record with a perturbation of the given strength.
+
+    The random numbers depend on the pair and the perturbation but not on the strength: stronger noise is the same
+    noise pattern with a larger amplitude.
+    """
     place = tuple(NUISANCES).index(nuisance)
     rng = np.random.default_rng([seed, _TAG["disturbed"], place, zlib.crc32(record.pair_id.encode())])
     disturb = NUISANCES[nuisance]
@@ -106,19 +116,23 @@ def disturbed(record: Record, nuisance: str, strength: float, *, seed: int) -> R
 
 
 def jpeg(image: Image.Image, quality: float, rng: Generator) -> bytes:
+    """Return the image as a JPEG file of this quality."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=round(quality))
     return buffer.getvalue()
 
 
 def noise(image: Image.Image, grey_levels: float, rng: Generator) -> bytes:
-    """Gaussian, of this standard deviation, on every channel alone."""
+    """Return the image with Gaussian noise of this standard deviation, independent for each color channel."""
     pixels = np.asarray(image, dtype=np.float64)
     return _png(pixels + grey_levels * rng.standard_normal(pixels.shape))
 
 
 def shift(image: Image.Image, percent: float, rng: Generator) -> bytes:
-    """Moved in a random direction by this share of its side, its edge repeated where it left."""
+    """Return the image shifted in a random direction by a percentage of its width and height.
+
+    The empty border is filled by repeating the edge pixels.
+    """
     angle = rng.uniform(0, 2 * np.pi)
     x, y = (round(percent / 100 * side * float(turn))
             for side, turn in zip(image.size, (np.cos(angle), np.sin(angle)), strict=True))
@@ -128,8 +142,11 @@ def shift(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
 
 def scale(image: Image.Image, percent: float, rng: Generator) -> bytes:
-    """Enlarged around its middle by this much, or made smaller, its edge repeated around it."""
-    width, height = (side / (1 + percent / 100) for side in image.size)  # of what is seen then
+    """Return the image enlarged around its centre by this percentage, or reduced if the percentage is negative.
+
+    The border of a reduced image is filled by repeating the edge pixels.
+    """
+    width, height = (side / (1 + percent / 100) for side in image.size)  # the visible part, in pixels of the input
     reach = max(0, int(np.ceil(max(width - image.width, height - image.height) / 2)))
     padded = np.pad(np.asarray(image), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     left, top = reach + (image.width - width) / 2, reach + (image.height - height) / 2
@@ -139,6 +156,7 @@ def scale(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
 
 def brightness(image: Image.Image, percent: float, rng: Generator) -> bytes:
+    """Return the image with all pixel values increased by this percentage, or decreased if it is negative."""
     return _png(np.asarray(image, dtype=np.float64) * (1 + percent / 100))
 
 
@@ -146,17 +164,16 @@ def _png(values: NDArray[Any]) -> bytes:
     return png(Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)))
 
 
-WEAR = {"jpeg_quality": jpeg, "noise": noise}  # of both images; the others of `after` alone, between the two
+# The perturbations in WEAR are applied to both images, all other perturbations only to the image `after`.
+WEAR = {"jpeg_quality": jpeg, "noise": noise}
 NUISANCES = {**WEAR, "shift_percent": shift, "scale_percent": scale, "brightness_percent": brightness}
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
 def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, Any]:
-    """All figures of one benchmark from the captions of its trials (name -> pair_id -> caption).
+    """Return all stress-test figures of one benchmark from the captions of its trials.
 
-    Shares from 0 to 1 with 95 % intervals clustered by group under "intervals"; what has no pairs is left out.
+    The figures are shares from 0 to 1. Their 95 % intervals, by a bootstrap over groups of pairs, are under
+    "intervals". A figure without pairs is left out.
     """
     grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
     result: dict[str, Any] = {"num_pairs": len(rows), "identical": identical_figures(grammar, captions, rows)}
@@ -167,8 +184,11 @@ def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings:
 
 
 def identical_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Of one image shown twice: false_alarm_rate (the caption does not say that nothing changed), over both images and
-    over each; unreadable_rate, which is part of it; same_caption_rate (of changed pairs: word for word as of the pair).
+    """Return the figures for pairs in which one image is shown twice.
+
+    false_alarm_rate: share of captions that do not say that nothing changed, for both sides together and for each side.
+    unreadable_rate: share of captions that cannot be parsed; these are also false alarms. same_caption_rate: share of
+    changed pairs whose caption is identical to the caption of the unaltered pair.
     """
     outcomes = {"same_caption_rate": [outcome for trial in IDENTICAL.values()
                                       for outcome in _unmoved(captions, trial, rows)]}
@@ -183,8 +203,11 @@ def identical_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[
 
 
 def unrelated_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Of pairs that share nothing: no_change_rate (the caption says that nothing changed) and unreadable_rate;
-    same_caption_rate as of identical pairs. Groups are those of `before`.
+    """Return the figures for pairs of unrelated images.
+
+    no_change_rate: share of captions that say that nothing changed. unreadable_rate: share of captions that cannot be
+    parsed. same_caption_rate: share of changed pairs whose caption is identical to the caption of the unaltered pair.
+    A pair belongs to the group of its image `before`.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, UNRELATED, rows)}
     if grammar is not None:
@@ -195,11 +218,14 @@ def unrelated_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[
 
 
 def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Of (after, before): swap_accuracy (the caption says what leads back: type, object, outcome), swap_consistency
-    (it takes back what the caption of the pair itself says, right or wrong); of unchanged pairs false_alarm_rate.
+    """Return the figures for swapped pairs, in which the model sees (after, before).
 
-    Over changed pairs whose way back the grammar can say; `left_out` counts the others by type: the crop, the
-    black-and-white picture, the blur, and the hole in a photograph, where what stood there has no name.
+    swap_accuracy: share of changed pairs whose caption describes the inverse change correctly. swap_consistency: share
+    of changed pairs whose caption is the inverse of the caption of the unaltered pair, even if both are wrong.
+    false_alarm_rate: share of unchanged pairs whose caption does not say that nothing changed.
+
+    `left_out` counts, by type, the changed pairs whose inverse change the grammar cannot express: crop, black and
+    white, blur, and the removal of an object from a photograph, because the object has no name.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, SWAPPED, rows)}
     if grammar is None:
@@ -221,11 +247,12 @@ def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[Pa
 
 
 def curves(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, dict[str, Any]]:
-    """Nuisance -> strength -> figures; "none" is the undisturbed pair, equal in all of them.
+    """Return the figures for each perturbation and strength. The strength "none" stands for the unaltered pairs.
 
-    CIDEr counts words over these pairs alone: compare it along the curve, not with metrics.json.
+    The document frequencies of CIDEr are counted on the pairs of the stress test only, so CIDEr can be compared between
+    strengths but not with metrics.json.
     """
-    tokenize(text for texts in captions.values() for text in texts.values())  # one start of Java for all points
+    tokenize(text for texts in captions.values() for text in texts.values())  # This fills the tokenizer's cache.
     plain = _point(benchmark, captions[PLAIN], rows)
     points: dict[str, dict[str, Any]] = {}
     for nuisance, strength in curve_points(benchmark, settings):
@@ -246,18 +273,21 @@ def _point(benchmark: str, predictions: Predictions, rows: Sequence[PairRow]) ->
 
 def _claimed_types(grammar: Grammar, predictions: Predictions,
                    rows: Sequence[PairRow]) -> list[tuple[str, str | None]]:
-    """(group_id, change type that the caption claims, or None if it cannot be read) of each row."""
+    """Return (group_id, claimed change type) for each row; the type is None if the caption cannot be parsed."""
     return [(row["group_id"], grammar.read(predictions[row["pair_id"]]).change_type) for row in rows]
 
 
 def _unmoved(captions: Trials, trial: str, rows: Sequence[PairRow]) -> list[tuple[str, float]]:
-    """Whether the caption of a changed pair stays word for word: then the model ignored what was exchanged."""
+    """Return for each changed pair whether its caption in the trial is identical to its caption without alteration.
+
+    An identical caption shows that the model ignored the image that was replaced.
+    """
     return [(row["group_id"], captions[PLAIN][row["pair_id"]] == captions[trial][row["pair_id"]]) for row in rows
             if row["change_type"] != "none"]
 
 
 def _by_type(rows: Sequence[PairRow], outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """Change type -> number and rates of the outcomes that belong to its rows."""
+    """Return, for each change type, the number of rows of the type and the mean outcomes of these rows."""
     return {kind: {"num_pairs": len(places),
                    **rates({name: [each[place] for place in places] for name, each in outcomes.items()})}
             for kind, places in by_change_type(rows).items()}

@@ -1,6 +1,7 @@
-"""Every figure of the score files, in the order in which tables show them. All lists of figures derive from this one.
+"""Catalog of all figures in the score files, in the order in which tables show them.
 
-Imports no numpy, so that commands and flows can read it at no cost.
+All other lists of metrics in this project are derived from this catalog. The module does not import numpy, so that
+commands and flows can import it quickly.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure, whose least value is 0. `function`: computes it from tokenized captions, as "module:name"; metrics
-    may share one. None: a figure of behaviour, which a grammar reads (onediff/eval/analysis/behaviour.py), or one that
-    is no score of a model's captions.
+    """One figure of the score files. The values range from 0 to `high`.
 
-    `label` and `counts`: the row of the report and what it counts. `headline`: summaries show it. `per_pair`:
-    data/scored keeps its value for each pair, whose mean is the corpus score. `slow`: its Java program loads while the
-    other metrics are computed. `optional`: computed only on request.
+    `function`: the function that computes the figure from tokenized captions, as "module:name"; several metrics may
+    share one function. None marks a behaviour figure, which is computed by parsing captions
+    (onediff/eval/analysis/behaviour.py), or a figure that does not score the captions of a model.
+
+    `label`, `counts`: the name of the figure in the report, and the pairs that it is computed on. `headline`: the
+    figure is shown in summaries. `per_pair`: data/scored contains the value of each pair, and the corpus score is the
+    mean of these values. `slow`: the figure is computed last, because its Java program takes long to start.
+    `optional`: the figure is computed only on request.
     """
 
     name: str
@@ -38,15 +42,15 @@ CATALOG = (
     Metric("METEOR", _COMPUTE + "meteor_scores", headline=True, slow=True),
     Metric("ROUGE-L", _COMPUTE + "rouge_scores", headline=True, per_pair=True),
     Metric("CIDEr", _COMPUTE + "cider_scores", high=10.0, headline=True, per_pair=True),
-    Metric("SPICE", _COMPUTE + "spice_scores", slow=True, optional=True),  # needs a download of 384 MB
+    Metric("SPICE", _COMPUTE + "spice_scores", slow=True, optional=True),  # SPICE needs a download of 384 MB.
     Metric("change_found_rate", label="change found", counts="changed pairs for which a change is claimed"),
     Metric("change_type_accuracy", label="type right", counts="changed pairs", headline=True),
     Metric("changed_object_accuracy", label="object right", counts="changed pairs: color and shape", headline=True),
-    Metric("change_accuracy", label="all right", counts="changed pairs: type, object and what became of it"),
+    Metric("change_accuracy", label="all right", counts="changed pairs: type, object and result of the change"),
     Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs not recognised as unchanged",
            higher_is_better=False, headline=True),
     Metric("swap_consistency", label="swap consistency", headline=True,
-           counts="pairs whose caption is undone when before and after are exchanged"),
+           counts="pairs whose swapped pair (after, before) gets the inverse caption"),
     Metric("operation_accuracy", label="operation right", counts="all pairs", headline=True),
     Metric("pixel_difference_auc"),
     Metric("oracle_CIDEr", high=10.0),
@@ -59,5 +63,5 @@ PAIR_METRICS = tuple(sorted(metric.name for metric in CATALOG if metric.per_pair
 CAPTION_HEADLINES = tuple(metric.name for metric in CATALOG if metric.headline and metric.function)
 BEHAVIOUR_HEADLINES = tuple(metric.name for metric in CATALOG if metric.headline and metric.label)
 HEADLINES = CAPTION_HEADLINES + BEHAVIOUR_HEADLINES
-FIGURE_RANGES = {metric.name: (0.0, metric.high) for metric in CATALOG}  # wherever the name stands in a table
-REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the table of every benchmark has
+FIGURE_RANGES = {metric.name: (0.0, metric.high) for metric in CATALOG}  # lowest and highest value of each figure
+REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the table of each benchmark must have

@@ -1,7 +1,7 @@
-"""Captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE, equal to pycocoevalcap's.
+"""Score captions against references with BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr and SPICE.
 
-The tokenizer and METEOR are its Java programs, which start together and stay for later calls. BLEU, ROUGE-L and CIDEr
-are computed here.
+The scores are equal to those of pycocoevalcap. The tokenizer and METEOR are the Java programs of pycocoevalcap; both
+are started at the same time and keep running for later calls. BLEU, ROUGE-L and CIDEr are computed in Python.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,16 @@ from onediff.eval.metrics.meteor import Meteor, sums
 from onediff.eval.metrics.ngrams import Numbers, Sentences
 from onediff.eval.metrics.words import Predictions, References, check_keys, tokenized
 
-_meteor = Meteor()  # starts no Java before its first use
+_meteor = Meteor()  # The constructor does not start Java; the first call of `start` or `score` does.
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`corpus`: one number per metric; `items`: one per pair, in the order of the references; `statistics` of BLEU and
-    METEOR: a row per pair, whose sums over any pairs decide the corpus score of these (onediff/eval/resample.py).
+    """Scores of one system on a set of pairs, by metric.
+
+    `corpus`: one score per metric. `items`: one score per pair, in the order of the references. `statistics`: for BLEU
+    and METEOR, a row of counts per pair; the corpus score of any subset of the pairs follows from the sum of their rows
+    (see onediff/eval/resample.py).
     """
 
     corpus: dict[str, float]
@@ -29,23 +32,29 @@ class Scores:
 
 
 def start(metrics: Sequence[str] = METRICS) -> None:
-    """Begins to load the Java programs that these metrics need, and returns at once; `score` does so, too."""
+    """Start the Java programs that the metrics need, and return without waiting until they are ready.
+
+    `score` also starts them; calling `start` earlier only saves waiting time.
+    """
     words.start()
     if "METEOR" in metrics:
         _meteor.program.start()
 
 
 def score(predictions: Predictions, references: References, *, metrics: Sequence[str] = METRICS) -> Scores:
-    """BLEU, METEOR, ROUGE-L and SPICE from 0 to 1, CIDEr-D from 0 to 10 (papers print all of them times 100).
+    """Return the scores: CIDEr-D from 0 to 10, all other metrics from 0 to 1. Papers print all scores times 100.
 
-    METEOR takes some seconds to start, once in a process: the others are computed meanwhile. SPICE takes minutes, and
-    downloads what it needs once. An empty prediction scores 0, and so does any prediction for a pair whose only
-    reference is empty: seven test pairs of Spot-the-Diff are published so, and papers score them.
-    Raises ValueError if the keys differ, or if a Java program or a download fails; then nothing is scored.
+    The first call waits some seconds for METEOR to start; the other metrics are computed during this time. SPICE takes
+    minutes, and downloads 384 MB when it is used for the first time.
+
+    An empty prediction scores 0. Any prediction scores 0 if the only reference of the pair is empty: Spot-the-Diff was
+    published with seven such test pairs, and papers score them too.
+
+    Raises ValueError if predictions and references have different keys, or if a Java program or a download fails.
     """
     unknown = [name for name in metrics if name not in METRICS + OPTIONAL]
     if unknown:
-        raise ValueError(f"unknown metrics {unknown}; known are {[*METRICS, *OPTIONAL]}")
+        raise ValueError(f"metrics must be among {[*METRICS, *OPTIONAL]}, got {unknown}")
     check_keys(predictions, references)
     if "SPICE" in metrics:
         spice.fetch()
@@ -61,6 +70,7 @@ def score(predictions: Predictions, references: References, *, metrics: Sequence
 
 
 def bleu_scores(sentences: Sentences) -> Scores:
+    """Return BLEU-1 to BLEU-4. Papineni et al., ACL 2002."""
     counts = ngrams.bleu_counts(sentences)
     total = counts.sum(0, keepdims=True)
     orders = {f"BLEU-{order}": order for order in range(1, ngrams.ORDERS + 1)}

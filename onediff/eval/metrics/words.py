@@ -1,4 +1,4 @@
-"""Predictions and references as words, by pycocoevalcap's tokenizer: Stanford's PTB in lower case, no punctuation."""
+"""Tokenize predictions and references like pycocoevalcap: Stanford's PTB tokenizer, lower case, without punctuation."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -6,28 +6,29 @@ from pathlib import Path
 
 from onediff.eval.metrics.java import Command, Program
 
-_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))  # where the tokenizer begins a new line
-_PUSH = "x" * 25_000 + " x x"  # longer than the three buffers of 8 KiB between its words and us
-_REMEMBERED = 50_000  # captions; references come back at every validation
+_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))  # characters at which the tokenizer splits lines
+_PUSH = "x" * 25_000 + " x x"  # This line is longer than the tokenizer's three output buffers of 8 KiB together.
+_REMEMBERED = 50_000  # cached captions; each validation during training scores the same references again
 
 Predictions = dict[str, str]
 References = dict[str, list[str]]
-Pair = tuple[str, list[str]]  # tokens of a prediction and of its references
-Text = tuple[str, str]  # a caption, and the next one where that may decide the tokens of this one
+Pair = tuple[str, list[str]]  # the tokens of a prediction, and the tokens of each reference
+Text = tuple[str, str]  # a caption and the next caption, which is "" if it cannot change the tokens of the first
 
 _tokens: dict[Text, str] = {}
 
 
 def clean(caption: str) -> str:
-    """One line, single spaces."""
+    """Return the caption as one line in which words are separated by single spaces."""
     return " ".join(caption.replace("\0", " ").split())
 
 
 def tokenize(captions: Iterable[str]) -> list[str]:
-    """Each caption's tokens, joined by spaces; remembers them.
+    """Return the tokens of each caption, joined by spaces. Results are cached.
 
-    The captions are one text, as for pycocoevalcap: whether "a." at the end of one keeps its period depends on how the
-    next one begins. A line separator inside a caption counts as a space.
+    As in pycocoevalcap, the tokenizer reads all captions as one text, so a caption can influence the caption before
+    it: whether "a." at the end of a line keeps its period depends on the first word of the next line. A line separator
+    inside a caption is treated as a space.
     """
     lines = [caption.translate(_BREAKS) for caption in captions]
     texts = [(line, after if _needs_next(line) else "") for line, after in pairwise([*lines, ""])]
@@ -36,13 +37,16 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     computed = dict(zip(fresh, _run(fresh), strict=True))
     _tokens.update(computed)
     for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
-        _tokens.pop(text, None)  # another thread may have removed it already
+        _tokens.pop(text, None)  # Another thread may have removed this entry already.
     known |= computed
     return [known[text] for text in texts]
 
 
 def tokenized(predictions: Predictions, references: References) -> list[Pair]:
-    """Tokens of each pair's prediction and references; all references are one text, all predictions another."""
+    """Return the tokens of the prediction and of the references of each pair, in the order of `references`.
+
+    The tokenizer reads all references as one text, and all predictions as another text, as in pycocoevalcap.
+    """
     reference_tokens = iter(tokenize(text for texts in references.values() for text in texts))
     prediction_tokens = tokenize(predictions[key] for key in references)
     return [(tokens, [next(reference_tokens) for _ in texts])
@@ -50,17 +54,22 @@ def tokenized(predictions: Predictions, references: References) -> list[Pair]:
 
 
 def check_keys(predictions: Predictions, references: References) -> None:
-    """Raises ValueError unless both sides have the same pairs and every pair at least one reference."""
+    """Check that predictions and references have the same pair_ids and that each pair has a reference.
+
+    Raises ValueError otherwise.
+    """
     missing = [key for key in references if key not in predictions]
     extra = [key for key in predictions if key not in references]
     if missing or extra:
-        raise ValueError("predictions and references must have the same pair_ids: "
-                         f"{_some(missing)} missing from the predictions, {_some(extra)} not among the references")
+        raise ValueError("predictions and references must have the same pair_ids, but "
+                         f"{_some(missing)} missing from the predictions, {_some(extra)} not among the references; "
+                         "give two files of the same pairs")
     if not references:
-        raise ValueError("nothing to score: no references")
+        raise ValueError("there must be at least one reference to score predictions, got none")
     bare = [key for key, texts in references.items() if not texts]
     if bare:
-        raise ValueError(f"{_some(bare)} without references: every pair needs at least one")
+        raise ValueError(f"each pair must have at least one reference, got {_some(bare)} without references; "
+                         "add a reference or remove the pair from both files")
 
 
 def _some(keys: list[str]) -> str:
@@ -69,12 +78,12 @@ def _some(keys: list[str]) -> str:
 
 
 def start() -> None:
-    """Starts the tokenizer's Java, so that it has loaded when `tokenize` is called."""
+    """Start the Java process of the tokenizer in advance, so that `tokenize` need not wait for it."""
     _program.start()
 
 
 def _needs_next(line: str) -> bool:
-    """Whether the tokenizer may read the next line before it decides on this one."""
+    """Return whether the next line can change the tokens of this line, which is the case after a final period."""
     return line.rstrip().endswith(".")
 
 
