@@ -1,6 +1,7 @@
-"""The records that a phase trains on: texts in memory, image files in one file in scratch, read by place.
+"""The corpus: the records that a training phase draws from, in a form that allows random access.
 
-So memory does not grow with the images, and a batch can draw any of them without decoding a whole shard.
+Texts are held in memory. The encoded images are stored one after another in a single file in scratch and are read by
+position, so that memory does not grow with the images and no batch has to decode a Parquet shard.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _RECORDS, _IMAGES = "kept.jsonl", "images.bin"
 
 @dataclass(frozen=True)
 class Sample:
-    """A record without its pixels: images by digest, in order; `turns` are a conversation's, empty for a pair."""
+    """One record without its image bytes.
+
+    `images` holds the digests of the images in order; `turns` the (question, answer) turns if it is a conversation.
+    """
 
     pair_id: str
     source: str
@@ -32,14 +36,16 @@ class Sample:
 
 
 class ImageFiles:
-    """Image files by digest, each once, one after the other in a file."""
+    """Read access to a file of concatenated PNG or JPEG images: maps the digest of an image to its encoded bytes."""
 
-    def __init__(self, path: Path, places: dict[str, tuple[int, int]]) -> None:
-        self.places, self._file = places, os.open(path, os.O_RDONLY)
+    def __init__(self, path: Path, positions: dict[str, tuple[int, int]]) -> None:
+        """`positions` maps the digest of an image to (offset, size) in the file, both in bytes."""
+        self.positions, self._file = positions, os.open(path, os.O_RDONLY)
 
     def __getitem__(self, name: str) -> bytes:
-        start, size = self.places[name]
-        return os.pread(self._file, size, start)
+        offset, size = self.positions[name]
+        # Unlike seek and read, pread is safe when forked loader workers share this file descriptor.
+        return os.pread(self._file, size, offset)
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -47,18 +53,19 @@ class ImageFiles:
 
 @dataclass
 class Corpus:
-    """The records of one split: samples, captions of single images by source and digest, image files by digest."""
+    """The samples of one split, the captions of single images, and access to the image files."""
 
     samples: list[Sample]
-    captions: dict[str, dict[str, str]]
-    source_of: dict[str, str]
+    captions: dict[str, dict[str, str]]  # source -> digest of an image -> caption of this image alone
+    source_of: dict[str, str]  # digest of an image -> source
     files: ImageFiles
 
     @classmethod
     def read(cls, folder: Path, split: str, sources: Iterable[str], *, store: Path) -> Corpus:
-        """DiffCap's shards -> a corpus, stored in the folder `store`, from which later starts and other ranks read it.
+        """Read the records of `sources` from the DiffCap shards in `folder`.
 
-        Raises ValueError if a source has nothing in the split, OSError if the disk is full.
+        The first call writes the corpus to the folder `store`; later calls and other ranks read it from there.
+        Raises ValueError if a source has no record in the split, and OSError if the disk is full.
         """
         with waiting_lock(store.with_suffix(".lock")):
             if not store.exists():
@@ -66,22 +73,25 @@ class Corpus:
         samples: list[Sample] = []
         captions: dict[str, dict[str, str]] = {}
         source_of: dict[str, str] = {}
-        places: dict[str, tuple[int, int]] = {}
+        positions: dict[str, tuple[int, int]] = {}
         for row in map(json.loads, (store / _RECORDS).open(encoding="utf-8")):
             sample = Sample(**row["sample"] | {"images": tuple(row["sample"]["images"]),
                                                "turns": tuple((q, a) for q, a in row["sample"]["turns"])})
             samples.append(sample)
-            places |= {name: (start, size) for name, start, size in row["new"]}
+            positions |= {name: (offset, size) for name, offset, size in row["new"]}
             source_of |= dict.fromkeys(sample.images, sample.source)
             captions.setdefault(sample.source, {}).update(row["captions"])
         for source in sorted(set(sources) - {sample.source for sample in samples}):
-            raise ValueError(f"{folder}: source '{source}' has no pair in split {split}; raise its number of pairs "
-                             "or leave it out")
-        return cls(samples, captions, source_of, ImageFiles(store / _IMAGES, places))
+            raise ValueError(f"{folder}: source '{source}' has no pair in split '{split}'; generate or add pairs for "
+                             "it, or remove it from the mixture in params.yaml")
+        return cls(samples, captions, source_of, ImageFiles(store / _IMAGES, positions))
 
 
 def _write(store: Path, records: Iterable[Record]) -> None:
-    """Writes one line for each record; `new` in it are the name, start and size of each image that came with it."""
+    """Write the corpus folder: one JSON line per record, and one file with the bytes of every distinct image.
+
+    The key `new` of a line lists (digest, offset, size) of the images that occur in no earlier record.
+    """
     stored: set[str] = set()
     with (new_folder(store) as part, (part / _IMAGES).open("wb") as images,
           (part / _RECORDS).open("w", encoding="utf-8") as lines):

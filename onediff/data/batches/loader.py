@@ -1,6 +1,9 @@
-"""How the rows of a step become the tensors of a rank.
+"""From the rows that one training step draws to the tensors that each rank receives.
 
-Shapes:  M images, L levels, N patches, C tower width.
+`shared_out` gives every rank an equal share of the rows, `collate` turns a share into tensors, `decode` or a
+`FeatureStore` supplies the images, and `stream` prepares the batches of later steps in worker processes.
+
+Shapes:  M images in a batch, L levels of the vision tower, N patches per image, C vision width.
 """
 
 from __future__ import annotations
@@ -23,30 +26,35 @@ from onediff.files import key_of, new_file, waiting_lock
 from onediff.inputs.images import open_image
 from onediff.inputs.processing import OneDiffProcessor
 
-FEATURE_BATCH = 64
+FEATURE_BATCH = 64  # images per forward pass of the vision tower when features are computed
 
-Pixels = Callable[[list[str]], dict[str, Tensor]]  # digests of images -> what the model reads of them
 Batch = dict[str, Tensor]
+Pixels = Callable[[list[str]], Batch]  # digests of M images -> {"images": (M, 3, H, W)} or {"states": (M, L, N, C)}
+VisionTower = Callable[[Tensor], Tensor]  # images (M, 3, H, W) -> states (M, L, N, C)
 
 
 def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> list[list[BatchRow]]:
-    """Splits the rows into `parts` with equally many rows and about as many tokens, so that no rank waits for another.
+    """Split the rows of a step into `parts` lists of equal size and similar token count, so that no rank waits.
 
-    Longest first, dealt out to and fro. The part of a row changes no result, because the loss is a sum over all rows.
+    The split changes no result, because the loss of a step is a sum over all its rows.
     """
-    def length(row: BatchRow) -> int:
-        words = sum(len(text) for turn in row.prompt.later for text in turn)
-        return len(row.images) * tokens_per_image + (len(row.prompt.question + (row.prompt.answer or "")) + words) // 4
-
     if parts == 1:
         return [rows]
-    ordered = sorted(rows, key=length, reverse=True)
-    return [[ordered[turn * parts + (part if turn % 2 == 0 else parts - 1 - part)]
-             for turn in range(len(rows) // parts)] for part in range(parts)]
+    longest_first = sorted(rows, key=lambda row: _num_tokens(row, tokens_per_image), reverse=True)
+    rounds = [longest_first[start : start + parts] for start in range(0, len(rows), parts)]
+    # Reversing every second round gives the part that received the longest row the shortest row of the next round.
+    dealt = [one_round[::-1] if number % 2 else one_round for number, one_round in enumerate(rounds)]
+    return [list(part) for part in zip(*dealt, strict=True)]
+
+
+def _num_tokens(row: BatchRow, tokens_per_image: int) -> int:
+    """Estimate the length of a row in tokens, counting four characters of text as one token."""
+    texts = [row.prompt.question, row.prompt.answer or "", *(text for turn in row.prompt.later for text in turn)]
+    return len(row.images) * tokens_per_image + sum(map(len, texts)) // 4
 
 
 def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels) -> Batch:
-    """Rows -> what the model's `forward` takes."""
+    """Return the keyword arguments of the model's `forward` for these rows."""
     batch = processor.answers([row.prompt for row in rows])
     batch |= pixels_of([name for row in rows for name in row.images])
     if any(row.masked for row in rows):
@@ -55,17 +63,21 @@ def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels
 
 
 def decode(corpus: Corpus, processor: OneDiffProcessor) -> Pixels:
-    """Images as pixels, for a tower that learns, or that sees too many to keep its features."""
+    """Return a function that decodes images at every visit: for a vision tower that is trained in this phase."""
     return lambda names: {"images": processor.pixels([open_image(corpus.files[name]) for name in names])}
 
 
 class FeatureStore:
-    """The states (L, N, C) of a frozen tower for every image of a corpus, computed once and kept in scratch."""
+    """The states of a frozen vision tower for every image of a corpus, computed once and memory-mapped from scratch.
+
+    Called with the digests of M images, it returns {"states": (M, L, N, C)}.
+    """
 
     def __init__(self, arrays: dict[str, NDArray[np.float32]], rows: dict[str, tuple[str, int]]) -> None:
+        """`arrays` holds one array (images, L, N, C) per source; `rows` maps a digest to its source and row there."""
         self.arrays, self.rows = arrays, rows
 
-    def __call__(self, names: list[str]) -> dict[str, Tensor]:
+    def __call__(self, names: list[str]) -> Batch:
         shape = next(iter(self.arrays.values())).shape[1:]
         states = np.empty((len(names), *shape), dtype=np.float32)
         for state, name in zip(states, names, strict=True):
@@ -74,9 +86,12 @@ class FeatureStore:
         return {"states": torch.from_numpy(states)}
 
     @classmethod
-    def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
-                tower_digest: str, scratch: Path) -> FeatureStore:
-        """tower maps images (M, 3, H, W) to states (M, L, N, C)."""
+    def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: VisionTower, *, tower_digest: str,
+                scratch: Path) -> FeatureStore:
+        """Open the feature files of every source below `scratch`, computing those that do not exist yet.
+
+        The name of a file contains a hash of `tower_digest` and of its images, so changed weights get new files.
+        """
         names_of: dict[str, list[str]] = defaultdict(list)
         for name, source in sorted(corpus.source_of.items()):
             names_of[source].append(name)
@@ -91,8 +106,9 @@ class FeatureStore:
                             for row, name in enumerate(names)})
 
 
-def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: Callable[[Tensor], Tensor], *,
+def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: VisionTower, *,
                    names: list[str]) -> None:
+    """Write the states of the vision tower for the images `names`, in this order, to one .npy file."""
     store = None
     with (torch.inference_mode(), new_file(path) as part,
           tqdm(total=len(names), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
@@ -104,17 +120,21 @@ def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, towe
                                                   shape=(len(names), *states.shape[1:]))
             store[start : start + len(chunk)] = states
             progress.update(len(chunk))
-        assert store is not None, "a source in the corpus has images"
+        assert store is not None, "write_features needs at least one image name"
         store.flush()
 
 
 def stream(batches_of: Callable[[int], list[Batch]], steps: range, *, workers: int, pin: bool) -> Iterator[list[Batch]]:
-    """batches_of(step) for each step in order; with workers, ahead of time and beside the training."""
+    """Yield `batches_of(step)` for each step in order; worker processes, if any, prepare later steps in advance.
+
+    `pin` copies the tensors to page-locked memory, from which transfers to a GPU are faster.
+    """
     def ignore_signals(worker: int) -> None:
-        """So that the rank still gets batches until it has written its checkpoint. Workers end when the rank ends."""
+        """Make a worker ignore the signals that stop a run: the rank needs batches until it has written a checkpoint."""
         interrupts.ignore()
 
-    return iter(DataLoader(steps, batch_size=None, collate_fn=batches_of,  # type: ignore[arg-type]  # a range will do
+    # The DataLoader's annotations ask for a Dataset, but a range has the two methods that the DataLoader calls.
+    return iter(DataLoader(steps, batch_size=None, collate_fn=batches_of,  # type: ignore[arg-type]
                            num_workers=workers, pin_memory=pin,
                            prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,
                            worker_init_fn=ignore_signals))

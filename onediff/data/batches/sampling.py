@@ -1,7 +1,8 @@
-"""Which rows the batch of a step holds: sources by weight, each source in shuffled order without replacement.
+"""Choose the rows of each training step.
 
-Everything is a pure function of (seed, step), so a resumed run sees the batches that an uninterrupted run would see, on
-any number of processes.
+The mixture decides how often each source is drawn; a source is drawn in shuffled order without replacement. The rows
+are a pure function of (seed, step), so a resumed run sees the batches that an uninterrupted run would see, whatever the
+number of processes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from onediff.data.batches.corpus import Corpus, Sample
 from onediff.data.record import digest
 from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt, single_prompt
 
-CANDIDATES = 4  # images among which Coupled Sample Training seeks the least alike
+CANDIDATES = 4  # Coupled Sample Training chooses the least similar of this many random images as the second image.
 SINGLE_INSTRUCTION = "Describe the image."
 AS_RECORDED = Task(instruction=None, targets="drawn", max_new_tokens=None, num_beams=None)
-CYCLE = 1000  # weights are exact to one part in this number
+CYCLE = 1000  # The order of the sources repeats after this many rows, so weights are exact to one part in a thousand.
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One row of a batch: the digests of its images, in order, its prompt, and the name that an error message gives.
+    """One row of a batch, before its images are decoded and its prompt is tokenized.
 
-    `masked`: the language model reads the delta tokens of this row, but not its patch tokens.
+    `images` holds the digests of the images in order. `name` identifies the row in error messages. If `masked` is true,
+    the language model reads the delta tokens of this row but not the patch tokens.
     """
 
     images: tuple[str, ...]
@@ -40,12 +42,16 @@ class BatchRow:
 
 
 RowSampler = Callable[[int], list[BatchRow]]
-Entry = tuple[Sample, str | None]  # with its answer; None where a reference is drawn at each visit
+Entry = tuple[Sample, str | None]  # A sample and the answer to train on; None: draw a reference at each visit.
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the rows of a step are drawn. `weights`: of the sources; `template`: of the language model's prompts."""
+    """The settings that decide which rows a step draws.
+
+    `weights` is the mixture (source -> sampling weight), `template` the name of the language model's prompt template,
+    and `mask_patches` the share of pairs whose patch tokens are hidden from the language model.
+    """
 
     weights: dict[str, float]
     template: str
@@ -56,12 +62,13 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Config, phase: Phase) -> Sampling:
+        """Collect the sampling settings of one training phase from params.yaml."""
         return cls(phase.mixture, config.model.template, config.seed, phase.batch_size, phase.mask_patches,
                    config.tasks)
 
 
 def tune_entries(corpus: Corpus, sampling: Sampling) -> list[Entry]:
-    """What an epoch visits once."""
+    """Return the (sample, answer) entries that one epoch of instruction tuning visits, each once."""
     entries: list[Entry] = []
     for sample in corpus.samples:
         targets = "drawn" if sample.turns else sampling.tasks.get(sample.source, AS_RECORDED).targets
@@ -73,9 +80,10 @@ def tune_entries(corpus: Corpus, sampling: Sampling) -> list[Entry]:
 
 
 def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
-    """Multi-task instruction tuning: sources by weight, each without replacement per epoch.
+    """Return the row sampler of multi-task instruction tuning.
 
-    A conversation is read from its first turn to its last.
+    It draws the sources by weight and visits each entry of a source once per epoch. A conversation keeps all its turns
+    in order.
     """
     by_source: dict[str, list[int]] = {name: [] for name in sorted(sampling.weights)}
     for index, (sample, _) in enumerate(entries):
@@ -100,9 +108,10 @@ def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
 
 
 def coupled_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
-    """Coupled Sample Training: single image-caption samples, two unlike ones of a source made into one pseudo pair.
+    """Return the row sampler of Coupled Sample Training.
 
-    Raises ValueError if a source has fewer than two images with a caption of their own.
+    It joins two dissimilar captioned images of one source into a pseudo pair, whose answer is both captions in order.
+    Raises ValueError if a source has fewer than two captioned single images.
     """
     def row(rng: Generator, source: str, names: list[str]) -> BatchRow:
         captions = corpus.captions[source]
@@ -116,7 +125,10 @@ def coupled_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
 
 
 def single_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
-    """Each image with its caption, as in LLaVA's first phase: the baseline of Coupled Sample Training."""
+    """Return a row sampler of single captioned images, as in LLaVA's first phase.
+
+    Coupled Sample Training is compared with this baseline. Raises ValueError as `coupled_rows` does.
+    """
     def row(rng: Generator, source: str, names: list[str]) -> BatchRow:
         name = choose(rng, names)
         return BatchRow((name,), single_prompt(sampling.template, SINGLE_INSTRUCTION, corpus.captions[source][name]),
@@ -127,13 +139,14 @@ def single_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
 
 def _by_turns(corpus: Corpus, sampling: Sampling, row: Callable[[Generator, str, list[str]], BatchRow], *,
               stream: int) -> RowSampler:
-    """Rows of the sources in turn. row(rng, source, names) draws one of the images that have a caption of their own;
-    `stream` separates the random numbers from those of other samplers.
+    """Return a row sampler that draws the sources by weight and makes each row with `row(rng, source, names)`.
+
+    `names` are the digests of the captioned images of the source. `stream` gives each sampler its own random numbers.
     """
     for source in sampling.weights:
         if len(corpus.captions.get(source, ())) < 2:
-            raise ValueError(f"params.yaml: align.mixture: source '{source}' has no captions of single images "
-                             "to couple; choose a source that has them")
+            raise ValueError(f"params.yaml: align.mixture: source '{source}' has fewer than two captioned single "
+                             "images, which this phase trains on; choose another source")
     names_of = {source: sorted(corpus.captions[source]) for source in sampling.weights}
     turns, size = source_turns(sampling.weights), sampling.batch_size
 
@@ -150,42 +163,48 @@ def _words(caption: str) -> frozenset[str]:
 
 
 def choose(rng: Generator, options: list[str]) -> str:
+    """Return one of the options, each with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 class Mixture:
-    """A pure function from (seed, step, size) to indices: a resumed run draws what an uninterrupted one would."""
+    """Draws sample indices from several sources by weight, as a pure function of (seed, step, batch size).
+
+    Because no state is kept between steps, a resumed run draws the indices that an uninterrupted run would draw.
+    """
 
     def __init__(self, indices_by_source: dict[str, list[int]], weights: dict[str, float], seed: int) -> None:
-        """Raises ValueError for a weight that is not positive and for a source without pairs."""
+        """Raise ValueError if there is no source, a weight is not positive, or a source has no pairs."""
         if not weights:
-            raise ValueError("mixture: no source; name at least one with its weight")
+            raise ValueError("mixture: no source is given; set at least one source with a weight above 0")
         for name, weight in weights.items():
             if not weight > 0:
-                raise ValueError(f"mixture.{name}: weight must be above 0, got {weight}; leave the source out instead")
+                raise ValueError(f"mixture.{name}: weight must be above 0, got {weight}; to drop the source, remove "
+                                 "the line")
             if not indices_by_source.get(name):
-                raise ValueError(f"mixture.{name}: no pairs of this source; sources with pairs: "
+                raise ValueError(f"mixture.{name}: this source has no pairs; choose from the sources with pairs: "
                                  f"{sorted(indices_by_source)}")
         self.seed, self.indices, self.turns = seed, indices_by_source, source_turns(weights)
-        self.num_turns: Counter[str] = Counter()  # of each source in a cycle
-        self.num_earlier: list[int] = []  # turns that the slot's source had earlier in the cycle
+        self.num_turns: Counter[str] = Counter()  # source -> number of turns per cycle
+        self.num_earlier: list[int] = []  # slot -> number of earlier turns of this slot's source in the cycle
         for source in self.turns:
             self.num_earlier.append(self.num_turns[source])
             self.num_turns[source] += 1
 
     def batch(self, step: int, size: int) -> list[int]:
+        """Return the indices of the `size` samples that step number `step` trains on."""
         return [self._draw(slot) for slot in range(step * size, (step + 1) * size)]
 
     def _draw(self, slot: int) -> int:
         cycle, offset = divmod(slot, CYCLE)
         source = self.turns[offset]
-        indices, position = self.indices[source], cycle * self.num_turns[source] + self.num_earlier[offset]
-        epoch, place = divmod(position, len(indices))
-        return indices[_order(self.seed, source, epoch, len(indices))[place]]
+        indices, num_drawn = self.indices[source], cycle * self.num_turns[source] + self.num_earlier[offset]
+        epoch, position = divmod(num_drawn, len(indices))
+        return indices[_order(self.seed, source, epoch, len(indices))[position]]
 
 
 def source_turns(weights: dict[str, float]) -> list[str]:
-    """Whose turn it is in each of CYCLE slots: each turn goes to the source that is furthest behind its share."""
+    """Return the source of each of the CYCLE slots: a slot goes to the source that is furthest below its share."""
     parts = np.array(list(weights.values()), dtype=np.float64)
     share, num_turns, turns = parts / parts.sum(), np.zeros(len(parts)), []
     for turn in range(CYCLE):
@@ -197,4 +216,5 @@ def source_turns(weights: dict[str, float]) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _order(seed: int, name: str, epoch: int, length: int) -> NDArray[np.int64]:
+    """Return the shuffled order of one epoch of the source `name`; cached, since every draw of the epoch needs it."""
     return np.random.default_rng([seed, int(digest(name.encode())[:8], 16), epoch]).permutation(length)

@@ -25,7 +25,7 @@ def read(folder: Path) -> Corpus:
 def test_every_image_comes_back_byte_for_byte_and_lies_there_once(diffcap: Path, scene_pairs: list[Record]) -> None:
     corpus = read(diffcap)
     contents = {content for record in scene_pairs for content in record.images}
-    assert {corpus.files[name] for name in corpus.files.places} == contents
+    assert {corpus.files[name] for name in corpus.files.positions} == contents
     assert len(corpus.samples) == len(scene_pairs) + 4
     assert (diffcap.parent / "store/images.bin").stat().st_size == sum(map(len, contents))
 
@@ -42,7 +42,7 @@ def test_what_a_killed_start_left_is_not_taken_for_whole(diffcap: Path) -> None:
     part = diffcap.parent / "store.part"
     part.mkdir()
     (part / "images.bin").write_bytes(b"half")
-    assert read(diffcap).files.places
+    assert read(diffcap).files.positions
     assert not part.exists()
 
 
