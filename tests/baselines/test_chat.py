@@ -106,7 +106,7 @@ def test_what_a_checkpoint_advises_on_sampling_is_not_followed(tmp_path: Path) -
 
 
 def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nobody/nothing not found: .*hf download nobody/nothing") as caught:
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing must be a folder .*hf download nobody") as caught:
         ChatCaptioner.load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -114,14 +114,14 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
 def test_a_model_of_text_alone_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**TALKER)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"a chat model that reads images is needed, but its config.json says 'llama'"):
+    with pytest.raises(ValueError, match=r"must be a chat model that reads images, but config.json has"):
         ChatCaptioner.load(str(tmp_path))
 
 
 def test_a_checkpoint_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     llava(tmp_path)
     (tmp_path / "chat_template.json").unlink()
-    with pytest.raises(ValueError, match=r"has no chat template, .*put its chat_template.jinja beside config.json"):
+    with pytest.raises(ValueError, match=r"must have a chat template"):
         ChatCaptioner.load(str(tmp_path))
 
 
@@ -129,12 +129,12 @@ def test_a_template_that_shows_one_image_of_two_is_refused(tmp_path: Path) -> No
     llava(tmp_path)
     one = LLAVA_TEMPLATE.replace("'equalto', 'image') %}", "'equalto', 'image') | list | batch(1) | first %}", 1)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": one}))
-    with pytest.raises(ValueError, match=r"chat template must show 2 images, but shows 1 of them as <image>"):
+    with pytest.raises(ValueError, match=r"chat template must insert 2 images, but inserts 1 \(as <image>\)"):
         ChatCaptioner.load(str(tmp_path))
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(captioner_of: Callable[[str], ChatCaptioner]) -> None:
-    with pytest.raises(ValueError, match=r"2 images, prompt and answer take 2\d+ tokens, but it reads at most 2048"):
+    with pytest.raises(ValueError, match=r"2 images, prompt and answer must fit into the context of 2048 tokens"):
         captioner_of("llava").caption(PAIRS[:1], QUESTIONS[:1], max_new_tokens=2000)
 
 
@@ -143,7 +143,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no folder with such a model's files in safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with weights in safetensors format"):
         ChatCaptioner.load(str(tmp_path))
 
 
@@ -174,6 +174,6 @@ def test_a_processor_that_needs_an_absent_package_is_refused_in_one_line(tmp_pat
         values = json.loads((tmp_path / file).read_text())
         values[key] = "smolvlm" if key == "model_type" else "SmolVLMProcessor"
         (tmp_path / file).write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"its processor cannot be made, .* absent: .*torchvision") as caught:
+    with pytest.raises(ValueError, match=r"the processor could not be loaded .*torchvision") as caught:
         ChatCaptioner.load(str(tmp_path))
     assert "\n" not in str(caught.value)

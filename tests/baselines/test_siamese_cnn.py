@@ -157,14 +157,14 @@ def test_an_image_that_several_pairs_share_is_kept_once(pairs: Pairs) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_training(pairs: Pairs) -> None:
-    with pytest.raises(ValueError, match=r"siamese_cnn: the loss became (nan|inf) at step \d+; lower the rate"):
+    with pytest.raises(ValueError, match=r"siamese_cnn: the loss must be finite, got (nan|inf) at step \d+"):
         fit(pairs, SMALL, Training(steps=9, batch_size=8, rate=1e30, clip_norm=1e30), validate=lambda _: 0.0, log=never)
 
 
 def test_a_split_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
     single = [Record(**vars(record) | {"num_images": 1}) for record in scene_pairs[:3]]
     write_shards(single, tmp_path, "val", shard_pairs=5)
-    with pytest.raises(ValueError, match="no pair in split val; 'dvc repro' makes data/diffcap"):
+    with pytest.raises(ValueError, match="split val must contain at least one pair, got none"):
         Pairs.read(tmp_path, "val", image_px=48)
 
 
@@ -180,7 +180,7 @@ def test_a_saved_captioner_says_the_same(captioner: SiameseCaptioner, pairs: Pai
 
 
 def test_a_folder_without_a_cnn_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no Siamese CNN \(no siamese_cnn.json in it\): 'python -m"):
+    with pytest.raises(FileNotFoundError, match=r"must contain a Siamese CNN"):
         SiameseCaptioner.load(tmp_path)
 
 
@@ -188,18 +188,18 @@ def test_weights_of_other_words_are_refused(captioner: SiameseCaptioner, tmp_pat
     captioner.save(tmp_path)
     settings = json.loads((tmp_path / "siamese_cnn.json").read_text())
     (tmp_path / "siamese_cnn.json").write_text(json.dumps(settings | {"words": settings["words"][1:]}))
-    with pytest.raises(ValueError, match=r"model.safetensors: not the weights of siamese_cnn.json beside it .*again"):
+    with pytest.raises(ValueError, match=r"model.safetensors: must contain weights that fit siamese_cnn"):
         SiameseCaptioner.load(tmp_path)
 
 
 def test_weights_that_are_cut_off_are_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
     captioner.save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"not the weights of siamese_cnn\.json beside it"):
+    with pytest.raises(ValueError, match=r"must contain weights that fit siamese_cnn"):
         SiameseCaptioner.load(tmp_path)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"image_px": 50}, "image_px 50 is not a multiple of 16"),
+@pytest.mark.parametrize(("wrong", "message"), [({"image_px": 50}, "image_px must be a multiple of 16, got 50"),
                                                 ({"comparison": "guess"}, "must be one of same_place, matched")])
 def test_an_impossible_architecture_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -111,8 +111,8 @@ def test_one_run_has_intervals_and_several_runs_have_a_spread(project: Path, mon
     assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
     assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
     message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
-    assert message == ("onediff: clevr_change/total/v1 scores the official test split with its 7,970 pairs, got 3: "
-                       "take that split whole, or score without a protocol")
+    assert message == ("onediff: clevr_change/total/v1 scores the official test split with 7,970 pairs, got 3: "
+                       "give the complete test split, or score without --protocol")
 
 
 def test_if_spice_cannot_be_downloaded_the_message_has_address_and_cure(project: Path,
@@ -123,7 +123,7 @@ def test_if_spice_cannot_be_downloaded_the_message_has_address_and_cure(project:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # No program listens on this port.
     message = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
     assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in message
-    assert str(project / "cache/onediff/spice") in message and message.endswith("or leave SPICE out")
+    assert str(project / "cache/onediff/spice") in message and message.endswith("or score without SPICE")
 
 
 def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: pytest.MonkeyPatch,

@@ -64,7 +64,7 @@ def test_same_seed_same_random_captions() -> None:
 
 
 def test_no_training_captions_is_refused() -> None:
-    with pytest.raises(ValueError, match="need training captions"):
+    with pytest.raises(ValueError, match="there are none; give training captions"):
         best_constant([], REFERENCES)
 
 

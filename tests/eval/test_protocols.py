@@ -57,11 +57,11 @@ def test_single_and_multi_change_score_the_same_predictions_otherwise(official: 
 def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_path: Path) -> None:
     entries = json.loads(official.read_text())
     official.write_text(json.dumps(entries[:900]))
-    with pytest.raises(ValueError, match=r"spot_the_diff/single/v1 scores .* its 1,270 pairs, got 900: take that"):
+    with pytest.raises(ValueError, match=r"spot_the_diff/single/v1 scores .* with 1,270 pairs, got 900"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     entries[5]["sentences"].append("one more")
     official.write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match="its 2,107 references, got 2,108"):
+    with pytest.raises(ValueError, match="with 2,107 references, got 2,108"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     official.write_text(json.dumps([{"uid": "1", "sents": ["a"]}]))
     with pytest.raises(ValueError, match=r"test\.json entry 0: needs 'img_id' and 'sentences'"):
@@ -72,7 +72,7 @@ def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_p
 
 def test_a_part_of_clevr_change_needs_to_know_which_pairs_changed(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"pair_id": str(k), "references": ["a"]} for k in range(7970)]
-    with pytest.raises(ValueError, match="is about changed pairs, but 0 has no 'change_type'"):
+    with pytest.raises(ValueError, match=r"scores only changed pairs, .* but 0 has none"):
         check_counts(PROTOCOLS["clevr_change/semantic"], rows)
     for k, row in enumerate(rows):
         row["change_type"] = ("none", "move")[k % 2]

@@ -74,5 +74,5 @@ def test_score_says_which_captions_are_missing(repository: Path) -> None:
     with pytest.raises(ValueError, match=r"1 \(scenes-test-000000c\) missing from the predictions"):
         score()
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"scenes\.jsonl not found"):
+    with pytest.raises(FileNotFoundError, match=r"scenes\.jsonl does not exist"):
         score()

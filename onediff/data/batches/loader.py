@@ -130,7 +130,7 @@ def stream(batches_of: Callable[[int], list[Batch]], steps: range, *, workers: i
     `pin` copies the tensors to page-locked memory, from which transfers to a GPU are faster.
     """
     def ignore_signals(worker: int) -> None:
-        """Make a worker ignore the signals that stop a run: the rank needs batches until it has written a checkpoint."""
+        """Make a worker ignore stop signals, because the rank needs batches until it has written a checkpoint."""
         interrupts.ignore()
 
     # The DataLoader's annotations ask for a Dataset, but a range has the two methods that the DataLoader calls.

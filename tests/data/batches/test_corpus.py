@@ -59,5 +59,5 @@ def test_captions_belong_to_single_images(diffcap: Path, scene_pairs: list[Recor
 
 def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
-    with pytest.raises(ValueError, match="source 'edits' has no pair in split train"):
+    with pytest.raises(ValueError, match="source 'edits' has no pair in split 'train'"):
         Corpus.read(tmp_path, "train", ["scenes", "edits"], store=tmp_path / "corpus")

@@ -57,7 +57,7 @@ def test_what_is_downloaded_is_announced_put_in_place_and_not_asked_for_again(
 def test_a_download_that_fails_names_address_file_and_cure_and_leaves_nothing(server: str, cache: Path, name: str,
                                                                               jar: str, why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"SPICE needs {jar}, and {server}/{name} could not be downloaded "
-                                                   f"to {cache}") + f".*{why}.*leave SPICE out"):
+                                                   f"to {cache}") + f".*{why}.*score without SPICE"):
         fetch(downloads=[Download(f"{server}/{name}", 1, (jar,))])
     assert list(cache.iterdir()) == []
 
@@ -65,7 +65,7 @@ def test_a_download_that_fails_names_address_file_and_cure_and_leaves_nothing(se
 def test_without_network_spice_is_refused_before_anything_is_scored(cache: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
-    with pytest.raises(ValueError, match=r"SPICE needs stanford-corenlp.*nlp\.stanford\.edu.*leave SPICE out"):
+    with pytest.raises(ValueError, match=r"SPICE needs stanford-corenlp.*nlp\.stanford\.edu.*score without SPICE"):
         score({"a": "x"}, {"a": ["x"]}, metrics=["SPICE"])
 
 
@@ -74,7 +74,7 @@ def test_spices_own_program_that_lacks_a_class_says_which(cache: Path) -> None:
     for jar in (jar for download in DOWNLOADS for jar in download.jars):
         with zipfile.ZipFile(cache / jar, "w"):
             pass
-    with pytest.raises(ValueError, match=rf"SPICE: Java ended with code 1.*edu/stanford/nlp.*remove {cache}"):
+    with pytest.raises(ValueError, match=rf"SPICE: Java ended with code 1.*edu/stanford/nlp.*delete {cache}"):
         score({"a": "x"}, {"a": ["x"]}, metrics=["SPICE"])
 
 
@@ -82,7 +82,7 @@ def test_results_are_read_in_the_order_of_the_pairs(tmp_path: Path) -> None:
     rows = [{"image_id": place, "scores": {"All": {"pr": 1.0, "re": 1.0, "f": place / 4}}} for place in (2, 0, 1)]
     (tmp_path / "scores.json").write_text(json.dumps(rows))
     assert spice._read(tmp_path / "scores.json", 3).tolist() == [0, 0.25, 0.5]
-    with pytest.raises(ValueError, match="4 pairs must be scored, got 3"):
+    with pytest.raises(ValueError, match="must score 4 pairs, got scores of 3"):
         spice._read(tmp_path / "scores.json", 4)
 
 
