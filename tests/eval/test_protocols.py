@@ -64,7 +64,7 @@ def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_p
     with pytest.raises(ValueError, match="with 2,107 references, got 2,108"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     official.write_text(json.dumps([{"uid": "1", "sents": ["a"]}]))
-    with pytest.raises(ValueError, match=r"test\.json entry 0: needs 'img_id' and 'sentences'"):
+    with pytest.raises(ValueError, match=r"test\.json entry 0: must have 'img_id' and 'sentences'"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     with pytest.raises(ValueError, match=r"--protocol spot_the_diff is not known; known are scenes, .*/single"):
         score_files([official], official, key="spot_the_diff")
