@@ -111,7 +111,7 @@ def test_one_run_has_intervals_and_several_runs_have_a_spread(project: Path, mon
     assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
     assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
     message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
-    assert message == ("onediff: clevr_change/total/v1 scores the official test split with 7,970 pairs, got 3: "
+    assert message == ("onediff: clevr_change/total/v1 scores the official test split with 7,970 pairs, got 3; "
                        "give the complete test split, or score without --protocol")
 
 

@@ -66,7 +66,7 @@ def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_p
     official.write_text(json.dumps([{"uid": "1", "sents": ["a"]}]))
     with pytest.raises(ValueError, match=r"test\.json entry 0: must have 'img_id' and 'sentences'"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
-    with pytest.raises(ValueError, match=r"--protocol spot_the_diff is not known; known are scenes, .*/single"):
+    with pytest.raises(ValueError, match=r"--protocol spot_the_diff: must be one of scenes, .*/single"):
         score_files([official], official, key="spot_the_diff")
 
 
