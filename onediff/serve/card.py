@@ -1,4 +1,4 @@
-"""The model card of a version, in Hugging Face's format, written from the pipeline's own files."""
+"""Write the model card of a registered version, in the format of Hugging Face, from the results of the pipeline."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,10 +19,10 @@ Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
 
 
 def write_card(folder: Path, *, root: Path = Path()) -> Path:
-    """Writes folder/README.md about the pipeline's present results, with the ids of folder/lineage if it exists, and
-    returns its path.
+    """Write the model card FOLDER/README.md about the pipeline's present results, and return the path of the file.
 
-    Raises FileNotFoundError for results that 'dvc repro' has not made yet.
+    The card lists the ids in FOLDER/lineage if that folder exists. Raises FileNotFoundError for results that do not
+    exist yet.
     """
     from huggingface_hub import ModelCard
 
@@ -51,7 +51,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
 
 
 def _card_data(scores: Labelled) -> Any:
-    """The front matter, whose model-index a hub shows as a table of results."""
+    """Return the metadata at the top of the model card. The Hugging Face Hub shows its results as a table."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [EvalResult(task_type="image-to-text", task_name="image difference captioning", dataset_type=benchmark,
@@ -66,7 +66,7 @@ def _card_data(scores: Labelled) -> Any:
 
 
 def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
-    """One row per source: pairs of each split, what, licence, home."""
+    """Return one table row for each source: number of pairs in each split, description, licence, home page."""
     return [[source, *(f"{sum(card['num_pairs'].get(split, {}).get(source, {}).values()):,}"
                        for split in ("train", "val", "gate", "test")), about["what"], about["licence"], about["home"]]
             for source, about in sorted(card["sources"].items())]
@@ -81,11 +81,11 @@ def _phase(config: Config, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
             "minutes": run["seconds"] / 60, "pairs_per_s": run["pairs_per_s"]}
 
 
-# --- scores, times 100 as papers print them --------------------------------------------------------------------------
-
-
 def _caption_rows(scores: Labelled) -> Iterator[list[str]]:
-    """Split, benchmark, who, number of pairs, then a cell per metric; the floors below each benchmark."""
+    """Yield table rows of caption scores, times 100: one row for OneDiff, then one for each trivial baseline.
+
+    The columns are split, benchmark, system, number of pairs, and one for each metric.
+    """
     for split, benchmark, table in scores:
         yield [split, benchmark, "**OneDiff**", f"{table['num_pairs']:,}",
                *(_cell(table.get(name), table["score_intervals"].get(name)) for name in CAPTION_HEADLINES)]
@@ -100,7 +100,7 @@ def _cell(value: Any, bounds: Any = None) -> str:
 
 
 def _unchanged(scores: Labelled, stress: Tables) -> Iterator[list[str]]:
-    """How often the model reports a change where there is none: benchmark, on what, rate with interval."""
+    """Yield table rows about false alarms: benchmark, which pairs have no change, and the rate with its interval."""
     rows = [(benchmark, f"pairs without a change, split {split}", table) for split, benchmark, table in scores]
     rows += [(benchmark, f"the same image twice, {table['num_pairs']} pairs of split test", table.get("identical", {}))
              for benchmark, table in stress.items()]
@@ -110,7 +110,9 @@ def _unchanged(scores: Labelled, stress: Tables) -> Iterator[list[str]]:
 
 
 def _stress(stress: Tables) -> Iterator[list[str]]:
-    """Benchmark, disturbance, its strongest grade, then CIDEr and false alarms without it and with it."""
+    """Yield table rows of the stress test: benchmark, perturbation, the strength at which CIDEr is lowest, then CIDEr
+    and false alarms, each without and with the perturbation.
+    """
     for benchmark, table in stress.items():
         for kind, curve in table.get("curves", {}).items():
             grades = [grade for grade in curve if grade != "none"]
@@ -122,7 +124,7 @@ def _stress(stress: Tables) -> Iterator[list[str]]:
 
 
 def _weak(tests: Tables) -> Iterator[str]:
-    """For each benchmark that scores them, the kind of change that the model gets right least often."""
+    """Yield a sentence for each benchmark about the kind of change that the model states correctly least often."""
     for benchmark, table in tests.items():
         kinds = table.get("change_type_accuracy_by_type") or table.get("operation_accuracy_by_operation") or {}
         shares = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}
@@ -136,4 +138,4 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: the model card tells of it; 'dvc repro' makes it") from None
+        raise FileNotFoundError(f"{path} does not exist, but the model card needs it; 'dvc repro' writes it") from None

@@ -1,6 +1,7 @@
-"""How a registered OneDiff captions pairs as an MLflow model: rows of `before`, `after`, and optionally `instruction`.
+"""The MLflow model flavour: a registered OneDiff captions rows with the columns `before`, `after` and `instruction`.
 
-MLflow finds `_load_pyfunc` by this module's name, which the version carries; this file does not import MLflow.
+A registered version contains the name of this module, and MLflow calls `_load_pyfunc` in it. The module itself does not
+import MLflow.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLUMNS = ("before", "after", "instruction")
-_SHORTEST_BASE64 = 64  # no image is smaller; shorter text is a path
+_SHORTEST_BASE64 = 64  # No image file is that small in base64, so a shorter text is a path.
 
 
 class PairCaptioner:
+    """The object that MLflow calls: a trained model that captions the pairs of a table."""
+
     def __init__(self, caption: CaptionFiles) -> None:
         self._caption = caption
 
     def predict(self, rows: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One caption per row of a DataFrame or list of dicts, in order.
+        """Return one caption for each row of a DataFrame or list of dicts, in the same order.
 
-        `before` and `after` are paths, base64 or data URIs. Raises ValueError naming the row that is wrong.
+        `before` and `after` are paths, base64 text or data URIs. Raises ValueError with the number of the wrong row.
         """
         items = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
         sides = [_pair(number, item) for number, item in enumerate(items)]
@@ -42,21 +45,22 @@ class PairCaptioner:
 
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
-    """Loads a version. Captions are logged if runtime.yaml in the server's folder, or ONEDIFF_USAGE_LOG, says where.
+    """Load a registered version for MLflow.
 
-    Raises ValueError if the version has no weights here, or if its folder names another digest of the model than its
-    files have; early versions name none.
+    Captions are logged if `usage_log` is set in runtime.yaml or by ONEDIFF_USAGE_LOG. Raises ValueError if MLflow does
+    not store the weights of the version, or if the files differ from the registered digest. Versions of early releases
+    have no digest and are not checked.
     """
     folder = Path(data_path)
     for parent in folder.parents[:2]:
         if (parent / "reference.json").exists():
-            raise ValueError(f"{data_path}: this version is registered by reference, MLflow has no weights of it: "
-                             "'onediff export VERSION DIR' fetches them, and onediff.registry.model_folder")
+            raise ValueError(f"{data_path}: this version is registered by reference, so MLflow does not store its "
+                             "weights: 'onediff export VERSION DIR' fetches them")
         if (parent / DIGEST_FILE).exists():
             registered, got = (parent / DIGEST_FILE).read_text(encoding="utf-8").strip(), model_digests(folder).folder
             if got != registered:
-                raise ValueError(f"{folder}: its files must have the registered digest {registered[:12]}, got "
-                                 f"{got[:12]}: they were changed; register the model again")
+                raise ValueError(f"{folder}: the files must have the registered digest {registered[:12]}, got "
+                                 f"{got[:12]}; they were changed after registration: register the model again")
     log = usage_log(load_runtime(), data_path, folder)
     from onediff.model.captioner import Captioner
 
@@ -64,12 +68,12 @@ def _load_pyfunc(data_path: str) -> PairCaptioner:
 
 
 def _pair(number: int, item: Any) -> tuple[tuple[bytes | Path, Image], ...]:
-    """For each side the file and the opened image."""
+    """Return the file and the opened image of `before` and of `after`. Raises ValueError with the number of the row."""
     if not isinstance(item, dict):
         raise ValueError(f"row {number}: must be a mapping with before and after, got {type(item).__name__}")
     unknown = sorted(str(key) for key in item if key not in COLUMNS)
     if unknown:
-        raise ValueError(f"row {number}: unknown column '{unknown[0]}'; it has before, after, instruction")
+        raise ValueError(f"row {number}: unknown column '{unknown[0]}'; allowed are before, after, instruction")
     sides = []
     for side in ("before", "after"):
         text = item.get(side)
@@ -84,16 +88,16 @@ def _pair(number: int, item: Any) -> tuple[tuple[bytes | Path, Image], ...]:
 
 
 def _decoded(text: str) -> bytes | Path:
-    """The bytes of base64 or of a data URI; anything else is a path."""
+    """Return the bytes of base64 text or of a data URI, or the path if the text is neither."""
     if text.startswith("data:"):
         header, _, text = text.partition(",")
         if not header.endswith(";base64"):
-            raise ValueError(f"a data URI must hold base64, got '{header[:40]}'")
+            raise ValueError(f"a data URI must contain base64 text, got '{header[:40]}'")
         return _bytes(text)
     try:
         if len(text) < _SHORTEST_BASE64 or Path(text).exists():
             return Path(text)
-    except OSError:  # too long for a file name
+    except OSError:  # The text is too long for a file name.
         return _bytes(text)
     try:
         return _bytes(text)
@@ -110,7 +114,7 @@ def _bytes(text: str) -> bytes:
 
 def _instruction(number: int, item: dict[str, Any]) -> str:
     text = item.get("instruction")
-    if text is None or text != text or text == "":  # a DataFrame writes a missing cell as NaN
+    if text is None or text != text or text == "":  # A DataFrame contains NaN for a missing cell.
         return DEFAULT_INSTRUCTION
     if not isinstance(text, str):
         raise ValueError(f"row {number}: instruction: must be text, got {text!r}")

@@ -1,6 +1,7 @@
-"""The usage log: captions made in use, written on this machine if runtime.yaml names a folder; read by the drift check.
+"""The usage log records every caption that users request, for the drift check. runtime.yaml sets its folder.
 
-One file per day (UTC), one line per caption, with the probe's measurements of the pair under the probe's names.
+The folder has one file per day (UTC) with one line per caption. A line contains the measurements of the pair that the
+stage `probe` makes for training pairs, under the same names.
 """
 
 from __future__ import annotations
@@ -23,20 +24,18 @@ from onediff.model.digest import weights_digest
 if TYPE_CHECKING:
     from onediff.model.captioner import Captioner, Pair
 
-Files = tuple[bytes | Path, bytes | Path]  # of a pair: paths, or bytes of image files
+Files = tuple[bytes | Path, bytes | Path]  # the two image files of a pair: paths, or the bytes of the files
 CaptionFiles = Callable[[list[Files], "list[Pair]", list[str]], list[str]]  # files, opened images, instructions
 
-PRIVATE = 0o700  # mode of a folder: readable by this user only
+PRIVATE = 0o700  # the mode of a folder that only this user can read
 SIDES = ("before", "after")
 PROBED = ("width_before", "height_before", "width_after", "height_after", "mode", "hash_before", "hash_after",
-          "distance")  # of the probe's columns
+          "distance")  # columns of the probe that the usage log repeats
 
 
 @dataclass(frozen=True)
 class Use:
-    """One captioned pair: the image files (paths, or their bytes), the opened images, the instruction, the caption and
-    its confidence, 0 to 1.
-    """
+    """One captioned pair: image files, opened images, instruction, caption, and confidence from 0 to 1."""
 
     files: Files
     images: Pair
@@ -47,7 +46,10 @@ class Use:
 
 @dataclass
 class UsageLog:
-    """Appends to <folder>/<day>.jsonl; with `keep_images` the files go into <folder>/images under their SHA-256."""
+    """A log that appends to FOLDER/DAY.jsonl. With `keep_images`, it also stores the image files in FOLDER/images.
+
+    The name of a stored image is the SHA-256 of the file.
+    """
 
     folder: Path
     model: str
@@ -56,8 +58,10 @@ class UsageLog:
     _has_failed: bool = field(default=False, init=False)
 
     def add(self, uses: Sequence[Use]) -> None:
-        """Writes one row per use in one write. Where the disk is full or the folder cannot be written, prints this once
-        on stderr: a caption never fails because it could not be logged.
+        """Write one line for each use.
+
+        If the disk is full or the folder cannot be written, print one message on stderr and continue, because a caption
+        must not fail when it cannot be logged.
         """
         now = datetime.now(UTC)
         try:
@@ -65,8 +69,8 @@ class UsageLog:
             append(self.folder / f"{now:%Y-%m-%d}.jsonl", [self._row(use, now) for use in uses])
         except OSError as error:
             if not self._has_failed:
-                print(f"onediff: usage_log {self.folder}: captions are not noted ({error.strerror or error}); "
-                      "make room or name another folder in runtime.yaml", file=sys.stderr)
+                print(f"onediff: usage_log {self.folder}: captions are not logged ({error.strerror or error}); "
+                      "free some disk space, or set another folder in runtime.yaml", file=sys.stderr)
             self._has_failed = True
 
     def _row(self, use: Use, now: datetime) -> dict[str, Any]:
@@ -79,7 +83,9 @@ class UsageLog:
         return row
 
     def _store(self, content: bytes) -> str:
-        """The image's path below the folder. Several servers may write there, so the temporary name holds the process.
+        """Store an image file, and return its path relative to the log's folder.
+
+        The temporary file has the process id in its name, because several servers may write to the folder.
         """
         path = self.folder / "images" / sha256(content).hexdigest()
         if not path.exists():
@@ -91,16 +97,19 @@ class UsageLog:
 
 
 def usage_log(runtime: Runtime, model: str, folder: Path) -> UsageLog | None:
-    """The log of a model (its address, and the folder of its weights), or None if runtime.yaml sets no usage_log."""
+    """Return the usage log of a model, or None if runtime.yaml sets no usage_log.
+
+    `model` is the address of the model, `folder` the folder with its weights.
+    """
     return None if runtime.usage_log is None else UsageLog(
         Path(runtime.usage_log), model, weights_digest(folder), runtime.usage_images)
 
 
 def caption_and_log(captioner: Captioner, log: UsageLog | None, files: list[Files], pairs: list[Pair],
                     instructions: list[str]) -> list[str]:
-    """Captions of the pairs, one instruction each, in order. With a log, each is also written there.
+    """Return the captions of the pairs, in order, and write them to the usage log if there is one.
 
-    `pairs`: the opened images of `files`. The captions are the same with and without a log.
+    `pairs` are the opened images of `files`, with one instruction for each pair. Logging does not change the captions.
     """
     if log is None:
         return captioner.caption(pairs, instructions=instructions)
@@ -111,14 +120,14 @@ def caption_and_log(captioner: Captioner, log: UsageLog | None, files: list[File
 
 
 def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
-    """The probe's measurements of the pair, and `brightness` and `contrast` (mean and deviation, grey levels)."""
+    """Return the measurements of the probe for a pair, and the mean and standard deviation of its grey levels."""
     from PIL import ImageStat
 
     from onediff.data.quality.probe import probe_record
     from onediff.data.record import Record
 
     pair = Record("", "", "", "", *files, references=[], instruction="", change_type="", provenance={})
-    row = probe_record(pair, max_megapixels=math.inf)  # they were opened already
+    row = probe_record(pair, max_megapixels=math.inf)  # The images were opened before, so their size is acceptable.
     grey = [ImageStat.Stat(image.convert("L")) for image in images]
     return {name: row[name] for name in PROBED} | {
         "phash_bits": (row["phash_before"] ^ row["phash_after"]).bit_count(),
@@ -127,12 +136,12 @@ def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines in one write at the end of the file: two writers never mix their lines. Raises OSError.
+    """Append JSON lines to the file in one write, so that two writers never mix their lines. Raises OSError.
 
-    If a full disk has cut off the last line, that line is ended first, so that only it is lost.
+    If a full disk has cut off the last line of the file, a line end is written first, so that only that line is lost.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with path.open("ab+", buffering=0) as file:  # unbuffered: one system call
+    with path.open("ab+", buffering=0) as file:  # An unbuffered file writes everything in one system call.
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             text = b"\n" + text
         if file.write(text) < len(text):
@@ -140,13 +149,12 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_usage(folder: Path, since: datetime) -> tuple[list[dict[str, Any]], int]:
-    """The rows written since then, oldest first, and the number of lines that cannot be read (cut off by a full disk or
-    a kill).
+    """Return the rows written since a time, oldest first, and the number of lines that cannot be read.
 
-    Raises FileNotFoundError if there is no log.
+    A full disk or a killed process can leave an unreadable line. Raises FileNotFoundError if there is no log.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} not found: set usage_log in runtime.yaml, and captions are noted there")
+        raise FileNotFoundError(f"{folder} does not exist; set usage_log in runtime.yaml to log captions there")
     lines = [line for path in sorted(folder.glob("????-??-??.jsonl")) if path.stem >= f"{since:%Y-%m-%d}"
              for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     rows = [row for row in map(_parsed, lines) if row]

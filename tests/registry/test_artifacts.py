@@ -98,7 +98,7 @@ def test_a_large_model_is_registered_by_reference_and_downloaded_by_digest(large
         registry.model_folder()
     shutil.rmtree(folder)
     assert registry.model_folder() == folder
-    with pytest.raises(ValueError, match="is registered by reference, MLflow has no weights"):
+    with pytest.raises(ValueError, match="is registered by reference, so MLflow does not store"):
         from mlflow.pyfunc import load_model
 
         load_model(CHAMPION)

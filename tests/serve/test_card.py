@@ -72,5 +72,5 @@ def test_it_names_the_lineage_that_lies_beside_it(project: Path) -> None:
 
 def test_without_results_there_is_no_card(project: Path) -> None:
     (project / "data/stress.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"stress.json not found: the model card tells of it; 'dvc repro'"):
+    with pytest.raises(FileNotFoundError, match=r"stress.json does not exist, but the model card needs it"):
         write_card(project / "out", root=project)

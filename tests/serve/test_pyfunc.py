@@ -67,7 +67,7 @@ def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
     ({"before": "nowhere.png"}, "row 1: before: nowhere.png not found"),
     ({"before": "/nowhere/" + "a" * 80 + ".png"}, "row 1: before: .*not found"),
     ({"before": base64.b64encode(b"text, no image" * 9).decode()}, "row 1: before: .*not an image"),
-    ({"before": "data:image/png,raw"}, "row 1: before: a data URI must hold base64"),
+    ({"before": "data:image/png,raw"}, "row 1: before: a data URI must contain base64"),
     ({"before": "data:image/png;base64,???"}, "row 1: before: neither a file nor base64"),
     ({"before": 7}, "row 1: before: must be a path or a base64 image, got 7"),
     ({"after": None}, "row 1: after: must be a path or a base64 image, got None"),
@@ -136,7 +136,7 @@ def test_a_version_whose_files_were_changed_is_not_loaded(tmp_path: Path) -> Non
     (folder / "model.safetensors").write_bytes(b"weights")
     (tmp_path / DIGEST_FILE).write_text(model_digests(folder).folder + "\n")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"its files must have the registered digest \w{12}, got \w{12}: they were"):
+    with pytest.raises(ValueError, match=r"the files must have the registered digest \w{12}, got \w{12}; they were"):
         _load_pyfunc(str(folder))
 
 

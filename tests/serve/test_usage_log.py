@@ -118,13 +118,13 @@ def test_a_full_disk_is_reported_once_and_breaks_nothing(log: UsageLog, capsys: 
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, before)
     stderr = capsys.readouterr().err
-    assert stderr.count("\n") == 1 and "captions are not noted" in stderr and "runtime.yaml" in stderr
+    assert stderr.count("\n") == 1 and "captions are not logged" in stderr and "runtime.yaml" in stderr
 
 
 def test_a_folder_that_cannot_be_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     UsageLog(tmp_path / "file" / "usage", "m", "abc", keep_images=False).add([use(png("red"), png("blue"))])
-    assert "captions are not noted (Not a directory)" in capsys.readouterr().err
+    assert "captions are not logged (Not a directory)" in capsys.readouterr().err
 
 
 def test_without_a_log_the_reader_says_how_to_get_one(tmp_path: Path) -> None:
