@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# One retraining on two "machines": clones that share a DVC remote, a Prefect server and an MLflow server, and nothing else.
-# The data stages run in the one, training in the other; the scores equal those of `dvc repro` in one folder, and a second run
-# computes nothing. `make setup` first, then: examples/two_workers.sh [FOLDER]   (REMOTE=ssh://... : another DVC remote)
+# Example: one retraining on two workers. Each worker has its own clone; the clones share only a DVC remote, a Prefect server
+# and an MLflow server. One worker runs the data stages, and the other one trains. The script checks that the scores equal those
+# of `dvc repro` in a single folder. A second retraining shows that nothing is computed again.
+#
+#     make setup
+#     examples/two_workers.sh [FOLDER]                   # FOLDER receives the clones and logs; default: a temporary folder
+#     REMOTE=ssh://... examples/two_workers.sh           # with another DVC remote than a folder
 set -euo pipefail
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="$(mkdir -p "${1:-$(mktemp -d)}" && cd "${1:-$_}" && pwd)"
@@ -13,11 +17,11 @@ export PREFECT_API_URL="http://127.0.0.1:$prefect_port/api" MLFLOW_TRACKING_URI=
 export ONEDIFF_POOLS="{cpu: onediff-cpu, gpu: onediff-gpu}"
 
 say() { echo "== $*"; }
-await() { for _ in $(seq 120); do curl -fsS "$1" > /dev/null 2>&1 && return; sleep 1; done; echo "$1 does not answer" >&2; exit 1; }
+await() { for _ in $(seq 120); do curl -fsS "$1" > /dev/null 2>&1 && return; sleep 1; done; echo "$1 did not answer within two minutes" >&2; exit 1; }
 in_clone() { (cd "$folder/$1" && shift && PYTHONPATH="$PWD" PREFECT_HOME="$PWD/.onediff/prefect" ONEDIFF_PROJECT="$PWD" PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 exec "$@"); }
 trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 
-say "three clones of this project at the size of presets/micro.yaml, in $folder"
+say "making three clones of this project with the preset micro, in $folder"
 git clone --quiet "$project" "$folder/base"
 cp "$project/presets/micro.yaml" "$folder/base/params.yaml"
 git -C "$folder/base" rm -q --cached dvc.lock && rm -f "$folder/base/dvc.lock"
@@ -29,7 +33,7 @@ for name in data gpu alone; do
 done
 rm -rf "$folder/base"
 
-say "servers and two workers; logs in $folder/*.log"
+say "starting two servers and two workers; their logs are $folder/*.log"
 mkdir -p "$folder/server"
 (cd "$folder/server" && PREFECT_HOME="$PWD/prefect" exec prefect server start --port "$prefect_port" > ../prefect.log 2>&1) &
 (cd "$folder/server" && exec mlflow server --port "$mlflow_port" --backend-store-uri "sqlite:///$PWD/mlflow.db" \
@@ -45,9 +49,9 @@ for round in first second; do
 	grep -oE "task-run\.(Ran|Restored|UpToDate) \* .*" "$folder/$round.log"
 done
 
-say "the same on one machine"
+say "running dvc repro in one folder, to compare the scores"
 in_clone alone env -u MLFLOW_TRACKING_URI dvc repro > "$folder/alone.log" 2>&1
 for name in metrics gate stress; do
 	cmp "$folder/data/data/$name.json" "$folder/alone/data/$name.json"
 done
-say "the same scores, byte for byte"
+say "the scores of both ways are equal, byte for byte"
