@@ -1,4 +1,4 @@
-"""Stage `align`: training phase 1, from DiffCap and the backbones to a model folder."""
+"""Stage `align` runs the first training phase (Coupled Sample Training) on DiffCap and writes a model folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def align() -> None:
-    """Writes data/models/align, data/curves/align.jsonl and data/runs/align.json."""
+    """Train, and write data/models/align, data/curves/align.jsonl and data/runs/align.json."""
     train("align", prepare)
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun | None:
+    """Return the training run of the phase, or None if the model in `folder` is complete already."""
     from onediff.train import phases
 
     return phases.align(config, runtime, data=DIFFCAP, folder=folder)

@@ -1,4 +1,4 @@
-"""Stage `build`: the DiffCap shards and their card."""
+"""Stage `build` selects the good pairs of all sources and writes them as DiffCap shards with a dataset card."""
 
 import functools
 import itertools
@@ -33,20 +33,20 @@ from onediff.paths import DIFFCAP, DIFFCAP_REPORTS, PAIRS, PROBE_TABLE, QUARANTI
 from onediff.stages.command import run
 
 LEAKS = DIFFCAP_REPORTS / "leaks.parquet"
-AUDIT = DIFFCAP_REPORTS / "audit.json"  # not in the card, on which trainings depend
-AUC_PAIRS = 3000  # of train, and of test
+AUDIT = DIFFCAP_REPORTS / "audit.json"  # A separate file, because training depends on the card and not on the audit.
+AUC_PAIRS = 3000  # largest number of training pairs, and of test pairs, in the shortcut check
 
 
 def build() -> None:
-    """Reads the sources' records, the probe table and the quarantine; writes data/diffcap/ and data/reports/diffcap/.
+    """Select pairs by the probe table and the quarantine; write data/diffcap/ and data/reports/diffcap/.
 
-    Raises ValueError, after the reports are written, if pairs leak and data.leaks.action is stop, or if what would be
-    written breaks a rule of the suite `diffcap`.
+    Raises ValueError, after the reports are written, if pairs leak between splits and data.leaks.action is `stop`, or
+    if the selected pairs break a rule of the suite `diffcap`.
     """
     config = load_params()
     for path in (PROBE_TABLE, QUARANTINE):
         if not path.exists():
-            raise FileNotFoundError(f"{path} not found: 'dvc repro validate' makes it")
+            raise FileNotFoundError(f"{path} does not exist; 'dvc repro validate' writes it")
     probed, bad = pd.read_parquet(PROBE_TABLE), pd.read_parquet(QUARANTINE)
     good = good_rows(probed, quarantined=frozenset(bad["pair_id"]))
     folders = [folder_of(config.data, source) for source in sources_of(config.data)]
@@ -72,7 +72,8 @@ def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFr
     thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
                                    runtime=load_runtime())
     settings = config.data.leaks
-    own = {source: None for source in config.data.raw if source not in CATALOG}  # measured even if it is not named
+    # The distances of the user's own pairs are measured even if data.leaks.max_distance does not list their source.
+    own = {source: None for source in config.data.raw if source not in CATALOG}
     measured = settings.model_copy(update={"max_distance": own | settings.max_distance})
     leaks = find_leaks(good, measured, thumbnails)
     with new_file(LEAKS) as path:
@@ -81,8 +82,8 @@ def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFr
         refuse_leaks(leaks, report=LEAKS)
     reported = leaks[~leaks["leaks"] & leaks["distance"].notna()]
     if len(reported):
-        print(f"{reported['pair_id'].nunique():,} pairs have a lookalike in a later split and stay; the nearest "
-              f"{reported['distance'].min():.1f} grey levels away: {LEAKS}, data.leaks.max_distance")
+        print(f"{reported['pair_id'].nunique():,} pairs look like a pair of a later split and are kept; the smallest "
+              f"distance is {reported['distance'].min():.1f} grey levels: see {LEAKS} and data.leaks.max_distance")
     return leaks
 
 
@@ -100,7 +101,7 @@ def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFr
 
 def _auc(folder: Path, source: str) -> float | None:
     train, test = _some(folder, "train", "scenes"), _some(folder, "test", source)
-    with threadpool_limits(1):  # on a busy machine scikit-learn's threads wait for each other
+    with threadpool_limits(1):  # On a busy machine, several threads of scikit-learn would wait for each other.
         return pixel_difference_auc(train, test)
 
 

@@ -1,4 +1,4 @@
-"""Stage `caption`: the tuned model captions every pair of every benchmark."""
+"""Stage `caption` lets the tuned model caption every pair of every benchmark."""
 
 import json
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from onediff.stages.command import run
 
 
 def caption(model: str = "data/models/tune") -> None:
-    """Writes data/captions/<split>/<benchmark>.jsonl for splits test and gate: every pair once, in shard order."""
+    """Write data/captions/SPLIT/BENCHMARK.jsonl for the splits `test` and `gate`: each pair once, in shard order."""
     config, runtime = load_params(), load_runtime()
     silence_libraries()
     from onediff.eval.caption import caption_records

@@ -1,4 +1,4 @@
-"""What the command of every stage does: read arguments, check inputs, and report errors and interrupts in one line."""
+"""The command line of every stage: read arguments, check inputs, and report errors and interrupts in one line."""
 
 import multiprocessing
 import os
@@ -15,12 +15,14 @@ from onediff.repro.lock import restore_outs
 from onediff.repro.preflight import check_inputs, check_mixtures
 
 PARAMS = Path("params.yaml")
-END_S = 10.0  # for an interrupted stage to clean up; training writes its checkpoint before
+END_S = 10.0  # seconds in which an interrupted stage can clean up, after training has written its checkpoint
 
 
 def run(stage: Callable[..., object]) -> None:
-    """Calls the stage with the command line's arguments; an error of the world becomes one line and exit code 1, and
-    so does a signal that asks it to end. Under DVC the outs of its last run return first.
+    """Run a stage with the arguments of the command line.
+
+    A ValueError, an OSError or an interrupt becomes one line and exit code 1. Under DVC, the outputs of the last run
+    are restored first, because DVC removes them before it starts a stage.
     """
     interrupts.survive_closed_output()
     interrupts.raise_keyboard_interrupt(END_S)
@@ -34,21 +36,22 @@ def run(stage: Callable[..., object]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {str(error).removeprefix(f'{stage.__name__}: ')}")
     except KeyboardInterrupt as interrupt:
-        for process in multiprocessing.active_children():  # whose work is of no use any more
+        for process in multiprocessing.active_children():  # The work of these processes is not needed any more.
             process.kill()
         sys.exit(f"{stage.__name__}: stopped by {interrupt} before it was finished; the same command runs it again")
     finally:
-        interrupts.ignore()  # what is left is the end of this process
+        interrupts.ignore()  # The process ends now, and a second signal must not interrupt that.
 
 
 def _prepare(stage: str) -> None:
-    """Puts back the outs that DVC removed, then checks packages and params.yaml. Runs before any slow import."""
+    """Restore the outputs that DVC removed, then check packages and params.yaml, all before any slow import."""
     restore_outs(stage)
     freshness.check(stage)
-    if not PARAMS.exists():  # the stages that read it say so
+    if not PARAMS.exists():  # Each stage that reads params.yaml reports that it is missing.
         return
     config = load_params(PARAMS)
-    if interrupts.FLOW not in os.environ:  # the flow has checked already; a worker may lack inputs of other stages
+    # The flow has checked all inputs already. A worker may not have the inputs of other stages.
+    if interrupts.FLOW not in os.environ:
         check_inputs(config)
     if stage in ("align", "tune"):
         check_mixtures(config)

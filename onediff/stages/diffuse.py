@@ -1,5 +1,6 @@
-"""Stage `diffuse`: InstructPix2Pix edits the images of a collection by the writer's instructions; filters drop the bad
-edits.
+"""Stage `diffuse` edits the images of a collection with InstructPix2Pix, and filters drop the bad edits.
+
+The instructions come from the writer, the language model that writes texts for this project.
 """
 
 from collections import Counter
@@ -21,15 +22,16 @@ from onediff.stages.command import run
 
 
 def diffuse(source: str) -> None:
-    """Reads data/instructed/<source>.jsonl and data/raw/<source>; writes data/pairs/<source>/.
+    """Read data/instructed/SOURCE.jsonl and data/raw/SOURCE, and write the edited pairs to data/pairs/SOURCE/.
 
-    filters.json in that folder counts the outcomes of all samples.
-    Raises ValueError if no edit passes the filters.
+    filters.json in that folder counts how many samples each filter dropped. Raises ValueError if no edit passes the
+    filters.
     """
     config, runtime = load_params(), load_runtime()
     settings, clip = config.data.diffusion, config.data.clip
     if settings is None or clip is None:
-        raise ValueError(f"params.yaml: data.diffusion and data.clip are needed to edit the images of '{source}'")
+        raise ValueError(f"params.yaml: data.diffusion and data.clip must be set to edit the images of '{source}'; "
+                         "presets/paper.yaml has both")
     silence_libraries()
     tasks = list(_tasks(source))
     editor = Editor(source, settings, clip, seed=config.seed, max_megapixels=config.data.max_megapixels,
@@ -46,7 +48,8 @@ def diffuse(source: str) -> None:
         total = write_shards(records(), out, "train", shard_pairs=config.data.shard_pairs)
         summary = ", ".join(f"{outcome} {count:,}" for outcome, count in counts.items())
         if not total:
-            raise ValueError(f"'{source}': no edit passes the filters ({summary}); see data.diffusion in params.yaml")
+            raise ValueError(f"'{source}': no edit passed the filters ({summary}); "
+                             "change data.diffusion in params.yaml")
         write_json(out / "filters.json", counts, indent=1)
     print(f"{PAIRS / source}: {summary}")
 
@@ -55,11 +58,11 @@ def _tasks(source: str) -> Iterator[Task]:
     path = INSTRUCTED / f"{source}.jsonl"
     entries = {entry.name: entry for entry in list_collection(RAW / source)}
     if not path.exists():
-        raise FileNotFoundError(f"{path} not found: 'dvc repro instruct@{source}' has the writer make it")
+        raise FileNotFoundError(f"{path} does not exist; 'dvc repro instruct@{source}' writes it")
     for place, row in read_lines(path):
         name = part(row, "name", str, place)
         if name not in entries:
-            raise ValueError(f"{place}: image '{name}' is not in the collection; 'dvc repro instruct@{source}'")
+            raise ValueError(f"{place}: image '{name}' is not in data/raw/{source}; run 'dvc repro instruct@{source}'")
         yield Task(entries[name], part(row, "edit", str, place), part(row, "output", str, place))
 
 

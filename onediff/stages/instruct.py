@@ -1,4 +1,4 @@
-"""Stage `instruct`: an edit for each image of a captioned collection, by the writer."""
+"""Stage `instruct` asks the writer (a language model) for one edit instruction per image of a captioned collection."""
 
 from onediff.config import load_params, load_runtime
 from onediff.data.sources.collection import list_collection
@@ -12,7 +12,10 @@ from onediff.stages.command import run
 
 
 def instruct(source: str) -> None:
-    """Writes data/instructed/<source>.jsonl (name, caption, edit, output) and beside it <source>.set_aside.jsonl."""
+    """Write data/instructed/SOURCE.jsonl with the keys name, caption, edit and output.
+
+    SOURCE.set_aside.jsonl lists the images without a usable edit. Raises ValueError if no image has a usable edit.
+    """
     config = load_params()
     writer = writer_of(source, config, "instruct")
     answers = ask_for_stage(source, config, load_runtime(), "instruct")
@@ -24,8 +27,8 @@ def instruct(source: str) -> None:
         else:
             unusable.append({"name": image.name, "reason": f"{answer.status}: {answer.reason}"})
     if not rows:
-        raise ValueError(f"{source}: no usable edit for any image; the first: {unusable[0]['name']}: "
-                         f"{unusable[0]['reason']}")
+        raise ValueError(f"{source}: the writer gave no usable edit for any image; the first image is "
+                         f"{unusable[0]['name']}: {unusable[0]['reason']}")
     write_jsonl(INSTRUCTED / f"{source}.jsonl", rows)
     write_jsonl(INSTRUCTED / f"{source}.set_aside.jsonl", unusable)
     print(f"{INSTRUCTED}/{source}.jsonl: {len(rows):,} edits, {len(unusable):,} images set aside")

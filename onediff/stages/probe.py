@@ -1,4 +1,4 @@
-"""Stage `probe`: one row of facts per pair."""
+"""Stage `probe` measures every pair and writes one row of facts for each: sizes, hashes, caption lengths, split."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from onediff.stages.command import run
 
 
 def probe() -> None:
-    """Reads the records of every source that params.yaml lists, writes data/probe.parquet."""
+    """Read the records of every source that params.yaml lists, and write data/probe.parquet."""
     data, runtime = load_params().data, load_runtime()
     folders = {source: folder_of(data, source) for source in sources_of(data)}
     tables = probe_folders(folders, max_megapixels=data.max_megapixels, clip=data.clip, runtime=runtime)

@@ -1,4 +1,4 @@
-"""Stage `read`: a published set, or pairs of your own, from data/raw to records."""
+"""Stage `read` turns a published dataset, or the user's own pairs, from data/raw into records."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from onediff.stages.command import run
 
 
 def read(source: str) -> None:
-    """Writes data/pairs/<source>/<split>-*.parquet and report.json beside them.
+    """Write data/pairs/SOURCE/SPLIT-*.parquet, and report.json in the same folder.
 
-    Raises ValueError if counts are not the official ones or images are missing and the source is not in data.partial;
-    data/reports/read/<source>.json then names all of them.
+    Raises ValueError if a count differs from the official one, or if images are missing, unless data.partial lists the
+    source. data/reports/read/SOURCE.json then lists every problem.
     """
     config = load_params().data
     if source not in config.raw:
-        raise ValueError(f"params.yaml: data.raw does not name '{source}'; it names {', '.join(config.raw) or 'none'}")
+        raise ValueError(f"params.yaml: data.raw must list '{source}', but lists {', '.join(config.raw) or 'nothing'}")
     files = open_source(source, RAW / source, Path(load_runtime().scratch))
     summary, num_pairs = survey(source, files)
     missing, wrong = summary["missing"], problems(summary)
@@ -30,9 +30,9 @@ def read(source: str) -> None:
     if wrong and source not in config.partial:
         write_json(report_path, report, indent=1)
         first = f" (first: {missing[0]})" if missing else ""
-        raise ValueError(f"{RAW / source} is not as published: {'; '.join(wrong)}{first}; {report_path} names all. "
-                         f"Complete the download ('onediff data status'), or add {source} to data.partial in "
-                         "params.yaml")
+        raise ValueError(f"{RAW / source} differs from the published dataset: {'; '.join(wrong)}{first}; {report_path} "
+                         f"lists everything. Complete the download ('onediff data status'), or add {source} to "
+                         "data.partial in params.yaml")
     report_path.unlink(missing_ok=True)
     with new_folder(PAIRS / source) as folder:
         for split in filter(num_pairs.get, SPLITS):

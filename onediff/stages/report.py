@@ -33,15 +33,15 @@ from onediff.paths import (
 )
 from onediff.stages.command import run
 
-PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}  # examples in the gallery
+PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}  # examples of each change type in the gallery, by source
 PER_TYPE_ELSEWHERE, NUM_WORST, NUM_LOST = 4, 12, 12
-IMAGES_BYTES = 5_000_000  # of the page; its text and figures take less than one more megabyte
+IMAGES_BYTES = 5_000_000  # largest size of all images on the page; texts and charts add less than one megabyte
 
 Scored = Mapping[str, Mapping[str, Any]]  # data/scored/test.json
 
 
 def report() -> None:
-    """Writes data/report.html and data/figures/*.svg."""
+    """Write data/report.html, and each chart of the page as data/figures/*.svg."""
     page, charts = make_page()
     with new_folder(FIGURES) as folder:
         for name, chart in charts.items():
@@ -51,8 +51,10 @@ def report() -> None:
 
 
 def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
-    """The page and its figures. `against`: what another model scored on the same pairs; the page then shows those that
-    lose most.
+    """Return the HTML of the report, and the charts by name.
+
+    `against` holds the scores of another model on the same pairs. The page then shows the pairs on which the present
+    model loses most against the other one.
     """
     config = load_params(PARAMS)
     model, delta = config.model, config.model.delta
@@ -71,11 +73,8 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
     return render_page(results, fitted(albums, IMAGES_BYTES), charts), charts
 
 
-# --- gallery ----------------------------------------------------------------------------------------------------------
-
-
 def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored) -> Album:
-    """Pairs of every type, the worst ones, and those that lost most against the other model."""
+    """Return the gallery of a source: pairs of each change type, the worst pairs, and the pairs that lost most."""
     predictions = read_predictions(CAPTIONS / f"test/{source}.jsonl")
     benchmark = next(iter(protocols_of(source)))
     table = scored.get(benchmark, {})
@@ -98,20 +97,18 @@ def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored
 
 
 def _lost(key: str, scored: Scored, against: Scored) -> dict[str, float]:
-    """pair_id -> loss of CIDEr, of a benchmark that both models were scored on.
+    """Return the pairs on which the model loses most CIDEr against the other model: pair_id -> loss.
 
-    Raises ValueError if the other model was scored by another protocol or on other references."""
+    Raises ValueError if the other model was scored by another protocol or on other references.
+    """
     if key not in against or key not in scored:
         return {}
     ours, theirs = scored[key], against[key]
     if any(ours[name] != theirs[name] for name in ("protocol", "references")):
-        raise ValueError(f"{key}: the other model was scored by another protocol or on other references: "
-                         "score it again")
+        raise ValueError(f"{key}: both models must be scored by one protocol on the same references, but the other "
+                         "model was not: score the other model again")
     our_scores, their_scores = (dict(zip(table["pair_id"], table["CIDEr"], strict=True)) for table in (ours, theirs))
     return losses(our_scores, their_scores, count=NUM_LOST)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> Any:

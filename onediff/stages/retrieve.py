@@ -1,4 +1,4 @@
-"""Stage `retrieve`: pairs of alike images out of a captioned collection; the writer captions them later."""
+"""Stage `retrieve` finds pairs of similar images in a captioned collection. The writer captions the pairs later."""
 
 import numpy as np
 from tqdm import tqdm
@@ -14,14 +14,15 @@ from onediff.stages.command import run
 
 
 def retrieve(source: str) -> None:
-    """Reads data/raw/<source>; writes data/pairs/<source>/train-*.parquet and report.json with what was left out.
+    """Read data/raw/SOURCE, and write data/pairs/SOURCE/train-*.parquet; report.json lists images that cannot be read.
 
-    Raises ValueError if no two images are alike enough.
+    Raises ValueError if no two images have a similarity inside the window of data.retrieval.
     """
     data, runtime = load_params().data, load_runtime()
     settings, clip = data.retrieval, data.clip
     if settings is None or clip is None:
-        raise ValueError(f"params.yaml: data.retrieval and data.clip are needed to find pairs in '{source}'")
+        raise ValueError(f"params.yaml: data.retrieval and data.clip must be set to find pairs in '{source}'; "
+                         "presets/paper.yaml has both")
     silence_libraries()
     entries = list_collection(RAW / source)
     vectors, names, unreadable = [], [], dict[str, str]()
@@ -34,7 +35,7 @@ def retrieve(source: str) -> None:
     pairs = find_pairs(np.concatenate(vectors), names, settings) if vectors else []
     if not pairs:
         raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
-                         f"{settings.min_similarity} to {settings.max_similarity}; widen data.retrieval's window")
+                         f"{settings.min_similarity} to {settings.max_similarity}; widen the window in data.retrieval")
     readable = [entry for entry in entries if entry.name not in unreadable]
     with new_folder(PAIRS / source) as folder:
         records = tqdm(pair_records(source, readable, pairs), source, len(pairs), unit="pair")

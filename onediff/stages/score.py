@@ -1,5 +1,7 @@
-"""Stage `score`: captions and references to data/metrics.json (split test) and data/gate.json (split gate), and what
-each pair scored to data/scored.
+"""Stage `score` compares captions with references and writes the scores.
+
+data/metrics.json has the scores of the `test` split, data/gate.json those of the `gate` split, and data/scored the
+scores of each pair.
 """
 
 import json
@@ -25,8 +27,8 @@ FLOORS = {"constant": "best constant", "random_train": "random training", "neare
 
 
 def score() -> None:
-    """Writes the score files and prints the scores beside their floors. The same captions give the same bytes."""
-    start()  # METEOR loads its tables while the rows are read
+    """Write the score files, and print the scores beside the trivial baselines. Equal captions give equal bytes."""
+    start()  # METEOR's Java program loads its tables while this process reads the rows.
     train = read_table(DIFFCAP, "train-*.parquet")
     card = json.loads(CARD.read_text(encoding="utf-8"))
     auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
@@ -38,12 +40,12 @@ def score() -> None:
                                official=sources - incomplete.keys() if split == "test" else ())
         for name, result in results.items():
             source = name.split("/")[0]
-            if auc.get(source) is not None:  # None: the source has no unchanged pairs
+            if auc.get(source) is not None:  # A source without unchanged pairs has no AUC.
                 result["pixel_difference_auc"] = auc[source]
             if source in incomplete:
                 result["incomplete"] = incomplete[source]
         for name in sorted(incomplete.keys() - sources):
-            print(f"{name}: no pair in split {split}, so no score: {json.dumps(incomplete[name])}")
+            print(f"{name}: has no pair in the split {split}, so it gets no score: {json.dumps(incomplete[name])}")
         pairs[split] = {name: result.pop("pairs") for name, result in results.items()}
         scores[output] = results
         _show(f"{split} split, {output}", results)
@@ -56,7 +58,10 @@ def score() -> None:
 
 def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
                  official: Container[str]) -> dict[str, Any]:
-    """`official`: the sources whose pairs must be the complete official test split."""
+    """Return the scores of each benchmark of a split.
+
+    `official` holds the sources whose pairs must be the complete official test split.
+    """
     results: dict[str, Any] = {}
     for source in dict.fromkeys(row["source"] for row in rows):
         predictions = read_predictions(CAPTIONS / f"{split}/{source}.jsonl")
@@ -76,7 +81,7 @@ def _records(split: str, source: str) -> Iterator[Record]:
 
 
 def _show(title: str, results: dict[str, Any]) -> None:
-    """Scores times 100, as papers print them."""
+    """Print the scores times 100, as papers do."""
     table = Table("benchmark", "captions", *METRICS, title=f"{title} (times 100)", title_justify="left")
     for name, result in results.items():
         table.add_row(name, f"{result['num_pairs']} predictions", *_times_100(result))
@@ -88,7 +93,7 @@ def _show(title: str, results: dict[str, Any]) -> None:
             table.add_row("", f"a reference of {result['leave_one_out']['num_pairs']}",
                           *_times_100(result["leave_one_out"]))
         table.add_section()
-    console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
+    console = Console(width=max(120, Console().width))  # rich would wrap the table at 80 columns in a pipe
     console.print(table)
     for name, result in results.items():
         shown = [f"{key} {result[key]:.3f} [{result['intervals'][key][0]:.3f}, {result['intervals'][key][1]:.3f}]"

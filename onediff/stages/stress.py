@@ -1,4 +1,4 @@
-"""Stage `stress`: the tuned model on harder pairs, and its attention; to data/stress.json and data/stress/."""
+"""Stage `stress` tests the tuned model on perturbed pairs and measures where its delta tokens look."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ TESTS = "test-*.parquet"
 
 
 def stress(model: str = "data/models/tune") -> None:
-    """Writes data/stress/<benchmark>.jsonl (captions of every trial), <benchmark>.attention.jsonl (maps of every pair)
-    and data/stress.json. The same model and pairs, the same bytes.
+    """Write the results to data/stress.json and the details to data/stress/.
+
+    BENCHMARK.jsonl has the captions of every trial, BENCHMARK.attention.jsonl the attention maps of every pair. The
+    same model and pairs give the same bytes.
     """
     config, runtime = load_params(), load_runtime()
     silence_libraries()
@@ -77,7 +79,7 @@ def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], co
 
 
 def _show(results: dict[str, Any]) -> None:
-    console = Console(width=max(120, Console().width))  # a pipe is as wide as a screen
+    console = Console(width=max(120, Console().width))  # rich would wrap the table at 80 columns in a pipe
     for name, result in results.items():
         for part in ("identical", "unrelated", "swapped", "attention"):
             values = result.get(part, {})
@@ -87,11 +89,11 @@ def _show(results: dict[str, Any]) -> None:
                 console.print(f"{name}, {part}: " + " · ".join(shown), highlight=False, markup=False)
         points = [point for curve in result["curves"].values() for point in curve.values()]
         columns = [key for key in (*CURVE_FIGURES, "CIDEr") if any(key in point for point in points)]
-        table = Table("nuisance", "strength", *columns, title=f"{name}, under nuisances", title_justify="left")
-        for nuisance, curve in result["curves"].items():
+        table = Table("perturbation", "strength", *columns, title=f"{name}, stress test", title_justify="left")
+        for perturbation, curve in result["curves"].items():
             for strength, point in curve.items():
                 cells = [f"{point[key]:.3f}" if key in point else "" for key in columns]
-                table.add_row(nuisance if strength == "none" else "", strength, *cells)
+                table.add_row(perturbation if strength == "none" else "", strength, *cells)
             table.add_section()
         console.print(table)
 

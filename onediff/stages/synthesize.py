@@ -1,4 +1,4 @@
-"""Stage `synthesize`: generated pairs, from a seed to Parquet shards."""
+"""Stage `synthesize` generates the pairs of a source from the seed, and writes them as Parquet shards."""
 
 import functools
 import itertools
@@ -15,11 +15,11 @@ from onediff.files import new_folder
 from onediff.paths import SYNTHETIC
 from onediff.stages.command import run
 
-Group = tuple[str, str, int]  # prefix of the shards, split, number within the split
+Group = tuple[str, str, int]  # prefix of the shard files, split, number within the split
 
 
 def synthesize(source: str) -> None:
-    """Writes data/synthetic/<source>/<split>-*.parquet. The engine and the number of processes change no byte."""
+    """Write data/synthetic/SOURCE/SPLIT-*.parquet. The bytes do not depend on the engine or the number of processes."""
     config, runtime = load_params(), load_runtime()
     groups = _groups(config, source)
     by_blender = source == "scenes" and config.data.scenes.renderer == "blender"
@@ -33,9 +33,9 @@ def synthesize(source: str) -> None:
 
 
 def _groups(config: Config, source: str) -> list[Group]:
-    """Everything a source makes, in the order of its shards."""
+    """Return the groups of pairs that a source generates, in the order of its shards."""
     if source not in ("scenes", "edits"):
-        raise ValueError(f"unknown source '{source}'; known are scenes and edits")
+        raise ValueError(f"the source to generate must be scenes or edits, got '{source}'")
     counts = config.data.scenes.num_scenes if source == "scenes" else config.data.edits.num_pairs
     num_groups: dict[tuple[str, str], int] = {(split, split): getattr(counts, split) for split in SPLITS}
     if source == "scenes":
@@ -44,7 +44,10 @@ def _groups(config: Config, source: str) -> list[Group]:
 
 
 def _start(config: Config, source: str, blender_device: str | None) -> Callable[[Group], list[Record]]:
-    """Called once in each process. Starts Blender if a device is given, so that a missing Blender is reported first."""
+    """Return the function that makes the records of a group; called once in each process.
+
+    If a device for Blender is given, Blender starts here, so that a missing Blender is reported before any work.
+    """
     if blender_device:
         from onediff.data.synthesis.scenes import blender
 

@@ -1,4 +1,4 @@
-"""What the stages `align` and `tune` share: one training phase, from DiffCap to a folder under data/models."""
+"""The common part of the stages `align` and `tune`: run one training phase and store the model in data/models."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Prepare = Callable[[Config, Runtime, Path], "TrainingRun | None"]
 
 
 def train(phase: str, prepare: Prepare) -> None:
-    """Runs one training phase where runtime.yaml says, and writes data/models/<phase>, its curve and its run.
+    """Run one training phase on the machines of runtime.yaml; write data/models/PHASE, the curve and the run's facts.
 
-    A rank that a launcher started only trains; the process that DVC started fetches the model from the run's folder in
-    scratch. prepare(config, runtime, folder) returns what is to be trained, or None if the model is complete already.
+    The process that DVC started copies the model from the run's folder in scratch; a rank that a launcher started only
+    trains. prepare(config, runtime, folder) returns the training run, or None if the model is complete already.
     """
     from onediff import tracking
 
     config, runtime = load_params(), load_runtime()
-    tracking.check()  # before any work, because the run must be recorded
+    tracking.check()  # MLflow must answer before any work starts, because the run must be recorded.
     silence_libraries()
     from onediff.train.launch import dispatch
     from onediff.train.phases import run_folder
@@ -46,9 +46,9 @@ def train(phase: str, prepare: Prepare) -> None:
         run_locally(phase, prepare, config, runtime, folder)
         return
     if runtime.node_rank and dispatch.launch_ranks(phase, runtime, folder):
-        return  # node 0 holds the folder, and fetches
-    refusal = (f"{folder}: another run trains here (process {{holder}}): two would spoil each other's checkpoints; "
-               "wait for it or stop it")
+        return  # Node 0 has the run's folder and copies the model.
+    refusal = (f"{folder}: only one run may train in this folder, as two would overwrite each other's checkpoints; "
+               "wait for process {holder}, or stop it")
     with refusing_lock(folder / "lock", refusal):
         if not is_finished(folder) and not dispatch.launch_ranks(phase, runtime, folder):
             run_locally(phase, prepare, config, runtime, folder)
@@ -56,7 +56,7 @@ def train(phase: str, prepare: Prepare) -> None:
 
 
 def run_locally(phase: str, prepare: Prepare, config: Config, runtime: Runtime, folder: Path) -> None:
-    """Trains in this process, as one of the ranks or as the only one. Rank 0 records the run in MLflow and run.json."""
+    """Train in this process, as the only rank or as one of several. Rank 0 records the run in MLflow and run.json."""
     from onediff import tracking
     from onediff.train import phases
 
@@ -73,10 +73,10 @@ def run_locally(phase: str, prepare: Prepare, config: Config, runtime: Runtime, 
 
 
 def fetch(phase: str, folder: Path) -> None:
-    """Copies model, curve and run from scratch to where DVC expects them; the model first, because it needs most room.
+    """Copy the model, the curve and the run's facts from scratch to the outputs of the stage, then remove checkpoints.
 
-    Then it removes the checkpoints. The trained model stays in scratch until dvc.lock names it, so that a commit of DVC
-    that fails or is interrupted costs no training.
+    The model comes first, because it needs most disk space. It also stays in scratch until dvc.lock contains its
+    digest, so that training is not lost if DVC fails or is interrupted while it commits the outputs.
     """
     with new_folder(MODELS / phase) as part:
         shutil.copytree(folder / FINAL, part, copy_function=link_or_copy, dirs_exist_ok=True)
@@ -92,8 +92,9 @@ def fetch(phase: str, folder: Path) -> None:
 
 
 def remove_committed(phase: str, scratch: Path) -> None:
-    """Removes what `fetch` kept of the run that dvc.lock names, because DVC's cache has it now."""
-    if not DVC_LOCK.exists() or uncached_outs(phase):  # after a commit on a full disk dvc.lock names what no cache has
+    """Remove the run that `fetch` kept in scratch if dvc.lock contains its digest, because the DVC cache has it now."""
+    # If the disk was full during the commit, dvc.lock lists outputs that are not in the cache.
+    if not DVC_LOCK.exists() or uncached_outs(phase):
         return
     committed = outs_of(read_dvc_lock()).get(str(RUNS / f"{phase}.json"))
     for folder in scratch.glob(f"{phase}-*"):

@@ -1,4 +1,4 @@
-"""Stage `tune`: training phase 2, from DiffCap and the aligned model to the model that captions."""
+"""Stage `tune` runs the second training phase (instruction tuning), from the aligned model to the final model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from onediff.paths import ALIGNED, DIFFCAP
 from onediff.stages.command import run
 from onediff.stages.training import train
 
-if TYPE_CHECKING:  # torch takes seconds to load, and the old model must return before that
+if TYPE_CHECKING:  # Loading torch takes seconds, and the old outputs must be restored before that.
     from onediff.train.loop import TrainingRun, Validation
 
 
 def tune() -> None:
-    """Writes data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
+    """Train, and write data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
     train("tune", prepare)
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
+    """Return the training run of the phase, with validation by CIDEr if `validate_every` is set."""
     from onediff.train import phases
 
     training = phases.tune(config, runtime, data=DIFFCAP, start=ALIGNED, folder=folder)
@@ -31,7 +32,10 @@ def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
 
 
 def cider_on_val(config: Config, training: TrainingRun, every_steps: int) -> Validation:
-    """CIDEr on up to `num_val` pairs of split val, shared evenly between the sources; at each call the same pairs."""
+    """Return a validation that computes CIDEr on at most `num_val` pairs of the `val` split, the same pairs each time.
+
+    Each source of the mixture contributes the same number of pairs.
+    """
     from onediff.eval.caption import caption_records
     from onediff.eval.metrics.ngrams import corpus_cider
     from onediff.model.captioner import Captioner

@@ -1,4 +1,4 @@
-"""Stage `validate`: may the pairs be used? Report and quarantine first, then stop or go on."""
+"""Stage `validate` checks the pairs, writes the report and the quarantine, and then stops or continues the pipeline."""
 
 import pandas as pd
 
@@ -11,14 +11,14 @@ from onediff.stages.command import run
 
 
 def validate() -> None:
-    """Reads data/probe.parquet and the shards; writes data/quarantine.parquet and data/reports/validation/.
+    """Read data/probe.parquet and the shards, and write data/quarantine.parquet and data/reports/validation/.
 
-    Raises ValueError, after both are written, for too many bad pairs, a broken fatal rule, or a published test set that
-    lost pairs while its source is not in data.partial.
+    Raises ValueError, after both are written, if there are too many bad pairs, if a fatal rule is broken, or if a
+    published test set lost pairs and data.partial does not list its source.
     """
     data = load_params().data
     if not PROBE_TABLE.exists():
-        raise FileNotFoundError(f"{PROBE_TABLE} not found: 'dvc repro probe' makes it")
+        raise FileNotFoundError(f"{PROBE_TABLE} does not exist; 'dvc repro probe' writes it")
     table = pd.read_parquet(PROBE_TABLE)
     table = judged(table.assign(suite=suites_of(table, data)))
     checked = [check_suite(suite, table, tolerance=tolerance, partial=tuple(data.partial))

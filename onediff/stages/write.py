@@ -1,4 +1,4 @@
-"""Stage `write`: the records of a source, with captions by the writer."""
+"""Stage `write` adds captions by the writer (a language model) to the records of a source."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,11 @@ from onediff.stages.command import run
 
 
 def write(source: str) -> None:
-    """Writes data/written/<source>/<split>-*.parquet and set_aside.jsonl; asks only what data/answers does not hold."""
+    """Write data/written/SOURCE/SPLIT-*.parquet, and set_aside.jsonl with the pairs that have no usable caption.
+
+    The writer is asked only for captions that are not in data/answers yet. Raises ValueError if no pair has a usable
+    caption.
+    """
     config = load_params()
     writer = writer_of(source, config, "write")
     answers = ask_for_stage(source, config, load_runtime(), "write")
@@ -28,15 +32,15 @@ def write(source: str) -> None:
                 captioned = _captioned(records, writer, answers, unusable)
                 total += write_shards(captioned, folder, split, shard_pairs=config.data.shard_pairs)
         if not total:
-            raise ValueError(f"{written}: no usable caption for any of {len(unusable):,} pairs; the first: "
-                             f"{unusable[0]['pair_id']}: {unusable[0]['reason']}")
+            raise ValueError(f"{written}: the writer gave no usable caption for any of {len(unusable):,} pairs; the "
+                             f"first pair is {unusable[0]['pair_id']}: {unusable[0]['reason']}")
         write_text(folder / "set_aside.jsonl", "".join(json.dumps(row) + "\n" for row in unusable))
-    print(f"{written}: {total:,} pairs with captions, {len(unusable):,} set aside (set_aside.jsonl says why)")
+    print(f"{written}: {total:,} pairs with captions; {len(unusable):,} without, see set_aside.jsonl for the reasons")
 
 
 def _captioned(records: Iterator[Record], writer: Writer, answers: dict[str, Answer],
                unusable: list[dict[str, str]]) -> Iterator[Record]:
-    """The records that have a usable answer, or references already; the others are added to `unusable`."""
+    """Yield the records that have references or a usable answer of the writer; add the others to `unusable`."""
     for record in records:
         if is_captioned(record):
             yield record

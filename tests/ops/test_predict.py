@@ -98,7 +98,7 @@ def test_an_unknown_benchmark_lists_the_existing_benchmarks_and_loads_no_model(p
     (["--cnn", "a", "--chat", "b"], "one system is needed"),
     (["--cnn", "a", "--prompt", "b"], "--prompt works only with --chat"),
     (["--model", "nowhere"], "nowhere is not a model folder"),
-    (["--cnn", "nowhere"], "nowhere holds no Siamese CNN"),
+    (["--cnn", "nowhere"], "nowhere must contain a Siamese CNN"),
 ])
 def test_contradictory_or_missing_options_are_refused(options: list[str], message: str, project: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_pairs_of_ones_own_are_measured_without_being_named(folder: Path, capsys
     run_all()
     leaks = pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet").set_index("pair_id")
     assert 0 < leaks.loc["mine-train-1", "distance"] < 4
-    assert "1 pairs have a lookalike in a later split and stay" in capsys.readouterr().out
+    assert "1 pairs look like a pair of a later split and are kept" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_leaves_the_old_shards_and_nothing_half_written(folder: Path) -> None:
@@ -193,7 +193,7 @@ def test_shards_changed_after_the_probe_are_refused(folder: Path) -> None:
 
 
 def test_what_is_missing_is_said(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found: 'dvc repro validate' makes it"):
+    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist; 'dvc repro validate' writes it"):
         build()
 
 

@@ -82,7 +82,7 @@ def test_validation_writes_report_and_quarantine_before_it_stops(folder: Path) -
 
 
 def test_stages_say_what_is_missing(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found"):
+    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist"):
         validate()
     (folder / "data/synthetic/edits").rename(folder / "data/synthetic/moved")
     with pytest.raises(FileNotFoundError, match=r"data/synthetic/edits/\*\.parquet does not exist"):

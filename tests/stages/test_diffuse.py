@@ -59,15 +59,15 @@ def test_every_instructed_image_is_edited_and_the_same_bytes_come_of_a_restart(p
 def test_filters_that_let_nothing_through_are_an_error_with_their_counts(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace("min_direction_similarity: -1.0", "min_direction_similarity: 1.0"))
-    with pytest.raises(ValueError, match=r"'drawn': no edit passes the filters \(kept 0, .*direction .* 6, flagged 0"):
+    with pytest.raises(ValueError, match=r"'drawn': no edit passed the filters \(kept 0, .*direction .* 6, flagged 0"):
         diffuse("drawn")
 
 
 def test_without_instructions_or_with_foreign_ones_it_stops(project: Path) -> None:
     instructions = project / "data/instructed/drawn.jsonl"
     instructions.write_text('{"name": "9.png", "edit": "a", "output": "b"}\n')
-    with pytest.raises(ValueError, match=r"drawn\.jsonl line 1: image '9\.png' is not in the collection"):
+    with pytest.raises(ValueError, match=r"drawn\.jsonl line 1: image '9\.png' is not in data/raw/drawn"):
         diffuse("drawn")
     instructions.unlink()
-    with pytest.raises(FileNotFoundError, match=r"'dvc repro instruct@drawn' has the writer make it"):
+    with pytest.raises(FileNotFoundError, match=r"'dvc repro instruct@drawn' writes it"):
         diffuse("drawn")

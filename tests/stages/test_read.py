@@ -64,8 +64,8 @@ def test_own_pairs_become_shards_and_a_report_the_same_twice(project: Path) -> N
 def test_a_missing_image_stops_it_with_a_report_unless_the_config_allows_it(project: Path) -> None:
     own_pairs(project / "data/raw/mine", 3)
     (project / "data/raw/mine/1_b.png").unlink()
-    message = (r"data/raw/mine is not as published: test: 1 image missing \(first: 1_b\.png\); "
-               r"data/reports/read/mine\.json names all.* add mine to data\.partial")
+    message = (r"data/raw/mine differs from the published dataset: test: 1 image missing \(first: 1_b\.png\); "
+               r"data/reports/read/mine\.json lists everything.* add mine to data\.partial")
     with pytest.raises(ValueError, match=message):
         read("mine")
     assert json.loads((project / "data/reports/read/mine.json").read_text())["missing"] == ["1_b.png"]
@@ -103,7 +103,7 @@ def test_archives_in_the_folder_are_read(project: Path) -> None:
 
 
 def test_a_source_that_is_not_configured_or_not_there_is_named(project: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.raw does not name 'coco'; it names spot_the_diff"):
+    with pytest.raises(ValueError, match=r"data\.raw must list 'coco', but lists spot_the_diff"):
         read("coco")
     with pytest.raises(FileNotFoundError, match=r"data/raw/mine does not exist or is not a folder"):
         read("mine")

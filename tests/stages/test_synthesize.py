@@ -74,7 +74,7 @@ def test_shards_of_an_earlier_run_do_not_stay(project: Path) -> None:
 
 
 def test_an_unknown_source_is_named(project: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown source 'birds'; known are scenes and edits"):
+    with pytest.raises(ValueError, match=r"the source to generate must be scenes or edits, got 'birds'"):
         synthesize("birds")
 
 

@@ -97,7 +97,7 @@ def test_two_runs_cannot_train_in_one_folder(finished: Path) -> None:
     command, environment = [sys.executable, "-c", HOLDS, str(finished)], os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        message = rf"another run trains here \(process {holder.pid} on .*\): two would spoil"
+        message = rf"only one run may train in this folder, .* wait for process {holder.pid} on "
         with pytest.raises(ValueError, match=message):
             train("align", never)
         holder.kill()

@@ -152,7 +152,7 @@ def test_real_photographs_of_many_kinds_pass(project: Project) -> None:
 
 def test_what_is_missing_or_broken_is_named(project: Project) -> None:
     folder = project(records("own"))
-    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet not found: 'dvc repro probe' makes it"):
+    with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist; 'dvc repro probe' writes it"):
         validate()
     path = folder / "data/pairs/own/test-00000.parquet"
     path.write_bytes(path.read_bytes()[:5000])

@@ -100,7 +100,7 @@ def test_pairs_without_a_usable_answer_are_listed_with_the_reason(folder: Path, 
     assert aside == [{"pair_id": "mine-train-1", "reason": "refused: the writer refused: 'I cannot help'"},
                      {"pair_id": "mine-val-6", "reason": "malformed: not JSON: 'no json'"}]
     assert len(list(read_records(folder / "data/written/mine"))) == 6
-    assert "6 pairs with captions, 2 set aside" in capsys.readouterr().out
+    assert "6 pairs with captions; 2 without" in capsys.readouterr().out
 
 
 def test_a_broken_image_sets_its_pair_aside(folder: Path, server: ChatServer, pairs: list[Record]) -> None:
@@ -115,7 +115,7 @@ def test_a_broken_image_sets_its_pair_aside(folder: Path, server: ChatServer, pa
 
 def test_no_usable_caption_at_all_is_an_error(folder: Path, server: ChatServer) -> None:
     server.contents = {"room": "refuse"}
-    with pytest.raises(ValueError, match="no usable caption for any of 8 pairs; the first: mine-train-0: refused"):
+    with pytest.raises(ValueError, match="no usable caption for any of 8 pairs; the first pair is mine-train-0: "):
         write("mine")
 
 
