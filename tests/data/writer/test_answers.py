@@ -36,7 +36,7 @@ def test_json_is_read_bare_or_fenced(ask_about: Callable[[int], Request], text: 
     ("I am sorry, I cannot", {}, "malformed", "not JSON: 'I am sorry"),
     ("[" * 100_000, {}, "malformed", "not JSON"),
     ('{"differences": "a"}', {}, "malformed", "differences: Input should be a valid list"),
-    ('{"differences": []}', {}, "malformed", "must hold 1 to 5 sentences, got 0"),
+    ('{"differences": []}', {}, "malformed", "must contain 1 to 5 sentences, got 0"),
     ('{"differences": ["a", "b", "c", "d", "e", "f"]}', {}, "malformed", "got 6"),
     ('{"differences": [" "]}', {}, "malformed", "must have 1 to 100 words, got 0"),
     (json.dumps({"differences": ["word " * 10_000]}), {}, "malformed", "must have 1 to 100 words, got 10000"),
@@ -124,15 +124,15 @@ def test_a_broken_line_inside_is_an_error_with_its_number(path: Path) -> None:
     with open_answers(path) as file:
         append(numbered(1), file, usd=0.5)
     path.write_bytes(path.read_bytes() + b"{broken\n" + path.read_bytes())
-    with pytest.raises(ValueError, match=r"write.jsonl line 2: not a JSON object; fetch the file again"):
+    with pytest.raises(ValueError, match=r"write.jsonl line 2: not a JSON object; restore the file with 'dvc checkout"):
         read_answers(path)
     path.write_bytes(b'{"key": "k"}\n')
-    with pytest.raises(ValueError, match="line 1: lacks status, reason"):
+    with pytest.raises(ValueError, match="line 1: missing keys: status, reason"):
         read_answers(path)
 
 
 def test_only_one_run_asks_at_a_time(path: Path) -> None:
-    with open_answers(path), pytest.raises(ValueError, match="another run is asking"), open_answers(path):
+    with open_answers(path), pytest.raises(ValueError, match="another run is writing answers"), open_answers(path):
         pass
     with open_answers(path):
         pass
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         try:
             for number in (2, 3):
-                with pytest.raises(OSError, match=r"an answer could not be kept .*; make room and run again"):
+                with pytest.raises(OSError, match=r"an answer could not be stored .*; free disk space and run"):
                     append(numbered(number), file, usd=0.5)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

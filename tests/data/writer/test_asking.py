@@ -65,7 +65,7 @@ def test_the_cap_stops_before_it_is_passed_and_keeps_everything(server: ChatServ
                                                                 ask_about: Asks) -> None:
     cap = 3.5 * max_tokens(ask_about(1)).usd(runtime)
     capped = runtime.model_copy(update={"writer_max_usd": cap})
-    with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* USD are spent .*; set it higher"):
+    with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* cost .* USD .*; set writer_max_usd higher"):
         ask([ask_about(number) for number in range(50)], PATH, capped)
     kept = len(read_answers(PATH))
     assert 3 < kept < 50  # what answers cost less than the most leaves room for more of them
@@ -80,7 +80,7 @@ def test_a_wrong_key_stops_everything_and_keeps_what_came(server: ChatServer, ru
     one = runtime.model_copy(update={"writer_concurrency": 3})
     server.seconds = 0.1
     server.faults += ["", "", "", "", "401"]
-    with pytest.raises(ValueError, match="HTTP 401: the key is not accepted"):
+    with pytest.raises(ValueError, match="HTTP 401: the endpoint rejects the API key"):
         ask([ask_about(number) for number in range(50)], PATH, one)
     assert len(read_answers(PATH)) == sum(server.paid.values()) == len(server.seen) - 1
     assert len(server.seen) <= 8
@@ -115,7 +115,7 @@ def test_the_rate_limit_spaces_requests(server: ChatServer, runtime: Runtime, as
 def test_without_room_on_the_disk_nothing_is_asked(server: ChatServer, runtime: Runtime, ask_about: Asks,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 2**62)
-    with pytest.raises(OSError, match="free on its disk, so nothing is asked; make room"):
+    with pytest.raises(OSError, match="disk space are free, so no request is sent; free disk space"):
         ask([ask_about(1)], PATH, runtime)
     assert not server.seen
 
@@ -126,7 +126,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(OSError, match="an answer could not be kept"):
+        with pytest.raises(OSError, match="an answer could not be stored"):
             ask(requests, PATH, runtime)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

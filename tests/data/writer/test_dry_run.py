@@ -70,7 +70,7 @@ def test_equal_questions_are_counted_once_and_pairs_without_captions_not(runtime
     planned = plan("mine", config_of("text"), runtime)
     assert (planned["jobs"], planned["to_ask"], planned["unfit"]) == (3, 1, 1)
     unfit = [job for job in jobs("mine", config_of("text"), "write") if isinstance(job, Unfit)]
-    assert "mode text needs a caption of each image" in unfit[0].reason
+    assert "data.writer.mode 'text' needs a caption of each image" in unfit[0].reason
 
 
 def test_images_are_whole_in_the_plan_and_short_in_its_text(runtime: Runtime) -> None:
@@ -103,12 +103,12 @@ def test_what_people_captioned_is_not_asked_about(runtime: Runtime) -> None:
 
 
 def test_no_work_and_no_captions_at_all_are_errors(runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match=r"params.yaml: data.written: does not name 'yours'; known are mine"):
+    with pytest.raises(ValueError, match=r"params.yaml: data.written: does not list 'yours'; .* sources: mine"):
         plan("yours", config_of("text"), runtime)
-    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not name 'mine'; known are none"):
+    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not list 'mine'; .* sources: none"):
         plan("mine", config_of("text"), runtime, stage="instruct")
     with pytest.raises(FileNotFoundError, match="data/pairs/mine"):
         plan("mine", config_of("text"), runtime)
     write([record(1, captions=[])])
-    with pytest.raises(ValueError, match="mine: the writer can be asked about nothing; mine-1: mode text needs"):
+    with pytest.raises(ValueError, match=r"mine: the writer cannot be asked about any pair; .* mine-1: .* needs"):
         plan("mine", config_of("text"), runtime)

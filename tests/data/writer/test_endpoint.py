@@ -64,7 +64,7 @@ def test_retry_after_is_honoured(server: ChatServer, runtime: Runtime, ask_about
 
 def test_after_the_last_attempt_the_reason_is_reported(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     server.faults += ["500 overloaded"] * ATTEMPTS
-    with pytest.raises(ConnectionError, match=rf"no answer after {ATTEMPTS} attempts, the last: HTTP 500: .*overload"):
+    with pytest.raises(ConnectionError, match=rf"no answer after {ATTEMPTS} attempts; .* with: HTTP 500: .*overload"):
         answer_of(runtime, ask_about(1))
     assert len(server.seen) == ATTEMPTS
 
@@ -78,11 +78,11 @@ def test_nobody_there_is_an_error_that_names_the_address(runtime: Runtime, ask_a
 
 
 @pytest.mark.parametrize(("fault", "message"), [
-    ("401 your key " + KEY + " is wrong", "HTTP 401: the key is not accepted; set ONEDIFF_WRITER_KEY"),
+    ("401 your key " + KEY + " is wrong", "HTTP 401: the endpoint rejects the API key; set ONEDIFF_WRITER_KEY"),
     ("400 bad temperature " + KEY, "HTTP 400: .*bad temperature.*correct data.writer"),
     ("403 not you", "HTTP 403"), ("404 no such model", "HTTP 404: .*no such model"), ("422 what", "HTTP 422"),
     ("429 insufficient_quota", "the account has no credit left"),
-    ("html", r"/v1: answered with HTML instead of JSON: .*Bad Gateway.*; set writer_url"),
+    ("html", r"/v1: the endpoint answered with HTML instead of JSON: .*Bad Gateway.*; set writer_url"),
 ])
 def test_what_does_not_pass_is_not_tried_again(server: ChatServer, runtime: Runtime, ask_about: Asks, fault: str,
                                                message: str) -> None:
@@ -148,7 +148,7 @@ def test_the_key_is_in_no_error_nor_its_chain(server: ChatServer, runtime: Runti
 def test_openai_itself_needs_a_key_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module.KEY_NAMES:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r"no key for https://api.openai.com/v1: set ONEDIFF_WRITER_KEY"):
+    with pytest.raises(ValueError, match=r"https://api.openai.com/v1: .* needs an API key, .*; set ONEDIFF_WRITER_KEY"):
         Endpoint(Runtime(), Stop())
     assert api_key(Runtime(writer_url="http://127.0.0.1:8000/v1")) == "none"
     monkeypatch.setenv("OPENAI_API_KEY", "second")
