@@ -113,6 +113,6 @@ def test_objects_are_named_from_left_to_right() -> None:
 def test_a_scene_that_cannot_be_drawn_says_so(micro: Config) -> None:
     scenes = micro.data.scenes.model_copy(update={"min_visible": 0.5})
     config = micro.model_copy(update={"data": micro.data.model_copy(update={"scenes": scenes})})
-    message = r"data.scenes: no decidable scene in \d+ tries; lower max_objects or min_visible"
+    message = r"data.scenes: \d+ random scenes have no clearly visible change; lower max_objects or min_visible"
     with pytest.raises(ValueError, match=message):
         scene_records(config, "train", 0)
