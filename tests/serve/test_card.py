@@ -53,10 +53,11 @@ def test_it_shows_intervals_floors_false_alarms_data_and_limits(project: Path) -
     text = write_card(project / "out", root=project).read_text()
     scores = json.loads((project / "data/metrics.json").read_text())["scenes"]
     low, high = (f"{100 * bound:.1f}" for bound in scores["score_intervals"]["CIDEr"])
-    assert f"{100 * scores['CIDEr']:.1f} [{low}, {high}]" in text and "floor: best constant sentence" in text
+    assert f"{100 * scores['CIDEr']:.1f} [{low}, {high}]" in text
+    assert "trivial baseline: best constant sentence" in text
     assert "| scenes | the same image twice, 200 pairs of split test |" in text
     assert "| scenes | 24 | 24 | 24 | 24 | rendered from a seed | Apache-2.0 | here |" in text
-    assert "All of its pairs were generated" in text and "scenes: worst on `" in text
+    assert "All training and test pairs were generated" in text and "scenes: weakest on `" in text
     assert not [line for line in text.splitlines() if line.startswith("|") and not line.endswith("|")]
 
 

@@ -92,8 +92,9 @@ class Camera:
         return cls(eye, (ca, -sa, 0.0), (sa * se, ca * se, ce), forward)
 
     def project(self, point: Vector) -> Vector:
-        """Project a world point to (u, v, depth): u is -1 at the left border of the image and 1 at the right, v is -1 at
-        the bottom and 1 at the top.
+        """Project a world point to (u, v, depth).
+
+        u is -1 at the left border of the image and 1 at the right border, v is -1 at the bottom and 1 at the top.
         """
         offset = tuple(p - e for p, e in zip(point, self.eye, strict=True))
         depth = _dot(offset, self.forward)
