@@ -67,8 +67,15 @@ def test_it_names_the_lineage_that_lies_beside_it(project: Path) -> None:
         "git": {"commit": "c0ffee", "dirty": ["params.yaml"]}, "dvc_lock": "d1", "data_card": "d2",
         "runs": {"flow": "f3", "parent": None, "tune": "t4"}})
     text = write_card(project / "out", root=project).read_text()
-    assert "| git commit | `c0ffee`, with changes in params.yaml |" in text
+    assert "| git commit | `c0ffee`, with uncommitted changes in params.yaml |" in text
     assert "| Prefect run, flow | `f3` |" in text and "| MLflow run, tune | `t4` |" in text and "parent" not in text
+
+
+def test_an_incomplete_source_is_listed_with_the_number_of_test_pairs(project: Path) -> None:
+    counts = {"test_pairs": 5, "listed_test_pairs": 7}
+    write(project / "data/diffcap/card.json", CARD | {"incomplete": {"scenes": counts}})
+    text = " ".join(write_card(project / "out", root=project).read_text().split())
+    assert "`scenes` is incomplete" in text and "it has 5 of 7 test pairs." in text
 
 
 def test_without_results_there_is_no_card(project: Path) -> None:
