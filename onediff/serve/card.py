@@ -131,8 +131,8 @@ def _weak(tests: Tables) -> Iterator[str]:
         shares = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}
         if shares:
             worst = min(shares, key=lambda kind: shares[kind])
-            yield (f"{benchmark}: weakest on `{worst}`; {100 * shares[worst]:.0f} % of the captions of such pairs state "
-                   "the right kind of change (split test)")
+            yield (f"{benchmark}: weakest on `{worst}`; {100 * shares[worst]:.0f} % of the captions of such pairs "
+                   "state the right kind of change (split test)")
 
 
 def _read(path: Path) -> Any:
