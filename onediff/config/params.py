@@ -270,8 +270,8 @@ class Model(Section):
         if deepest > self.vision.layers:
             raise ValueError(f"delta.levels must not exceed vision.layers {self.vision.layers}, got {deepest}")
         if not -self.vision.layers - 1 <= self.patch_level <= self.vision.layers:
-            raise ValueError(f"patch_level must be from {-self.vision.layers - 1} to {self.vision.layers} (0 is the input "
-                             f"of the first layer, -1 the output of the last), got {self.patch_level}")
+            raise ValueError(f"patch_level must be from {-self.vision.layers - 1} to {self.vision.layers} (0 is the "
+                             f"input of the first layer, -1 the output of the last), got {self.patch_level}")
         side = self.vision.image_px // self.vision.patch_px
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")

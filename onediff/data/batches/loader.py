@@ -115,7 +115,8 @@ def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, towe
           tqdm(total=len(digests), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
         for start in range(0, len(digests), FEATURE_BATCH):
             chunk = digests[start : start + FEATURE_BATCH]
-            states = tower(processor.pixels([open_image(corpus.files[digest]) for digest in chunk])).float().cpu().numpy()
+            pixels = processor.pixels([open_image(corpus.files[digest]) for digest in chunk])
+            states = tower(pixels).float().cpu().numpy()
             if store is None:
                 store = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32,
                                                   shape=(len(digests), *states.shape[1:]))
