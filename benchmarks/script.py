@@ -1,4 +1,4 @@
-"""What the scripts share: their command line, their table, and commands that they run."""
+"""Functions that all benchmark scripts use: the command line, tables, and commands in a clone of the project."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ from rich.table import Table
 from onediff.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = "<!-- table -->"  # in a page: what follows is written by a script
+MARK = "<!-- table -->"  # Scripts replace everything below this line of a Markdown page.
 
 
 def main(command: Callable[..., Any]) -> None:
-    """The function as a command. An error in the input or of the system becomes one line."""
+    """Run `command` with options from the command line; ValueError and OSError exit with a one-line message."""
     try:
         typer.run(command)
     except (ValueError, OSError) as error:
@@ -26,11 +26,12 @@ def main(command: Callable[..., Any]) -> None:
 
 
 def show(table: Table) -> None:
+    """Print a table, at least 170 characters wide, so that no column is cut."""
     Console(width=max(170, Console().width)).print(table)
 
 
 def write_table(page: Path, lines: Sequence[str]) -> None:
-    """Prints a table in Markdown and puts it into a page, below MARK."""
+    """Print the lines of a Markdown table, and write them into `page` below MARK."""
     text = "\n".join(lines)
     print(text)
     head = page.read_text(encoding="utf-8").split(MARK)[0] if page.exists() else ""
@@ -38,7 +39,10 @@ def write_table(page: Path, lines: Sequence[str]) -> None:
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
-    """The standard output of the command. Raises ValueError with the end of all output if the command fails."""
+    """Run a command and return its standard output.
+
+    Raises ValueError with the end of the standard output and of the standard error if the command fails.
+    """
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
     if done.returncode:
         raise ValueError(f"{' '.join(command)} ended with code {done.returncode}: {done.stdout[-2000:]}"
@@ -47,11 +51,11 @@ def run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) ->
 
 
 def clone(folder: Path) -> None:
-    """A clone of this checkout's last commit."""
+    """Clone the last commit of this project into `folder`."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
 
 
 def project_environment(folder: Path) -> dict[str, str]:
-    """The variables of a process that runs the code of the clone with the packages of this environment."""
+    """Return environment variables for a process that runs the code of a clone with the installed packages."""
     return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                          "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}

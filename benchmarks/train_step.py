@@ -1,25 +1,28 @@
-"""A training step of OneDiff against transformers' LLaVA that reads both images; one table.
+"""Compares a training step of OneDiff with a training step of LLaVA of transformers on both images; one table.
 
     python -m benchmarks.train_step                           # tiny: align, tune on pairs, tune on mixed lengths
     python -m benchmarks.train_step --preset small --rounds 2
-    python -m benchmarks.train_step --overhead                # our loop over DeepSpeed's forward, backward, step
-    python -m benchmarks.train_step --attention               # what packing may do inside attention
-    python -m benchmarks.train_step --preset paper --device cuda --work align --work pairs --lora   # not run here
+    python -m benchmarks.train_step --overhead                # time of the training loop outside DeepSpeed's calls
+    python -m benchmarks.train_step --attention               # ways to compute attention on packed rows
+    python -m benchmarks.train_step --preset paper --device cuda --work align --work pairs --lora   # never run
 
-OneDiff is what a phase runs: corpus, loader, packed rows, engine with clipping and fused AdamW, all inside `fit`. The
-peer is LlavaForConditionalGeneration under transformers' Trainer at its best: rows grouped by length, padded on the
-right, SDPA, fused AdamW, clipping, no logging, no saving; what is frozen in ours is frozen in it. It reads every patch
-of both images, so "all patches" (patch_pool 1, reading A) is the like-for-like row, the VDM's work coming on top;
-"cached" has the frozen tower's features from the store, as `fit` has them by default, and "as preset" its pooling,
-reading and masked rows, too. All contenders see the same rows, images and texts (benchmarks/rows.py); sizes stand in
-benchmarks/models.py.
+OneDiff runs the code of a training phase: corpus, loader, packed rows, and `fit` with gradient clipping and fused
+AdamW. The peer is LlavaForConditionalGeneration under Trainer of transformers with its fastest settings: rows grouped
+by length, padding on the right, SDPA, fused AdamW, gradient clipping, no logging and no saving. Equal parts are frozen.
+All contenders see equal rows, images and texts (benchmarks/rows.py); benchmarks/models.py lists the model sizes.
 
-A step runs from the end of the one before to its own end, so loading counts. A round is `--units` steps of each
-contender, step by step in turn, in processes of their own; the ratio is taken round by round: its median, lowest and
-highest. Peak memory is the process's (on a GPU: of its memory); "to learn" what came on top of the loaded model.
-GFLOP/s by onediff.train.cost: 6, 4 or 2 for each weight and token, padding and recomputation not counted; on a GPU also
-MFU. On a GPU the contenders run one after the other, and the peer keeps weights and AdamW in bfloat16 alone (ours also
-in float32).
+LLaVA reads every patch of both images. "all patches" (patch_pool 1, token layout A) does so too, and computes the
+Visual Delta Module in addition, so it is the fair comparison. "cached" reads the features of the frozen vision encoder
+from the cache, which is the default of `fit`. "as preset" also uses the pooling, the token layout and the masked rows
+of the preset.
+
+The time of a step is the time since the end of the previous step, so it includes loading. Each contender runs in a
+separate process, and they take turns after each step. A round is `--units` steps of each contender; the ratio is
+computed for each round, and the table shows its median, lowest and highest value. "peak GiB" is the memory of the
+process (on a GPU: GPU memory), and "to learn" is the part of it that training added to the loaded model. GFLOP/s
+follows onediff.train.cost: 6, 4 or 2 FLOPs for each weight and token, without padding and recomputation; on a GPU the
+table also shows model FLOPs utilization (MFU). On a GPU the contenders run one after the other, and the peer keeps
+weights and AdamW state only in bfloat16 (OneDiff also in float32).
 """
 
 import time
@@ -61,18 +64,18 @@ ATTENTIONS = ("row by row", "padded inside attention", "alike rows inside attent
               "padded rows, grouped")
 BATCH = {"tiny": 32, "small": 8, "paper": 16}
 UNITS = {"align": 1, "pairs": 1, "mixed": 2}
-ALIKE = 0.8  # of a group's longest row
+ALIKE = 0.8  # Rows of one group have at least this share of the length of its longest row.
 
 
 def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
-         work: Annotated[list[str] | None, Option(help=f"Any of {', '.join(MIXTURES)}; all without.")] = None,
-         rounds: int = 2, units: Annotated[int | None, Option(help="Steps of each in a round.")] = None,
-         batch: Annotated[int | None, Option(help="Rows of a step.")] = None, device: str = "cpu",
+         work: Annotated[list[str] | None, Option(help=f"Any of {', '.join(MIXTURES)}; default: all.")] = None,
+         rounds: int = 2, units: Annotated[int | None, Option(help="Steps of each contender per round.")] = None,
+         batch: Annotated[int | None, Option(help="Rows per step.")] = None, device: str = "cpu",
          lora: bool = False, threads: int = 1, attention: bool = False, overhead: bool = False) -> None:
-    """Times of training steps, ours and the peer's."""
+    """Measure training steps of OneDiff and of LLaVA."""
     for name in work or ():
         if name not in MIXTURES:
-            raise ValueError(f"--work {name}: must be one of {', '.join(MIXTURES)}")
+            raise ValueError(f"--work {name}: must be one of {', '.join(MIXTURES)}; choose one of them")
     models.settings(preset)
     shared = {"preset": preset, "batch": batch or BATCH[preset], "device": device, "lora": lora, "threads": threads}
     kinds = KINDS
@@ -97,6 +100,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def _speed(contender: Contender, peer: Contender) -> list[str]:
+    """Format the cells of the table of speeds for one contender."""
     facts, seconds = contender.facts, median(contender.rounds)
     flops = facts["flops"] / seconds
     return [f"{facts['rows'] / seconds:.2f}", f"{facts['tokens'] / seconds:.0f}", f"{flops / 1e9:.1f}",
@@ -106,15 +110,14 @@ def _speed(contender: Contender, peer: Contender) -> list[str]:
 
 
 def _loop_share(contender: Contender) -> list[str]:
+    """Format the mean seconds of a step, the mean seconds in DeepSpeed, and the share outside DeepSpeed."""
     total, engine = contender.facts["total_s"], contender.facts["engine_s"]
-    shares = [1 - inside / whole for inside, whole in zip(engine, total, strict=True)]
+    shares = [1 - engine_s / step_s for engine_s, step_s in zip(engine, total, strict=True)]
     return [f"{sum(total) / len(total):.3f}", f"{sum(engine) / len(engine):.3f}", turns.with_range(shares, ".2%")]
 
 
-# --- in a contender's process -----------------------------------------------------------------------------------------
-
-
 def contender(case: dict[str, Any], turn: Turn) -> None:
+    """Run the training steps of one contender, in the process of this contender."""
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
     bench = Bench(case)
@@ -134,6 +137,7 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 def train_llava(bench: Bench, turn: Turn) -> None:
+    """Train LLaVA with Trainer of transformers, and wait for the next turn after each step."""
     class Turns(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turn()
@@ -155,7 +159,7 @@ def train_llava(bench: Bench, turn: Turn) -> None:
 
 
 def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
-    """The rows come grouped by length already (benchmarks.rows.grouped)."""
+    """Return the arguments of Trainer; it reads the rows in order, because `rows.grouped` grouped them by length."""
     phase, gpu = bench.phase, bench.case["device"] == "cuda"
     return TrainingArguments(
         output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=bench.case["batch"],
@@ -167,17 +171,19 @@ def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
 
 
 def for_llava(rows: list[BatchRow], *, processor: OneDiffProcessor, pixels_of: Pixels) -> dict[str, Tensor]:
+    """Collate rows into the inputs of LlavaForConditionalGeneration."""
     batch = processor.answers([row.prompt for row in rows])
     del batch["image_counts"]
     names = [name for row in rows for name in row.images]
     return batch | ({"pixel_values": pixels_of(names)["images"]} if names else {})
 
 
-# --- our loop over the bare engine ------------------------------------------------------------------------------------
-
-
 def overhead(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
-    """`fit` with batches at hand; facts tell each step's seconds, and those inside DeepSpeed's own three calls."""
+    """Run `fit` on batches that are already in memory, and measure the time outside DeepSpeed.
+
+    `turn.facts` gets two lists: `total_s`, the seconds of each step, and `engine_s`, the seconds of the step inside
+    DeepSpeed's `forward`, `backward` and `step`.
+    """
     engine_s: list[float] = []
     start = time.perf_counter()
 
@@ -195,7 +201,7 @@ def overhead(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, p
 
     def log(step: int, values: dict[str, float]) -> None:
         nonlocal start
-        if step:  # the first is the warm-up
+        if step:  # Step 0 is the warm-up, which is not measured.
             turn.facts["total_s"].append(time.perf_counter() - start)
             turn.facts["engine_s"].append(sum(engine_s))
         turn()
@@ -211,11 +217,8 @@ def overhead(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, p
                  Meter(lambda counts: 0.0, None))
 
 
-# --- what packing may do inside attention -----------------------------------------------------------------------------
-
-
 def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
-    """Forward and backward of one step, the tower's features at hand; no update."""
+    """Run forward and backward of one kind of attention, with vision features in memory and without weight updates."""
     kind = bench.case["attention"]
     pixels_of = decode(bench.corpus, processor)
     trainable(model.train(), bench.phase)
@@ -240,12 +243,13 @@ def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, 
 
 @torch.no_grad()
 def _with_states(model: OneDiffForConditionalGeneration, batch: Batch) -> Batch:
+    """Replace the images of a batch by their features from the vision encoder."""
     images = batch.pop("images")
     return batch | ({"states": model.vision(images)} if len(images) else {})
 
 
 def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
-    """The loss with no packing: whole padded rows, logits for answer tokens alone."""
+    """Compute the loss on padded rows instead of packed rows, with logits only for answer tokens."""
     embeds = model.embed(batch["input_ids"], batch["image_counts"], images=batch.get("images"),
                          states=batch.get("states"))
     hidden = model.language.get_decoder()(inputs_embeds=embeds,
@@ -258,13 +262,16 @@ def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
 
 def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, *,
                   alike: float) -> Tensor:
-    """As packing._by_row, in one call for each group of rows of which none is shorter than `alike` of the longest."""
-    places, shapes = layout(tuple(lengths), alike)
+    """Compute causal attention of packed rows like `packing._by_row`, but pad rows of similar length into one call.
+
+    No row of a group is shorter than `alike` times the longest row of the group.
+    """
+    positions, shapes = layout(tuple(lengths), alike)
     size = sum(rows * longest for rows, longest in shapes)
 
-    def padded(x: Tensor) -> list[Tensor]:  # (1, H, T, W) -> of each group (rows, H, longest, W)
+    def padded(x: Tensor) -> list[Tensor]:  # (1, H, T, W) -> for each group (rows, H, longest, W)
         flat = x[0].transpose(0, 1)
-        flat = flat.new_zeros(size, *flat.shape[1:]).index_copy(0, places, flat)
+        flat = flat.new_zeros(size, *flat.shape[1:]).index_copy(0, positions, flat)
         parts = flat.split([rows * longest for rows, longest in shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -273,12 +280,12 @@ def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
              for q, k, v in zip(padded(query), padded(key), padded(value), strict=True)]
     flat = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in mixed]) if len(mixed) > 1 else (
         mixed[0].transpose(1, 2).flatten(0, 1))
-    return flat.index_select(0, places)[None]
+    return flat.index_select(0, positions)[None]
 
 
 @lru_cache(maxsize=8)
 def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Where each token stands among the padded rows, and rows and length of each group, longest first."""
+    """Return the position of each token among the padded rows, and (rows, length) of each group, longest first."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not groups or lengths[row] < alike * lengths[groups[-1][0]]:
@@ -288,8 +295,8 @@ def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[i
     for group in groups:
         for row in group:
             starts[row], start = start, start + lengths[group[0]]
-    places = torch.cat([starts[row] + torch.arange(length) for row, length in enumerate(lengths)])
-    return places, [(len(group), lengths[group[0]]) for group in groups]
+    positions = torch.cat([starts[row] + torch.arange(length) for row, length in enumerate(lengths)])
+    return positions, [(len(group), lengths[group[0]]) for group in groups]
 
 
 if __name__ == "__main__":

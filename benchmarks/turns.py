@@ -1,7 +1,7 @@
-"""Contenders that take turns on one machine, each in a process.
+"""Runs the contenders of a benchmark in turn, each in a separate process on one machine.
 
-So what disturbs one contender disturbs all of them, and each has a peak memory that can be read. A contender that is
-not at its turn waits at a socket and uses no processor.
+Turns make the comparison fair, because other load on the machine slows all contenders equally. Separate processes have
+separate peak memory. A contender that waits for its next turn reads from a socket and uses no processor time.
 """
 
 import json
@@ -27,15 +27,17 @@ from onediff.library_logs import silence_libraries
 from onediff.train.speed import memory_gib
 
 SOCKET, CASE = "BENCHMARK_SOCKET", "BENCHMARK_CASE"
-TIMEOUT_S = 600.0  # until a contender has made its first step, and for each later one
+TIMEOUT_S = 600.0  # The longest time for the start and first unit of a contender, and for each later unit.
 
 
 class Ended(Exception):
-    """The contender has had all its turns."""
+    """Tells a contender that no turn is left."""
 
 
 class Turn:
-    """A contender's side: called after every unit of work, it waits for the next turn. The first unit is the warm-up.
+    """Reports a finished unit of work to the main process and waits for the next turn; contenders call it.
+
+    The first unit is the warm-up. A contender can add values to `facts`, which each report contains.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,10 @@ class Turn:
         self._start = time.perf_counter()
 
     def __call__(self, *_: Any) -> None:
-        """Raises Ended if there is no other turn. Of several ranks only the first one waits."""
+        """Report the finished unit and wait for the next turn. Raises Ended if no turn is left.
+
+        With several ranks, only rank 0 reports and waits.
+        """
         if os.environ.get("RANK", "0") != "0":
             return
         if torch.cuda.is_initialized():
@@ -58,7 +63,7 @@ class Turn:
 
 
 def run_script(command: Callable[[], Any], contender: Callable[[dict[str, Any], Turn], None] | None = None) -> None:
-    """The command; or, in the process of a contender, the case of that contender until it has had all its turns."""
+    """Run `command` as a command line, or run `contender` until no turn is left if this process is a contender."""
     if contender and CASE in os.environ:
         silence_libraries()
         with suppress(Ended):
@@ -67,21 +72,23 @@ def run_script(command: Callable[[], Any], contender: Callable[[dict[str, Any], 
     script.main(command)
 
 
-# --- the side that gives the turns ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Contender:
+    """One contender as the main process sees it: its case, its process and its results.
+
+    `module` is the Python module that the process runs; `rounds` gets the seconds of each round.
+    """
+
     name: str
     module: str
     case: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
-    rounds: list[float] = field(default_factory=list)  # seconds of each
+    rounds: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def running(self, address: Path, threads: int) -> Iterator[None]:
-        """Starts the process, and kills it at the end if it still runs."""
+        """Start the process of the contender, and kill it at the end of the block if it still runs."""
         environment = os.environ | {SOCKET: str(address), CASE: json.dumps(self.case),
                                     "OMP_NUM_THREADS": str(threads)} | self.environment
         with tempfile.TemporaryFile() as self.output, socket.socket(socket.AF_UNIX) as self.listener:
@@ -96,7 +103,7 @@ class Contender:
                 self.process.wait()
 
     def warm_up(self) -> None:
-        """Waits until the first unit is done. Raises ValueError if the process has died."""
+        """Wait until the first unit is done. Raises ValueError if the process ended."""
         deadline = time.monotonic() + TIMEOUT_S
         while not select.select([self.listener], [], [], 1.0)[0]:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -105,7 +112,7 @@ class Contender:
         self.receive()
 
     def receive(self) -> float:
-        """Seconds of the unit that was just done. Raises ValueError if the process has died."""
+        """Wait for the next report and return the seconds of that unit. Raises ValueError if the process ended."""
         try:
             if not self.connection.poll(TIMEOUT_S):
                 raise self.failure()
@@ -116,19 +123,24 @@ class Contender:
         return float(seconds)
 
     def take_turn(self) -> float:
+        """Let the contender do one unit of work, and return its seconds."""
         self.connection.send(True)
         return self.receive()
 
     def failure(self) -> ValueError:
+        """Return the error for a process that ended or did not answer, with the end of its output."""
         self.output.seek(0)
         output = self.output.read().decode(errors="replace").strip()
-        return ValueError(f"{self.name}: the process ended with code {self.process.poll()}; its output: "
-                          f"{output[-1500:]}")
+        code = self.process.poll()
+        reason = f"did not answer for {TIMEOUT_S:.0f} s" if code is None else f"ended with code {code}"
+        return ValueError(f"{self.name}: the process {reason}; its output: {output[-1500:]}")
 
 
 def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, together: bool = True) -> None:
-    """`rounds` rounds of `units` units for each: unit by unit in turn, or one contender after the other (where all
-    would not fit into a GPU's memory). They start and warm up at once. Raises ValueError if one dies.
+    """Run `rounds` rounds of `units` units of each contender, and store the seconds of each round in the contender.
+
+    With `together`, all contenders start at once and take turns after each unit. Otherwise they run one after the
+    other, because the memory of a GPU does not hold all of them. Raises ValueError if the process of a contender ends.
     """
     for group in [contenders] if together else [[contender] for contender in contenders]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
@@ -146,11 +158,11 @@ def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, 
 
 
 def ratios(contender: Contender, peer: Contender) -> list[float]:
-    """How many times as many rows per second as the peer, round by round."""
+    """Divide the rows per second of the contender by those of the peer, for each round."""
     share = contender.facts["rows"] / peer.facts["rows"]
     return [share * theirs / ours for ours, theirs in zip(contender.rounds, peer.rounds, strict=True)]
 
 
 def with_range(values: list[float], form: str = ".2f") -> str:
-    """median (lowest to highest)"""
+    """Format values as `median (lowest to highest)`."""
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -1,10 +1,11 @@
-"""1,000 answers from an endpoint that is slow, fails now and then, and is killed twice: what is lost, what paid twice?
+"""Measures how many answers of a slow, unreliable chat endpoint are lost or billed twice if the stage is killed twice.
 
     python -m benchmarks.writer [--pairs 1000] [--seconds 0.5] [--concurrency 16] [--folder DIR]
 
-The endpoint is a server of this machine (tests/chat_server.py); the stage runs as DVC runs it. It is stopped by SIGTERM
-at about a third of the answers and killed by SIGKILL at two thirds. Once with an endpoint that honours Idempotency-Key
-(it gives an answer that was paid for again, for nothing), once with one that does not.
+The endpoint is a local server (tests/chat_server.py) that fails for 5 % of the requests. The stage `write` runs like
+under DVC. It gets SIGTERM after about one third of the answers and SIGKILL after two thirds, and the third run
+completes. The script measures this twice: with an endpoint that supports Idempotency-Key (it repeats a billed answer
+free of charge), and with an endpoint that ignores the key.
 """
 
 import json
@@ -28,7 +29,7 @@ ANSWERS = Path("data/answers/mine/write.jsonl")
 
 
 def main(pairs: int = 1000, seconds: float = 0.5, concurrency: int = 16, folder: Path | None = None) -> None:
-    """Prints a line for each kind of endpoint."""
+    """Print one line of JSON for an endpoint that supports Idempotency-Key, and one for an endpoint that ignores it."""
     for honours_keys in (True, False):
         with tempfile.TemporaryDirectory(dir=folder) as project:
             print(json.dumps(measure(Path(project), num_pairs=pairs, seconds=seconds, concurrency=concurrency,
@@ -36,7 +37,10 @@ def main(pairs: int = 1000, seconds: float = 0.5, concurrency: int = 16, folder:
 
 
 def prepare(folder: Path, num_pairs: int) -> None:
-    """A source with captions of both images of each pair; text mode reads nothing else."""
+    """Write a project with one source that contains captions of both images of each pair, but no image bytes.
+
+    Images are not needed, because the writer reads only the captions in text mode.
+    """
     values = YAML(typ="safe").load(ROOT / "presets/micro.yaml")
     values["data"] |= {"raw": ["mine"], "written": ["mine"], "writer": {
         "model": "local", "mode": "text", "prompts": "v1", "temperature": 0.7, "max_tokens": 200}}
@@ -48,6 +52,7 @@ def prepare(folder: Path, num_pairs: int) -> None:
 
 
 def start(folder: Path, server: ChatServer, concurrency: int) -> subprocess.Popen[bytes]:
+    """Start the stage `write` in the project `folder`."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "ONEDIFF_WRITER_URL": server.url, "ONEDIFF_WRITER_CONCURRENCY": str(concurrency),
         "ONEDIFF_WRITER_USD_PER_MILLION_INPUT": "0.15", "ONEDIFF_WRITER_USD_PER_MILLION_OUTPUT": "0.6",
@@ -57,7 +62,10 @@ def start(folder: Path, server: ChatServer, concurrency: int) -> subprocess.Pope
 
 
 def kill_at(process: subprocess.Popen[bytes], number: signal.Signals, folder: Path, num_answers: int) -> int:
-    """Returns the exit code; raises RuntimeError if the stage ends too early."""
+    """Send the signal `number` when the stage has stored `num_answers` answers, and return the exit code.
+
+    Raises RuntimeError if the stage ends before that.
+    """
     while not (folder / ANSWERS).exists() or (folder / ANSWERS).read_bytes().count(b"\n") < num_answers:
         if process.poll() is not None:
             raise RuntimeError((folder / "stderr").read_text()[-2000:])
@@ -67,7 +75,7 @@ def kill_at(process: subprocess.Popen[bytes], number: signal.Signals, folder: Pa
 
 
 def measure(folder: Path, *, num_pairs: int, seconds: float, concurrency: int, honours_keys: bool) -> dict[str, Any]:
-    """One run of the stage with two kills: what the server billed, and what the folder holds."""
+    """Run the stage three times, the first two with a kill; return what the server billed and what was stored."""
     prepare(folder, num_pairs)
     with serving(seconds=seconds, failing=0.05, honours_keys=honours_keys) as server:
         began_s = time.monotonic()
