@@ -1,4 +1,4 @@
-"""A real HTTP server of this machine that speaks the chat-completions protocol, slowly and not always well."""
+"""A local HTTP server with OpenAI's chat completions API, for tests: it can be slow and fail on request."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ KEY = "sk-secret-key-of-a-test-4711"
 
 
 def judged(question: Any) -> dict[str, str]:
-    """By rule, from the words of the prompt: a caption with all words of a reference is true, one with half in part."""
+    """Judge a caption by a rule: it is true if it has all words of a reference, and partly true if it has half of them.
+
+    Returns {} for a question that does not ask for a judgement.
+    """
     if not isinstance(question, str) or "\nCaption: " not in question:
         return {}
     before, caption = question.removeprefix("References: ").split("\nCaption: ")
-    said = set(json.loads(caption).lower().split())
-    truths = [set(text.lower().split()) for text in json.loads(before)]
-    best = max((len(said & words) / len(words) for words in truths), default=0)
+    caption_words = set(json.loads(caption).lower().split())
+    references = [set(text.lower().split()) for text in json.loads(before)]
+    best = max((len(caption_words & words) / len(words) for words in references), default=0)
     states = "yes" if best == 1 else "partly" if best >= 0.5 else "no"
     return {"states": states, "invents": "no" if best == 1 else "yes"}
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers differences, edits and judgements. It counts every answer it was paid for, by Idempotency-Key and in all.
+    """A server that answers requests for differences, edits and judgements, each after `seconds`.
 
-    `faults` come first, one per request: "429", "500", "html", "hang up", ...; then a share `failing` fails. With
-    `honours_keys` an answer that was paid for is given again for nothing.
+    `faults` lists how the next requests fail, one entry per request, such as "429", "html" or "hang up"; "" means no
+    failure. When the list is empty, the share `failing` of the requests fails at random. `paid` counts the billed
+    answers by Idempotency-Key. If `honours_keys` is true, a repeated key is billed only once.
     """
 
     daemon_threads = True
@@ -43,11 +47,11 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.seconds, self.failing, self.honours_keys = seconds, failing, honours_keys
         self.faults: list[str] = []
-        self.contents: dict[str, str] = {}  # part of a question -> what is answered instead
+        self.contents: dict[str, str] = {}  # text in a question -> answer to questions that contain the text
         self.paid: Counter[str] = Counter()
-        self.given: dict[str, bytes] = {}
-        self.seen: list[dict[str, Any]] = []
-        self.times: list[float] = []
+        self.given: dict[str, bytes] = {}  # Idempotency-Key -> answer
+        self.seen: list[dict[str, Any]] = []  # all requests
+        self.times: list[float] = []  # when the requests arrived
         self.failures = self.flying = self.most_flying = 0
         self.lock = threading.Lock()
         self._random = random.Random(seed)
@@ -63,7 +67,7 @@ class ChatServer(ThreadingHTTPServer):
             return self._random.choice(["429", "500"]) if self._random.random() < self.failing else ""
 
     def pay(self, key: str, body: dict[str, Any]) -> bytes:
-        """The answer's bytes; it counts as paid unless it was before and the server honours keys."""
+        """Bill and return an answer; a key that was billed before is not billed again if the server honours keys."""
         with self.lock:
             if key in self.given and self.honours_keys:
                 return self.given[key]
@@ -72,6 +76,7 @@ class ChatServer(ThreadingHTTPServer):
             return self.given[key]
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON of the chat completion for a request."""
         asked = body["messages"][-1]["content"]
         question = json.dumps(asked)
         form = body.get("response_format", {}).get("json_schema", {}).get("name", "differences")
@@ -89,7 +94,7 @@ class ChatServer(ThreadingHTTPServer):
                 "usage": {"prompt_tokens": 101, "completion_tokens": 11, "total_tokens": 112}}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no news."""
+        """Print nothing about broken connections, because tests kill clients on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,10 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.split()[:1] and fault.split()[0].isdigit():
             code, _, text = fault.partition(" ")
             headers = {"Retry-After": text.removeprefix("after=")} if text.startswith("after=") else {}
-            said = {"error": {"message": text or "failed", "code": text}}
-            self._reply(int(code), json.dumps(said).encode(), headers=headers)
+            error = {"error": {"message": text or "failed", "code": text}}
+            self._reply(int(code), json.dumps(error).encode(), headers=headers)
         else:
-            content = server.pay(key, body)  # first: who hangs up early pays all the same
+            content = server.pay(key, body)  # Bill first: a client that disconnects before the reply must pay too.
             time.sleep(server.seconds)
             self._reply(200, content)
 
@@ -157,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[ChatServer]:
+    """Run a server on a free port in a thread until the end of the `with` block."""
     with ChatServer(**settings) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

@@ -20,7 +20,7 @@ Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
 
 
 def write_card(folder: Path, *, root: Path = Path()) -> Path:
-    """Write the model card FOLDER/README.md about the pipeline's present results, and return the path of the file.
+    """Write a model card with the current results of the pipeline to FOLDER/README.md, and return the path.
 
     The card lists the ids in FOLDER/lineage if that folder exists. Raises FileNotFoundError for results that do not
     exist yet.

@@ -37,9 +37,9 @@ NEAR_BITS = 8  # of the 64 bits of a perceptual hash
 GREY_PX = 32  # width and height of the grey thumbnails
 FLAT, CONTRAST = 4.0, 10  # Thumbnails whose grey levels have a standard deviation below FLAT are never near.
 MEASURES = ("equal_image", "near_image", "equal_caption", "rare_caption", "near_caption", "image_and_caption", "leaks")
-NUM_SHOWN = 5  # how many of the unreadable images the result lists
+NUM_SHOWN = 5  # largest number of unreadable images that the result of the leak audit lists
 _HASHED_PX = 128
-_BLOCK = 512  # number of examples whose images are compared at once
+_BLOCK = 512  # number of training examples whose images are compared with the benchmark at once
 
 
 def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example | ExampleGroup], *, out: Path | None,
@@ -58,7 +58,7 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
     if out:
         write_jsonl(out, findings)
     else:
-        deque(findings, maxlen=0)  # The index counts the matches while this iterator is consumed.
+        deque(findings, maxlen=0)  # Consume the iterator without storing the matches, because the index counts them.
     counts = index.counts()
     return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST, **RULE},
             "train": train_counts.as_dict(), "benchmark": benchmark_counts.as_dict(), "benchmarks": counts,
@@ -67,7 +67,8 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Return one line for the terminal: "clean" or the number of leaking pairs, and the number of unreadable images."""
+    """Return the result of the leak audit in one line: "clean" or the number of leaking pairs, then unreadable images.
+    """
     pairs = f"{result['num_pairs']:,} pairs"
     outcome = f"{result['leaks']:,} of {pairs} leak" if result["leaks"] else f"clean: none of {pairs} leaks"
     numbers = {name: result[name]["missing_images"] + result[name]["corrupt_images"] for name in ("train", "benchmark")}
@@ -91,7 +92,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The facts about an image that the audit compares.
+    """What the leak audit compares of an image: digest of the pixels, perceptual hash, and thumbnail.
 
     `pixels` is a digest of all pixels, or empty if the perceptual hash shows that no image of the benchmark is equal.
     `phash` is the perceptual hash, and `grey` the flattened grey thumbnail.
@@ -117,7 +118,10 @@ class FingerprintedExample:
 
 def _fingerprinted(items: Iterable[Example | ExampleGroup], hashes: frozenset[int] | None,
                    runtime: Runtime) -> Iterator[FingerprintedExample]:
-    """Yield the fingerprinted examples, computed in worker processes; `hashes` is explained in `_fingerprint`."""
+    """Compute the image fingerprints of all examples in worker processes, and yield the examples with fingerprints.
+
+    `hashes` has the meaning that `_fingerprint` describes.
+    """
     return itertools.chain.from_iterable(spread(functools.partial(_worker, hashes), items, runtime, chunk=8))
 
 
@@ -230,7 +234,8 @@ class _BenchmarkIndex:
 
     def _matching_images(self, examples: list[FingerprintedExample],
                          max_distance: float) -> Iterator[tuple[int, Fingerprint, int, float | None]]:
-        """Yield (index of the example, training image, index of the benchmark image, distance) for each match.
+        """Yield (index of the example, training image, index of the benchmark image, distance) for each pair of images
+        that are equal or near.
 
         The distance is the mean difference of the thumbnails in grey levels, or None if all pixels are equal.
         """
@@ -250,7 +255,7 @@ class _BenchmarkIndex:
                     yield number, image, int(theirs[place]), round(float(distance[place]), 3)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return for each benchmark the number of all pairs, and the number of matched pairs by measure."""
+        """Return for each benchmark the number of all pairs, and the number of pairs that match by each measure."""
         counts = {}
         for source, num_pairs in Counter(source for source, _ in self.pairs).items():
             pairs = {measure: self.matched[source, measure] for measure in MEASURES}

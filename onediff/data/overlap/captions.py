@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 MIN_WORDS, OWN, CONTAINED, COMMON = 8, 0.5, 0.8, 10
-# At most so many texts are stored per caption. A caption that is near to more texts has only common trigrams, so it is
-# not rare.
+# A caption that is near to more texts than this has only common trigrams, so it cannot be rare.
 MAX_TEXTS = 2 * COMMON
 RULE = {"min_words": MIN_WORDS, "own_trigrams": OWN, "contained_trigrams": CONTAINED, "common_texts": COMMON}
 _WORD = re.compile(r"\w+")
@@ -60,7 +59,7 @@ class CaptionMatch:
 
 @dataclass(eq=False)
 class _Caption:
-    """A caption of the benchmark with the matches that were found so far."""
+    """A caption of the benchmark, with all matching training texts that have been added so far."""
 
     text: str
     num_words: int
@@ -68,14 +67,14 @@ class _Caption:
     pairs: set[str] = field(default_factory=set)
     own: Trigrams = frozenset()  # trigrams that occur in no other pair; left empty if the caption cannot be rare
     matches: dict[str, CaptionMatch] = field(default_factory=dict)  # text -> match; empty if `own` is empty
-    equal: CaptionMatch | None = None  # the match with the first text that is equal
+    equal: CaptionMatch | None = None  # the match with the first training text that is equal to the caption
 
     def may_be_rare(self, num_own: int) -> bool:
-        """Return whether the caption is rare if `num_own` of its trigrams are rare."""
+        """Return whether the caption is long enough to be rare, and whether `num_own` rare trigrams are enough."""
         return self.num_words >= MIN_WORDS and num_own >= OWN * len(self.trigrams)
 
     def add_match(self, text: TrainingText, train: str, *, equal: bool, contained: float) -> None:
-        """Record that the caption occurs in a text of the training row `train`."""
+        """Record that this benchmark caption occurs in a text of the training row `train`."""
         new = CaptionMatch(self.text, frozenset(self.pairs), False, equal, contained, train, text.raw, 0)
         if equal:
             match = self.equal or new
@@ -110,7 +109,7 @@ class CaptionIndex:
     """
 
     def __init__(self, captions: Iterable[tuple[str, str]]) -> None:
-        """Index (pair_id, caption) tuples; captions without a word are ignored."""
+        """Build the index from tuples (pair_id, caption); captions without a word are ignored."""
         self._captions: dict[str, _Caption] = {}
         pairs_with: dict[tuple[str, str, str], set[str]] = defaultdict(set)
         for pair_id, text in captions:
@@ -121,18 +120,20 @@ class CaptionIndex:
                 for trigram in caption.trigrams:
                     pairs_with[trigram].add(pair_id)
         self._by_own: dict[tuple[str, str, str], list[_Caption]] = defaultdict(list)
-        # trigram -> hashes of the different training texts that contain the trigram, at most COMMON + 1 of them
+        # trigram of a caption -> hashes of at most COMMON + 1 different training texts that contain the trigram
         self._texts_with: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         for caption in self._captions.values():
             own = frozenset(trigram for trigram in caption.trigrams if len(pairs_with[trigram]) == 1)
             if caption.may_be_rare(len(own)):
                 caption.own = own
-                # Because OWN > 1 - CONTAINED, each text to which this caption is near contains one of these trigrams.
+                # Since OWN > 1 - CONTAINED, every text that is near this caption contains one of the rare trigrams.
                 for trigram in own:
                     self._by_own[trigram].append(caption)
 
     def add_text(self, text: TrainingText, train: str) -> set[str]:
-        """Compare a text of the training row `train`, and return the pairs with an equal or near caption, rare or not.
+        """Compare one training text with all captions, and return the pairs whose caption is equal or near.
+
+        `train` is the name of the training row. The returned pairs include those whose caption is not rare.
         """
         candidates: set[_Caption] = set()
         for trigram in text.trigrams & self._by_own.keys():
@@ -149,9 +150,9 @@ class CaptionIndex:
         return set().union(*(caption.pairs for caption in contained))
 
     def matches(self) -> Iterator[CaptionMatch]:
-        """Yield for each rare caption a match per text, and for other captions the match with the first equal text.
+        """Yield all matches of each rare caption, and only the first equal match of every other caption.
 
-        Call this after all texts were added, because they decide which captions are rare.
+        Call this method after all training texts were added, because the texts decide which captions are rare.
         """
         for caption in self._captions.values():
             num_seldom = sum(len(self._texts_with.get(trigram, ())) <= COMMON for trigram in caption.own)
@@ -161,10 +162,10 @@ class CaptionIndex:
                 yield caption.equal
 
     def pairs(self) -> dict[str, set[str]]:
-        """Return the matched pairs by measure.
+        """Return the pairs of the benchmark whose captions match training texts, as {measure: set of pair_ids}.
 
-        equal_caption: pairs with an equal caption. rare_caption: pairs with an equal caption that is rare.
-        near_caption: pairs with a rare caption that is near, and without a rare caption that is equal.
+        The measure equal_caption contains the pairs with an equal caption, and rare_caption the pairs with an equal
+        caption that is rare. near_caption contains the other pairs with a near caption that is rare.
         """
         equal = [match for match in self.matches() if match.equal]
         rare = _pairs(match for match in equal if match.rare)

@@ -23,7 +23,7 @@ from onediff.inputs.prompt import IMAGE
 
 ANNOTATIONS = (".json", ".jsonl")
 _FORM = '{"id", "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from", "value"}, ...]}'
-# The readers' errors end with this advice, which is removed because LLaVA files of users are not published files.
+# The errors of entries.py end with this advice. It is removed here, because users write LLaVA files themselves.
 _CURE = "; take the file as published"
 
 
@@ -49,7 +49,7 @@ class ExampleGroup:
     split: str
 
     def examples(self) -> list[Example]:
-        """Read the row group and return the examples that belong to the split."""
+        """Read the row group from disk, and return the examples of the records that belong to `split`."""
         return [_of_record(record) for record in read_group(self.shard, self.number) if record.split == self.split]
 
 
@@ -83,7 +83,7 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
 
 
 def _of_record(record: Record) -> Example:
-    """Convert a DiffCap record to an example."""
+    """Convert a DiffCap record to an example for the leak audit."""
     names = record.provenance.get("names")
     if not isinstance(names, list) or len(names) < 2:
         names = [*(names if isinstance(names, list) else []), "before", "after"][: record.num_images]

@@ -49,6 +49,6 @@ def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str,
 
 
 def _rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split without the images, reading one shard at a time."""
+    """Yield the DiffCap rows of a split without the images, reading one Parquet shard at a time."""
     for path in shards(folder, f"{split}-*.parquet"):
         yield from read_table(folder, path.name)

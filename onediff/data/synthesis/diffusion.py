@@ -21,7 +21,7 @@ from onediff.inputs.images import open_image, png
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 SIDE = 64  # The U-Net of the pipeline needs images whose width and height are multiples of this.
-MIN_LENGTH = 1e-5  # A difference of two unit vectors that is shorter than this is only rounding error.
+MIN_LENGTH = 1e-5  # If the difference of two unit vectors is shorter than this, it is only rounding error.
 OUTCOMES = ("kept", "image too unlike", "image too unlike its caption", "direction unlike the captions'", "flagged",
             "unreadable")
 
@@ -37,10 +37,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Editor:
-    """Edits the image of a task `num_samples` times and keeps the samples that pass the CLIP filters.
+    """Edits each image `num_samples` times with InstructPix2Pix and keeps the samples that pass the CLIP filters.
 
-    Each worker process calls the editor once. This call loads the pipeline and CLIP, and returns the function that
-    works on one task at a time.
+    Each worker process calls the editor once. This call loads the models and returns a function that edits the image
+    of one task at a time.
     """
 
     source: str
@@ -64,7 +64,10 @@ class Editor:
         models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"  # Other weights or precision give other text.
 
         def work(task: Task) -> tuple[Path, dict[str, int]]:
-            """Return the folder of the kept records, and the number of samples per outcome; reuse a finished task."""
+            """Edit the image of a task, or reuse the finished result of an earlier run.
+
+            Returns the folder with the kept records, and the number of samples per outcome.
+            """
             [image] = load([task.entry])
             inputs = [self.source, self.settings.model_dump(), self.seed, models, task.edit, task.output,
                       task.entry.name, task.entry.caption, digest(image.content)]
@@ -81,7 +84,7 @@ class Editor:
 
     def _records(self, pipeline: Any, embedder: Embedder, task: Task, content: bytes,
                  counts: Counter[str]) -> Iterator[Record]:
-        """Yield a record for each sample of a task that is kept, and count all outcomes in `counts`.
+        """Edit the image of a task, yield a record for each sample that is kept, and count all outcomes in `counts`.
 
         The image is resized first: the longer side to about `image_px`, both sides to multiples of SIDE.
         """
@@ -98,12 +101,12 @@ class Editor:
         before = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         count = settings.num_samples
         seeds = [int(digest(f"{self.seed}|{name}|{number}".encode())[:8], 16) for number in range(count)]
-        # Only samples of this image share a batch, and each sample has its own generator. So other tasks cannot change
-        # the result of this task.
+        # One batch contains only samples of this image, each with its own generator, so other tasks change nothing.
         output = pipeline(prompt=[task.edit] * count, image=[before] * count, num_inference_steps=settings.steps,
                           guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
                           generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pil")
-        flagged = output.nsfw_content_detected or [False] * count  # None if the pipeline has no safety checker
+        # Without a safety checker in the pipeline, `nsfw_content_detected` is None.
+        flagged = output.nsfw_content_detected or [False] * count
         measured = similarities(embedder, before, output.images, captions=captions)
         for seed, after, is_flagged, values in zip(seeds, output.images, flagged, measured, strict=True):
             outcome = "flagged" if is_flagged else verdict(values, settings)
@@ -148,6 +151,6 @@ def verdict(values: dict[str, float], settings: Diffusion) -> str:
 
 
 def _cosine(a: Any, b: Any) -> float:
-    """Return the cosine of two vectors, or 0 if one is zero up to rounding, as the step between equal captions."""
+    """Return the cosine of two vectors, or 0 if a vector is zero up to rounding, such as the step of equal captions."""
     lengths = [float(vector @ vector) ** 0.5 for vector in (a, b)]
     return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > MIN_LENGTH else 0.0

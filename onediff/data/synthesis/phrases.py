@@ -64,5 +64,5 @@ def say(rng: Generator, word: str) -> str:
 
 
 def phrasings(rng: Generator, templates: tuple[str, ...], count: int) -> list[str]:
-    """Return `count` different templates in random order; all templates if there are fewer."""
+    """Return `count` different caption templates in random order; all templates if there are fewer than `count`."""
     return [templates[int(i)] for i in rng.permutation(len(templates))[:count]]

@@ -24,7 +24,7 @@ COLORS: dict[str, Vector] = {  # linear RGB
     "brown": (0.26, 0.10, 0.03), "purple": (0.36, 0.04, 0.55), "cyan": (0.05, 0.55, 0.60), "yellow": (0.85, 0.68, 0.03),
 }
 SHAPES = ("cube", "sphere", "cylinder")
-SIZES = {"small": 0.48, "big": 0.82}  # half the width of an object, before the factor of the shape
+SIZES = {"small": 0.48, "big": 0.82}  # half the width of an object, before multiplication by the factor of the shape
 MATERIALS = ("matte", "shiny")
 TABLE: Vector = (0.42, 0.40, 0.38)
 FOV = 0.31  # half the width of the image plane at distance 1 from the camera
@@ -32,7 +32,11 @@ FOV = 0.31  # half the width of the image plane at distance 1 from the camera
 
 @dataclass(frozen=True)
 class Thing:
-    """One object on the table: x points right, y points away from the camera, and `rotation` is about z in radians."""
+    """One object on the table.
+
+    The x axis points right and the y axis away from the camera; `rotation` is the angle about the vertical axis in
+    radians.
+    """
 
     shape: str
     color: str
@@ -159,7 +163,10 @@ def _normal(thing: Thing, p: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
-    """Return the rows and columns of the image, `side` rays wide, that contain the bounding sphere of the object."""
+    """Return the rows and columns of the image that contain the bounding sphere of the object, as two slices.
+
+    `side` is the number of rays along each side of the image.
+    """
     u, v, depth = camera.project(thing.centre)
     reach = thing.bound / math.sqrt(max(depth * depth - thing.bound**2, 1e-6)) / FOV * 1.2
     columns = slice(max(0, int((u - reach + 1) / 2 * side) - 1), min(side, int((u + reach + 1) / 2 * side) + 2))
@@ -168,10 +175,10 @@ def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
 
 
 def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array, ...], Array, NDArray[np.int8]]:
-    """Trace one ray per cell of an S x S grid, where S is `side`.
+    """Trace one ray per cell of a square grid with `side` rows and columns.
 
-    Returns the ray directions (three arrays (S, S)), the distances to the first hit (S, S), and the index of the object
-    that was hit (S, S), -1 for the table.
+    Returns for each ray the direction (three arrays: x, y, z), the distance to the first surface that the ray hits, and
+    the index of the object that was hit, which is -1 for the table.
     """
     axis = (np.arange(side) + 0.5) * (2.0 * FOV / side) - FOV
     u, v = axis[None, :], -axis[:, None]
@@ -190,7 +197,10 @@ def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array,
 
 
 def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np.bool_]:
-    """Return which of the points `p` the light reaches; `light` is the unit vector towards the light."""
+    """Return a mask of the points `p` that are not in the shadow of an object.
+
+    `light` is the unit vector that points towards the light.
+    """
     lit = np.ones(p[0].shape, dtype=bool)
     for thing in things:
         offset = tuple(centre - axis for centre, axis in zip(thing.centre, p, strict=True))
@@ -210,7 +220,7 @@ def visible(things: list[Thing], view: View) -> NDArray[np.float64]:
 
 
 def object_ids(things: list[Thing], view: View, image_px: int, *, samples: int = 2) -> NDArray[np.int8]:
-    """Return the ids that `render` returns, without computing the image."""
+    """Return the index of the object that each pixel shows, as `render` does, without computing the image."""
     _, _, ids = _trace(things, Camera.of(view), image_px * samples)
     return np.ascontiguousarray(ids[::samples, ::samples])
 
@@ -223,9 +233,10 @@ def bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
 
 def render(things: list[Thing], view: View, image_px: int, *,
            samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """Return the image (P, P, 3), and ids (P, P): the index of the object that each pixel shows, -1 for the table.
+    """Render a scene to an image (P, P, 3) and ids (P, P), where P is `image_px`.
 
-    The color of a pixel is the mean of `samples` x `samples` rays; the id of a pixel comes from the first of its rays.
+    The ids contain the index of the object that each pixel shows, or -1 for the table. The color of a pixel is the mean
+    of `samples` x `samples` rays, and the id comes from the first of these rays.
     """
     side = image_px * samples
     camera = Camera.of(view)
@@ -255,12 +266,12 @@ def _shade(thing: Thing, view: View, light: Vector, p: tuple, d: tuple, lit: NDA
     if thing.material == "matte":
         return [diffuse * base[i] for i in range(3)]
     cosine = 2.0 * _dot(d, n)
-    # The reflected ray r ends, by direction, at a bright ceiling, a dark wall or the table.
+    # The reflected ray r meets a bright ceiling, a dark wall or the table, depending on its direction.
     r = tuple(d[i] - cosine * n[i] for i in range(3))
     table = 0.75 / (1.0 + 2.0 * p[2] / np.maximum(-r[2], 0.05))
     room = np.where(r[2] > 0.4, 1.3, np.where(r[2] > 0.0, 0.1, table)) * (0.5 + view.ambient)
     glint = np.maximum(_dot(r, light), 0.0)
-    for _ in range(4):  # Squaring four times raises to the 16th power with exactly rounded arithmetic only.
+    for _ in range(4):  # Squaring four times gives the 16th power; `**` may round differently on other machines.
         glint = glint * glint
     white = 0.9 * view.light_power * glint * lit
     return [0.35 * diffuse * base[i] + room * (0.7 * base[i] + 0.12) + white for i in range(3)]

@@ -23,7 +23,7 @@ from onediff.data.writer.request import Form, Request, Tokens, max_tokens
 from onediff.paths import ANSWERS
 
 MAX_SENTENCES, MAX_WORDS = 5, 100
-# With less free disk space than this, no request is sent: the answers to requests in flight must still be stored.
+# No request is sent when less disk space is free, because the answers to earlier requests must still be stored.
 MIN_FREE_BYTES = 16 * 2**20
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _CURE = ("restore the file with 'dvc checkout {}', or delete this line: the next run then sends the request, and pays "
@@ -34,11 +34,11 @@ Status = Literal["ok", "refused", "malformed", "unreadable"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One stored answer of the writer to the request `key`.
+    """One stored answer of the writer, a language model, to the request with the digest `key`.
 
     `text` is the unchanged answer, and `reason` says why it cannot be used ("" if it can). `lost` counts the attempts
     that got no reply but may have been billed. If `counted` is true, the endpoint reported the token counts; otherwise
-    they are upper bounds.
+    the counts are upper bounds.
     """
 
     key: str
@@ -111,7 +111,7 @@ def parse(text: str, form: Form) -> dict[str, Any]:
 
 
 def read_completion(request: Request, completion: Any) -> Answer | None:
-    """Convert the decoded JSON of a chat completion to an answer; return None if it is not a chat completion."""
+    """Convert the decoded JSON of an HTTP reply to an answer; return None if it is not a chat completion."""
     try:
         choice = completion["choices"][0]
         refusal, text = choice["message"].get("refusal") or "", choice["message"].get("content") or ""
@@ -154,9 +154,10 @@ def answers_path(source: str, stage: str) -> Path:
 
 
 def read_answers(path: Path) -> dict[str, Answer]:
-    """Return the stored answers by the key of their request; an empty dictionary if the file does not exist.
+    """Read an answer file as {key of the request: answer}; return {} if the file does not exist.
 
-    Incomplete lines, left when a run was killed during a write, are skipped. Raises ValueError for any other bad line.
+    A line that is incomplete because a run was killed during the write is skipped. Any other invalid line raises
+    ValueError.
     """
     answers: dict[str, Answer] = {}
     names = [field.name for field in fields(Answer)]
@@ -170,13 +171,13 @@ def read_answers(path: Path) -> dict[str, Answer]:
 
 
 def spent_usd(folder: Path = ANSWERS) -> float:
-    """Return the total cost of all stored answers, over every source and stage."""
+    """Return the total cost in US dollars of all stored answers, over every source and stage."""
     return sum((sum(float(row.get("usd", 0)) for _, row in _rows(path)) for path in sorted(folder.glob("*/*.jsonl"))),
                start=0.0)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, JSON object) for every complete line; a last line without line break is skipped."""
+    """Yield (line number, JSON object) for every line of an answer file, except a last line without a line break."""
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content[:content.rfind(b"\n") + 1].splitlines(), 1):
         try:
@@ -190,10 +191,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 @contextmanager
 def open_answers(path: Path) -> Iterator[FileIO]:
-    """Open and lock an answer file for `append`; the lock ends when the file is closed or the process is killed.
+    """Open an answer file for `append`, and lock it until the file is closed or the process ends.
 
-    If a killed run left an incomplete last line, it is rewritten as a complete line with the key `torn`, which readers
-    do not count as an answer. Raises ValueError if another run has locked the file.
+    If a killed run left an incomplete last line, the line is rewritten as JSON with the key `torn`, which readers do
+    not count as an answer. Raises ValueError if another run has locked the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileIO(path, "a") as file:
@@ -211,7 +212,7 @@ def open_answers(path: Path) -> Iterator[FileIO]:
 
 
 def append(answer: Answer, file: FileIO, *, usd: float) -> None:
-    """Append an answer and its cost to the file; it is on disk when this returns.
+    """Append an answer and its cost to the answer file; both are on disk when this function returns.
 
     Raises OSError, and leaves the file unchanged, if the disk is full.
     """

@@ -29,15 +29,15 @@ from onediff.data.writer.jobs import Stage, jobs
 from onediff.data.writer.request import Request, Tokens, max_tokens
 from onediff.interrupts import postponed
 
-# The key of a request, and the answer to it, the error that it raised, or None if it was not sent.
+# (key of a request, result): the result is the answer, the error that was raised, or None if nothing was sent.
 Outcome = tuple[str, Answer | BaseException | None]
 Send = Callable[[Iterator[Request]], Iterator[Outcome]]
-ROUND = 4  # In one round, a cluster worker gets this many batches, each with this many requests per thread.
+ROUND = 4  # In one round, each Ray worker gets this many batches, each with this many requests per thread.
 
 
 @dataclass
 class Tally:
-    """The number of new answers by status, and the tokens and dollars that one run used.
+    """What one run used: the number of new answers by status, the tokens, and the cost in US dollars.
 
     `usd` includes the attempts without a reply, each at the maximum cost of the request.
     """
@@ -55,14 +55,15 @@ class Tally:
 
 @dataclass
 class Budget:
-    """A budget in dollars, which guarantees that spent and reserved money together never exceed `cap`.
+    """A budget in US dollars for requests; spent and reserved money together never exceed `cap`.
 
-    `spent` is the cost of the answers received so far, `reserved` the maximum cost of each request in flight.
+    `spent` is the cost of the answers received so far, `reserved` the maximum cost of each request that waits for an
+    answer.
     """
 
     cap: float
     spent: float
-    reserved: dict[str, float] = field(default_factory=dict)  # key of the request -> maximum cost
+    reserved: dict[str, float] = field(default_factory=dict)  # key of the request -> maximum cost in US dollars
 
     def reserve(self, key: str, usd: float) -> bool:
         """Reserve the maximum cost `usd` of a request; return False, and reserve nothing, if it exceeds the budget."""
@@ -73,9 +74,9 @@ class Budget:
 
 
 def ask_for_stage(source: str, config: Config, runtime: Runtime, stage: Stage) -> dict[str, Answer]:
-    """Send the requests of one stage that have no answer yet, print the cost, and return all stored answers.
+    """Send the requests of one stage that have no answer yet, print the cost, and return all stored answers by key.
 
-    Raises the errors of `ask`.
+    Raises the errors that `ask` raises.
     """
     path = answers_path(source, stage)
     print(ask((job for job in jobs(source, config, stage) if isinstance(job, Request)), path, runtime))
@@ -95,7 +96,7 @@ def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
         first = next(unanswered, None)
         if first is None:
             return Tally()
-        max_tokens(first).usd(runtime)  # This raises ValueError if a price is not set, before any request is sent.
+        max_tokens(first).usd(runtime)  # If a price is not set, this raises ValueError before any request is sent.
         send = (functools.partial(_send_by_cluster, runtime) if runtime.engine == "ray" else
                 functools.partial(_send_by_threads, Endpoint(runtime, stop), runtime.writer_concurrency))
         run = _Run(itertools.chain([first], unanswered), file, runtime, stop)
@@ -115,9 +116,10 @@ def _unanswered(requests: Iterable[Request], keys: set[str]) -> Iterator[Request
 
 
 class _Run:
-    """One run, in rounds: a round sends requests while the budget allows it, and ends when all of them are answered.
+    """One run of the writer, which sends requests in rounds and stores the answers.
 
-    When the answers turn out cheaper than their reserved maximum cost, the next round can send further requests.
+    A round sends requests while the budget allows it, and ends when all of them are answered. Answers usually cost less
+    than the reserved maximum, so the next round can send more requests.
     """
 
     def __init__(self, requests: Iterator[Request], file: FileIO, runtime: Runtime, stop: Stop) -> None:
@@ -127,7 +129,8 @@ class _Run:
         self._is_finished = False
 
     def ask_all(self, send: Send, progress: Callable[[], object]) -> None:
-        """Send all requests in rounds; if requests fail, raise the first error after storing all answers in flight."""
+        """Send all requests in rounds; if a request fails, store the answers to all sent requests and raise the error.
+        """
         while not self._is_finished and not self._stop.reason:
             errors, is_idle = [], True
             for key, outcome in send(self._affordable()):
@@ -150,7 +153,7 @@ class _Run:
                 return
             usd = max_tokens(request).usd(self._runtime)
             if not self._budget.reserve(request.key, usd):
-                # The next round can send this request, if the answers cost less than was reserved for them.
+                # The next round can send this request if the answers cost less than the reserved money.
                 self._requests = itertools.chain([request], self._requests)
                 return
             yield request
@@ -171,7 +174,8 @@ class _Run:
         return None
 
     def _blocked(self) -> Exception:
-        """Return the error that says why no request can be sent: the disk is full, or the budget is exhausted."""
+        """Return the exception that explains why no request can be sent: the disk is full, or the budget is exhausted.
+        """
         if not has_room(self._file):
             return OSError(f"{self._file.name}: less than {MIN_FREE_BYTES >> 20} MiB of disk space are free, so no "
                            f"request is sent; free disk space and run the command again. This run: {self.tally}")
@@ -182,9 +186,10 @@ class _Run:
 
 
 def _send_by_threads(endpoint: Endpoint, num_threads: int, requests: Iterator[Request]) -> Iterator[Outcome]:
-    """Send requests from this process, at most `num_threads` at a time, and yield each outcome when it is known.
+    """Send requests from threads of this process, and yield (key, result) as soon as each result is known.
 
-    Taking the next request only after an earlier one is answered keeps the reserved part of the budget small.
+    At most `num_threads` requests wait for an answer at a time. Each later request is taken from `requests` only when
+    an earlier request is answered, so that the budget can be checked with the real cost.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         flying: dict[Future[Answer | None], str] = {}
@@ -200,9 +205,9 @@ def _send_by_threads(endpoint: Endpoint, num_threads: int, requests: Iterator[Re
 
 
 def _send_by_cluster(runtime: Runtime, requests: Iterator[Request]) -> Iterator[Outcome]:
-    """Send one round of requests from the workers of a Ray cluster, and yield the outcomes.
+    """Send one round of requests from the workers of a Ray cluster, and yield (key, result) for each request.
 
-    The workers divide the concurrency and the rate limits between them. Only this process stores answers.
+    The configured concurrency and rate limits are divided between the workers. Only this process stores answers.
     """
     workers = min(runtime.num_workers, runtime.writer_concurrency)
     share = runtime.model_copy(update={"workers": workers, "writer_concurrency": runtime.writer_concurrency // workers})

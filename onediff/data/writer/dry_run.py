@@ -17,10 +17,10 @@ _DATA_URI = re.compile(r"(data:image/jpeg;base64,[^\"]{24})[^\"]+")
 
 
 def plan(source: str, config: Config, runtime: Runtime, *, stage: Stage = "write") -> dict[str, Any]:
-    """Count the requests, tokens and dollars that a stage would need, without sending anything.
+    """Count the requests, tokens and US dollars that a stage would need, without sending anything.
 
-    `requests` of the result holds the first few requests exactly as they would be sent. The costs in `usd` are None if
-    a price is not set. Raises the ValueError or FileNotFoundError that the stage itself would raise.
+    The key `requests` of the result contains the first few requests exactly as they would be sent. The costs in `usd`
+    are None if a price is not set. Raises the ValueError or FileNotFoundError that the stage itself would raise.
     """
     answers = read_answers(answers_path(source, stage))
     counts = Counter(jobs=0, unfit=0, answered=0, to_ask=0)
@@ -57,7 +57,7 @@ def _exact(request: Request, runtime: Runtime) -> dict[str, Any]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """Format the plan for the terminal; the encoded images are shortened in this text, but not in the plan itself."""
+    """Format the plan of a dry run as text for the terminal, in which encoded images are shortened."""
     tokens, usd = plan["tokens"], plan["usd"]
     cost = "cost: unknown; set writer_usd_per_million_input and writer_usd_per_million_output in runtime.yaml"
     if usd["expected"] is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OPENAI_URL = "https://api.openai.com/v1"
 TIMEOUT_S = 120.0  # for one attempt
-ATTEMPTS = 8  # Together, the pauses between so many attempts last about two minutes.
+ATTEMPTS = 8  # number of attempts per request; the pauses between them last about two minutes in all
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 KEY_NAMES, NO_KEY = ("ONEDIFF_WRITER_KEY", "OPENAI_API_KEY"), "none"
 _FILTERED = ("content_filter", "content_policy_violation", "responsibleaipolicyviolation")
@@ -39,7 +39,10 @@ def shown_url(runtime: Runtime) -> str:
 
 
 def api_key(runtime: Runtime) -> str:
-    """Return the API key from the environment, or "none"; raise ValueError if OpenAI's own endpoint needs one."""
+    """Return the API key from the environment, or "none" if it is not set.
+
+    Raises ValueError if the key is not set and the endpoint is OpenAI's own, which needs a key.
+    """
     key = next(filter(None, (os.environ.get(name, "").strip() for name in KEY_NAMES)), NO_KEY)
     if key == NO_KEY and "api.openai.com" in (runtime.writer_url or OPENAI_URL):
         raise ValueError(f"{shown_url(runtime)}: this endpoint needs an API key, and none is set; set {KEY_NAMES[0]} "
@@ -57,7 +60,7 @@ class Pace:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self, tokens: int) -> float:
-        """Return the seconds to wait before sending a request that uses at most `tokens` tokens."""
+        """Reserve the next free time for a request of at most `tokens` tokens, and return the seconds until then."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next)
@@ -66,9 +69,9 @@ class Pace:
 
 
 class Stop(interrupts.Stop):
-    """A flag that asks threads to end; `reason` says why, and is empty as long as they may continue.
+    """A flag that asks threads to end; `reason` says why the threads must end, and is empty until then.
 
-    `reason` is a plain attribute, because a signal handler must not wait for a lock.
+    `reason` is a plain attribute without a lock, because a signal handler must not wait for a lock.
     """
 
     def wait(self, seconds: float) -> bool:
@@ -94,7 +97,7 @@ class Endpoint:
         self._unsupported: set[str] = set()  # Request parameters that this endpoint has rejected.
 
     def answer(self, request: Request) -> Answer | None:
-        """Send a request, with retries, and return the answer, or None if `stop` was set before an answer arrived.
+        """Send a request, and repeat it after temporary failures; return None if `stop` was set before an answer came.
 
         If an image cannot be decoded, the answer has the status "unreadable". Raises ValueError for errors that a retry
         cannot fix, and ConnectionError if all ATTEMPTS attempts failed.
@@ -122,7 +125,7 @@ class Endpoint:
         import openai
 
         sent = {name: value for name, value in body.items() if name not in self._unsupported}
-        if "max_tokens" in self._unsupported:  # Newer OpenAI models accept only the newer name of this parameter.
+        if "max_tokens" in self._unsupported:  # Newer OpenAI models call this parameter `max_completion_tokens`.
             sent["max_completion_tokens"] = body["max_tokens"]
         try:
             raw = self._client.chat.completions.with_raw_response.create(
@@ -149,9 +152,9 @@ class Endpoint:
 
     def _on_http_error(self, request: Request, body: dict[str, Any],
                        error: openai.APIStatusError) -> Answer | _Again:
-        """Decide what an HTTP error means: try again, store a refusal of this request, or stop the run.
+        """Decide what follows from an HTTP error: another attempt, a stored refusal of this request, or the end.
 
-        Raises ValueError to stop the run, for errors that every further request would meet too.
+        Raises ValueError, which ends the run, for errors that every other request would cause too.
         """
         status, text = error.status_code, error.response.text
         message = f"HTTP {status}: {self._excerpt(text)}"
@@ -166,7 +169,7 @@ class Endpoint:
         if status == 400 and any(word in text.lower() for word in _FILTERED):
             return Answer(request.key, "refused", f"the endpoint's content filter refused: {self._excerpt(text)}", "",
                           request.writer.model, 0, 0, counted=True)
-        # Without `response_format`, the prompt alone tells the model which JSON to return.
+        # These parameters can be left out: the prompt also describes the JSON, and `max_tokens` has a newer name.
         for name in ("response_format", "max_tokens"):
             if status in (400, 422) and name in text and name in body:
                 self._unsupported.add(name)
@@ -194,7 +197,10 @@ class _Again:
 
 
 def _retry_after_s(header: str) -> float | None:
-    """Parse a Retry-After header, a number of seconds or a date, to seconds; at most ten minutes, None if invalid."""
+    """Return the pause that a Retry-After header asks for, in seconds and at most ten minutes; None if it is invalid.
+
+    The header contains a number of seconds or a date.
+    """
     seconds = math.nan
     with suppress(ValueError, TypeError):
         seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()

@@ -22,7 +22,7 @@ class Unfit:
 
 
 def writer_of(source: str, config: Config, stage: Stage) -> Writer:
-    """Return the writer's settings; raise ValueError if params.yaml does not list the source for this stage."""
+    """Return the settings of the writer; raise ValueError if params.yaml does not list the source for this stage."""
     key, names = ("written", config.data.written) if stage == "write" else ("diffused", config.data.diffused)
     if source not in names:
         raise ValueError(f"params.yaml: data.{key}: does not list '{source}'; add this source, or choose one of the "
@@ -33,9 +33,10 @@ def writer_of(source: str, config: Config, stage: Stage) -> Writer:
 
 
 def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]:
-    """Yield a request, or the reason why there is none, for each pair or image of the source that needs a text.
+    """Yield a request to the writer for each pair or image of the source that needs a text.
 
-    Raises ValueError if no request can be made for any of the pairs.
+    If a pair lacks what the request needs, an `Unfit` with the reason is yielded instead. Raises ValueError if this is
+    true for all pairs.
     """
     writer = writer_of(source, config, stage)
     if stage == "instruct":
@@ -64,7 +65,7 @@ def is_captioned(record: Record) -> bool:
 
 
 def caption_job(record: Record, writer: Writer) -> Request | Unfit:
-    """Return the request for a caption of the record's pair, or the reason why none can be made."""
+    """Return the request for a caption of the record's pair, or an `Unfit` that says why no request can be made."""
     if writer.mode == "vision":
         if not (record.before and record.after):
             return Unfit(record.pair_id, f"missing: {', '.join(record.provenance.get('missing', ['an image']))}")

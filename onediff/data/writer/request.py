@@ -23,7 +23,7 @@ from onediff.data.record import digest
 from onediff.inputs.images import open_image
 
 Form = Literal["differences", "edit", "judgement"]
-# Images are reduced to this longest side, so that each costs one tile where the price counts tiles of 512 pixels.
+# Images are reduced to this longest side, so that each image costs one tile of 512 x 512 pixels.
 IMAGE_PX = 512
 JPEG_QUALITY = 90
 ANSWER_TOKENS = 60
@@ -32,7 +32,7 @@ IMAGE_TOKENS, MAX_IMAGE_TOKENS = 255, 8500
 
 _SECTIONS: dict[Form, str] = {"differences": "data.writer", "edit": "data.writer", "judgement": "judge"}
 _TEXT = {"type": "string"}
-# The schemas have no keywords such as minItems, which some endpoints reject; answers.py checks the number of sentences.
+# Some endpoints reject keywords such as minItems; therefore answers.py checks the number of sentences instead.
 SCHEMAS: dict[Form, dict[str, Any]] = {
     "differences": {"type": "object", "properties": {"differences": {"type": "array", "items": _TEXT}},
                     "required": ["differences"], "additionalProperties": False},
@@ -48,8 +48,8 @@ SCHEMAS: dict[Form, dict[str, Any]] = {
 class Request:
     """One question to the writer or the judge.
 
-    `name` is a pair_id or an image name and is not sent. `system` and `user` are the two texts of the prompt. `images`
-    are the original encoded files, which are reduced when they are sent.
+    `name` is a pair_id or the name of an image; it is not sent. `system` and `user` are the two texts of the prompt.
+    `images` are the original encoded image files, which are made smaller when they are sent.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Request:
 
 
 def _data_uri(name: str, image: bytes) -> str:
-    """Return a data URI that contains the image as a JPEG, whose longer side is at most IMAGE_PX pixels."""
+    """Return the image as a data URI with a JPEG file, whose longer side is at most IMAGE_PX pixels."""
     try:
         picture = open_image(image)
     except ValueError as error:
@@ -99,7 +99,7 @@ def _data_uri(name: str, image: bytes) -> str:
 
 
 def differences_from_captions(name: str, writer: Writer, *, before: str, after: str, edit: str) -> Request:
-    """Return the request for the differences of two images, in which the writer gets only a caption of each image.
+    """Return a request that asks for the differences of two images and contains only a caption of each image.
 
     This is the method of the OneDiff paper. `edit` is the instruction that made the second image, or empty.
     """
@@ -108,20 +108,20 @@ def differences_from_captions(name: str, writer: Writer, *, before: str, after: 
 
 
 def differences_from_images(name: str, writer: Writer, *, before: bytes, after: bytes) -> Request:
-    """Return the request for the differences of two images, in which the writer gets the images themselves."""
+    """Return a request that asks for the differences of two images and contains the images themselves."""
     return replace(_filled(name, "differences", writer, "differences_vision"), images=(before, after))
 
 
 def edit_of_caption(name: str, writer: Writer, *, caption: str) -> Request:
-    """Return the request for an edit instruction that the writer invents from a caption, as in InstructPix2Pix.
+    """Return a request for an edit instruction that suits the caption of an image, as in InstructPix2Pix.
 
-    This request contains only text, so the key is computed with mode `text`, whatever mode is configured.
+    The request contains only text, so its key does not depend on the configured mode.
     """
     return _filled(name, "edit", writer.model_copy(update={"mode": "text"}), "edit", caption=_quoted(caption))
 
 
 def judgement_of_caption(name: str, writer: Writer, *, caption: str, references: Sequence[str]) -> Request:
-    """Return the request to the judge: is this caption of a pair true, given the references of the pair?"""
+    """Return a request to the judge that asks whether a caption of a pair is true, given the references of the pair."""
     return _filled(name, "judgement", writer, "judgement", caption=_quoted(caption),
                    references="[" + ", ".join(map(_quoted, references)) + "]")
 
@@ -133,9 +133,10 @@ def _filled(name: str, form: Form, writer: Writer, prompt: str, **words: str) ->
 
 @functools.cache
 def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tuple[str, Template]:
-    """Return the system prompt, and the template of the user prompt, which follows the line `---` in the file.
+    """Return the system prompt and the template of the user prompt from the file `name` of a prompt version.
 
-    `section` is the section of params.yaml that the error message mentions. Raises ValueError for an unknown version.
+    A line `---` separates the two prompts in the file. Raises ValueError, which mentions the key `section`.prompts of
+    params.yaml, if the version does not exist.
     """
     root = resources.files("onediff.data.writer") / "prompts"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
@@ -171,14 +172,14 @@ class Tokens:
 
 
 def expected_tokens(request: Request) -> Tokens:
-    """Return an estimate of the tokens that a request and the answer to it take."""
+    """Estimate the number of tokens of a request and of the answer to the request."""
     image = MAX_IMAGE_TOKENS if request.writer.model.startswith("gpt-4o-mini") else IMAGE_TOKENS
     text = -(-sum(map(len, _texts(request))) // 4)
     return Tokens(MESSAGE_TOKENS + text + image * len(request.images), min(ANSWER_TOKENS, request.writer.max_tokens))
 
 
 def max_tokens(request: Request) -> Tokens:
-    """Return an upper bound of the tokens that a request and the answer to it take."""
+    """Return an upper bound of the number of tokens of a request and of the answer to the request."""
     text = sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(request))
     return Tokens(MESSAGE_TOKENS + text + MAX_IMAGE_TOKENS * len(request.images), request.writer.max_tokens)
 

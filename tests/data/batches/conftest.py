@@ -10,6 +10,7 @@ from onediff.data.record import Record, write_shards
 
 @pytest.fixture(scope="module")
 def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of the sources `scenes` and `edits`, where only `scenes` has captions of single images."""
     folder = tmp_path_factory.mktemp("diffcap")
     others = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={})
               for record in scene_pairs[:4]]
@@ -19,7 +20,7 @@ def corpus(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def general(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Pairs, captioned single images, conversations with an image and without."""
+    """A corpus of pairs, captioned single images, and conversations with one image or without images."""
     folder = tmp_path_factory.mktemp("general")
     image = [replace(pair, pair_id=f"i{k}", source="llava_558k", after=b"", num_images=1, references=[f"scene {k}"],
                      provenance={"captions": [f"scene {k}"]}) for k, pair in enumerate(scene_pairs[:5])]

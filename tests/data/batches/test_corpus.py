@@ -11,6 +11,7 @@ from onediff.data.record import Record, digest, write_shards
 
 @pytest.fixture
 def diffcap(scene_pairs: list[Record], tmp_path: Path) -> Path:
+    """A folder of DiffCap shards with pairs of two sources and one conversation without images."""
     edits = [replace(record, pair_id="e" + record.pair_id, source="edits", provenance={}) for record in scene_pairs[:3]]
     text = replace(scene_pairs[0], pair_id="t", source="chat", before=b"", after=b"", num_images=0,
                    provenance={"conversation": [["What\nis it?", "a table"]]})

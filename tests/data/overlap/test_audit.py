@@ -1,4 +1,7 @@
-"""A benchmark of one's own beside training sets in every form; copies are re-encoded, resized and renamed."""
+"""Tests of the leak audit: a small benchmark is compared with training sets in every supported format.
+
+The training sets contain copies of benchmark images that were encoded again, resized and renamed.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ RUNTIME = Runtime(workers=1)
 
 
 def drawn(seed: int) -> Image.Image:
+    """Return a picture of random colored areas with soft borders."""
     cells = np.random.default_rng(seed).integers(30, 220, size=(7, 11, 3)).astype(np.uint8)
     return Image.fromarray(cells).resize((221, 155), Image.Resampling.BICUBIC)
 
@@ -37,11 +41,13 @@ def shrunk(image: Image.Image) -> Image.Image:
 
 
 def saved(path: Path, image: Image.Image) -> None:
+    """Save an image; create the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 def row(name: str, images: Any, *answers: str) -> dict[str, Any]:
+    """Return one row of a file of LLaVA conversations, with one question before each answer."""
     turns = [turn for answer in answers
              for turn in ({"from": "human", "value": "<image>\n<image>\nWhat is different?"},
                           {"from": "gpt", "value": answer})]
@@ -50,7 +56,7 @@ def row(name: str, images: Any, *answers: str) -> dict[str, Any]:
 
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Path:
-    """NUM test pairs and as many training pairs, as published by a user."""
+    """A user's own folder of pairs, with NUM pairs for testing and NUM pairs for training."""
     folder = tmp_path / "mine"
     lines = []
     for split, start in (("test", 0), ("train", 1000)):
@@ -65,6 +71,8 @@ def benchmark(tmp_path: Path) -> Path:
 
 
 def audited(train: Path, benchmark: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Audit the training split of `train` against the test split of `benchmark`, and return the counts and the matches.
+    """
     out = train.parent / "findings.jsonl"
     trained = read_examples(train, split="train", scratch=train.parent / "scratch", **options)
     tested = read_examples(benchmark, split="test", scratch=train.parent / "scratch")
@@ -73,7 +81,11 @@ def audited(train: Path, benchmark: Path, **options: Any) -> tuple[dict[str, Any
 
 
 def others(folder: Path) -> Path:
-    """LLaVA-style rows: two test pairs as JPEG of half the size, an image and a caption alone, and what is new."""
+    """Write a file of LLaVA conversations that shares some content with the benchmark.
+
+    It contains two test pairs as JPEG files of half the size, one image and some captions of other test pairs, and new
+    images and texts.
+    """
     for k in (1, 3):
         saved(folder / f"coco/{k}a.jpg", shrunk(drawn(2 * k)))
         saved(folder / f"coco/{k}b.jpg", shrunk(drawn(2 * k + 1)))

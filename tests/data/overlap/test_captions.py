@@ -11,6 +11,7 @@ WORDS = ("man", "dog", "car", "left", "gone", "red", "tree", "moved", "the", "ne
 
 
 def passed(captions: list[tuple[str, str]], texts: list[str]) -> tuple[CaptionIndex, list[CaptionMatch]]:
+    """Compare all texts with the captions, and return the index and the matches."""
     index = CaptionIndex(captions)
     for number, text in enumerate(texts):
         index.add_text(prepared(text), f"row-{number}")
@@ -23,7 +24,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def slow_pairs(captions: list[tuple[str, str]], texts: list[str]) -> dict[str, set[str]]:
-    """By comparing every caption with every text, as the rule is written."""
+    """Compute the result of `CaptionIndex.pairs` by comparing every caption with every text."""
     pairs: dict[str, set[str]] = {"equal_caption": set(), "rare_caption": set(), "near_caption": set()}
     different = {" ".join(words(text)) for text in texts}
     for pair_id, caption in captions:
@@ -43,6 +44,7 @@ def slow_pairs(captions: list[tuple[str, str]], texts: list[str]) -> dict[str, s
 
 
 def holders(captions: list[tuple[str, str]], plain: str) -> set[str]:
+    """Return the pairs with a caption whose words are `plain`."""
     return {name for name, other in captions if " ".join(words(other)) == plain}
 
 

@@ -46,15 +46,15 @@ def editor(models: tuple[str, str], folder: Path, **changes: float) -> Callable:
 
 def test_an_edited_image_becomes_a_record_with_captions_edit_and_seed(models: tuple[str, str], task: Task,
                                                                       tmp_path: Path) -> None:
-    place, fates = editor(models, tmp_path)(task)
-    records = list(records_of(place))
-    assert fates == {"kept": 2} and len(records) == 2
+    folder, outcomes = editor(models, tmp_path)(task)
+    records = list(records_of(folder))
+    assert outcomes == {"kept": 2} and len(records) == 2
     for record in records:
         provenance = record.provenance
         assert (provenance["captions"], provenance["edit"]) == (["a dog on grass", "a cat on grass"], "make it a cat")
         assert (record.split, record.references, record.group_id) == ("train", [], "drawn-a.png")
         before, after = (Image.open(io.BytesIO(content)) for content in record.images)
-        assert before.size == after.size == (128, 64)  # multiples of 64 near 96 x 64
+        assert before.size == after.size == (128, 64)  # Both sides are multiples of 64, near 96 x 64.
     assert len({record.provenance["seed"] for record in records}) == 2
     assert records[0].after != records[1].after and records[0].before == records[1].before
 
@@ -70,20 +70,20 @@ def test_similarities_equal_separately_computed_cosines(models: tuple[str, str])
     assert same["sim_direction"] == 0
 
 
-@pytest.mark.parametrize(("values", "fate"), [
+@pytest.mark.parametrize(("values", "outcome"), [
     ({}, "kept"), ({"sim_image": 0.74}, "image too unlike"), ({"sim_0": 0.19}, "image too unlike its caption"),
     ({"sim_1": 0.19}, "image too unlike its caption"), ({"sim_direction": 0.19}, "direction unlike the captions'")])
 def test_each_filter_rejects_samples_below_the_threshold_of_the_paper(models: tuple[str, str], values: dict[str, float],
-                                                                      fate: str) -> None:
+                                                                      outcome: str) -> None:
     paper = settings(models, min_image_similarity=0.75, min_caption_similarity=0.2, min_direction_similarity=0.2)
     good = {"sim_image": 0.8, "sim_0": 0.3, "sim_1": 0.3, "sim_direction": 0.3}
-    assert verdict(good | values, paper) == fate
+    assert verdict(good | values, paper) == outcome
 
 
 def test_rejected_samples_are_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
-    place, fates = editor(models, tmp_path, min_image_similarity=1.0)(task)
-    assert fates == {"image too unlike": 2}
-    assert list(records_of(place)) == []
+    folder, outcomes = editor(models, tmp_path, min_image_similarity=1.0)(task)
+    assert outcomes == {"image too unlike": 2}
+    assert list(records_of(folder)) == []
 
 
 def test_an_unreadable_image_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_an_unreadable_image_is_counted(models: tuple[str, str], task: Task, tmp
 
 def test_a_finished_task_is_reused_and_an_unfinished_task_is_repeated(models: tuple[str, str], task: Task,
                                                                       tmp_path: Path) -> None:
-    place, _ = editor(models, tmp_path)(task)
-    first = {path.name: path.read_bytes() for path in place.iterdir()}
-    (place / "train-00000.parquet").write_bytes(b"kept as it is")
-    assert editor(models, tmp_path)(task)[0] == place
-    assert (place / "train-00000.parquet").read_bytes() == b"kept as it is"
-    (place / "fates.json").unlink()
+    folder, _ = editor(models, tmp_path)(task)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "train-00000.parquet").write_bytes(b"unchanged")
+    assert editor(models, tmp_path)(task)[0] == folder
+    assert (folder / "train-00000.parquet").read_bytes() == b"unchanged"
+    (folder / "fates.json").unlink()
     editor(models, tmp_path)(task)
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == first
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first

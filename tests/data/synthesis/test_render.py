@@ -16,7 +16,7 @@ THINGS = [Thing("cube", "red", "big", "matte", -1.1, 0.3, 0.4),
 
 
 def inside(thing: Thing, x: float, y: float, z: float) -> bool:
-    """Whether a point is in the solid, from its definition."""
+    """Return whether a point is inside the object, by the geometric definition of the shape."""
     cx, cy, cz = thing.centre
     dx, dy, dz = x - cx, y - cy, z - cz
     if thing.shape == "sphere":
@@ -40,7 +40,8 @@ def test_a_ray_hits_where_small_steps_along_it_first_enter_the_object(thing: Thi
         steps = np.arange(8.0, 14.0, 0.004)
         entered = next((s for s in steps if inside(thing, *(np.array(origin) + s * direction))), math.inf)
         if math.isinf(entered):
-            assert math.isinf(t) or inside(thing, *(np.array(origin) + (t + 1e-6) * direction))  # thinner than a step
+            # The ray may still hit the object, where the part on the ray is shorter than one step.
+            assert math.isinf(t) or inside(thing, *(np.array(origin) + (t + 1e-6) * direction))
         else:
             hits += 1
             assert t == pytest.approx(entered, abs=0.005)
@@ -65,13 +66,13 @@ def test_normals_have_length_one_and_point_outward(thing: Thing) -> None:
 
 def test_the_window_contains_every_pixel_of_an_object() -> None:
     alone = [render([thing], VIEW, 64, samples=1)[1] for thing in THINGS]
-    whole = module._window
+    original = module._window
     try:
         module._window = lambda thing, camera, side: (slice(0, side), slice(0, side))
         for thing, ids in zip(THINGS, alone, strict=True):
             assert np.array_equal(render([thing], VIEW, 64, samples=1)[1], ids)
     finally:
-        module._window = whole
+        module._window = original
 
 
 def test_a_near_object_hides_a_far_object() -> None:
@@ -98,7 +99,7 @@ def test_every_attribute_of_an_object_is_visible() -> None:
 
 
 def test_a_shadow_points_away_from_the_light() -> None:
-    view = View(0.0, 1.2, 11.0, 0.0, 0.0, -math.pi / 2, 0.7, 0.75, 0.35)  # light from the left
+    view = View(0.0, 1.2, 11.0, 0.0, 0.0, -math.pi / 2, 0.7, 0.75, 0.35)  # The light comes from the left.
     image, ids = render([Thing("cylinder", "gray", "big", "matte", 0.0, 0.0, 0.0)], view, 64)
     row = int(np.nonzero(ids == 0)[0].mean()) + 4
     columns = np.nonzero(ids[row] == 0)[0]

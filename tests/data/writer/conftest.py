@@ -1,4 +1,4 @@
-"""A writer's settings, an endpoint of this machine, and no waiting between attempts."""
+"""Fixtures for tests of the writer: settings, and a local endpoint with very short pauses between attempts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def writer() -> Writer:
 
 @pytest.fixture
 def ask_about(writer: Writer) -> Callable[[int], Request]:
-    """The request of pair number so and so."""
+    """A function that returns the request for the pair with a given number."""
     return lambda number: differences_from_captions(f"mine-train-{number}", writer, before=f"room {number}",
                                                     after=f"garden {number}", edit="")
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ChatServer]:
+    """A running local endpoint; the test works in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDIFF_WRITER_KEY", KEY)
     monkeypatch.setattr(endpoint, "BACKOFF_S", 0.01)

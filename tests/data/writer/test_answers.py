@@ -1,4 +1,4 @@
-"""Answers: what can be used is used, the rest has a reason, and what was appended stays in the file."""
+"""Tests of the writer's answers: unusable answers have a reason, and the answer file never loses a stored answer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ GOOD = '{"differences": ["a dog\\n came", "the sky is grey"]}'
 
 
 def completion(content: str | None, **changes: Any) -> dict[str, Any]:
+    """Return the JSON of a chat completion with this answer."""
     message = {"role": "assistant", "content": content, "refusal": changes.pop("refusal", None)}
     return {"model": "dated", "choices": [{"message": message, "finish_reason": changes.pop("finish", "stop")}],
             "usage": {"prompt_tokens": 101, "completion_tokens": 11}} | changes

@@ -1,4 +1,4 @@
-"""A run: what has no answer is asked once, within the cap, and every answer that was paid for is kept."""
+"""Tests of a run of the writer: each request is sent once, within the budget, and every paid answer is stored."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_run_stops_before_the_budget_is_exceeded_and_stores_all_answers(serv
     with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* cost .* USD .*; set writer_max_usd higher"):
         ask([ask_about(number) for number in range(50)], PATH, capped)
     kept = len(read_answers(PATH))
-    assert 3 < kept < 50  # what answers cost less than the most leaves room for more of them
+    assert 3 < kept < 50  # The answers cost less than their upper bound, so more than 3 of them fit in the budget.
     assert spent_usd() <= cap < spent_usd() + max_tokens(ask_about(1)).usd(runtime)
     assert len(server.seen) == kept
     with pytest.raises(ValueError, match="0 new answers"):
@@ -171,4 +171,4 @@ def test_a_ray_cluster_gives_the_same_answers(server: ChatServer, runtime: Runti
     assert tally.counts == {"ok": 97}
     assert read_answers(other) == read_answers(PATH)
     assert set(server.paid.values()) == {1}
-    assert len(requests) > 2 * 2 * ROUND**2  # more than one round
+    assert len(requests) > 2 * 2 * ROUND**2  # So many requests need more than one round.

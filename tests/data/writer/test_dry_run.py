@@ -1,4 +1,4 @@
-"""The dry run: exactly the requests of the real one, and nothing is sent."""
+"""Tests of the writer's dry run: it shows exactly the requests that a real run sends, and sends nothing."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_without_a_price_the_cost_is_unknown(runtime: Runtime) -> None:
 
 
 def test_a_pair_with_a_missing_image_is_unfit(runtime: Runtime) -> None:
-    lacking = record(1, captions=[], after=b"")
-    lacking.provenance["missing"] = ["7_2.png"]
-    write([record(2, captions=[]), lacking])
+    incomplete = record(1, captions=[], after=b"")
+    incomplete.provenance["missing"] = ["7_2.png"]
+    write([record(2, captions=[]), incomplete])
     unfit = [job for job in jobs("mine", config_of("vision"), "write") if isinstance(job, Unfit)]
     assert unfit == [Unfit("mine-1", "missing: 7_2.png")]
 

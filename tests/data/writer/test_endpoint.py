@@ -1,4 +1,4 @@
-"""Sending: attempts that can help are made, others are not, and the key is nowhere to be seen."""
+"""Tests of sending requests: only temporary failures are retried, and the API key appears in no text."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def test_parameters_that_the_endpoint_rejects_are_left_out(server: ChatServer, r
 
 def test_missing_token_counts_are_replaced_by_the_upper_bound(server: ChatServer, runtime: Runtime, ask_about: Asks,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = server.completion
-    monkeypatch.setattr(server, "completion", lambda body: whole(body) | {"usage": None})
-    answer, most = answer_of(runtime, ask_about(1)), max_tokens(ask_about(1))
-    assert (answer.counted, answer.input_tokens, answer.output_tokens) == (False, most.input, most.output)
+    completion = server.completion
+    monkeypatch.setattr(server, "completion", lambda body: completion(body) | {"usage": None})
+    answer, bound = answer_of(runtime, ask_about(1)), max_tokens(ask_about(1))
+    assert (answer.counted, answer.input_tokens, answer.output_tokens) == (False, bound.input, bound.output)
 
 
 def test_an_unreadable_image_is_not_sent(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:

@@ -1,4 +1,4 @@
-"""The stage stopped by SIGTERM and killed by SIGKILL: nothing that was paid for is lost or paid again."""
+"""Test of the stage `write` when it is stopped by SIGTERM and then by SIGKILL: no paid answer is lost or paid twice."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def test_two_kills_lose_no_answer_and_no_answer_is_paid_twice(tmp_path: Path, ho
     assert measured["answers_kept"] == measured["pairs_written"] == measured["billed_keys"] == 1000
     assert measured["kept_twice"] == measured["paid_but_lost"] == 0
     assert measured["failed_429_500"] > 20
-    # An endpoint that does not honour Idempotency-Key bills again what was in flight at the SIGKILL, and no more.
+    # An endpoint that ignores Idempotency-Key bills only the requests in flight at the SIGKILL (at most 16) twice.
     assert measured["billed_twice"] <= (0 if honours_keys else 16)

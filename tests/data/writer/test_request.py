@@ -1,4 +1,4 @@
-"""Requests: equal questions have equal keys, and the bound of tokens is never below what a tokenizer makes."""
+"""Tests of requests: equal requests have equal keys, and no tokenizer makes more tokens than the upper bound."""
 
 from __future__ import annotations
 

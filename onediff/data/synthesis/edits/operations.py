@@ -112,15 +112,16 @@ def paste(rng: Generator, picture: Picture) -> Edit:
     """Paste a rendered object, cut out along its outline, over the picture."""
     place, side = pick(rng, tuple(PLACES)), picture.pixels.shape[0]
     half = round(side * float(rng.uniform(0.16, 0.22)))
-    # The middle of a small object is about as high above the table as the point at which the camera looks.
+    # A small object is in the middle of the rendered image, because the camera looks at a point at this height.
     thing = replace(draw_thing(rng, 0.0, 0.0), size="small")
-    # At this distance the object fills the image.
+    # At this camera distance, the object fills the rendered image.
     distance = thing.half * {"cube": 6.4, "sphere": 4.5, "cylinder": 5.6}[thing.shape]
     light_azimuth, light_elevation = draw_uniform(rng, (-1.0, 0.6), (0.8, 1.0))
     view = View(0.0, 0.5, distance, 0.0, 0.0, light_azimuth, light_elevation, light_power=0.75, ambient=0.35)
     pixels, ids = render([thing], view, 4 * half, samples=1)
     shown = (ids == 0).astype(np.float64)[..., None]
-    fine = np.concatenate([pixels * shown, shown], axis=2)  # color times alpha (0 to 255), and alpha (0 or 1)
+    # The channels are red, green and blue times alpha (0 to 255), and alpha (0 or 1).
+    fine = np.concatenate([pixels * shown, shown], axis=2)
     # Averaging 2 x 2 pixels makes the outline smooth.
     mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4
     x, y = _draw_middle(rng, place, side, half=half)
@@ -143,7 +144,7 @@ def change_nothing(rng: Generator, picture: Picture) -> Edit:
 
 
 def _pixels(values: NDArray[np.floating[Any]]) -> Pixels:
-    """Round to whole numbers between 0 and 255."""
+    """Round color values to whole numbers between 0 and 255."""
     return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
 
 

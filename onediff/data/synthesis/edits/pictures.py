@@ -17,8 +17,8 @@ from onediff.inputs.images import open_image
 
 Pixels = NDArray[np.uint8]
 
-# Photographs that scikit-image and scikit-learn ship: name -> (package, file). A photograph must never move to another
-# split, because the backbones in this repository were pretrained on the photographs of `train`.
+# The photographs that scikit-image and scikit-learn ship, by split: name -> (package, file).
+# No photograph may move to another split, because the committed backbones were pretrained on those of `train`.
 PHOTOS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {"astronaut": ("skimage", "data/astronaut.png"), "coffee": ("skimage", "data/coffee.png"),
               "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
@@ -29,7 +29,7 @@ PHOTOS: dict[str, dict[str, tuple[str, str]]] = {
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SHORT_SIDE = 384  # Photographs are reduced until their shorter side has this many pixels.
-# The middle (u, v) of each named position: u is -1 at the left border and 1 at the right, v is -1 at the bottom.
+# The middle (u, v) of each named position in an image: u from -1 (left) to 1 (right), v from -1 (bottom) to 1 (top).
 PLACES = {"left": (-0.56, 0.0), "right": (0.56, 0.0), "top": (0.0, 0.56), "bottom": (0.0, -0.56), "center": (0.0, 0.0)}
 
 
@@ -37,7 +37,8 @@ PLACES = {"left": (-0.56, 0.0), "right": (0.56, 0.0), "top": (0.0, 0.56), "botto
 class Picture:
     """The picture to which an edit is applied.
 
-    `things`, `view` and `place` are only set for a canvas: `place` is the position of the first object.
+    For a canvas (a rendered table), `things` are the objects, `view` is the camera with the light, and `place` is the
+    named position of the first object. Photographs do not have these values.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Picture:
 
 @lru_cache(maxsize=8)
 def photo_paths(split: str, folder: str | None) -> dict[str, Path]:
-    """Return the files of the photographs of a split by name.
+    """Return the photographs of a split as {name: path}.
 
     If `folder` is None, these are the photographs that Python packages ship; otherwise the photographs in the folder,
     whose names decide the split. Raises FileNotFoundError if the folder does not exist, and ValueError if no photograph
@@ -130,7 +131,7 @@ def _draw_point(rng: Generator, view: View, place: str) -> tuple[float, float]:
     camera = Camera.of(view)
     u, v = (FOV * (middle + float(rng.uniform(-0.1, 0.1))) for middle in PLACES[place])
     ray = [camera.forward[i] + u * camera.right[i] + v * camera.up[i] for i in range(3)]
-    reach = (0.6 - camera.eye[2]) / ray[2]  # where the ray is 0.6 above the table, the height of an object's middle
+    reach = (0.6 - camera.eye[2]) / ray[2]  # The middle of an object is about 0.6 above the table.
     return camera.eye[0] + reach * ray[0], camera.eye[1] + reach * ray[1]
 
 
@@ -140,6 +141,6 @@ def draw_uniform(rng: Generator, *bounds: tuple[float, float]) -> list[float]:
 
 
 def draw_thing(rng: Generator, x: float, y: float) -> Thing:
-    """Draw an object with random attributes at the point (x, y) of the table."""
+    """Return an object with random attributes at the point (x, y) of the table."""
     return Thing(pick(rng, SHAPES), pick(rng, tuple(COLORS)), pick(rng, tuple(SIZES)), pick(rng, MATERIALS), x, y,
                  float(rng.uniform(0.0, 1.5)))

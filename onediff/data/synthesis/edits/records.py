@@ -19,8 +19,8 @@ from onediff.inputs.images import png
 
 SEED_TAG = 4  # This number is part of every random seed, so that `edits` shares no random numbers with other sources.
 NUM_REFERENCES = 3
-STEP = 20  # A pixel counts as changed if one of its channels changed by more than this, of 255.
-# The share of changed pixels from which an edit is visible, by operation:
+STEP = 20  # A pixel counts as changed if one of its color values (0 to 255) changed by more than this.
+# An edit counts as visible if at least this share of the pixels changed; one value per operation.
 MIN_CHANGED = {"none": 0.0, "remove": 0.02, "paste": 0.02, "black_and_white": 0.03, "blur": 0.03,
                "more_contrast": 0.06, "less_contrast": 0.06}
 MIN_CHANGED_ELSEWHERE = 0.2
@@ -33,7 +33,7 @@ def edit_record(config: Config, split: str, index: int) -> Record:
     operation = pick(rng, tuple(EDIT_TEMPLATES))
     on_canvas = rng.random() < config.data.edits.canvas_share
     image_px, folder = config.data.image_px, config.data.edits.photos
-    for _ in range(100):  # Some edits are invisible, such as a blur of a clear sky; then another picture is drawn.
+    for _ in range(100):  # If the edit is invisible, such as a blur of a clear sky, try another picture.
         picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
         edit = OPERATIONS[operation](rng, picture)
         difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)

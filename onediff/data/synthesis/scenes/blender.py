@@ -24,16 +24,15 @@ from onediff.data.synthesis.render import COLORS, FOV, TABLE, Camera, Thing, Vie
 
 SAMPLES = 64  # Light paths per pixel. There is no denoising: Blender's denoiser gives different bytes each time.
 SUN_ANGLE = 0.09  # The apparent width of the light in radians; a wider light makes softer shadows.
-ROUNDING = 0.05  # The rounding of edges, as a share of half the object's height.
+ROUNDING = 0.05  # The width of the rounded edges of an object, as a share of half its height.
 TABLE_SIZE = 80.0
-CEILING = (1.3, 0.25)  # The brightness that shiny objects reflect from straight above, and from the horizon.
+CEILING = (1.3, 0.25)  # The brightness of the surroundings that shiny objects reflect: straight above, and at the side.
 
 
 def load() -> Any:
-    """Import the module bpy; raise ValueError if it is not installed, or if a system library that it needs is missing.
-    """
+    """Import and return Blender's module bpy; raise ValueError if bpy or a system library for it is not installed."""
     try:
-        with _silenced(1, 2):  # bpy warns about missing audio devices and about NumPy 2; neither is used here.
+        with _silenced(1, 2):  # bpy prints warnings about audio devices and NumPy 2, which do not matter here.
             return importlib.import_module("bpy")
     except ModuleNotFoundError as error:
         if error.name != "bpy":
@@ -67,7 +66,10 @@ def choose_device(device: str) -> None:
 
 
 def render(things: list[Thing], view: View, image_px: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """Return the image (P, P, 3), and ids (P, P): the index of the object that each pixel shows, -1 for the table."""
+    """Render a scene with Blender to an image (P, P, 3) and ids (P, P), where P is `image_px`.
+
+    The ids contain the index of the object that each pixel shows, or -1 for the table.
+    """
     bpy = _studio()
     scene = bpy.context.scene
     objects = [_add(bpy, thing) for thing in things]
@@ -86,7 +88,7 @@ def render(things: list[Thing], view: View, image_px: int) -> tuple[NDArray[np.u
 
 @contextmanager
 def _silenced(*streams: int) -> Iterator[None]:
-    """Redirect these file descriptors to /dev/null, because Blender writes to them without using sys.stdout."""
+    """Redirect file descriptors to /dev/null during the `with` block, because Blender does not print to sys.stdout."""
     copies = {stream: os.dup(stream) for stream in streams}
     null = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -114,12 +116,12 @@ def _set_inputs(node: Any, values: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _studio() -> Any:
-    """Return bpy with everything that all images share: table, camera, sun, surroundings, and the settings of Cycles.
-    """
+    """Return bpy with a scene that all images share: table, camera, sun, surroundings, and the settings of Cycles."""
     bpy = load()
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
-    _set(scene.render, engine="CYCLES", threads_mode="FIXED", threads=1)  # Each core already runs a process.
+    # One thread is enough, because one rendering process per CPU core is running.
+    _set(scene.render, engine="CYCLES", threads_mode="FIXED", threads=1)
     _set(scene.cycles, samples=SAMPLES, seed=0, use_adaptive_sampling=False, use_denoising=False, max_bounces=4)
     _set(scene.render.image_settings, file_format="PNG", compression=0, color_mode="RGB")
     scene.view_settings.view_transform = "Standard"
@@ -158,7 +160,7 @@ def _surround(bpy: Any, scene: Any) -> None:
 
 
 def _material(bpy: Any, name: str, color: tuple[float, float, float], *, metallic: float, roughness: float) -> Any:
-    """Return the Blender material `name` with these properties; create it if it does not exist."""
+    """Return the Blender material `name` with this color, metallic share and roughness; create it if necessary."""
     material = bpy.data.materials.get(name) or bpy.data.materials.new(name)
     material.use_nodes = True
     surface = next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
@@ -168,7 +170,7 @@ def _material(bpy: Any, name: str, color: tuple[float, float, float], *, metalli
 
 
 def _aim(scene: Any, view: View) -> None:
-    """Set the camera, the sun and the ambient light of the scene to those of the view."""
+    """Move the camera and the sun of the Blender scene, and set the brightness of the lights, as the view describes."""
     from mathutils import Matrix
 
     camera = Camera.of(view)

@@ -58,7 +58,7 @@ def noun(rng: Generator, thing: Thing, extra: set[str]) -> str:
 
 
 def _relation(thing: Thing, neighbour: Thing) -> str | None:
-    """Return where the object is relative to the neighbour; None if both are too close to tell."""
+    """Return the position of the object relative to the neighbour, such as "left of"; None if both are too close."""
     dx, dy = thing.x - neighbour.x, thing.y - neighbour.y
     if max(abs(dx), abs(dy)) < 0.7:
         return None
@@ -68,8 +68,7 @@ def _relation(thing: Thing, neighbour: Thing) -> str | None:
 
 
 def name_objects(things: list[Thing], view: View) -> str:
-    """Return the caption of a single image: every object with all attributes, from left to right as the camera sees it.
-    """
+    """Return the caption of one image of a pair: every object with all attributes, from left to right in the image."""
     camera = Camera.of(view)
     ordered = sorted(things, key=lambda thing: camera.project(thing.centre)[0])
     return ", ".join(f"a {t.size} {t.color} {t.material} {t.shape}" for t in ordered)

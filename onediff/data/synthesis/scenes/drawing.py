@@ -12,7 +12,7 @@ from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thin
 
 TABLE_REACH = 2.2  # largest distance of an object from the middle of the table, in x and in y
 GAP = 0.45  # smallest distance between the edges of two objects
-MIN_MOVE = 1.7  # smallest distance by which a moved object moves
+MIN_MOVE = 1.7  # smallest distance between the old and the new position of a moved object
 OPPOSITE = {"add": "drop", "drop": "add", "left": "right", "right": "left", "front": "back", "back": "front"}
 
 
@@ -27,7 +27,7 @@ class Change:
 
     @property
     def inverse(self) -> Change:
-        """The change that undoes this change."""
+        """The change that reverses this change."""
         direction = OPPOSITE[self.direction] if self.direction else None
         return Change(OPPOSITE.get(self.change_type, self.change_type), self.after, self.before, direction)
 
@@ -66,7 +66,10 @@ def _place(rng: Generator, thing: Thing, others: list[Thing]) -> Thing | None:
 
 
 def draw_view(rng: Generator, jitter: float) -> View:
-    """Draw a random camera and light; `jitter` is how far both may be from their default positions (0: not at all)."""
+    """Draw a random camera and light.
+
+    `jitter` scales the distance of both from their default positions; 0 gives exactly the default positions.
+    """
     spread = rng.uniform(-1, 1, 9) * jitter
     return View(azimuth=0.19 * spread[0], elevation=0.66 + 0.05 * spread[1], distance=11.0 * (1 + 0.06 * spread[2]),
                 target_x=0.45 * spread[3], target_y=0.45 * spread[4], light_azimuth=-0.6 + 0.9 * spread[5],
@@ -77,7 +80,7 @@ def draw_view(rng: Generator, jitter: float) -> View:
 def draw_change(rng: Generator, things: list[Thing], change_type: str) -> Change | None:
     """Draw a change of the given type to one random object, or return None if no clear change was found.
 
-    For `add` the object is new. A move must be long enough, and mainly left, right, front or back.
+    A change of type `add` adds a new object. A move must be long enough, and mainly to the left, right, front or back.
     """
     old = things[int(rng.integers(len(things)))]
     if change_type == "add":

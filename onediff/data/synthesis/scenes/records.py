@@ -25,7 +25,7 @@ from onediff.inputs.images import png
 
 CHANGE_TYPES = ("color", "texture", "add", "drop", "move")
 MAX_TRIES = 400
-# These numbers are part of every random seed, so that each source has random numbers of its own; `edits` has 4.
+# These numbers are part of every random seed, so that no two sources share random numbers; the source `edits` has 4.
 SEED_TAGS = {"scenes": 1, "scenes_far": 2}
 
 
@@ -39,9 +39,10 @@ class Shot:
 
     @cached_property
     def frame(self) -> tuple[bytes, NDArray[np.int8]]:
-        """The image as PNG bytes, and the index of the object that each pixel shows (P, P), -1 for the table."""
+        """The PNG bytes of the image, and an array with the index of the object that each pixel shows (-1: the table).
+        """
         if self.data.scenes.renderer == "blender":
-            from onediff.data.synthesis.scenes import blender  # Blender is large and an optional dependency.
+            from onediff.data.synthesis.scenes import blender  # optional and slow to import
 
             image, ids = blender.render(self.things, self.view, self.data.image_px)
         else:
@@ -60,8 +61,9 @@ Pair = tuple[str, Change, Shot, Shot, list[str]]  # (last letter of the pair_id,
 def scene_records(config: Config, split: str, index: int, *, source: str = "scenes") -> list[Record]:
     """Return the pairs of base scene number `index`.
 
-    A scene of `train` gives three pairs: changed, reversed and one distractor. A scene of any other split gives four:
-    changed, the exact swap of this pair, and two distractors. Raises ValueError if no clear scene was found.
+    In the split `train`, a scene gives three pairs: changed, reversed and one distractor (an unchanged pair with
+    another camera and light). In other splits, it gives four pairs: changed, the two images of this pair swapped, and
+    two distractors. Raises ValueError if random drawing gives no scene with a clearly visible change.
     """
     jitter = config.data.scenes.far_jitter if source == "scenes_far" else config.data.scenes.jitter
     for attempt in range(MAX_TRIES):
@@ -101,7 +103,8 @@ def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter
     if change.before and change.after and change.direction:
         camera = Camera.of(b0.view)
         (u0, v0, _), (u1, v1, _) = camera.project(change.before.centre), camera.project(change.after.centre)
-        if math.hypot(u1 - u0, v1 - v0) <= 0.2:  # The image is 2 wide; the object must move by more than a tenth.
+        # u and v run from -1 to 1, so a distance of 0.2 is a tenth of the width of the image.
+        if math.hypot(u1 - u0, v1 - v0) <= 0.2:
             return None
     same = Change("none", None, None)
     if split == "train":

@@ -32,7 +32,7 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 def picture(seed: int = 3, side: int = 97) -> Picture:
-    """Smooth random colours, so that every operation shows."""
+    """Return a picture of smooth random colors, in which every operation is visible."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(30, 220, (7, 7, 3)).astype(np.uint8))
     return Picture("random", np.array(coarse.resize((side, side), Image.Resampling.BICUBIC)))
@@ -67,7 +67,7 @@ def test_brighten_darkens_no_pixel_and_keeps_black_and_white() -> None:
 
 def test_a_rotation_to_the_left_is_counter_clockwise() -> None:
     marked = np.zeros((96, 96, 3), dtype=np.uint8)
-    marked[:10] = 255  # along the top
+    marked[:10] = 255  # a white stripe along the top border
     for seed in range(9):
         edit = rotate(np.random.default_rng(seed), Picture("marked", marked))
         border = edit.after[:, :10] if edit.new == "to the left" else edit.after[:, -10:]
@@ -97,7 +97,7 @@ def test_paste_and_remove_change_no_pixel_outside_the_region() -> None:
         changed = (edit.after != start.pixels).any(axis=2)
         inside = changed[y0:y1, x0:x1]
         assert changed.sum() == inside.sum()
-        assert 0.2 < inside.mean() < 0.95  # along its outline, and not as a rectangle
+        assert 0.2 < inside.mean() < 0.95  # The changed part is smaller than the rectangle that contains it.
 
 
 def test_a_pasted_object_is_complete() -> None:

@@ -16,7 +16,7 @@ from onediff.data.synthesis.scenes import blender
 from onediff.data.synthesis.scenes.records import scene_records
 
 needs_blender = pytest.mark.skipif(importlib.util.find_spec("bpy") is None,
-                                   reason="bpy is not installed: 'make blender'")
+                                   reason="bpy is not installed; 'make blender' installs it")
 PX = 96
 VIEW = View(azimuth=0.15, elevation=0.66, distance=11.0, target_x=0.3, target_y=-0.2, light_azimuth=-0.6,
             light_elevation=0.9, light_power=0.75, ambient=0.35)
@@ -32,7 +32,7 @@ def with_blender(config: Config) -> Config:
 
 
 def mask(image: NDArray[np.uint8], color: str) -> NDArray[np.bool_]:
-    """Where the image is saturated and nearest to the colour; the table is grey."""
+    """Return the pixels whose hue is nearest to the color; the gray table is excluded by its low saturation."""
     pixels = image.astype(float)
     spread = pixels.max(axis=2) - pixels.min(axis=2)
     hue = (pixels - pixels.min(axis=2, keepdims=True)) / np.maximum(spread, 1)[..., None]

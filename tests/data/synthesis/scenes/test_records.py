@@ -16,7 +16,7 @@ from onediff.data.synthesis.scenes.records import CHANGE_TYPES, scene_records
 RED = Thing("cube", "red", "big", "matte", -1.0, 0.0, 0.0)
 
 
-def moved(thing: Thing, **changes: object) -> Thing:
+def altered(thing: Thing, **changes: object) -> Thing:
     return Thing(**(vars(thing) | changes))
 
 
@@ -72,14 +72,15 @@ def test_references_contain_color_and_shape_of_the_changed_object(micro: Config)
 
 
 def fits(phrase: str, thing: Thing) -> bool:
-    """Whether the attributes that a phrase without a neighbour names are the thing's."""
+    """Return whether all attributes in the phrase, which mentions no neighbour, are attributes of the object."""
     return all(any(word in SYNONYMS.get(getattr(thing, name), (getattr(thing, name),))
                    for name in ("shape", "color", "size", "material"))
                for word in phrase.split())
 
 
 def test_a_description_without_a_neighbour_fits_exactly_one_object() -> None:
-    scene = [RED, moved(RED, size="small", x=1.0), moved(RED, material="shiny", y=1.5), moved(RED, color="blue", x=2.0)]
+    scene = [RED, altered(RED, size="small", x=1.0), altered(RED, material="shiny", y=1.5),
+             altered(RED, color="blue", x=2.0)]
     for seed in range(40):
         rng = np.random.default_rng(seed)
         for thing in scene:
@@ -90,22 +91,23 @@ def test_a_description_without_a_neighbour_fits_exactly_one_object() -> None:
 
 def test_equal_objects_are_distinguished_by_a_neighbour() -> None:
     ball = Thing("sphere", "green", "small", "matte", 0.0, 0.0, 0.0)
-    scene = [RED, moved(RED, x=1.4), ball]
+    scene = [RED, altered(RED, x=1.4), ball]
     phrases = {describe(np.random.default_rng(seed), scene[0], scene) for seed in range(20)}
     assert all(" left of the green " in str(phrase) for phrase in phrases)
-    assert describe(np.random.default_rng(0), RED, [RED, moved(RED, x=1.4)]) is None
+    assert describe(np.random.default_rng(0), RED, [RED, altered(RED, x=1.4)]) is None
 
 
 def test_the_inverse_of_the_inverse_is_the_change() -> None:
-    for change in (Change("color", RED, moved(RED, color="blue")), Change("add", None, RED), Change("drop", RED, None),
-                   Change("move", RED, moved(RED, x=1.0), "right"), Change("none", None, None)):
+    for change in (Change("color", RED, altered(RED, color="blue")), Change("add", None, RED),
+                   Change("drop", RED, None), Change("move", RED, altered(RED, x=1.0), "right"),
+                   Change("none", None, None)):
         assert change.inverse.inverse == change
-    assert Change("move", RED, moved(RED, x=1.0), "right").inverse.direction == "left"
+    assert Change("move", RED, altered(RED, x=1.0), "right").inverse.direction == "left"
     assert Change("add", None, RED).inverse.change_type == "drop"
 
 
 def test_an_image_caption_lists_the_objects_from_left_to_right() -> None:
-    scene = [moved(RED, x=1.5), moved(RED, x=-1.5, color="blue", shape="sphere", material="shiny")]
+    scene = [altered(RED, x=1.5), altered(RED, x=-1.5, color="blue", shape="sphere", material="shiny")]
     view = draw_view(np.random.default_rng(0), 0.0)
     assert name_objects(scene, view) == "a big blue shiny sphere, a big red matte cube"
 
