@@ -49,7 +49,7 @@ def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str,
 
 
 class Recorder:
-    """Remembers, for each section of params.yaml that a stage has loaded, the stage and the key of the section."""
+    """The stage and the key of each section of params.yaml that a stage has loaded."""
 
     def __init__(self, note: Callable[[str, str], None], section: type) -> None:
         self.note, self.section = note, section

@@ -43,7 +43,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: Config) -
     return tmp_path
 
 
-def test_two_stress_tests_of_one_model_on_equal_pairs_give_equal_bytes(repository: Path) -> None:
+def test_two_runs_of_the_stress_test_on_equal_data_write_equal_files(repository: Path) -> None:
     stress()
     first = [Path(name).read_bytes() for name in FILES]
     stress()

@@ -100,8 +100,8 @@ def test_a_missing_test_image_stops_the_stage_unless_data_partial_lists_the_sour
     assert list(pd.read_parquet(folder / "data/quarantine.parquet")["pair_id"]) == ["own-test-7"]
 
 
-def test_a_leak_in_generated_data_is_refused_but_a_leak_in_raw_data_is_accepted_here(project: Project) -> None:
-    """Let `validate` accept leaks in raw data, because the stage `build` removes them."""
+def test_a_leak_in_generated_data_is_refused_but_a_leak_in_raw_data_is_accepted(project: Project) -> None:
+    """Run the stage `validate`, which accepts leaks in raw data because the stage `build` removes them."""
     own, generated = records("own"), records("edits")
     project(change(own, "own-train-1", after=own[-1].before), generated)
     probe()
@@ -120,7 +120,7 @@ def test_raw_and_generated_pairs_have_separate_tolerances(project: Project) -> N
         validate()
 
 
-def test_general_instruction_data_passes(project: Project) -> None:
+def test_general_instruction_data_is_accepted(project: Project) -> None:
     own = records("own")
     own[0] = replace(own[0], after=b"", num_images=1, references=["A long answer.\n" * 200], change_type="general")
     own[1] = replace(own[1], before=b"", after=b"", num_images=0, change_type="general")
@@ -143,7 +143,7 @@ def test_two_runs_on_equal_data_write_equal_files(project: Project) -> None:
     assert files[0] == files[1]
 
 
-def test_pairs_of_real_photographs_pass(project: Project) -> None:
+def test_pairs_of_real_photographs_are_accepted(project: Project) -> None:
     if not PHOTOS.is_dir():
         pytest.skip(f"the folder {PHOTOS} does not exist")
     own = records("own")

@@ -128,8 +128,9 @@ def test_a_model_on_the_meta_device_has_the_parameter_counts_of_the_real_model()
 @pytest.mark.parametrize(("level", "ranks", "weights", "gradients", "optimizer"), [
     (0, 4, 2 * 110, 2 * 100, 12 * 100), (1, 4, 2 * 110, 2 * 100, 3 * 100), (2, 4, 2 * 110, 2 * 25, 3 * 100),
     (3, 4, 2 * 110 / 4, 2 * 25, 3 * 100)])
-def test_model_states_in_bfloat16_at_each_zero_level(level: int, ranks: int, weights: float, gradients: float,
-                                                     optimizer: float) -> None:
+def test_each_zero_level_divides_more_of_the_model_states_by_the_number_of_ranks(
+        level: int, ranks: int, weights: float, gradients: float, optimizer: float) -> None:
+    """Compare the planned bytes of a bfloat16 model with 100 trainable and 10 frozen parameters."""
     planned = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
     assert (planned.weights, planned.gradients, planned.optimizer) == (weights, gradients, optimizer)
     assert planned.host == 0

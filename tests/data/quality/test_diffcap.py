@@ -24,7 +24,7 @@ from onediff.data.record import SPLITS, Record, digest, write_shards, write_tabl
 
 
 def record(number: int, split: str, source: str = "edits") -> Record:
-    """Return a record of two images, or in one of seven cases a general record of one image."""
+    """Return a record of two images or, for one of seven numbers, a general record of one image."""
     is_single = number % 7 == 3
     return Record(f"{source}-{split}-{number}", source, split, f"g{number}", b"before%d" % number,
                   b"" if is_single else b"after%d" % number, ["a", "b"], "?", "general" if is_single else "blur",

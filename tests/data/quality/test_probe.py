@@ -159,12 +159,12 @@ def test_the_row_of_a_pair_with_bad_images_contains_the_reasons() -> None:
 
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\u2028b", "a\x85b", "a\vb", "a\ufffdb", "a\x00b"])
-def test_bad_text_is_recognized(text: str) -> None:
+def test_a_caption_with_bad_text_is_a_fault(text: str) -> None:
     assert is_bad_text(text)
     assert probe_record(replace(record(3), references=[text]), max_megapixels=64)["has_bad_text"]
 
 
-def test_good_text_passes() -> None:
+def test_accents_non_breaking_spaces_chinese_and_emoji_are_not_bad_text() -> None:
     assert not any(is_bad_text(text) for text in ["déjà vu", "a\u00a0b", "猫が消えた", "it's gone 🐈", ""])
 
 

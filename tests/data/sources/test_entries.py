@@ -76,7 +76,8 @@ def test_a_tsv_file_is_read_with_and_without_quotes(tmp_path: Path) -> None:
         writer = csv.writer(file, delimiter="\t")
         writer.writerows([BIRD_COLUMNS, *([str(k)] * 10 + [text] for k, text in enumerate(texts))])
     assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
-    put(path, bird_table([bird_row(k, "train", 1, text) for k, text in enumerate(texts)]))  # This adds no quotes.
+    # Unlike the csv module, `bird_table` writes texts without quotes around them.
+    put(path, bird_table([bird_row(k, "train", 1, text) for k, text in enumerate(texts)]))
     assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
 
 

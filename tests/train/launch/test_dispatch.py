@@ -253,7 +253,7 @@ def test_wrong_settings_of_nodes_are_refused_before_any_rank_starts(hosts: str |
     assert not pids(folder)
 
 
-def test_over_ssh_deepspeed_gets_the_hostfile_and_the_environment_variables_for_all_nodes(folder: Path) -> None:
+def test_for_a_start_over_ssh_deepspeed_gets_the_hostfile_and_the_environment_of_all_nodes(folder: Path) -> None:
     runtime = deepspeed(nodes=2, hostfile="hosts", master_addr="one", master_port=29511)
     arguments = " ".join(nodes.command(runtime, "onediff.stages.align", folder)[1:])
     assert arguments == ("--hostfile hosts --num_nodes 2 --num_gpus 2 --master_port 29511 --master_addr one "
@@ -264,7 +264,7 @@ def test_over_ssh_deepspeed_gets_the_hostfile_and_the_environment_variables_for_
         "OMP_NUM_THREADS=1", "ONEDIFF_SCRATCH=/shared", "GLOO_SOCKET_IFNAME=eth1", "DS_ACCELERATOR=cpu"]
 
 
-def test_without_ssh_no_node_names_are_needed(folder: Path) -> None:
+def test_a_start_without_ssh_needs_no_names_of_nodes(folder: Path) -> None:
     runtime = deepspeed(nodes=3, node_rank=2, master_addr="10.0.0.1")
     command = nodes.command(runtime, "onediff.stages.align", folder)
     assert command[1:3] == ["--hostfile", str(folder / "hostfile-2")] and "--no_ssh --node_rank 2" in " ".join(command)

@@ -146,7 +146,7 @@ def write_clevr(folder: Path, **files: object) -> None:
         put(folder / f"{name}.json", value)
 
 
-def test_a_clevr_scene_gives_a_changed_pair_and_an_unchanged_one(tmp_path: Path) -> None:
+def test_a_scene_of_clevr_change_gives_a_changed_pair_and_an_unchanged_pair(tmp_path: Path) -> None:
     write_clevr(tmp_path)
     default = picture(tmp_path / "images/CLEVR_default_000012.png", 1)
     changed = picture(tmp_path / "sc_images/CLEVR_semantic_000012.png", 2)
