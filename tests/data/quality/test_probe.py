@@ -164,7 +164,7 @@ def test_a_caption_with_bad_text_is_a_fault(text: str) -> None:
     assert probe_record(replace(record(3), references=[text]), max_megapixels=64)["has_bad_text"]
 
 
-def test_accents_non_breaking_spaces_chinese_and_emoji_are_not_bad_text() -> None:
+def test_accents_non_breaking_spaces_japanese_and_emoji_are_not_bad_text() -> None:
     assert not any(is_bad_text(text) for text in ["déjà vu", "a\u00a0b", "猫が消えた", "it's gone 🐈", ""])
 
 
