@@ -66,8 +66,9 @@ def test_records_with_missing_or_broken_images_are_shown_and_captions_are_escape
                record(3, after=b"", num_images=1), record(4, before=b"", after=b"", num_images=0)]
     write_shards(records, tmp_path / "shards", "train", shard_pairs=9)
     page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
-    cards = {re.search(r"web-(\d+)", article).group(1): article for article in articles(page)}  # type: ignore[union-attr]
-    script, missing, broken, single_image, no_image = (cards[str(number)] for number in range(5))
+    cards = {int(re.search(r"web-(\d+)", article).group(1)): article  # type: ignore[union-attr]
+             for article in articles(page)}
+    script, missing, broken, single_image, no_image = (cards[number] for number in range(5))
     assert "<script>alert" not in page and "<script>alert(1)</script> & \"so\"" in unescape(script)
     assert len(page) < 60_000
     assert "missing" in missing and "no caption" in missing

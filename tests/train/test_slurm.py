@@ -162,8 +162,9 @@ def start_stage() -> subprocess.Popen[str]:
 
 
 def slurm_runtime(**changes: object) -> Runtime:
-    settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | dict(changes.pop("slurm", {}))  # type: ignore
-    return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings} | changes)
+    """Return runtime settings for a Slurm job of two ranks on CPUs; `changes` replace settings of the job."""
+    settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | changes
+    return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings})
 
 
 def is_running(folder: Path) -> bool:
@@ -217,7 +218,7 @@ def test_a_failed_job_shows_its_last_lines_and_the_reason(folder: Path, capfd: p
 @pytest.mark.slow
 def test_the_error_for_a_refused_job_contains_the_message_of_sbatch(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition specified: no_such"):
-        dispatch.launch_ranks("align", slurm_runtime(slurm={"partition": "no_such"}), folder, module="rank")
+        dispatch.launch_ranks("align", slurm_runtime(partition="no_such"), folder, module="rank")
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_after_sigterm_the_job_writes_a_checkpoint_and_the_next_job_resumes(fold
 def test_at_the_time_limit_the_job_writes_a_checkpoint_and_the_next_job_is_submitted(folder: Path) -> None:
     """Slurm checks time limits only twice a minute, so SIGTERM may arrive up to a minute early."""
     (folder / "plan").write_text("7.5")  # With 7.5 s per step, ten steps take longer than a minute.
-    assert dispatch.launch_ranks("align", slurm_runtime(slurm={"time": "1"}), folder, module="rank")
+    assert dispatch.launch_ranks("align", slurm_runtime(time="1"), folder, module="rank")
     outputs = sorted(folder.glob("slurm-*.out"))
     assert len(outputs) > 1 and "step 9" in outputs[-1].read_text()
     steps = [line for path in outputs for line in path.read_text().splitlines() if line.startswith("step")]
