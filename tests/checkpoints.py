@@ -27,33 +27,37 @@ from onediff.config import Config, Model
 
 TOWER: dict[str, Any] = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 3, "num_attention_heads": 2,
                          "image_size": 12, "patch_size": 4}
-TALKER: dict[str, Any] = {"vocab_size": 263, "hidden_size": 34, "intermediate_size": 23, "num_hidden_layers": 2,
+DECODER: dict[str, Any] = {"vocab_size": 263, "hidden_size": 34, "intermediate_size": 23, "num_hidden_layers": 2,
                           "num_attention_heads": 17, "num_key_value_heads": 17, "max_position_embeddings": 128,
                           "bos_token_id": 0, "eos_token_id": 1}
 IMAGE_ID, PATCHES = 258, 9  # image token id and patches per image of the LLaVA checkpoints
 
 
-def checkpoints(folder: Path, tower: str, talker: str) -> tuple[str, str]:
+def checkpoints(folder: Path, tower: str, decoder: str) -> tuple[str, str]:
     """Save a vision tower (`clip` or `siglip`) and a decoder (`llama` or `qwen2`), and return their folders."""
     vision, language = folder / "vision", folder / "language"
-    if tower == "clip":  # a complete CLIP with its text tower
+    if tower == "clip":  # Published CLIP checkpoints contain a text tower too, which OneDiff must ignore.
         text = {"hidden_size": 22, "intermediate_size": 19, "num_hidden_layers": 1, "num_attention_heads": 2,
                 "vocab_size": 50}
         CLIPModel(CLIPConfig(vision_config=TOWER, text_config=text, projection_dim=8)).save_pretrained(vision)
-    else:  # SigLIP has no class token
+    else:
         SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(vision)
     save_image_processor(vision)
     kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    configuration, model = kinds[talker]
-    model(configuration(**TALKER)).save_pretrained(language)
-    save_tokenizer(language, **({"bos_token": "<s>"} if talker == "llama" else {}))  # Qwen has no BOS token
+    configuration, model = kinds[decoder]
+    model(configuration(**DECODER)).save_pretrained(language)
+    # Tokenizers of Qwen have no token for the beginning of a text.
+    save_tokenizer(language, **({"bos_token": "<s>"} if decoder == "llama" else {}))
     return str(vision), str(language)
 
 
 def llava_checkpoint(folder: Path, *, text: Any = None, vision: Any = None, **changes: Any) -> str:
-    """Save a LLaVA-1.5 with large random weights, because all models with near-zero weights give similar outputs."""
+    """Save a LLaVA-1.5 checkpoint with large random weights and return the folder.
+
+    Models whose weights are near zero give similar outputs, so a comparison of outputs would not notice an error.
+    """
     configuration = LlavaConfig(vision_config=vision or CLIPVisionConfig(**TOWER), text_config=text or
-                                LlamaConfig(**TALKER), image_token_index=IMAGE_ID, image_seq_length=PATCHES, **changes)
+                                LlamaConfig(**DECODER), image_token_index=IMAGE_ID, image_seq_length=PATCHES, **changes)
     torch.manual_seed(1)
     model = LlavaForConditionalGeneration(configuration)
     for weight in model.parameters():
@@ -71,7 +75,7 @@ def save_image_processor(folder: Path) -> None:
 
 
 def save_tokenizer(folder: Path, **marks: Any) -> None:
-    """Save a tokenizer of 258 tokens: the 256 bytes, and tokens for begin and end of a text."""
+    """Save a tokenizer of 258 tokens: one for each byte, and two for the beginning and the end of a text."""
     letters = ["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()]
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +84,10 @@ def save_tokenizer(folder: Path, **marks: Any) -> None:
 
 def settings(micro: Config, vision: str, language: str, *, delta: dict[str, Any] | None = None,
              **changes: Any) -> Model:
-    """Return the section `model` of params.yaml for these checkpoints; `delta` changes keys of its section `delta`."""
+    """Return the section `model` of params.yaml for these checkpoints.
+
+    `delta` changes keys of the section `model.delta`, and `changes` are further changes of the section `model`.
+    """
     tower = micro.model.vision.model_copy(update={"path": vision, "image_px": 12, "patch_px": 4, "layers": 3})
     module = {"levels": [1, 3], "width": 13, "heads": 1, "num_tokens": 7} | (delta or {})
     return micro.model.model_copy(update={

@@ -1,4 +1,4 @@
-"""Imitations of published datasets in their official formats: annotations with the official counts, or small images."""
+"""Functions that write small imitations of published datasets in their official formats, for tests of the readers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+# Records, pairs, sentences and empty sentences of each split of Spot-the-Diff.
 SPOT = {"train": (9524, 8566, 17676, 53), "val": (1634, 1493, 3310, 6), "test": (1404, 1270, 2107, 7)}
+# Requests, image pairs and sentences per request of each split of Image-Editing-Request.
 REQUESTS = {"train": (3061, 2507, 1), "valid": (383, 357, 3), "test": (495, 446, 3)}
+# The number of image pairs that two splits of Image-Editing-Request share.
 SHARED = {("test", "valid"): 55, ("train", "valid"): 2, ("train", "test"): 1}
+# The first scene number of each split of CLEVR-Change, and the number after the last scene.
 SCENES = {"train": (0, 33830), "val": (33830, 35818), "test": (35818, 39803)}
 TYPES = ("color", "material", "move", "drop", "add")
 BIRD_COLUMNS = ("img1ObservationURL", "img1ImgURL", "img1Species", "img1Selection", "img2ObservationURL", "img2ImgURL",

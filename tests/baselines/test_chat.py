@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chat_checkpoints import LLAVA_TEMPLATE, MAKERS, idefics3, llava, qwen2_vl
-from checkpoints import TALKER, save_tokenizer
+from checkpoints import DECODER, save_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,7 +112,7 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
 
 
 def test_a_model_of_text_alone_is_refused(tmp_path: Path) -> None:
-    LlamaForCausalLM(LlamaConfig(**TALKER)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"must be a chat model that reads images, but config.json has"):
         ChatCaptioner.load(str(tmp_path))

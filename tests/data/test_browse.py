@@ -21,24 +21,24 @@ def png(seed: int, height: int = 229, width: int = 331) -> bytes:
     return file.getvalue()
 
 
-def record(number: int, source: str = "web", **values: object) -> Record:
-    given = {"pair_id": f"{source}-{number}", "source": source, "split": SPLITS[number % 4], "group_id": f"g{number}",
-             "before": png(number), "after": png(number + 1), "references": [f"the {number}th cup moved"],
-             "instruction": "?", "change_type": ("move", "add", "none")[number % 3], "provenance": {}} | values
-    return Record(**given)  # type: ignore[arg-type]
+def record(number: int, source: str = "web", **changes: object) -> Record:
+    values = {"pair_id": f"{source}-{number}", "source": source, "split": SPLITS[number % 4], "group_id": f"g{number}",
+              "before": png(number), "after": png(number + 1), "references": [f"the {number}th cup moved"],
+              "instruction": "?", "change_type": ("move", "add", "none")[number % 3], "provenance": {}} | changes
+    return Record(**values)  # type: ignore[arg-type]
 
 
 def articles(page: str) -> list[str]:
     return page.split("<article ")[1:]
 
 
-def test_chosen_members_are_spread_evenly_over_each_group() -> None:
+def test_examples_are_chosen_at_equal_distances_from_each_group() -> None:
     groups = [("a",)] * 11 + [("b",)] * 2 + [("a",)] * 2
     assert choose(groups, per_group=3) == [0, 6, 11, 12, 14]
     assert choose(groups, per_group=100) == list(range(15))
 
 
-def test_each_group_is_shown_with_its_own_images(tmp_path: Path) -> None:
+def test_the_page_shows_each_chosen_record_with_split_caption_and_thumbnails(tmp_path: Path) -> None:
     write_shards([record(k) for k in range(150)], tmp_path / "shards", "train", shard_pairs=97)
     path = browse(tmp_path / "shards", tmp_path / "gallery", per_group=2)
     page = path.read_text(encoding="utf-8")
@@ -54,25 +54,26 @@ def test_each_group_is_shown_with_its_own_images(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
 
 
-def test_the_page_needs_no_network(tmp_path: Path) -> None:
+def test_the_page_contains_no_link_to_other_files_or_to_the_network(tmp_path: Path) -> None:
     write_shards([record(0)], tmp_path / "shards", "train", shard_pairs=9)
     page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|https?:", page)
 
 
-def test_odd_records_are_shown_and_their_text_is_no_markup(tmp_path: Path) -> None:
-    odd = [record(0, references=["<script>alert(1)</script> & \"so\"", "long " * 10_000]),
-           record(1, after=b"", references=[]), record(2, before=b"no image"),
-           record(3, after=b"", num_images=1), record(4, before=b"", after=b"", num_images=0)]
-    write_shards(odd, tmp_path / "shards", "train", shard_pairs=9)
+def test_records_with_missing_or_broken_images_are_shown_and_captions_are_escaped(tmp_path: Path) -> None:
+    records = [record(0, references=["<script>alert(1)</script> & \"so\"", "long " * 10_000]),
+               record(1, after=b"", references=[]), record(2, before=b"no image"),
+               record(3, after=b"", num_images=1), record(4, before=b"", after=b"", num_images=0)]
+    write_shards(records, tmp_path / "shards", "train", shard_pairs=9)
     page = browse(tmp_path / "shards", tmp_path, per_group=1).read_text(encoding="utf-8")
-    cards = {re.search(r"web-(\d+)", article).group(1): article for article in articles(page)}  # type: ignore[union-attr]
-    first, missing, broken, one, none = (cards[str(number)] for number in range(5))
-    assert "<script>alert" not in page and "<script>alert(1)</script> & \"so\"" in unescape(first)
+    cards = {int(re.search(r"web-(\d+)", article).group(1)): article  # type: ignore[union-attr]
+             for article in articles(page)}
+    script, missing, broken, single_image, no_image = (cards[number] for number in range(5))
+    assert "<script>alert" not in page and "<script>alert(1)</script> & \"so\"" in unescape(script)
     assert len(page) < 60_000
     assert "missing" in missing and "no caption" in missing
     assert "not an image" in broken
-    assert (one.count("<figure>"), none.count("<figure>")) == (1, 0)
+    assert (single_image.count("<figure>"), no_image.count("<figure>")) == (1, 0)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:

@@ -23,28 +23,28 @@ def picture(seed: int, width: int = 40, height: int = 50) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_vectors_equal_those_of_the_model_itself(clip: str) -> None:
+def test_image_vectors_equal_the_normalized_embeddings_of_the_clip_model(clip: str) -> None:
     images = [picture(k, 30 + k) for k in range(3)]
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessorPil.from_pretrained(clip)
     with torch.no_grad():
-        seen = model.vision_model(**processor(images, return_tensors="pt")).pooler_output
-        expected = torch.nn.functional.normalize(model.visual_projection(seen), dim=-1)
+        features = model.vision_model(**processor(images, return_tensors="pt")).pooler_output
+        expected = torch.nn.functional.normalize(model.visual_projection(features), dim=-1)
     assert Embedder(clip, "cpu").images(images) == pytest.approx(expected.numpy(), abs=1e-6)
 
 
-def test_texts_of_any_length_have_length_one_and_their_own_direction(clip: str) -> None:
+def test_text_vectors_have_length_one_and_differ_between_texts(clip: str) -> None:
     vectors = Embedder(clip, "cpu").texts(["a red car", "a dog", "word " * 300])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
     assert vectors[0] @ vectors[1] < 0.9999
 
 
-def test_batches_change_nothing(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_vectors_do_not_depend_on_the_batch_size(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embedder, images = Embedder(clip, "cpu"), [picture(k) for k in range(7)]
-    whole = embedder.images(images)
+    expected = embedder.images(images)
     monkeypatch.setattr(embedding, "BATCH", 3)
-    assert embedder.images(images) == pytest.approx(whole, abs=1e-6)
+    assert embedder.images(images) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         Embedder(str(tmp_path / "nowhere"), "cpu")

@@ -27,8 +27,8 @@ def adder(number: int) -> Callable[[int], int]:
 
 
 def process_id() -> Callable[[int], int]:
-    mine = os.getpid()
-    return lambda item: mine
+    pid = os.getpid()
+    return lambda item: pid
 
 
 def reader() -> Callable[[str], str]:
@@ -38,18 +38,18 @@ def reader() -> Callable[[str], str]:
 def divider() -> Callable[[int], int]:
     def divide(item: int) -> int:
         if item == 7:
-            raise ValueError("item 7: not this one; leave it out")
+            raise ValueError("item 7: must not be divided; remove it")
         return item
 
     return divide
 
 
-def waiter(folder: str) -> Callable[[int], int]:
-    def wait(item: int) -> int:
+def toucher(folder: str) -> Callable[[int], int]:
+    def touch(item: int) -> int:
         (Path(folder) / str(item)).touch()
         return item
 
-    return wait
+    return touch
 
 
 def killer() -> Callable[[int], int]:
@@ -68,38 +68,39 @@ def multiplier() -> Callable[[int], float]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("count", [0, 1, 53])
-def test_results_come_in_order(count: int, chunk: int) -> None:
+def test_results_are_in_the_order_of_the_items(count: int, chunk: int) -> None:
     assert list(spread(functools.partial(adder, 5), range(count), LOCAL, chunk=chunk)) == list(range(5, 5 + count))
 
 
-def test_a_worker_is_made_once_in_each_process() -> None:
-    owners = list(spread(process_id, range(60), LOCAL, chunk=2))
-    assert os.getpid() not in owners
-    assert len(set(owners)) <= 3
+def test_a_worker_is_created_once_in_each_of_three_processes() -> None:
+    pids = list(spread(process_id, range(60), LOCAL, chunk=2))
+    assert os.getpid() not in pids
+    assert len(set(pids)) <= 3
 
 
-def test_workers_compute_although_torch_has_used_its_threads_here() -> None:
+def test_workers_can_use_torch_after_the_parent_process_has_used_threads_of_torch() -> None:
     import torch
 
     torch.set_num_threads(2)
-    torch.ones(2000, 2000) @ torch.ones(2000, 2000)  # begins threads, which a forked child has not got
+    # These operations start threads, which do not exist in a forked child process.
+    torch.ones(2000, 2000) @ torch.ones(2000, 2000)
     torch.nn.functional.gelu(torch.ones(4_000_000))
     assert list(spread(multiplier, range(1, 5), LOCAL)) == [300.0, 600.0, 900.0, 1200.0]
 
 
-def test_an_error_of_a_worker_arrives_as_it_was_after_the_results_before_it() -> None:
+def test_an_error_of_a_worker_is_raised_after_the_results_of_earlier_items() -> None:
     results = spread(divider, range(20), LOCAL)
     assert [next(results) for _ in range(7)] == list(range(7))
-    with pytest.raises(ValueError, match=r"^item 7: not this one; leave it out$"):
+    with pytest.raises(ValueError, match=r"^item 7: must not be divided; remove it$"):
         next(results)
 
 
-def test_an_error_in_making_the_worker_arrives_as_it_was() -> None:
+def test_an_error_during_the_creation_of_a_worker_is_raised_unchanged() -> None:
     with pytest.raises(FileNotFoundError, match=r"^models/clip not found$"):
         list(spread(refuser, range(3), LOCAL))
 
 
-def test_a_killed_process_is_an_error_in_words() -> None:
+def test_the_error_for_a_killed_process_contains_a_cure() -> None:
     with pytest.raises(ChildProcessError, match=r"killed or could not start; .* set workers below 3 in runtime.yaml"):
         list(spread(killer, range(20), LOCAL))
 
@@ -112,57 +113,57 @@ def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         "from onediff.data.parallel import spread\n"
         "def make():\n"
         "    return lambda item: (time.sleep(0.05), os.getpid())[1]\n"
-        "for number, owner in enumerate(spread(make, range(10_000), Runtime(workers=2))):\n"
-        "    print(owner, flush=True)\n"
+        "for number, pid in enumerate(spread(make, range(10_000), Runtime(workers=2))):\n"
+        "    print(pid, flush=True)\n"
         "    if number == 20:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n")
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    owners = {int(line) for line in done.stdout.split()}
-    assert len(owners) == 2
-    end = time.monotonic() + 10
-    while alive := [owner for owner in owners if Path(f"/proc/{owner}").exists()]:
-        assert time.monotonic() < end, f"still there: {alive}"
+    pids = {int(line) for line in done.stdout.split()}
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while running := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"these worker processes still run: {running}"
         time.sleep(0.1)
 
 
-def test_on_gpus_each_process_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_sees_only_the_gpu_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "exists", lambda path: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def seats(num_gpus: float, **runtime: Any) -> list[str]:
-        make = functools.partial(functools.partial, _visible)
+    def visible_devices(num_gpus: float, **runtime: Any) -> list[str]:
+        make = functools.partial(functools.partial, _read_visible_devices)
         return list(spread(make, range(40), Runtime(**runtime), num_gpus=num_gpus))
 
-    assert set(seats(1, workers=16, gpus=2)) == {"0", "1"}
-    assert set(seats(0.5, workers=16, gpus=1)) == {"0"}
-    assert set(seats(1, workers=16, gpus=2, device="cpu")) == {""}
+    assert set(visible_devices(1, workers=16, gpus=2)) == {"0", "1"}
+    assert set(visible_devices(0.5, workers=16, gpus=1)) == {"0"}
+    assert set(visible_devices(1, workers=16, gpus=2, device="cpu")) == {""}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
-    assert set(seats(0.5, workers=16, gpus=2)) == {"3", "5"}
+    assert set(visible_devices(0.5, workers=16, gpus=2)) == {"3", "5"}
 
 
-def _visible(item: int) -> str:
+def _read_visible_devices(item: int) -> str:
     time.sleep(0.01)
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
-def test_no_more_is_worked_ahead_than_a_few_chunks(tmp_path: Path) -> None:
-    drawn: list[int] = []
+def test_only_a_few_chunks_of_items_are_computed_in_advance(tmp_path: Path) -> None:
+    requested: list[int] = []
 
     def items() -> Iterator[int]:
         for item in range(10_000):
-            drawn.append(item)
+            requested.append(item)
             yield item
 
-    results = spread(functools.partial(waiter, str(tmp_path)), items(), LOCAL, chunk=2)
+    results = spread(functools.partial(toucher, str(tmp_path)), items(), LOCAL, chunk=2)
     assert next(results) == 0
     results.close()  # type: ignore[attr-defined]
-    assert len(drawn) <= 2 * AHEAD * 3
-    assert len(list(tmp_path.iterdir())) <= len(drawn)
+    assert len(requested) <= 2 * AHEAD * 3
+    assert len(list(tmp_path.iterdir())) <= len(requested)
 
 
-def test_ray_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_ray_contains_the_command_that_installs_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r'engine \'ray\' needs Ray, which is not installed: run pip install'):
         list(spread(process_id, [1], RAY))
@@ -171,10 +172,10 @@ def test_ray_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("address", "reason"), [
     ("127.0.0.1:{port}", "Connection refused"), ("ray://head:10001", "auto, or <host>:<port>"),
     ("head", "auto, or <host>:<port>")])
-def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, reason: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_ray_cluster_that_does_not_answer_is_refused_within_15_seconds(address: str, reason: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     address = address.format(port=port)
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=rf"ray_address {address}: no Ray .*{reason}.*ray start"):
@@ -182,12 +183,9 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, reason: s
     assert time.monotonic() - start < 15
 
 
-# --- a Ray cluster ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster of two machines, as far as Ray can tell: two raylets, each with its own workers and store."""
+    """Start a Ray cluster on this machine, to which tests add nodes. Ray treats each node as a separate machine."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: the extra 'ray'")
     import ray
 
@@ -199,7 +197,8 @@ def nodes() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_a_cluster_gives_what_this_machine_gives(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_cluster_gives_the_results_and_errors_of_local_processes(nodes: Any, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.add_node(num_cpus=1)
     ray = Runtime(engine="ray", ray_address=nodes.address)
     assert list(spread(functools.partial(adder, 5), range(53), ray, chunk=3)) == list(range(5, 58))
@@ -207,28 +206,28 @@ def test_a_cluster_gives_what_this_machine_gives(nodes: Any, tmp_path: Path, mon
     assert len(set(spread(process_id, range(40), ray))) == 2
     results = spread(divider, range(20), ray, chunk=4)
     assert [next(results) for _ in range(7)] == list(range(7))
-    with pytest.raises(ValueError, match=r"^item 7: not this one; leave it out$"):
+    with pytest.raises(ValueError, match=r"^item 7: must not be divided; remove it$"):
         next(results)
     with pytest.raises(FileNotFoundError, match="models/clip not found"):
         list(spread(refuser, range(3), ray))
     monkeypatch.chdir(tmp_path)
-    Path("relative.txt").write_text("found")
-    assert list(spread(reader, ["relative.txt"], ray)) == ["found"]
+    Path("relative.txt").write_text("content")
+    assert list(spread(reader, ["relative.txt"], ray)) == ["content"]
 
 
 @pytest.mark.slow
-def test_a_node_killed_midway_changes_no_byte(nodes: Any, micro: Config) -> None:
+def test_results_of_a_cluster_that_loses_a_node_equal_the_results_of_one_process(nodes: Any, micro: Config) -> None:
     from onediff.data.synthesis.scenes.records import scene_records
 
-    doomed = nodes.add_node(num_cpus=1)
+    node = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
 
     def make() -> Callable[[int], list[Any]]:
         return functools.partial(scene_records, micro, "train")
 
-    got = []
-    for made in spread(make, range(200), Runtime(engine="ray", ray_address=nodes.address), chunk=4):
-        got.append(made)
-        if len(got) == 60:
-            nodes.remove_node(doomed, allow_graceful=False)
-    assert got == [scene_records(micro, "train", index) for index in range(200)]
+    results = []
+    for records in spread(make, range(200), Runtime(engine="ray", ray_address=nodes.address), chunk=4):
+        results.append(records)
+        if len(results) == 60:
+            nodes.remove_node(node, allow_graceful=False)
+    assert results == [scene_records(micro, "train", index) for index in range(200)]

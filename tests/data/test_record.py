@@ -10,19 +10,20 @@ from PIL import Image
 from onediff.data.record import Record, digest, read_records, read_table, shards, write_shards
 
 
-def test_records_come_back_as_they_were(scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_written_and_read_records_are_equal(scene_pairs: list[Record], tmp_path: Path) -> None:
     assert write_shards(scene_pairs, tmp_path, "train", shard_pairs=7) == len(scene_pairs)
     assert len(shards(tmp_path)) == -(-len(scene_pairs) // 7)
     assert list(read_records(tmp_path)) == scene_pairs
 
 
-def test_same_records_same_bytes(scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_two_shards_of_equal_records_have_equal_bytes(scene_pairs: list[Record], tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_shards(scene_pairs, tmp_path / name, "train", shard_pairs=100)
     assert digest(shards(tmp_path / "a")[0].read_bytes()) == digest(shards(tmp_path / "b")[0].read_bytes())
 
 
-def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_the_library_datasets_reads_the_shards_and_decodes_the_images(scene_pairs: list[Record],
+                                                                      tmp_path: Path) -> None:
     from datasets import load_dataset
 
     write_shards(scene_pairs, tmp_path / "shards", "train", shard_pairs=7)
@@ -33,8 +34,8 @@ def test_datasets_reads_the_shards_with_images_decoded(scene_pairs: list[Record]
     assert loaded[2]["after"].tobytes() == Image.open(io.BytesIO(scene_pairs[2].after)).tobytes()
 
 
-def test_records_of_one_image_and_of_none_come_back_and_datasets_reads_them(scene_pairs: list[Record],
-                                                                           tmp_path: Path) -> None:
+def test_records_with_one_image_or_none_are_read_by_onediff_and_by_the_library_datasets(
+        scene_pairs: list[Record], tmp_path: Path) -> None:
     from datasets import load_dataset
 
     pair = scene_pairs[0]
@@ -49,7 +50,8 @@ def test_records_of_one_image_and_of_none_come_back_and_datasets_reads_them(scen
                                                                                 (True, True)]
 
 
-def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_the_table_contains_all_columns_of_the_records_except_the_images(scene_pairs: list[Record],
+                                                                         tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
     row = read_table(tmp_path)[1]
     assert set(row) == {"pair_id", "source", "split", "group_id", "references", "instruction", "change_type",
@@ -57,6 +59,6 @@ def test_a_table_is_the_records_without_images(scene_pairs: list[Record], tmp_pa
     assert row["provenance"] == scene_pairs[1].provenance
 
 
-def test_no_shards_is_an_error_with_a_cure(tmp_path: Path) -> None:
+def test_the_error_for_missing_shards_contains_a_cure(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"create it with 'dvc repro', or see data/README\.md"):
         shards(tmp_path)

@@ -27,9 +27,9 @@ def noise(*shape: int, high: int = 256, dtype: str = "uint8") -> np.ndarray:
 
 
 def huge_png(width: int, height: int, num_rows: int) -> bytes:
-    """Return an 8-bit RGB PNG of one colour that contains only the first `num_rows` rows.
+    """Return a black 8-bit RGB PNG whose header states `height` rows, but which contains only `num_rows` rows.
 
-    The rows are compressed one by one, so that the test itself needs little memory.
+    The rows are compressed one by one, so that this function needs little memory.
     """
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -67,26 +67,26 @@ def test_a_transparent_palette_entry_becomes_white() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_greyscale_becomes_three_equal_channels(kind: str) -> None:
+def test_a_greyscale_image_gets_three_equal_channels(kind: str) -> None:
     pixels = np.asarray(open_image(save(Image.fromarray(noise(H, W)), kind)))
     assert pixels.shape == (H, W, 3)
     assert (pixels == pixels[..., :1]).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
+def test_sixteen_bit_grey_values_are_scaled_and_not_clipped(kind: str) -> None:
     values = noise(H, W, high=65536, dtype="uint16")
     pixels = np.asarray(open_image(save(Image.fromarray(values), kind)))[..., 0]
     assert np.array_equal(pixels, np.floor(values / 257 + 0.5).astype(np.uint8))
     assert len(np.unique(pixels)) > 200
 
 
-def test_cmyk_jpeg_keeps_its_colour() -> None:
+def test_a_cmyk_jpeg_is_converted_to_the_equal_rgb_colour() -> None:
     pixels = np.asarray(open_image(save(Image.new("CMYK", (W, H), (0, 255, 255, 0)), "JPEG")))
     assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 6
 
 
-def test_an_animated_gif_gives_its_first_frame() -> None:
+def test_the_first_frame_of_an_animated_gif_is_used() -> None:
     frames = [Image.new("RGB", (W, H), color) for color in ("red", "green", "blue")]
     image = open_image(save(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert np.array_equal(np.asarray(image), np.asarray(frames[0]))
@@ -104,13 +104,13 @@ def test_exif_rotation_is_applied(kind: str) -> None:
     assert (upright[:, :8, 1] > 200).all()
 
 
-def test_exif_rotation_is_applied_to_sixteen_bit_grey_too() -> None:
+def test_exif_rotation_is_applied_to_sixteen_bit_grey_images_too() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert open_image(save(Image.fromarray(noise(H, W, dtype="uint16")), "PNG", exif=exif)).size == (H, W)
 
 
-def test_a_missing_file_and_a_folder_are_refused_with_the_path(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused_with_a_message_that_contains_the_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.png not found"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(FileNotFoundError, match="must be an existing file"):

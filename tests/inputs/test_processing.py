@@ -29,12 +29,12 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     SiglipImageProcessorPil(size={"height": 56, "width": 56})])
 def test_pixels_equal_the_output_of_the_image_processor(processor: OneDiffProcessor, settings: Any) -> None:
     images = [picture(120, 120), picture(31, 31, seed=1), picture(56, 56, seed=2)]
-    ours = OneDiffProcessor(settings, processor.tokenizer)
+    pixels = OneDiffProcessor(settings, processor.tokenizer).pixels(images)
     expected = settings(images, return_tensors="pt")["pixel_values"]
-    assert torch.allclose(ours.pixels(images), expected, atol=1e-6)
+    assert torch.allclose(pixels, expected, atol=1e-6)
 
 
-def test_both_images_get_the_same_transform(processor: OneDiffProcessor) -> None:
+def test_both_images_of_a_pair_are_transformed_alike(processor: OneDiffProcessor) -> None:
     image = picture(120, 80)
     batch = processor([(image, image)])
     assert torch.equal(batch["images"][0], batch["images"][1])
@@ -58,7 +58,7 @@ def test_a_wide_image_is_padded_and_not_cropped_or_stretched(processor: OneDiffP
     assert pixels[2].abs().max() < 0.1  # The padding has the mean colour, which is 0 after normalization.
 
 
-def test_images_of_different_sizes_make_one_batch(processor: OneDiffProcessor) -> None:
+def test_images_of_different_sizes_fit_into_one_batch(processor: OneDiffProcessor) -> None:
     batch = processor([(picture(64, 48), picture(200, 333)), (picture(5, 5), picture(96, 96))])
     assert batch["images"].shape == (4, 3, 96, 96)
 
@@ -89,7 +89,7 @@ def test_each_row_has_one_placeholder_for_each_visual_token(reading: str, expect
     assert batch["image_counts"].tolist() == [2, 1, 0]
 
 
-def test_saving_and_loading_gives_the_same_batch(processor: OneDiffProcessor, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_processor_gives_equal_batches(processor: OneDiffProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     loaded = OneDiffProcessor.from_pretrained(tmp_path)
     pairs = [(picture(50, 70), picture(70, 50, seed=1))]
@@ -110,7 +110,7 @@ def test_a_question_that_is_too_long_is_refused_and_a_long_answer_is_truncated(p
     assert batch["input_ids"].shape[1] == processor.max_length
 
 
-def test_in_a_conversation_every_answer_and_no_question_has_labels(processor: OneDiffProcessor) -> None:
+def test_in_a_conversation_all_answers_have_labels_and_questions_have_none(processor: OneDiffProcessor) -> None:
     turns = [("What is it?", "a cube"), ("Which colour?", "it is red"), ("Sure?", "yes")]
     prompt = conversation_prompt("plain", turns, num_images=1)
     batch = processor.answers([prompt, text_prompt("plain", "hi", "there")])

@@ -15,10 +15,10 @@ from onediff.model.captioner import Captioner, pick_device
 from onediff.model.digest import weights_digest
 
 
-@pytest.mark.parametrize(("tower", "talker"), [("clip", "llama"), ("siglip", "qwen2")])
-def test_each_vision_tower_works_with_each_decoder_after_saving_and_loading(tower: str, talker: str, micro: Config,
+@pytest.mark.parametrize(("tower", "decoder"), [("clip", "llama"), ("siglip", "qwen2")])
+def test_each_vision_tower_works_with_each_decoder_after_saving_and_loading(tower: str, decoder: str, micro: Config,
                                                                             tmp_path: Path) -> None:
-    model, processor = build(settings(micro, *checkpoints(tmp_path, tower, talker)), seed=3)
+    model, processor = build(settings(micro, *checkpoints(tmp_path, tower, decoder)), seed=3)
     model.save_pretrained(tmp_path / "out")
     processor.save_pretrained(tmp_path / "out")
     pixels = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
@@ -27,7 +27,7 @@ def test_each_vision_tower_works_with_each_decoder_after_saving_and_loading(towe
     assert Captioner.load(tmp_path / "out", device="cpu").caption([pair], max_new_tokens=5) == captions
 
 
-def test_pretrained_parts_have_the_weights_of_their_checkpoints_and_others_depend_on_the_seed(micro: Config,
+def test_pretrained_parts_get_the_weights_of_the_checkpoints_and_new_parts_depend_on_the_seed(micro: Config,
                                                                                               tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     first, repeated, third = (build(settings(micro, vision, language), seed=seed)[0] for seed in (3, 3, 4))
@@ -38,12 +38,12 @@ def test_pretrained_parts_have_the_weights_of_their_checkpoints_and_others_depen
     assert not torch.equal(first.delta.tokens, third.delta.tokens)
 
 
-def test_the_delta_module_can_start_from_bert(micro: Config, tmp_path: Path) -> None:
+def test_the_delta_module_can_start_with_the_weights_of_bert(micro: Config, tmp_path: Path) -> None:
     bert = BertModel(BertConfig(vocab_size=17, hidden_size=13, num_hidden_layers=2, num_attention_heads=1,
                                 intermediate_size=52))
     bert.save_pretrained(tmp_path / "bert")
-    init = {"init": str(tmp_path / "bert")}
-    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=init), seed=3)
+    delta = {"init": str(tmp_path / "bert")}
+    model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=delta), seed=3)
     assert torch.equal(model.delta.layers[1].up.weight, bert.encoder.layer[1].intermediate.dense.weight)
 
 

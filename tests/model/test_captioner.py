@@ -28,7 +28,7 @@ def pairs(scene_pairs: list[Record]) -> list[tuple[Image.Image, Image.Image]]:
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_confidence_is_the_geometric_mean_of_the_token_probabilities(captioner: Captioner, pairs: list,
                                                                      num_beams: int) -> None:
-    """The reference computes the probabilities of all answer tokens in one forward pass without a cache."""
+    """Compare the confidence with token probabilities from one forward pass over prompt and answer, without a cache."""
     for pair, instruction in zip(pairs, INSTRUCTIONS, strict=True):
         options = {"max_new_tokens": 12, "num_beams": num_beams}
         [(_, confidence)] = captioner.caption_with_confidence([pair], instructions=[instruction], **options)

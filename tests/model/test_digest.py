@@ -28,16 +28,17 @@ def test_the_digests_equal_a_simple_reference(folder: Path) -> None:
 
 
 def test_the_digest_depends_on_names_and_contents_but_not_on_the_path_of_the_folder(folder: Path) -> None:
-    seen = {model_digests(folder).folder}
-    (folder.parent / "__pycache__").mkdir()  # this name is ignored only below the model folder
+    digests = {model_digests(folder).folder}
+    # The digest ignores folders with this name inside the model folder, but the model folder may be in such a folder.
+    (folder.parent / "__pycache__").mkdir()
     folder = folder.rename(folder.parent / "__pycache__/elsewhere")
-    assert model_digests(folder).folder in seen
+    assert model_digests(folder).folder in digests
     for name, text in (("config.json", "other"), ("more/tokenizer.json", "other"), ("new.json", "")):
         (folder / name).write_text(text)
-        seen.add(model_digests(folder).folder)
+        digests.add(model_digests(folder).folder)
     (folder / "new.json").rename(folder / "newer.json")
-    seen.add(model_digests(folder).folder)
-    assert len(seen) == 5
+    digests.add(model_digests(folder).folder)
+    assert len(digests) == 5
 
 
 def test_a_folder_without_weights_has_no_digest(folder: Path) -> None:

@@ -1,7 +1,4 @@
-"""A OneDiff model built from a LLaVA-1.5 checkpoint computes what this LLaVA computes, until it is trained.
-
-Shapes:  B rows, N patches per image, S sequence length.
-"""
+"""Tests that an untrained OneDiff model built from a LLaVA-1.5 checkpoint gives the outputs of this LLaVA."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import IMAGE_ID, PATCHES, TALKER, TOWER, llava_checkpoint, save_image_processor, settings
+from checkpoints import DECODER, IMAGE_ID, PATCHES, TOWER, llava_checkpoint, save_image_processor, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -26,7 +23,7 @@ from onediff.config import Config, Model
 from onediff.model.assemble import build
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
-WORDS = (3, 11, 5)  # number of text tokens after the images in each row, so B = 3
+TEXT_LENGTHS = (3, 11, 5)  # the number of text tokens after the images in each of the three rows of a batch
 
 
 def settings_of(micro: Config, llava: str, *, tower: str | None = None, num_tokens: int = 0, **changes: Any) -> Model:
@@ -38,8 +35,8 @@ def settings_of(micro: Config, llava: str, *, tower: str | None = None, num_toke
 def batch(num_images: int) -> dict[str, Tensor]:
     """Return three rows of different lengths, each with images followed by text, padded on the right."""
     generator = torch.Generator().manual_seed(5)
-    rows = [[0, *[IMAGE_ID] * PATCHES * num_images, *torch.randint(2, 258, (words,), generator=generator).tolist()]
-            for words in WORDS]
+    rows = [[0, *[IMAGE_ID] * PATCHES * num_images, *torch.randint(2, 258, (length,), generator=generator).tolist()]
+            for length in TEXT_LENGTHS]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [1] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -52,17 +49,17 @@ def assert_equal_to_llava(model: OneDiffForConditionalGeneration, folder: str, n
     """Compare the logits of all tokens except padding, and the loss, with transformers' LLaVA in float32."""
     llava = LlavaForConditionalGeneration.from_pretrained(folder)
     rows = batch(num_images)
-    images, kept = rows.pop("images"), rows["attention_mask"].bool()
+    images, is_kept = rows.pop("images"), rows["attention_mask"].bool()
     with torch.no_grad():
-        theirs = llava(**rows, pixel_values=images)
+        expected = llava(**rows, pixel_values=images)
         inverted = llava(**rows, pixel_values=-images)
-        counts = {"image_counts": torch.full((len(WORDS),), num_images), "images": images}
-        loss = model(**rows, **counts).loss
+        visual = {"image_counts": torch.full((len(TEXT_LENGTHS),), num_images), "images": images}
+        loss = model(**rows, **visual).loss
         del rows["labels"]
-        ours = model(**rows, **counts)
-    assert not torch.allclose(theirs.logits, inverted.logits, atol=0.1), "the comparison needs images that matter"
-    torch.testing.assert_close(ours.logits[kept], theirs.logits[kept], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+        logits = model(**rows, **visual).logits
+    assert not torch.allclose(expected.logits, inverted.logits, atol=0.1), "the images must influence the logits"
+    torch.testing.assert_close(logits[is_kept], expected.logits[is_kept], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +84,21 @@ def test_every_token_layout_equals_llava_before_training(reading: str, num_token
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
-def test_generated_tokens_equal_those_of_llava(llava: str, num_images: int, micro: Config) -> None:
+def test_the_model_generates_the_tokens_that_llava_generates(llava: str, num_images: int, micro: Config) -> None:
     model, _ = build(settings_of(micro, llava), seed=3)
-    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
+    original = LlavaForConditionalGeneration.from_pretrained(llava)
     rows = batch(num_images)
     ids, mask, images = rows["input_ids"][1:2], rows["attention_mask"][1:2], rows["images"][num_images:2 * num_images]
     options = {"max_new_tokens": 17, "do_sample": False, "pad_token_id": 1}
-    expected = theirs.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options)[:, ids.shape[1]:]
-    ours = model.eval().generate(ids, mask, torch.tensor([num_images]), images=images, **options)
-    assert torch.equal(ours, expected) and len(set(expected[0].tolist())) > 3
+    expected = original.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options)[:, ids.shape[1]:]
+    generated = model.eval().generate(ids, mask, torch.tensor([num_images]), images=images, **options)
+    assert torch.equal(generated, expected) and len(set(expected[0].tolist())) > 3
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_llava_with_a_qwen_decoder_computes_equal_logits(tied: bool, micro: Config, tmp_path: Path) -> None:
-    folder = llava_checkpoint(tmp_path / "llava", text=Qwen2Config(**TALKER, tie_word_embeddings=tied))
+def test_a_model_from_a_llava_with_a_qwen_decoder_gives_equal_logits(tied: bool, micro: Config,
+                                                                     tmp_path: Path) -> None:
+    folder = llava_checkpoint(tmp_path / "llava", text=Qwen2Config(**DECODER, tie_word_embeddings=tied))
     model, _ = build(settings_of(micro, folder), seed=3)
     assert_equal_to_llava(model.eval(), folder, 1)
     model.save_pretrained(tmp_path / "out")
@@ -116,7 +114,8 @@ def test_all_patches_of_a_siglip_tower_are_read_because_it_has_no_class_token(mi
 def test_a_sharded_checkpoint_with_the_weight_names_of_the_hugging_face_hub_loads(llava: str, micro: Config,
                                                                                   tmp_path: Path) -> None:
     folder = Path(llava_checkpoint(tmp_path))
-    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): weight  # as in llava-hf/llava-1.5-7b-hf
+    # These are the weight names of the checkpoint llava-hf/llava-1.5-7b-hf.
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): weight
                for name, weight in load_file(folder / "model.safetensors").items()}
     assert "language_model.model.embed_tokens.weight" in weights and "language_model.lm_head.weight" in weights
     (folder / "model.safetensors").unlink()
@@ -131,30 +130,30 @@ def test_a_sharded_checkpoint_with_the_weight_names_of_the_hugging_face_hub_load
     assert_equal_to_llava(model.eval(), llava, 2)
 
 
-def test_the_vision_tower_may_be_replaced_by_another_one_of_equal_width(llava: str, micro: Config,
-                                                                        tmp_path: Path) -> None:
+def test_the_vision_tower_of_llava_may_be_replaced_by_a_tower_of_equal_width(llava: str, micro: Config,
+                                                                             tmp_path: Path) -> None:
     tower = CLIPVisionModel(CLIPVisionConfig(**TOWER))
     tower.save_pretrained(tmp_path)
     save_image_processor(tmp_path)
     model, _ = build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
     patch_weight = model.vision.tower.embeddings.patch_embedding.weight
     assert torch.equal(patch_weight, tower.embeddings.patch_embedding.weight)
-    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
-    assert torch.equal(model.projector[2].weight, theirs.model.multi_modal_projector.linear_2.weight)
-    assert torch.equal(model.language.lm_head.weight, theirs.lm_head.weight)
-    assert not torch.equal(patch_weight, theirs.model.vision_tower.embeddings.patch_embedding.weight)
+    original = LlavaForConditionalGeneration.from_pretrained(llava)
+    assert torch.equal(model.projector[2].weight, original.model.multi_modal_projector.linear_2.weight)
+    assert torch.equal(model.language.lm_head.weight, original.lm_head.weight)
+    assert not torch.equal(patch_weight, original.model.vision_tower.embeddings.patch_embedding.weight)
 
 
-def test_the_projector_of_llava_is_copied_if_patches_are_pooled(llava: str, micro: Config) -> None:
+def test_the_projector_of_llava_is_copied_even_if_patches_are_pooled(llava: str, micro: Config) -> None:
     model, processor = build(settings_of(micro, llava, patch_pool=3, num_tokens=7), seed=3)
-    theirs = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
-    assert torch.equal(model.projector[0].weight, theirs.linear_1.weight) and processor.tokens_per_image == 1
+    original = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
+    assert torch.equal(model.projector[0].weight, original.linear_1.weight) and processor.tokens_per_image == 1
 
 
-def test_token_ids_of_the_checkpoint_stay_and_the_embedding_is_not_resized(llava: str, micro: Config) -> None:
+def test_the_model_keeps_the_token_ids_and_the_embedding_size_of_the_checkpoint(llava: str, micro: Config) -> None:
     model, processor = build(settings_of(micro, llava, num_tokens=7), seed=3)
     assert (processor.image_token_id, processor.delta_token_id) == (IMAGE_ID, IMAGE_ID + 1)
-    assert model.language.get_input_embeddings().num_embeddings == TALKER["vocab_size"]
+    assert model.language.get_input_embeddings().num_embeddings == DECODER["vocab_size"]
     assert model.generation_config.eos_token_id == 1
 
 
@@ -176,8 +175,9 @@ def test_a_llava_whose_projector_expects_other_features_is_refused(changes: dict
         build(settings_of(micro, str(tmp_path)), seed=3)
 
 
-def test_a_level_may_be_counted_from_either_end(llava: str, micro: Config) -> None:
-    model, _ = build(settings_of(micro, llava, patch_level=2), seed=3)  # level 2 of 3 layers is level -2
+def test_the_patch_level_may_be_counted_from_the_first_or_from_the_last_layer(llava: str, micro: Config) -> None:
+    # The vision tower has levels 0 to 3, so level 2 is the level that LLaVA calls -2.
+    model, _ = build(settings_of(micro, llava, patch_level=2), seed=3)
     assert_equal_to_llava(model.eval(), llava, 1)
 
 
@@ -187,7 +187,7 @@ def test_a_vision_tower_of_another_width_is_refused(llava: str, micro: Config, t
         build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
 
 
-def test_the_tower_of_a_llava_with_another_language_model_is_refused(llava: str, micro: Config) -> None:
+def test_a_llava_as_vision_tower_of_another_language_model_is_refused(llava: str, micro: Config) -> None:
     mixed = settings_of(micro, llava).model_copy(update={"language": micro.model.language})
     with pytest.raises(ValueError, match=r"model.vision.path: the vision tower of LLaVA .*; set both keys to"):
         build(mixed, seed=3)

@@ -1,4 +1,4 @@
-"""Checkpoints that must be refused before training, and valid checkpoints that must be accepted."""
+"""Tests of loading checkpoints: valid checkpoints are accepted, and all others are refused before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import TALKER, TOWER, checkpoints, save_image_processor, save_tokenizer, settings
+from checkpoints import DECODER, TOWER, checkpoints, save_image_processor, save_tokenizer, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -47,7 +47,7 @@ class Shell:
 
 @pytest.fixture
 def language(tmp_path: Path) -> Path:
-    LlamaForCausalLM(LlamaConfig(**TALKER)).save_pretrained(tmp_path / "language")
+    LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(tmp_path / "language")
     save_tokenizer(tmp_path / "language", bos_token="<s>")
     return tmp_path / "language"
 
@@ -76,7 +76,10 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def as_pickle(folder: Path, *, extra: Any = None, **options: Any) -> None:
-    """Replace the safetensors file by a pickle of the weights, as in old checkpoints, with an `extra` object."""
+    """Replace the safetensors file by a pickle of the weights, as in old checkpoints.
+
+    `extra` is an additional object in the pickle, and `options` are passed to `torch.save`.
+    """
     weights = load_file(folder / "model.safetensors") | ({} if extra is None else {"extra": extra})
     torch.save(weights, folder / "pytorch_model.bin", **options)
     (folder / "model.safetensors").unlink()
@@ -127,7 +130,7 @@ def test_a_pickle_with_code_that_a_safetensors_index_lists_is_refused(language: 
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_in_a_checkpoint_does_not_run(language: Path, tmp_path: Path) -> None:
+def test_python_code_in_a_checkpoint_folder_does_not_run(language: Path, tmp_path: Path) -> None:
     (language / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     change_config(language, model_type="own", auto_map={"AutoConfig": "modeling_own.Config",
                                                         "AutoModelForCausalLM": "modeling_own.Model"})
@@ -144,8 +147,8 @@ def test_code_in_a_checkpoint_does_not_run(language: Path, tmp_path: Path) -> No
     (lambda weights: [weights.pop(name) for name in list(weights)] and weights.update({"wte": torch.zeros(3)}),
      r"21 missing \(lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight, ...\), 1 addi"),
 ])
-def test_a_checkpoint_of_another_architecture_is_refused(change: Callable[[dict[str, Tensor]], None], message: str,
-                                                         language: Path) -> None:
+def test_a_checkpoint_whose_weights_do_not_match_config_json_is_refused(
+        change: Callable[[dict[str, Tensor]], None], message: str, language: Path) -> None:
     change_weights(language, change)
     with pytest.raises(ValueError, match=r"model.language: .* exactly the weights of the LlamaForCausalLM .*"
                                          + message):
@@ -160,7 +163,7 @@ def test_the_error_for_a_missing_shard_contains_its_name(language: Path, tmp_pat
         load(tmp_path / "sharded")
 
 
-def test_no_weights_and_a_broken_index_are_refused(language: Path) -> None:
+def test_a_folder_without_weights_and_an_invalid_index_are_refused(language: Path) -> None:
     (language / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"must contain weights \(model.safetensors or .*\), but it has none"):
         load(language)
@@ -181,14 +184,14 @@ def test_a_truncated_weight_file_is_refused(format: str, language: Path) -> None
 
 def test_a_tokenizer_with_more_ids_than_embedding_rows_is_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
-    LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 251})).save_pretrained(language)
+    LlamaForCausalLM(LlamaConfig(**DECODER | {"vocab_size": 251})).save_pretrained(language)
     with pytest.raises(ValueError, match=r"token ids must be below 251, .* but the tokenizer has ids up to 257"):
         build(settings(micro, vision, language), seed=3)
 
 
-def test_placeholders_need_no_row_in_the_embedding_table(micro: Config, tmp_path: Path) -> None:
+def test_the_embedding_table_needs_no_rows_for_placeholders(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
-    LlamaForCausalLM(LlamaConfig(**TALKER | {"vocab_size": 258})).save_pretrained(language)
+    LlamaForCausalLM(LlamaConfig(**DECODER | {"vocab_size": 258})).save_pretrained(language)
     model, processor = build(settings(micro, vision, language), seed=3)
     assert (processor.image_token_id, model.config.delta_token_id) == (258, 259)
 
@@ -225,7 +228,7 @@ def test_an_incomplete_trained_model_and_a_model_of_another_type_are_refused(tra
 
 def test_tied_output_embeddings_do_not_count_as_missing_weights(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "qwen2")
-    Qwen2ForCausalLM(Qwen2Config(**TALKER, tie_word_embeddings=True)).save_pretrained(language)
+    Qwen2ForCausalLM(Qwen2Config(**DECODER, tie_word_embeddings=True)).save_pretrained(language)
     assert "lm_head.weight" not in load_file(Path(language) / "model.safetensors")
     for part in build(settings(micro, vision, language), seed=3):
         part.save_pretrained(tmp_path / "out")
@@ -261,7 +264,7 @@ def test_a_vision_tower_whose_last_layer_is_missing_is_refused(micro: Config, tm
         build(settings(micro, vision, language), seed=3)
 
 
-def test_a_model_that_is_no_decoder_or_no_vision_tower_is_refused(micro: Config, tmp_path: Path) -> None:
+def test_a_vision_tower_as_decoder_and_a_decoder_as_vision_tower_are_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
     with pytest.raises(ValueError, match=r"model.language must be a decoder-only .* or a LLaVA, but .* is a 'clip'"):
         build(settings(micro, vision, vision), seed=3)

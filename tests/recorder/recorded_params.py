@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = {"align", "tune"}  # stages/training.py loads the parameters for both phases
 
 
 def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -34,10 +33,10 @@ def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str,
         return value
 
     def copy(section: config.Section, **changes: Any) -> config.Section:
-        made = copied(section, **changes)
-        if id(section) in recorder.places:
-            recorder.label(made, *recorder.places[id(section)])
-        return made
+        new = copied(section, **changes)
+        if id(section) in recorder.keys:
+            recorder.label(new, *recorder.keys[id(section)])
+        return new
 
     def dump(section: config.Section, **options: Any) -> dict[str, Any]:
         for name in type(section).model_fields:
@@ -50,26 +49,29 @@ def install(note: Callable[[str, str], None], set_attribute: Callable[[Any, str,
 
 
 class Recorder:
-    """Remembers the stage and the key of every section that a stage has loaded."""
+    """The stage and the key of each section of params.yaml that a stage has loaded."""
 
     def __init__(self, note: Callable[[str, str], None], section: type) -> None:
         self.note, self.section = note, section
-        self.places: dict[int, tuple[str, str]] = {}
-        self.kept: list[object] = []  # kept alive, because Python reuses the id of a deleted object
+        self.keys: dict[int, tuple[str, str]] = {}  # id of a section object -> stage, key
+        self.sections: list[object] = []  # keeps all sections alive, because Python reuses the id of a deleted object
 
-    def label(self, section: Any, stage: str, place: str) -> None:
-        """Remember the stage and the key of a section, and of all sections inside it."""
-        self.places[id(section)] = (stage, place)
-        self.kept.append(section)
+    def label(self, section: Any, stage: str, key: str) -> None:
+        """Remember the stage and the key of a section, and of all sections inside this section."""
+        self.keys[id(section)] = (stage, key)
+        self.sections.append(section)
         for name, value in vars(section).items():
             if isinstance(value, self.section):
-                self.label(value, stage, f"{place}.{name}".lstrip("."))
+                self.label(value, stage, f"{key}.{name}".lstrip("."))
 
     def read(self, section: object, name: str) -> None:
-        """Report the access, except by tracking/runs.py, which only sends all parameters to MLflow."""
-        if id(section) in self.places and sys._getframe(2).f_globals["__name__"] != "onediff.tracking.runs":
-            stage, place = self.places[id(section)]
-            self.note(stage, f"{place}.{name}".lstrip("."))
+        """Report that a stage reads the value `name` of a section.
+
+        Accesses by tracking/runs.py are not reported, because this module only sends all parameters to MLflow.
+        """
+        if id(section) in self.keys and sys._getframe(2).f_globals["__name__"] != "onediff.tracking.runs":
+            stage, key = self.keys[id(section)]
+            self.note(stage, f"{key}.{name}".lstrip("."))
 
 
 def _stage_that_loads() -> str | None:
@@ -104,12 +106,15 @@ def _without_item(declared: str, key: str) -> str:
 
 
 def append_to(path: str) -> Callable[[str, str], None]:
-    """Return a function that appends each stage and key once per process to a file, which several processes share."""
-    noted: set[tuple[str, str]] = set()
+    """Return a function note(stage, key) that appends a line to a file, at most once per stage and key.
+
+    Several processes may append to one file.
+    """
+    written: set[tuple[str, str]] = set()
 
     def note(stage: str, key: str) -> None:
-        if (stage, key) not in noted:
-            noted.add((stage, key))
+        if (stage, key) not in written:
+            written.add((stage, key))
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{stage} {key}\n")
 
@@ -125,6 +130,6 @@ def read_notes(path: Path) -> set[tuple[str, str]]:
 if "DVC_STAGE" in os.environ and "RECORDED_PARAMS" in os.environ:
     from onediff import interrupts
 
-    interrupts._handle(interrupts._end_at_once)  # a signal during `install` ends the process without a traceback
+    interrupts._handle(interrupts._end_at_once)  # A signal during `install` ends the process without a traceback.
     install(append_to(os.environ["RECORDED_PARAMS"]))
     interrupts.handle_as_python_does()

@@ -1,4 +1,7 @@
-"""Pairs of one's own and general data, from their shards to DiffCap: what leaks leaves, and datasets reads the rest."""
+"""Tests of the stage `build`, which merges the shards of all sources into DiffCap and removes leaked pairs.
+
+The project has two sources: `mine` contains pairs, and `talk` contains general instruction data with one image or none.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 PER_SPLIT = 7
 
 
-def drawn(seed: int) -> Image.Image:
+def random_image(seed: int) -> Image.Image:
     cells = np.random.default_rng(seed).integers(30, 220, size=(7, 11, 3)).astype(np.uint8)
     return Image.fromarray(cells).resize((111, 77), Image.Resampling.BICUBIC)
 
@@ -36,27 +39,31 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def records(source: str, start: int) -> dict[str, Record]:
-    made = []
+    """Return seven records of each split by pair id; `start` is the seed of the first image."""
+    result = {}
     for split in SPLITS:
         for k in range(PER_SPLIT):
             number = start + 100 * SPLITS.index(split) + k
-            names = {"names": [f"{number}.png", f"{number}_2.png"], "official_split": split}
-            made.append(Record(f"{source}-{split}-{k}", source, split, f"{source}-{number}", encoded(drawn(2 * number)),
-                               encoded(drawn(2 * number + 1)), [f"the cup number {k} was moved away"], "What changed?",
-                               "unlabelled", names))
-    return {record.pair_id: record for record in made}
+            provenance = {"names": [f"{number}.png", f"{number}_2.png"], "official_split": split}
+            pair_id = f"{source}-{split}-{k}"
+            result[pair_id] = Record(
+                pair_id, source, split, f"{source}-{number}", encoded(random_image(2 * number)),
+                encoded(random_image(2 * number + 1)), [f"the cup number {k} was moved away"], "What changed?",
+                "unlabelled", provenance)
+    return result
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sources `mine`, which leaks in three ways, and `talk`, general data with one image or none."""
+    """Create a project in which three pairs of the source `mine` leak into a later split, each in another way."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
     mine = records("mine", 0)
-    again = drawn(2 * 300).resize((333, 231), Image.Resampling.LANCZOS)  # the before image of mine-test-0
+    # This is a near-duplicate of the before image of mine-test-0.
+    near_duplicate = random_image(2 * 300).resize((333, 231), Image.Resampling.LANCZOS)
     changes: dict[str, dict[str, Any]] = {
-        "mine-train-1": {"after": encoded(again, "JPEG", quality=80)},
-        "mine-train-2": {"before": encoded(drawn(2 * 302), "BMP")},
+        "mine-train-1": {"after": encoded(near_duplicate, "JPEG", quality=80)},
+        "mine-train-2": {"before": encoded(random_image(2 * 302), "BMP")},
         "mine-val-3": {"provenance": mine["mine-test-4"].provenance | {"official_split": "val"}},
     }
     mine |= {name: Record(**vars(mine[name]) | values) for name, values in changes.items()}
@@ -69,9 +76,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def save(source: str, made: list[Record]) -> None:
+def save(source: str, records: list[Record]) -> None:
     for split in SPLITS:
-        write_shards([record for record in made if record.split == split], Path("data/pairs") / source, split,
+        write_shards([record for record in records if record.split == split], Path("data/pairs") / source, split,
                      shard_pairs=5)
 
 
@@ -89,17 +96,17 @@ def run_all() -> None:
     build()
 
 
-def test_leaks_leave_the_earlier_split_and_are_listed(folder: Path) -> None:
+def test_a_leaked_pair_is_removed_from_the_earlier_split_and_listed_in_the_report(folder: Path) -> None:
     report = {"splits": {"test": {"records": 7, "expected": {"records": 9}, "complete": False}}}
     (folder / "data/pairs/mine/report.json").write_text(json.dumps(report))
     run_all()
-    left = {record.pair_id for record in read_records(folder / "data/diffcap")}
-    gone = {"mine-train-1": "near-duplicate image", "mine-train-2": "equal image",
-            "mine-val-3": "equal published names"}
-    assert left == {*records("mine", 0), *(f"talk-train-{k}" for k in range(PER_SPLIT))} - set(gone)
+    remaining = {record.pair_id for record in read_records(folder / "data/diffcap")}
+    removed = {"mine-train-1": "near-duplicate image", "mine-train-2": "equal image",
+               "mine-val-3": "equal published names"}
+    assert remaining == {*records("mine", 0), *(f"talk-train-{k}" for k in range(PER_SPLIT))} - set(removed)
     leaks = pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet")
     assert leaks["leaks"].all()
-    assert dict(zip(leaks["pair_id"], leaks["reason"], strict=True)) == gone
+    assert dict(zip(leaks["pair_id"], leaks["reason"], strict=True)) == removed
     assert list(leaks.sort_values("pair_id")["partner"]) == ["mine-test-0", "mine-test-2", "mine-test-4"]
     card = json.loads((folder / "data/diffcap/card.json").read_text())
     assert card["leaks"]["shared_published_names"]["mine"] == {"test-val": 1, "train-val": 0, "train-test": 0}
@@ -110,22 +117,23 @@ def test_leaks_leave_the_earlier_split_and_are_listed(folder: Path) -> None:
     assert (folder / "data/reports/diffcap/index.html").exists()
 
 
-def test_the_verdict_on_each_test_benchmark_stands_beside_the_card(folder: Path) -> None:
+def test_the_audit_contains_a_verdict_on_each_benchmark(folder: Path) -> None:
     run_all()
-    told = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]
-    assert told == {"mine": {"num_pairs": 7, "equal_image": 0, "equal_caption": 7, "rare_caption": 0, "near_caption": 0,
-                             "leaks": 0, "dropped": 2, "lookalikes": 0, "nearest": None, "verdict": "clean"}}
-    said = "the porter put a second brown suitcase on the lower shelf"
-    probed = {record.pair_id: record for record in read_records(folder / "data/pairs/mine")}
-    for name, text in (("mine-test-5", said), ("mine-train-6", f"{said} of the cart")):
-        probed[name] = Record(**vars(probed[name]) | {"references": [text]})
-    save("mine", list(probed.values()))
+    audit = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]
+    assert audit == {"mine": {"num_pairs": 7, "equal_image": 0, "equal_caption": 7, "rare_caption": 0,
+                              "near_caption": 0, "leaks": 0, "dropped": 2, "lookalikes": 0, "nearest": None,
+                              "verdict": "clean"}}
+    caption = "the porter put a second brown suitcase on the lower shelf"
+    mine = {record.pair_id: record for record in read_records(folder / "data/pairs/mine")}
+    for name, text in (("mine-test-5", caption), ("mine-train-6", f"{caption} of the cart")):
+        mine[name] = Record(**vars(mine[name]) | {"references": [text]})
+    save("mine", list(mine.values()))
     run_all()
-    told = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]["mine"]
-    assert (told["near_caption"], told["leaks"], told["verdict"]) == (1, 1, "1 of 7 test pairs leak")
+    audit = json.loads((folder / "data/reports/diffcap/audit.json").read_text())["benchmarks"]["mine"]
+    assert (audit["near_caption"], audit["leaks"], audit["verdict"]) == (1, 1, "1 of 7 test pairs leak")
 
 
-def test_datasets_reads_the_shards_with_their_images(folder: Path) -> None:
+def test_the_library_datasets_reads_the_shards_and_decodes_the_images(folder: Path) -> None:
     import datasets
 
     run_all()
@@ -145,16 +153,16 @@ def test_datasets_reads_the_shards_with_their_images(folder: Path) -> None:
         assert all(row["after"] is None and (row["before"] is not None) == row["num_images"] for row in talk)
 
 
-def test_with_stop_a_leak_stops_after_the_list_is_written(folder: Path) -> None:
+def test_with_action_stop_a_leak_stops_the_stage_after_the_list_of_leaks_is_written(folder: Path) -> None:
     save_params(action="stop")
-    said = r"3 pairs also occur in a later split \(first: mine-train-2 in train and mine-test-2 in test: equal im"
-    with pytest.raises(ValueError, match=said):
+    message = r"3 pairs also occur in a later split \(first: mine-train-2 in train and mine-test-2 in test: equal im"
+    with pytest.raises(ValueError, match=message):
         run_all()
     assert len(pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet")) == 3
     assert not (folder / "data/diffcap").exists()
 
 
-def test_a_source_without_a_distance_only_reports_its_lookalikes(folder: Path) -> None:
+def test_near_duplicates_of_a_source_without_a_maximal_distance_are_reported_but_kept(folder: Path) -> None:
     save_params(max_distance={"mine": None})
     run_all()
     leaks = pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet").set_index("pair_id")
@@ -163,7 +171,8 @@ def test_a_source_without_a_distance_only_reports_its_lookalikes(folder: Path) -
     assert "mine-train-1" in {record.pair_id for record in read_records(folder / "data/diffcap")}
 
 
-def test_pairs_of_ones_own_are_measured_without_being_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_near_duplicates_are_measured_even_if_max_distance_does_not_list_the_source(
+        folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_params(max_distance={})
     run_all()
     leaks = pd.read_parquet(folder / "data/reports/diffcap/leaks.parquet").set_index("pair_id")
@@ -171,11 +180,11 @@ def test_pairs_of_ones_own_are_measured_without_being_named(folder: Path, capsys
     assert "1 pairs look like a pair of a later split and are kept" in capsys.readouterr().out
 
 
-def test_a_disk_that_is_full_leaves_the_old_shards_and_nothing_half_written(folder: Path) -> None:
+def test_on_a_full_disk_the_old_shards_are_kept_and_no_partial_file_remains(folder: Path) -> None:
     run_all()
     before = {path.name: path.read_bytes() for path in (folder / "data/diffcap").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond, and the shards would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # A shard is larger than this limit on the file size.
     try:
         with pytest.raises(OSError, match=r"data/diffcap.* could not be written: the file is larger than the limit"):
             build()
@@ -192,12 +201,12 @@ def test_shards_changed_after_the_probe_are_refused(folder: Path) -> None:
         build()
 
 
-def test_what_is_missing_is_said(folder: Path) -> None:
+def test_a_missing_probe_is_refused(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist; 'dvc repro validate' writes it"):
         build()
 
 
-def test_the_card_names_the_model_that_edited_images_and_the_writer(folder: Path) -> None:
+def test_the_card_contains_the_names_of_the_diffusion_model_and_of_the_caption_writer(folder: Path) -> None:
     probe()
     validate()
     shutil.copytree("data/pairs/talk", "data/written/talk")
@@ -210,6 +219,6 @@ def test_the_card_names_the_model_that_edited_images_and_the_writer(folder: Path
         "writer": {"model": "some-writer", "mode": "text", "prompts": "v1", "temperature": 0.5, "max_tokens": 9}}
     YAML().dump(values, Path("params.yaml"))
     build()
-    about = json.loads((folder / "data/diffcap/card.json").read_text())["sources"]["talk"]
-    assert about["what"] == "images edited by some/editor"
-    assert about["captions"] == "written by some-writer (text, prompts v1)"
+    source = json.loads((folder / "data/diffcap/card.json").read_text())["sources"]["talk"]
+    assert source["what"] == "images edited by some/editor"
+    assert source["captions"] == "written by some-writer (text, prompts v1)"

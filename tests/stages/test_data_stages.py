@@ -1,4 +1,4 @@
-"""From generated pairs to DiffCap in an empty folder: each stage reads what the last one wrote."""
+"""Tests that run the stages `probe`, `validate` and `build` one after the other on generated pairs."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def change(folder: Path, split: str, index: int, **values: object) -> None:
-    """Rewrites one record of a split's generated shards."""
+    """Change fields of one record in the generated shards of a split."""
     records: list[Record] = list(read_records(folder / "data/synthetic/edits", f"{split}-*.parquet"))
     records[index] = replace(records[index], **values)  # type: ignore[arg-type]
     write_shards(records, folder / "data/synthetic/edits", split, shard_pairs=7)
 
 
-def test_bad_pairs_are_quarantined_and_the_rest_is_built_the_same_twice(folder: Path) -> None:
+def test_bad_pairs_are_quarantined_and_two_builds_of_the_other_pairs_are_equal(folder: Path) -> None:
     change(folder, "train", 2, after=b"\x89PNG\r\n\x1a\nbroken")
     change(folder, "val", 4, references=["fine", " "])
     probe()
@@ -56,19 +56,19 @@ def test_bad_pairs_are_quarantined_and_the_rest_is_built_the_same_twice(folder: 
     bad = pd.read_parquet(folder / "data/quarantine.parquet")
     assert list(bad["pair_id"]) == ["edits-train-000002", "edits-val-000004"]
     assert (folder / "data/reports/validation/index.html").exists()
-    built = []
+    builds = []
     for _ in range(2):
         build()
-        built.append({path.name: path.read_bytes() for path in (folder / "data/diffcap").iterdir()})
-    assert built[0] == built[1]
-    assert sorted(built[0]) == ["README.md", "card.json", *(f"{split}-00000.parquet" for split in sorted(SPLITS))]
+        builds.append({path.name: path.read_bytes() for path in (folder / "data/diffcap").iterdir()})
+    assert builds[0] == builds[1]
+    assert sorted(builds[0]) == ["README.md", "card.json", *(f"{split}-00000.parquet" for split in sorted(SPLITS))]
     ids = [record.pair_id for record in read_records(folder / "data/diffcap")]
     assert len(ids) == len(set(ids)) == 4 * NUM_PAIRS - 2
     assert not set(ids) & set(bad["pair_id"])
-    assert json.loads(built[0]["card.json"])["num_quarantined"] == 2
+    assert json.loads(builds[0]["card.json"])["num_quarantined"] == 2
 
 
-def test_validation_writes_report_and_quarantine_before_it_stops(folder: Path) -> None:
+def test_validate_writes_the_report_and_the_quarantine_before_it_stops(folder: Path) -> None:
     for index in range(6):
         change(folder, "test", index, references=[])
     probe()
@@ -81,7 +81,7 @@ def test_validation_writes_report_and_quarantine_before_it_stops(folder: Path) -
     assert "6 bad" in (folder / "data/reports/validation/index.html").read_text()
 
 
-def test_stages_say_what_is_missing(folder: Path) -> None:
+def test_a_missing_input_of_a_stage_is_refused(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist"):
         validate()
     (folder / "data/synthetic/edits").rename(folder / "data/synthetic/moved")

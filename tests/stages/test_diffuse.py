@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Create a project with three images, an edit instruction for each image, and tiny CLIP and diffusion models."""
     values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
     low = {f"min_{name}_similarity": -1.0 for name in ("image", "caption", "direction")}
     values["data"] |= {
@@ -26,8 +27,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "writer": {"model": "m", "mode": "text", "prompts": "v1", "temperature": 0.5, "max_tokens": 9}}
     YAML().dump(values, tmp_path / "params.yaml")
     folder, instructions = tmp_path / "data/raw/drawn", tmp_path / "data/instructed/drawn.jsonl"
-    for made in (folder, instructions.parent):
-        made.mkdir(parents=True)
+    for new_folder in (folder, instructions.parent):
+        new_folder.mkdir(parents=True)
     rows = []
     for k in range(3):
         pixels = np.random.default_rng(k).integers(0, 255, (50, 60, 3), dtype=np.uint8)
@@ -41,29 +42,29 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_instructed_image_is_edited_and_the_same_bytes_come_of_a_restart(project: Path) -> None:
+def test_every_image_with_an_instruction_is_edited_and_a_restart_gives_equal_bytes(project: Path) -> None:
     diffuse("drawn")
     shard = project / "data/pairs/drawn/train-00000.parquet"
     records, first = list(read_records(shard.parent)), shard.read_bytes()
     names = [record.provenance["names"][0] for record in records]
     assert names == ["0.png", "0.png", "1.png", "1.png", "2.png", "2.png"]
     assert json.loads((shard.parent / "filters.json").read_text())["kept"] == 6
-    [done, *others] = sorted((project / ".onediff/scratch/diffuse").iterdir())
-    (others[0] / "fates.json").unlink()  # as if it had been stopped there
-    kept = (done / "fates.json").stat().st_mtime_ns
+    [finished, unfinished, *_] = sorted((project / ".onediff/scratch/diffuse").iterdir())
+    (unfinished / "fates.json").unlink()  # A stage that was stopped leaves such a folder without fates.json.
+    written_at = (finished / "fates.json").stat().st_mtime_ns
     diffuse("drawn")
     assert shard.read_bytes() == first
-    assert (done / "fates.json").stat().st_mtime_ns == kept
+    assert (finished / "fates.json").stat().st_mtime_ns == written_at
 
 
-def test_filters_that_let_nothing_through_are_an_error_with_their_counts(project: Path) -> None:
+def test_filters_that_remove_all_edits_are_refused_with_the_count_of_each_filter(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace("min_direction_similarity: -1.0", "min_direction_similarity: 1.0"))
     with pytest.raises(ValueError, match=r"'drawn': no edit passed the filters \(kept 0, .*direction .* 6, flagged 0"):
         diffuse("drawn")
 
 
-def test_without_instructions_or_with_foreign_ones_it_stops(project: Path) -> None:
+def test_missing_instructions_and_instructions_for_an_unknown_image_are_refused(project: Path) -> None:
     instructions = project / "data/instructed/drawn.jsonl"
     instructions.write_text('{"name": "9.png", "edit": "a", "output": "b"}\n')
     with pytest.raises(ValueError, match=r"drawn\.jsonl line 1: image '9\.png' is not in data/raw/drawn"):

@@ -1,4 +1,7 @@
-"""Each stage on a full file system: one line, nothing lost, and the same command goes on when there is room."""
+"""Tests of each stage on a full file system: it prints a one-line error and keeps all earlier outputs.
+
+When disk space is free again, the same command completes the stage.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,13 @@ OUTS = {"synthesize scenes": ["synthetic/scenes"], "synthesize edits": ["synthet
         "score": ["scored", "metrics.json", "gate.json"], "stress": ["stress", "stress.json"],
         "report": ["report.html", "figures"]}
 
+# These outputs contain times, so they differ between two runs of a stage.
 WITH_TIMES = {"curves/align.jsonl", "curves/tune.jsonl", "report.html"}
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A small file system with a project in it."""
+    """Mount a small file system and create a project on it."""
     folder = tmp_path_factory.mktemp("disk")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m", "tmpfs", str(folder)], check=True)
     try:
@@ -47,7 +51,10 @@ def run(folder: Path, stage: str) -> tuple[int, str]:
 
 
 def fill(folder: Path, free_bytes: int) -> Path:
-    """Leaves so much room: a page at least is lost to rounding."""
+    """Fill the file system until only `free_bytes`, rounded down to pages of 4096 bytes, are free.
+
+    Returns the file that fills the file system.
+    """
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -67,8 +74,8 @@ def digests(folder: Path, stage: str) -> dict[str, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 @pytest.mark.parametrize("stage", OUTS)
-def test_a_stage_on_a_full_disk_loses_nothing_and_goes_on(stage: str, disk: Path) -> None:
-    """The stages follow each other in one project."""
+def test_a_stage_on_a_full_disk_keeps_its_outputs_and_succeeds_when_space_is_free(stage: str, disk: Path) -> None:
+    """Run the stages in the order of the pipeline, because all parameters of this test share one project."""
     status, stderr = run(disk, stage)
     assert status == 0, stderr[-3000:]
     before = digests(disk, stage)
@@ -78,9 +85,9 @@ def test_a_stage_on_a_full_disk_loses_nothing_and_goes_on(stage: str, disk: Path
         ballast = fill(disk, free)
         status, stderr = run(disk, stage)
         ballast.unlink()
-        last = stderr.strip().splitlines()[-1]
+        last_line = stderr.strip().splitlines()[-1]
         assert status == 1 and "Traceback" not in stderr, stderr[-3000:]
-        assert "disk is full" in last or "No space left" in last, last
+        assert "disk is full" in last_line or "No space left" in last_line, last_line
         assert digests(disk, stage) == before
     status, stderr = run(disk, stage)
     assert status == 0, stderr[-3000:]

@@ -1,4 +1,4 @@
-"""From a collection of captioned images to edits, in an empty folder, with a real endpoint beside it."""
+"""Tests of the stage `instruct`, in which a caption writer, here a local test server, invents an edit per caption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lines(path: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three photographs, one with an empty caption beside them."""
+    """Create a project with the source `photos`: three images and their captions."""
     monkeypatch.chdir(tmp_path)
     values = YAML(typ="safe").load((ROOT / "presets/micro.yaml").read_text())
     values["data"] |= DATA
@@ -42,17 +42,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_caption_gets_its_edit_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_is_asked_once_for_each_caption_even_if_the_stage_runs_twice(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server:
         for name, value in {"URL": server.url, "USD_PER_MILLION_INPUT": "0", "USD_PER_MILLION_OUTPUT": "0"}.items():
             monkeypatch.setenv(f"ONEDIFF_WRITER_{name}", value)
         server.contents = {"a dog": "refuse"}
-        made = []
+        outputs = []
         for _ in range(2):
             instruct("photos")
-            made.append(Path("data/instructed/photos.jsonl").read_bytes())
+            outputs.append(Path("data/instructed/photos.jsonl").read_bytes())
         assert len(server.seen) == 3
-    assert made[0] == made[1]
+    assert outputs[0] == outputs[1]
     assert lines("data/instructed/photos.jsonl") == [
         {"name": name, "caption": caption, "edit": "make it snow", "output": "the same in snow"}
         for name, caption in (("0.png", "a room"), ("2.png", "a cat"))]
@@ -60,6 +61,6 @@ def test_every_caption_gets_its_edit_once(folder: Path, monkeypatch: pytest.Monk
         {"name": "1.png", "reason": "refused: the writer refused: 'I cannot help'"}]
 
 
-def test_a_source_that_is_not_diffused_is_refused(folder: Path) -> None:
+def test_a_source_that_data_diffused_does_not_list_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not list 'mine'; .* sources: photos"):
         instruct("mine")

@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment of each long stage, and the same command again."""
+"""Tests that kill each long stage with SIGKILL at a random time and run the same command again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTS = {"synthesize scenes": "data/synthetic/scenes/*.parquet", "synthesize edits": "data/synthetic/edits/*.parquet",
         "align": "data/models/align/model.safetensors", "tune": "data/models/tune/model.safetensors",
         "caption": "data/captions/*/*.jsonl", "stress": "data/stress/*.jsonl"}
-BEFORE = {"align": ("probe", "validate", "build")}
+BEFORE = {"align": ("probe", "validate", "build")}  # short stages that must run before a long stage
 
 
 def start(folder: Path, stage: str) -> subprocess.Popen[bytes]:
@@ -31,6 +31,7 @@ def start(folder: Path, stage: str) -> subprocess.Popen[bytes]:
 
 
 def finish(folder: Path, stage: str) -> float:
+    """Run a stage until it ends, check that it succeeded, and return the duration in seconds."""
     started = time.monotonic()
     assert start(folder, stage).wait(300) == 0, (folder / "stderr").read_text()[-2000:]
     return time.monotonic() - started
@@ -41,25 +42,26 @@ def digests(folder: Path, stage: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Return a project in which all stages ran without interruption, and the duration of each stage in seconds."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "presets").symlink_to(ROOT / "presets")
     shutil.copy(ROOT / "presets/micro.yaml", folder / "params.yaml")
     seconds = {}
     for stage in OUTS:
-        for other in BEFORE.get(stage, ()):
-            finish(folder, other)
+        for short_stage in BEFORE.get(stage, ()):
+            finish(folder, short_stage)
         seconds[stage] = finish(folder, stage)
     return folder, seconds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", OUTS)
-def test_a_killed_stage_ends_as_one_that_was_left_alone(stage: str, undisturbed: tuple[Path, dict[str, float]],
-                                                        tmp_path: Path) -> None:
-    whole, seconds = undisturbed
+def test_a_stage_that_was_killed_twice_gives_the_outputs_of_an_uninterrupted_stage(
+        stage: str, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    project, seconds = uninterrupted
     folder = tmp_path / "killed"
-    shutil.copytree(whole, folder, symlinks=True, ignore=shutil.ignore_patterns("scratch"))
+    shutil.copytree(project, folder, symlinks=True, ignore=shutil.ignore_patterns("scratch"))
     for path in folder.glob(OUTS[stage]):
         path.unlink()
     for _ in range(2):
@@ -68,5 +70,5 @@ def test_a_killed_stage_ends_as_one_that_was_left_alone(stage: str, undisturbed:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finish(folder, stage)
-    assert digests(folder, stage) == digests(whole, stage)
-    assert digests(whole, stage)
+    assert digests(folder, stage) == digests(project, stage)
+    assert digests(project, stage)

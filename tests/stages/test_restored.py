@@ -1,4 +1,4 @@
-"""A real `dvc repro` of a stage that fails: its last model stays, and the run cache still has the older ones."""
+"""Tests of `dvc repro` with a stage that fails: the last model is kept, and the run cache keeps the older models."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def repro(project: Path, value: str) -> tuple[int, str]:
+    """Write `value` to settings.yaml and run `dvc repro`; return the exit code and the output."""
     (project / "settings.yaml").write_text(f"value: {value}")
     return dvc(project, "repro")
 
@@ -67,22 +68,22 @@ def weights(project: Path) -> str:
     return (project / "data/models/tune/weights").read_text()
 
 
-def test_a_stage_that_fails_leaves_the_model_that_dvc_removed(project: Path) -> None:
-    status, text = repro(project, "bad")
-    assert status and "tune: no such value" in text and weights(project) == "one"
+def test_a_stage_that_fails_restores_the_model_that_dvc_removed_before_the_stage(project: Path) -> None:
+    status, output = repro(project, "bad")
+    assert status and "tune: no such value" in output and weights(project) == "one"
     assert (project / "data/runs/tune.json").read_text() == '"one"\n'
     assert not list(project.rglob("*.part"))
 
 
 @pytest.mark.slow
-def test_the_run_cache_restores_and_no_stage_changed_a_file_of_the_cache(project: Path) -> None:
+def test_the_run_cache_restores_models_and_no_stage_changes_a_file_of_the_cache(project: Path) -> None:
     assert repro(project, "kill")[0] and weights(project) == "one"
-    status, text = repro(project, "one")
-    assert not status and "Running stage" not in text and weights(project) == "one"
+    status, output = repro(project, "one")
+    assert not status and "Running stage" not in output and weights(project) == "one"
     assert not repro(project, "two")[0] and weights(project) == "two"
     assert repro(project, "bad")[0] and weights(project) == "two"
-    status, text = repro(project, "one")
-    assert not status and "is cached - skipping run" in text and weights(project) == "one"
+    status, output = repro(project, "one")
+    assert not status and "is cached - skipping run" in output and weights(project) == "one"
     objects = [path for path in (project / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
     assert len(objects) == 6
     assert {md5_of(path) for path in objects} == {(path.parent.name + path.name).removesuffix(".dir")

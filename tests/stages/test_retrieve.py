@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three groups of alike images (one scene, other light), one broken image, captions."""
+    """Create a project with three scenes, two images of each scene with different light, and one broken image."""
     values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
     values["data"] |= {"retrieved": ["street"], "written": ["street"], "clip": save_clip(tmp_path / "clip"),
                        "retrieval": {"min_similarity": 0.0, "max_similarity": 0.99999, "max_uses": 1,
@@ -40,12 +40,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_alike_images_become_pairs_with_both_captions_and_the_same_bytes_twice(project: Path) -> None:
+def test_similar_images_become_pairs_with_both_captions_and_a_second_run_gives_equal_bytes(project: Path) -> None:
     retrieve("street")
     records = list(read_records(project / "data/pairs/street"))
     assert len(records) >= 2
-    uses = [name for record in records for name in record.provenance["names"]]
-    assert len(set(uses)) == len(uses)
+    names = [name for record in records for name in record.provenance["names"]]
+    assert len(set(names)) == len(names)
     for record in records:
         assert record.provenance["captions"] == [f"scene {name[0]}" for name in record.provenance["names"]]
         assert 0 <= record.provenance["similarity"] < 1
@@ -59,14 +59,14 @@ def test_alike_images_become_pairs_with_both_captions_and_the_same_bytes_twice(p
     assert (project / "data/pairs/street/train-00000.parquet").read_bytes() == first
 
 
-def test_a_window_that_nothing_falls_into_is_told(project: Path) -> None:
+def test_a_range_of_similarities_without_any_pair_is_refused(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace("min_similarity: 0.0", "min_similarity: 0.99998"))
     with pytest.raises(ValueError, match=r"no two of 6 images have a similarity from 0\.99998 to 0\.99999; widen"):
         retrieve("street")
 
 
-def test_a_missing_collection_is_told(project: Path) -> None:
+def test_a_missing_folder_of_images_is_refused(project: Path) -> None:
     (project / "data/raw/street").rename(project / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"data/raw/street does not exist: put images"):
         retrieve("street")

@@ -1,3 +1,5 @@
+"""Tests that a stage ends, with all worker processes, when it gets a signal or when the parent process was killed."""
+
 from __future__ import annotations
 
 import os
@@ -42,19 +44,19 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("code", [STAGE, IMPORTING])
-def test_a_stage_ends_when_the_dvc_that_started_it_was_killed(code: str, tmp_path: Path) -> None:
+def test_a_stage_ends_after_the_dvc_process_that_started_the_stage_was_killed(code: str, tmp_path: Path) -> None:
     (tmp_path / "stage.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_STAGE": "slow"}
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path, env=environment) as parent:
-        last = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            assert time.monotonic() < last
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         pid = int((tmp_path / "pid").read_text())
         assert _alive(pid)
         parent.send_signal(signal.SIGKILL)
     while _alive(pid):
-        assert time.monotonic() < last
+        assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
@@ -64,25 +66,25 @@ from pathlib import Path
 from onediff.config import Runtime
 from onediff.data.parallel import spread
 from onediff.stages.command import run
-def rest(item: int) -> int:
+def sleep(item: int) -> int:
     Path("up").touch()
     time.sleep(60)
     return item
 def slow() -> None:
-    list(spread(lambda: rest, range(9), Runtime(workers=2)))
+    list(spread(lambda: sleep, range(9), Runtime(workers=2)))
 run(slow)
 """
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_a_stage_and_its_workers_ends_all_of_them_with_one_line(number: signal.Signals,
-                                                                            tmp_path: Path) -> None:
+def test_a_signal_to_a_stage_and_its_workers_ends_all_these_processes_with_a_one_line_error(
+        number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "stage.py").write_text(POOL)
     stage = subprocess.Popen([sys.executable, "stage.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                              stderr=subprocess.PIPE, text=True, start_new_session=True)
-    last = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
-        assert time.monotonic() < last
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     workers = psutil.Process(stage.pid).children(recursive=True)
     os.killpg(stage.pid, number)

@@ -27,7 +27,10 @@ def edit(split: str, number: int) -> Record:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A few pairs of each split, the second reference of each pair as its caption, and all that the report reads."""
+    """Create a project with a few pairs of each split and with the other inputs of the stages `score` and `report`.
+
+    The predicted caption of each pair is the last reference of the pair.
+    """
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(PRESET.read_bytes())
     config, folder = load_params(), Path("data/diffcap")
@@ -51,7 +54,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_score_and_report_from_captions_to_page(repository: Path) -> None:
+def test_score_writes_metrics_with_equal_bytes_twice_and_report_writes_a_page_and_figures(repository: Path) -> None:
     score()
     outputs = [Path("data/metrics.json"), Path("data/gate.json")]
     first = [path.read_bytes() for path in outputs]
@@ -68,7 +71,7 @@ def test_score_and_report_from_captions_to_page(repository: Path) -> None:
     assert {path.name for path in Path("data/figures").iterdir()} >= {"cider-scenes.svg", "train-tune-loss.svg"}
 
 
-def test_score_says_which_captions_are_missing(repository: Path) -> None:
+def test_the_error_for_missing_captions_contains_their_pair_ids(repository: Path) -> None:
     path = Path("data/captions/test/scenes.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match=r"1 \(scenes-test-000000c\) missing from the predictions"):

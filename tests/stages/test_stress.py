@@ -21,7 +21,7 @@ FILES = ("data/stress.json", "data/stress/scenes.jsonl", "data/stress/scenes.att
 
 
 def save_model(micro: Config, *, num_tokens: int) -> None:
-    """The micro preset's model, untrained."""
+    """Save the untrained model of the micro preset with `num_tokens` delta tokens."""
     delta = micro.model.delta.model_copy(update={"num_tokens": num_tokens})
     model, processor = build(micro.model.model_copy(update={"delta": delta}), seed=7)
     model.save_pretrained("data/models/tune")
@@ -30,7 +30,7 @@ def save_model(micro: Config, *, num_tokens: int) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: Config) -> Path:
-    """A few test pairs of each benchmark and a model; captions are short, so that it takes seconds."""
+    """Create a project with a model and a few test pairs of each benchmark; captions are short to save time."""
     monkeypatch.chdir(tmp_path)
     text = PRESET.read_text()
     assert "max_new_tokens: 40" in text
@@ -43,48 +43,51 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: Config) -
     return tmp_path
 
 
-def test_the_same_model_and_pairs_give_the_same_bytes(repository: Path) -> None:
+def test_two_runs_of_the_stress_test_on_equal_data_write_equal_files(repository: Path) -> None:
     stress()
     first = [Path(name).read_bytes() for name in FILES]
     stress()
     assert [Path(name).read_bytes() for name in FILES] == first
     result = json.loads(first[0])
-    assert set(result) == {"scenes", "edits"}  # scenes_far is scenes under stress
+    # The benchmark scenes_far is left out, because its camera and light already move twice as far as in scenes.
+    assert set(result) == {"scenes", "edits"}
     assert result["scenes"]["num_pairs"] == result["edits"]["num_pairs"] == 6
     assert {"area_share", "inside_share", "intervals"} <= result["scenes"]["attention"].keys()
     assert list(result["scenes"]["curves"]["jpeg_quality"]) == ["none", "20"]
     lines = [json.loads(line) for line in first[1].splitlines()]
     chosen = [line["pair_id"] for line in lines if line["trial"] == "plain"]
-    everything = [row["pair_id"] for row in read_table(Path("data/diffcap"), "test-*.parquet")]
-    assert len(chosen) == 6 and sorted(chosen, key=everything.index) == chosen
-    maps = [json.loads(line) for line in first[2].splitlines()]
-    assert [each["pair_id"] for each in maps] == chosen
-    assert all(np.sum([each["before"], each["after"]]) == pytest.approx(1, abs=1e-3) for each in maps)
+    all_pairs = [row["pair_id"] for row in read_table(Path("data/diffcap"), "test-*.parquet")]
+    assert len(chosen) == 6 and sorted(chosen, key=all_pairs.index) == chosen
+    attention_maps = [json.loads(line) for line in first[2].splitlines()]
+    assert [maps["pair_id"] for maps in attention_maps] == chosen
+    assert all(np.sum([maps["before"], maps["after"]]) == pytest.approx(1, abs=1e-3) for maps in attention_maps)
     assert not PART.exists()
 
 
-def test_a_broken_image_ends_it_in_one_line_and_leaves_nothing_half(repository: Path, micro: Config) -> None:
+def test_a_broken_image_stops_the_stage_which_keeps_the_results_of_the_last_run(repository: Path,
+                                                                                micro: Config) -> None:
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("of the last run")
+        Path(name).write_text("result of the last run")
     records = [edit_record(micro, "test", index) for index in range(3)]
     records[1] = dataclasses.replace(records[1], after=records[1].after[:300])
     write_shards([*scene_records(micro, "test", 0), *records], Path("data/diffcap"), "test", shard_pairs=100)
     with pytest.raises(ValueError, match="corrupt or truncated image"):
         stress()
-    assert [Path(name).read_text() for name in FILES] == ["of the last run"] * 3
+    assert [Path(name).read_text() for name in FILES] == ["result of the last run"] * 3
     assert not PART.exists()
 
 
-def test_what_a_killed_stage_left_is_removed(repository: Path) -> None:
+def test_the_partial_folder_of_a_killed_stage_is_removed(repository: Path) -> None:
     PART.mkdir(parents=True)
-    (PART / "left by a kill").touch()
+    (PART / "partial file").touch()
     stress()
     assert sorted(path.name for path in Path("data/stress").iterdir()) == [
         "edits.attention.jsonl", "edits.jsonl", "scenes.attention.jsonl", "scenes.jsonl"]
 
 
-def test_a_model_without_delta_tokens_is_stressed_and_has_no_attention(repository: Path, micro: Config) -> None:
+def test_the_stress_test_of_a_model_without_delta_tokens_has_no_attention_maps(repository: Path,
+                                                                               micro: Config) -> None:
     save_model(micro, num_tokens=0)
     stress()
     result = json.loads(Path("data/stress.json").read_text())
@@ -92,7 +95,7 @@ def test_a_model_without_delta_tokens_is_stressed_and_has_no_attention(repositor
     assert sorted(path.name for path in Path("data/stress").iterdir()) == ["edits.jsonl", "scenes.jsonl"]
 
 
-def test_missing_shards_are_told(repository: Path) -> None:
+def test_missing_shards_are_refused(repository: Path) -> None:
     for path in Path("data/diffcap").glob("test-*"):
         path.unlink()
     with pytest.raises(FileNotFoundError, match=r"test-\*\.parquet does not exist: create it with 'dvc repro'"):

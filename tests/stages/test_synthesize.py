@@ -23,13 +23,14 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the micro preset, fewer scenes and edits, in which the test stands."""
+    """Create a project with the micro preset, changed to fewer scenes and edits. The test runs in this folder."""
     monkeypatch.chdir(tmp_path)
-    params("scenes", num_scenes={"train": 4, "val": 1, "gate": 1, "test": 2}, num_far=1)
+    change_params("scenes", num_scenes={"train": 4, "val": 1, "gate": 1, "test": 2}, num_far=1)
     return tmp_path
 
 
-def params(section: str | None = None, **values: Any) -> None:
+def change_params(section: str | None = None, **values: Any) -> None:
+    """Write params.yaml with changed values of the section `data`, or of the given section inside `data`."""
     yaml = YAML(typ="safe")
     path = Path("params.yaml")
     tree = yaml.load(path if path.exists() else ROOT / "presets/micro.yaml")
@@ -44,17 +45,18 @@ def digests(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("source", ["scenes", "edits"])
-def test_the_number_of_processes_changes_no_byte(source: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def test_one_process_and_three_processes_generate_equal_bytes(source: str, project: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = []
     for workers in ("1", "3"):
         monkeypatch.setenv("ONEDIFF_WORKERS", workers)
         synthesize(source)
-        made.append(digests(f"data/synthetic/{source}"))
-    assert made[0] == made[1]
-    assert len(made[0]) == (5 if source == "scenes" else 4)
+        shards.append(digests(f"data/synthetic/{source}"))
+    assert shards[0] == shards[1]
+    assert len(shards[0]) == (5 if source == "scenes" else 4)
 
 
-def test_every_split_has_its_pairs_in_its_own_shards(project: Path) -> None:
+def test_a_shard_contains_only_pairs_of_one_split(project: Path) -> None:
     synthesize("scenes")
     folder = Path("data/synthetic/scenes")
     counts = {"train": 12, "val": 4, "gate": 4, "test": 8, "far": 4}
@@ -65,7 +67,7 @@ def test_every_split_has_its_pairs_in_its_own_shards(project: Path) -> None:
         assert {record.source for record in records} == {"scenes_far" if prefix == "far" else "scenes"}
 
 
-def test_shards_of_an_earlier_run_do_not_stay(project: Path) -> None:
+def test_shards_of_an_earlier_run_are_removed(project: Path) -> None:
     old = Path("data/synthetic/edits/train-00007.parquet")
     old.parent.mkdir(parents=True)
     old.touch()
@@ -73,35 +75,36 @@ def test_shards_of_an_earlier_run_do_not_stay(project: Path) -> None:
     assert not old.exists()
 
 
-def test_an_unknown_source_is_named(project: Path) -> None:
+def test_an_unknown_source_is_refused(project: Path) -> None:
     with pytest.raises(ValueError, match=r"the source to generate must be scenes or edits, got 'birds'"):
         synthesize("birds")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bpy") is not None, reason="bpy is installed")
-def test_missing_blender_is_said_before_any_scene(project: Path) -> None:
-    params("scenes", renderer="blender")
+def test_the_renderer_blender_is_refused_if_blender_is_not_installed(project: Path) -> None:
+    change_params("scenes", renderer="blender")
     with pytest.raises(ValueError, match="renderer 'blender' needs the package bpy"):
         synthesize("scenes")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bpy") is None, reason="bpy is not installed: the extra 'blender'")
-def test_blender_too_gives_the_same_bytes_with_more_processes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params("scenes", renderer="blender", num_scenes={"train": 3, "val": 1, "gate": 1, "test": 1})
-    made = []
+def test_with_blender_one_process_and_two_processes_generate_equal_bytes(project: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    change_params("scenes", renderer="blender", num_scenes={"train": 3, "val": 1, "gate": 1, "test": 1})
+    shards = []
     for workers in ("1", "2"):
         monkeypatch.setenv("ONEDIFF_WORKERS", workers)
         synthesize("scenes")
-        made.append(digests("data/synthetic/scenes"))
-    assert made[0] == made[1]
+        shards.append(digests("data/synthetic/scenes"))
+    assert shards[0] == shards[1]
 
 
-def kill_at(first: Path, cluster: Any, node: Any) -> threading.Thread:
-    """Kills the node as soon as the file is there."""
+def kill_node_when_file_exists(file: Path, cluster: Any, node: Any) -> threading.Thread:
+    """Start a thread that kills a node of the Ray cluster as soon as the file exists, and return the thread."""
 
     def wait() -> None:
-        while not first.exists():
+        while not file.exists():
             time.sleep(0.05)
         cluster.remove_node(node, allow_graceful=False)
 
@@ -111,19 +114,20 @@ def kill_at(first: Path, cluster: Any, node: Any) -> threading.Thread:
 
 
 def probed(runtime: Runtime) -> Iterator[Any]:
+    """Yield the rows that the probe computes for the generated scenes, with the engine of `runtime`."""
     folder = Path("data/synthetic/scenes")
     return probe_folders({"scenes": folder}, max_megapixels=64, clip=None, runtime=runtime)
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_node_midway_gives_the_same_bytes(project: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_cluster_that_loses_a_node_generates_the_bytes_of_a_single_process(
+        project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    params("scenes", num_scenes={"train": 160, "val": 10, "gate": 10, "test": 60}, num_far=20)
-    params(shard_pairs=8)
+    change_params("scenes", num_scenes={"train": 160, "val": 10, "gate": 10, "test": 60}, num_far=20)
+    change_params(shard_pairs=8)
     synthesize("scenes")
     expected, expected_rows = digests("data/synthetic/scenes"), list(probed(Runtime()))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -132,17 +136,17 @@ def test_a_cluster_that_loses_a_node_midway_gives_the_same_bytes(project: Path,
     try:
         monkeypatch.setenv("ONEDIFF_ENGINE", "ray")
         monkeypatch.setenv("ONEDIFF_RAY_ADDRESS", cluster.address)
-        doomed = cluster.add_node(num_cpus=1)
-        killer = kill_at(Path("data/synthetic/scenes/train-00005.parquet"), cluster, doomed)
+        node = cluster.add_node(num_cpus=1)
+        thread = kill_node_when_file_exists(Path("data/synthetic/scenes/train-00005.parquet"), cluster, node)
         synthesize("scenes")
-        killer.join(timeout=1)
-        assert not killer.is_alive()
+        thread.join(timeout=1)
+        assert not thread.is_alive()
         assert digests("data/synthetic/scenes") == expected
-        doomed, rows = cluster.add_node(num_cpus=1), []
+        node, rows = cluster.add_node(num_cpus=1), []
         for table in probed(load_runtime()):
             rows.append(table)
             if len(rows) == 10:
-                cluster.remove_node(doomed, allow_graceful=False)
+                cluster.remove_node(node, allow_graceful=False)
         assert rows == expected_rows
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""Stages `probe` and `validate` on real shards: raw pairs, general instruction data and generated pairs together."""
+"""Tests of the stages `probe` and `validate` on shards with raw pairs, generated pairs and general instruction data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def png(seed: int) -> bytes:
 
 
 def records(source: str, num_pairs: int = 11) -> list[Record]:
-    """`num_pairs` of each split, no image twice."""
+    """Return `num_pairs` records of each split, in which no image occurs twice."""
     start = 1000 * len(source)
     return [Record(f"{source}-{split}-{k}", source, split, f"{source}-{split}-{k}", png(start + 200 * number + 2 * k),
                    png(start + 200 * number + 2 * k + 1), ["the left bird went away"], "What changed?", "unlabelled",
@@ -40,7 +40,10 @@ def records(source: str, num_pairs: int = 11) -> list[Record]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """Makes the project with the given data settings and records by source, and stands in it."""
+    """Return a function that creates a project with raw and generated records and changed settings of `data`.
+
+    The test runs in the folder of this project.
+    """
 
     def make(own: list[Record], generated: list[Record] | None = None, **data: Any) -> Path:
         values = YAML(typ="safe").load((ROOT / "presets/tiny.yaml").read_text())
@@ -49,10 +52,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
         for phase in ("align", "tune"):
             values[phase]["mixture"] = {"own": 1}
         YAML().dump(values, tmp_path / "params.yaml")
-        for folder, those in (("pairs/own", own), ("synthetic/edits", generated or [])):
+        for folder, records in (("pairs/own", own), ("synthetic/edits", generated or [])):
             for split in SPLITS:
-                write_shards((record for record in those if record.split == split), tmp_path / "data" / folder, split,
-                             shard_pairs=7)
+                write_shards((record for record in records if record.split == split), tmp_path / "data" / folder,
+                             split, shard_pairs=7)
         return tmp_path
 
     monkeypatch.chdir(tmp_path)
@@ -60,11 +63,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return make
 
 
-def change(those: list[Record], pair_id: str, **values: Any) -> list[Record]:
-    return [replace(record, **values) if record.pair_id == pair_id else record for record in those]
+def change(records: list[Record], pair_id: str, **values: Any) -> list[Record]:
+    """Return the records, with changed fields of the record that has this pair id."""
+    return [replace(record, **values) if record.pair_id == pair_id else record for record in records]
 
 
-def test_every_bad_pair_is_quarantined_with_all_its_reasons(project: Project) -> None:
+def test_every_bad_pair_is_quarantined_with_all_reasons(project: Project) -> None:
     own = change(records("own"), "own-train-2", after=b"\x89PNG\r\n\x1a\nbroken", references=["fine", " "])
     own = change(own, "own-val-4", references=["w " * 10_000])
     folder = project(own, change(records("edits"), "edits-gate-3", references=["bell\x07"]))
@@ -77,12 +81,13 @@ def test_every_bad_pair_is_quarantined_with_all_its_reasons(project: Project) ->
     assert list(bad["suite"]) == ["generated", "raw", "raw"]
     page = (folder / "data/reports/validation/index.html").read_text()
     assert "This data may be used" in page
-    assert page.count("data:image/jpeg") == 6  # of the broken pair one image, under either of its reasons
+    # The page shows the readable image of the broken pair twice, once for each of two reasons.
+    assert page.count("data:image/jpeg") == 6
 
 
-def test_a_test_image_that_is_missing_stops_the_run_until_the_config_allows_it(project: Project) -> None:
-    gone = {"after": b"", "provenance": {"names": ["7.png", "7_2.png"], "missing": ["7_2.png"]}}
-    own = change(records("own"), "own-test-7", **gone)
+def test_a_missing_test_image_stops_the_stage_unless_data_partial_lists_the_source(project: Project) -> None:
+    without_after = {"after": b"", "provenance": {"names": ["7.png", "7_2.png"], "missing": ["7_2.png"]}}
+    own = change(records("own"), "own-test-7", **without_after)
     folder = project(own)
     probe()
     with pytest.raises(ValueError, match=r"^own: 1 test pair is bad \(first: own-test-7: an image is missing \(after: "
@@ -95,7 +100,8 @@ def test_a_test_image_that_is_missing_stops_the_run_until_the_config_allows_it(p
     assert list(pd.read_parquet(folder / "data/quarantine.parquet")["pair_id"]) == ["own-test-7"]
 
 
-def test_a_leak_stops_generated_data_and_is_left_to_build_in_raw_data(project: Project) -> None:
+def test_a_leak_in_generated_data_is_refused_but_a_leak_in_raw_data_is_accepted(project: Project) -> None:
+    """Run the stage `validate`, which accepts leaks in raw data because the stage `build` removes them."""
     own, generated = records("own"), records("edits")
     project(change(own, "own-train-1", after=own[-1].before), generated)
     probe()
@@ -106,7 +112,7 @@ def test_a_leak_stops_generated_data_and_is_left_to_build_in_raw_data(project: P
         validate()
 
 
-def test_each_suite_has_its_own_tolerance(project: Project) -> None:
+def test_raw_and_generated_pairs_have_separate_tolerances(project: Project) -> None:
     own = change(records("own"), "own-train-1", references=[])
     project(own, records("edits"), tolerance={"raw": 0.01, "generated": 1.0})
     probe()
@@ -114,7 +120,7 @@ def test_each_suite_has_its_own_tolerance(project: Project) -> None:
         validate()
 
 
-def test_general_instruction_data_passes(project: Project) -> None:
+def test_general_instruction_data_is_accepted(project: Project) -> None:
     own = records("own")
     own[0] = replace(own[0], after=b"", num_images=1, references=["A long answer.\n" * 200], change_type="general")
     own[1] = replace(own[1], before=b"", after=b"", num_images=0, change_type="general")
@@ -125,7 +131,7 @@ def test_general_instruction_data_passes(project: Project) -> None:
     assert list(pd.read_parquet(folder / "data/probe.parquet")["num_images"].value_counts()) == [42, 1, 1]
 
 
-def test_the_same_data_gives_the_same_files(project: Project) -> None:
+def test_two_runs_on_equal_data_write_equal_files(project: Project) -> None:
     folder = project(change(records("own"), "own-val-4", references=[" "]), records("edits"))
     files = []
     for _ in range(2):
@@ -137,20 +143,21 @@ def test_the_same_data_gives_the_same_files(project: Project) -> None:
     assert files[0] == files[1]
 
 
-def test_real_photographs_of_many_kinds_pass(project: Project) -> None:
+def test_pairs_of_real_photographs_are_accepted(project: Project) -> None:
     if not PHOTOS.is_dir():
-        pytest.skip(f"{PHOTOS} is not there")
+        pytest.skip(f"the folder {PHOTOS} does not exist")
     own = records("own")
     photos = [*sorted(PHOTOS.glob("natural_*[1A].*g")), *sorted(PHOTOS.glob("whatsup_*_before.*"))]
     for number, before in enumerate(photos):
-        own[number] = replace(own[number], before=before.read_bytes())  # unlike in shape: published data is
+        # The two images of such a pair have different sizes, as in some published datasets.
+        own[number] = replace(own[number], before=before.read_bytes())
     folder = project(own)
     probe()
     validate()
     assert pd.read_parquet(folder / "data/quarantine.parquet").empty
 
 
-def test_what_is_missing_or_broken_is_named(project: Project) -> None:
+def test_the_errors_for_missing_and_truncated_files_contain_their_paths(project: Project) -> None:
     folder = project(records("own"))
     with pytest.raises(FileNotFoundError, match=r"data/probe\.parquet does not exist; 'dvc repro probe' writes it"):
         validate()

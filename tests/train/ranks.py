@@ -1,6 +1,6 @@
 """The program that each process runs in test_ranks.py: `python ranks.py CASES.json`, with RANK and WORLD_SIZE set.
 
-CASES.json is a list of cases. The program trains a small model for each case.
+CASES.json is a list of training runs (cases): their folders and settings. The program trains a small model for each.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(case: dict[str, Any]) -> None:
     try:
         trained = fit(training, batches, log, Meter(lambda counts: 0.0, None))
     except KeyboardInterrupt:
-        os._exit(0)  # End without any clean-up, as in a power cut.
+        os._exit(0)  # End the process without any clean-up, as after SIGKILL.
     if trained.weights is not None:
         torch.save(trained.weights, folder / "weights.pt")
 

@@ -16,8 +16,16 @@ def engine(**changes: int) -> Engine:
     return Engine(small(**changes), phase(), Runtime())
 
 
+def engine_with_moments() -> Engine:
+    """Return an engine whose optimizer has states, as after the first step."""
+    new = engine()
+    new._make_moments()
+    return new
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
+    """Return the folder of a run with a checkpoint of step 3."""
     checkpoint.save(engine_with_moments(), tmp_path, 3, {"best": None})
     return tmp_path
 
@@ -48,11 +56,6 @@ def test_a_checkpoint_with_incomplete_files_is_skipped(damage: str, saved: Path)
         file.unlink()
     assert checkpoint.newest(saved) == saved / "checkpoints/step-0000003"
 
-
-def engine_with_moments() -> Engine:
-    new = engine()
-    new._make_moments()
-    return new
 
 
 def test_a_checkpoint_contains_only_safetensors_and_json_files(saved: Path) -> None:

@@ -25,8 +25,8 @@ def phase(**changes: Any) -> Phase:
     return Phase(**(settings | TUNE | changes))
 
 
-def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int:
-    """Count the multiplications of a part with forward hooks, while `run()` runs that part.
+def multiplications(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int:
+    """Call `run` and count the multiplications in the layers whose names start with `part`, by forward hooks.
 
     A linear or convolution layer multiplies each weight once per output position. The key and value weights of an
     attention module with few queries are applied to the queries, so they count once per query.
@@ -58,7 +58,7 @@ def products(model: OneDiffForConditionalGeneration, part: str, run: Any) -> int
 def test_the_flops_of_a_pair_equal_the_multiplications_of_the_delta_module_and_projector(inputs: str) -> None:
     model = small(delta_inputs=inputs)
     before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
-    module = products(model, "delta.", lambda: model.delta(before, after))
+    module = multiplications(model, "delta.", lambda: model.delta(before, after))
     projector = WIDTH * LANGUAGE + LANGUAGE * LANGUAGE
     flops = Flops.of(model, phase(), cached_tower=False)
     assert flops.pair == 6 * (module + projector * TOKENS)
@@ -69,38 +69,38 @@ def test_the_flops_of_a_pair_equal_the_multiplications_of_the_delta_module_and_p
 def test_the_flops_of_an_image_equal_the_multiplications_of_the_tower_and_projector() -> None:
     model = small()
     flops = Flops.of(model, phase(), cached_tower=False)
-    assert flops.image == 6 * products(model, "vision.", lambda: model.vision(torch.randn(1, 3, 12, 12)))
+    assert flops.image == 6 * multiplications(model, "vision.", lambda: model.vision(torch.randn(1, 3, 12, 12)))
     assert flops.view == 6 * (CHANNELS * LANGUAGE + LANGUAGE * LANGUAGE) * PATCHES
 
 
 def test_the_flops_of_a_pair_in_token_layout_b_include_the_enhance_module() -> None:
     model = small(reading="B")
     patches, delta = torch.randn(2, PATCHES, CHANNELS), torch.randn(1, TOKENS, WIDTH)
-    enhancing = products(model, "enhance.", lambda: model.enhance_pairs(patches, delta, torch.tensor([0])))
+    enhance = multiplications(model, "enhance.", lambda: model.enhance_pairs(patches, delta, torch.tensor([0])))
     before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
-    module = products(model, "delta.", lambda: model.delta(before, after))
-    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + enhancing)
+    module = multiplications(model, "delta.", lambda: model.delta(before, after))
+    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + enhance)
 
 
-def test_frozen_parts_have_fewer_flops_and_the_fewest_if_no_gradient_passes_through_them() -> None:
+def test_a_frozen_part_needs_fewer_flops_and_the_fewest_if_no_gradient_passes_through_it() -> None:
     model = small()
     blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
-    learns, passed, forward = (Flops.of(model, phase(**rates), cached_tower=False) for rates in (
+    trained, gradient_only, forward_only = (Flops.of(model, phase(**rates), cached_tower=False) for rates in (
         TUNE, ALIGN, {"lr_vision": 0.0, "lr_delta": 0.0, "lr_projector": 0.0}))
-    assert (learns.token, passed.token) == (6 * blocks, 4 * blocks)
-    assert (learns.answer_token, passed.answer_token) == (6 * VOCAB * LANGUAGE, 4 * VOCAB * LANGUAGE)
-    assert learns.image == 3 * passed.image and forward.view == learns.view / 3
+    assert (trained.token, gradient_only.token) == (6 * blocks, 4 * blocks)
+    assert (trained.answer_token, gradient_only.answer_token) == (6 * VOCAB * LANGUAGE, 4 * VOCAB * LANGUAGE)
+    assert trained.image == 3 * gradient_only.image and forward_only.view == trained.view / 3
     assert Flops.of(model, phase(**ALIGN), cached_tower=True).image == 0
 
 
 def test_flops_include_lora_adapters_before_and_after_they_are_added() -> None:
     model, settings = small(), phase(lora=Lora(rank=3, alpha=6))
     blocks = sum(p.numel() for name, p in model.language.model.layers.named_parameters() if p.ndim == 2)
-    early = Flops.of(model, settings, cached_tower=False)
+    flops_without_adapters = Flops.of(model, settings, cached_tower=False)
     trainable(model, settings)
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert early == Flops.of(model, settings, cached_tower=False)
-    assert early.token == 4 * blocks + 6 * adapters
+    assert flops_without_adapters == Flops.of(model, settings, cached_tower=False)
+    assert flops_without_adapters.token == 4 * blocks + 6 * adapters
     assert sizes(model)["language"].learning == adapters
 
 

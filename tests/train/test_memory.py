@@ -29,7 +29,7 @@ def phase(**changes: Any) -> Phase:
 
 
 def config(**changes: Any) -> OneDiffConfig:
-    """Return a model configuration that is wide enough to make small tensors, which the plan ignores, negligible."""
+    """Return the configuration of a model in which the small tensors that the plan ignores need little memory."""
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=5, num_attention_heads=4,
                               image_size=PX, patch_size=12)
     text = LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=304, num_hidden_layers=3,
@@ -50,8 +50,8 @@ def batch(configuration: OneDiffConfig) -> dict[str, Tensor]:
             "image_counts": torch.full((PAIRS,), 2), "images": torch.randn(2 * PAIRS, 3, PX, PX)}
 
 
-def really_saved(model: OneDiffForConditionalGeneration, inputs: dict[str, Tensor]) -> int:
-    """Count the bytes of all storages, except parameters, that autograd saves in a real forward pass."""
+def bytes_saved_by_autograd(model: OneDiffForConditionalGeneration, inputs: dict[str, Tensor]) -> int:
+    """Run a forward pass and return the number of bytes, except parameters, that autograd saves for the backward."""
     saved_tensors: dict[int, Tensor] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -69,14 +69,15 @@ def really_saved(model: OneDiffForConditionalGeneration, inputs: dict[str, Tenso
 @pytest.mark.parametrize("changes", [{}, {"delta_inputs": "pair_and_matched_difference"}, {"reading": "B"},
                                      {"reading": "C"}, {"delta_num_tokens": 0}])
 @pytest.mark.parametrize("rates", [ALIGN, TUNE], ids=["align", "tune"])
-def test_planned_activations_equal_what_autograd_saves(rates: dict[str, float], changes: dict[str, Any]) -> None:
+def test_planned_activations_equal_the_bytes_that_autograd_saves(rates: dict[str, float],
+                                                                 changes: dict[str, Any]) -> None:
     configuration = config(**changes)
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase(**rates))
     inputs = batch(configuration)
     micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
     planned = saved(configuration, phase(**rates), micro_batch, bfloat16=False, cached_tower=False)
-    assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
+    assert planned.everything == pytest.approx(bytes_saved_by_autograd(model, inputs), rel=0.02)
 
 
 def test_planned_activations_with_lora_equal_the_bytes_that_autograd_saves() -> None:
@@ -86,11 +87,11 @@ def test_planned_activations_with_lora_equal_the_bytes_that_autograd_saves() -> 
     inputs = batch(configuration)
     micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
     planned = saved(configuration, settings, micro_batch, bfloat16=False, cached_tower=False)
-    assert planned.everything == pytest.approx(really_saved(model, inputs), rel=0.02)
+    assert planned.everything == pytest.approx(bytes_saved_by_autograd(model, inputs), rel=0.02)
 
 
 def test_planned_activations_with_checkpointing_equal_the_bytes_that_autograd_saves() -> None:
-    """Reentrant checkpointing is used, because it saves inputs through autograd, where the test can count them."""
+    """Use ZeRO level 3, whose reentrant checkpointing saves inputs through autograd, so the test can count them."""
     configuration = config()
     model = OneDiffForConditionalGeneration(configuration).train()
     trainable(model, phase())
@@ -99,11 +100,11 @@ def test_planned_activations_with_checkpointing_equal_the_bytes_that_autograd_sa
     planned = saved(configuration, phase(), micro_batch, bfloat16=False, cached_tower=False)
     checkpoint_activations(model, phase(), zero_level=3)
     # The tolerance is large because checkpointing also saves rotary tables and random states of constant size.
-    assert planned.checkpointed == pytest.approx(really_saved(model, inputs), rel=0.1)
+    assert planned.checkpointed == pytest.approx(bytes_saved_by_autograd(model, inputs), rel=0.1)
     assert planned.checkpointed < 0.5 * planned.everything
 
 
-def test_saved_bytes_grow_linearly_with_the_number_of_pairs() -> None:
+def test_planned_activations_grow_linearly_with_the_number_of_pairs() -> None:
     one, two, five = (saved(config(), phase(), MicroBatch(pairs, 99, 11), bfloat16=True, cached_tower=False).everything
                       for pairs in (1, 2, 5))
     assert five == pytest.approx(one + 4 * (two - one), rel=0.005)
@@ -127,17 +128,17 @@ def test_a_model_on_the_meta_device_has_the_parameter_counts_of_the_real_model()
 @pytest.mark.parametrize(("level", "ranks", "weights", "gradients", "optimizer"), [
     (0, 4, 2 * 110, 2 * 100, 12 * 100), (1, 4, 2 * 110, 2 * 100, 3 * 100), (2, 4, 2 * 110, 2 * 25, 3 * 100),
     (3, 4, 2 * 110 / 4, 2 * 25, 3 * 100)])
-def test_model_states_in_bfloat16_at_each_zero_level(level: int, ranks: int, weights: float, gradients: float,
-                                                     optimizer: float) -> None:
-    held = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
-    assert (held.weights, held.gradients, held.optimizer) == (weights, gradients, optimizer)
-    assert held.host == 0
-    assert held.buffers == (0, 2 * BUCKET, 2 * BUCKET, 2 * BUCKET + 2 * min(110, GATHERED))[level]
+def test_each_zero_level_divides_more_of_the_model_states_by_the_number_of_ranks(
+        level: int, ranks: int, weights: float, gradients: float, optimizer: float) -> None:
+    """Compare the planned bytes of a bfloat16 model with 100 trainable and 10 frozen parameters."""
+    planned = states(Size(100, 10), Sharing(level, "none", ranks), bfloat16=True)
+    assert (planned.weights, planned.gradients, planned.optimizer) == (weights, gradients, optimizer)
+    assert planned.host == 0
+    assert planned.buffers == (0, 2 * BUCKET, 2 * BUCKET, 2 * BUCKET + 2 * min(110, GATHERED))[level]
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_planned_optimizer_states_and_gradients_equal_those_of_deepspeed(level: int) -> None:
-    """The tolerance allows for padding, by which DeepSpeed aligns the flattened tensors of each trainable part."""
+def test_planned_optimizer_states_and_gradients_equal_the_bytes_that_deepspeed_allocates(level: int) -> None:
     configuration, settings = config(), phase(**ALIGN)
     model = OneDiffForConditionalGeneration(configuration).train()
     learning = sum(part.learning for part in sizes(hollow(configuration, settings)).values())
@@ -151,9 +152,10 @@ def test_planned_optimizer_states_and_gradients_equal_those_of_deepspeed(level: 
     masters = getattr(deepspeed, {3: "fp32_partitioned_groups_flat"}.get(level, "single_partition_of_fp32_groups"), [])
     moments = [state[key] for state in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     expected = states(Size(learning, 0), Sharing(level, "none", 1), bfloat16=False)
-    held = sum(tensor.nbytes for tensor in [*masters, *moments])
+    allocated = sum(tensor.nbytes for tensor in [*masters, *moments])
     engine.close()
-    assert held == pytest.approx(expected.optimizer, abs=12 * 16)
+    # DeepSpeed pads the flattened tensors of each trainable part, so a small difference is allowed.
+    assert allocated == pytest.approx(expected.optimizer, abs=12 * 16)
     assert sum(gradients) == expected.gradients
 
 

@@ -37,10 +37,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def planned(config: Config, gpu: str, num_gpus: int) -> Plan:
-    known = find_gpu(gpu)
-    assert known is not None
-    return plan(config, load_runtime(ROOT / "presets/paper.runtime.yaml"), gpu=known, num_gpus=num_gpus,
+def planned(config: Config, gpu_name: str, num_gpus: int) -> Plan:
+    gpu = find_gpu(gpu_name)
+    assert gpu is not None
+    return plan(config, load_runtime(ROOT / "presets/paper.runtime.yaml"), gpu=gpu, num_gpus=num_gpus,
                 utilisation=0.4)
 
 
@@ -53,20 +53,20 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         return planned(preset("paper"), "h100", 8)
 
 
-def test_planned_parameter_counts_equal_the_published_ones(paper: Plan) -> None:
+def test_planned_parameter_counts_equal_the_published_parameter_counts(paper: Plan) -> None:
     tune = paper.phases[1].sizes
-    assert 303e6 < tune["vision"].learning < 304e6  # CLIP ViT-L/14 at 336 px
-    assert tune["language"].learning == 6_738_415_616  # Llama 2 7B, on which Vicuna 1.5 is based
+    assert 303e6 < tune["vision"].learning < 304e6  # The vision tower is CLIP ViT-L/14 for images of 336 pixels.
+    assert tune["language"].learning == 6_738_415_616  # The language model, Vicuna 1.5, is based on Llama 2 7B.
     llava = preset("llava_pair")
     projector = sizes(hollow(configure(described_model(llava.model)[0]), llava.tune))["projector"]
-    assert projector.learning == 20_979_712  # as in LLaVA-1.5
+    assert projector.learning == 20_979_712  # The projector of LLaVA-1.5 has this number of parameters.
 
 
 def test_the_number_of_steps_is_computed_from_official_sample_counts(paper: Plan) -> None:
     align, tune = paper.phases
     assert align.num_samples == {"llava_558k": (558128, "official count")}
-    assert align.steps == 2181  # as LLaVA-1.5 reports for these data and this batch size
-    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # every reference is a sample
+    assert align.steps == 2181  # LLaVA-1.5 reports this number of steps for these data and this batch size.
+    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # Every reference is one sample.
     assert tune.num_samples["image_editing_request"] == (3061, "official count")
     assert tune.num_samples["birds_to_words"][1] == "guess from its weight"
 
@@ -89,26 +89,26 @@ def test_the_paper_preset_fits_only_if_states_are_distributed_over_the_gpus(pape
 
 
 def test_a_higher_zero_level_never_needs_more_memory_for_model_states(paper: Plan) -> None:
-    """Buffers are not compared, because ZeRO needs more of them."""
+    """Compare the memory without communication buffers, which are larger at higher ZeRO levels."""
     for phase in paper.phases:
-        for one in phase.layouts:
+        for lower in phase.layouts:
             for higher in phase.layouts:
-                if (higher.sharing.zero_level >= one.sharing.zero_level
-                        and higher.sharing.offload == one.sharing.offload):
-                    assert _without_buffers(higher.states) <= _without_buffers(one.states)
-            assert one.activations > 0
+                if (higher.sharing.zero_level >= lower.sharing.zero_level
+                        and higher.sharing.offload == lower.sharing.offload):
+                    assert _without_buffers(higher.states) <= _without_buffers(lower.states)
+            assert lower.activations > 0
 
 
-def _without_buffers(kept: States) -> float:
-    return kept.weights + kept.gradients + kept.optimizer
+def _without_buffers(states: States) -> float:
+    return states.weights + states.gradients + states.optimizer
 
 
 def test_the_text_of_a_plan_that_does_not_fit_lists_possible_changes() -> None:
     config = preset("paper")
-    small_gpu = planned(config.model_copy(update={"align": None}), "t4", 1)
-    assert small_gpu.phases[0].chosen is None
-    page = text(small_gpu)
-    assert "does not fit, not even with one row" in page and "lora" in page and "this GPU has no bfloat16" in page
+    plan_for_t4 = planned(config.model_copy(update={"align": None}), "t4", 1)
+    assert plan_for_t4.phases[0].chosen is None
+    lines = text(plan_for_t4)
+    assert "does not fit, not even with one row" in lines and "lora" in lines and "this GPU has no bfloat16" in lines
 
 
 def test_activations_of_large_micro_batches_can_be_extrapolated_from_one_and_two_rows() -> None:
@@ -119,10 +119,10 @@ def test_activations_of_large_micro_batches_can_be_extrapolated_from_one_and_two
     assert tune.chosen is not None and tune.chosen.micro_batch_size == config.tune.batch_size
     one, two, five = (saved(model, config.tune, MicroBatch(rows, sample.longest_tokens, 16), bfloat16=False,
                             cached_tower=True) for rows in (1, 2, 5))
-    free = States(0, 0, 0, 0, 0, 0, 0)
+    no_states = States(0, 0, 0, 0, 0, 0, 0)
     first, second = (rows.everything + rows.working for rows in (one, two))
     activations = first + 4 * (second - first)
-    assert total_bytes(free, activations) == pytest.approx(five.everything + five.working, rel=0.01)
+    assert total_bytes(no_states, activations) == pytest.approx(five.everything + five.working, rel=0.01)
 
 
 def test_a_batch_that_cannot_be_split_evenly_over_the_gpus_is_refused() -> None:
@@ -130,12 +130,12 @@ def test_a_batch_that_cannot_be_split_evenly_over_the_gpus_is_refused() -> None:
         planned(preset("tiny"), "h100", 7)
 
 
-def test_the_plan_command_prints_tables_or_with_an_option_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "l4", "--gpus", "1"])
-    assert shown.exit_code == 0, shown.output
-    assert "tune\n  parameters" in shown.output and "runtime.yaml: zero_level: 0" in shown.output
-    read = json.loads(CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpus", "1", "--json"]).output)
-    assert [phase["name"] for phase in read["phases"]] == ["align", "tune"]
+def test_the_plan_command_prints_tables_or_with_the_option_json_a_json_object() -> None:
+    tables = CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpu", "l4", "--gpus", "1"])
+    assert tables.exit_code == 0, tables.output
+    assert "tune\n  parameters" in tables.output and "runtime.yaml: zero_level: 0" in tables.output
+    printed = json.loads(CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpus", "1", "--json"]).output)
+    assert [phase["name"] for phase in printed["phases"]] == ["align", "tune"]
 
 
 def test_an_unknown_gpu_is_refused_with_a_list_of_known_gpus() -> None:

@@ -1,4 +1,4 @@
-"""Tests of Slurm jobs on a real Slurm cluster of one machine, which the tests start and stop themselves."""
+"""Tests of Slurm jobs on a real Slurm cluster of one machine, which a fixture of this file starts and stops."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     daemons = [["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/key",
                 f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed"],
                ["slurmctld", "-D", "-f", f"{folder}/slurm.conf"], ["slurmd", "-D", "-f", f"{folder}/slurm.conf"]]
-    started = []
+    processes: list[subprocess.Popen[bytes]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         try:
             for command in daemons:
                 log = (folder / f"{command[0]}.out").open("wb")
-                started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
                 time.sleep(1)
             wait_for(lambda: "idle" in _stdout("sinfo", "--noheader", "--format=%T"), 60)
             yield
         finally:
             _stdout("scancel", "--me", "--full", "--signal=KILL")
-            for process in reversed(started):
+            for process in reversed(processes):
                 process.terminate()
                 process.wait(30)
 
@@ -162,11 +162,12 @@ def start_stage() -> subprocess.Popen[str]:
 
 
 def slurm_runtime(**changes: object) -> Runtime:
-    settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | dict(changes.pop("slurm", {}))  # type: ignore
-    return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings} | changes)
+    """Return runtime settings for a Slurm job of two ranks on CPUs; `changes` replace settings of the job."""
+    settings = {"poll_s": 0.5, "time": "5", "options": ["--overcommit"]} | changes
+    return Runtime.model_validate({"launcher": "slurm", "gpus": 2, "device": "cpu", "slurm": settings})
 
 
-def running(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     return read_status(folder)["state"] == "running" and (folder / "rank-1.json").exists()
 
 
@@ -217,18 +218,18 @@ def test_a_failed_job_shows_its_last_lines_and_the_reason(folder: Path, capfd: p
 @pytest.mark.slow
 def test_the_error_for_a_refused_job_contains_the_message_of_sbatch(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition specified: no_such"):
-        dispatch.launch_ranks("align", slurm_runtime(slurm={"partition": "no_such"}), folder, module="rank")
+        dispatch.launch_ranks("align", slurm_runtime(partition="no_such"), folder, module="rank")
 
 
 @pytest.mark.slow
 def test_after_the_stage_was_killed_the_next_stage_waits_for_the_existing_job(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     first = start_stage()
-    wait_for(lambda: running(folder))
+    wait_for(lambda: is_running(folder))
     number = job_number(folder)
     first.kill()
     first.communicate()
-    # Without job.json, as if the stage was killed before writing it, the job can only be found by name.
+    # A stage that is killed before it writes job.json leaves a job that the next stage can find only by name.
     (folder / "job.json").unlink()
     output, _ = start_stage().communicate(timeout=120)
     assert f"job {number} of this run has not ended; waiting for it" in output and output.endswith("True\n")
@@ -239,7 +240,7 @@ def test_after_the_stage_was_killed_the_next_stage_waits_for_the_existing_job(fo
 def test_after_sigterm_the_job_writes_a_checkpoint_and_the_next_job_resumes(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     stage = start_stage()
-    wait_for(lambda: running(folder))
+    wait_for(lambda: is_running(folder))
     stage.send_signal(signal.SIGTERM)
     output, _ = stage.communicate(timeout=60)
     assert "align: preempted at step" in output
@@ -256,7 +257,7 @@ def test_after_sigterm_the_job_writes_a_checkpoint_and_the_next_job_resumes(fold
 def test_at_the_time_limit_the_job_writes_a_checkpoint_and_the_next_job_is_submitted(folder: Path) -> None:
     """Slurm checks time limits only twice a minute, so SIGTERM may arrive up to a minute early."""
     (folder / "plan").write_text("7.5")  # With 7.5 s per step, ten steps take longer than a minute.
-    assert dispatch.launch_ranks("align", slurm_runtime(slurm={"time": "1"}), folder, module="rank")
+    assert dispatch.launch_ranks("align", slurm_runtime(time="1"), folder, module="rank")
     outputs = sorted(folder.glob("slurm-*.out"))
     assert len(outputs) > 1 and "step 9" in outputs[-1].read_text()
     steps = [line for path in outputs for line in path.read_text().splitlines() if line.startswith("step")]
@@ -267,7 +268,7 @@ def test_at_the_time_limit_the_job_writes_a_checkpoint_and_the_next_job_is_submi
 def test_a_cancelled_job_is_not_submitted_again(folder: Path) -> None:
     (folder / "plan").write_text("0.8")
     stage = start_stage()
-    wait_for(lambda: running(folder))
+    wait_for(lambda: is_running(folder))
     _stdout("scancel", job_number(folder))
     output, _ = stage.communicate(timeout=90)
     assert stage.returncode == 1 and output.count("submitted job") == 1 and "CANCELLED" in output

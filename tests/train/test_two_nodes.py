@@ -72,7 +72,7 @@ class Nodes:
                      ONEDIFF_MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME=self.links[rank], DEEPSPEED_TIMEOUT="1")
 
     def run(self) -> list[str]:
-        """Run the stage on both nodes until it ends and return the output of each node."""
+        """Run the stage on both nodes until it ends, and return the output of each node."""
         return [finished(process) for process in [self.start(rank) for rank in (0, 1)]]
 
     @property
@@ -85,6 +85,7 @@ def ip(*arguments: str) -> None:
 
 
 def stage(folder: Path, scratch: Path, *prefix: str, **environment: str) -> subprocess.Popen[str]:
+    """Start the stage `align` in a project folder; `prefix` is the command that runs the stage in a namespace."""
     variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ONEDIFF_DEVICE": "cpu",
                   "ONEDIFF_SCRATCH": str(scratch), "ONEDIFF_CHECKPOINT_EVERY_S": "0.05"}
@@ -93,6 +94,7 @@ def stage(folder: Path, scratch: Path, *prefix: str, **environment: str) -> subp
 
 
 def finished(process: subprocess.Popen[str]) -> str:
+    """Wait until a process ends, check that it ended without an error, and return its output."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return output
@@ -144,11 +146,11 @@ def nodes(shared: Path, tmp_path: Path) -> Iterator[Nodes]:
         both.disconnect()
 
 
-def assert_as_alone(nodes: Nodes, alone: Path) -> None:
-    """Check that two nodes trained the weights that one process trained.
+def assert_equal_weights(nodes: Nodes, alone: Path) -> None:
+    """Check that the model trained by two nodes has the weights of the model trained by one process.
 
-    The tolerance is needed because sums over a batch are computed in different orders, and Adam scales up rounding
-    errors in the first steps.
+    The comparison needs a tolerance, because sums over a batch are computed in different orders, and Adam scales up
+    the rounding errors in the first steps.
     """
     actual, expected = weights(nodes.folders[0]), weights(alone)
     assert actual.keys() == expected.keys()
@@ -158,7 +160,7 @@ def assert_as_alone(nodes: Nodes, alone: Path) -> None:
 
 def test_two_nodes_train_the_weights_that_one_process_trains(nodes: Nodes, alone: Path) -> None:
     nodes.run()
-    assert_as_alone(nodes, alone)
+    assert_equal_weights(nodes, alone)
     losses = [[json.loads(line)["loss"] for line in (folder / "data/curves/align.jsonl").read_text().splitlines()]
               for folder in (nodes.folders[0], alone)]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=1e-4)
@@ -168,19 +170,19 @@ def test_two_nodes_train_the_weights_that_one_process_trains(nodes: Nodes, alone
 
 @pytest.mark.parametrize("end", ["killed", "unplugged"])
 def test_a_lost_node_ends_the_run_and_the_next_run_resumes(end: str, nodes: Nodes, alone: Path) -> None:
-    """A killed node closes its connections and is noticed at once. An unplugged node is noticed by a timeout."""
+    """Lose the second node: the first node notices a killed node at once, and an unplugged node after a timeout."""
     first, second = nodes.start(0), nodes.start(1)
-    limit = time.monotonic() + 240
+    deadline = time.monotonic() + 240
     while not list(nodes.scratch.glob("align-*/checkpoints/step-*/complete.json")):
-        assert time.monotonic() < limit and first.poll() is None, first.communicate(timeout=60)[0][-3000:]
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate(timeout=60)[0][-3000:]
         time.sleep(0.05)
     if end == "unplugged":
         nodes.plug("down")
     nodes.kill(nodes.names[1])
-    lost = time.monotonic()
+    killed_at = time.monotonic()
     output, _ = first.communicate(timeout=180)
     second.communicate()
-    assert first.returncode == 1 and time.monotonic() - lost < (60 if end == "killed" else 150)
+    assert first.returncode == 1 and time.monotonic() - killed_at < (60 if end == "killed" else 150)
     assert "a rank or its node was lost" in output.splitlines()[-1]
     assert "run the same command again to continue from the last checkpoint" in output.splitlines()[-1]
     status = read_status(nodes.run_folder)
@@ -188,5 +190,5 @@ def test_a_lost_node_ends_the_run_and_the_next_run_resumes(end: str, nodes: Node
     assert "a rank or its node was lost" in status["reason"]
     nodes.plug("up")
     resumed_output = nodes.run()[0]
-    assert_as_alone(nodes, alone)
+    assert_equal_weights(nodes, alone)
     assert f" 0/{STEPS}" not in resumed_output  # The progress bar starts at the step of the checkpoint.

@@ -1,4 +1,4 @@
-"""All three kinds of DiffCap's data, small and in the real formats, by `dvc repro` from raw files to a scored model."""
+"""Tests of `dvc repro` from raw files to a scored model, on small sources in all formats that DiffCap can contain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ pytestmark = pytest.mark.slow
 
 
 def write_raw(raw: Path) -> None:
-    """Five published or own sets and two collections; one image of Spot-the-Diff's test is missing."""
+    """Write own pairs, four published datasets and two collections of captioned images to the folder `raw`.
+
+    One image of the test split of Spot-the-Diff is missing.
+    """
     shutil.copytree(ROOT / "examples/folder", raw / "mine")
     for split, names in {"train": range(12), "val": range(20, 36), "test": range(40, 45)}.items():
         put(raw / f"spot_the_diff/{split}.json",
@@ -38,10 +41,10 @@ def write_raw(raw: Path) -> None:
                 picture(raw / f"spot_the_diff/images/{name}{ending}.png", name * 2 + len(ending), side=64)
     (raw / "spot_the_diff/images/41_2.png").unlink()
     edit_folder(raw / "instruct_pix2pix", 3, samples=2)
-    for place, folder in enumerate(sorted((raw / "instruct_pix2pix").glob("*/*/"))):
+    for index, folder in enumerate(sorted((raw / "instruct_pix2pix").glob("*/*/"))):
         for sample in range(2):
             for side in range(2):
-                picture(folder / f"{sample}_{side}.jpg", 1000 + 4 * place + 2 * sample + side, side=64)
+                picture(folder / f"{sample}_{side}.jpg", 1000 + 4 * index + 2 * sample + side, side=64)
     (raw / "llava_558k").mkdir()
     put_list(raw / "llava_558k/blip_laion_cc_sbu_558k.json", captioned_rows(8))
     for row in captioned_rows(8):
@@ -83,6 +86,7 @@ def writer() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, writer: ChatServer) -> Path:
+    """Return a copy of this project in which `dvc repro` has run on the raw files."""
     folder = tmp_path_factory.mktemp("onediff")
     for name in CODE:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -110,7 +114,7 @@ def run(folder: Path, writer: ChatServer, *command: str) -> str:
 
 
 @pytest.mark.timeout(1200)
-def test_every_source_stands_in_diffcap_with_its_captions(built: Path) -> None:
+def test_diffcap_contains_pairs_of_every_source_and_every_pair_has_captions(built: Path) -> None:
     card = json.loads((built / "data/diffcap/card.json").read_text())
     assert {"scenes", "edits", *SOURCES} <= card["num_pairs"]["train"].keys()
     rows = [row for row in read_table(built / "data/diffcap") if row["num_images"] == 2]
@@ -120,18 +124,18 @@ def test_every_source_stands_in_diffcap_with_its_captions(built: Path) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_a_missing_test_image_is_named_and_the_scores_say_that_they_are_partial(built: Path) -> None:
+def test_a_missing_test_image_is_listed_and_the_scores_are_marked_as_incomplete(built: Path) -> None:
     bad = pd.read_parquet(built / "data/quarantine.parquet").set_index("pair_id")
     assert "41_2.png" in bad.loc["spot_the_diff-test-41", "error"]
     scores = json.loads((built / "data/metrics.json").read_text())
-    assert scores["spot_the_diff"]["num_pairs"] == 4  # the pair whose only sentence is empty among them
+    assert scores["spot_the_diff"]["num_pairs"] == 4  # This includes the pair whose only reference is empty.
     assert scores["spot_the_diff"]["incomplete"]
     assert "incomplete" not in scores["scenes"]
     assert "Incomplete" in (built / "data/report.html").read_text()
 
 
 @pytest.mark.timeout(1200)
-def test_datasets_reads_two_images_one_and_none(built: Path, tmp_path: Path) -> None:
+def test_the_library_datasets_reads_records_with_two_images_one_image_and_none(built: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
     loaded = load_dataset("parquet", data_files=str(built / "data/diffcap/train-*.parquet"), split="train",
@@ -141,20 +145,20 @@ def test_datasets_reads_two_images_one_and_none(built: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(1200)
-def test_nothing_is_asked_twice(built: Path, writer: ChatServer) -> None:
-    asked = sum(writer.paid.values())
-    assert asked == len(writer.paid) > 0
-    kept = [line for path in (built / "data/answers").glob("*/*.jsonl") for line in path.read_text().splitlines()]
-    assert len(kept) == asked
-    assert KEY not in "".join(kept)
-    said = run(built, writer, sys.executable, "-m", "dvc", "repro")
-    assert "Running stage" not in said
+def test_the_caption_writer_gets_no_question_twice(built: Path, writer: ChatServer) -> None:
+    num_questions = sum(writer.paid.values())
+    assert num_questions == len(writer.paid) > 0
+    answers = [line for path in (built / "data/answers").glob("*/*.jsonl") for line in path.read_text().splitlines()]
+    assert len(answers) == num_questions
+    assert KEY not in "".join(answers)
+    output = run(built, writer, sys.executable, "-m", "dvc", "repro")
+    assert "Running stage" not in output
     run(built, writer, sys.executable, "-m", "dvc", "repro", "-f", "--single-item", "write@street")
-    assert sum(writer.paid.values()) == asked
+    assert sum(writer.paid.values()) == num_questions
 
 
 @pytest.mark.timeout(1200)
-def test_published_images_are_kept_to_the_byte(built: Path) -> None:
+def test_diffcap_contains_the_bytes_of_the_published_image_files(built: Path) -> None:
     by_id = {record.pair_id: record for record in read_records(built / "data/diffcap")}
     path = built / "data/raw/spot_the_diff/images/3_2.png"
     assert by_id["spot_the_diff-train-3"].after == path.read_bytes()

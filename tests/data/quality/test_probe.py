@@ -49,12 +49,13 @@ def probed(folder: Path, *, workers: int = 1, clip: str | None = None) -> list[d
     return [row for table in tables for row in table.to_pylist()]
 
 
-def raw(folder: Path) -> Iterator[Record]:
+def read_by_groups(folder: Path) -> Iterator[Record]:
+    """Yield the records of all row groups of all shards in a folder."""
     return (record for path in shards(folder)
             for group in range(pq.ParquetFile(path).num_row_groups) for record in read_group(path, group))
 
 
-def test_a_row_says_what_the_pair_is() -> None:
+def test_a_row_describes_the_images_and_the_references_of_a_pair() -> None:
     row = probe_record(record(3), max_megapixels=64)
     assert set(row) == set(SCHEMA.names)
     assert row["decodes"]
@@ -64,7 +65,7 @@ def test_a_row_says_what_the_pair_is() -> None:
     assert (row["num_images"], row["num_missing_images"], row["clip_distance"]) == (2, 0, None)
 
 
-def test_a_row_says_what_was_published() -> None:
+def test_a_row_contains_the_published_file_names_and_the_official_split() -> None:
     provenance = {"names": ["a.jpg", "b.png"], "official_split": "valid"}
     row = probe_record(replace(record(3), provenance=provenance), max_megapixels=64, listed_as="own")
     assert [row[name] for name in ("name_before", "name_after", "official_split", "listed_as")] == [
@@ -72,14 +73,14 @@ def test_a_row_says_what_was_published() -> None:
     assert probe_record(record(3), max_megapixels=64)["name_after"] == ""
 
 
-def test_an_empty_reference_is_a_fault_unless_it_was_published_so() -> None:
+def test_an_empty_reference_counts_as_a_fault_unless_the_published_dataset_contains_it() -> None:
     for references, provenance, number in (([""], {}, 1), ([""], {"empty_references": 1}, 0),
                                            (["x", ""], {"empty_references": 1}, 1)):
         row = probe_record(replace(record(3), references=references, provenance=provenance), max_megapixels=64)
         assert row["num_empty_references"] == number
 
 
-def test_the_distance_equals_a_cell_by_cell_reference() -> None:
+def test_the_distance_is_the_mean_absolute_difference_of_the_two_images_at_32_by_32_pixels() -> None:
     before, after = (np.random.default_rng(seed).integers(256, size=(32, 32)).astype(np.uint8) for seed in (5, 6))
     files = []
     for cells in (before, after):
@@ -91,7 +92,7 @@ def test_the_distance_equals_a_cell_by_cell_reference() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_general_instruction_data_has_fewer_images_and_is_not_bad_for_it(number: int) -> None:
+def test_general_instruction_data_with_one_image_or_none_has_no_fault(number: int) -> None:
     general = replace(record(3), before=png(1) if number else b"", after=b"", num_images=number,
                       instruction="What is this?\nAnswer in a word.", references=["First.\n\tSecond. " * 100])
     row = probe_record(general, max_megapixels=64)
@@ -101,7 +102,7 @@ def test_general_instruction_data_has_fewer_images_and_is_not_bad_for_it(number:
     assert probe_record(replace(general, instruction="a\x07"), max_megapixels=64)["has_bad_text"]
 
 
-def test_a_missing_image_is_named() -> None:
+def test_the_row_of_a_pair_contains_the_name_of_a_missing_image() -> None:
     pair = replace(record(3), after=b"", provenance={"names": ["1001.png", "1001_2.png"], "missing": ["1001_2.png"]})
     row = probe_record(pair, max_megapixels=64)
     assert (row["decodes"], row["num_missing_images"]) == (False, 1)
@@ -115,18 +116,18 @@ def test_a_missing_image_is_named() -> None:
 @pytest.mark.parametrize(("text", "language"), [
     ("the bird on the left has a longer beak and a darker tail than the other one", "en"),
     ("l'oiseau de gauche a un bec plus long et une queue plus sombre que celui de droite", "fr"),
-    ("gone", ""),  # too short to tell
+    ("gone", ""),  # One word is too short to detect a language.
 ])
-def test_the_language_of_the_captions_is_named_where_there_are_enough_words(text: str, language: str) -> None:
+def test_the_language_of_the_captions_is_detected_if_they_have_enough_words(text: str, language: str) -> None:
     row = probe_record(replace(record(3), references=[text]), max_megapixels=64)
     assert row["language"] == language
     assert (row["language_score"] is None) == (language == "")
 
 
-def test_bad_text_equals_a_look_at_each_character() -> None:
+def test_bad_text_contains_a_control_character_a_surrogate_or_a_line_separator() -> None:
     for code in range(0x11000):
-        slow = chr(code) == "\ufffd" or unicodedata.category(chr(code)) in ("Cc", "Cs", "Zl", "Zp")
-        assert is_bad_text(f"a{chr(code)}b") == slow, hex(code)
+        is_bad = chr(code) == "\ufffd" or unicodedata.category(chr(code)) in ("Cc", "Cs", "Zl", "Zp")
+        assert is_bad_text(f"a{chr(code)}b") == is_bad, hex(code)
 
 
 def test_the_difference_hash_equals_a_cell_by_cell_reference() -> None:
@@ -138,7 +139,7 @@ def test_the_difference_hash_equals_a_cell_by_cell_reference() -> None:
     assert (difference_hash(Image.fromarray(noisy)) ^ int(bits, 2)).bit_count() <= 3
 
 
-def test_equal_pixels_have_equal_hashes_whatever_the_file() -> None:
+def test_equal_pixels_in_files_of_different_formats_have_equal_hashes() -> None:
     pair = record(3)
     file = io.BytesIO()
     Image.open(io.BytesIO(pair.before)).save(file, "BMP")
@@ -148,7 +149,7 @@ def test_equal_pixels_have_equal_hashes_whatever_the_file() -> None:
     assert row["distance"] == 0
 
 
-def test_bad_images_become_rows_with_a_reason() -> None:
+def test_the_row_of_a_pair_with_bad_images_contains_the_reasons() -> None:
     row = probe_record(replace(record(3), before=png(1)[:90], after=b""), max_megapixels=64)
     assert not row["decodes"]
     assert "before image: " in row["error"]
@@ -158,12 +159,12 @@ def test_bad_images_become_rows_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\u2028b", "a\x85b", "a\vb", "a\ufffdb", "a\x00b"])
-def test_bad_text_is_recognized(text: str) -> None:
+def test_a_caption_with_bad_text_is_a_fault(text: str) -> None:
     assert is_bad_text(text)
     assert probe_record(replace(record(3), references=[text]), max_megapixels=64)["has_bad_text"]
 
 
-def test_good_text_passes() -> None:
+def test_accents_non_breaking_spaces_japanese_and_emoji_are_not_bad_text() -> None:
     assert not any(is_bad_text(text) for text in ["déjà vu", "a\u00a0b", "猫が消えた", "it's gone 🐈", ""])
 
 
@@ -172,15 +173,15 @@ def test_empty_captions_are_counted() -> None:
     assert (row["num_references"], row["num_empty_references"], row["min_words"]) == (3, 2, 0)
 
 
-def test_reading_a_group_equals_reading_records(tmp_path: Path) -> None:
+def test_reading_row_groups_gives_the_records_of_the_shards(tmp_path: Path) -> None:
     general = replace(record(7), num_images=1, after=b"")
     records = [*(record(k) for k in range(7)), general]
     write_shards(records, tmp_path, "train", shard_pairs=5)
-    assert list(raw(tmp_path)) == list(read_records(tmp_path)) == records
+    assert list(read_by_groups(tmp_path)) == list(read_records(tmp_path)) == records
     assert count_pairs(tmp_path) == 8
 
 
-def test_every_pair_gets_a_row_in_order_whatever_the_number_of_processes(tmp_path: Path) -> None:
+def test_one_process_and_two_processes_write_equal_tables_with_one_row_for_each_pair(tmp_path: Path) -> None:
     write_shards((record(k) for k in range(131)), tmp_path / "own", "train", shard_pairs=100)
     files, folders = [], {"own": tmp_path / "own"}
     for workers in (1, 2):
@@ -195,17 +196,17 @@ def test_every_pair_gets_a_row_in_order_whatever_the_number_of_processes(tmp_pat
     assert sorted(file.name for file in path.parent.iterdir()) == ["1.parquet", "2.parquet"]
 
 
-def test_a_table_that_stops_half_way_leaves_no_file(tmp_path: Path) -> None:
-    def broken() -> Iterator[pa.Table]:
+def test_a_table_that_could_not_be_written_completely_leaves_no_file(tmp_path: Path) -> None:
+    def tables() -> Iterator[pa.Table]:
         yield pa.Table.from_pylist([probe_record(record(0), max_megapixels=64)], schema=SCHEMA)
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match=r"probe\.parquet could not be written: the disk is full"):
-        write_table(broken(), tmp_path / "probe.parquet")
+        write_table(tables(), tmp_path / "probe.parquet")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_clip_distance_is_one_minus_the_cosine(tmp_path: Path) -> None:
+def test_the_clip_distance_is_one_minus_the_cosine_similarity(tmp_path: Path) -> None:
     clip = save_clip(tmp_path / "clip")
     records = [record(k) for k in range(19)]
     records[3] = replace(records[3], after=b"")
@@ -222,7 +223,7 @@ def test_the_clip_distance_is_one_minus_the_cosine(tmp_path: Path) -> None:
     assert rows[5]["clip_distance"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_caption_that_is_not_utf8_is_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+def test_a_caption_that_is_not_utf8_gives_a_row_with_a_fault_instead_of_an_error(tmp_path: Path) -> None:
     write_shards([record(0), record(1)], tmp_path, "train", shard_pairs=5)
     path = tmp_path / "train-00000.parquet"
     table = pq.read_table(path)
@@ -234,7 +235,7 @@ def test_a_caption_that_is_not_utf8_is_a_bad_row_and_no_crash(tmp_path: Path) ->
     assert [row["num_empty_references"] for row in rows] == [0, 1]
 
 
-def test_a_row_without_images_or_captions_is_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+def test_a_record_without_images_and_captions_gives_a_row_with_faults_instead_of_an_error(tmp_path: Path) -> None:
     write_shards([record(0)], tmp_path, "train", shard_pairs=5)
     path = tmp_path / "train-00000.parquet"
     table = pq.read_table(path)
@@ -244,10 +245,10 @@ def test_a_row_without_images_or_captions_is_a_bad_row_and_no_crash(tmp_path: Pa
     assert (row["pair_id"], row["decodes"], row["num_references"], row["num_images"]) == ("", False, 0, 2)
 
 
-def test_shards_that_are_missing_broken_or_foreign_are_refused(tmp_path: Path) -> None:
+def test_missing_and_truncated_shards_and_parquet_files_with_other_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         count_pairs(tmp_path)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 truncated")
     with pytest.raises(ValueError, match=r"a\.parquet: not a complete Parquet file"):
         count_pairs(tmp_path)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
@@ -255,13 +256,13 @@ def test_shards_that_are_missing_broken_or_foreign_are_refused(tmp_path: Path) -
         count_pairs(tmp_path)
 
 
-def test_a_shard_that_is_cut_short_or_broken_inside_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_or_damaged_shard_contains_the_file_name(tmp_path: Path) -> None:
     write_shards([record(k) for k in range(5)], tmp_path, "train", shard_pairs=5)
     path = tmp_path / "train-00000.parquet"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"train-00000\.parquet: not a complete Parquet file"):
         probed(tmp_path)
-    path.write_bytes(whole[:1000] + bytes(len(whole) // 2) + whole[1000 + len(whole) // 2 :])
+    path.write_bytes(content[:1000] + bytes(len(content) // 2) + content[1000 + len(content) // 2 :])
     with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 cannot be read \(.*\); create"):
         probed(tmp_path)

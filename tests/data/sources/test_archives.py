@@ -22,19 +22,19 @@ def zipped(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def tarred(path: Path, members: dict[str, bytes], **facts: object) -> Path:
+def tarred(path: Path, members: dict[str, bytes], **attributes: object) -> Path:
     with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            for key, value in facts.items():
+            for key, value in attributes.items():
                 setattr(info, key, value)
             file.addfile(info, io.BytesIO(content))
     return path
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz", "x.tgz", "X.ZIP"])
-def test_files_come_out_as_they_went_in(name: str, tmp_path: Path) -> None:
+def test_unpacked_files_equal_the_packed_files(name: str, tmp_path: Path) -> None:
     archive = (zipped if name.lower().endswith("zip") else tarred)(tmp_path / name, CONTENT)
     paths = unpack(archive, tmp_path / "out", **LIMITS)
     assert {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in paths} == CONTENT
@@ -42,7 +42,7 @@ def test_files_come_out_as_they_went_in(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
 @pytest.mark.parametrize("kind", ["x.zip", "x.tar.gz"])
-def test_a_member_outside_the_folder_is_refused_and_nothing_is_left(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_archive_with_a_member_outside_the_target_folder_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     archive = (zipped if kind == "x.zip" else tarred)(tmp_path / kind, {"fine.txt": b"1", name: b"2"})
     with pytest.raises(ValueError, match="would be written outside the target folder; do not"):
         unpack(archive, tmp_path / "deep/er/out", **LIMITS)
@@ -65,7 +65,7 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
         unpack(tmp_path / "x.zip", tmp_path / "out", **LIMITS)
 
 
-def test_a_bomb_is_stopped_while_it_is_written_whatever_its_header_says(tmp_path: Path) -> None:
+def test_an_archive_that_unpacks_to_too_many_bytes_or_files_is_refused(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "x.zip", {"bomb": bytes(10_001)})
     with pytest.raises(ValueError, match="larger than 10000 bytes: free some disk space"):
         unpack(archive, tmp_path / "out", **LIMITS)
@@ -75,26 +75,26 @@ def test_a_bomb_is_stopped_while_it_is_written_whatever_its_header_says(tmp_path
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz"])
-def test_a_broken_archive_is_refused_whole(name: str, tmp_path: Path) -> None:
+def test_a_broken_archive_is_refused_and_no_file_is_unpacked(name: str, tmp_path: Path) -> None:
     archive = (zipped if name == "x.zip" else tarred)(tmp_path / name, {"a": b"1", "b": bytes(range(256)) * 30})
-    whole = archive.read_bytes()
-    for content in (b"", b"<html>not found</html>", whole[: len(whole) // 2]):
+    complete = archive.read_bytes()
+    for content in (b"", b"<html>not found</html>", complete[: len(complete) // 2]):
         archive.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}: broken or incomplete archive"):
             unpack(archive, tmp_path / "out", **LIMITS)
     assert list(tmp_path.iterdir()) == [archive]
 
 
-def test_a_damaged_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+def test_an_archive_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "x.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a", b"content that is stored as it is")
+        file.writestr("a", b"content that is stored without compression")
     archive.write_bytes(archive.read_bytes().replace(b"stored", b"STORED"))
     with pytest.raises(ValueError, match=r"broken or incomplete archive .Bad CRC-32"):
         unpack(archive, tmp_path / "out", **LIMITS)
 
 
-def test_other_files_names_twice_and_folders_that_are_there_are_refused(tmp_path: Path) -> None:
+def test_unknown_formats_duplicate_names_and_an_existing_target_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.rar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"\.zip, \.tar, .* can be unpacked; unpack this archive by hand"):
         unpack(tmp_path / "x.rar", tmp_path / "out", **LIMITS)
@@ -105,7 +105,7 @@ def test_other_files_names_twice_and_folders_that_are_there_are_refused(tmp_path
         unpack(zipped(tmp_path / "z.zip", CONTENT), tmp_path / "out", **LIMITS)
 
 
-def test_archives_of_one_name_size_and_time_are_still_two(tmp_path: Path) -> None:
+def test_two_archives_with_equal_names_sizes_and_times_are_unpacked_to_two_folders(tmp_path: Path) -> None:
     folders = []
     for name, content in (("a", b"one"), ("b", b"two")):
         (tmp_path / name).mkdir()
@@ -115,7 +115,7 @@ def test_archives_of_one_name_size_and_time_are_still_two(tmp_path: Path) -> Non
     assert [(folder / "1.jpg").read_bytes() for folder in folders] == [b"one", b"two"]
 
 
-def test_an_archive_is_unpacked_once_and_again_when_it_changes(tmp_path: Path) -> None:
+def test_an_archive_is_unpacked_again_only_after_it_has_changed(tmp_path: Path) -> None:
     first = unpack_once(zipped(tmp_path / "x.zip", CONTENT), tmp_path / "out")
     assert unpack_once(tmp_path / "x.zip", tmp_path / "out") == first
     (tmp_path / "x.zip").unlink()

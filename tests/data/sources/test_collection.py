@@ -9,10 +9,10 @@ import pytest
 
 from onediff.data.sources.collection import CaptionedImage, list_collection, load
 
-FOUR = [CaptionedImage(f"{k}.jpg", f"content {k}".encode(), f"caption {k}") for k in range(4)]
+IMAGES = [CaptionedImage(f"{k}.jpg", f"content {k}".encode(), f"caption {k}") for k in range(4)]
 
 
-def write_images(folder: Path, images: list[CaptionedImage] = FOUR) -> Path:
+def write_images(folder: Path, images: list[CaptionedImage] = IMAGES) -> Path:
     folder.mkdir(exist_ok=True)
     for image in images:
         (folder / image.name).write_bytes(image.content)
@@ -23,43 +23,43 @@ def write_csv(folder: Path, lines: list[str]) -> None:
     (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
 
 
-def test_every_layout_gives_the_same_images(tmp_path: Path) -> None:
+def test_csv_jsonl_and_coco_annotations_give_equal_captioned_images(tmp_path: Path) -> None:
     csv = write_images(tmp_path / "csv")
-    write_csv(csv, [f"{image.name},{image.caption}" for image in FOUR])
-    lines = write_images(tmp_path / "jsonl")
-    (lines / "captions.jsonl").write_text("".join(json.dumps({"image": image.name, "caption": image.caption}) + "\n"
-                                                  for image in FOUR))
+    write_csv(csv, [f"{image.name},{image.caption}" for image in IMAGES])
+    jsonl = write_images(tmp_path / "jsonl")
+    (jsonl / "captions.jsonl").write_text("".join(json.dumps({"image": image.name, "caption": image.caption}) + "\n"
+                                                  for image in IMAGES))
     coco = write_images(tmp_path / "coco")
-    told = {"images": [{"id": k, "file_name": image.name} for k, image in enumerate(FOUR)],
-            "annotations": [{"image_id": k, "caption": text} for k, image in enumerate(FOUR)
-                            for text in (image.caption, "another")]}
-    (coco / "captions_train.json").write_text(json.dumps(told))
-    for folder in (csv, lines, coco):
-        assert list(load(list_collection(folder))) == FOUR
+    annotations = {"images": [{"id": k, "file_name": image.name} for k, image in enumerate(IMAGES)],
+                   "annotations": [{"image_id": k, "caption": text} for k, image in enumerate(IMAGES)
+                                   for text in (image.caption, "another")]}
+    (coco / "captions_train.json").write_text(json.dumps(annotations))
+    for folder in (csv, jsonl, coco):
+        assert list(load(list_collection(folder))) == IMAGES
 
 
 @pytest.mark.parametrize("struct", [True, False])
-def test_parquet_is_read_by_row_groups(tmp_path: Path, struct: bool) -> None:
-    images = [{"bytes": image.content, "path": None} for image in FOUR] if struct else [i.content for i in FOUR]
-    table = pa.table({"image": images, "text": [["", image.caption, "more"] for image in FOUR]})
+def test_images_and_captions_are_read_from_a_parquet_file_with_two_row_groups(tmp_path: Path, struct: bool) -> None:
+    contents = [{"bytes": image.content, "path": None} if struct else image.content for image in IMAGES]
+    table = pa.table({"image": contents, "text": [["", image.caption, "more"] for image in IMAGES]})
     pq.write_table(table, tmp_path / "part.parquet", row_group_size=3)
-    found = list(load(list_collection(tmp_path)))
-    assert [(image.content, image.caption) for image in found] == [(image.content, image.caption) for image in FOUR]
-    assert [image.name for image in found] == ["part.parquet#0.0", "part.parquet#0.1", "part.parquet#0.2",
-                                               "part.parquet#1.0"]
-    assert list(load(reversed(list_collection(tmp_path)))) == found[::-1]
+    loaded = list(load(list_collection(tmp_path)))
+    assert [(image.content, image.caption) for image in loaded] == [(image.content, image.caption) for image in IMAGES]
+    assert [image.name for image in loaded] == ["part.parquet#0.0", "part.parquet#0.1", "part.parquet#0.2",
+                                                "part.parquet#1.0"]
+    assert list(load(reversed(list_collection(tmp_path)))) == loaded[::-1]
 
 
-def test_annotations_without_captions_are_passed_over(tmp_path: Path) -> None:
-    write_images(tmp_path, FOUR[:1])
+def test_coco_annotations_without_captions_are_ignored(tmp_path: Path) -> None:
+    write_images(tmp_path, IMAGES[:1])
     images = [{"id": 1, "file_name": "0.jpg"}]
-    for name, told in (("captions", {"caption": "a dog"}), ("instances", {"bbox": [0, 0, 1, 1]})):
+    for name, values in (("captions", {"caption": "a dog"}), ("instances", {"bbox": [0, 0, 1, 1]})):
         (tmp_path / f"{name}_train.json").write_text(
-            json.dumps({"images": images, "annotations": [{"image_id": 1} | told]}))
+            json.dumps({"images": images, "annotations": [{"image_id": 1} | values]}))
     assert [image.caption for image in load(list_collection(tmp_path))] == ["a dog"]
 
 
-def test_images_without_a_caption_and_second_captions_are_passed_over(tmp_path: Path) -> None:
+def test_images_without_a_caption_and_second_captions_of_an_image_are_ignored(tmp_path: Path) -> None:
     write_images(tmp_path)
     write_csv(tmp_path, ["0.jpg, ", "1.jpg,first", "1.jpg,second", "2.jpg,  two\twords "])
     assert [(image.name, image.caption) for image in load(list_collection(tmp_path))] == [
@@ -88,7 +88,7 @@ def test_bad_parquet_and_missing_folders_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["x"], "caption": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: must have a column of images"):
         list(load(list_collection(tmp_path)))
-    whole = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"a\.parquet: not a complete Parquet file .*download it again"):
         list(load(list_collection(tmp_path)))

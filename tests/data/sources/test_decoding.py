@@ -9,7 +9,7 @@ from onediff.data.sources.decoding import broken_images
 from onediff.data.sources.read import as_text, summarize
 
 
-def test_a_truncated_jpeg_is_reported_by_file_name(tmp_path: Path) -> None:
+def test_the_message_for_a_truncated_jpeg_contains_the_file_name(tmp_path: Path) -> None:
     folder, scratch = tmp_path / "mine", tmp_path / "scratch"
     put(folder / "pairs.csv", "before,after,split\na.jpg,b.png,train\nb.png,c.jpg,train\n")
     picture(folder / "b.png", 1)

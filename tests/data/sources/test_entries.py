@@ -14,8 +14,8 @@ from onediff.data.sources.entries import part, read_csv, read_json, read_lines, 
 
 @pytest.mark.parametrize("indent", [None, 3])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_a_list_read_in_pieces_is_what_json_reads_at_once(indent: int | None, chunk: int, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_list_read_in_chunks_equals_the_list_that_the_json_module_reads(
+        indent: int | None, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "_CHUNK", chunk)
     rng = random.Random(5)
     rows = [{"id": k, "text": 'a "b" \\ \u00e9\U0001f600\n,]}' * rng.randrange(3), "more": [k, {"x": [1.5e-3, None]}]}
@@ -38,7 +38,8 @@ def test_a_list_read_in_pieces_is_what_json_reads_at_once(indent: int | None, ch
     ('[{"a": 1} {"a": 2}]', r"',' or '\]' after entry 1 was expected"),
     ("[\n\n3]", r"entry 1 \(line 3\): an object .* expected, got 3"),
 ])
-def test_a_broken_list_is_answered_with_file_entry_and_line(text: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_json_list_contains_file_entry_and_line(text: str, message: str,
+                                                                         tmp_path: Path) -> None:
     path = put(tmp_path / "rows.json", text)
     with pytest.raises(ValueError, match=message) as raised:
         list(read_list(path))
@@ -55,7 +56,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         read_json(path, list)
 
 
-def test_lines_and_whole_files_name_the_line(tmp_path: Path) -> None:
+def test_the_error_for_invalid_json_contains_the_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 3: not valid JSON"):
         list(read_lines(put(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a"}\n')))
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
@@ -68,14 +69,15 @@ def test_lines_and_whole_files_name_the_line(tmp_path: Path) -> None:
         part({"a": 1}, "a", str, "there")
 
 
-def test_a_tsv_is_what_the_csv_module_reads(tmp_path: Path) -> None:
+def test_a_tsv_file_is_read_with_and_without_quotes(tmp_path: Path) -> None:
     texts = ['Animal 1 is brown. Animal 2 is "grey".', '"quoted", and so on', 'plain', '5" long', '"a" and "b"']
     path = tmp_path / "a.tsv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerows([BIRD_COLUMNS, *([str(k)] * 10 + [text] for k, text in enumerate(texts))])
     assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
-    put(path, bird_table([bird_row(k, "train", 1, text) for k, text in enumerate(texts)]))  # without any quoting
+    # Unlike the csv module, `bird_table` writes texts without quotes around them.
+    put(path, bird_table([bird_row(k, "train", 1, text) for k, text in enumerate(texts)]))
     assert [row["description"] for _, row in read_tsv(path, BIRD_COLUMNS)] == texts
 
 
@@ -86,21 +88,22 @@ def test_a_tsv_is_what_the_csv_module_reads(tmp_path: Path) -> None:
     (bird_table([bird_row(1, "train", 1, "with a\ttab")]), "line 2: 11 columns expected, got 12"),
     ("a\tb\n1\t2\n", "line 1: the header must contain img1ObservationURL, .*, got a, b"),
 ])
-def test_a_broken_tsv_is_answered_with_the_line(table: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_tsv_file_contains_the_line(table: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         list(read_tsv(put(tmp_path / "a.tsv", table), BIRD_COLUMNS))
 
 
-def test_a_broken_csv_is_answered_with_the_line(tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_csv_file_contains_the_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 2: 2 columns expected, got 3: put a text that contains a comma"):
         list(read_csv(put(tmp_path / "a.csv", "before,after\na,b,c\n")))
     with pytest.raises(ValueError, match="wrong quotes"):
         list(read_csv(put(tmp_path / "a.csv", 'before,after\n"a,b\nc,d\n')))
 
 
-def test_sentences_have_single_spaces_and_empty_ones_are_counted() -> None:
+def test_spaces_in_sentences_are_normalized_and_empty_sentences_are_counted() -> None:
     assert sentences([" a\t b\n", "", "  ", "c"], "there") == (["a b", "c"], 2)
     assert sentences(["word " * 10_000], "there")[0][0].count(" ") == 9_999
-    assert sentences(["half \ud83d of it"], "there")[0] == ["half \ufffd of it"], "Parquet could not hold it"
+    # Parquet stores text as UTF-8, which cannot represent half of a surrogate pair.
+    assert sentences(["half \ud83d of it"], "there")[0] == ["half \ufffd of it"]
     with pytest.raises(ValueError, match="there: text expected, got 3"):
         sentences([3], "there")

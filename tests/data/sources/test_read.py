@@ -1,4 +1,4 @@
-"""Counts of every published set at its full size, against those of its authors."""
+"""Tests that the readers count the pairs and references of published datasets as the authors of the datasets do."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_spot_the_diff_has_the_official_counts(tmp_path: Path) -> None:
         assert (counts["records"], counts["pairs"]) == (records, pairs)
         assert (counts["references"], counts["empty"]) == (references, empty)
         assert counts["missing_images"] == 2 * pairs
-        assert not counts["complete"], "the images are missing"
+        assert not counts["complete"], "a split whose images are missing must not count as complete"
     assert summary["shared"] == {"test-val": 0, "train-val": 0, "train-test": 0}
     assert summary["missing"][:2] == ["0.png", "0_2.png"]
     assert len(summary["missing"]) == 20
 
 
-def test_image_editing_request_has_the_official_counts_and_its_known_leaks(tmp_path: Path) -> None:
+def test_image_editing_request_has_the_official_counts_and_the_known_leaks(tmp_path: Path) -> None:
     for split, entries in request_entries().items():
         put(tmp_path / f"{split}.json", entries)
     summary = summarize("image_editing_request", tmp_path)
@@ -47,7 +47,7 @@ def test_image_editing_request_has_the_official_counts_and_its_known_leaks(tmp_p
     assert summary["shared"] == {"test-val": 55, "train-val": 2, "train-test": 1}
 
 
-def test_clevr_change_has_the_official_counts_and_types(tmp_path: Path) -> None:
+def test_clevr_change_has_the_official_counts_and_change_types(tmp_path: Path) -> None:
     for name, value in scene_files().items():
         put(tmp_path / name, value)
     splits = summarize("clevr_change", tmp_path)["splits"]
@@ -67,7 +67,7 @@ def test_instruct_pix2pix_and_llava_have_the_official_counts(tmp_path: Path) -> 
         assert counts["records"] == counts["expected"]["records"] == count
 
 
-def test_a_partial_download_names_what_it_lacks_and_is_not_complete(tmp_path: Path) -> None:
+def test_the_summary_of_an_incomplete_download_lists_the_missing_images(tmp_path: Path) -> None:
     put(tmp_path / "test.json", [{"img_id": 7, "sentences": ["a car left", " "]}, {"img_id": "8", "sentences": [""]}])
     for name in ("7.png", "7_2.png", "8.jpg"):
         picture(tmp_path / "images" / name, 1)
@@ -82,14 +82,14 @@ def test_a_partial_download_names_what_it_lacks_and_is_not_complete(tmp_path: Pa
     assert "train: no records" in text
 
 
-def test_a_misspelt_source_is_answered_with_the_likely_name(tmp_path: Path) -> None:
+def test_the_error_for_a_misspelt_source_contains_the_most_similar_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'spot_the_dif' is not a published set .did you mean 'spot_the_diff'"):
         summarize("spot_the_dif", tmp_path)
     with pytest.raises(ValueError, match=r"'mine' is not a published set .* does not contain pairs\.csv"):
         summarize("mine", tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_answered_with_how_to_get_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_dataset_contains_the_command_that_downloads_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist: run 'onediff data fetch spot_the_diff', then put"):
         summarize("spot_the_diff", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"must contain train\.json or val\.json or test\.json"):

@@ -17,8 +17,8 @@ def config() -> Config:
     return load_params(ROOT / "presets/paper.yaml")
 
 
-def test_every_source_is_shown_with_what_it_is_and_what_to_do(config: Config, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_of_every_source_contains_licence_missing_files_and_next_step(
+        config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = {row["source"]: row for row in status(config)}
     assert set(rows) == {*CATALOG, "coco"}
@@ -30,8 +30,8 @@ def test_every_source_is_shown_with_what_it_is_and_what_to_do(config: Config, tm
     assert not any(row["used"] for row in status(None))
 
 
-def test_what_is_present_is_seen_and_what_the_last_read_missed_is_named(config: Config, tmp_path: Path,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_lists_present_files_and_the_number_of_images_that_the_stage_read_missed(
+        config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val", "test"):
         put(tmp_path / f"data/raw/spot_the_diff/annotations/{split}.json", [])
@@ -46,24 +46,25 @@ def test_what_is_present_is_seen_and_what_the_last_read_missed_is_named(config: 
     assert row["missing"] == "1,234 images by name (data/pairs/spot_the_diff/report.json)"
 
 
-def test_an_archive_may_hold_what_is_not_seen(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_counts_as_missing_if_the_folder_contains_an_archive(config: Config, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "data/raw/clevr_change/clevr_change.tar.gz", "")
     row = {row["source"]: row for row in status(config)}["clevr_change"]
     assert (row["present"], row["missing"]) == ("clevr_change.tar.gz", "")
 
 
-def test_the_catalog_has_every_reader() -> None:
+def test_every_reader_belongs_to_a_source_of_the_catalog() -> None:
     readers = {path.stem for path in (ROOT / "onediff/data/sources/readers").glob("*.py")} - {"__init__", "folder"}
     assert {entry.read.__module__.rpartition(".")[2] for entry in CATALOG.values()} == readers
     for entry in CATALOG.values():
         assert entry.addresses or entry.manual
         assert all(address.startswith("http") for address in entry.addresses.values())
-        assert not any(Path(place).is_absolute() or ".." in place for place in entry.addresses)
+        assert not any(Path(path).is_absolute() or ".." in path for path in entry.addresses)
 
 
-def test_the_report_of_stage_retrieve_names_no_missing_image(config: Config, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_the_stage_retrieve_without_counts_of_missing_images_is_accepted(
+        config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "data/pairs/coco/report.json", {"images": 5, "pairs": 2, "unreadable": {}})
     row = {row["source"]: row for row in status(config)}["coco"]

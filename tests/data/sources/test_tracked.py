@@ -16,7 +16,9 @@ from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.tracked import fetch
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
+    """An HTTP handler that serves the files of a folder and writes no log."""
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -25,7 +27,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def address(tmp_path: Path) -> Iterator[str]:
     put(tmp_path / "web/a.json", [1])
     put(tmp_path / "web/b.zip", "packed")
-    handler = functools.partial(Quiet, directory=str(tmp_path / "web"))
+    handler = functools.partial(QuietHandler, directory=str(tmp_path / "web"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -42,23 +44,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_files_come_by_dvc_from_their_address_and_what_is_there_stays(
-    project: Path, address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    places = {"a.json": f"{address}/a.json", "deep/b.zip": f"{address}/b.zip"}
-    monkeypatch.setitem(CATALOG, "llava_665k", replace(CATALOG["llava_665k"], addresses=places))
+def test_files_are_downloaded_by_dvc_and_existing_files_are_kept(
+        project: Path, address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    addresses = {"a.json": f"{address}/a.json", "deep/b.zip": f"{address}/b.zip"}
+    monkeypatch.setitem(CATALOG, "llava_665k", replace(CATALOG["llava_665k"], addresses=addresses))
     put(project / "data/raw/llava_665k/a.json", "my own")
     fetch("llava_665k")
     assert (project / "data/raw/llava_665k/a.json").read_text() == "my own"
     assert (project / "data/raw/llava_665k/deep/b.zip").read_text() == "packed"
     assert address in (project / "data/raw/llava_665k/deep/b.zip.dvc").read_text()
-    said = capfd.readouterr().out
-    assert "data/raw/llava_665k/a.json already exists" in said
-    assert "now put by hand into data/raw/llava_665k: OCR-VQA's images" in said
+    stdout = capfd.readouterr().out
+    assert "data/raw/llava_665k/a.json already exists" in stdout
+    assert "now put by hand into data/raw/llava_665k: OCR-VQA's images" in stdout
 
 
-def test_what_cannot_be_fetched_is_answered_with_what_to_do(project: Path, address: str,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_dataset_that_cannot_be_downloaded_contains_the_next_step(
+        project: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"clevr_change cannot be downloaded automatically: put into data/raw"):
         fetch("clevr_change")
     with pytest.raises(ValueError, match="source 'mine' is not a published set; the published sets are spot_the_diff"):

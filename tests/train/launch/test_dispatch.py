@@ -101,6 +101,7 @@ def pids(folder: Path) -> list[int]:
 
 
 def alive(folder: Path) -> list[int]:
+    """Return the process ids of the ranks that still run."""
     return [pid for pid in pids(folder) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
@@ -108,7 +109,7 @@ def deepspeed(**changes: object) -> Runtime:
     return Runtime.model_validate({"launcher": "deepspeed", "gpus": 2, "device": "cpu"} | changes)
 
 
-def test_launcher_local_and_ranks_start_no_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_local_launcher_and_a_rank_start_no_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dispatch.launch_ranks("align", Runtime(), folder)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert not dispatch.launch_ranks("align", deepspeed(), folder)
@@ -175,14 +176,14 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period(folder: Pa
     rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(600)"
     code = (f"from onediff.train.launch import ranks; import os, sys\n"
             f"print(ranks.run([sys.executable, '-c', {rank!r}], os.environ | {{'LOCAL_RANK': '0'}}, grace_s=1.0))")
-    outer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: Path("up").exists())
-    outer.terminate()
-    assert outer.communicate(timeout=20)[0].strip() == "(-9, True)"
+    launcher.terminate()
+    assert launcher.communicate(timeout=20)[0].strip() == "(-9, True)"
 
 
 def test_loader_processes_of_a_rank_get_no_sigterm(folder: Path) -> None:
-    """A rank needs the data loader processes until the end of the step."""
+    """Send SIGTERM to a rank: it still needs its data loader processes until the end of the step."""
     code = ("import os, signal, time\n"
             "def stop(*_): open('terminated-' + ('loader' if child == 0 else 'rank'), 'w')\n"
             "signal.signal(signal.SIGTERM, stop)\n"
@@ -220,14 +221,14 @@ def test_a_broken_connection_is_reported_as_a_lost_node(tmp_path: Path) -> None:
 
 
 def test_a_connection_that_broke_after_sigterm_is_not_reported_as_a_lost_node(tmp_path: Path) -> None:
-    """Over ssh, DeepSpeed ends pdsh first, so the ranks get a broken pipe when they write output."""
+    """Simulate a start over ssh, where DeepSpeed ends pdsh first, so ranks that write output get a broken pipe."""
     status = {"state": "failed", "step": 3, "reason": "BrokenPipeError: [Errno 32] Broken pipe"}
     message = dispatch._explanation("align", tmp_path, status, ending="code 1", stopped=True)
     assert message.startswith("align: preempted at step 3: stopped by SIGTERM (BrokenPipeError")
     assert read_status(tmp_path)["state"] == "preempted"
 
 
-HOSTS = "one slots=2\n# spare\n\ntwo slots=2\n"
+HOSTS = "one slots=2\n# comment\n\ntwo slots=2\n"
 
 
 @pytest.mark.parametrize(("hosts", "changes", "match"), [
@@ -252,7 +253,7 @@ def test_wrong_settings_of_nodes_are_refused_before_any_rank_starts(hosts: str |
     assert not pids(folder)
 
 
-def test_over_ssh_deepspeed_gets_the_hostfile_and_the_variables_for_all_nodes(folder: Path) -> None:
+def test_for_a_start_over_ssh_deepspeed_gets_the_hostfile_and_the_environment_of_all_nodes(folder: Path) -> None:
     runtime = deepspeed(nodes=2, hostfile="hosts", master_addr="one", master_port=29511)
     arguments = " ".join(nodes.command(runtime, "onediff.stages.align", folder)[1:])
     assert arguments == ("--hostfile hosts --num_nodes 2 --num_gpus 2 --master_port 29511 --master_addr one "
@@ -263,7 +264,7 @@ def test_over_ssh_deepspeed_gets_the_hostfile_and_the_variables_for_all_nodes(fo
         "OMP_NUM_THREADS=1", "ONEDIFF_SCRATCH=/shared", "GLOO_SOCKET_IFNAME=eth1", "DS_ACCELERATOR=cpu"]
 
 
-def test_without_ssh_no_node_names_are_needed(folder: Path) -> None:
+def test_a_start_without_ssh_needs_no_names_of_nodes(folder: Path) -> None:
     runtime = deepspeed(nodes=3, node_rank=2, master_addr="10.0.0.1")
     command = nodes.command(runtime, "onediff.stages.align", folder)
     assert command[1:3] == ["--hostfile", str(folder / "hostfile-2")] and "--no_ssh --node_rank 2" in " ".join(command)
@@ -290,8 +291,8 @@ def test_the_kubernetes_job_has_one_pod_for_each_node_and_a_service_for_node_0()
 
 
 def test_pods_for_cpus_request_no_gpu() -> None:
-    pages = list(YAML(typ="safe").load_all(manifest("align", Runtime(device="cpu"), image="onediff")))
-    assert "resources" not in pages[1]["spec"]["template"]["spec"]["containers"][0]
+    _, job = YAML(typ="safe").load_all(manifest("align", Runtime(device="cpu"), image="onediff"))
+    assert "resources" not in job["spec"]["template"]["spec"]["containers"][0]
 
 
 def test_the_manifest_command_prints_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

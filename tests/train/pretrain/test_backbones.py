@@ -25,7 +25,7 @@ from onediff.train.pretrain.backbones import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_patch_labels_equal_labels_from_counting_pixels() -> None:
+def test_the_labels_of_each_patch_equal_labels_computed_by_counting_pixels() -> None:
     rng = np.random.default_rng(4)
     things = draw_things(rng, 4)
     assert things
@@ -45,8 +45,8 @@ def test_patch_labels_equal_labels_from_counting_pixels() -> None:
         assert SHAPES[attributes[n, 0]] == things[best].shape
         assert tuple(COLORS)[attributes[n, 1]] == things[best].color
         rows, columns = np.nonzero(ids == best)
-        middle = [columns.mean() / PATCH_PX - column - 0.5, rows.mean() / PATCH_PX - row - 0.5]
-        assert np.allclose(offsets[n], middle, atol=1e-5)
+        offset = [columns.mean() / PATCH_PX - column - 0.5, rows.mean() / PATCH_PX - row - 0.5]
+        assert np.allclose(offsets[n], offset, atol=1e-5)
     assert present.sum() > 4
 
 

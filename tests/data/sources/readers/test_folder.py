@@ -18,12 +18,12 @@ def read(folder: Path) -> list[Record]:
     return [record for split in SPLITS for record in records("mine", files, split)]
 
 
-def test_the_examples_work() -> None:
-    found = {record.pair_id.rpartition("-")[2]: record for record in read(EXAMPLES / "folder")}
-    assert sorted(found) == ["000001", "000002", "000003", "000004", "000005"]
-    assert found["000001"].references == ["the red disc is green now", "the disc on the left turned from red to green"]
-    assert found["000004"].references == ["a blue disc, small, appeared at the bottom left"]
-    assert found["000005"].before == found["000005"].after == (EXAMPLES / "folder/images/5_after.png").read_bytes()
+def test_the_pairs_of_both_example_folders_are_read() -> None:
+    pairs = {record.pair_id.rpartition("-")[2]: record for record in read(EXAMPLES / "folder")}
+    assert sorted(pairs) == ["000001", "000002", "000003", "000004", "000005"]
+    assert pairs["000001"].references == ["the red disc is green now", "the disc on the left turned from red to green"]
+    assert pairs["000004"].references == ["a blue disc, small, appeared at the bottom left"]
+    assert pairs["000005"].before == pairs["000005"].after == (EXAMPLES / "folder/images/5_after.png").read_bytes()
     train, test = read(EXAMPLES / "folder_jsonl")
     assert (train.pair_id, train.split, train.group_id) == ("mine-train-disc", "train", "mine-table 1")
     assert train.instruction == "What is different in the second picture?"
@@ -31,7 +31,7 @@ def test_the_examples_work() -> None:
     assert summarize("mine", EXAMPLES / "folder")["missing"] == []
 
 
-def test_references_come_from_all_their_columns(tmp_path: Path) -> None:
+def test_references_are_read_from_all_columns_for_references(tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", "before,after,references,reference,reference_2\na.png,b.png,one| two |,three,\n")
     assert read(tmp_path)[0].references == ["one", "two", "three"]
     put(tmp_path / "pairs.csv", "before,after,reference_2,reference\na.png,b.png,two,one\n")
@@ -41,7 +41,7 @@ def test_references_come_from_all_their_columns(tmp_path: Path) -> None:
     assert read(tmp_path)[0].references == ["a|b is one"]
 
 
-def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -> None:
+def test_pairs_without_a_split_get_the_split_of_their_group() -> None:
     splits = [divided(f"group {k}") for k in range(4001)]
     shares = [splits.count(split) / 4001 for split in SPLITS]
     assert shares == pytest.approx([0.80, 0.05, 0.05, 0.10], abs=0.02)
@@ -63,20 +63,20 @@ def test_pairs_without_a_split_are_divided_by_group_and_groups_stay_together() -
     ("before,after,reference,reference\na,b,c,d\n", "line 1: the header contains column 'reference' twice"),
     ("before,after,pair_id,reference\na,b,1,x\nc,d,1,x\n", "line 3: pair_id '1' is already used in .*line 2"),
 ])
-def test_a_wrong_row_is_named(table: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_table_contains_the_line(table: str, message: str, tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", table)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
-def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
+def test_a_folder_with_two_tables_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", "before,after\n")
     put(tmp_path / "pairs.jsonl", "")
     with pytest.raises(ValueError, match="the folder must contain one table"):
         read(tmp_path)
 
 
-def test_another_image_is_never_taken_for_a_missing_one(tmp_path: Path) -> None:
+def test_an_image_with_a_similar_name_is_not_used_instead_of_a_missing_image(tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", "before,after,reference\nimages/frame_1.png,b.png,x\n")
     for name in ("images/frame_001.png", "images/frame_1.jpg", "old/images/frame_1.png", "deep/b.png"):
         picture(tmp_path / name, 1)
@@ -87,7 +87,7 @@ def test_another_image_is_never_taken_for_a_missing_one(tmp_path: Path) -> None:
     assert read(tmp_path)[0].before == exact.read_bytes()
 
 
-def test_a_missing_image_is_named_and_the_pair_stays(tmp_path: Path) -> None:
+def test_a_pair_with_a_missing_image_is_kept_and_lists_the_image(tmp_path: Path) -> None:
     put(tmp_path / "pairs.csv", "before,after,reference,split\nin/a.png,in/b.png,x,train\n")
     picture(tmp_path / "in/a.png", 1)
     assert read(tmp_path)[0].provenance["missing"] == ["in/b.png"]

@@ -1,4 +1,4 @@
-"""Each published format: what its reader makes of a small whole set and of a broken one."""
+"""Tests of the reader of each published dataset, on a small valid dataset and on datasets with errors."""
 
 from __future__ import annotations
 
@@ -14,47 +14,44 @@ from onediff.data.sources.read import records, summarize
 
 CASES = Path(__file__).resolve().parents[5] / "shared/cases"
 SPLITS = ("train", "val", "gate", "test")
-needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason=f"no real excerpts in {CASES}")
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason=f"the folder {CASES} with real excerpts does not exist")
 
 
 def read(source: str, folder: Path) -> dict[str, Record]:
-    """Every record by pair_id, its images left out."""
+    """Return every record of a source by pair id, and check that no pair id occurs twice."""
     files = open_files(folder, folder.parent / "scratch")
-    every = [record for split in SPLITS for record in records(source, files, split)]
-    found = {record.pair_id: record for record in every}
-    assert len(found) == len(every)
-    return found
+    all_records = [record for split in SPLITS for record in records(source, files, split)]
+    by_id = {record.pair_id: record for record in all_records}
+    assert len(by_id) == len(all_records)
+    return by_id
 
 
-# --- Spot-the-Diff ---
-
-
-def test_spot_the_diff_merges_entries_of_one_id(tmp_path: Path) -> None:
+def test_entries_of_spot_the_diff_with_one_id_are_merged(tmp_path: Path) -> None:
     put(tmp_path / "data/train.json", [{"img_id": "1001", "sentences": ["a  car\tleft", ""]},
                                        {"img_id": "9", "sentences": ["x"]},
                                        {"img_id": "1001", "sentences": ["a man came"]}])
     before, after = picture(tmp_path / "images/1001.jpeg", 1), picture(tmp_path / "images/01001_2.png", 2)
-    found = read("spot_the_diff", tmp_path)
-    record = found["spot_the_diff-train-1001"]
+    pairs = read("spot_the_diff", tmp_path)
+    record = pairs["spot_the_diff-train-1001"]
     assert record.references == ["a car left", "a man came"]
     assert (record.before, record.after) == (before.read_bytes(), after.read_bytes())
     assert record.provenance == {"official_id": "1001", "official_split": "train", "names": ["1001.png", "1001_2.png"],
                                  "empty_references": 1}
-    lacking = found["spot_the_diff-train-9"]
-    assert "empty_references" not in lacking.provenance
-    assert (lacking.before, lacking.after) == (b"", b"")
-    assert lacking.provenance["missing"] == ["9.png", "9_2.png"]
+    without_images = pairs["spot_the_diff-train-9"]
+    assert "empty_references" not in without_images.provenance
+    assert (without_images.before, without_images.after) == (b"", b"")
+    assert without_images.provenance["missing"] == ["9.png", "9_2.png"]
 
 
-def test_a_test_pair_without_a_sentence_stays_as_published_and_a_train_pair_has_no_reference(tmp_path: Path) -> None:
+def test_an_empty_sentence_is_kept_only_if_it_is_the_only_reference_of_a_test_pair(tmp_path: Path) -> None:
     for split in ("train", "test"):
         put(tmp_path / f"{split}.json", [{"img_id": "5", "sentences": [""]}, {"img_id": "6", "sentences": ["", "x"]}])
-    found = read("spot_the_diff", tmp_path)
-    references = {name.removeprefix("spot_the_diff-"): record.references for name, record in found.items()}
+    pairs = read("spot_the_diff", tmp_path)
+    references = {name.removeprefix("spot_the_diff-"): record.references for name, record in pairs.items()}
     assert references == {"train-5": [], "train-6": ["x"], "test-5": [""], "test-6": ["x"]}
 
 
-def test_published_val_is_halved_into_val_and_gate_always_alike(tmp_path: Path) -> None:
+def test_the_published_val_split_is_divided_into_val_and_gate_by_pair_id(tmp_path: Path) -> None:
     put(tmp_path / "val.json", [{"img_id": str(k), "sentences": ["x"]} for k in range(997)])
     splits = {name: record.split for name, record in read("spot_the_diff", tmp_path).items()}
     assert set(splits.values()) == {"val", "gate"}
@@ -70,7 +67,7 @@ def test_published_val_is_halved_into_val_and_gate_always_alike(tmp_path: Path) 
     ({"img_id": "1", "sentences": [3]}, "text expected, got 3"),
     ({"img_id": None, "sentences": []}, "img_id: text expected, got null"),
 ])
-def test_a_wrong_entry_of_spot_the_diff_is_named(entry: object, message: str, tmp_path: Path) -> None:
+def test_an_invalid_entry_of_spot_the_diff_is_refused(entry: object, message: str, tmp_path: Path) -> None:
     put(tmp_path / "test.json", [entry])
     with pytest.raises(ValueError, match=message):
         summarize("spot_the_diff", tmp_path)
@@ -87,24 +84,21 @@ def test_real_spot_the_diff_entries_are_read(tmp_path: Path) -> None:
     assert val["references"] + val["empty"] == sum(len(entry["sentences"]) for entry in entries)
 
 
-# --- Image-Editing-Request ---
-
-
-def test_requests_are_known_by_uid_and_pairs_stay_together(tmp_path: Path) -> None:
+def test_the_uid_of_an_edit_request_must_be_unique_and_requests_for_one_pair_get_one_split(tmp_path: Path) -> None:
     entries = [{"uid": name, "img0": "a.jpg", "img1": "b.gif", "sents": ["brighter"] * 3} for name in "xyz"]
     put(tmp_path / "valid.json", entries)
     picture(tmp_path / "images/a.jpg", 1)
     picture(tmp_path / "images/b.png", 2)
-    found = read("image_editing_request", tmp_path)
-    assert sorted(found) == [f"image_editing_request-val-{name}" for name in "xyz"]
-    assert len({record.split for record in found.values()}) == 1, "the same pair is never in val and gate"
-    assert found["image_editing_request-val-x"].provenance["names"] == ["a.jpg", "b.gif"]
+    pairs = read("image_editing_request", tmp_path)
+    assert sorted(pairs) == [f"image_editing_request-val-{name}" for name in "xyz"]
+    assert len({record.split for record in pairs.values()}) == 1, "a pair of images must not be in both val and gate"
+    assert pairs["image_editing_request-val-x"].provenance["names"] == ["a.jpg", "b.gif"]
     put(tmp_path / "valid.json", [entries[0], entries[0]])
     with pytest.raises(ValueError, match=r"entry 2 .*: uid 'x' occurs a second time"):
         summarize("image_editing_request", tmp_path)
 
 
-def test_one_image_is_not_taken_for_the_other_of_its_pair(tmp_path: Path) -> None:
+def test_the_before_image_is_not_used_as_the_missing_after_image(tmp_path: Path) -> None:
     put(tmp_path / "test.json", [{"uid": "1", "img0": "a.jpg", "img1": "a.png", "sents": ["x"]}])
     picture(tmp_path / "a.jpg", 1)
     record = read("image_editing_request", tmp_path)["image_editing_request-test-1"]
@@ -119,17 +113,13 @@ def test_real_image_editing_requests_are_read(tmp_path: Path) -> None:
     assert (val["records"], val["references"]) == (100, 300)
 
 
-# --- Birds-to-Words ---
-
-
-def test_birds_merge_their_paragraphs_and_are_found_by_photo_number(tmp_path: Path) -> None:
+def test_descriptions_of_one_pair_of_birds_are_merged_and_images_are_found_by_photo_number(tmp_path: Path) -> None:
     rows = [bird_row(77, "test", 1, "Animal 1 is brown."), bird_row(5, "train", 1, "Both are grey."),
             bird_row(77, "test", 2, '"Animal 2 is ""big""."')]
     put(tmp_path / "birds-to-words-v1.0.tsv", bird_table(rows))
-    picture(tmp_path / "images/771.png", 1)  # named as .jpg
+    picture(tmp_path / "images/771.png", 1)
     picture(tmp_path / "images/772/large.jpg", 2)
-    found = list(read("birds_to_words", tmp_path).values())
-    train, test = found
+    train, test = read("birds_to_words", tmp_path).values()
     assert test.references == ["Animal 1 is brown.", 'Animal 2 is "big".']
     assert test.before and test.after and "missing" not in test.provenance
     assert test.provenance["names"][0] == "https://static.inaturalist.org/photos/771/large.jpg?1234"
@@ -140,16 +130,14 @@ def test_birds_merge_their_paragraphs_and_are_found_by_photo_number(tmp_path: Pa
     assert "the official counts are unknown, so only the format was checked" in summary["notes"]
 
 
-def test_birds_with_another_split_are_refused(tmp_path: Path) -> None:
+def test_a_row_of_birds_to_words_with_an_unknown_split_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "birds-to-words-v1.0.tsv", bird_table([bird_row(1, "dev", 1, "x")]))
     with pytest.raises(ValueError, match=r"line 2: split must be one of train, val, test, got 'dev'"):
         summarize("birds_to_words", tmp_path)
 
 
-# --- CLEVR-Change ---
-
-
-def clevr(folder: Path, **files: object) -> None:
+def write_clevr(folder: Path, **files: object) -> None:
+    """Write the annotation files of CLEVR-Change; `files` replaces the content of single files."""
     default = {"splits": {"train": [12], "val": [], "test": [7]},
                "change_captions": {"CLEVR_default_000012.png": ["it moved"], "CLEVR_default_000007.png": ["it shines"]},
                "no_change_captions": {"CLEVR_default_000012.png": ["the same"]},
@@ -158,30 +146,30 @@ def clevr(folder: Path, **files: object) -> None:
         put(folder / f"{name}.json", value)
 
 
-def test_a_clevr_scene_gives_a_changed_pair_and_an_unchanged_one(tmp_path: Path) -> None:
-    clevr(tmp_path)
+def test_a_scene_of_clevr_change_gives_a_changed_pair_and_an_unchanged_pair(tmp_path: Path) -> None:
+    write_clevr(tmp_path)
     default = picture(tmp_path / "images/CLEVR_default_000012.png", 1)
     changed = picture(tmp_path / "sc_images/CLEVR_semantic_000012.png", 2)
-    same = picture(tmp_path / "nsc_images/CLEVR_nonsemantic_12.png", 3)
-    found = read("clevr_change", tmp_path)
-    one, other = (found[f"clevr_change-train-000012-{kind}"] for kind in ("semantic", "nonsemantic"))
-    assert (one.before, one.after) == (default.read_bytes(), changed.read_bytes())
-    assert (other.before, other.after) == (default.read_bytes(), same.read_bytes())
-    assert (one.change_type, one.references, other.change_type, other.references) == ("move", ["it moved"], "none",
-                                                                                    ["the same"])
-    assert one.group_id == other.group_id == "clevr_change-000012"
-    assert found["clevr_change-test-000007-semantic"].change_type == "texture"
-    assert found["clevr_change-test-000007-nonsemantic"].references == []
+    unchanged = picture(tmp_path / "nsc_images/CLEVR_nonsemantic_12.png", 3)
+    pairs = read("clevr_change", tmp_path)
+    changed_pair, unchanged_pair = (pairs[f"clevr_change-train-000012-{kind}"] for kind in ("semantic", "nonsemantic"))
+    assert (changed_pair.before, changed_pair.after) == (default.read_bytes(), changed.read_bytes())
+    assert (unchanged_pair.before, unchanged_pair.after) == (default.read_bytes(), unchanged.read_bytes())
+    assert (changed_pair.change_type, changed_pair.references) == ("move", ["it moved"])
+    assert (unchanged_pair.change_type, unchanged_pair.references) == ("none", ["the same"])
+    assert changed_pair.group_id == unchanged_pair.group_id == "clevr_change-000012"
+    assert pairs["clevr_change-test-000007-semantic"].change_type == "texture"
+    assert pairs["clevr_change-test-000007-nonsemantic"].references == []
 
 
-def test_clevr_files_that_are_wrong_or_absent_are_named(tmp_path: Path) -> None:
-    clevr(tmp_path, splits={"train": ["12"], "val": [], "test": []})
+def test_invalid_and_missing_files_of_clevr_change_are_refused(tmp_path: Path) -> None:
+    write_clevr(tmp_path, splits={"train": ["12"], "val": [], "test": []})
     with pytest.raises(ValueError, match=r"splits\.json, train: a number expected, got \"12\""):
         summarize("clevr_change", tmp_path)
-    clevr(tmp_path, splits={"train": []})
+    write_clevr(tmp_path, splits={"train": []})
     with pytest.raises(ValueError, match="'val' is missing, got train"):
         summarize("clevr_change", tmp_path)
-    clevr(tmp_path, change_captions={"cube.png": []})
+    write_clevr(tmp_path, change_captions={"cube.png": []})
     with pytest.raises(ValueError, match=r"change_captions\.json: image names must be like CLEVR_default_000000\.png"):
         summarize("clevr_change", tmp_path)
     (tmp_path / "type_mapping.json").unlink()
@@ -190,34 +178,31 @@ def test_clevr_files_that_are_wrong_or_absent_are_named(tmp_path: Path) -> None:
 
 
 @needs_cases
-def test_real_clevr_splits_and_types_are_read(tmp_path: Path) -> None:
+def test_real_splits_and_change_types_of_clevr_change_are_read(tmp_path: Path) -> None:
     splits = json.loads((CASES / "annotations/clevr_change_splits_first60.json").read_text())
-    clevr(tmp_path, splits=splits, change_captions={}, no_change_captions={},
-          type_mapping=json.loads((CASES / "annotations/clevr_change_type_mapping_first40.json").read_text()))
+    types = json.loads((CASES / "annotations/clevr_change_type_mapping_first40.json").read_text())
+    write_clevr(tmp_path, splits=splits, change_captions={}, no_change_captions={}, type_mapping=types)
     counts = summarize("clevr_change", tmp_path)["splits"]
     assert {split: counts[split]["pairs"] for split in splits} == {split: 2 * len(splits[split]) for split in splits}
     assert sum(counts[split]["types"].get("color", 0) for split in splits) == sum(
         number < 40 for split in splits for number in splits[split])
 
 
-# --- InstructPix2Pix ---
-
-
 @needs_cases
-def test_a_real_prompt_folder_gives_its_four_edits() -> None:
+def test_a_real_prompt_folder_of_instruct_pix2pix_with_four_edits_gives_four_pairs() -> None:
     source = CASES / "instruct_pix2pix_folder"
-    found = read("instruct_pix2pix", source)
-    assert len(found) == 4
-    record = found["instruct_pix2pix-train-0000014_10483310"]
+    pairs = read("instruct_pix2pix", source)
+    assert len(pairs) == 4
+    record = pairs["instruct_pix2pix-train-0000014_10483310"]
     assert record.after == (source / "0000014/10483310_1.jpg").read_bytes()
     assert record.provenance["edit"] == "make it a lion"
     assert record.provenance["captions"][1] == "animals jungle lion branch hd wallpaper"
     assert record.provenance["similarity"]["sim_image"] == pytest.approx(0.8205305)
     assert (record.provenance["seed"], record.references, record.split) == (10483310, [], "train")
-    assert {record.group_id for record in found.values()} == {"instruct_pix2pix-0000014"}
+    assert {record.group_id for record in pairs.values()} == {"instruct_pix2pix-0000014"}
 
 
-def test_prompts_that_are_broken_or_there_twice_are_named(tmp_path: Path) -> None:
+def test_invalid_and_duplicate_prompts_of_instruct_pix2pix_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "one/0000014/prompt.json", {"input": "a", "edit": "b", "output": "c"})
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl does not exist: unpack the shard again"):
         summarize("instruct_pix2pix", tmp_path)
@@ -229,14 +214,12 @@ def test_prompts_that_are_broken_or_there_twice_are_named(tmp_path: Path) -> Non
         summarize("instruct_pix2pix", tmp_path)
 
 
-# --- LLaVA ---
-
-
 def turn(speaker: str, value: str) -> dict[str, str]:
+    """Return a turn of a conversation in the format of LLaVA's datasets."""
     return {"from": speaker, "value": value}
 
 
-def test_llava_558k_gives_single_images_with_their_caption(tmp_path: Path) -> None:
+def test_llava_558k_gives_records_of_one_image_and_a_caption(tmp_path: Path) -> None:
     put(tmp_path / "blip_laion_cc_sbu_558k.json", [
         {"id": "004539375", "image": "00453/004539375.jpg",
          "conversations": [turn("human", "Summarise the photo.\n<image>"), turn("gpt", "a  red car")]}])
@@ -248,7 +231,7 @@ def test_llava_558k_gives_single_images_with_their_caption(tmp_path: Path) -> No
     assert (record.instruction, record.change_type) == ("Summarise the photo.", "general")
 
 
-def test_llava_665k_gives_conversations_with_one_image_or_none(tmp_path: Path) -> None:
+def test_llava_665k_gives_conversations_with_one_image_or_without_an_image(tmp_path: Path) -> None:
     put(tmp_path / "llava_v1_5_mix665k.json", [
         {"id": "1", "image": "gqa/images/7.jpg", "conversations": [
             turn("human", "<image>\nWhat is it?"), turn("gpt", "A cat."), turn("human", "And?"),
@@ -256,11 +239,11 @@ def test_llava_665k_gives_conversations_with_one_image_or_none(tmp_path: Path) -
         {"id": "1", "model": "", "conversations": [turn("gpt", "hello"), turn("human", "Hi"), turn("human", "you"),
                                                    turn("gpt", "Hi!"), turn("human", "unanswered")]}])
     picture(tmp_path / "gqa/images/7.jpg", 1)
-    found = read("llava_665k", tmp_path)
-    one, other = found["llava_665k-train-1"], found["llava_665k-train-1-2"]
-    assert one.provenance["conversation"] == [["What is it?", "A cat."], ["And?", "Big.\nYes"]]
-    assert (one.num_images, one.instruction, one.references) == (1, "What is it?", ["A cat."])
-    assert (other.num_images, other.instruction, other.references) == (0, "Hi you", ["Hi!"])
+    conversations = read("llava_665k", tmp_path)
+    with_image, without_image = conversations["llava_665k-train-1"], conversations["llava_665k-train-1-2"]
+    assert with_image.provenance["conversation"] == [["What is it?", "A cat."], ["And?", "Big.\nYes"]]
+    assert (with_image.num_images, with_image.instruction, with_image.references) == (1, "What is it?", ["A cat."])
+    assert (without_image.num_images, without_image.instruction, without_image.references) == (0, "Hi you", ["Hi!"])
     assert summarize("llava_665k", tmp_path)["splits"]["train"]["missing_images"] == 0
     put(tmp_path / "llava_v1_5_mix665k.json", [{"id": "1", "conversations": [turn("system", "x")]}])
     with pytest.raises(ValueError, match="a turn must be from human or gpt, got 'system'"):
