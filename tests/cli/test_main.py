@@ -47,7 +47,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     completed = subprocess.run([sys.executable, "-m", "onediff", "caption", "no.png", "no.png"], cwd=ROOT, text=True,
                           capture_output=True, check=False)
     assert completed.returncode == 1 and completed.stdout == ""
-    assert completed.stderr.startswith("onediff: no.png not found") and completed.stderr.count("\n") == 1
+    assert completed.stderr.startswith("onediff: no.png does not exist") and completed.stderr.count("\n") == 1
 
 
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,

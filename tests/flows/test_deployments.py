@@ -131,7 +131,7 @@ def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_
         until(lambda: all(site.state(run)["type"] == "COMPLETED" for run in both), 180)
         assert sorted(site.state(run)["message"] for run in both) == ["version 1 is champion",
                                                                      "version 1 is the champion already"]
-        assert "version 2 is champion; version 1 was" in site.run("onediff", "registry", "promote", "2")
+        assert "version 2 is champion and replaces version 1" in site.run("onediff", "registry", "promote", "2")
         assert "version 1 is champion again" in site.run("onediff", "registry", "rollback", "--why", "worse at night")
 
         write_rules(site.folder / "mlflow/promotion.yaml", approval_h=1)

@@ -195,7 +195,8 @@ def test_a_flow_outside_of_a_project_ends_before_it_starts_a_server(tmp_path: Pa
     done = subprocess.run([sys.executable, "-m", "flows.evaluate"], cwd=tmp_path, env=env | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / ".onediff/prefect/server.log").exists()
-    assert done.stderr == f"onediff: {tmp_path}/dvc.yaml not found: run this in the project's folder\n"
+    assert done.stderr == (f"onediff: {tmp_path}/dvc.yaml does not exist: run this command in the folder of the "
+                           "project\n")
 
 
 def test_the_server_ends_when_the_flow_is_killed(tmp_path: Path) -> None:

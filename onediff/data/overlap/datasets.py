@@ -57,8 +57,8 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
     row.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} not found: give a folder of shards, a folder as published, or a JSON of "
-                                "LLaVA's rows")
+        raise FileNotFoundError(f"{path} does not exist: give a folder of shards, the folder of a published dataset, "
+                                "or a JSON file with rows of LLaVA")
     if path.is_file():
         yield from _conversations(path, images or path.parent)
         return
@@ -111,8 +111,8 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
     if path.suffix.lower() not in ANNOTATIONS:
         raise ValueError(f"{path}: {' or '.join(ANNOTATIONS)} is read, got '{path.suffix}'; give LLaVA's rows as JSON")
     if not images.is_dir():
-        raise FileNotFoundError(f"{images} not found, or no folder: --images names the folder that the rows' images "
-                                "are in")
+        raise FileNotFoundError(f"{images} does not exist or is not a folder: set --images to the folder that contains "
+                                "the images of the rows")
     is_empty = True
     try:
         for place, entry in (read_lines if path.suffix.lower() == ".jsonl" else read_list)(path):

@@ -221,5 +221,5 @@ def _write(file: FileIO, row: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, "the disk is full")
         os.fsync(file)
     except OSError as error:
-        raise OSError(f"{file.name}: an answer could not be kept ({error.strerror}); make room and run again"
-                      ) from None
+        raise OSError(f"{file.name}: an answer could not be stored ({error.strerror}); free some space and run the "
+                      "same command again") from None

@@ -158,7 +158,7 @@ class _Run:
         """Why nothing can be sent: the disk is full, or the budget does not allow the next request."""
         if not has_room(self._file):
             return OSError(f"{self._file.name}: less than {MIN_FREE_BYTES >> 20} MiB are free on its disk, so "
-                           f"nothing is asked; make room and run again. {self.tally}")
+                           f"nothing is asked; free some space and run the same command again. {self.tally}")
         usd = max_tokens(next(self._requests)).usd(self._runtime)
         return ValueError(f"runtime.yaml: writer_max_usd {self._budget.cap:g}: {self._budget.spent:.4f} USD are spent "
                           f"(all of data/answers) and the next request may cost {usd:.4f}; set it higher. {self.tally}")

@@ -210,9 +210,9 @@ def test_json_that_is_not_llavas_is_an_error_that_names_the_entry(benchmark: Pat
 
 
 def test_what_is_not_there_is_an_error_with_a_cure(benchmark: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere not found: give a folder of shards, a folder as published"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: give a folder of shards, the folder of a"):
         audited(tmp_path / "nowhere", benchmark)
-    with pytest.raises(FileNotFoundError, match="photos not found, or no folder: --images names the folder"):
+    with pytest.raises(FileNotFoundError, match="photos does not exist or is not a folder: set --images"):
         audited(put(tmp_path / "rows.json", []), benchmark, images=tmp_path / "photos")
     with pytest.raises(ValueError, match=r"rows\.txt: \.json or \.jsonl is read, got '\.txt'"):
         audited(put(tmp_path / "rows.txt", "x"), benchmark)

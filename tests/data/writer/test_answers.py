@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         try:
             for number in (2, 3):
-                with pytest.raises(OSError, match=r"an answer could not be kept .*; make room and run again"):
+                with pytest.raises(OSError, match=r"an answer could not be stored .*; free some space and run"):
                     append(numbered(number), file, usd=0.5)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

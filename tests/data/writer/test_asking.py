@@ -115,7 +115,7 @@ def test_the_rate_limit_spaces_requests(server: ChatServer, runtime: Runtime, as
 def test_without_room_on_the_disk_nothing_is_asked(server: ChatServer, runtime: Runtime, ask_about: Asks,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 2**62)
-    with pytest.raises(OSError, match="free on its disk, so nothing is asked; make room"):
+    with pytest.raises(OSError, match="free on its disk, so nothing is asked; free some space"):
         ask([ask_about(1)], PATH, runtime)
     assert not server.seen
 
@@ -126,7 +126,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(OSError, match="an answer could not be kept"):
+        with pytest.raises(OSError, match="an answer could not be stored"):
             ask(requests, PATH, runtime)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

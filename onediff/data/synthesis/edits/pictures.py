@@ -50,7 +50,8 @@ def photo_paths(split: str, folder: str | None) -> dict[str, Path]:
     if folder is None:
         return {name: _packaged(*origin) for name, origin in PHOTOS[split].items()}
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"data.edits.photos: folder {folder} not found; null takes the packaged photographs")
+        raise FileNotFoundError(f"data.edits.photos: folder {folder} does not exist; correct the path, or write null "
+                                "to use the packaged photographs")
     files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
     chosen = {path.name: path for path in files if split_of(path.name) == split}
     if not chosen:

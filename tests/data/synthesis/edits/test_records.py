@@ -177,7 +177,7 @@ def test_a_folder_of_photographs_is_split_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_missing_or_too_small_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.edits\.photos: folder .* not found"):
+    with pytest.raises(FileNotFoundError, match=r"data\.edits\.photos: folder .* does not exist"):
         photo_paths("train", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"none of the 0 photographs in .* falls into split 'val'"):
         photo_paths("val", str(tmp_path))
