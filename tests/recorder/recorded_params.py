@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, note: Callable[[str, str], None], section: type) -> None:
         self.note, self.section = note, section
         self.places: dict[int, tuple[str, str]] = {}
-        self.kept: list[object] = []  # kept alive, because Python reuses the id of a deleted object
+        self.kept: list[object] = []  # All labelled sections; a deleted section would free its id for another object.
 
     def label(self, section: Any, stage: str, place: str) -> None:
         """Remember the stage and the key of a section, and of all sections inside it."""
@@ -125,6 +125,6 @@ def read_notes(path: Path) -> set[tuple[str, str]]:
 if "DVC_STAGE" in os.environ and "RECORDED_PARAMS" in os.environ:
     from onediff import interrupts
 
-    interrupts._handle(interrupts._end_at_once)  # a signal during `install` ends the process without a traceback
+    interrupts._handle(interrupts._end_at_once)  # A signal during `install` ends the process without a traceback.
     install(append_to(os.environ["RECORDED_PARAMS"]))
     interrupts.handle_as_python_does()
