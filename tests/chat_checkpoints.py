@@ -153,7 +153,7 @@ def _save_tokenizer(folder: Path, marks: list[str], **roles: str) -> None:
 
     If `roles` contains `bos_token`, the tokenizer puts <s> before every text, like the tokenizer of Llama.
     """
-    letters = ["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()]
+    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]  # alphabet() has a random order.
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
