@@ -1,3 +1,5 @@
+"""Tests of loading params.yaml, runtime.yaml and the presets."""
+
 from __future__ import annotations
 
 import re

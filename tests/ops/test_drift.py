@@ -1,3 +1,5 @@
+"""Tests of `onediff drift`: statistics, the usage log, exit codes and the flow `check_drift`."""
+
 from __future__ import annotations
 
 import json
@@ -74,7 +76,7 @@ def test_random_halves_of_one_sample_do_not_drift() -> None:
     alarms = 0
     for _ in range(200):
         order = rng.permutation(len(rows))
-        first, second = ([rows[place] for place in half] for half in (order[:200], order[200:]))
+        first, second = ([rows[index] for index in half] for half in (order[:200], order[200:]))
         alarms += bool(compare(profile_of(first), second, SETTINGS, alarms={"false_alarms": (3, 100)}).moved)
     assert alarms <= 2  # SETTINGS.chance allows one false report in 100 comparisons.
 

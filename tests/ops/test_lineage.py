@@ -1,3 +1,5 @@
+"""Tests of `onediff lineage`: what a version records, and which versions used a file."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,3 +1,5 @@
+"""Tests of `onediff lineage VERSION --verify` on a small complete project."""
+
 from __future__ import annotations
 
 import json
