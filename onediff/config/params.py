@@ -179,10 +179,10 @@ class Data(Section):
             if names.count(name) > 1:
                 raise ValueError(f"source '{name}' must occur only once in generated, raw, retrieved and diffused; "
                                  "remove the others")
-        for name in {"scenes", "scenes_far", "edits"} & {*self.raw, *self.retrieved, *self.diffused}:
+        for name in sorted({"scenes", "scenes_far", "edits"} & {*self.raw, *self.retrieved, *self.diffused}):
             raise ValueError(f"'{name}' is the name of a generated source; give your source another name")
-        for key, allowed in (("written", names[len(self.generated):]), ("partial", self.raw)):
-            for name in set(getattr(self, key)) - set(allowed):
+        for key, allowed in (("written", [*self.raw, *self.retrieved, *self.diffused]), ("partial", self.raw)):
+            for name in sorted(set(getattr(self, key)) - set(allowed)):
                 raise ValueError(f"{key} lists '{name}', but only these sources are allowed there: {allowed}")
         return self
 
@@ -270,7 +270,8 @@ class Model(Section):
         if deepest > self.vision.layers:
             raise ValueError(f"delta.levels must not exceed vision.layers {self.vision.layers}, got {deepest}")
         if not -self.vision.layers - 1 <= self.patch_level <= self.vision.layers:
-            raise ValueError(f"patch_level {self.patch_level} must be one of the {self.vision.layers} layers of vision")
+            raise ValueError(f"patch_level must be from {-self.vision.layers - 1} to {self.vision.layers} (0 is the "
+                             f"input of the first layer, -1 the output of the last), got {self.patch_level}")
         side = self.vision.image_px // self.vision.patch_px
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")

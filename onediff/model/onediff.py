@@ -51,10 +51,10 @@ class Projector(nn.Sequential):
 class Enhance(nn.Module):
     """Cross-attention of token layout B: the patches of a pair read the delta tokens of this pair."""
 
-    def __init__(self, tower: int, width: int, heads: int) -> None:
+    def __init__(self, tower_width: int, delta_width: int, heads: int) -> None:
         super().__init__()
-        self.norm, self.reduce = nn.LayerNorm(tower), nn.Linear(tower, width)
-        self.attention, self.expand = Attention(width, heads), nn.Linear(width, tower)
+        self.norm, self.reduce = nn.LayerNorm(tower_width), nn.Linear(tower_width, delta_width)
+        self.attention, self.expand = Attention(delta_width, heads), nn.Linear(delta_width, tower_width)
 
     def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
         """Let patches (2P, N, C) attend to delta tokens (2P, K, W), and return the enhanced patches (2P, N, C)."""
@@ -82,16 +82,18 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         The caller passes the pretrained language model here, so that no second model of this size is allocated.
         """
         super().__init__(config)
-        tower, width, language = config.vision_config.hidden_size, config.delta_width, config.text_config.hidden_size
+        tower_width, delta_width = config.vision_config.hidden_size, config.delta_width
+        language_width = config.text_config.hidden_size
         self.vision = SiameseEncoder(config)
         self.delta = VisualDeltaModule(config) if config.delta_num_tokens else None
         self.language = pretrained or AutoModelForCausalLM.from_config(config.text_config)
         use_packing(self.language)
-        self.projector = Projector(tower if config.reading == "A" else 2 * tower, language)
+        self.projector = Projector(tower_width if config.reading == "A" else 2 * tower_width, language_width)
         if config.reading == "B":
-            self.enhance = Enhance(tower, width, config.delta_heads)
+            self.enhance = Enhance(tower_width, delta_width, config.delta_heads)
         elif self.delta is not None:
-            self.delta_projector = nn.Sequential(nn.LayerNorm(width), Projector(width, language))
+            self.delta_projector = nn.Sequential(nn.LayerNorm(delta_width),
+                                                 Projector(delta_width, language_width))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -108,6 +110,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
 
         The loss is the sum over answer tokens, divided by `num_answer_tokens` (default: the answer tokens of this
         batch). With the count of the complete step, the losses of micro-batches and ranks add up to the exact mean.
+        At least one row must have an answer token, and none may directly follow a masked placeholder.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
@@ -187,7 +190,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
                  if self.delta is not None and len(first) else None)
         if self.config.reading == "B":
-            return self.projector(torch.cat([patches, self.enhanced(patches, delta, first)], -1)), None
+            return self.projector(torch.cat([patches, self.enhance_pairs(patches, delta, first)], -1)), None
         patches = self.pool(patches)
         if self.config.reading == "C":
             has_images = image_counts > 0
@@ -195,7 +198,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             patches = torch.cat([patches[starts[has_images]], patches[last[has_images]]], -1)
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
 
-    def enhanced(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
+    def enhance_pairs(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
         """Return enhanced patches (M, N, C) computed from patches (M, N, C) and delta tokens (P, K, W).
 
         The result is 0 for images that belong to no pair. first (P,) is the index of the before image of each pair,

@@ -11,8 +11,9 @@ from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES,
 from onediff.files import write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-FLOORS = {"constant": "floor: best constant sentence", "random_train": "floor: random training caption",
-          "nearest_train": "floor: caption of the nearest training pair"}
+FLOORS = {"constant": "trivial baseline: best constant sentence",
+          "random_train": "trivial baseline: random training caption",
+          "nearest_train": "trivial baseline: caption of the nearest training pair"}
 
 Tables = Mapping[str, Mapping[str, Any]]  # benchmark -> scores
 Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
@@ -130,8 +131,8 @@ def _weak(tests: Tables) -> Iterator[str]:
         shares = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}
         if shares:
             worst = min(shares, key=lambda kind: shares[kind])
-            yield (f"{benchmark}: worst on `{worst}`: it names this change in {100 * shares[worst]:.0f} % of such "
-                   "pairs of split test")
+            yield (f"{benchmark}: weakest on `{worst}`; {100 * shares[worst]:.0f} % of the captions of such pairs "
+                   "state the right kind of change (split test)")
 
 
 def _read(path: Path) -> Any:

@@ -115,7 +115,8 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             loss = float(engine.sums([rank_loss]))
             if not math.isfinite(loss):
                 raise diverged(run, step, loss)
-            engine.step()
+            with explain_out_of_memory(run.name, run.phase, run.runtime):  # the first step allocates the optimizer
+                engine.step()
 
             meter.add(counts, loader_wait_s)
             if curve:

@@ -200,7 +200,7 @@ def _views(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
     delta = None if model.delta is None else model.delta(states[first], states[first + 1])
     if model.config.reading == "B":
-        return [model.projector(torch.cat([patches, model.enhanced(patches, delta, first)], -1))]
+        return [model.projector(torch.cat([patches, model.enhance_pairs(patches, delta, first)], -1))]
     patches = model.pool(patches)
     if model.config.reading == "C":
         patches = torch.cat([patches[first], patches[first + 1]], -1)

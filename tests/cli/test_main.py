@@ -203,8 +203,8 @@ def test_an_audit_prints_a_table_and_a_verdict_and_fails_with_the_option_fail(
     assert _onediff(monkeypatch, *command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
-    assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read, and nothing is "
-                         "known of them")
+    assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read and were not "
+                         "compared")
     findings = [json.loads(line) for line in Path("findings.jsonl").read_text().splitlines()]
     assert {(row["train_image"], row["pair_id"]) for row in findings} == {("copy.jpg", "folder-test-000005")}
     assert _onediff(monkeypatch, *command, "--fail", "--json") == 1

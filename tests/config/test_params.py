@@ -62,7 +62,7 @@ def test_scientific_notation_without_a_dot_is_read_as_a_number() -> None:
     ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must be sorted in ascending order"),
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
     ("reading: C", "reading: B", r"reading B .*patch_pool must be 1"),
-    ("patch_level: -1", "patch_level: 9", r"patch_level 9 must be one of the 4 layers"),
+    ("patch_level: -1", "patch_level: 9", r"patch_level must be from -5 to 4 .*, got 9"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of steps and epochs"),
     ("  mixture: {scenes: 1}", "  mixture: {edit: 1}",
      r"align\.mixture: 'edit' is not one of the sources scenes, edits; did you mean 'edits'\?"),

@@ -64,7 +64,7 @@ def test_one_error_lists_every_missing_input(project: Path) -> None:
                         "mean 'mine'?")
     assert lines[1].startswith("params.yaml: data.raw: 'birds_to_words' needs the folder data/raw/birds_to_words, "
                                "which does not exist; see data/README.md")
-    assert lines[2].startswith("params.yaml: data.edits.photos: folder holidays does not exist")
+    assert lines[2].startswith("params.yaml: data.edits.photos: the folder holidays does not exist")
     assert lines[3].startswith("params.yaml: model.language: folder ./llama does not exist; correct the path")
 
 

@@ -36,7 +36,7 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_hub_reads_the_scores_of_every_benchmark_from_it(project: Path) -> None:
+def test_the_hugging_face_hub_reads_the_scores_of_every_benchmark_from_the_card(project: Path) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(write_card(project / "out", root=project))
@@ -49,28 +49,36 @@ def test_a_hub_reads_the_scores_of_every_benchmark_from_it(project: Path) -> Non
     assert card.data.pipeline_tag == "image-to-text" and card.data.license == "other"
 
 
-def test_it_shows_intervals_floors_false_alarms_data_and_limits(project: Path) -> None:
+def test_the_card_shows_intervals_trivial_baselines_false_alarms_data_and_limits(project: Path) -> None:
     text = write_card(project / "out", root=project).read_text()
     scores = json.loads((project / "data/metrics.json").read_text())["scenes"]
     low, high = (f"{100 * bound:.1f}" for bound in scores["score_intervals"]["CIDEr"])
-    assert f"{100 * scores['CIDEr']:.1f} [{low}, {high}]" in text and "floor: best constant sentence" in text
+    assert f"{100 * scores['CIDEr']:.1f} [{low}, {high}]" in text
+    assert "trivial baseline: best constant sentence" in text
     assert "| scenes | the same image twice, 200 pairs of split test |" in text
     assert "| scenes | 24 | 24 | 24 | 24 | rendered from a seed | Apache-2.0 | here |" in text
-    assert "All of its pairs were generated" in text and "scenes: worst on `" in text
+    assert "All training and test pairs were generated" in text and "scenes: weakest on `" in text
     assert not [line for line in text.splitlines() if line.startswith("|") and not line.endswith("|")]
 
 
-def test_it_names_the_lineage_that_lies_beside_it(project: Path) -> None:
+def test_the_card_lists_the_ids_of_the_lineage_folder(project: Path) -> None:
     assert "## Lineage" not in write_card(project / "out", root=project).read_text()
     write(project / "out/lineage/lineage.json", {
         "git": {"commit": "c0ffee", "dirty": ["params.yaml"]}, "dvc_lock": "d1", "data_card": "d2",
         "runs": {"flow": "f3", "parent": None, "tune": "t4"}})
     text = write_card(project / "out", root=project).read_text()
-    assert "| git commit | `c0ffee`, with changes in params.yaml |" in text
+    assert "| git commit | `c0ffee`, with uncommitted changes in params.yaml |" in text
     assert "| Prefect run, flow | `f3` |" in text and "| MLflow run, tune | `t4` |" in text and "parent" not in text
 
 
-def test_without_results_there_is_no_card(project: Path) -> None:
+def test_an_incomplete_source_is_listed_with_the_number_of_test_pairs(project: Path) -> None:
+    counts = {"test_pairs": 5, "listed_test_pairs": 7}
+    write(project / "data/diffcap/card.json", CARD | {"incomplete": {"scenes": counts}})
+    text = " ".join(write_card(project / "out", root=project).read_text().split())
+    assert "`scenes` is incomplete" in text and "it has 5 of 7 test pairs." in text
+
+
+def test_a_card_without_results_is_an_error(project: Path) -> None:
     (project / "data/stress.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"stress.json does not exist, but the model card needs it"):
         write_card(project / "out", root=project)

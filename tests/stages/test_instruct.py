@@ -61,5 +61,5 @@ def test_every_caption_gets_its_edit_once(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_a_source_that_is_not_diffused_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not name 'mine'; known are photos"):
+    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not list 'mine'; .* sources: photos"):
         instruct("mine")

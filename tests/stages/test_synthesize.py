@@ -81,7 +81,7 @@ def test_an_unknown_source_is_named(project: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bpy") is not None, reason="bpy is installed")
 def test_missing_blender_is_said_before_any_scene(project: Path) -> None:
     params("scenes", renderer="blender")
-    with pytest.raises(ValueError, match="renderer 'blender' needs Blender"):
+    with pytest.raises(ValueError, match="renderer 'blender' needs the package bpy"):
         synthesize("scenes")
 
 

@@ -124,6 +124,6 @@ def test_the_command_prints_one_line_of_error_and_never_the_key(folder: Path, se
     done = subprocess.run([sys.executable, "-m", "onediff.stages.write", "mine"], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"write: {server.url}: HTTP 401: the key is not accepted")
+    assert done.stderr.splitlines()[-1].startswith(f"write: {server.url}: HTTP 401: the endpoint rejects the")
     assert "Traceback" not in done.stderr
     assert KEY not in done.stderr + done.stdout

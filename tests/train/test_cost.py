@@ -76,7 +76,7 @@ def test_the_flops_of_an_image_equal_the_multiplications_of_the_tower_and_projec
 def test_the_flops_of_a_pair_in_token_layout_b_include_the_enhance_module() -> None:
     model = small(reading="B")
     patches, delta = torch.randn(2, PATCHES, CHANNELS), torch.randn(1, TOKENS, WIDTH)
-    enhancing = products(model, "enhance.", lambda: model.enhanced(patches, delta, torch.tensor([0])))
+    enhancing = products(model, "enhance.", lambda: model.enhance_pairs(patches, delta, torch.tensor([0])))
     before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
     module = products(model, "delta.", lambda: model.delta(before, after))
     assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + enhancing)

@@ -1,4 +1,4 @@
-"""From the rows that one training step draws to the tensors that each rank receives.
+"""Turn the rows that one training step draws into the tensors that each rank receives.
 
 `shared_out` gives every rank an equal share of the rows, `collate` turns a share into tensors, `decode` or a
 `FeatureStore` supplies the images, and `stream` prepares the batches of later steps in worker processes.
@@ -36,7 +36,8 @@ VisionTower = Callable[[Tensor], Tensor]  # images (M, 3, H, W) -> states (M, L,
 def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> list[list[BatchRow]]:
     """Split the rows of a step into `parts` lists of equal size and similar token count, so that no rank waits.
 
-    The split changes no result, because the loss of a step is a sum over all its rows.
+    The number of rows must be a multiple of `parts`. The split changes no result, because the loss of a step is a sum
+    over all its rows.
     """
     if parts == 1:
         return [rows]
@@ -56,7 +57,7 @@ def _num_tokens(row: BatchRow, tokens_per_image: int) -> int:
 def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels) -> Batch:
     """Return the keyword arguments of the model's `forward` for these rows."""
     batch = processor.answers([row.prompt for row in rows])
-    batch |= pixels_of([name for row in rows for name in row.images])
+    batch |= pixels_of([digest for row in rows for digest in row.images])
     if any(row.masked for row in rows):
         batch["patch_mask"] = torch.tensor([row.masked for row in rows])
     return batch
@@ -64,7 +65,7 @@ def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels
 
 def decode(corpus: Corpus, processor: OneDiffProcessor) -> Pixels:
     """Return a function that decodes images at every visit: for a vision tower that is trained in this phase."""
-    return lambda names: {"images": processor.pixels([open_image(corpus.files[name]) for name in names])}
+    return lambda digests: {"images": processor.pixels([open_image(corpus.files[digest]) for digest in digests])}
 
 
 class FeatureStore:
@@ -73,16 +74,16 @@ class FeatureStore:
     Called with the digests of M images, it returns {"states": (M, L, N, C)}.
     """
 
-    def __init__(self, arrays: dict[str, NDArray[np.float32]], rows: dict[str, tuple[str, int]]) -> None:
-        """`arrays` holds one array (images, L, N, C) per source; `rows` maps a digest to its source and row there."""
-        self.arrays, self.rows = arrays, rows
+    def __init__(self, arrays: dict[str, NDArray[np.float32]], location_of: dict[str, tuple[str, int]]) -> None:
+        """`arrays` has one array (images, L, N, C) per source; `location_of` maps a digest to a source and an index."""
+        self.arrays, self.location_of = arrays, location_of
 
-    def __call__(self, names: list[str]) -> Batch:
+    def __call__(self, digests: list[str]) -> Batch:
         shape = next(iter(self.arrays.values())).shape[1:]
-        states = np.empty((len(names), *shape), dtype=np.float32)
-        for state, name in zip(states, names, strict=True):
-            source, row = self.rows[name]
-            state[:] = self.arrays[source][row]
+        states = np.empty((len(digests), *shape), dtype=np.float32)
+        for state, digest in zip(states, digests, strict=True):
+            source, index = self.location_of[digest]
+            state[:] = self.arrays[source][index]
         return {"states": torch.from_numpy(states)}
 
     @classmethod
@@ -92,48 +93,50 @@ class FeatureStore:
 
         The name of a file contains a hash of `tower_digest` and of its images, so changed weights get new files.
         """
-        names_of: dict[str, list[str]] = defaultdict(list)
-        for name, source in sorted(corpus.source_of.items()):
-            names_of[source].append(name)
+        digests_of: dict[str, list[str]] = defaultdict(list)
+        for digest, source in sorted(corpus.source_of.items()):
+            digests_of[source].append(digest)
         arrays: dict[str, NDArray[np.float32]] = {}
-        for source, names in names_of.items():
-            path = scratch / "features" / f"{source}-{key_of([tower_digest, names])[:16]}.npy"
+        for source, digests in digests_of.items():
+            path = scratch / "features" / f"{source}-{key_of([tower_digest, digests])[:16]}.npy"
             with waiting_lock(path.with_suffix(".lock")):
                 if not path.exists():
-                    write_features(path, corpus, processor, tower, names=names)
+                    write_features(path, corpus, processor, tower, digests=digests)
             arrays[source] = np.load(path, mmap_mode="r")
-        return cls(arrays, {name: (source, row) for source, names in names_of.items()
-                            for row, name in enumerate(names)})
+        return cls(arrays, {digest: (source, index) for source, digests in digests_of.items()
+                            for index, digest in enumerate(digests)})
 
 
 def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: VisionTower, *,
-                   names: list[str]) -> None:
-    """Write the states of the vision tower for the images `names`, in this order, to one .npy file."""
+                   digests: list[str]) -> None:
+    """Write the states of the vision tower for these images, in this order, to one .npy file."""
     store = None
     with (torch.inference_mode(), new_file(path) as part,
-          tqdm(total=len(names), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
-        for start in range(0, len(names), FEATURE_BATCH):
-            chunk = names[start : start + FEATURE_BATCH]
-            states = tower(processor.pixels([open_image(corpus.files[name]) for name in chunk])).float().cpu().numpy()
+          tqdm(total=len(digests), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
+        for start in range(0, len(digests), FEATURE_BATCH):
+            chunk = digests[start : start + FEATURE_BATCH]
+            pixels = processor.pixels([open_image(corpus.files[digest]) for digest in chunk])
+            states = tower(pixels).float().cpu().numpy()
             if store is None:
                 store = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32,
-                                                  shape=(len(names), *states.shape[1:]))
+                                                  shape=(len(digests), *states.shape[1:]))
             store[start : start + len(chunk)] = states
             progress.update(len(chunk))
-        assert store is not None, "write_features needs at least one image name"
+        assert store is not None, "write_features needs at least one image"
         store.flush()
 
 
 def stream(batches_of: Callable[[int], list[Batch]], steps: range, *, workers: int, pin: bool) -> Iterator[list[Batch]]:
     """Yield `batches_of(step)` for each step in order; worker processes, if any, prepare later steps in advance.
 
-    `pin` copies the tensors to page-locked memory, from which transfers to a GPU are faster.
+    `pin` copies the tensors to page-locked memory, from which transfers to a GPU are faster. Workers are forked, so
+    `batches_of` and the corpus need not be pickled.
     """
     def ignore_signals(worker: int) -> None:
         """Make a worker ignore stop signals, because the rank needs batches until it has written a checkpoint."""
         interrupts.ignore()
 
-    # The DataLoader's annotations ask for a Dataset, but a range has the two methods that the DataLoader calls.
+    # The dataset is the range of steps: the DataLoader passes each step number to `batches_of` in a worker.
     return iter(DataLoader(steps, batch_size=None, collate_fn=batches_of,  # type: ignore[arg-type]
                            num_workers=workers, pin_memory=pin,
                            prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,

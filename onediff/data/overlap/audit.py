@@ -1,9 +1,12 @@
-"""Which pairs of a benchmark a training set contains: equal and near-duplicate images, equal and near captions.
+"""The leak audit: finds the pairs of a benchmark whose images or captions also occur in a training set.
 
-The benchmark is held in memory, the training set is read once. An image is equal if its decoded pixels are, near if its
-perceptual hash is within NEAR_BITS and its 32 x 32 grey thumbnail at most `max_distance` grey levels away on average,
-and at most a CONTRAST-th of its grey levels' standard deviation: dark and pale pictures look alike. A flat one is never
-near, as white pages are. Captions: captions.py.
+Two images are equal if their decoded pixels are equal. A training image is near a benchmark image if two conditions
+hold. First, their perceptual hashes differ in at most NEAR_BITS bits. Second, their 32 x 32 grey thumbnails differ, on
+average over the pixels, by at most `max_distance` grey levels and by at most 1 / CONTRAST of the thumbnail's standard
+deviation; otherwise all dark or pale pictures would be near each other. A training image with almost no contrast, such
+as a blank page, is never near another image. The rules for captions are in captions.py.
+
+The benchmark is held in memory, and the training set is read once.
 """
 
 import functools
@@ -30,22 +33,23 @@ from onediff.data.sources.tables import aligned
 from onediff.files import write_jsonl
 from onediff.inputs.images import open_image
 
-NEAR_BITS, GREY_PX = 8, 32  # of 64 bits
-FLAT, CONTRAST = 4.0, 10  # standard deviation of a thumbnail's grey levels
+NEAR_BITS = 8  # of the 64 bits of a perceptual hash
+GREY_PX = 32  # width and height of the grey thumbnails
+FLAT, CONTRAST = 4.0, 10  # Thumbnails whose grey levels have a standard deviation below FLAT are never near.
 MEASURES = ("equal_image", "near_image", "equal_caption", "rare_caption", "near_caption", "image_and_caption", "leaks")
-NUM_SHOWN = 5  # images that cannot be read which are printed
+NUM_SHOWN = 5  # how many of the unreadable images the result lists
 _HASHED_PX = 128
-_BLOCK = 512  # examples whose images are compared at once
+_BLOCK = 512  # number of examples whose images are compared at once
 
 
 def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example | ExampleGroup], *, out: Path | None,
           max_distance: float, runtime: Runtime) -> dict[str, Any]:
-    """Counts of pairs by benchmark, of the images that could not be read, and the verdict. Each finding becomes a line
-    of JSON in `out`, if it is given.
+    """Compare a training set with benchmarks, and return the counts of leaking pairs and of unreadable images.
 
-    near_image: pairs without an equal one; near_caption: pairs without an equal rare one. A pair leaks if the training
-    set has an image of it, equal or near, or a rare caption of it. image_and_caption: pairs of which one row of the
-    training set has an image and any caption.
+    Each match is written as one line of JSON to the file `out`, if it is given. A pair leaks if the training set has an
+    equal or near image of the pair, or an equal or near rare caption. `near_image` counts only pairs without an equal
+    image, and `near_caption` only pairs without an equal rare caption. `image_and_caption` counts the pairs for which a
+    single row of the training set has both an image and a caption of the pair, rare or not.
     """
     benchmark_counts, train_counts = _ImageCounts(), _ImageCounts()
     index = _BenchmarkIndex(benchmark_counts.counted(_fingerprinted(benchmark, None, runtime)))
@@ -54,7 +58,7 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
     if out:
         write_jsonl(out, findings)
     else:
-        deque(findings, maxlen=0)  # the index counts them
+        deque(findings, maxlen=0)  # The index counts the matches while this iterator is consumed.
     counts = index.counts()
     return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST, **RULE},
             "train": train_counts.as_dict(), "benchmark": benchmark_counts.as_dict(), "benchmarks": counts,
@@ -63,16 +67,17 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One line: clean, or how many pairs leak; and how many images could not be read."""
+    """Return one line for the terminal: "clean" or the number of leaking pairs, and the number of unreadable images."""
     pairs = f"{result['num_pairs']:,} pairs"
     outcome = f"{result['leaks']:,} of {pairs} leak" if result["leaks"] else f"clean: none of {pairs} leaks"
     numbers = {name: result[name]["missing_images"] + result[name]["corrupt_images"] for name in ("train", "benchmark")}
     unread = [f"{number:,} of {result[name]['images']:,} images of the {name.replace('train', 'training set')}"
               for name, number in numbers.items() if number]
-    return outcome + (f"; but {' and '.join(unread)} could not be read, and nothing is known of them" if unread else "")
+    return outcome + (f"; but {' and '.join(unread)} could not be read and were not compared" if unread else "")
 
 
 def as_text(result: dict[str, Any]) -> str:
+    """Format the result of `audit` as a table with one row per benchmark, followed by the verdict."""
     rows = [[name, f"{counts['num_pairs']:,}", *(f"{counts[measure]:,}" for measure in MEASURES)]
             for name, counts in result["benchmarks"].items()]
     lines = [aligned(["benchmark", "pairs", *(name.replace("_", " ") for name in MEASURES)], rows)]
@@ -84,12 +89,12 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, verdict(result)])
 
 
-# --- fingerprints -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is stored of an image; `pixels`: a digest of all of them, empty where no image of the others can be equal.
+    """The facts about an image that the audit compares.
+
+    `pixels` is a digest of all pixels, or empty if the perceptual hash shows that no image of the benchmark is equal.
+    `phash` is the perceptual hash, and `grey` the flattened grey thumbnail.
     """
 
     name: str
@@ -100,7 +105,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class FingerprintedExample:
-    """An example with the fingerprints of the images that could be read, and the reasons why others could not."""
+    """An example with the fingerprints of the readable images, and a message for each missing or corrupt image."""
 
     name: str
     source: str
@@ -112,6 +117,7 @@ class FingerprintedExample:
 
 def _fingerprinted(items: Iterable[Example | ExampleGroup], hashes: frozenset[int] | None,
                    runtime: Runtime) -> Iterator[FingerprintedExample]:
+    """Yield the fingerprinted examples, computed in worker processes; `hashes` is explained in `_fingerprint`."""
     return itertools.chain.from_iterable(spread(functools.partial(_worker, hashes), items, runtime, chunk=8))
 
 
@@ -121,7 +127,11 @@ def _worker(hashes: frozenset[int] | None) -> Callable[[Example | ExampleGroup],
 
 
 def _fingerprint(example: Example, hashes: frozenset[int] | None) -> FingerprintedExample:
-    """All pixels are digested, which takes longer than decoding them, only of images that have one of the hashes."""
+    """Read the images of an example and compute their fingerprints.
+
+    If `hashes` is given, the digest of all pixels is computed only for images whose perceptual hash is in it, because
+    the digest takes longer than decoding the image.
+    """
     result = FingerprintedExample(example.name, example.source, example.texts)
     for name, content in example.images:
         if content is None:
@@ -140,7 +150,11 @@ def _fingerprint(example: Example, hashes: frozenset[int] | None) -> Fingerprint
 
 
 def _resized(grey: Image.Image, px: int) -> Image.Image:
-    """Not by boxes, as the leak check: Pillow's take whole pixels, so that a copy of another size is 4 levels away."""
+    """Resize a grey image with the bilinear filter, which gives similar thumbnails for copies of different sizes.
+
+    Pillow's box filter, which the leak check between splits uses, takes only complete pixels: a resized copy would be 4
+    grey levels away from the original.
+    """
     return grey.resize((px, px), Image.Resampling.BILINEAR)
 
 
@@ -152,7 +166,7 @@ class _ImageCounts:
     unread: list[str] = field(default_factory=list)
 
     def counted(self, examples: Iterable[FingerprintedExample]) -> Iterator[FingerprintedExample]:
-        """The examples, which are counted when they are taken."""
+        """Yield the examples unchanged, and count each example when it is yielded."""
         for example in examples:
             unread = [*example.missing, *example.corrupt]
             self.counts.update(rows=1, images=len(example.images) + len(unread), missing_images=len(example.missing),
@@ -162,18 +176,16 @@ class _ImageCounts:
             yield example
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the counts, the first unreadable images, and whether there are more unreadable images than listed."""
         return {**self.counts, "unread": self.unread[:NUM_SHOWN], "more": len(self.unread) > NUM_SHOWN}
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
 class _BenchmarkIndex:
-    """The pairs of all benchmarks, their images as arrays and their captions, with which a training set is compared."""
+    """The images and captions of all benchmarks, in a form that is fast to compare with a training set."""
 
     def __init__(self, examples: Iterable[FingerprintedExample]) -> None:
         self.pairs: list[tuple[str, str]] = []  # (source, pair_id)
-        self.pair_of: list[int] = []  # of each image
+        self.pair_of: list[int] = []  # index of an image -> index of the pair to which the image belongs
         images: list[Fingerprint] = []
         texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for example in examples:
@@ -182,16 +194,20 @@ class _BenchmarkIndex:
             images += example.images
             texts[example.source] += [(example.name, text) for text in example.texts]
         self.names, self.phashes, self.greys = _arrays(images)
-        self.equal: dict[str, list[int]] = defaultdict(list)  # digest of the pixels -> images
+        self.equal: dict[str, list[int]] = defaultdict(list)  # digest of the pixels -> indices of images
         for number, image in enumerate(images):
             self.equal[image.pixels].append(number)
         self.captions = {source: CaptionIndex(captions) for source, captions in texts.items()}
-        self.matched: dict[tuple[str, str], set[str]] = defaultdict(set)  # (source, measure) -> pairs
+        self.matched: dict[tuple[str, str], set[str]] = defaultdict(set)  # (source, measure) -> pair_ids
 
     def findings(self, examples: Iterator[FingerprintedExample], max_distance: float) -> Iterator[dict[str, Any]]:
-        """Compares a training set. The captions come last, because only then it is known which of them are rare."""
+        """Compare a training set with the benchmarks, and yield each match as a JSON object.
+
+        Matches of captions come last, because which captions are rare depends on the complete training set.
+        """
         while block := list(itertools.islice(examples, _BLOCK)):
-            pairs_shown: dict[int, set[tuple[str, str]]] = defaultdict(set)  # by example: pairs that it has an image of
+            # index of an example -> the pairs of the benchmarks of which the example has an image
+            pairs_shown: dict[int, set[tuple[str, str]]] = defaultdict(set)
             for number, image, match, distance in self._matching_images(block, max_distance):
                 source, pair_id = pair = self.pairs[self.pair_of[match]]
                 pairs_shown[number].add(pair)
@@ -214,7 +230,10 @@ class _BenchmarkIndex:
 
     def _matching_images(self, examples: list[FingerprintedExample],
                          max_distance: float) -> Iterator[tuple[int, Fingerprint, int, float | None]]:
-        """(example, its image, image of the benchmark, distance in grey levels; None: equal pixels)."""
+        """Yield (index of the example, training image, index of the benchmark image, distance) for each match.
+
+        The distance is the mean difference of the thumbnails in grey levels, or None if all pixels are equal.
+        """
         images = [(number, image) for number, example in enumerate(examples) for image in example.images]
         if not images or not self.names:
             return
@@ -231,7 +250,7 @@ class _BenchmarkIndex:
                     yield number, image, int(theirs[place]), round(float(distance[place]), 3)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """The number of pairs by benchmark, in all and by measure."""
+        """Return for each benchmark the number of all pairs, and the number of matched pairs by measure."""
         counts = {}
         for source, num_pairs in Counter(source for source, _ in self.pairs).items():
             pairs = {measure: self.matched[source, measure] for measure in MEASURES}
@@ -242,6 +261,6 @@ class _BenchmarkIndex:
 
 
 def _arrays(images: list[Fingerprint]) -> tuple[list[str], NDArray[np.uint64], NDArray[np.uint8]]:
-    """Names, perceptual hashes (n,) and thumbnails (n, pixels)."""
+    """Return the names, the perceptual hashes (n,) and the flattened thumbnails (n, pixels) of n images."""
     greys = np.stack([image.grey for image in images]) if images else np.zeros((0, 1), np.uint8)
     return [image.name for image in images], np.array([image.phash for image in images], dtype=np.uint64), greys

@@ -1,10 +1,11 @@
-"""Which captions of a benchmark a training set holds, word for word or nearly, and which of them are informative.
+"""Finds the captions of a benchmark that occur in the texts of a training set, and decides which of them show a leak.
 
-Template captions repeat naturally ("nothing has changed"), so all equal ones are counted, but only *rare* ones indicate
-a leak. A caption is rare if it has MIN_WORDS words or more and at least half of its word trigrams are its own: in no
-other pair of the benchmark, and in at most COMMON different texts of the training set (copies of one text count once).
-Equal: without case, punctuation and spaces it is a complete text, line or sentence of the training set, or the part
-between : and ; in one. Near: a rare one, CONTAINED of whose trigrams are in one text.
+A caption is equal if, without case and punctuation, it is a complete text of the training set, or a line or sentence of
+one, or a part between colon and semicolon. Simple captions such as "nothing has changed" repeat by chance. Therefore
+all equal captions are counted, but only rare captions show a leak. A caption is rare if it has at least MIN_WORDS
+words, and at least the share OWN of its word trigrams occur in no other pair of the benchmark and in at most COMMON
+different texts of the training set. A rare caption is near if a single text contains at least the share CONTAINED of
+its trigrams.
 """
 
 import re
@@ -14,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 MIN_WORDS, OWN, CONTAINED, COMMON = 8, 0.5, 0.8, 10
-MAX_TEXTS = 2 * COMMON  # per caption: one that is near to so many texts has no seldom trigrams, so it is not rare
+# At most so many texts are stored per caption. A caption that is near to more texts has only common trigrams, so it is
+# not rare.
+MAX_TEXTS = 2 * COMMON
 RULE = {"min_words": MIN_WORDS, "own_trigrams": OWN, "contained_trigrams": CONTAINED, "common_texts": COMMON}
 _WORD = re.compile(r"\w+")
 _APOSTROPHES = re.compile("['\u2019`]")
@@ -25,7 +28,11 @@ Trigrams = frozenset[tuple[str, str, str]]
 
 @dataclass(frozen=True)
 class TrainingText:
-    """A text of a training set: its parts that can be equal to a caption, and its trigrams."""
+    """A text of a training set, prepared for comparison.
+
+    `raw` is the original text, `plain` the words without case and punctuation, `parts` the pieces of the text that can
+    be equal to a caption, and `trigrams` all sequences of three words.
+    """
 
     raw: str
     plain: str
@@ -35,7 +42,11 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class CaptionMatch:
-    """A caption in a text of the training set: the first row that has the text, and how often the text occurs."""
+    """A caption of the benchmark that occurs in a text of the training set.
+
+    `pairs` are the pairs with this caption, `contained` is the share of the caption's trigrams in the text, `train` the
+    first training row with the text, and `times` the number of times that the text occurs.
+    """
 
     caption: str
     pairs: frozenset[str]
@@ -49,18 +60,22 @@ class CaptionMatch:
 
 @dataclass(eq=False)
 class _Caption:
+    """A caption of the benchmark with the matches that were found so far."""
+
     text: str
     num_words: int
     trigrams: Trigrams
     pairs: set[str] = field(default_factory=set)
-    own: Trigrams = frozenset()  # trigrams that no other pair has
-    matches: dict[str, CaptionMatch] = field(default_factory=dict)  # by text; at most MAX_TEXTS, and only if maybe rare
-    equal: CaptionMatch | None = None  # in the first text
+    own: Trigrams = frozenset()  # trigrams that occur in no other pair; left empty if the caption cannot be rare
+    matches: dict[str, CaptionMatch] = field(default_factory=dict)  # text -> match; empty if `own` is empty
+    equal: CaptionMatch | None = None  # the match with the first text that is equal
 
     def may_be_rare(self, num_own: int) -> bool:
+        """Return whether the caption is rare if `num_own` of its trigrams are rare."""
         return self.num_words >= MIN_WORDS and num_own >= OWN * len(self.trigrams)
 
     def add_match(self, text: TrainingText, train: str, *, equal: bool, contained: float) -> None:
+        """Record that the caption occurs in a text of the training row `train`."""
         new = CaptionMatch(self.text, frozenset(self.pairs), False, equal, contained, train, text.raw, 0)
         if equal:
             match = self.equal or new
@@ -71,13 +86,13 @@ class _Caption:
 
 
 def words(text: str) -> list[str]:
-    """In one case, without punctuation; "isn't" is one word."""
+    """Return the words of a text in lower case and without punctuation; "isn't" is one word."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return _WORD.findall(_APOSTROPHES.sub("", plain).replace("_", " "))
 
 
 def prepared(text: str) -> TrainingText:
-    """The text with its lines and sentences as parts."""
+    """Prepare a text of a training set for comparison; the parts are the complete text, and every line and sentence."""
     text_words = words(text)
     plain = " ".join(text_words)
     parts = (" ".join(words(part)) for part in _ENDS.split(text))
@@ -89,11 +104,13 @@ def _trigrams(words: list[str]) -> Trigrams:
 
 
 class CaptionIndex:
-    """The captions of one benchmark. The texts of a training set are added once; memory depends on the benchmark only.
+    """The captions of one benchmark, with which the texts of a training set are compared one after the other.
+
+    The texts are not stored, so the memory depends only on the size of the benchmark.
     """
 
     def __init__(self, captions: Iterable[tuple[str, str]]) -> None:
-        """`captions`: (pair_id, caption); empty ones are ignored."""
+        """Index (pair_id, caption) tuples; captions without a word are ignored."""
         self._captions: dict[str, _Caption] = {}
         pairs_with: dict[tuple[str, str, str], set[str]] = defaultdict(set)
         for pair_id, text in captions:
@@ -104,17 +121,19 @@ class CaptionIndex:
                 for trigram in caption.trigrams:
                     pairs_with[trigram].add(pair_id)
         self._by_own: dict[tuple[str, str, str], list[_Caption]] = defaultdict(list)
-        # Hashes of the different texts with a trigram, COMMON + 1 at most.
+        # trigram -> hashes of the different training texts that contain the trigram, at most COMMON + 1 of them
         self._texts_with: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         for caption in self._captions.values():
             own = frozenset(trigram for trigram in caption.trigrams if len(pairs_with[trigram]) == 1)
             if caption.may_be_rare(len(own)):
                 caption.own = own
-                for trigram in own:  # as OWN > 1 - CONTAINED, a text that it is near to has at least one of them
+                # Because OWN > 1 - CONTAINED, each text to which this caption is near contains one of these trigrams.
+                for trigram in own:
                     self._by_own[trigram].append(caption)
 
     def add_text(self, text: TrainingText, train: str) -> set[str]:
-        """Adds a text of row `train` of the training set. Returns the pairs whose captions are in it, rare or not."""
+        """Compare a text of the training row `train`, and return the pairs with an equal or near caption, rare or not.
+        """
         candidates: set[_Caption] = set()
         for trigram in text.trigrams & self._by_own.keys():
             candidates.update(self._by_own[trigram])
@@ -130,7 +149,10 @@ class CaptionIndex:
         return set().union(*(caption.pairs for caption in contained))
 
     def matches(self) -> Iterator[CaptionMatch]:
-        """For a rare caption one match per text that holds it; for another caption the first equal text, if any."""
+        """Yield for each rare caption a match per text, and for other captions the match with the first equal text.
+
+        Call this after all texts were added, because they decide which captions are rare.
+        """
         for caption in self._captions.values():
             num_seldom = sum(len(self._texts_with.get(trigram, ())) <= COMMON for trigram in caption.own)
             if caption.may_be_rare(num_seldom):
@@ -139,8 +161,10 @@ class CaptionIndex:
                 yield caption.equal
 
     def pairs(self) -> dict[str, set[str]]:
-        """equal_caption: pairs with a caption that is equal to a text; rare_caption: with a rare one that is equal;
-        near_caption: with a rare one that is near, and none that is equal.
+        """Return the matched pairs by measure.
+
+        equal_caption: pairs with an equal caption. rare_caption: pairs with an equal caption that is rare.
+        near_caption: pairs with a rare caption that is near, and without a rare caption that is equal.
         """
         equal = [match for match in self.matches() if match.equal]
         rare = _pairs(match for match in equal if match.rare)

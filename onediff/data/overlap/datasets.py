@@ -1,7 +1,7 @@
-"""Reads any set of pairs or conversations as examples of texts and images.
+"""Reads a data set of any supported format as examples, each with texts and images, for the leak audit.
 
-Folders of DiffCap shards; folders as published, or of your own pairs; a JSON list (or JSON lines) of LLaVA's rows with
-any number of images each, as M4-Instruct publishes them.
+Three formats are supported: a folder of DiffCap shards; the folder of a published data set, or of a user's own pairs;
+and a JSON or JSON Lines file of LLaVA conversations with any number of images each, such as M4-Instruct.
 """
 
 import os
@@ -23,12 +23,16 @@ from onediff.inputs.prompt import IMAGE
 
 ANNOTATIONS = (".json", ".jsonl")
 _FORM = '{"id", "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from", "value"}, ...]}'
-_CURE = "; take the file as published"  # the end of the errors of entries.py, which is no cure for these files
+# The readers' errors end with this advice, which is removed because LLaVA files of users are not published files.
+_CURE = "; take the file as published"
 
 
 @dataclass(frozen=True)
 class Example:
-    """`images`: the name of each, and its path or content; None: missing. `source`: the benchmark."""
+    """One row of a data set: texts, and images as (name, path or content); None for an image that is missing.
+
+    `name` identifies the row, and `source` is the data set or benchmark to which it belongs.
+    """
 
     name: str
     source: str
@@ -38,31 +42,32 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleGroup:
-    """The examples of a row group of DiffCap records; the process that needs them reads them."""
+    """A reference to one row group of a DiffCap shard, whose records are read in the process that needs them."""
 
     shard: Path
     number: int
     split: str
 
     def examples(self) -> list[Example]:
+        """Read the row group and return the examples that belong to the split."""
         return [_of_record(record) for record in read_group(self.shard, self.number) if record.split == self.split]
 
 
 def read_examples(path: Path, *, split: str, scratch: Path, source: str | None = None,
                   images: Path | None = None) -> Iterator[Example | ExampleGroup]:
-    """The examples of one split; LLaVA's rows have no splits, so all of them. Archives are unpacked below `scratch`.
+    """Yield the examples of one split of the data set at `path`; a file of LLaVA conversations has no splits.
 
-    `source` names the published set where the folder has another name; `images` is the folder of the images of LLaVA's
-    rows, by default the folder of the file. Raises FileNotFoundError, or ValueError naming file and entry, or for no
-    row.
+    Archives are unpacked below `scratch`. `source` is the name of the published data set, by default the name of the
+    folder. `images` is the folder with the images of LLaVA conversations, by default the folder of the file. Raises
+    FileNotFoundError if a path does not exist, and ValueError for a malformed row or if there is no row.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a folder of shards, the folder of a published dataset, "
-                                "or a JSON file with rows of LLaVA")
+        raise FileNotFoundError(f"{path} does not exist: give a folder of DiffCap shards, the folder of a published "
+                                "data set, or a JSON file of LLaVA conversations")
     if path.is_file():
         yield from _conversations(path, images or path.parent)
         return
-    counts: Counter[str] = Counter()  # of each split
+    counts: Counter[str] = Counter()  # split -> number of pairs
     if any(path.glob("*.parquet")):
         for shard, number, _, _ in row_groups([path]):
             splits = pq.ParquetFile(shard).read_row_group(number, columns=["split"]).column("split").to_pylist()
@@ -73,11 +78,12 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
         yield from _published(path, source or path.resolve().name, split, scratch, counts)
     if not counts[split]:
         available = ", ".join(f"{name} ({count:,})" for name, count in counts.items()) or "none at all"
-        raise ValueError(f"{path}: no pair in split '{split}'; it has {available}: name another with --split (of the "
-                         "benchmark) or --train-split")
+        raise ValueError(f"{path}: no pair in split '{split}'; the splits with pairs are: {available}; choose one of "
+                         "them with --split (for the benchmark) or --train-split")
 
 
 def _of_record(record: Record) -> Example:
+    """Convert a DiffCap record to an example."""
     names = record.provenance.get("names")
     if not isinstance(names, list) or len(names) < 2:
         names = [*(names if isinstance(names, list) else []), "before", "after"][: record.num_images]
@@ -87,12 +93,14 @@ def _of_record(record: Record) -> Example:
 
 
 def _published(folder: Path, source: str, split: str, scratch: Path, counts: Counter[str]) -> Iterator[Example]:
+    """Yield the examples of one split of a published data set, and count the pairs of every split in `counts`."""
     files = open_source(source, folder, scratch)
     try:
         read = reader_of(source, files)
     except ValueError:
-        raise ValueError(f"{folder}: no shard (*.parquet), no {' or '.join(TABLES)}, and '{source}' is no published "
-                         "set: name it with --train-source or --source, as 'onediff data status' calls it") from None
+        raise ValueError(f"{folder}: must contain DiffCap shards (*.parquet) or {' or '.join(TABLES)}, or be a "
+                         f"published data set; '{source}' is not the name of one: give the name with --train-source or "
+                         "--source, as 'onediff data status' prints it") from None
     for pair in read(files):
         pair_split = split_of(source, pair)
         counts[pair_split] += 1
@@ -103,16 +111,18 @@ def _published(folder: Path, source: str, split: str, scratch: Path, counts: Cou
 
 
 def _answers(provenance: dict[str, Any]) -> list[str]:
+    """Return the answers of the conversation of a record; an empty list for other records."""
     turns = provenance.get("conversation")
     return [str(turn[1]) for turn in turns if len(turn) == 2] if isinstance(turns, list) else []
 
 
 def _conversations(path: Path, images: Path) -> Iterator[Example]:
+    """Yield the examples of a file of LLaVA conversations; `images` is the folder with the images."""
     if path.suffix.lower() not in ANNOTATIONS:
-        raise ValueError(f"{path}: {' or '.join(ANNOTATIONS)} is read, got '{path.suffix}'; give LLaVA's rows as JSON")
+        raise ValueError(f"{path}: the file name must end in {' or '.join(ANNOTATIONS)}, got '{path.suffix}'; give a "
+                         "JSON file of LLaVA conversations")
     if not images.is_dir():
-        raise FileNotFoundError(f"{images} does not exist or is not a folder: set --images to the folder that contains "
-                                "the images of the rows")
+        raise FileNotFoundError(f"{images} is not a folder: give the folder that contains the images with --images")
     is_empty = True
     try:
         for place, entry in (read_lines if path.suffix.lower() == ".jsonl" else read_list)(path):
@@ -127,6 +137,7 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
                 tuple((name, images / name if os.path.isfile(images / name) else None)
                       for name in (expect(name, str, f"{place}, image") for name in names)))
     except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix(_CURE)}; a list of LLaVA's rows is read: {_FORM}") from None
+        raise ValueError(f"{str(error).removesuffix(_CURE)}; the file must be a list of LLaVA conversations: {_FORM}"
+                         ) from None
     if is_empty:
-        raise ValueError(f"{path}: no row in it; a list of LLaVA's rows is read: {_FORM}")
+        raise ValueError(f"{path}: the file has no row; it must be a list of LLaVA conversations: {_FORM}")

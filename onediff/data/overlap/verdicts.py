@@ -1,4 +1,4 @@
-"""What the training split of DiffCap holds of each test benchmark: its images and, by captions.py, its captions."""
+"""The leak audit of DiffCap: which images and captions of each test benchmark occur in the training split."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,11 +12,13 @@ from onediff.data.record import read_table, shards
 
 
 def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str, Any]:
-    """By test benchmark: equal_image, equal_caption, rare_caption, near_caption, leaks (pairs of the test split);
-    dropped (training pairs that were removed because of it), lookalikes (that stay) and the nearest one's grey levels,
-    None where nothing was measured; the verdict, "clean" or how many leak.
+    """Return the result of the leak audit for each test benchmark.
 
-    `rows`: the rows of the probe table that stay; `leaks`: all results of the leak check.
+    `rows` are the rows of the probe table whose pairs are in DiffCap, and `leaks` is the table of the leak check. The
+    keys equal_image, equal_caption, rare_caption, near_caption (see captions.py) and leaks count pairs of the test
+    split. `dropped` counts the training pairs that were removed because they leak, and `lookalikes` the similar
+    training pairs that were kept. `nearest` is the smallest distance of a lookalike in grey levels, or None if no
+    distance was measured. `verdict` is "clean" or says how many test pairs leak.
     """
     texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in _rows(folder, "test"):
@@ -47,6 +49,6 @@ def verdicts(folder: Path, rows: pd.DataFrame, leaks: pd.DataFrame) -> dict[str,
 
 
 def _rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Each row without its images, a shard in memory at a time."""
+    """Yield the rows of a split without the images, reading one shard at a time."""
     for path in shards(folder, f"{split}-*.parquet"):
         yield from read_table(folder, path.name)

@@ -1,6 +1,6 @@
-"""Synthetic edits: InstructPix2Pix edits an image by an instruction, and CLIP decides whether the edit is credible.
+"""Synthetic edits: InstructPix2Pix edits an image by an instruction, and CLIP decides whether the result is kept.
 
-Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023, whose thresholds are in presets/paper.yaml.
+Method and thresholds (presets/paper.yaml): Brooks, Holynski and Efros, "InstructPix2Pix", CVPR 2023.
 """
 
 import json
@@ -20,15 +20,15 @@ from onediff.files import write_json
 from onediff.inputs.images import open_image, png
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
-SIDE = 64  # images are made multiples of it, which the pipeline's U-Net needs
-MIN_LENGTH = 1e-5  # a shorter difference of unit vectors is due to rounding
+SIDE = 64  # The U-Net of the pipeline needs images whose width and height are multiples of this.
+MIN_LENGTH = 1e-5  # A difference of two unit vectors that is shorter than this is only rounding error.
 OUTCOMES = ("kept", "image too unlike", "image too unlike its caption", "direction unlike the captions'", "flagged",
             "unreadable")
 
 
 @dataclass(frozen=True)
 class Task:
-    """An image of the collection and the edit to apply; `output` is the caption of the edited image."""
+    """An image of a collection and the edit instruction to apply; `output` is the caption of the edited image."""
 
     entry: Entry
     edit: str
@@ -37,9 +37,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Editor:
-    """Edits a task's image `num_samples` times and keeps what passes the filters.
+    """Edits the image of a task `num_samples` times and keeps the samples that pass the CLIP filters.
 
-    Called in each worker: it loads the pipeline and CLIP once and gives the function that does the work.
+    Each worker process calls the editor once. This call loads the pipeline and CLIP, and returns the function that
+    works on one task at a time.
     """
 
     source: str
@@ -60,10 +61,10 @@ class Editor:
         pipeline = pipeline.to(embedder.model.device)
         parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
         total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
-        models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"  # differs if weights or their precision differ
+        models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"  # Other weights or precision give other text.
 
         def work(task: Task) -> tuple[Path, dict[str, int]]:
-            """The folder of the kept records, and how many samples had which outcome. A finished task is reused."""
+            """Return the folder of the kept records, and the number of samples per outcome; reuse a finished task."""
             [image] = load([task.entry])
             inputs = [self.source, self.settings.model_dump(), self.seed, models, task.edit, task.output,
                       task.entry.name, task.entry.caption, digest(image.content)]
@@ -73,14 +74,17 @@ class Editor:
                 counts: Counter[str] = Counter()
                 records = list(self._records(pipeline, embedder, task, image.content, counts))
                 write_shards(records, folder, "train", shard_pairs=max(1, len(records)))
-                write_json(outcomes, counts)  # last: without this file, a restart repeats the task
+                write_json(outcomes, counts)  # This file marks the task as finished, so it is written last.
             return folder, json.loads(outcomes.read_text(encoding="utf-8"))
 
         return work
 
     def _records(self, pipeline: Any, embedder: Embedder, task: Task, content: bytes,
                  counts: Counter[str]) -> Iterator[Record]:
-        """The longer side of the image becomes about `image_px`, and both sides multiples of SIDE."""
+        """Yield a record for each sample of a task that is kept, and count all outcomes in `counts`.
+
+        The image is resized first: the longer side to about `image_px`, both sides to multiples of SIDE.
+        """
         import torch
 
         settings, name, captions = self.settings, task.entry.name, (task.entry.caption, task.output)
@@ -94,11 +98,12 @@ class Editor:
         before = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         count = settings.num_samples
         seeds = [int(digest(f"{self.seed}|{name}|{number}".encode())[:8], 16) for number in range(count)]
-        # The samples of one image make a batch, and each has its own generator: other edits change nothing here.
+        # Only samples of this image share a batch, and each sample has its own generator. So other tasks cannot change
+        # the result of this task.
         output = pipeline(prompt=[task.edit] * count, image=[before] * count, num_inference_steps=settings.steps,
                           guidance_scale=settings.guidance, image_guidance_scale=settings.image_guidance,
                           generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pil")
-        flagged = output.nsfw_content_detected or [False] * count  # by the safety checker of the pipeline
+        flagged = output.nsfw_content_detected or [False] * count  # None if the pipeline has no safety checker
         measured = similarities(embedder, before, output.images, captions=captions)
         for seed, after, is_flagged, values in zip(seeds, output.images, flagged, measured, strict=True):
             outcome = "flagged" if is_flagged else verdict(values, settings)
@@ -115,17 +120,17 @@ class Editor:
 
 
 def records_of(folder: Path) -> Iterator[Record]:
-    """The kept records of a finished task; a task may have none, and then its folder has no shard."""
+    """Yield the records in the folder of a finished task; the folder has no shard if no sample was kept."""
     if any(folder.glob("*.parquet")):
         yield from read_records(folder)
 
 
 def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Image], *,
                  captions: tuple[str, str]) -> list[dict[str, float]]:
-    """Cosines per edited image, named as InstructPix2Pix's metadata.jsonl names them.
+    """Return the CLIP cosine similarities of each edited image, with the keys of InstructPix2Pix's metadata.jsonl.
 
-    sim_image: the two images; sim_0, sim_1: each image and its caption; sim_direction: from image to image and from
-    caption to caption.
+    sim_image compares both images; sim_0 and sim_1 compare the first and the edited image with their captions;
+    sim_direction compares the step from image to image with the step from caption to caption.
     """
     first, *others = embedder.images([before, *edited])
     texts = embedder.texts(list(captions))
@@ -134,7 +139,7 @@ def similarities(embedder: Embedder, before: Image.Image, edited: list[Image.Ima
 
 
 def verdict(values: dict[str, float], settings: Diffusion) -> str:
-    """"kept", or the first filter that the sample does not pass."""
+    """Return "kept", or the outcome of the first similarity filter that rejects the sample."""
     is_too_low = {
         "image too unlike": values["sim_image"] < settings.min_image_similarity,
         "image too unlike its caption": min(values["sim_0"], values["sim_1"]) < settings.min_caption_similarity,
@@ -143,6 +148,6 @@ def verdict(values: dict[str, float], settings: Diffusion) -> str:
 
 
 def _cosine(a: Any, b: Any) -> float:
-    """0 where one has no length but rounding, as the direction between equal captions."""
+    """Return the cosine of two vectors, or 0 if one is zero up to rounding, as the step between equal captions."""
     lengths = [float(vector @ vector) ** 0.5 for vector in (a, b)]
     return round(float(a @ b) / (lengths[0] * lengths[1]), 6) if min(lengths) > MIN_LENGTH else 0.0

@@ -1,4 +1,4 @@
-"""How generated changes are put into words: several phrasings for one truth."""
+"""The words for generated changes: synonyms, and several caption templates for each kind of change."""
 
 from numpy.random import Generator
 
@@ -54,14 +54,15 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def pick(rng: Generator, options: tuple[str, ...]) -> str:
+    """Return one of the options, each with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 def say(rng: Generator, word: str) -> str:
-    """One of the word's synonyms."""
+    """Return a random synonym of the word, or the word itself if it has none."""
     return pick(rng, SYNONYMS.get(word, (word,)))
 
 
 def phrasings(rng: Generator, templates: tuple[str, ...], count: int) -> list[str]:
-    """`count` different templates in random order, all of them if there are fewer."""
+    """Return `count` different templates in random order; all templates if there are fewer."""
     return [templates[int(i)] for i in rng.permutation(len(templates))[:count]]

@@ -1,8 +1,10 @@
-"""A small ray caster: spheres, boxes and cylinders on a table, one hard light, two materials.
+"""A small ray tracer that renders spheres, cubes and cylinders of two materials on a table under one hard light.
 
-Pixel arithmetic is float64 and uses only + - * / sqrt and comparisons, which IEEE 754 rounds exactly, so one seed gives
-the same bytes on any machine. World: z is up, the table is z = 0, lengths are in table units (a big object is 1.6
-across).
+The pixel arithmetic uses float64 and only + - * / sqrt and comparisons, whose results IEEE 754 defines exactly.
+Therefore one seed gives identical bytes on every machine. In world coordinates, z points up and the table is the plane
+z = 0. The unit of length is such that a big object is about 1.6 wide.
+
+Shapes:  P pixels per image side, S rays per image side.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ COLORS: dict[str, Vector] = {  # linear RGB
     "brown": (0.26, 0.10, 0.03), "purple": (0.36, 0.04, 0.55), "cyan": (0.05, 0.55, 0.60), "yellow": (0.85, 0.68, 0.03),
 }
 SHAPES = ("cube", "sphere", "cylinder")
-SIZES = {"small": 0.48, "big": 0.82}  # half extent
+SIZES = {"small": 0.48, "big": 0.82}  # half the width of an object, before the factor of the shape
 MATERIALS = ("matte", "shiny")
 TABLE: Vector = (0.42, 0.40, 0.38)
-FOV = 0.31  # half width of the image plane at distance 1
+FOV = 0.31  # half the width of the image plane at distance 1 from the camera
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object on the table; x points right and y away from the camera, rotation is about z in radians."""
+    """One object on the table: x points right, y points away from the camera, and `rotation` is about z in radians."""
 
     shape: str
     color: str
@@ -42,11 +44,12 @@ class Thing:
 
     @property
     def half(self) -> float:
+        """Half the height of the object, which is also half the edge of a cube and the radius of other shapes."""
         return SIZES[self.size] * {"cube": 0.78, "sphere": 1.0, "cylinder": 0.84}[self.shape]
 
     @property
     def bound(self) -> float:
-        """Radius of the sphere around the object's centre that holds it."""
+        """The radius of the smallest sphere around the centre of the object that contains the object."""
         return self.half * {"cube": math.sqrt(3.0), "sphere": 1.0, "cylinder": math.sqrt(2.0)}[self.shape]
 
     @property
@@ -56,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class View:
-    """Camera (angles in radians, distance and target in table units) and light of one frame."""
+    """The camera and the light of one image: angles in radians, distance and target in world units."""
 
     azimuth: float
     elevation: float
@@ -71,6 +74,8 @@ class View:
 
 @dataclass(frozen=True)
 class Camera:
+    """A pinhole camera: the position `eye` and three orthogonal unit vectors, all in world coordinates."""
+
     eye: Vector
     right: Vector
     up: Vector
@@ -78,6 +83,7 @@ class Camera:
 
     @classmethod
     def of(cls, view: View) -> Camera:
+        """Return the camera of a view, which looks at a point 0.4 above the table."""
         ca, sa = math.cos(view.azimuth), math.sin(view.azimuth)
         ce, se = math.cos(view.elevation), math.sin(view.elevation)
         forward = (sa * ce, ca * ce, -se)
@@ -86,7 +92,10 @@ class Camera:
         return cls(eye, (ca, -sa, 0.0), (sa * se, ca * se, ce), forward)
 
     def project(self, point: Vector) -> Vector:
-        """World point -> (u, v, depth); u and v run from -1 (left, bottom) to 1 (right, top) inside the image."""
+        """Project a world point to (u, v, depth).
+
+        u is -1 at the left border of the image and 1 at the right border, v is -1 at the bottom and 1 at the top.
+        """
         offset = tuple(p - e for p, e in zip(point, self.eye, strict=True))
         depth = _dot(offset, self.forward)
         return _dot(offset, self.right) / (depth * FOV), _dot(offset, self.up) / (depth * FOV), depth
@@ -97,7 +106,10 @@ def _dot(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
 
 
 def _hit(thing: Thing, o: tuple, d: tuple[Array, ...]) -> Array:
-    """Distance along rays o + t d to the surface, inf where they miss. o: scalars or arrays, d: unit vectors."""
+    """Return the distance t at which each ray o + t d hits the object, or inf for rays that miss it.
+
+    `o` is one common origin (three scalars) or an origin per ray (three arrays); `d` holds unit vectors.
+    """
     ox, oy, oz = (axis - centre for axis, centre in zip(o, thing.centre, strict=True))
     dx, dy, dz = d
     half = thing.half
@@ -129,7 +141,7 @@ def _hit(thing: Thing, o: tuple, d: tuple[Array, ...]) -> Array:
 
 
 def _normal(thing: Thing, p: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Outward unit normal at surface points."""
+    """Return the outward unit normals of the object at the surface points `p`, both as three arrays."""
     x, y, z = (axis - centre for axis, centre in zip(p, thing.centre, strict=True))
     half = thing.half
     if thing.shape == "sphere":
@@ -147,7 +159,7 @@ def _normal(thing: Thing, p: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
-    """The pixel rectangle that holds the object's bounding sphere."""
+    """Return the rows and columns of the image, `side` rays wide, that contain the bounding sphere of the object."""
     u, v, depth = camera.project(thing.centre)
     reach = thing.bound / math.sqrt(max(depth * depth - thing.bound**2, 1e-6)) / FOV * 1.2
     columns = slice(max(0, int((u - reach + 1) / 2 * side) - 1), min(side, int((u + reach + 1) / 2 * side) + 2))
@@ -156,7 +168,11 @@ def _window(thing: Thing, camera: Camera, side: int) -> tuple[slice, slice]:
 
 
 def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array, ...], Array, NDArray[np.int8]]:
-    """The directions of the rays (three of (S, S)), their lengths (S, S), and which object each meets (S, S)."""
+    """Trace one ray per cell of an S x S grid, where S is `side`.
+
+    Returns the ray directions (three arrays (S, S)), the distances to the first hit (S, S), and the index of the object
+    that was hit (S, S), -1 for the table.
+    """
     axis = (np.arange(side) + 0.5) * (2.0 * FOV / side) - FOV
     u, v = axis[None, :], -axis[:, None]
     raw = tuple(camera.forward[i] + u * camera.right[i] + v * camera.up[i] for i in range(3))
@@ -174,7 +190,7 @@ def _trace(things: list[Thing], camera: Camera, side: int) -> tuple[tuple[Array,
 
 
 def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np.bool_]:
-    """Which points the light reaches."""
+    """Return which of the points `p` the light reaches; `light` is the unit vector towards the light."""
     lit = np.ones(p[0].shape, dtype=bool)
     for thing in things:
         offset = tuple(centre - axis for centre, axis in zip(thing.centre, p, strict=True))
@@ -188,28 +204,28 @@ def _lit(things: list[Thing], p: tuple[Array, ...], light: Vector) -> NDArray[np
 
 
 def visible(things: list[Thing], view: View) -> NDArray[np.float64]:
-    """Share of the image that each object fills, (len(things),); a cheap trace without shading."""
+    """Return the share of the image that each object fills, measured on a coarse grid without shading."""
     _, _, ids = _trace(things, Camera.of(view), 48)
     return np.bincount(ids.ravel() + 1, minlength=len(things) + 1)[1:] / ids.size
 
 
 def object_ids(things: list[Thing], view: View, image_px: int, *, samples: int = 2) -> NDArray[np.int8]:
-    """The ids of `render` without the image."""
+    """Return the ids that `render` returns, without computing the image."""
     _, _, ids = _trace(things, Camera.of(view), image_px * samples)
     return np.ascontiguousarray(ids[::samples, ::samples])
 
 
 def bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
-    """Left, top, right and bottom of the true pixels; None if there are none."""
+    """Return [left, top, right, bottom] of the true pixels, right and bottom excluded; None if no pixel is true."""
     rows, columns = np.nonzero(mask)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1] if rows.size else None
 
 
 def render(things: list[Thing], view: View, image_px: int, *,
            samples: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """-> image (P, P, 3) uint8, and ids (P, P): which object each pixel shows, -1 for the table.
+    """Return the image (P, P, 3), and ids (P, P): the index of the object that each pixel shows, -1 for the table.
 
-    `samples` x `samples` rays per pixel are averaged; ids are those of the first ray.
+    The color of a pixel is the mean of `samples` x `samples` rays; the id of a pixel comes from the first of its rays.
     """
     side = image_px * samples
     camera = Camera.of(view)
@@ -239,11 +255,12 @@ def _shade(thing: Thing, view: View, light: Vector, p: tuple, d: tuple, lit: NDA
     if thing.material == "matte":
         return [diffuse * base[i] for i in range(3)]
     cosine = 2.0 * _dot(d, n)
-    r = tuple(d[i] - cosine * n[i] for i in range(3))  # the mirrored ray meets bright ceiling, dark wall or table
+    # The reflected ray r ends, by direction, at a bright ceiling, a dark wall or the table.
+    r = tuple(d[i] - cosine * n[i] for i in range(3))
     table = 0.75 / (1.0 + 2.0 * p[2] / np.maximum(-r[2], 0.05))
     room = np.where(r[2] > 0.4, 1.3, np.where(r[2] > 0.0, 0.1, table)) * (0.5 + view.ambient)
     glint = np.maximum(_dot(r, light), 0.0)
-    for _ in range(4):  # to the 16th power
+    for _ in range(4):  # Squaring four times raises to the 16th power with exactly rounded arithmetic only.
         glint = glint * glint
     white = 0.9 * view.light_power * glint * lit
     return [0.35 * diffuse * base[i] + room * (0.7 * base[i] + 0.12) + white for i in range(3)]

@@ -1,6 +1,6 @@
-"""The writer: a language model behind an OpenAI-compatible endpoint writes captions and edit instructions.
+"""The writer: a language model behind an OpenAI-compatible endpoint that writes captions and edit instructions.
 
-In reading order: request.py (one request, its key and its price), jobs.py (the requests of a source), answers.py (what
-an answer holds and where answers are stored), endpoint.py (how a request is sent), asking.py (all of it together),
-dry_run.py.
+Read the modules in this order: request.py (one request, its key and its price), jobs.py (the requests that a source
+needs), answers.py (what an answer contains and where answers are stored), endpoint.py (how a request is sent),
+asking.py (sends all requests within the budget) and dry_run.py (shows requests and costs without sending anything).
 """

@@ -1,6 +1,7 @@
-"""Answers of the writer: sentences that can be used, or the reason why not. Both were paid for, so both are stored.
+"""Answers of the writer: how they are checked, and the files that store them.
 
-A file of answers has one line each. A line is appended in a single write and never changed.
+Unusable answers are stored too, with the reason, because they were paid for as well. An answer file contains one JSON
+object per line. Each line is appended in a single write and never changed.
 """
 
 import errno
@@ -22,18 +23,22 @@ from onediff.data.writer.request import Form, Request, Tokens, max_tokens
 from onediff.paths import ANSWERS
 
 MAX_SENTENCES, MAX_WORDS = 5, 100
-MIN_FREE_BYTES = 16 * 2**20  # no request is sent with less room on the disk: the answers in flight must still be stored
+# With less free disk space than this, no request is sent: the answers to requests in flight must still be stored.
+MIN_FREE_BYTES = 16 * 2**20
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
-_CURE = "fetch the file again ('dvc checkout {}'), or delete the line: its answer is then asked and paid for again"
+_CURE = ("restore the file with 'dvc checkout {}', or delete this line: the next run then sends the request, and pays "
+         "for it, again")
 
 Status = Literal["ok", "refused", "malformed", "unreadable"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` as it came, `reason` why it cannot be used; `lost` attempts got no reply but may have been billed.
+    """One stored answer of the writer to the request `key`.
 
-    Tokens are the counts of the endpoint, or their bound where it gives none (`counted` False).
+    `text` is the unchanged answer, and `reason` says why it cannot be used ("" if it can). `lost` counts the attempts
+    that got no reply but may have been billed. If `counted` is true, the endpoint reported the token counts; otherwise
+    they are upper bounds.
     """
 
     key: str
@@ -47,23 +52,20 @@ class Answer:
     lost: int = 0
 
 
-# --- what an answer holds ---------------------------------------------------------------------------------------------
-
-
 def _sentence(text: str) -> str:
     sentence = " ".join(text.split())
     words = len(sentence.split())
     if not 1 <= words <= MAX_WORDS:
         raise ValueError(f"a sentence must have 1 to {MAX_WORDS} words, got {words}")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char == "\ufffd" for char in sentence):
-        raise ValueError("a sentence holds control characters or broken text")
+        raise ValueError("a sentence must not contain control characters or undecodable text")
     return sentence
 
 
 def _sentences(texts: list[str]) -> list[str]:
     sentences = [_sentence(text) for text in texts]
     if not 1 <= len(sentences) <= MAX_SENTENCES:
-        raise ValueError(f"must hold 1 to {MAX_SENTENCES} sentences, got {len(sentences)}")
+        raise ValueError(f"must contain 1 to {MAX_SENTENCES} sentences, got {len(sentences)}")
     return sentences
 
 
@@ -93,7 +95,10 @@ _FORMS: dict[Form, type[_Reply]] = {"differences": Differences, "edit": Edit, "j
 
 
 def parse(text: str, form: Form) -> dict[str, Any]:
-    """The JSON of an answer, bare or in a fence, checked against its schema. Raises ValueError: what it is instead."""
+    """Parse the JSON of an answer, which may be in a Markdown code block, and check it against the schema of `form`.
+
+    Raises ValueError, which quotes the answer, if it is not JSON or does not match the schema.
+    """
     fenced = _FENCE.fullmatch(text)
     try:
         return _FORMS[form].model_validate(json.loads(fenced[1] if fenced else text)).model_dump()
@@ -106,7 +111,7 @@ def parse(text: str, form: Form) -> dict[str, Any]:
 
 
 def read_completion(request: Request, completion: Any) -> Answer | None:
-    """The JSON of a chat completion -> answer; None if it is not a chat completion."""
+    """Convert the decoded JSON of a chat completion to an answer; return None if it is not a chat completion."""
     try:
         choice = completion["choices"][0]
         refusal, text = choice["message"].get("refusal") or "", choice["message"].get("content") or ""
@@ -129,7 +134,7 @@ def _status_of(request: Request, text: str, refusal: str, finish_reason: Any) ->
     if finish_reason == "content_filter":
         return "refused", "the endpoint's content filter stopped the answer"
     if finish_reason == "length":
-        return "malformed", f"cut off at {request.section}.max_tokens {request.writer.max_tokens}"
+        return "malformed", f"the answer was cut off at {request.section}.max_tokens {request.writer.max_tokens}"
     try:
         parse(text, request.form)
     except ValueError as error:
@@ -138,39 +143,40 @@ def _status_of(request: Request, text: str, refusal: str, finish_reason: Any) ->
 
 
 def excerpt(text: str, length: int = 80) -> str:
-    """The text in quotes, in one line of at most `length` characters."""
+    """Return the text in quotes, on one line and shortened to at most `length` characters."""
     line = " ".join(text.split())
     return repr(line if len(line) <= length else line[:length - 3] + "...")
 
 
-# --- where answers are stored -----------------------------------------------------------------------------------------
-
-
 def answers_path(source: str, stage: str) -> Path:
+    """Return the path of the file that stores the writer's answers for one source and stage."""
     return ANSWERS / source / f"{stage}.jsonl"
 
 
 def read_answers(path: Path) -> dict[str, Answer]:
-    """Key -> answer; empty without a file. A torn last line counts as no answer. Raises ValueError."""
+    """Return the stored answers by the key of their request; an empty dictionary if the file does not exist.
+
+    Incomplete lines, left when a run was killed during a write, are skipped. Raises ValueError for any other bad line.
+    """
     answers: dict[str, Answer] = {}
     names = [field.name for field in fields(Answer)]
     for number, row in _rows(path):
         missing = [name for name in names if name not in row]
         if "torn" not in row and missing:
-            raise ValueError(f"{path} line {number}: lacks {', '.join(missing)}; {_CURE.format(path)}")
+            raise ValueError(f"{path} line {number}: missing keys: {', '.join(missing)}; {_CURE.format(path)}")
         if not missing:
             answers.setdefault(row["key"], Answer(**{name: row[name] for name in names}))
     return answers
 
 
 def spent_usd(folder: Path = ANSWERS) -> float:
-    """What all stored answers cost, of every source and stage."""
+    """Return the total cost of all stored answers, over every source and stage."""
     return sum((sum(float(row.get("usd", 0)) for _, row in _rows(path)) for path in sorted(folder.glob("*/*.jsonl"))),
                start=0.0)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, content) of every complete line."""
+    """Yield (line number, JSON object) for every complete line; a last line without line break is skipped."""
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content[:content.rfind(b"\n") + 1].splitlines(), 1):
         try:
@@ -184,16 +190,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 @contextmanager
 def open_answers(path: Path) -> Iterator[FileIO]:
-    """The file, for `append`. Raises ValueError if another run holds it. Closing it frees the lock, as a kill does.
+    """Open and lock an answer file for `append`; the lock ends when the file is closed or the process is killed.
 
-    What a kill left of the last line becomes a line by itself, which is no answer.
+    If a killed run left an incomplete last line, it is rewritten as a complete line with the key `torn`, which readers
+    do not count as an answer. Raises ValueError if another run has locked the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileIO(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another run is asking the writer for it; wait for its end") from None
+            raise ValueError(f"{path}: another run is writing answers to this file; wait until that run has ended"
+                             ) from None
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
         if content[end:]:
@@ -203,11 +211,15 @@ def open_answers(path: Path) -> Iterator[FileIO]:
 
 
 def append(answer: Answer, file: FileIO, *, usd: float) -> None:
-    """On disk when this returns. Raises OSError, with the file unchanged, if there is no room."""
+    """Append an answer and its cost to the file; it is on disk when this returns.
+
+    Raises OSError, and leaves the file unchanged, if the disk is full.
+    """
     _write(file, asdict(answer) | {"usd": usd})
 
 
 def has_room(file: FileIO) -> bool:
+    """Return whether the disk of the answer file has at least MIN_FREE_BYTES of free space."""
     disk = os.fstatvfs(file.fileno())
     return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
 
@@ -221,5 +233,5 @@ def _write(file: FileIO, row: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, "the disk is full")
         os.fsync(file)
     except OSError as error:
-        raise OSError(f"{file.name}: an answer could not be stored ({error.strerror}); free some space and run the "
-                      "same command again") from None
+        raise OSError(f"{file.name}: an answer could not be stored ({error.strerror}); free disk space and run the "
+                      "command again") from None

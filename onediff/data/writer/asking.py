@@ -1,4 +1,5 @@
-"""Asks every request that has no answer yet, within the cap, and stores each answer before the next request is sent."""
+"""Sends every request that has no stored answer yet, within the budget, and stores each answer as soon as it arrives.
+"""
 
 import functools
 import itertools
@@ -28,14 +29,18 @@ from onediff.data.writer.jobs import Stage, jobs
 from onediff.data.writer.request import Request, Tokens, max_tokens
 from onediff.interrupts import postponed
 
-Outcome = tuple[str, Answer | BaseException | None]  # the request's key, with its answer, its error, or None: not sent
+# The key of a request, and the answer to it, the error that it raised, or None if it was not sent.
+Outcome = tuple[str, Answer | BaseException | None]
 Send = Callable[[Iterator[Request]], Iterator[Outcome]]
-ROUND = 4  # times as many requests as threads that a cluster's worker gets at once, and batches it gets in a round
+ROUND = 4  # In one round, a cluster worker gets this many batches, each with this many requests per thread.
 
 
 @dataclass
 class Tally:
-    """The answers and the cost of one run; `usd` counts attempts without a reply at their maximum."""
+    """The number of new answers by status, and the tokens and dollars that one run used.
+
+    `usd` includes the attempts without a reply, each at the maximum cost of the request.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     input_tokens: int = 0
@@ -50,14 +55,17 @@ class Tally:
 
 @dataclass
 class Budget:
-    """Dollars: `spent` are gone, `reserved` could be taken by the requests in flight; all together stay below `cap`."""
+    """A budget in dollars, which guarantees that spent and reserved money together never exceed `cap`.
+
+    `spent` is the cost of the answers received so far, `reserved` the maximum cost of each request in flight.
+    """
 
     cap: float
     spent: float
-    reserved: dict[str, float] = field(default_factory=dict)  # by the key of the request
+    reserved: dict[str, float] = field(default_factory=dict)  # key of the request -> maximum cost
 
     def reserve(self, key: str, usd: float) -> bool:
-        """Whether a request that costs at most `usd` may be sent."""
+        """Reserve the maximum cost `usd` of a request; return False, and reserve nothing, if it exceeds the budget."""
         if self.spent + sum(self.reserved.values()) + usd > self.cap:
             return False
         self.reserved[key] = usd
@@ -65,18 +73,21 @@ class Budget:
 
 
 def ask_for_stage(source: str, config: Config, runtime: Runtime, stage: Stage) -> dict[str, Answer]:
-    """Asks what a stage needs of the writer, prints the cost, and returns all answers. Raises as `ask` does."""
+    """Send the requests of one stage that have no answer yet, print the cost, and return all stored answers.
+
+    Raises the errors of `ask`.
+    """
     path = answers_path(source, stage)
     print(ask((job for job in jobs(source, config, stage) if isinstance(job, Request)), path, runtime))
     return read_answers(path)
 
 
 def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
-    """Asks what `path` holds no answer to; answers of earlier runs cost nothing again.
+    """Send the requests that have no answer in the file `path`, and append the new answers to it.
 
-    After SIGINT, SIGTERM or SIGHUP it sends nothing more, keeps the answers in flight and raises InterruptedError.
-    Raises ValueError at the cap, for unknown prices and where the endpoint refuses, ConnectionError if it is out of
-    reach, OSError on a full disk.
+    After SIGINT, SIGTERM or SIGHUP no further request is sent, the answers to requests in flight are stored, and
+    InterruptedError is raised. Raises ValueError if the budget is exhausted, a price is not set or the endpoint rejects
+    the requests, ConnectionError if the endpoint cannot be reached, and OSError if the disk is full.
     """
     stop = Stop()
     with open_answers(path) as file, postponed(stop):
@@ -84,14 +95,15 @@ def ask(requests: Iterable[Request], path: Path, runtime: Runtime) -> Tally:
         first = next(unanswered, None)
         if first is None:
             return Tally()
-        max_tokens(first).usd(runtime)  # without a price nothing is sent
+        max_tokens(first).usd(runtime)  # This raises ValueError if a price is not set, before any request is sent.
         send = (functools.partial(_send_by_cluster, runtime) if runtime.engine == "ray" else
                 functools.partial(_send_by_threads, Endpoint(runtime, stop), runtime.writer_concurrency))
         run = _Run(itertools.chain([first], unanswered), file, runtime, stop)
         with tqdm(desc=f"asking {shown_url(runtime)}", unit="answer") as progress:
             run.ask_all(send, progress.update)
         if stop.reason:
-            raise InterruptedError(f"{stop.reason}: stopped after {run.tally}; kept in {path}, run again to go on")
+            raise InterruptedError(f"{stop.reason}: stopped after {run.tally}; the answers are stored in {path}; run "
+                                   "the command again to continue")
     return run.tally
 
 
@@ -103,7 +115,10 @@ def _unanswered(requests: Iterable[Request], keys: set[str]) -> Iterator[Request
 
 
 class _Run:
-    """Rounds of requests. A round sends while the budget allows it, and ends when all that it sent has come back."""
+    """One run, in rounds: a round sends requests while the budget allows it, and ends when all of them are answered.
+
+    When the answers turn out cheaper than their reserved maximum cost, the next round can send further requests.
+    """
 
     def __init__(self, requests: Iterator[Request], file: FileIO, runtime: Runtime, stop: Stop) -> None:
         self.tally = Tally()
@@ -112,7 +127,7 @@ class _Run:
         self._is_finished = False
 
     def ask_all(self, send: Send, progress: Callable[[], object]) -> None:
-        """Raises the first error of a round, once all answers in flight are stored."""
+        """Send all requests in rounds; if requests fail, raise the first error after storing all answers in flight."""
         while not self._is_finished and not self._stop.reason:
             errors, is_idle = [], True
             for key, outcome in send(self._affordable()):
@@ -135,7 +150,8 @@ class _Run:
                 return
             usd = max_tokens(request).usd(self._runtime)
             if not self._budget.reserve(request.key, usd):
-                self._requests = itertools.chain([request], self._requests)  # for the next round
+                # The next round can send this request, if the answers cost less than was reserved for them.
+                self._requests = itertools.chain([request], self._requests)
                 return
             yield request
 
@@ -155,17 +171,21 @@ class _Run:
         return None
 
     def _blocked(self) -> Exception:
-        """Why nothing can be sent: the disk is full, or the budget does not allow the next request."""
+        """Return the error that says why no request can be sent: the disk is full, or the budget is exhausted."""
         if not has_room(self._file):
-            return OSError(f"{self._file.name}: less than {MIN_FREE_BYTES >> 20} MiB are free on its disk, so "
-                           f"nothing is asked; free some space and run the same command again. {self.tally}")
+            return OSError(f"{self._file.name}: less than {MIN_FREE_BYTES >> 20} MiB of disk space are free, so no "
+                           f"request is sent; free disk space and run the command again. This run: {self.tally}")
         usd = max_tokens(next(self._requests)).usd(self._runtime)
-        return ValueError(f"runtime.yaml: writer_max_usd {self._budget.cap:g}: {self._budget.spent:.4f} USD are spent "
-                          f"(all of data/answers) and the next request may cost {usd:.4f}; set it higher. {self.tally}")
+        return ValueError(f"runtime.yaml: writer_max_usd {self._budget.cap:g}: the answers in data/answers cost "
+                          f"{self._budget.spent:.4f} USD and the next request may cost {usd:.4f} USD; set "
+                          f"writer_max_usd higher. This run: {self.tally}")
 
 
 def _send_by_threads(endpoint: Endpoint, num_threads: int, requests: Iterator[Request]) -> Iterator[Outcome]:
-    """From this process, so many at a time; the next request is taken when one has come back."""
+    """Send requests from this process, at most `num_threads` at a time, and yield each outcome when it is known.
+
+    Taking the next request only after an earlier one is answered keeps the reserved part of the budget small.
+    """
     with ThreadPoolExecutor(num_threads) as pool:
         flying: dict[Future[Answer | None], str] = {}
         while True:
@@ -180,7 +200,10 @@ def _send_by_threads(endpoint: Endpoint, num_threads: int, requests: Iterator[Re
 
 
 def _send_by_cluster(runtime: Runtime, requests: Iterator[Request]) -> Iterator[Outcome]:
-    """From the workers of a Ray cluster, which share concurrency and rate limits; only this process stores answers."""
+    """Send one round of requests from the workers of a Ray cluster, and yield the outcomes.
+
+    The workers divide the concurrency and the rate limits between them. Only this process stores answers.
+    """
     workers = min(runtime.num_workers, runtime.writer_concurrency)
     share = runtime.model_copy(update={"workers": workers, "writer_concurrency": runtime.writer_concurrency // workers})
     size = share.writer_concurrency * ROUND
@@ -190,6 +213,9 @@ def _send_by_cluster(runtime: Runtime, requests: Iterator[Request]) -> Iterator[
 
 
 def _worker(runtime: Runtime, num_workers: int) -> Callable[[list[Request]], list[Outcome]]:
-    """The key comes from the environment of the worker's machine: it is never sent over the network."""
+    """Return the function with which a cluster worker sends a batch of requests.
+
+    The worker reads the API key from the environment of its own machine, so the key never travels over the network.
+    """
     endpoint = Endpoint(runtime, Stop(), share=num_workers)
     return lambda batch: list(_send_by_threads(endpoint, runtime.writer_concurrency, iter(batch)))

@@ -1,4 +1,4 @@
-"""The dry run: which requests would be sent, in the exact words, and what they would cost."""
+"""The dry run: shows the exact requests that a stage would send to the writer, and what they would cost."""
 
 import json
 import re
@@ -17,9 +17,10 @@ _DATA_URI = re.compile(r"(data:image/jpeg;base64,[^\"]{24})[^\"]+")
 
 
 def plan(source: str, config: Config, runtime: Runtime, *, stage: Stage = "write") -> dict[str, Any]:
-    """Nothing is sent. `requests` are the first ones as they would go out; `usd` is None where a price is unknown.
+    """Count the requests, tokens and dollars that a stage would need, without sending anything.
 
-    Raises ValueError and FileNotFoundError as the stage would.
+    `requests` of the result holds the first few requests exactly as they would be sent. The costs in `usd` are None if
+    a price is not set. Raises the ValueError or FileNotFoundError that the stage itself would raise.
     """
     answers = read_answers(answers_path(source, stage))
     counts = Counter(jobs=0, unfit=0, answered=0, to_ask=0)
@@ -56,17 +57,17 @@ def _exact(request: Request, runtime: Runtime) -> dict[str, Any]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """For people; images are cut short in this text, but not in the plan itself."""
+    """Format the plan for the terminal; the encoded images are shortened in this text, but not in the plan itself."""
     tokens, usd = plan["tokens"], plan["usd"]
-    cost = "cost: unknown; set writer_usd_per_million_input and ..._output in runtime.yaml"
+    cost = "cost: unknown; set writer_usd_per_million_input and writer_usd_per_million_output in runtime.yaml"
     if usd["expected"] is not None:
         cost = (f"cost: about {usd['expected']:.4f} USD, at most {usd['at_most']:.4f}; spent so far "
                 f"{usd['spent']:.4f} of writer_max_usd {usd['cap']:g}")
     shown = [_DATA_URI.sub(r"\1...", json.dumps(request, indent=1, ensure_ascii=False)) for request in plan["requests"]]
     return "\n".join([
-        f"{plan['source']} ({plan['stage']}), {plan['url']}: {plan['jobs']:,} to be written, of which "
-        f"{plan['answered']:,} are answered, {plan['unfit']:,} cannot be asked about, {plan['to_ask']:,} requests "
-        "would go out",
+        f"{plan['source']} ({plan['stage']}), {plan['url']}: {plan['jobs']:,} texts to be written, of which "
+        f"{plan['answered']:,} have a stored answer and {plan['unfit']:,} lack what a request needs; "
+        f"{plan['to_ask']:,} requests would be sent",
         f"tokens: about {tokens['expected']['input']:,} in and {tokens['expected']['output']:,} out, at most "
         f"{tokens['at_most']['input']:,} and {tokens['at_most']['output']:,}",
         cost, *(f"request {number}:\n{text}" for number, text in enumerate(shown, 1))])

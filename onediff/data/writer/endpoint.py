@@ -1,4 +1,6 @@
-"""Sends requests: at a limited rate, repeated with back-off while that can help, and with the key hidden in all texts.
+"""Sends requests to an OpenAI-compatible endpoint, with rate limits and retries.
+
+The API key is removed from every text that is shown or stored.
 """
 
 from __future__ import annotations
@@ -25,29 +27,29 @@ if TYPE_CHECKING:
 
 OPENAI_URL = "https://api.openai.com/v1"
 TIMEOUT_S = 120.0  # for one attempt
-ATTEMPTS = 8  # about two minutes of waiting
+ATTEMPTS = 8  # Together, the pauses between so many attempts last about two minutes.
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 KEY_NAMES, NO_KEY = ("ONEDIFF_WRITER_KEY", "OPENAI_API_KEY"), "none"
 _FILTERED = ("content_filter", "content_policy_violation", "responsibleaipolicyviolation")
 
 
 def shown_url(runtime: Runtime) -> str:
-    """The endpoint's address without what may be secret in it: a password or a query."""
+    """Return the URL of the endpoint without user name, password and query string, which may be secret."""
     return re.sub(r"(//)[^/@]*@|\?.*$", r"\1", runtime.writer_url or OPENAI_URL)
 
 
 def api_key(runtime: Runtime) -> str:
-    """From the environment. Raises ValueError if OpenAI itself is asked without one."""
+    """Return the API key from the environment, or "none"; raise ValueError if OpenAI's own endpoint needs one."""
     key = next(filter(None, (os.environ.get(name, "").strip() for name in KEY_NAMES)), NO_KEY)
     if key == NO_KEY and "api.openai.com" in (runtime.writer_url or OPENAI_URL):
-        raise ValueError(f"no key for {shown_url(runtime)}: set {KEY_NAMES[0]} in the environment, or writer_url in "
-                         "runtime.yaml to an endpoint that needs none")
+        raise ValueError(f"{shown_url(runtime)}: this endpoint needs an API key, and none is set; set {KEY_NAMES[0]} "
+                         "in the environment, or set writer_url in runtime.yaml to an endpoint that needs no key")
     return key
 
 
 @dataclass
 class Pace:
-    """Requests and tokens per minute, never in bursts: each request moves the next one's time on."""
+    """A rate limiter for requests and tokens per minute that spaces the requests evenly instead of allowing bursts."""
 
     requests_per_minute: float
     tokens_per_minute: float
@@ -55,7 +57,7 @@ class Pace:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self, tokens: int) -> float:
-        """Seconds to wait before a request of at most so many tokens."""
+        """Return the seconds to wait before sending a request that uses at most `tokens` tokens."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next)
@@ -64,11 +66,13 @@ class Pace:
 
 
 class Stop(interrupts.Stop):
-    """Asks threads to end; `reason` is why. A plain attribute, because the handler of a signal may not wait for a lock.
+    """A flag that asks threads to end; `reason` says why, and is empty as long as they may continue.
+
+    `reason` is a plain attribute, because a signal handler must not wait for a lock.
     """
 
     def wait(self, seconds: float) -> bool:
-        """Whether the end was asked for within so many seconds."""
+        """Wait for at most `seconds`; return True at once when the threads are asked to end."""
         until = time.monotonic() + seconds
         while not self.reason and (rest := until - time.monotonic()) > 0:
             time.sleep(min(rest, 0.1))
@@ -76,7 +80,7 @@ class Stop(interrupts.Stop):
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint as one process reaches it. `share`: how many processes divide its rate limits."""
+    """The client of one OpenAI-compatible endpoint; `share` processes divide the endpoint's rate limits equally."""
 
     def __init__(self, runtime: Runtime, stop: Stop, *, share: int = 1) -> None:
         import openai
@@ -87,12 +91,13 @@ class Endpoint:
                                      timeout=TIMEOUT_S)
         self._pace = Pace((runtime.writer_requests_per_minute or float("inf")) / share,
                           (runtime.writer_tokens_per_minute or float("inf")) / share)
-        self._unsupported: set[str] = set()  # parameters that this endpoint refused
+        self._unsupported: set[str] = set()  # Request parameters that this endpoint has rejected.
 
     def answer(self, request: Request) -> Answer | None:
-        """None if `stop` was set before there was an answer; "unreadable" if an image cannot be sent.
+        """Send a request, with retries, and return the answer, or None if `stop` was set before an answer arrived.
 
-        Raises ValueError where asking again cannot help, and ConnectionError after ATTEMPTS attempts.
+        If an image cannot be decoded, the answer has the status "unreadable". Raises ValueError for errors that a retry
+        cannot fix, and ConnectionError if all ATTEMPTS attempts failed.
         """
         try:
             body = request.body()
@@ -110,21 +115,21 @@ class Endpoint:
             backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** attempt) * random.uniform(0.5, 1)
             if attempt + 1 < ATTEMPTS and self.stop.wait(reply.wait_s or backoff_s):
                 return None
-        raise ConnectionError(f"{self.url}: no answer after {ATTEMPTS} attempts, the last: {reason}; what was answered "
-                              "is kept, run again to go on")
+        raise ConnectionError(f"{self.url}: no answer after {ATTEMPTS} attempts; the last attempt failed with: "
+                              f"{reason}; all earlier answers are stored, so run the command again to continue")
 
     def _attempt(self, request: Request, body: dict[str, Any]) -> Answer | _Again:
         import openai
 
         sent = {name: value for name, value in body.items() if name not in self._unsupported}
-        if "max_tokens" in self._unsupported:  # it has a newer name
+        if "max_tokens" in self._unsupported:  # Newer OpenAI models accept only the newer name of this parameter.
             sent["max_completion_tokens"] = body["max_tokens"]
         try:
             raw = self._client.chat.completions.with_raw_response.create(
                 **sent, extra_headers={"Idempotency-Key": request.key})
             return self._read(request, self._hide(raw.text), raw.headers.get("content-type", ""))
         except openai.APITimeoutError:
-            return _Again(f"nothing came within {TIMEOUT_S:g} s", lost=1)
+            return _Again(f"no reply within {TIMEOUT_S:g} s", lost=1)
         except openai.APIConnectionError as error:
             never_sent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
             return _Again(self._hide(f"cannot connect ({error.__cause__ or error})"), lost=0 if never_sent else 1)
@@ -137,25 +142,32 @@ class Endpoint:
         except (ValueError, RecursionError):
             is_html = "html" in content_type or text.lstrip()[:9].lower().startswith(("<!doctype", "<html"))
             kind = "HTML" if is_html else content_type.split(";")[0] or "text"
-            raise ValueError(f"{self.url}: answered with {kind} instead of JSON: {self._excerpt(text)}; "
-                             "set writer_url in runtime.yaml to the endpoint's address, mostly ending in /v1") from None
+            raise ValueError(f"{self.url}: the endpoint answered with {kind} instead of JSON: {self._excerpt(text)}; "
+                             "set writer_url in runtime.yaml to the URL of the API, which usually ends in /v1"
+                             ) from None
         return read_completion(request, completion) or _Again(f"not a chat completion: {self._excerpt(text)}")
 
     def _on_http_error(self, request: Request, body: dict[str, Any],
                        error: openai.APIStatusError) -> Answer | _Again:
-        """An HTTP error: worth another attempt, a refusal of this one request, or the end (ValueError)."""
+        """Decide what an HTTP error means: try again, store a refusal of this request, or stop the run.
+
+        Raises ValueError to stop the run, for errors that every further request would meet too.
+        """
         status, text = error.status_code, error.response.text
         message = f"HTTP {status}: {self._excerpt(text)}"
         if status == 429 and "insufficient_quota" in text:
-            raise ValueError(f"{self.url}: {message}; the account has no credit left")
+            raise ValueError(f"{self.url}: {message}; the account has no credit left: add credit, or set writer_url in "
+                             "runtime.yaml to another endpoint")
         if status in (408, 409, 429) or status >= 500:
             return _Again(message, wait_s=_retry_after_s(error.response.headers.get("retry-after", "")))
         if status == 401:
-            raise ValueError(f"{self.url}: HTTP 401: the key is not accepted; set {KEY_NAMES[0]} to a valid one")
+            raise ValueError(f"{self.url}: HTTP 401: the endpoint rejects the API key; set {KEY_NAMES[0]} to a valid "
+                             "key")
         if status == 400 and any(word in text.lower() for word in _FILTERED):
             return Answer(request.key, "refused", f"the endpoint's content filter refused: {self._excerpt(text)}", "",
                           request.writer.model, 0, 0, counted=True)
-        for name in ("response_format", "max_tokens"):  # the prompt describes the form as well
+        # Without `response_format`, the prompt alone tells the model which JSON to return.
+        for name in ("response_format", "max_tokens"):
             if status in (400, 422) and name in text and name in body:
                 self._unsupported.add(name)
                 return _Again(message, wait_s=0.001)
@@ -171,7 +183,10 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class _Again:
-    """Why another attempt is needed; `lost` counts attempts that may have been billed without a reply."""
+    """The result of a failed attempt that should be repeated.
+
+    `wait_s` is the pause that the endpoint asks for, and `lost` is 1 if the attempt may have been billed.
+    """
 
     reason: str
     wait_s: float | None = None
@@ -179,7 +194,7 @@ class _Again:
 
 
 def _retry_after_s(header: str) -> float | None:
-    """Seconds that the endpoint asks for, as a number or as a date; at most ten minutes."""
+    """Parse a Retry-After header, a number of seconds or a date, to seconds; at most ten minutes, None if invalid."""
     seconds = math.nan
     with suppress(ValueError, TypeError):
         seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()

@@ -1,4 +1,4 @@
-"""What a source asks of the writer: a caption for each pair (stage write), an edit for each image (stage instruct)."""
+"""The requests that a source needs: a caption for each pair (stage `write`), or an edit for each image (`instruct`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,24 +15,28 @@ Stage = Literal["write", "instruct"]
 
 @dataclass(frozen=True)
 class Unfit:
-    """A pair that the writer cannot be asked about, and why."""
+    """A pair for which no request to the writer can be made, and the reason."""
 
     name: str
     reason: str
 
 
 def writer_of(source: str, config: Config, stage: Stage) -> Writer:
-    """Raises ValueError if params.yaml has no work of that kind for the source."""
+    """Return the writer's settings; raise ValueError if params.yaml does not list the source for this stage."""
     key, names = ("written", config.data.written) if stage == "write" else ("diffused", config.data.diffused)
     if source not in names:
-        raise ValueError(f"params.yaml: data.{key}: does not name '{source}'; known are {', '.join(names) or 'none'}")
+        raise ValueError(f"params.yaml: data.{key}: does not list '{source}'; add this source, or choose one of the "
+                         f"listed sources: {', '.join(names) or 'none'}")
     if config.data.writer is None:
-        raise ValueError("params.yaml: data.writer: is null; see presets/paper.yaml")
+        raise ValueError("params.yaml: data.writer: must be set, got null; see presets/paper.yaml for an example")
     return config.data.writer
 
 
 def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]:
-    """One for each pair or image, in order. Raises ValueError if none of them can be asked about."""
+    """Yield a request, or the reason why there is none, for each pair or image of the source that needs a text.
+
+    Raises ValueError if no request can be made for any of the pairs.
+    """
     writer = writer_of(source, config, stage)
     if stage == "instruct":
         for image in list_collection(RAW / source):
@@ -47,22 +51,27 @@ def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]
         unfit = unfit or (job if isinstance(job, Unfit) else None)
         yield job
     if unfit and not any_fit:
-        raise ValueError(f"{source}: the writer can be asked about nothing; {unfit.name}: {unfit.reason}")
+        raise ValueError(f"{source}: the writer cannot be asked about any pair; the first is {unfit.name}: "
+                         f"{unfit.reason}")
 
 
 def is_captioned(record: Record) -> bool:
-    """Whether people wrote its references already: the writer is not asked about it. Published edits are requests."""
+    """Return whether the record already has captions by people, so that the writer need not be asked.
+
+    The references of records with a published edit are edit instructions, so they do not count as captions.
+    """
     return bool(record.references) and "edit" not in record.provenance
 
 
 def caption_job(record: Record, writer: Writer) -> Request | Unfit:
+    """Return the request for a caption of the record's pair, or the reason why none can be made."""
     if writer.mode == "vision":
         if not (record.before and record.after):
             return Unfit(record.pair_id, f"missing: {', '.join(record.provenance.get('missing', ['an image']))}")
         return differences_from_images(record.pair_id, writer, before=record.before, after=record.after)
     captions = record.provenance.get("captions") or []
     if len(captions) != 2 or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        return Unfit(record.pair_id, "mode text needs a caption of each image, and the source has none; "
+        return Unfit(record.pair_id, "data.writer.mode 'text' needs a caption of each image, and this pair has none; "
                                      "set data.writer.mode to vision")
     return differences_from_captions(record.pair_id, writer, before=captions[0], after=captions[1],
                                      edit=record.provenance.get("edit") or "")

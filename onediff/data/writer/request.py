@@ -1,8 +1,9 @@
-"""One request to the writer or the judge: its content, its words, the key under which its answer is stored, its price.
+"""One request to the writer or the judge: its text and images, the key of its stored answer, and its cost.
 
-Expected tokens: a token per 4 characters, 60 tokens of answer. Bound: a token per byte of UTF-8 and all of max_tokens,
-because no byte-level tokenizer makes more. An image of at most one tile of 512 px: 255 tokens (85 + 170 of OpenAI's
-tile rule), 8,500 with gpt-4o-mini (2,833 + 5,667); the bound takes the larger for every model.
+Two token counts are computed for each request. The expected count assumes 4 characters per token and an answer of 60
+tokens. The upper bound assumes one token per byte of UTF-8, because no byte-level tokenizer makes more, and an answer
+of `max_tokens`. Images are sent with at most one tile of 512 x 512 pixels. By OpenAI's tile rule, such an image costs
+85 + 170 = 255 tokens, and 2,833 + 5,667 = 8,500 tokens with gpt-4o-mini; the bound uses 8,500 for every model.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from onediff.data.record import digest
 from onediff.inputs.images import open_image
 
 Form = Literal["differences", "edit", "judgement"]
-IMAGE_PX = 512  # longest side of an image that is sent: one tile where images are priced by tiles of 512
+# Images are reduced to this longest side, so that each costs one tile where the price counts tiles of 512 pixels.
+IMAGE_PX = 512
 JPEG_QUALITY = 90
 ANSWER_TOKENS = 60
-MESSAGE_TOKENS = 16  # what roles and the chat format add
+MESSAGE_TOKENS = 16  # tokens that the roles and the chat format add to the text
 IMAGE_TOKENS, MAX_IMAGE_TOKENS = 255, 8500
 
 _SECTIONS: dict[Form, str] = {"differences": "data.writer", "edit": "data.writer", "judgement": "judge"}
 _TEXT = {"type": "string"}
-# Without minItems and the like, which not every endpoint takes; answers.py checks the rest.
+# The schemas have no keywords such as minItems, which some endpoints reject; answers.py checks the number of sentences.
 SCHEMAS: dict[Form, dict[str, Any]] = {
     "differences": {"type": "object", "properties": {"differences": {"type": "array", "items": _TEXT}},
                     "required": ["differences"], "additionalProperties": False},
@@ -44,7 +46,11 @@ SCHEMAS: dict[Form, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """`name` is the pair_id or the name of the image and is not sent; `images` are encoded files as they came."""
+    """One question to the writer or the judge.
+
+    `name` is a pair_id or an image name and is not sent. `system` and `user` are the two texts of the prompt. `images`
+    are the original encoded files, which are reduced when they are sent.
+    """
 
     name: str
     form: Form
@@ -55,7 +61,7 @@ class Request:
 
     @functools.cached_property
     def key(self) -> str:
-        """Digest of all that can change the answer: equal keys are one question, asked and paid for once."""
+        """The digest of everything that can change the answer; requests with equal keys are sent and paid for once."""
         images = [{"sha256": digest(image), "px": IMAGE_PX, "quality": JPEG_QUALITY} for image in self.images]
         question = {"form": self.form, "schema": SCHEMAS[self.form], "system": self.system, "user": self.user,
                     "images": images, **self.writer.model_dump()}
@@ -63,11 +69,11 @@ class Request:
 
     @property
     def section(self) -> str:
-        """The section of params.yaml that holds the settings."""
+        """The section of params.yaml that holds the settings of this request: `data.writer` or `judge`."""
         return _SECTIONS[self.form]
 
     def body(self) -> dict[str, Any]:
-        """The JSON that is sent. Raises ValueError for an image that cannot be read."""
+        """Return the JSON body of the HTTP request; raise ValueError if an image cannot be decoded."""
         content: str | list[dict[str, Any]] = self.user
         if self.images:
             images = [{"type": "image_url", "image_url": {"url": _data_uri(name, image)}}
@@ -81,7 +87,7 @@ class Request:
 
 
 def _data_uri(name: str, image: bytes) -> str:
-    """A JPEG of at most IMAGE_PX pixels a side, as an address that holds the content."""
+    """Return a data URI that contains the image as a JPEG, whose longer side is at most IMAGE_PX pixels."""
     try:
         picture = open_image(image)
     except ValueError as error:
@@ -93,22 +99,29 @@ def _data_uri(name: str, image: bytes) -> str:
 
 
 def differences_from_captions(name: str, writer: Writer, *, before: str, after: str, edit: str) -> Request:
-    """As in the paper: the writer knows each image by its caption only. `edit` is empty where there was none."""
+    """Return the request for the differences of two images, in which the writer gets only a caption of each image.
+
+    This is the method of the OneDiff paper. `edit` is the instruction that made the second image, or empty.
+    """
     return _filled(name, "differences", writer, "differences_text", before=_quoted(before), after=_quoted(after),
                    edit=_quoted(edit) if edit else "none")
 
 
 def differences_from_images(name: str, writer: Writer, *, before: bytes, after: bytes) -> Request:
+    """Return the request for the differences of two images, in which the writer gets the images themselves."""
     return replace(_filled(name, "differences", writer, "differences_vision"), images=(before, after))
 
 
 def edit_of_caption(name: str, writer: Writer, *, caption: str) -> Request:
-    """As InstructPix2Pix: an edit invented from a caption. It is always text, so the mode does not change its key."""
+    """Return the request for an edit instruction that the writer invents from a caption, as in InstructPix2Pix.
+
+    This request contains only text, so the key is computed with mode `text`, whatever mode is configured.
+    """
     return _filled(name, "edit", writer.model_copy(update={"mode": "text"}), "edit", caption=_quoted(caption))
 
 
 def judgement_of_caption(name: str, writer: Writer, *, caption: str, references: Sequence[str]) -> Request:
-    """Whether a caption of two images is true, by what people wrote about them."""
+    """Return the request to the judge: is this caption of a pair true, given the references of the pair?"""
     return _filled(name, "judgement", writer, "judgement", caption=_quoted(caption),
                    references="[" + ", ".join(map(_quoted, references)) + "]")
 
@@ -120,7 +133,10 @@ def _filled(name: str, form: Form, writer: Writer, prompt: str, **words: str) ->
 
 @functools.cache
 def load_prompt(version: str, name: str, *, section: str = "data.writer") -> tuple[str, Template]:
-    """The system's words, and the template of the question after the line `---`. Raises ValueError if unknown."""
+    """Return the system prompt, and the template of the user prompt, which follows the line `---` in the file.
+
+    `section` is the section of params.yaml that the error message mentions. Raises ValueError for an unknown version.
+    """
     root = resources.files("onediff.data.writer") / "prompts"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if version not in known:
@@ -142,23 +158,27 @@ class Tokens:
         return Tokens(self.input + other.input, self.output + other.output)
 
     def usd(self, runtime: Runtime) -> float:
-        """Raises ValueError where a price is unknown: no request may be sent then."""
+        """Return the cost of these tokens in dollars.
+
+        Raises ValueError if a price is not set in runtime.yaml, because no request may be sent at an unknown price.
+        """
         prices = {"input": runtime.writer_usd_per_million_input, "output": runtime.writer_usd_per_million_output}
         for name, price in prices.items():
             if price is None:
-                raise ValueError(f"runtime.yaml: writer_usd_per_million_{name} is not set: give what a million {name} "
-                                 "tokens cost, 0 for an endpoint of your own")
+                raise ValueError(f"runtime.yaml: writer_usd_per_million_{name} is not set: give the price of a million "
+                                 f"{name} tokens in US dollars, or 0 for an endpoint that you run yourself")
         return (self.input * (prices["input"] or 0) + self.output * (prices["output"] or 0)) / 1e6
 
 
 def expected_tokens(request: Request) -> Tokens:
+    """Return an estimate of the tokens that a request and the answer to it take."""
     image = MAX_IMAGE_TOKENS if request.writer.model.startswith("gpt-4o-mini") else IMAGE_TOKENS
     text = -(-sum(map(len, _texts(request))) // 4)
     return Tokens(MESSAGE_TOKENS + text + image * len(request.images), min(ANSWER_TOKENS, request.writer.max_tokens))
 
 
 def max_tokens(request: Request) -> Tokens:
-    """A request never takes more than this."""
+    """Return an upper bound of the tokens that a request and the answer to it take."""
     text = sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(request))
     return Tokens(MESSAGE_TOKENS + text + MAX_IMAGE_TOKENS * len(request.images), request.writer.max_tokens)
 

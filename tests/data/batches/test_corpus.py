@@ -22,7 +22,7 @@ def read(folder: Path) -> Corpus:
     return Corpus.read(folder, "train", ["scenes", "edits", "chat"], store=folder.parent / "store")
 
 
-def test_every_image_comes_back_byte_for_byte_and_lies_there_once(diffcap: Path, scene_pairs: list[Record]) -> None:
+def test_every_image_is_stored_once_and_read_back_unchanged(diffcap: Path, scene_pairs: list[Record]) -> None:
     corpus = read(diffcap)
     contents = {content for record in scene_pairs for content in record.images}
     assert {corpus.files[name] for name in corpus.files.positions} == contents
@@ -30,7 +30,7 @@ def test_every_image_comes_back_byte_for_byte_and_lies_there_once(diffcap: Path,
     assert (diffcap.parent / "store/images.bin").stat().st_size == sum(map(len, contents))
 
 
-def test_a_second_start_reads_what_the_first_left(diffcap: Path) -> None:
+def test_a_second_start_reads_the_stored_corpus(diffcap: Path) -> None:
     first = read(diffcap)
     for shard in diffcap.iterdir():
         shard.unlink()
@@ -38,7 +38,7 @@ def test_a_second_start_reads_what_the_first_left(diffcap: Path) -> None:
     assert (first.samples, first.captions, first.source_of) == (second.samples, second.captions, second.source_of)
 
 
-def test_what_a_killed_start_left_is_not_taken_for_whole(diffcap: Path) -> None:
+def test_an_incomplete_store_of_a_killed_start_is_replaced(diffcap: Path) -> None:
     part = diffcap.parent / "store.part"
     part.mkdir()
     (part / "images.bin").write_bytes(b"half")
@@ -46,7 +46,7 @@ def test_what_a_killed_start_left_is_not_taken_for_whole(diffcap: Path) -> None:
     assert not part.exists()
 
 
-def test_a_conversation_without_images_is_kept_whole(diffcap: Path) -> None:
+def test_a_conversation_without_images_is_kept_complete(diffcap: Path) -> None:
     [chat] = [sample for sample in read(diffcap).samples if sample.source == "chat"]
     assert (chat.images, chat.turns) == ((), (("What\nis it?", "a table"),))
 
@@ -57,7 +57,7 @@ def test_captions_belong_to_single_images(diffcap: Path, scene_pairs: list[Recor
     assert captions == pair.provenance["captions"]
 
 
-def test_a_source_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_a_source_without_pairs_is_an_error(scene_pairs: list[Record], tmp_path: Path) -> None:
     write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
     with pytest.raises(ValueError, match="source 'edits' has no pair in split 'train'"):
         Corpus.read(tmp_path, "train", ["scenes", "edits"], store=tmp_path / "corpus")

@@ -32,8 +32,8 @@ def test_rows_with_two_images_one_and_none_make_one_batch(general: Corpus, proce
             assert (row.prompt.answer, row.prompt.later) == ("a table", (("USER: Sure? ASSISTANT:", "yes\nquite"),))
 
 
-def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDiffProcessor, micro: Config,
-                                                tmp_path: Path) -> None:
+def test_stored_features_equal_the_output_of_the_vision_tower(corpus: Corpus, processor: OneDiffProcessor,
+                                                              micro: Config, tmp_path: Path) -> None:
     model = build(micro.model, seed=0)[0].eval()
     store = FeatureStore.prepare(corpus, processor, model.vision, tower_digest="x", scratch=tmp_path)
     sampling = Sampling({"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=6)
@@ -45,13 +45,13 @@ def test_kept_features_are_what_the_tower_gives(corpus: Corpus, processor: OneDi
     assert again.arrays["scenes"].shape == store.arrays["scenes"].shape
 
 
-def test_rows_without_images_make_a_batch_too(corpus: Corpus, processor: OneDiffProcessor) -> None:
+def test_a_batch_may_contain_only_rows_without_images(corpus: Corpus, processor: OneDiffProcessor) -> None:
     batch = collate([BatchRow((), text_prompt("plain", "hi", "there"))], processor, decode(corpus, processor))
     assert batch["images"].shape == (0, 3, 96, 96)
     assert batch["image_counts"].tolist() == [0]
 
 
-def test_rows_are_dealt_out_in_equal_numbers_and_about_equal_lengths() -> None:
+def test_every_rank_gets_equally_many_rows_of_similar_total_length() -> None:
     rows = [BatchRow((), text_prompt("plain", "hi", "x" * length), name=str(length)) for length in range(0, 1200, 50)]
     parts = shared_out(rows, 4, tokens_per_image=9)
     assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in rows)
@@ -61,6 +61,6 @@ def test_rows_are_dealt_out_in_equal_numbers_and_about_equal_lengths() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_steps_come_in_order_with_and_without_workers(workers: int) -> None:
+def test_steps_are_yielded_in_order_with_and_without_workers(workers: int) -> None:
     batches = list(stream(lambda step: [{"x": torch.tensor([step])}], range(3, 8), workers=workers, pin=False))
     assert [int(batch[0]["x"]) for batch in batches] == [3, 4, 5, 6, 7]

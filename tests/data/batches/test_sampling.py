@@ -25,7 +25,7 @@ def tuned_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
     return tune_rows(tune_entries(corpus, sampling), sampling)
 
 
-def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
+def test_the_rows_of_a_step_depend_only_on_seed_and_step(corpus: Corpus) -> None:
     for make, weights in ((tuned_rows, {"scenes": 3, "edits": 1}), (coupled_rows, {"scenes": 1})):
         sampling = Sampling(weights, "plain", seed=3, batch_size=8, mask_patches=0.5)
         straight = [make(corpus, sampling)(step) for step in range(5)]
@@ -34,7 +34,7 @@ def test_a_step_is_a_function_of_seed_and_step_alone(corpus: Corpus) -> None:
         assert straight[0] != straight[1]
 
 
-def test_sources_come_in_their_weights(corpus: Corpus) -> None:
+def test_every_source_contributes_rows_to_a_batch(corpus: Corpus) -> None:
     rows = tuned_rows(corpus, Sampling({"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=40))(0)
     edited = Counter("edit" in row.prompt.question for row in rows)
     instructions = {pair.instruction for pair in corpus.samples if pair.source == "edits"}
@@ -43,7 +43,7 @@ def test_sources_come_in_their_weights(corpus: Corpus) -> None:
     assert edited
 
 
-def test_tuned_rows_are_pairs_in_order_with_one_of_their_references(corpus: Corpus) -> None:
+def test_rows_of_instruction_tuning_are_pairs_with_one_of_their_references(corpus: Corpus) -> None:
     for row in tuned_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
         [pair] = [p for p in corpus.samples
                   if p.images == row.images and row.prompt.answer in p.references and p.source == "scenes"]
@@ -56,7 +56,7 @@ def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus
         assert row.prompt.answer == f"First image: {first}. Second image: {second}."
 
 
-def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
+def test_coupled_images_are_less_similar_than_random_images(corpus: Corpus) -> None:
     captions = corpus.captions["scenes"]
 
     def overlap(a: str, b: str) -> int:
@@ -68,7 +68,7 @@ def test_coupled_images_are_less_alike_than_random_ones(corpus: Corpus) -> None:
     assert np.mean([overlap(*row.images) for row in coupled]) < np.mean(random) - 0.5
 
 
-def test_coupled_rows_take_each_source_by_its_weight(general: Corpus) -> None:
+def test_coupled_rows_are_drawn_by_the_weights_of_the_sources(general: Corpus) -> None:
     rows = coupled_rows(general, Sampling({"llava_558k": 3, "scenes": 1}, "plain", seed=1, batch_size=40))(0)
     captions = set(general.captions["llava_558k"].values())
     assert sum(any(caption in str(row.prompt.answer) for caption in captions) for row in rows) == 30
@@ -81,7 +81,7 @@ def task(**changes: Any) -> dict[str, Task]:
                            | changes)}
 
 
-def test_each_reference_can_be_a_sample_of_its_own_or_all_be_joined(corpus: Corpus) -> None:
+def test_references_become_separate_answers_or_one_joined_answer(corpus: Corpus) -> None:
     pairs = [sample for sample in corpus.samples if sample.source == "scenes"]
     each = tune_entries(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=1, tasks=task(targets="each")))
     assert [answer for _, answer in each] == [text for pair in pairs for text in pair.references]
@@ -91,7 +91,7 @@ def test_each_reference_can_be_a_sample_of_its_own_or_all_be_joined(corpus: Corp
     assert [answer for _, answer in drawn] == [None] * len(pairs)
 
 
-def test_a_task_says_how_its_source_is_asked(corpus: Corpus) -> None:
+def test_the_instruction_of_a_task_replaces_the_instruction_of_the_records(corpus: Corpus) -> None:
     rows = tuned_rows(corpus, Sampling({"scenes": 1, "edits": 1}, "plain", seed=1, batch_size=10,
                                        tasks=task(instruction="One sentence, please.")))(0)
     has_instruction = ["One sentence, please." in row.prompt.question for row in rows]
@@ -99,7 +99,7 @@ def test_a_task_says_how_its_source_is_asked(corpus: Corpus) -> None:
     assert sum(has_instruction) == 5
 
 
-def test_single_rows_hold_an_image_and_its_own_caption(corpus: Corpus) -> None:
+def test_single_rows_have_one_image_and_the_caption_of_this_image(corpus: Corpus) -> None:
     for row in single_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
         [name] = row.images
         assert row.prompt.answer == corpus.captions["scenes"][name]
@@ -112,7 +112,7 @@ def drawn(mixture: Mixture, size: int, steps: int) -> list[int]:
     return [index for step in range(steps) for index in mixture.batch(step, size)]
 
 
-def test_each_source_is_visited_once_per_epoch_in_an_order_that_changes() -> None:
+def test_each_epoch_visits_every_sample_of_a_source_once_in_a_new_order() -> None:
     mixture = Mixture(INDICES, {"a": 3, "b": 1, "c": 2}, seed=7)
     everything = drawn(mixture, 17, 300)
     for indices in INDICES.values():
@@ -123,14 +123,14 @@ def test_each_source_is_visited_once_per_epoch_in_an_order_that_changes() -> Non
         assert epochs[0] != epochs[1]
 
 
-def test_weights_are_shares_of_every_stretch_of_batches() -> None:
+def test_the_weights_are_the_shares_of_the_sources_in_every_batch() -> None:
     mixture = Mixture(INDICES, {"a": 3, "b": 1}, seed=7)
     for step in range(40):
         counts = Counter(index // 100 for index in mixture.batch(step, 64))
         assert counts == {0: 48, 1: 16}
 
 
-def test_a_batch_depends_on_its_step_alone() -> None:
+def test_a_batch_depends_only_on_seed_and_step() -> None:
     weights = {"a": 2.5, "b": 0.7, "c": 1.1}
     straight = [Mixture(INDICES, weights, seed=7).batch(step, 19) for step in range(120)]
     resumed = Mixture(INDICES, weights, seed=7)
@@ -139,12 +139,12 @@ def test_a_batch_depends_on_its_step_alone() -> None:
     assert [index for batch in straight for index in batch] == drawn(resumed, 1, 120 * 19)
 
 
-def test_a_small_weight_still_gets_its_turn() -> None:
+def test_a_source_with_a_small_weight_is_drawn_exactly_by_its_share() -> None:
     counts = Counter(index // 100 for index in drawn(Mixture(INDICES, {"a": 99, "b": 1}, seed=7), 50, 60))
     assert counts == {0: 2970, 1: 30}
 
 
-def test_wrong_mixtures_are_refused() -> None:
+def test_invalid_mixtures_are_errors() -> None:
     with pytest.raises(ValueError, match=r"mixture\.a: weight must be above 0, got 0"):
         Mixture(INDICES, {"a": 0}, seed=7)
     with pytest.raises(ValueError, match=r"mixture\.z: this source has no pairs"):

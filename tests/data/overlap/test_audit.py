@@ -89,7 +89,8 @@ def others(folder: Path) -> Path:
     return put(folder / "rows.json", rows)
 
 
-def test_copies_in_others_json_are_matched_and_unrelated_images_are_not(benchmark: Path, tmp_path: Path) -> None:
+def test_copies_in_llava_conversations_are_matched_and_unrelated_images_are_not(benchmark: Path,
+                                                                                tmp_path: Path) -> None:
     result, findings = audited(others(tmp_path / "m4"), benchmark)
     assert result["benchmarks"] == {"mine": {
         "num_pairs": 7, "equal_image": 1, "near_image": 2, "equal_caption": 3, "rare_caption": 2, "near_caption": 1,
@@ -107,17 +108,17 @@ def test_copies_in_others_json_are_matched_and_unrelated_images_are_not(benchmar
     assert (near["caption"], near["train_caption"]) == (CAPTIONS[4], f"they say {CAPTIONS[4]} at noon")
 
 
-def test_images_that_cannot_be_read_are_counted_and_listed(benchmark: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_and_listed(benchmark: Path, tmp_path: Path) -> None:
     result, _ = audited(others(tmp_path / "m4"), benchmark)
     train = result["train"]
     assert (train["rows"], train["images"], train["missing_images"], train["corrupt_images"]) == (7, 10, 1, 1)
     assert train["unread"][0] == "new/gone.jpg is missing" and train["unread"][1].startswith("new/broken.jpg: not an i")
-    assert verdict(result) == ("5 of 7 pairs leak; but 2 of 10 images of the training set could not be read, and "
-                               "nothing is known of them")
+    assert verdict(result) == ("5 of 7 pairs leak; but 2 of 10 images of the training set could not be read and were "
+                               "not compared")
     assert as_text(result).splitlines()[1].split() == ["mine", "7", "1", "2", "3", "2", "1", "2", "5"]
 
 
-def test_a_set_without_anything_of_the_benchmark_is_clean(benchmark: Path, tmp_path: Path) -> None:
+def test_a_training_set_without_content_of_the_benchmark_is_clean(benchmark: Path, tmp_path: Path) -> None:
     for k in range(6):
         saved(tmp_path / f"m4/{k}.jpg", drawn(700 + k))
     rows = [row(str(k), f"{k}.jpg", f"nothing has changed, said number {k}") for k in range(6)]
@@ -125,12 +126,12 @@ def test_a_set_without_anything_of_the_benchmark_is_clean(benchmark: Path, tmp_p
     assert (verdict(result), findings) == ("clean: none of 7 pairs leaks", [])
 
 
-def test_the_published_training_split_is_audited_against_its_own_test_split(benchmark: Path) -> None:
+def test_the_training_split_of_a_folder_can_be_compared_with_the_test_split_of_the_folder(benchmark: Path) -> None:
     result, findings = audited(benchmark, benchmark)
     assert result["train"]["rows"] == NUM and result["leaks"] == 0 and findings == []
 
 
-def test_shards_are_read_by_split_and_benchmarks_kept_apart(benchmark: Path, tmp_path: Path) -> None:
+def test_shards_are_read_by_split_and_each_benchmark_is_counted_separately(benchmark: Path, tmp_path: Path) -> None:
     def encoded(image: Image.Image, kind: str) -> bytes:
         file = io.BytesIO()
         image.save(file, kind)
@@ -151,7 +152,7 @@ def test_shards_are_read_by_split_and_benchmarks_kept_apart(benchmark: Path, tmp
     assert result["train"]["rows"] == 4
 
 
-def test_white_pages_are_not_near_each_other(tmp_path: Path) -> None:
+def test_blank_pages_are_not_near_each_other(tmp_path: Path) -> None:
     for name, grey in (("mine/a.png", 255), ("mine/b.png", 254), ("m4/c.png", 253)):
         saved(tmp_path / name, Image.new("RGB", (97, 89), (grey, grey, grey)))
     put(tmp_path / "mine/pairs.csv", "before,after,references,split\na.png,b.png,a page,test\n")
@@ -159,7 +160,7 @@ def test_white_pages_are_not_near_each_other(tmp_path: Path) -> None:
     assert result["leaks"] == 0
 
 
-def test_dark_pictures_of_unlike_things_are_not_near(tmp_path: Path) -> None:
+def test_dark_pictures_of_different_objects_are_not_near(tmp_path: Path) -> None:
     for name, left in (("mine/a.png", 40), ("m4/c.png", 110)):
         floor = np.broadcast_to(np.linspace(35, 60, 160).astype(np.uint8)[:, None], (160, 200)).copy()
         floor[40:70, left : left + 40] = 25
@@ -172,7 +173,7 @@ def test_dark_pictures_of_unlike_things_are_not_near(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="shared/cases is not beside the project")
-def test_real_photographs_are_recognised_as_small_jpegs_and_other_photographs_are_not(tmp_path: Path) -> None:
+def test_reduced_jpeg_copies_of_photographs_are_matched_and_other_photographs_are_not(tmp_path: Path) -> None:
     photos = sorted((CASES / "photos").glob("*.jpg"))
     assert len(photos) > 10
     rows = []
@@ -195,34 +196,34 @@ def test_real_photographs_are_recognised_as_small_jpegs_and_other_photographs_ar
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ({"data": []}, r"rows\.json line 1: not valid JSON \(a list \[\.\.\.\] was expected, got '\{.*LLaVA's rows is"),
+    ({"data": []}, r"rows\.json line 1: not valid JSON \(a list \[\.\.\.\] was expected, got '\{.*LLaVA conv"),
     ([row("a", "a.jpg", "x"), {"id": "b", "image": "a.jpg"}], r"entry 2 \(line 1\): 'conversations' is missing"),
     ([{"id": "b", "image": {"path": "a"}, "conversations": []}], r"entry 1 \(line 1\), image: a list expected, got"),
     ([{"id": "b", "image": ["a", 3], "conversations": []}], r"entry 1 \(line 1\), image: text expected, got 3"),
     ([{"id": "b", "conversations": [{"from": "gpt", "text": "x"}]}], r"entry 1 .*, conversations: 'value' is missing"),
-    ([], r"rows\.json: no row in it; a list of LLaVA's rows is read"),
+    ([], r"rows\.json: the file has no row; it must be a list of LLaVA conversations"),
 ])
-def test_json_that_is_not_llavas_is_an_error_that_names_the_entry(benchmark: Path, tmp_path: Path, content: Any,
-                                                                  message: str) -> None:
+def test_the_error_for_a_malformed_conversation_contains_the_entry(benchmark: Path, tmp_path: Path, content: Any,
+                                                                   message: str) -> None:
     with pytest.raises(ValueError, match=message):
         audited(put(tmp_path / "m4/rows.json", content), benchmark)
     assert not list((tmp_path / "m4").glob("findings*"))
 
 
-def test_what_is_not_there_is_an_error_with_a_cure(benchmark: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: give a folder of shards, the folder of a"):
+def test_errors_for_missing_files_say_what_to_do(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: give a folder of DiffCap shards, the folder"):
         audited(tmp_path / "nowhere", benchmark)
-    with pytest.raises(FileNotFoundError, match="photos does not exist or is not a folder: set --images"):
+    with pytest.raises(FileNotFoundError, match=r"photos is not a folder: give the folder .* with --images"):
         audited(put(tmp_path / "rows.json", []), benchmark, images=tmp_path / "photos")
-    with pytest.raises(ValueError, match=r"rows\.txt: \.json or \.jsonl is read, got '\.txt'"):
+    with pytest.raises(ValueError, match=r"rows\.txt: the file name must end in \.json or \.jsonl, got '\.txt'"):
         audited(put(tmp_path / "rows.txt", "x"), benchmark)
     put(tmp_path / "m4/a.txt", "x")
-    with pytest.raises(ValueError, match=r"m4: no shard .*'m4' is no published set: name it with --train-source"):
+    with pytest.raises(ValueError, match=r"m4: must contain .*; 'm4' is not the name of one: give .* --train-source"):
         audited(tmp_path / "m4", benchmark)
 
 
-def test_a_benchmark_without_the_split_is_an_error(benchmark: Path, tmp_path: Path) -> None:
+def test_a_benchmark_without_pairs_in_the_split_is_an_error(benchmark: Path, tmp_path: Path) -> None:
     lines = (benchmark / "pairs.jsonl").read_text().replace('"split": "test"', '"split": "val"')
     put(benchmark / "pairs.jsonl", lines)
-    with pytest.raises(ValueError, match=r"mine: no pair in split 'test'; it has val \(7\), train \(7\): name"):
+    with pytest.raises(ValueError, match=r"mine: no pair in split 'test'; .* are: val \(7\), train \(7\); choose"):
         audited(others(tmp_path / "m4"), benchmark)

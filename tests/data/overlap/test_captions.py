@@ -47,7 +47,7 @@ def holders(captions: list[tuple[str, str]], plain: str) -> set[str]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_pairs_are_those_of_comparing_every_caption_with_every_text(seed: int) -> None:
+def test_the_index_matches_the_pairs_that_comparing_all_captions_and_texts_matches(seed: int) -> None:
     draw = random.Random(seed)
 
     def sentence(low: int, high: int) -> str:
@@ -63,7 +63,7 @@ def test_the_pairs_are_those_of_comparing_every_caption_with_every_text(seed: in
 
 
 @pytest.mark.parametrize("text", [RARE.upper() + "!", f"No. {RARE.capitalize()}. Nothing else.", f"1)\n{RARE}\n2)"])
-def test_case_punctuation_and_the_sentences_around_it_do_not_hide_a_caption(text: str) -> None:
+def test_case_punctuation_and_surrounding_sentences_do_not_hide_a_caption(text: str) -> None:
     index, (match,) = passed([("a", RARE)], [text])
     assert match.equal and match.rare and match.train_text == text
     assert index.pairs()["rare_caption"] == {"a"}
@@ -80,7 +80,7 @@ def test_short_captions_are_counted_but_not_rare() -> None:
     assert index.pairs() == {"equal_caption": {"a", "b"}, "rare_caption": set(), "near_caption": set()}
 
 
-def test_a_sentence_of_a_template_is_not_rare_but_copies_of_one_text_do_not_make_one() -> None:
+def test_a_template_caption_is_not_rare_but_a_caption_in_many_copies_of_one_text_is() -> None:
     template = "the big shiny {} that stood behind the small ball was taken away"
     things = [f"thing{k}" for k in range(4 * COMMON)]
     index, (match,) = passed([("a", template.format("cube"))], [template.format(thing) for thing in ("cube", *things)])
@@ -89,10 +89,10 @@ def test_a_sentence_of_a_template_is_not_rare_but_copies_of_one_text_do_not_make
     assert match.rare and match.times == 4 * COMMON
 
 
-def test_what_two_pairs_of_the_benchmark_say_alike_is_not_rare() -> None:
+def test_a_caption_of_two_pairs_of_the_benchmark_is_not_rare() -> None:
     _, (match,) = passed([("a", RARE), ("b", RARE)], [RARE])
     assert not match.rare
 
 
-def test_empty_captions_and_texts_are_equal_to_nothing() -> None:
+def test_empty_captions_and_texts_match_nothing() -> None:
     assert passed([("a", ""), ("b", " ?! ")], ["", "..."])[1] == []

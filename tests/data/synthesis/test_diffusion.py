@@ -44,8 +44,8 @@ def editor(models: tuple[str, str], folder: Path, **changes: float) -> Callable:
                   folder=folder / "scratch")()
 
 
-def test_an_edited_image_becomes_a_record_with_all_that_made_it(models: tuple[str, str], task: Task,
-                                                                tmp_path: Path) -> None:
+def test_an_edited_image_becomes_a_record_with_captions_edit_and_seed(models: tuple[str, str], task: Task,
+                                                                      tmp_path: Path) -> None:
     place, fates = editor(models, tmp_path)(task)
     records = list(records_of(place))
     assert fates == {"kept": 2} and len(records) == 2
@@ -59,7 +59,7 @@ def test_an_edited_image_becomes_a_record_with_all_that_made_it(models: tuple[st
     assert records[0].after != records[1].after and records[0].before == records[1].before
 
 
-def test_similarities_equal_cosines_one_by_one(models: tuple[str, str]) -> None:
+def test_similarities_equal_separately_computed_cosines(models: tuple[str, str]) -> None:
     embedder, before, after = Embedder(models[1], "cpu"), picture(1), picture(2)
     [cosines] = similarities(embedder, before, [after], captions=("a dog", "a cat"))
     (a, b), (s, t) = embedder.images([before, after]), embedder.texts(["a dog", "a cat"])
@@ -73,25 +73,25 @@ def test_similarities_equal_cosines_one_by_one(models: tuple[str, str]) -> None:
 @pytest.mark.parametrize(("values", "fate"), [
     ({}, "kept"), ({"sim_image": 0.74}, "image too unlike"), ({"sim_0": 0.19}, "image too unlike its caption"),
     ({"sim_1": 0.19}, "image too unlike its caption"), ({"sim_direction": 0.19}, "direction unlike the captions'")])
-def test_each_filter_of_the_paper_drops_what_is_below_it(models: tuple[str, str], values: dict[str, float],
-                                                         fate: str) -> None:
+def test_each_filter_rejects_samples_below_the_threshold_of_the_paper(models: tuple[str, str], values: dict[str, float],
+                                                                      fate: str) -> None:
     paper = settings(models, min_image_similarity=0.75, min_caption_similarity=0.2, min_direction_similarity=0.2)
     good = {"sim_image": 0.8, "sim_0": 0.3, "sim_1": 0.3, "sim_direction": 0.3}
     assert verdict(good | values, paper) == fate
 
 
-def test_what_the_filters_drop_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
+def test_rejected_samples_are_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
     place, fates = editor(models, tmp_path, min_image_similarity=1.0)(task)
     assert fates == {"image too unlike": 2}
     assert list(records_of(place)) == []
 
 
-def test_an_image_that_cannot_be_read_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_counted(models: tuple[str, str], task: Task, tmp_path: Path) -> None:
     task.entry.path.write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     assert editor(models, tmp_path)(task)[1] == {"unreadable": 1}
 
 
-def test_a_finished_task_is_not_done_again_and_a_half_finished_one_is(models: tuple[str, str], task: Task,
+def test_a_finished_task_is_reused_and_an_unfinished_task_is_repeated(models: tuple[str, str], task: Task,
                                                                       tmp_path: Path) -> None:
     place, _ = editor(models, tmp_path)(task)
     first = {path.name: path.read_bytes() for path in place.iterdir()}

@@ -28,7 +28,7 @@ def inside(thing: Thing, x: float, y: float, z: float) -> bool:
 
 
 @pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.shape)
-def test_a_ray_ends_where_marching_along_it_first_enters_the_solid(thing: Thing) -> None:
+def test_a_ray_hits_where_small_steps_along_it_first_enter_the_object(thing: Thing) -> None:
     rng = np.random.default_rng(3)
     origin = (0.5, -9.0, 5.0)
     hits = 0
@@ -48,7 +48,7 @@ def test_a_ray_ends_where_marching_along_it_first_enters_the_solid(thing: Thing)
 
 
 @pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.shape)
-def test_normals_are_unit_and_point_out(thing: Thing) -> None:
+def test_normals_have_length_one_and_point_outward(thing: Thing) -> None:
     camera = Camera.of(VIEW)
     towards = np.array(thing.centre) - np.array(camera.eye)
     directions = towards / np.linalg.norm(towards) + np.random.default_rng(1).normal(0, 0.02, (40, 3))
@@ -63,7 +63,7 @@ def test_normals_are_unit_and_point_out(thing: Thing) -> None:
         assert not inside(thing, *(point + 1e-3 * normal))
 
 
-def test_the_window_around_an_object_cuts_nothing_off() -> None:
+def test_the_window_contains_every_pixel_of_an_object() -> None:
     alone = [render([thing], VIEW, 64, samples=1)[1] for thing in THINGS]
     whole = module._window
     try:
@@ -74,7 +74,7 @@ def test_the_window_around_an_object_cuts_nothing_off() -> None:
         module._window = whole
 
 
-def test_the_nearer_object_hides_the_farther() -> None:
+def test_a_near_object_hides_a_far_object() -> None:
     front = Thing("cube", "red", "big", "matte", 0.0, -1.5, 0.0)
     back = Thing("cube", "blue", "small", "matte", 0.0, 0.2, 0.0)
     level = View(0.0, 0.25, 11.0, 0.0, 0.0, -0.6, 0.9, 0.75, 0.35)
@@ -83,12 +83,12 @@ def test_the_nearer_object_hides_the_farther() -> None:
     assert share[0] == visible([front], level)[0]
 
 
-def test_same_scene_same_bytes_on_any_machine() -> None:
+def test_a_scene_gives_these_bytes_on_every_machine() -> None:
     image, ids = render(THINGS, VIEW, 64)
     assert hashlib.sha256(image.tobytes() + ids.tobytes()).hexdigest()[:16] == "4a646b84040b08a5"
 
 
-def test_every_attribute_can_be_seen() -> None:
+def test_every_attribute_of_an_object_is_visible() -> None:
     base = render([THINGS[0]], VIEW, 48)[0].astype(float)
     for name, options in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("material", MATERIALS)):
         for option in options:
@@ -97,7 +97,7 @@ def test_every_attribute_can_be_seen() -> None:
                 assert np.abs(render([other], VIEW, 48)[0] - base).max() > 40, (name, option)
 
 
-def test_a_shadow_falls_away_from_the_light() -> None:
+def test_a_shadow_points_away_from_the_light() -> None:
     view = View(0.0, 1.2, 11.0, 0.0, 0.0, -math.pi / 2, 0.7, 0.75, 0.35)  # light from the left
     image, ids = render([Thing("cylinder", "gray", "big", "matte", 0.0, 0.0, 0.0)], view, 64)
     row = int(np.nonzero(ids == 0)[0].mean()) + 4

@@ -24,7 +24,8 @@ def completion(content: str | None, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", [GOOD, f"```json\n{GOOD}\n```", f" ```\n{GOOD}```\n"])
-def test_json_is_read_bare_or_fenced(ask_about: Callable[[int], Request], text: str) -> None:
+def test_an_answer_is_parsed_with_and_without_a_markdown_code_block(ask_about: Callable[[int], Request],
+                                                                    text: str) -> None:
     answer = read_completion(ask_about(1), completion(text))
     assert answer is not None
     assert (answer.status, answer.reason, answer.text, answer.model) == ("ok", "", text, "dated")
@@ -36,7 +37,7 @@ def test_json_is_read_bare_or_fenced(ask_about: Callable[[int], Request], text: 
     ("I am sorry, I cannot", {}, "malformed", "not JSON: 'I am sorry"),
     ("[" * 100_000, {}, "malformed", "not JSON"),
     ('{"differences": "a"}', {}, "malformed", "differences: Input should be a valid list"),
-    ('{"differences": []}', {}, "malformed", "must hold 1 to 5 sentences, got 0"),
+    ('{"differences": []}', {}, "malformed", "must contain 1 to 5 sentences, got 0"),
     ('{"differences": ["a", "b", "c", "d", "e", "f"]}', {}, "malformed", "got 6"),
     ('{"differences": [" "]}', {}, "malformed", "must have 1 to 100 words, got 0"),
     (json.dumps({"differences": ["word " * 10_000]}), {}, "malformed", "must have 1 to 100 words, got 10000"),
@@ -48,8 +49,8 @@ def test_json_is_read_bare_or_fenced(ask_about: Callable[[int], Request], text: 
     (GOOD, {"finish": "content_filter"}, "refused", "content filter"),
     (None, {"refusal": "I will not"}, "refused", "the writer refused: 'I will not'"),
 ])
-def test_what_cannot_be_used_says_why(ask_about: Callable[[int], Request], content: str, changes: dict[str, Any],
-                                      status: str, reason: str) -> None:
+def test_an_unusable_answer_is_stored_with_the_reason(ask_about: Callable[[int], Request], content: str,
+                                                      changes: dict[str, Any], status: str, reason: str) -> None:
     answer = read_completion(ask_about(1), completion(content, **changes))
     assert answer is not None
     assert answer.status == status
@@ -59,18 +60,19 @@ def test_what_cannot_be_used_says_why(ask_about: Callable[[int], Request], conte
 
 @pytest.mark.parametrize("value", [{}, {"choices": []}, {"choices": [{"message": None}]}, {"choices": 3},
                                    {"choices": [{"message": {"content": 3}}]}, {"error": {"message": "busy"}}])
-def test_what_is_no_completion_is_none(ask_about: Callable[[int], Request], value: dict[str, Any]) -> None:
+def test_json_that_is_not_a_chat_completion_gives_no_answer(ask_about: Callable[[int], Request],
+                                                            value: dict[str, Any]) -> None:
     assert read_completion(ask_about(1), value) is None
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "7", "completion_tokens": 1}, 3])
-def test_missing_usage_counts_as_the_most(ask_about: Callable[[int], Request], usage: Any) -> None:
+def test_missing_token_counts_are_replaced_by_the_upper_bound(ask_about: Callable[[int], Request], usage: Any) -> None:
     answer, bound = read_completion(ask_about(1), completion(GOOD, usage=usage)), max_tokens(ask_about(1))
     assert answer is not None
     assert (answer.counted, answer.input_tokens, answer.output_tokens) == (False, bound.input, bound.output)
 
 
-def test_an_edit_has_two_sentences() -> None:
+def test_an_edit_needs_an_instruction_and_a_caption() -> None:
     assert parse('{"edit": "make it snow", "output": "snow"}', "edit") == {"edit": "make it snow", "output": "snow"}
     with pytest.raises(ValueError, match="output: Field required"):
         parse('{"edit": "make it snow"}', "edit")
@@ -88,7 +90,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "answers/mine/write.jsonl"
 
 
-def test_answers_come_back_as_they_were(path: Path) -> None:
+def test_stored_answers_are_read_back_unchanged(path: Path) -> None:
     kept = [ANSWER, replace(ANSWER, key="k1", status="refused", reason="no", counted=False, lost=2)]
     for answer in kept:
         with open_answers(path) as file:
@@ -98,13 +100,13 @@ def test_answers_come_back_as_they_were(path: Path) -> None:
     assert spent_usd(path.parents[1]) == 0.5
 
 
-def test_no_file_is_no_answer(path: Path) -> None:
+def test_a_file_that_does_not_exist_has_no_answers(path: Path) -> None:
     assert read_answers(path) == {}
     assert spent_usd(path.parents[1]) == 0
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 150])
-def test_a_torn_last_line_is_set_aside_and_asked_again(path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_does_not_count_as_an_answer(path: Path, cut: int) -> None:
     with open_answers(path) as file:
         append(numbered(1), file, usd=0.5)
         append(numbered(2), file, usd=0.5)
@@ -120,25 +122,25 @@ def test_a_torn_last_line_is_set_aside_and_asked_again(path: Path, cut: int) -> 
     assert torn.keys() == {"torn"} and torn["torn"] and whole.splitlines()[1].decode().startswith(torn["torn"])
 
 
-def test_a_broken_line_inside_is_an_error_with_its_number(path: Path) -> None:
+def test_a_broken_line_is_an_error_with_the_line_number(path: Path) -> None:
     with open_answers(path) as file:
         append(numbered(1), file, usd=0.5)
     path.write_bytes(path.read_bytes() + b"{broken\n" + path.read_bytes())
-    with pytest.raises(ValueError, match=r"write.jsonl line 2: not a JSON object; fetch the file again"):
+    with pytest.raises(ValueError, match=r"write.jsonl line 2: not a JSON object; restore the file with 'dvc checkout"):
         read_answers(path)
     path.write_bytes(b'{"key": "k"}\n')
-    with pytest.raises(ValueError, match="line 1: lacks status, reason"):
+    with pytest.raises(ValueError, match="line 1: missing keys: status, reason"):
         read_answers(path)
 
 
-def test_only_one_run_asks_at_a_time(path: Path) -> None:
-    with open_answers(path), pytest.raises(ValueError, match="another run is asking"), open_answers(path):
+def test_only_one_run_can_open_an_answer_file(path: Path) -> None:
+    with open_answers(path), pytest.raises(ValueError, match="another run is writing answers"), open_answers(path):
         pass
     with open_answers(path):
         pass
 
 
-def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
+def test_a_full_disk_leaves_only_complete_lines(path: Path) -> None:
     with open_answers(path) as file:
         append(numbered(1), file, usd=0.5)
         before = path.read_bytes()
@@ -146,7 +148,7 @@ def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         try:
             for number in (2, 3):
-                with pytest.raises(OSError, match=r"an answer could not be stored .*; free some space and run"):
+                with pytest.raises(OSError, match=r"an answer could not be stored .*; free disk space and run"):
                     append(numbered(number), file, usd=0.5)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -24,7 +24,7 @@ Asks = Callable[[int], Request]
 PATH = Path("data/answers/mine/write.jsonl")
 
 
-def test_every_question_is_asked_once(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+def test_every_distinct_request_is_sent_and_paid_once(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     server.failing = 0.1
     tally = ask([ask_about(number % 23) for number in range(61)], PATH, runtime)
     answers = read_answers(PATH)
@@ -36,8 +36,8 @@ def test_every_question_is_asked_once(server: ChatServer, runtime: Runtime, ask_
     assert KEY not in PATH.read_text()
 
 
-def test_a_second_run_asks_nothing_and_needs_neither_price_nor_endpoint(server: ChatServer, runtime: Runtime,
-                                                                        ask_about: Asks) -> None:
+def test_a_second_run_sends_nothing_and_needs_neither_price_nor_endpoint(server: ChatServer, runtime: Runtime,
+                                                                         ask_about: Asks) -> None:
     requests = [ask_about(number) for number in range(5)]
     ask(requests, PATH, runtime)
     before, asked = PATH.read_bytes(), len(server.seen)
@@ -45,8 +45,8 @@ def test_a_second_run_asks_nothing_and_needs_neither_price_nor_endpoint(server: 
     assert (PATH.read_bytes(), len(server.seen)) == (before, asked)
 
 
-def test_refusals_and_malformed_answers_are_kept_and_not_asked_again(server: ChatServer, runtime: Runtime,
-                                                                     ask_about: Asks) -> None:
+def test_refusals_and_malformed_answers_are_stored_and_not_requested_again(server: ChatServer, runtime: Runtime,
+                                                                           ask_about: Asks) -> None:
     server.contents = {"room 1": "refuse", "room 2": "filter", "room 3": "no json", "room 4": "length"}
     requests = [ask_about(number) for number in range(1, 6)]
     for expected in ({"refused": 2, "malformed": 2, "ok": 1}, {}):
@@ -54,18 +54,18 @@ def test_refusals_and_malformed_answers_are_kept_and_not_asked_again(server: Cha
     assert len(server.seen) == 5
 
 
-def test_unknown_prices_ask_nothing(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+def test_without_a_price_no_request_is_sent(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     unknown = runtime.model_copy(update={"writer_usd_per_million_output": None})
     with pytest.raises(ValueError, match="writer_usd_per_million_output is not set"):
         ask([ask_about(1)], PATH, unknown)
     assert not server.seen
 
 
-def test_the_cap_stops_before_it_is_passed_and_keeps_everything(server: ChatServer, runtime: Runtime,
-                                                                ask_about: Asks) -> None:
+def test_the_run_stops_before_the_budget_is_exceeded_and_stores_all_answers(server: ChatServer, runtime: Runtime,
+                                                                            ask_about: Asks) -> None:
     cap = 3.5 * max_tokens(ask_about(1)).usd(runtime)
     capped = runtime.model_copy(update={"writer_max_usd": cap})
-    with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* USD are spent .*; set it higher"):
+    with pytest.raises(ValueError, match=r"runtime.yaml: writer_max_usd .* cost .* USD .*; set writer_max_usd higher"):
         ask([ask_about(number) for number in range(50)], PATH, capped)
     kept = len(read_answers(PATH))
     assert 3 < kept < 50  # what answers cost less than the most leaves room for more of them
@@ -75,19 +75,20 @@ def test_the_cap_stops_before_it_is_passed_and_keeps_everything(server: ChatServ
         ask([ask_about(number) for number in range(50)], Path("data/answers/other/write.jsonl"), capped)
 
 
-def test_a_wrong_key_stops_everything_and_keeps_what_came(server: ChatServer, runtime: Runtime,
-                                                          ask_about: Asks) -> None:
+def test_a_rejected_api_key_stops_the_run_and_all_earlier_answers_are_stored(server: ChatServer, runtime: Runtime,
+                                                                             ask_about: Asks) -> None:
     one = runtime.model_copy(update={"writer_concurrency": 3})
     server.seconds = 0.1
     server.faults += ["", "", "", "", "401"]
-    with pytest.raises(ValueError, match="HTTP 401: the key is not accepted"):
+    with pytest.raises(ValueError, match="HTTP 401: the endpoint rejects the API key"):
         ask([ask_about(number) for number in range(50)], PATH, one)
     assert len(read_answers(PATH)) == sum(server.paid.values()) == len(server.seen) - 1
     assert len(server.seen) <= 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_keeps_what_is_in_flight(server: ChatServer, runtime: Runtime, ask_about: Asks, number: int) -> None:
+def test_a_signal_stops_the_run_and_the_answers_in_flight_are_stored(server: ChatServer, runtime: Runtime,
+                                                                     ask_about: Asks, number: int) -> None:
     server.seconds = 0.3
     threading.Timer(0.8, os.kill, (os.getpid(), number)).start()
     handler = signal.getsignal(number)
@@ -97,7 +98,7 @@ def test_a_signal_keeps_what_is_in_flight(server: ChatServer, runtime: Runtime, 
     assert 0 < len(read_answers(PATH)) == sum(server.paid.values()) < 500
 
 
-def test_so_many_at_a_time_and_no_more(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+def test_the_number_of_concurrent_requests_is_limited(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     server.seconds = 0.1
     started = time.monotonic()
     ask([ask_about(number) for number in range(40)], PATH, runtime.model_copy(update={"writer_concurrency": 10}))
@@ -105,23 +106,23 @@ def test_so_many_at_a_time_and_no_more(server: ChatServer, runtime: Runtime, ask
     assert time.monotonic() - started < 4
 
 
-def test_the_rate_limit_spaces_requests(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
+def test_the_rate_limit_spaces_requests_evenly(server: ChatServer, runtime: Runtime, ask_about: Asks) -> None:
     ask([ask_about(number) for number in range(10)], PATH,
         runtime.model_copy(update={"writer_requests_per_minute": 1200.0}))
     gaps = [later - sooner for sooner, later in zip(sorted(server.times), sorted(server.times)[1:], strict=False)]
     assert sum(gaps) == pytest.approx(9 * 0.05, abs=0.15)
 
 
-def test_without_room_on_the_disk_nothing_is_asked(server: ChatServer, runtime: Runtime, ask_about: Asks,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_free_disk_space_no_request_is_sent(server: ChatServer, runtime: Runtime, ask_about: Asks,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 2**62)
-    with pytest.raises(OSError, match="free on its disk, so nothing is asked; free some space"):
+    with pytest.raises(OSError, match="disk space are free, so no request is sent; free disk space"):
         ask([ask_about(1)], PATH, runtime)
     assert not server.seen
 
 
-def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, runtime: Runtime,
-                                                            ask_about: Asks) -> None:
+def test_a_full_disk_stops_the_run_and_the_next_run_continues(server: ChatServer, runtime: Runtime,
+                                                              ask_about: Asks) -> None:
     requests = [ask_about(number) for number in range(40)]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
@@ -137,7 +138,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(server: ChatServer, 
     assert set(server.paid.values()) == {1}
 
 
-def test_the_budget_never_passes_its_cap() -> None:
+def test_spent_and_reserved_money_never_exceed_the_cap() -> None:
     generator, budget, flying = random.Random(3), Budget(cap=1.0, spent=0.25), []
     for number in range(500):
         if budget.reserve(str(number), generator.uniform(0.001, 0.1)):

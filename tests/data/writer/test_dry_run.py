@@ -48,7 +48,7 @@ def write(records: list[Record]) -> None:
     write_shards(records, Path("data/pairs/mine"), records[0].split, shard_pairs=3)
 
 
-def test_the_plan_holds_the_exact_requests(server: ChatServer, runtime: Runtime) -> None:
+def test_the_plan_contains_exactly_the_requests_that_are_later_sent(server: ChatServer, runtime: Runtime) -> None:
     write([record(number, captions=[f"room {number}", "a garden"]) for number in range(5)])
     planned = plan("mine", config_of("text"), runtime)
     assert not server.seen
@@ -65,15 +65,15 @@ def test_the_plan_holds_the_exact_requests(server: ChatServer, runtime: Runtime)
     assert KEY not in json.dumps(planned) + as_text(planned)
 
 
-def test_equal_questions_are_counted_once_and_pairs_without_captions_not(runtime: Runtime) -> None:
+def test_equal_requests_are_counted_once_and_pairs_without_captions_are_unfit(runtime: Runtime) -> None:
     write([record(1, captions=["a", "b"]), record(2, captions=["a", "b"]), record(3, captions=["a"])])
     planned = plan("mine", config_of("text"), runtime)
     assert (planned["jobs"], planned["to_ask"], planned["unfit"]) == (3, 1, 1)
     unfit = [job for job in jobs("mine", config_of("text"), "write") if isinstance(job, Unfit)]
-    assert "mode text needs a caption of each image" in unfit[0].reason
+    assert "data.writer.mode 'text' needs a caption of each image" in unfit[0].reason
 
 
-def test_images_are_whole_in_the_plan_and_short_in_its_text(runtime: Runtime) -> None:
+def test_images_are_complete_in_the_plan_and_shortened_in_the_text(runtime: Runtime) -> None:
     write([record(1, captions=[])])
     planned = plan("mine", config_of("vision"), runtime)
     uri = planned["requests"][0]["body"]["messages"][1]["content"][1]["image_url"]["url"]
@@ -82,14 +82,14 @@ def test_images_are_whole_in_the_plan_and_short_in_its_text(runtime: Runtime) ->
     assert uri[:40] in as_text(planned)
 
 
-def test_an_unknown_price_leaves_the_cost_open(runtime: Runtime) -> None:
+def test_without_a_price_the_cost_is_unknown(runtime: Runtime) -> None:
     write([record(1, captions=["a", "b"])])
     planned = plan("mine", config_of("text"), Runtime())
     assert planned["usd"]["expected"] is None
     assert "cost: unknown; set writer_usd_per_million_input" in as_text(planned)
 
 
-def test_a_missing_image_is_named(runtime: Runtime) -> None:
+def test_a_pair_with_a_missing_image_is_unfit(runtime: Runtime) -> None:
     lacking = record(1, captions=[], after=b"")
     lacking.provenance["missing"] = ["7_2.png"]
     write([record(2, captions=[]), lacking])
@@ -97,18 +97,18 @@ def test_a_missing_image_is_named(runtime: Runtime) -> None:
     assert unfit == [Unfit("mine-1", "missing: 7_2.png")]
 
 
-def test_what_people_captioned_is_not_asked_about(runtime: Runtime) -> None:
+def test_pairs_with_human_captions_are_skipped(runtime: Runtime) -> None:
     write([record(1, captions=["a", "b"], references=["a dog came"]), record(2, captions=["a", "b"])])
     assert [job.name for job in jobs("mine", config_of("text"), "write")] == ["mine-2"]
 
 
-def test_no_work_and_no_captions_at_all_are_errors(runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match=r"params.yaml: data.written: does not name 'yours'; known are mine"):
+def test_a_source_without_any_possible_request_is_an_error(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match=r"params.yaml: data.written: does not list 'yours'; .* sources: mine"):
         plan("yours", config_of("text"), runtime)
-    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not name 'mine'; known are none"):
+    with pytest.raises(ValueError, match=r"params.yaml: data.diffused: does not list 'mine'; .* sources: none"):
         plan("mine", config_of("text"), runtime, stage="instruct")
     with pytest.raises(FileNotFoundError, match="data/pairs/mine"):
         plan("mine", config_of("text"), runtime)
     write([record(1, captions=[])])
-    with pytest.raises(ValueError, match="mine: the writer can be asked about nothing; mine-1: mode text needs"):
+    with pytest.raises(ValueError, match=r"mine: the writer cannot be asked about any pair; .* mine-1: .* needs"):
         plan("mine", config_of("text"), runtime)

@@ -11,7 +11,7 @@ from benchmarks.writer import measure
 
 @pytest.mark.slow
 @pytest.mark.parametrize("honours_keys", [True, False])
-def test_two_kills_lose_nothing_and_pay_nothing_twice(tmp_path: Path, honours_keys: bool) -> None:
+def test_two_kills_lose_no_answer_and_no_answer_is_paid_twice(tmp_path: Path, honours_keys: bool) -> None:
     measured = measure(tmp_path, num_pairs=1000, seconds=0.3, concurrency=16, honours_keys=honours_keys)
     assert measured["exit_codes"] == [1, -9, 0]
     assert measured["answers_kept"] == measured["pairs_written"] == measured["billed_keys"] == 1000

@@ -202,7 +202,7 @@ def test_bad_files_ask_nothing(server: ChatServer, runtime: Runtime) -> None:
 def test_a_server_that_is_down_is_told_and_what_was_answered_is_kept(server: ChatServer, runtime: Runtime) -> None:
     judge({"a": SAID["a"]}, {"a": TRUTH["a"]}, SETTINGS, runtime)
     down = runtime.model_copy(update={"writer_url": "http://127.0.0.1:9/v1"})
-    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9/v1: no answer after 8 attempts.*run again to go on"):
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9/v1: no answer after 8 attempts.*again to continue"):
         judge(SAID, TRUTH, SETTINGS, down)
     judge(SAID, TRUTH, SETTINGS, runtime)
     assert len(server.seen) == 3

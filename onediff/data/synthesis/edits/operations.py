@@ -1,4 +1,4 @@
-"""The operations: each takes a random stream and a picture and returns an edit."""
+"""The edit operations: functions that draw the strength and position of an edit and apply it to a picture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,11 @@ TURNS = {"to the left": 1, "to the right": -1}  # quarter turns counter-clockwis
 
 @dataclass(frozen=True)
 class Edit:
-    """What came of it: pixels, the word for {new}, the object for {old}, its rectangle in pixels."""
+    """The result of an edit operation.
+
+    `new` and `thing` fill the fields {new} and {old} of the caption templates. `region` is the edited rectangle
+    [left, top, right, bottom] in pixels, if only a part of the picture was edited.
+    """
 
     after: Pixels
     new: str | None = None
@@ -30,38 +34,45 @@ class Edit:
 
 
 def brighten(rng: Generator, picture: Picture) -> Edit:
+    """Make the picture brighter by a random amount."""
     x = picture.pixels / 255
-    return Edit(_pixels(255 * x * (1 + float(rng.uniform(0.7, 1.0)) * (1 - x))))  # a gain that never saturates
+    # The gain falls to 1 for white pixels, so that bright areas keep their detail.
+    return Edit(_pixels(255 * x * (1 + float(rng.uniform(0.7, 1.0)) * (1 - x))))
 
 
 def darken(rng: Generator, picture: Picture) -> Edit:
+    """Make the picture darker by a random factor."""
     return Edit(_pixels(picture.pixels * float(rng.uniform(0.35, 0.55))))
 
 
 def change_contrast(rng: Generator, picture: Picture, *, low: float, high: float) -> Edit:
-    """Multiplies the distance of each value from the mean by a factor between `low` and `high`."""
-    mean = int(picture.pixels.sum(dtype=np.int64)) / picture.pixels.size  # a sum of integers is the same everywhere
+    """Multiply the distance of each value from the mean by a random factor between `low` and `high`."""
+    # A sum of integers, unlike a sum of floats, is equal on every machine.
+    mean = int(picture.pixels.sum(dtype=np.int64)) / picture.pixels.size
     return Edit(_pixels(mean + (picture.pixels - mean) * float(rng.uniform(low, high))))
 
 
 def color_cast(rng: Generator, picture: Picture) -> Edit:
+    """Tint the picture with a random color, without changing its brightness."""
     name = pick(rng, tuple(CASTS))
     cast = np.array(CASTS[name], dtype=np.float64)
-    shift = cast - float(cast @ np.array([0.299, 0.587, 0.114]))  # colour without brightness
+    shift = cast - float(cast @ np.array([0.299, 0.587, 0.114]))  # Subtract the luma, so only the hue changes.
     return Edit(_pixels(picture.pixels + shift * float(rng.uniform(60, 85))), new=name)
 
 
 def black_and_white(rng: Generator, picture: Picture) -> Edit:
+    """Convert the picture to gray values."""
     return Edit(np.array(Image.fromarray(picture.pixels).convert("L").convert("RGB")))
 
 
 def blur(rng: Generator, picture: Picture) -> Edit:
+    """Blur the picture with a random radius."""
     radius = float(rng.uniform(0.018, 0.028)) * picture.pixels.shape[0]
     return Edit(np.array(Image.fromarray(picture.pixels).filter(ImageFilter.GaussianBlur(radius))))
 
 
 def crop(rng: Generator, picture: Picture) -> Edit:
-    """Half to two thirds of each side, at the named border or in the middle, back at full size."""
+    """Cut out a part at one border or in the middle, half to two thirds of each side, and enlarge it to full size."""
     side, place = picture.pixels.shape[0], pick(rng, tuple(PLACES))
     spare = side - round(side * float(rng.uniform(0.5, 0.66)))
     x = {"left": 0, "right": spare}.get(place, spare // 2)
@@ -72,12 +83,13 @@ def crop(rng: Generator, picture: Picture) -> Edit:
 
 
 def rotate(rng: Generator, picture: Picture) -> Edit:
+    """Rotate the picture by 90 degrees to the left or to the right."""
     turn = pick(rng, tuple(TURNS))
     return Edit(np.ascontiguousarray(np.rot90(picture.pixels, TURNS[turn])), new=turn)
 
 
 def remove(rng: Generator, picture: Picture) -> Edit:
-    """A canvas is rendered without its first thing; in a photograph an ellipse is filled from around it."""
+    """Remove the first object of a canvas, or fill a disc in a photograph with colors from the pixels around it."""
     from skimage.restoration import inpaint_biharmonic
 
     side = picture.pixels.shape[0]
@@ -97,17 +109,20 @@ def remove(rng: Generator, picture: Picture) -> Edit:
 
 
 def paste(rng: Generator, picture: Picture) -> Edit:
-    """A rendered thing, cut out along its outline, laid over the picture."""
+    """Paste a rendered object, cut out along its outline, over the picture."""
     place, side = pick(rng, tuple(PLACES)), picture.pixels.shape[0]
     half = round(side * float(rng.uniform(0.16, 0.22)))
-    thing = replace(draw_thing(rng, 0.0, 0.0), size="small")  # its middle is then where the camera looks
-    distance = thing.half * {"cube": 6.4, "sphere": 4.5, "cylinder": 5.6}[thing.shape]  # fills the frame
+    # The middle of a small object is about as high above the table as the point at which the camera looks.
+    thing = replace(draw_thing(rng, 0.0, 0.0), size="small")
+    # At this distance the object fills the image.
+    distance = thing.half * {"cube": 6.4, "sphere": 4.5, "cylinder": 5.6}[thing.shape]
     light_azimuth, light_elevation = draw_uniform(rng, (-1.0, 0.6), (0.8, 1.0))
     view = View(0.0, 0.5, distance, 0.0, 0.0, light_azimuth, light_elevation, light_power=0.75, ambient=0.35)
     pixels, ids = render([thing], view, 4 * half, samples=1)
     shown = (ids == 0).astype(np.float64)[..., None]
-    fine = np.concatenate([pixels * shown, shown], axis=2)  # colour times alpha in 0 to 255, and alpha
-    mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4  # a smooth outline
+    fine = np.concatenate([pixels * shown, shown], axis=2)  # color times alpha (0 to 255), and alpha (0 or 1)
+    # Averaging 2 x 2 pixels makes the outline smooth.
+    mean = (fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4
     x, y = _draw_middle(rng, place, side, half=half)
     after, region = picture.pixels.copy(), [x - half, y - half, x + half, y + half]
     window = (slice(y - half, y + half), slice(x - half, x + half))
@@ -116,17 +131,19 @@ def paste(rng: Generator, picture: Picture) -> Edit:
 
 
 def _draw_middle(rng: Generator, place: str, side: int, *, half: int) -> tuple[int, int]:
-    """The middle (x, y) of a square at `place` that lies inside the picture, in pixels."""
+    """Draw the middle (x, y), in pixels, of a square near the named position that is completely inside the picture."""
     u, v = (middle + float(rng.uniform(-0.1, 0.1)) for middle in PLACES[place])
     x, y = round(side * (1 + u) / 2), round(side * (1 - v) / 2)
     return min(max(x, half), side - half), min(max(y, half), side - half)
 
 
 def change_nothing(rng: Generator, picture: Picture) -> Edit:
+    """Return the picture unchanged, for the pairs of operation `none`."""
     return Edit(picture.pixels)
 
 
 def _pixels(values: NDArray[np.floating[Any]]) -> Pixels:
+    """Round to whole numbers between 0 and 255."""
     return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
 
 

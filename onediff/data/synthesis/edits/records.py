@@ -1,6 +1,7 @@
-"""The source `edits`: a photograph or a rendered canvas, edited by a program, with the edit as a request.
+"""The source `edits`: a photograph or a rendered picture, edited by a program, with captions that request the edit.
 
-Every record has a random stream that depends on nothing else, so any process can generate any record with equal bytes.
+The random numbers of a record depend only on the seed, the split and the index of the record. Therefore any process can
+generate any record, and the bytes are always equal.
 """
 
 import io
@@ -16,22 +17,23 @@ from onediff.data.synthesis.edits.pictures import Pixels, draw_canvas, draw_wind
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
 from onediff.inputs.images import png
 
-SEED_TAG = 4  # the number of this source in every random stream; scenes has 1 and 2
+SEED_TAG = 4  # This number is part of every random seed, so that `edits` shares no random numbers with other sources.
 NUM_REFERENCES = 3
-STEP = 20  # a pixel has changed if a channel moved by more; an edit shows if this share of the pixels has:
+STEP = 20  # A pixel counts as changed if one of its channels changed by more than this, of 255.
+# The share of changed pixels from which an edit is visible, by operation:
 MIN_CHANGED = {"none": 0.0, "remove": 0.02, "paste": 0.02, "black_and_white": 0.03, "blur": 0.03,
                "more_contrast": 0.06, "less_contrast": 0.06}
 MIN_CHANGED_ELSEWHERE = 0.2
 
 
 def edit_record(config: Config, split: str, index: int) -> Record:
-    """Record `index` of the split; no other record is needed for it. Raises ValueError if no edit can be seen."""
+    """Generate record number `index` of the split; raise ValueError if 100 attempts give no visible edit."""
     seed = [config.seed, SEED_TAG, SPLITS.index(split), index]
     rng = np.random.default_rng(seed)
     operation = pick(rng, tuple(EDIT_TEMPLATES))
     on_canvas = rng.random() < config.data.edits.canvas_share
     image_px, folder = config.data.image_px, config.data.edits.photos
-    for _ in range(100):  # until the edit shows: a blur of clear sky would not
+    for _ in range(100):  # Some edits are invisible, such as a blur of a clear sky; then another picture is drawn.
         picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
         edit = OPERATIONS[operation](rng, picture)
         difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)
@@ -39,8 +41,8 @@ def edit_record(config: Config, split: str, index: int) -> Record:
             break
     else:
         raise ValueError(
-            f"edits: '{operation}' cannot be seen in any of 100 windows of the photographs of split '{split}'; "
-            "use photographs with more colour and detail"
+            f"data.edits.photos: the edit '{operation}' is invisible in 100 random windows of the photographs of "
+            f"split '{split}'; use photographs with more color and detail"
         )
     thing = edit.thing
     return Record(
@@ -55,7 +57,10 @@ def edit_record(config: Config, split: str, index: int) -> Record:
 
 
 def _encode(rng: Generator, pixels: Pixels) -> bytes:
-    """PNG bytes after a JPEG round trip of random quality, so that equal bytes do not give `none` away."""
+    """Return PNG bytes after a JPEG round trip of random quality.
+
+    Without the round trip, the two images of an unchanged pair (`none`) would be recognizable by equal bytes.
+    """
     lossy = io.BytesIO()
     Image.fromarray(pixels).save(lossy, "JPEG", quality=int(rng.integers(88, 98)), subsampling=0)
     return png(Image.open(lossy))

@@ -1,9 +1,9 @@
-"""The scenes of render.py in photographic quality: Cycles, Blender's path tracer, through the package `bpy`.
+"""Renders the scenes of render.py realistically with Cycles, the path tracer of Blender (package `bpy`).
 
-Same camera, light direction, shapes, sizes, colours and places. What differs is how light behaves: soft shadows,
-objects that reflect each other, rounded edges. Seed and samples are fixed, so a scene gives the same bytes again on the
-same kind of processor; another one, or a GPU, may round differently. Blender keeps one global scene: one frame at a
-time per process.
+Camera, light direction, shapes, sizes, colors and positions equal those of render.py. Only this renderer has soft
+shadows, rounded edges, and objects that reflect each other. Seed and number of samples are fixed, so a scene gives
+identical bytes on processors of one kind; a GPU or another kind of processor may round differently. Blender has one
+global scene, so each process can render only one image at a time.
 """
 
 import functools
@@ -22,30 +22,34 @@ from PIL import Image
 
 from onediff.data.synthesis.render import COLORS, FOV, TABLE, Camera, Thing, View, object_ids
 
-SAMPLES = 64  # light paths per pixel; not denoised, because Blender's denoiser gives other bytes each time
-SUN_ANGLE = 0.09  # apparent width of the light in radians: how soft shadows are
-ROUNDING = 0.05  # of edges, as a share of the object's half extent
+SAMPLES = 64  # Light paths per pixel. There is no denoising: Blender's denoiser gives different bytes each time.
+SUN_ANGLE = 0.09  # The apparent width of the light in radians; a wider light makes softer shadows.
+ROUNDING = 0.05  # The rounding of edges, as a share of half the object's height.
 TABLE_SIZE = 80.0
-CEILING = (1.3, 0.25)  # what shiny objects mirror: brightness straight above, and at the horizon
+CEILING = (1.3, 0.25)  # The brightness that shiny objects reflect from straight above, and from the horizon.
 
 
 def load() -> Any:
-    """The module bpy. Raises ValueError if it is not installed or lacks a library of the system."""
+    """Import the module bpy; raise ValueError if it is not installed, or if a system library that it needs is missing.
+    """
     try:
-        with _silenced(1, 2):  # it warns about missing audio devices and about NumPy 2, which is not passed to it
+        with _silenced(1, 2):  # bpy warns about missing audio devices and about NumPy 2; neither is used here.
             return importlib.import_module("bpy")
     except ModuleNotFoundError as error:
         if error.name != "bpy":
             raise
-        raise ValueError("params.yaml: data.scenes.renderer 'blender' needs Blender: 'make blender', "
-                         "or set renderer to raytracer") from None
+        raise ValueError("params.yaml: data.scenes.renderer 'blender' needs the package bpy, which is not installed; "
+                         "run 'make blender', or set renderer to raytracer") from None
     except ImportError as error:
-        raise ValueError(f"params.yaml: data.scenes.renderer 'blender': bpy cannot start ({error}): install the system "
-                         "libraries it names, or set renderer to raytracer") from None
+        raise ValueError(f"params.yaml: data.scenes.renderer 'blender': bpy cannot be imported ({error}); install the "
+                         "missing system libraries, or set renderer to raytracer") from None
 
 
 def choose_device(device: str) -> None:
-    """`cuda` renders on the first kind of GPU that Cycles has, `cpu` on one core, `auto` on a GPU if there is one."""
+    """Choose where Cycles renders: `cuda` on a GPU, `cpu` on one core, `auto` on a GPU if the machine has one.
+
+    Raises ValueError for `cuda` if Cycles finds no GPU.
+    """
     bpy = _studio()
     kinds = ("OPTIX", "CUDA") if device == "cuda" or (device == "auto" and os.path.exists("/dev/nvidia0")) else ()
     preferences = bpy.context.preferences.addons["cycles"].preferences
@@ -58,12 +62,12 @@ def choose_device(device: str) -> None:
             bpy.context.scene.cycles.device = "GPU"
             return
     if device == "cuda":
-        raise ValueError("runtime.yaml: device 'cuda': Cycles finds no GPU; set it to auto or cpu")
+        raise ValueError("runtime.yaml: device 'cuda': Cycles finds no GPU; set device to auto or cpu")
     bpy.context.scene.cycles.device = "CPU"
 
 
 def render(things: list[Thing], view: View, image_px: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """-> image (P, P, 3) uint8, and ids (P, P) as in render.py: which object each pixel shows, -1 for the table."""
+    """Return the image (P, P, 3), and ids (P, P): the index of the object that each pixel shows, -1 for the table."""
     bpy = _studio()
     scene = bpy.context.scene
     objects = [_add(bpy, thing) for thing in things]
@@ -76,13 +80,13 @@ def render(things: list[Thing], view: View, image_px: int) -> tuple[NDArray[np.u
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
     for placed in objects:
-        bpy.data.meshes.remove(placed.data)  # and with it the object
+        bpy.data.meshes.remove(placed.data)  # Removing the mesh also removes the object that uses it.
     return pixels, object_ids(things, view, image_px)
 
 
 @contextmanager
 def _silenced(*streams: int) -> Iterator[None]:
-    """Sends the streams of the process to /dev/null: Blender does not use Python's streams."""
+    """Redirect these file descriptors to /dev/null, because Blender writes to them without using sys.stdout."""
     copies = {stream: os.dup(stream) for stream in streams}
     null = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -97,25 +101,25 @@ def _silenced(*streams: int) -> Iterator[None]:
 
 
 def _set(target: Any, **values: Any) -> None:
+    """Set several attributes of a Blender object."""
     for name, value in values.items():
         setattr(target, name, value)
 
 
 def _set_inputs(node: Any, values: Mapping[str, Any]) -> None:
+    """Set several inputs of a shader node."""
     for name, value in values.items():
         node.inputs[name].default_value = value
 
 
-# --- what stays from frame to frame -----------------------------------------------------------------------------------
-
-
 @functools.cache
 def _studio() -> Any:
-    """bpy with an empty scene: table, camera, sun, surroundings, and the settings of Cycles."""
+    """Return bpy with everything that all images share: table, camera, sun, surroundings, and the settings of Cycles.
+    """
     bpy = load()
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
-    _set(scene.render, engine="CYCLES", threads_mode="FIXED", threads=1)  # there is one process per core already
+    _set(scene.render, engine="CYCLES", threads_mode="FIXED", threads=1)  # Each core already runs a process.
     _set(scene.cycles, samples=SAMPLES, seed=0, use_adaptive_sampling=False, use_denoising=False, max_bounces=4)
     _set(scene.render.image_settings, file_format="PNG", compression=0, color_mode="RGB")
     scene.view_settings.view_transform = "Standard"
@@ -132,10 +136,13 @@ def _studio() -> Any:
 
 
 def _surround(bpy: Any, scene: Any) -> None:
-    """Even light for matte surfaces, and for mirrors a ceiling that is brightest above."""
+    """Surround the scene with even light for matte surfaces, and with a ceiling that shiny surfaces reflect.
+
+    The ceiling is brightest straight above the table.
+    """
     world = scene.world = bpy.data.worlds.new("room")
     world.use_nodes = True
-    world.cycles.sampling_method = "NONE"  # a map of where its light comes from would cost a second per frame
+    world.cycles.sampling_method = "NONE"  # Sampling the surroundings by brightness would cost a second per image.
     nodes, links = world.node_tree.nodes, world.node_tree.links
     nodes.clear()
     path, position, split, ramp, even, mirrored, mix, out = (nodes.new(f"ShaderNode{kind}") for kind in (
@@ -151,6 +158,7 @@ def _surround(bpy: Any, scene: Any) -> None:
 
 
 def _material(bpy: Any, name: str, color: tuple[float, float, float], *, metallic: float, roughness: float) -> Any:
+    """Return the Blender material `name` with these properties; create it if it does not exist."""
     material = bpy.data.materials.get(name) or bpy.data.materials.new(name)
     material.use_nodes = True
     surface = next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
@@ -159,10 +167,8 @@ def _material(bpy: Any, name: str, color: tuple[float, float, float], *, metalli
     return material
 
 
-# --- what changes -----------------------------------------------------------------------------------------------------
-
-
 def _aim(scene: Any, view: View) -> None:
+    """Set the camera, the sun and the ambient light of the scene to those of the view."""
     from mathutils import Matrix
 
     camera = Camera.of(view)
@@ -170,12 +176,14 @@ def _aim(scene: Any, view: View) -> None:
     scene.camera.matrix_world = Matrix([[axis[i] for axis in axes] for i in range(3)] + [[0, 0, 0, 1]])
     sun, nodes = scene.objects["sun"], scene.world.node_tree.nodes
     sun.rotation_euler = (math.pi / 2 - view.light_elevation, 0.0, math.pi - view.light_azimuth)
-    sun.data.energy = math.pi * view.light_power  # a matte surface then gives back its colour times light_power
+    # With the factor pi, a matte surface that faces the sun reflects its color times light_power, as in render.py.
+    sun.data.energy = math.pi * view.light_power
     _set_inputs(nodes["even"], {"Strength": view.ambient})
     _set_inputs(nodes["mirrored"], {"Strength": 0.5 + view.ambient})
 
 
 def _add(bpy: Any, thing: Thing) -> Any:
+    """Add an object to the scene as a mesh with a material, and return the Blender object."""
     import bmesh
 
     mesh, shape, half = bpy.data.meshes.new("thing"), bmesh.new(), thing.half

@@ -1,4 +1,4 @@
-"""Puts scenes and their changes into words."""
+"""Writes the captions of generated scenes and of the changes in them."""
 
 from numpy.random import Generator
 
@@ -10,12 +10,15 @@ NUM_REFERENCES = 3
 
 
 def caption(rng: Generator, change: Change, before: list[Thing], after: list[Thing]) -> list[str] | None:
-    """References, each in another template; None if no phrase fits the changed object alone."""
+    """Return the references of a change, each from a different template.
+
+    Returns None if no phrase describes the changed object and no other object of the scene.
+    """
     templates = phrasings(rng, SCENE_TEMPLATES[change.change_type], NUM_REFERENCES)
     if change.change_type == "none":
         return templates
     thing, scene = (change.before, before) if change.before else (change.after, after)
-    assert thing is not None, "a change has an object before or after"
+    assert thing is not None, "a change other than 'none' must have an object before or after"
     references, new = [], change.new or ""
     for template in templates:
         old = describe(rng, thing, scene)
@@ -26,7 +29,10 @@ def caption(rng: Generator, change: Change, before: list[Thing], after: list[Thi
 
 
 def describe(rng: Generator, thing: Thing, scene: list[Thing]) -> str | None:
-    """A noun phrase that fits no other object of the scene: attributes, plus a neighbour where needed; else None."""
+    """Return a noun phrase that describes this object and no other object of the scene, or None if there is none.
+
+    The phrase consists of attributes, and of the position relative to another object if attributes are not enough.
+    """
     alike = [other for other in scene
              if other is not thing and (other.color, other.shape) == (thing.color, thing.shape)]
     options = [set(), {"size"}, {"material"}, {"size", "material"}]
@@ -45,13 +51,14 @@ def describe(rng: Generator, thing: Thing, scene: list[Thing]) -> str | None:
 
 
 def noun(rng: Generator, thing: Thing, extra: set[str]) -> str:
-    """Color and shape of the object, and those of its size and material that `extra` names."""
+    """Return a noun phrase with the color and shape of the object, and with size and material if `extra` has them."""
     size = [say(rng, thing.size)] if "size" in extra else []
     material = [say(rng, thing.material)] if "material" in extra else []
     return " ".join([*size, thing.color, *material, say(rng, thing.shape)])
 
 
 def _relation(thing: Thing, neighbour: Thing) -> str | None:
+    """Return where the object is relative to the neighbour; None if both are too close to tell."""
     dx, dy = thing.x - neighbour.x, thing.y - neighbour.y
     if max(abs(dx), abs(dy)) < 0.7:
         return None
@@ -61,7 +68,8 @@ def _relation(thing: Thing, neighbour: Thing) -> str | None:
 
 
 def name_objects(things: list[Thing], view: View) -> str:
-    """The caption of a single frame: every object with all its attributes, from left to right."""
+    """Return the caption of a single image: every object with all attributes, from left to right as the camera sees it.
+    """
     camera = Camera.of(view)
     ordered = sorted(things, key=lambda thing: camera.project(thing.centre)[0])
     return ", ".join(f"a {t.size} {t.color} {t.material} {t.shape}" for t in ordered)

@@ -1,4 +1,4 @@
-"""Draws what a pair of scenes shows: objects on a table, cameras with their light, and a change of one object."""
+"""Draws the random content of a pair of scenes: objects on a table, cameras, lights, and a change of one object."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.random import Generator
 from onediff.data.synthesis.phrases import pick
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, View
 
-TABLE_REACH = 2.2  # objects stand within this distance of the middle, in x and in y
-GAP = 0.45  # free table between two objects
-MIN_MOVE = 1.7
+TABLE_REACH = 2.2  # largest distance of an object from the middle of the table, in x and in y
+GAP = 0.45  # smallest distance between the edges of two objects
+MIN_MOVE = 1.7  # smallest distance by which a moved object moves
 OPPOSITE = {"add": "drop", "drop": "add", "left": "right", "right": "left", "front": "back", "back": "front"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to which object; `before` or `after` is None where the object was added or dropped."""
+    """A change of one object: `before` is None if the object was added, `after` is None if it was removed."""
 
     change_type: str
     before: Thing | None
@@ -27,19 +27,20 @@ class Change:
 
     @property
     def inverse(self) -> Change:
+        """The change that undoes this change."""
         direction = OPPOSITE[self.direction] if self.direction else None
         return Change(OPPOSITE.get(self.change_type, self.change_type), self.after, self.before, direction)
 
     @property
     def new(self) -> str | None:
-        """What the changed object has become: a color, a material or a direction."""
+        """The new color or material of the object, or the direction in which it moved; None for other changes."""
         if self.after is None:
             return None
         return {"color": self.after.color, "texture": self.after.material, "move": self.direction}.get(self.change_type)
 
 
 def draw_things(rng: Generator, count: int) -> list[Thing] | None:
-    """Random objects with free table between them, or None if one of them finds no place."""
+    """Draw `count` random objects that do not touch each other, or return None if one of them does not fit."""
     things: list[Thing] = []
     for _ in range(count):
         thing = _draw_thing(rng, things)
@@ -56,7 +57,7 @@ def _draw_thing(rng: Generator, others: list[Thing]) -> Thing | None:
 
 
 def _place(rng: Generator, thing: Thing, others: list[Thing]) -> Thing | None:
-    """The object at a random point that is clear of the others, or None if 30 points are not."""
+    """Return the object at a random position away from `others`; None if 30 random positions are all too close."""
     for _ in range(30):
         x, y = (float(value) for value in rng.uniform(-TABLE_REACH, TABLE_REACH, 2))
         if all(math.hypot(x - other.x, y - other.y) > thing.half + other.half + GAP for other in others):
@@ -65,7 +66,7 @@ def _place(rng: Generator, thing: Thing, others: list[Thing]) -> Thing | None:
 
 
 def draw_view(rng: Generator, jitter: float) -> View:
-    """A camera and a light near their usual places; jitter 0 is the usual place."""
+    """Draw a random camera and light; `jitter` is how far both may be from their default positions (0: not at all)."""
     spread = rng.uniform(-1, 1, 9) * jitter
     return View(azimuth=0.19 * spread[0], elevation=0.66 + 0.05 * spread[1], distance=11.0 * (1 + 0.06 * spread[2]),
                 target_x=0.45 * spread[3], target_y=0.45 * spread[4], light_azimuth=-0.6 + 0.9 * spread[5],
@@ -74,7 +75,10 @@ def draw_view(rng: Generator, jitter: float) -> View:
 
 
 def draw_change(rng: Generator, things: list[Thing], change_type: str) -> Change | None:
-    """A change of one object of the scene (`add`: of a new one), or None if there is no room for it."""
+    """Draw a change of the given type to one random object, or return None if no clear change was found.
+
+    For `add` the object is new. A move must be long enough, and mainly left, right, front or back.
+    """
     old = things[int(rng.integers(len(things)))]
     if change_type == "add":
         new = _draw_thing(rng, things)

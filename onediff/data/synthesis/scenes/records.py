@@ -1,7 +1,8 @@
-"""`scenes`: table tops as in CLEVR-Change: camera and light move in every pair, and at most one object changes.
+"""The source `scenes`: pairs of rendered table tops, as in CLEVR-Change (Park et al., ICCV 2019).
 
-Each base scene gives four frames (before and after, each from two cameras), hence changed pairs, their reversals with
-the inverse caption, and distractors in which only camera and light moved. Park et al., ICCV 2019 (CLEVR-Change).
+Camera and light move in every pair, and at most one object changes. Each base scene gives four images: before and after
+the change, each from two cameras. They are combined to changed pairs, reversed pairs with the inverse caption, and
+distractors, in which only camera and light moved.
 """
 
 import math
@@ -24,12 +25,13 @@ from onediff.inputs.images import png
 
 CHANGE_TYPES = ("color", "texture", "add", "drop", "move")
 MAX_TRIES = 400
-SEED_TAGS = {"scenes": 1, "scenes_far": 2}  # the number of each source in every random stream; edits has 4
+# These numbers are part of every random seed, so that each source has random numbers of its own; `edits` has 4.
+SEED_TAGS = {"scenes": 1, "scenes_far": 2}
 
 
 @dataclass
 class Shot:
-    """A scene from one camera; it is rendered once, when a pair first needs it."""
+    """A scene seen from one camera; the image is rendered when a pair first needs it, and then kept."""
 
     things: list[Thing]
     view: View
@@ -37,9 +39,9 @@ class Shot:
 
     @cached_property
     def frame(self) -> tuple[bytes, NDArray[np.int8]]:
-        """PNG bytes, and which object each pixel shows (P, P)."""
+        """The image as PNG bytes, and the index of the object that each pixel shows (P, P), -1 for the table."""
         if self.data.scenes.renderer == "blender":
-            from onediff.data.synthesis.scenes import blender  # heavy, and an extra
+            from onediff.data.synthesis.scenes import blender  # Blender is large and an optional dependency.
 
             image, ids = blender.render(self.things, self.view, self.data.image_px)
         else:
@@ -47,18 +49,19 @@ class Shot:
         return png(Image.fromarray(image)), ids
 
     def region(self, thing: Thing | None) -> list[int] | None:
-        """The bounding box of the object, None if no pixel shows it."""
+        """Return the bounding box [left, top, right, bottom] of the object in pixels; None if no pixel shows it."""
         numbers = [number for number, other in enumerate(self.things) if other is thing]
         return bounding_box(np.isin(self.frame[1], numbers))
 
 
-Pair = tuple[str, Change, Shot, Shot, list[str]]  # letter of its id, change, before, after, references
+Pair = tuple[str, Change, Shot, Shot, list[str]]  # (last letter of the pair_id, change, before, after, references)
 
 
 def scene_records(config: Config, split: str, index: int, *, source: str = "scenes") -> list[Record]:
-    """All pairs of one base scene.
+    """Return the pairs of base scene number `index`.
 
-    Three for train (changed, reversed, distractor), else four (changed, its exact swap, two distractors).
+    A scene of `train` gives three pairs: changed, reversed and one distractor. A scene of any other split gives four:
+    changed, the exact swap of this pair, and two distractors. Raises ValueError if no clear scene was found.
     """
     jitter = config.data.scenes.far_jitter if source == "scenes_far" else config.data.scenes.jitter
     for attempt in range(MAX_TRIES):
@@ -68,7 +71,7 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
         if pairs:
             break
     else:
-        raise ValueError(f"params.yaml: data.scenes: no decidable scene in {MAX_TRIES} tries; "
+        raise ValueError(f"params.yaml: data.scenes: {MAX_TRIES} random scenes have no clearly visible change; "
                          "lower max_objects or min_visible")
     name, renderer = f"{source}-{split}-{index:06d}", config.data.scenes.renderer
     return [Record(pair_id=f"{name}{letter}", source=source, split=split, group_id=f"{source}/{split}/{index:06d}",
@@ -84,7 +87,7 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
 
 
 def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter: float) -> list[Pair] | None:
-    """The pairs of one draw; None if a person could not decide what changes in one of them."""
+    """Draw a scene and a change, and return the pairs; None if a person could not see the change in one of them."""
     scenes = data.scenes
     before = draw_things(rng, int(rng.integers(scenes.min_objects, scenes.max_objects + 1)))
     change = draw_change(rng, before, change_type) if before else None
@@ -98,7 +101,7 @@ def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter
     if change.before and change.after and change.direction:
         camera = Camera.of(b0.view)
         (u0, v0, _), (u1, v1, _) = camera.project(change.before.centre), camera.project(change.after.centre)
-        if math.hypot(u1 - u0, v1 - v0) <= 0.2:  # the object must move by more than a tenth of the image
+        if math.hypot(u1 - u0, v1 - v0) <= 0.2:  # The image is 2 wide; the object must move by more than a tenth.
             return None
     same = Change("none", None, None)
     if split == "train":

@@ -43,7 +43,7 @@ def some() -> list[Record]:
     return [edit_record(config(), split, index) for split in SPLITS for index in range(40)]
 
 
-def test_tone_operations_equal_a_pixel_by_pixel_reference() -> None:
+def test_brightness_and_contrast_operations_equal_a_pixel_by_pixel_reference() -> None:
     start = picture(side=11)
     for operation, formula in {
         "darken": lambda x, mean, k: x * k,
@@ -57,7 +57,7 @@ def test_tone_operations_equal_a_pixel_by_pixel_reference() -> None:
             assert abs(after[row, column, channel] - formula(value, mean, strength)) <= 0.51
 
 
-def test_brighten_never_darkens_and_keeps_black_and_white() -> None:
+def test_brighten_darkens_no_pixel_and_keeps_black_and_white() -> None:
     ramp = Picture("ramp", np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
     after = brighten(np.random.default_rng(1), ramp).after[0, :, 0].astype(int)
     assert (after[0], after[255]) == (0, 255)
@@ -65,7 +65,7 @@ def test_brighten_never_darkens_and_keeps_black_and_white() -> None:
     assert after[80] > 80 * 1.4
 
 
-def test_to_the_left_is_counter_clockwise() -> None:
+def test_a_rotation_to_the_left_is_counter_clockwise() -> None:
     marked = np.zeros((96, 96, 3), dtype=np.uint8)
     marked[:10] = 255  # along the top
     for seed in range(9):
@@ -75,7 +75,7 @@ def test_to_the_left_is_counter_clockwise() -> None:
 
 
 @pytest.mark.parametrize("operation", ["paste", "remove", "crop"])
-def test_the_place_that_is_named_is_where_it_happens(operation: str) -> None:
+def test_the_edited_region_is_at_the_position_in_the_caption(operation: str) -> None:
     seen = set()
     for seed in range(30):
         edit = OPERATIONS[operation](np.random.default_rng(seed), picture(seed))
@@ -89,7 +89,7 @@ def test_the_place_that_is_named_is_where_it_happens(operation: str) -> None:
     assert seen == set(PLACES)
 
 
-def test_paste_and_remove_leave_everything_outside_the_region_alone() -> None:
+def test_paste_and_remove_change_no_pixel_outside_the_region() -> None:
     for operation in ("paste", "remove"):
         start = picture(7)
         edit = OPERATIONS[operation](np.random.default_rng(2), start)
@@ -100,7 +100,7 @@ def test_paste_and_remove_leave_everything_outside_the_region_alone() -> None:
         assert 0.2 < inside.mean() < 0.95  # along its outline, and not as a rectangle
 
 
-def test_a_pasted_thing_is_whole() -> None:
+def test_a_pasted_object_is_complete() -> None:
     for seed in range(60):
         rng = np.random.default_rng(seed)
         edit = paste(rng, Picture("black", np.zeros((96, 96, 3), dtype=np.uint8)))
@@ -111,7 +111,7 @@ def test_a_pasted_thing_is_whole() -> None:
         assert (window > 0).mean() > 0.3
 
 
-def test_records_hold_what_they_promise(some: list[Record]) -> None:
+def test_records_have_unique_ids_equal_sizes_and_complete_references(some: list[Record]) -> None:
     assert len({record.pair_id for record in some}) == len(some)
     assert set(EDIT_TEMPLATES) == {record.change_type for record in some} == set(OPERATIONS)
     for record in some:
@@ -122,7 +122,7 @@ def test_records_hold_what_they_promise(some: list[Record]) -> None:
         assert (kind, record.provenance["photo"]) in {("canvas", "canvas"), ("photo", name)}
 
 
-def test_every_edit_shows_and_none_does_not(some: list[Record]) -> None:
+def test_every_edit_is_visible_and_unchanged_pairs_look_equal(some: list[Record]) -> None:
     for record in some:
         delta = np.abs(pixels(record.before) - pixels(record.after)).max(axis=2)
         if record.change_type == "none":
@@ -131,7 +131,7 @@ def test_every_edit_shows_and_none_does_not(some: list[Record]) -> None:
             assert (delta > 20).mean() > 0.01, record.pair_id
 
 
-def test_unchanged_pairs_are_not_given_away_by_equal_bytes(some: list[Record]) -> None:
+def test_unchanged_pairs_are_not_recognizable_by_equal_bytes(some: list[Record]) -> None:
     unchanged = [record for record in some if record.change_type == "none"]
     assert unchanged
     assert sum(record.before == record.after for record in unchanged) <= len(unchanged) // 3
@@ -146,7 +146,7 @@ def test_operations_are_about_equally_frequent() -> None:
     assert max(drawn.values()) < 150
 
 
-def test_same_seed_same_records_in_any_number_of_processes(some: list[Record]) -> None:
+def test_a_seed_gives_the_same_records_in_any_number_of_processes(some: list[Record]) -> None:
     with ProcessPoolExecutor(2) as pool:
         again = list(pool.map(edit_record, [config()] * 12, ["train"] * 12, range(12)))
     assert again == some[:12]
@@ -157,7 +157,7 @@ def test_another_seed_gives_other_records(some: list[Record]) -> None:
     assert edit_record(other, "train", 0).before != some[0].before
 
 
-def test_no_photo_is_in_two_splits(some: list[Record]) -> None:
+def test_no_photograph_is_in_two_splits(some: list[Record]) -> None:
     names = [name for photos in PHOTOS.values() for name in photos]
     assert len(names) == len(set(names)) == 8
     for split in SPLITS:
@@ -166,7 +166,7 @@ def test_no_photo_is_in_two_splits(some: list[Record]) -> None:
         assert all(path.is_file() for path in photo_paths(split, None).values())
 
 
-def test_a_folder_of_photographs_is_split_by_name(tmp_path: Path) -> None:
+def test_file_names_decide_the_splits_of_a_folder_of_photographs(tmp_path: Path) -> None:
     for k in range(60):
         Image.fromarray(picture(k).pixels).save(tmp_path / f"{k}.png")
     parts = {split: set(photo_paths(split, str(tmp_path))) for split in SPLITS}
@@ -176,17 +176,17 @@ def test_a_folder_of_photographs_is_split_by_name(tmp_path: Path) -> None:
     assert record.group_id.removeprefix("photo/") in parts["test"]
 
 
-def test_a_folder_that_is_missing_or_too_small_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.edits\.photos: folder .* does not exist"):
+def test_a_missing_folder_and_a_split_without_photographs_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.edits\.photos: the folder .* does not exist"):
         photo_paths("train", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"none of the 0 photographs in .* falls into split 'val'"):
         photo_paths("val", str(tmp_path))
 
 
-def test_photographs_in_which_no_edit_shows_are_refused(tmp_path: Path) -> None:
+def test_photographs_in_which_an_edit_is_invisible_are_an_error(tmp_path: Path) -> None:
     names = [name for name in (f"{k}.png" for k in range(40)) if split_of(name) == "train"]
     Image.new("RGB", (64, 64), "white").save(tmp_path / names[0])
     blurs = (index for index in range(99)
              if pick(np.random.default_rng([7, SEED_TAG, 0, index]), tuple(EDIT_TEMPLATES)) == "blur")
-    with pytest.raises(ValueError, match="'blur' cannot be seen in any of 100 windows"):
+    with pytest.raises(ValueError, match="'blur' is invisible in 100 random windows"):
         edit_record(config(photos=str(tmp_path), canvas_share=0.0), "train", next(blurs))

@@ -42,7 +42,7 @@ def mask(image: NDArray[np.uint8], color: str) -> NDArray[np.bool_]:
 
 
 @needs_blender
-def test_every_object_stands_where_our_tracer_sees_it() -> None:
+def test_every_object_is_where_the_ray_tracer_shows_it() -> None:
     image, ids = blender.render(THINGS, VIEW, PX)
     assert np.array_equal(ids, render(THINGS, VIEW, PX)[1])
     for k, thing in enumerate(THINGS):
@@ -55,7 +55,7 @@ def test_every_object_stands_where_our_tracer_sees_it() -> None:
 
 @needs_blender
 @pytest.mark.parametrize("light_azimuth", [-1.2, 1.2])
-def test_the_shadow_falls_where_our_tracer_sees_it(light_azimuth: float) -> None:
+def test_the_shadow_is_where_the_ray_tracer_shows_it(light_azimuth: float) -> None:
     view = View(**(asdict(VIEW) | {"light_azimuth": light_azimuth, "light_elevation": 0.6}))
     shadows = []
     for renderer in (render, blender.render):
@@ -67,7 +67,7 @@ def test_the_shadow_falls_where_our_tracer_sees_it(light_azimuth: float) -> None
 
 
 @needs_blender
-def test_same_scene_same_bytes_whatever_was_rendered_in_between() -> None:
+def test_a_scene_gives_the_same_bytes_whatever_was_rendered_before() -> None:
     first, _ = blender.render(THINGS, VIEW, PX)
     blender.render(THINGS[:1], View(**(asdict(VIEW) | {"azimuth": -0.1, "ambient": 0.2})), 48)
     second, _ = blender.render(THINGS, VIEW, PX)
@@ -77,7 +77,7 @@ def test_same_scene_same_bytes_whatever_was_rendered_in_between() -> None:
 
 
 @needs_blender
-def test_shiny_is_not_matte_and_more_light_is_brighter() -> None:
+def test_shiny_differs_from_matte_and_more_light_is_brighter() -> None:
     matte, ids = blender.render(THINGS[1:2], VIEW, PX)
     shiny, _ = blender.render([Thing(**(vars(THINGS[1]) | {"material": "shiny"}))], VIEW, PX)
     assert np.abs(matte.astype(int) - shiny)[ids == 0].mean() > 10
@@ -86,7 +86,7 @@ def test_shiny_is_not_matte_and_more_light_is_brighter() -> None:
 
 
 @needs_blender
-def test_a_record_differs_from_the_tracers_in_its_images_and_the_renderers_name_alone(micro: Config) -> None:
+def test_the_renderer_changes_only_the_images_and_the_provenance_of_a_record(micro: Config) -> None:
     config = with_blender(micro)
     tracers = config.data.model_copy(update={"scenes": micro.data.scenes})
     ours = scene_records(config.model_copy(update={"data": tracers}), "train", 1)
@@ -99,26 +99,27 @@ def test_a_record_differs_from_the_tracers_in_its_images_and_the_renderers_name_
 
 @needs_blender
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_refused_and_auto_takes_the_processor() -> None:
-    with pytest.raises(ValueError, match="device 'cuda': Cycles finds no GPU; set it to auto or cpu"):
+def test_without_a_gpu_cuda_is_an_error_and_auto_uses_the_cpu() -> None:
+    with pytest.raises(ValueError, match="device 'cuda': Cycles finds no GPU; set device to auto or cpu"):
         blender.choose_device("cuda")
     blender.choose_device("auto")
     assert blender.load().context.scene.cycles.device == "CPU"
 
 
-def test_the_ids_are_those_of_the_rendered_image() -> None:
+def test_object_ids_equal_the_ids_of_a_rendered_image() -> None:
     assert np.array_equal(object_ids(THINGS, VIEW, 53), render(THINGS, VIEW, 53)[1])
 
 
-def test_missing_blender_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_blender_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bpy", None)
-    with pytest.raises(ValueError, match=r"renderer 'blender' needs Blender: 'make blender'"):
+    with pytest.raises(ValueError, match=r"renderer 'blender' needs the package bpy, .*; run 'make blender'"):
         blender.load()
 
 
-def test_a_missing_system_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_error_for_a_missing_system_library_contains_the_name(monkeypatch: pytest.MonkeyPatch,
+                                                                  tmp_path: Any) -> None:
     (tmp_path / "bpy.py").write_text("raise ImportError('libXi.so.6: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bpy", raising=False)
-    with pytest.raises(ValueError, match=r"bpy cannot start \(libXi.so.6: cannot open .*: install the system"):
+    with pytest.raises(ValueError, match=r"bpy cannot be imported \(libXi.so.6: cannot open .*; install the missing"):
         blender.load()

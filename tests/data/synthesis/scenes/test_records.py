@@ -20,7 +20,7 @@ def moved(thing: Thing, **changes: object) -> Thing:
     return Thing(**(vars(thing) | changes))
 
 
-def test_same_seed_same_bytes(micro: Config) -> None:
+def test_a_seed_gives_the_same_bytes(micro: Config) -> None:
     assert scene_records(micro, "test", 3) == scene_records(micro, "test", 3)
     assert scene_records(micro, "test", 3)[0].before != scene_records(micro, "gate", 3)[0].before
 
@@ -37,20 +37,20 @@ def test_every_base_scene_gives_changed_reversed_and_distractor_pairs(micro: Con
         assert all(len(set(record.references)) == 3 for record in records)
 
 
-def test_a_test_swap_is_the_same_two_images_the_other_way_round(micro: Config) -> None:
+def test_the_swap_of_a_test_pair_has_the_two_images_in_reverse_order(micro: Config) -> None:
     changed, swap, *_ = scene_records(micro, "test", 0)
     assert (swap.before, swap.after) == (changed.after, changed.before)
     assert swap.provenance["swap_of"] == changed.pair_id
     assert swap.provenance["new"] == changed.provenance["object"]["color"]
 
 
-def test_no_frame_stands_on_both_sides_of_a_distractor(micro: Config) -> None:
+def test_the_two_images_of_a_distractor_differ(micro: Config) -> None:
     for record in scene_records(micro, "test", 1)[2:]:
         assert record.before != record.after
         assert record.provenance["object"] is None
 
 
-def test_the_region_holds_the_changed_object(micro: Config) -> None:
+def test_the_region_contains_the_changed_object(micro: Config) -> None:
     for index in range(5):
         record = scene_records(micro, "test", index)[0]
         box = record.provenance["region_before"] or record.provenance["region_after"]
@@ -62,7 +62,7 @@ def test_the_region_holds_the_changed_object(micro: Config) -> None:
         assert np.asarray(Image.open(io.BytesIO(side))).shape == (96, 96, 3)
 
 
-def test_references_name_color_and_shape_of_the_changed_object(micro: Config) -> None:
+def test_references_contain_color_and_shape_of_the_changed_object(micro: Config) -> None:
     for index in range(25):
         for record in scene_records(micro, "train", index)[:2]:
             thing = record.provenance["object"]
@@ -78,7 +78,7 @@ def fits(phrase: str, thing: Thing) -> bool:
                for word in phrase.split())
 
 
-def test_a_description_without_a_neighbour_fits_one_object_only() -> None:
+def test_a_description_without_a_neighbour_fits_exactly_one_object() -> None:
     scene = [RED, moved(RED, size="small", x=1.0), moved(RED, material="shiny", y=1.5), moved(RED, color="blue", x=2.0)]
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ def test_a_description_without_a_neighbour_fits_one_object_only() -> None:
             assert [other for other in scene if fits(phrase, other)] == [thing], phrase
 
 
-def test_twins_are_told_apart_by_a_neighbour() -> None:
+def test_equal_objects_are_distinguished_by_a_neighbour() -> None:
     ball = Thing("sphere", "green", "small", "matte", 0.0, 0.0, 0.0)
     scene = [RED, moved(RED, x=1.4), ball]
     phrases = {describe(np.random.default_rng(seed), scene[0], scene) for seed in range(20)}
@@ -104,15 +104,15 @@ def test_the_inverse_of_the_inverse_is_the_change() -> None:
     assert Change("add", None, RED).inverse.change_type == "drop"
 
 
-def test_objects_are_named_from_left_to_right() -> None:
+def test_an_image_caption_lists_the_objects_from_left_to_right() -> None:
     scene = [moved(RED, x=1.5), moved(RED, x=-1.5, color="blue", shape="sphere", material="shiny")]
     view = draw_view(np.random.default_rng(0), 0.0)
     assert name_objects(scene, view) == "a big blue shiny sphere, a big red matte cube"
 
 
-def test_a_scene_that_cannot_be_drawn_says_so(micro: Config) -> None:
+def test_settings_that_allow_no_clear_scene_are_an_error(micro: Config) -> None:
     scenes = micro.data.scenes.model_copy(update={"min_visible": 0.5})
     config = micro.model_copy(update={"data": micro.data.model_copy(update={"scenes": scenes})})
-    message = r"data.scenes: no decidable scene in \d+ tries; lower max_objects or min_visible"
+    message = r"data.scenes: \d+ random scenes have no clearly visible change; lower max_objects or min_visible"
     with pytest.raises(ValueError, match=message):
         scene_records(config, "train", 0)
