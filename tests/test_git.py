@@ -117,7 +117,7 @@ def test_dvc_works_without_git_and_uses_git_after_git_init(tmp_path: Path) -> No
 
 
 def test_only_one_module_runs_git() -> None:
-    """This module distinguishes an error of git from an empty answer, which other modules once confused."""
+    """onediff/git.py distinguishes an error of git from an empty answer, which other modules once confused."""
     sources = [path for folder in ("onediff", "flows") for path in (ROOT / folder).rglob("*.py")]
     asking = [str(path.relative_to(ROOT)) for path in sources if '["git", ' in path.read_text(encoding="utf-8")]
     assert asking == ["onediff/git.py"]

@@ -42,7 +42,7 @@ MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_", "MAKE", "RANK", "LOCAL_RANK", "WORL
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with the micro preset, without data, cache and runs."""
+    """A copy of the project with the micro preset, without data, DVC cache and MLflow runs."""
     folder = tmp_path_factory.mktemp("onediff")
     for name in CODE:
         source = ROOT / name
@@ -75,7 +75,7 @@ def _run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
-    """The copy after a complete run that was interrupted by SIGINT, SIGTERM and SIGHUP at random moments."""
+    """The copy of the project after a complete run, which SIGINT, SIGTERM and SIGHUP interrupted at random moments."""
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed {seed}")
     rng = random.Random(seed)

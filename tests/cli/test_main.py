@@ -218,7 +218,7 @@ def test_a_judge_without_a_model_or_references_asks_for_the_option(project: Path
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
     assert message.startswith("onediff: params.yaml: judge: is not set") and "--model" in message
     assert "\n" not in message
-    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # This preset has a section judge.
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # It has a section `judge`.
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
     assert message.startswith("onediff: --references is needed")
     assert not Path("data").exists()

@@ -224,7 +224,7 @@ def test_the_flow_ends_in_a_state_named_after_the_verdict(project: Path, tmp_pat
     register(project / "model", carried=profile.parent)
     assert registry.promote(rules=write_rules(Path("rules.yaml"))).promoted
     Path("usage").mkdir()
-    Path("dvc.yaml").write_text("stages: {}\n")  # A flow starts only in a folder that has this file.
+    Path("dvc.yaml").write_text("stages: {}\n")  # A flow starts only in a folder that contains dvc.yaml.
 
     def last_line() -> str:
         completed = subprocess.run([sys.executable, "-m", "flows.check_drift", "1"], text=True, capture_output=True,

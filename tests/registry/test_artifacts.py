@@ -113,7 +113,7 @@ def test_weights_with_another_digest_than_the_registered_one_are_not_used(large_
         registry.model_folder("models:/onediff/1")
     tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, model_digests(large_model).folder)
     shutil.rmtree(".dvc/cache")
-    with pytest.raises(ValueError, match=r"\.dir"):  # The message contains the digest of the folder.
+    with pytest.raises(ValueError, match=r"\.dir"):  # The message contains the md5 of the folder.
         registry.model_folder("models:/onediff/1")
     with pytest.raises(ValueError, match=r"\.dir"):
         registry.promote()

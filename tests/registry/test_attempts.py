@@ -75,7 +75,7 @@ def edit(path: Path, **figures: object) -> None:
 
 
 def scored_as(text: str | None = None, /, **figures: object) -> registry.Verdict:
-    """Promote as if stage `score` had written this text into gate.json, or these scores of the benchmark `scenes`."""
+    """Promote as if the stage `score` had written `text` into gate.json, or `figures` as scores of `scenes`."""
     if text is None:
         edit(GATE, **figures)
     else:
@@ -371,7 +371,7 @@ def a_second_champion_without_git() -> Any:
 
 
 def approved() -> registry.PromotionCase:
-    """Return the case that a person has approved."""
+    """Register the model and return the promotion case that a person has approved for this version."""
     register(TUNE)
     case = registry.assess().case
     assert case and case.version == "1"
@@ -603,7 +603,7 @@ def test_an_attempt_to_promote_the_wrong_model_is_refused(work: Callable[[], Any
 
 
 def champions() -> list[str]:
-    """Return every version that the audit trail or MLflow's aliases have as champion, read from the database file."""
+    """Read from the database file every version that is champion in the audit trail or by an alias of MLflow."""
     with closing(sqlite3.connect("mlflow.db")) as database:
         changes = database.execute("SELECT value FROM model_version_tags WHERE name = 'onediff-audit' AND key = 'to'")
         recorded = [json.loads(to).get("champion") for to, in changes]
