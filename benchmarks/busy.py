@@ -60,7 +60,7 @@ def _ratio(policy: Contender, default: Contender) -> str:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Keep one core busy with another process during the block."""
+    """Keep one core busy with another process during the `with` block."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield

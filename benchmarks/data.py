@@ -33,9 +33,9 @@ from onediff.data.record import write_shards
 from onediff.data.synthesis.edits.records import edit_record
 from onediff.inputs.processing import OneDiffProcessor, load_image_processor
 
-PX = 64  # image size of the pairs for all steps except the loader
-LOADER_PX = 336  # image size that the vision tower of the paper takes
-STORED_PX = 512  # size of the stored images that the loader reads
+PX = 64  # The width and height of the images in all steps except the loader.
+LOADER_PX = 336  # The width and height of the images that the vision encoder of the paper takes.
+STORED_PX = 512  # The width and height of the stored images that the loader reads and resizes.
 LOADER_PAIRS, LOADER_BATCH = 256, 16
 LEAST_PAIRS = 1000
 BACKBONES = ROOT / "presets/backbones/tiny"

@@ -30,7 +30,7 @@ from benchmarks.interrupts import wait_until
 
 TARGETS = ("training", "flow", "worker", "mlflow", "prefect", "postgres")
 MOMENTS = 3
-PATIENCE_S = 120.0  # time until Prefect treats a silent run as lost; production uses 540 s, as machines are busier
+PATIENCE_S = 120.0  # Seconds without a heartbeat after which Prefect treats a run as lost; 540 in production.
 LIMIT_S = 900.0
 SERVICES = {"prefect_port": 4231, "mlflow_port": 5031, "postgres_port": 5451, "start_s": 400}
 # With these promotion rules, every retraining makes a new champion.

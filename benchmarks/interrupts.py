@@ -31,7 +31,7 @@ from benchmarks import script
 MARK = "ONEDIFF_INTERRUPTED_RUN"
 STEPS, LIMIT_S = 200, 15
 FLOW, REPRO = ("python", "-m", "flows.retrain"), ("dvc", "repro")
-MAKE = ("make", "-o", ".venv/.installed", "run")  # -o: the Python environment is installed already.
+MAKE = ("make", "-o", ".venv/.installed", "run")  # With -o, make does not install the Python environment again.
 # Each case has a signal, a command, a stage (None: before the first stage), and the range of seconds until the signal.
 CASES = (
     ("SIGINT", MAKE, "tune", (4, 25)), ("SIGTERM", FLOW, "tune", (4, 25)), ("SIGHUP", MAKE, "tune", (4, 25)),

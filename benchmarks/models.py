@@ -75,7 +75,7 @@ def processor_of(config: Config) -> OneDiffProcessor:
 
 
 def configuration_of(config: Config, processor: OneDiffProcessor) -> OneDiffConfig:
-    """Return the model configuration, with the placeholder tokens of the processor."""
+    """Return the configuration of the OneDiff model, with the ids of the placeholder tokens of the processor."""
     configuration = configure(config.model)
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
     return configuration
@@ -118,7 +118,7 @@ def settings_without_delta(config: Config) -> Config:
 
 @contextmanager
 def _created_on(device: str, config: Config) -> Iterator[None]:
-    """Create modules of the block with random weights, on `device` and in the precision for that device."""
+    """Create modules inside the `with` block with random weights, on `device` and in the precision for this device."""
     torch.manual_seed(config.seed)
     precision = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else getattr(torch, config.model.precision))

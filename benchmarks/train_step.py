@@ -100,7 +100,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def _speed(contender: Contender, peer: Contender) -> list[str]:
-    """Format the cells of the table of speeds for one contender."""
+    """Format the speed, the memory and the ratio to the peer of one contender as cells of the table."""
     facts, seconds = contender.facts, median(contender.rounds)
     flops = facts["flops"] / seconds
     return [f"{facts['rows'] / seconds:.2f}", f"{facts['tokens'] / seconds:.0f}", f"{flops / 1e9:.1f}",

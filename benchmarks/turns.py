@@ -27,7 +27,7 @@ from onediff.library_logs import silence_libraries
 from onediff.train.speed import memory_gib
 
 SOCKET, CASE = "BENCHMARK_SOCKET", "BENCHMARK_CASE"
-TIMEOUT_S = 600.0  # The longest time for the start and first unit of a contender, and for each later unit.
+TIMEOUT_S = 600.0  # A contender may take this long for its start and first unit of work, and for each later unit.
 
 
 class Ended(Exception):
@@ -88,7 +88,7 @@ class Contender:
 
     @contextmanager
     def running(self, address: Path, threads: int) -> Iterator[None]:
-        """Start the process of the contender, and kill it at the end of the block if it still runs."""
+        """Start the process of the contender, and kill the process at the end of the `with` block if it still runs."""
         environment = os.environ | {SOCKET: str(address), CASE: json.dumps(self.case),
                                     "OMP_NUM_THREADS": str(threads)} | self.environment
         with tempfile.TemporaryFile() as self.output, socket.socket(socket.AF_UNIX) as self.listener:

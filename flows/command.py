@@ -39,7 +39,8 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
         interrupts.raise_keyboard_interrupt(limit_s)
         _limit_the_end(limit_s)
         if not DVC_YAML.exists():
-            raise FileNotFoundError(f"{DVC_YAML.absolute()} not found: run this in the project's folder")
+            raise FileNotFoundError(f"{DVC_YAML.absolute()} does not exist: run this command in the folder of the "
+                                    "project")
         configure_dvc()
         with lock or nullcontext(), temporary_server():
             state: Any = flow(*arguments, return_state=True)

@@ -65,7 +65,8 @@ def _report(verdict: registry.Verdict) -> State[Any]:
         return Completed(name="Refused", message=f"version {verdict.version} is refused: {'; '.join(verdict.reasons)}")
     if verdict.reasons:  # The version was the champion before this run.
         return Completed(message=f"version {verdict.version} {verdict.reasons[0]}")
-    what = f"version {verdict.version} is champion" + (f"; version {verdict.replaced} was" if verdict.replaced else "")
+    what = f"version {verdict.version} is champion" + (
+        f" and replaces version {verdict.replaced}" if verdict.replaced else "")
     notify("promotion", what, why="it meets mlflow/promotion.yaml", then="onediff registry rollback")
     return Completed(name="Promoted", message=what)
 

@@ -52,8 +52,8 @@ def repro(stage: str) -> State[Any]:
         return Failed(message=f"{stage} failed{reason(Path(), start)}")
     lost = [path for path in uncached_outs(stage) if path not in metric_files()]
     if lost:
-        return Failed(message=f"{stage}: DVC could not put {lost[0]} into its cache, see its message above; if the "
-                              "disk is full, make room, then run the same command again")
+        return Failed(message=f"{stage}: DVC could not put {lost[0]} into its cache, see DVC's message above; if the "
+                              "disk is full, free some space; then run the same command again")
     return Completed(name=outcome(stdout), message=f"{stage}: {outcome(stdout)}, {time.time() - start:.0f} s")
 
 
@@ -77,8 +77,8 @@ def score_again(model: str) -> registry.Evidence:
     The work is done in .onediff/evaluate, so that the pipeline's own results in data/ do not change.
     """
     if not paths.CARD.exists():
-        raise ValueError(f"{paths.DIFFCAP} not found in {Path.cwd()}; scoring {model} again needs it: "
-                         f"run 'dvc pull {paths.DIFFCAP}' there, or 'make run'")
+        raise ValueError(f"{paths.DIFFCAP} does not exist in {Path.cwd()}, but scoring {model} again needs it: "
+                         f"run 'dvc pull {paths.DIFFCAP}' in that folder, or 'make run'")
     folder = Path(".onediff/evaluate").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / paths.DATA).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Small random chat models of images, in the files, the names and the chat templates that the hub has of them."""
+"""Small random vision-language chat models, saved with the file names and chat templates of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-FIRST_MARK = 258  # bytes, beginning and end come before
+FIRST_MARK = 258  # The id of the first special token. Smaller ids are <s>, </s> and the 256 bytes.
 TEXT: dict[str, Any] = {"vocab_size": 310, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048,
                         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -53,7 +53,7 @@ IDEFICS_TEMPLATE = (
 
 
 def llava(folder: Path) -> str:
-    """As llava-hf/llava-1.5-7b-hf, with images of 28 pixels."""
+    """Save a small model in the format of llava-hf/llava-1.5-7b-hf, for images of 28 pixels; return the folder."""
     vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
                               image_size=28, patch_size=7)
     _save(LlavaForConditionalGeneration(LlavaConfig(
@@ -74,7 +74,10 @@ def llava(folder: Path) -> str:
 
 
 def qwen2_vl(folder: Path) -> str:
-    """As Qwen/Qwen2-VL-7B-Instruct, whose images keep their sizes; its advice on sampling included."""
+    """Save a small model in the format of Qwen/Qwen2-VL-7B-Instruct, which does not resize images to one size.
+
+    The generation config recommends sampling, so that a test can check that greedy search is used in spite of it.
+    """
     marks = _qwen_files(folder)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
         text_config=TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
@@ -86,7 +89,8 @@ def qwen2_vl(folder: Path) -> str:
 
 
 def qwen2_5_vl(folder: Path) -> str:
-    """As Qwen/Qwen2.5-VL-7B-Instruct, saved by a newer transformers that writes a file for videos, too."""
+    """Save a small model in the format of Qwen/Qwen2.5-VL-7B-Instruct, with the file for videos of newer transformers.
+    """
     marks = _qwen_files(folder)
     _write(folder, "video_preprocessor_config.json", {
         "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "video_processor_type": "Qwen2VLVideoProcessor",
@@ -100,7 +104,8 @@ def qwen2_5_vl(folder: Path) -> str:
 
 
 def idefics3(folder: Path) -> str:
-    """As HuggingFaceTB/SmolVLM-Instruct, which is an Idefics3: whole images and their tiles."""
+    """Save a small Idefics3 model in the format of HuggingFaceTB/SmolVLM-Instruct, which reads an image and its tiles.
+    """
     rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
     marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows]
     _save_tokenizer(folder, marks, bos_token="<s>", pad_token="</s>")
@@ -122,6 +127,7 @@ MAKERS = {"llava": llava, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "idefi
 
 
 def _qwen_files(folder: Path) -> dict[str, int]:
+    """Save tokenizer, image processor and chat template of Qwen2-VL, and return the ids of the vision tokens."""
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
     _save_tokenizer(folder, marks, pad_token="</s>")
     _write(folder, "preprocessor_config.json", {
@@ -134,7 +140,7 @@ def _qwen_files(folder: Path) -> dict[str, int]:
 
 
 def _save(model: Any, folder: Path) -> None:
-    """With weights far from the near-zero start, where every model says the same."""
+    """Save a model with large random weights, because all models with the small default weights answer alike."""
     torch.manual_seed(1)
     for weight in model.parameters():
         if weight.dim() > 1:
@@ -143,8 +149,11 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _save_tokenizer(folder: Path, marks: list[str], **roles: str) -> None:
-    """Bytes as tokens, then the marks; where there is a mark for the beginning, every text is given it, as by Llama."""
-    letters = ["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()]
+    """Save a tokenizer whose tokens are <s>, </s>, the 256 bytes and the special tokens `marks`.
+
+    If `roles` contains `bos_token`, the tokenizer puts <s> before every text, like the tokenizer of Llama.
+    """
+    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]  # alphabet() has a random order.
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -55,7 +55,7 @@ class Site:
         deployment_id = httpx.get(f"{self.api}/deployments/name/{deployment}", timeout=60).json()["id"]
         address = f"{self.api}/deployments/{deployment_id}/create_flow_run"
         while (run := httpx.post(address, json={"parameters": parameters}, timeout=60)).status_code == 503:
-            time.sleep(0.2)  # SQLite is busy; Prefect's clients also retry
+            time.sleep(0.2)  # Status 503 means that SQLite is busy; Prefect's own clients also repeat the request.
         return str(run.json()["id"])
 
     def state(self, run: str) -> dict[str, Any]:

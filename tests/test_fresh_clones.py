@@ -39,7 +39,7 @@ def clone(folder: Path) -> Path:
     ("my project ü", {"LC_ALL": "C"}), ("my project ü", {"LANG": "de_DE.UTF-8"}),
     ("proxy", {"HTTP_PROXY": PROXY, "http_proxy": PROXY, "NO_PROXY": "files.example"})])
 def test_make_run_works_in_a_clone(tmp_path: Path, name: str, environment: dict[str, str]) -> None:
-    if "HTTP_PROXY" in environment:  # only `make setup` needs a real proxy
+    if "HTTP_PROXY" in environment:  # `make setup` downloads packages, so it runs without the proxy of this test.
         subprocess.run(["make", "setup"], cwd=clone(tmp_path / name), check=True, stdout=subprocess.DEVNULL)
         make_run(tmp_path / name, **environment)
     else:

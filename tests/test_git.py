@@ -1,3 +1,5 @@
+"""Tests of the questions to git, and of commands in folders without git or inside another repository."""
+
 from __future__ import annotations
 
 import subprocess
@@ -13,7 +15,7 @@ from onediff.ops import doctor, housekeeping, verify
 from onediff.registry import facts
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHER_OWNER = "GIT_TEST_ASSUME_DIFFERENT_OWNER"  # git reads this variable in its tests
+OTHER_OWNER = "GIT_TEST_ASSUME_DIFFERENT_OWNER"  # With this variable, git takes the folder for another user's.
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_head_is_the_commit_that_contains_the_folder(repository: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert head() == commit
     (repository / "project").mkdir()
-    assert head(repository / "project") is None  # no commit contains files of this folder
+    assert head(repository / "project") is None  # No commit contains a file of this folder yet.
     (repository / "project/code.py").write_text("")
     commit_all(repository)
     assert head(repository / "project") not in (None, commit)
@@ -115,7 +117,7 @@ def test_dvc_works_without_git_and_uses_git_after_git_init(tmp_path: Path) -> No
 
 
 def test_only_one_module_runs_git() -> None:
-    """This module distinguishes an error of git from an empty answer, which other modules once confused."""
+    """onediff/git.py distinguishes an error of git from an empty answer, which other modules once confused."""
     sources = [path for folder in ("onediff", "flows") for path in (ROOT / folder).rglob("*.py")]
     asking = [str(path.relative_to(ROOT)) for path in sources if '["git", ' in path.read_text(encoding="utf-8")]
     assert asking == ["onediff/git.py"]

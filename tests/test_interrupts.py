@@ -118,7 +118,8 @@ def test_a_flow_continues_after_its_log_output_was_closed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("trap", "reason"), [(":", "SIGHUP"), ("''", "")])
 def test_a_process_started_by_make_is_informed_of_a_closed_terminal_and_saves(trap: str, reason: str,
                                                                               tmp_path: Path) -> None:
-    """The shell handles SIGHUP without forwarding it, as make does, or ignores it, as nohup does."""
+    """A shell replaces make in this test. It does not forward SIGHUP to the process, or it ignores SIGHUP like nohup.
+    """
     (tmp_path / "work.py").write_text(
         "import time; from pathlib import Path; from onediff import interrupts; interrupts.survive_closed_output()\n"
         "with interrupts.postponed(interrupts.Stop()) as stop:\n"

@@ -63,8 +63,8 @@ def test_the_folder_mlflow_contains_no_python_file() -> None:
                                   "presets/backbones/tiny/vision/model.safetensors", "dvc.lock"])
 def test_git_does_not_ignore(path: str) -> None:
     _need_git()
-    asked = subprocess.run(["git", "check-ignore", "-v", path], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert asked.returncode == 1, asked.stdout
+    answer = subprocess.run(["git", "check-ignore", "-v", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1, answer.stdout
 
 
 @pytest.mark.parametrize("path", [".onediff/mlflow.db", "runtime.yaml", ".venv/bin/python", "flows/__pycache__/a.pyc"])
@@ -95,10 +95,10 @@ def _stages() -> dict[str, tuple[str, list[str]]]:
 def test_every_dependency_in_dvc_yaml_exists_or_is_the_output_of_a_stage() -> None:
     loaded = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     listed = [out for stage in loaded.values() for out in (*stage.get("outs", []), *stage.get("metrics", []))]
-    made = {out if isinstance(out, str) else next(iter(out)) for out in listed}
+    outs = {out if isinstance(out, str) else next(iter(out)) for out in listed}
     deps = {dep for _, needed in _stages().values() for dep in needed}
-    given = {"data/raw/${item.source}"}  # the user provides it
-    files = [dep.replace("${item.source}", "scenes") for dep in sorted(deps - made - given)]
+    provided_by_users = {"data/raw/${item.source}"}
+    files = [dep.replace("${item.source}", "scenes") for dep in sorted(deps - outs - provided_by_users)]
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
@@ -119,8 +119,8 @@ def test_a_folder_that_a_stage_depends_on_exists_before_any_source_exists(folder
 def test_git_ignores_raw_data_but_not_the_dvc_files_that_track_it() -> None:
     _need_git()
     paths = ["data/raw/coco/1.jpg", "data/raw/coco.dvc", "data/raw/a/b.zip", "data/raw/a/b.zip.dvc"]
-    asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert asked.stdout.split() == ["data/raw/coco/1.jpg", "data/raw/a/b.zip"]
+    answer = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.stdout.split() == ["data/raw/coco/1.jpg", "data/raw/a/b.zip"]
 
 
 def test_no_stage_depends_on_the_run_ids_of_mlflow() -> None:
@@ -167,7 +167,7 @@ def test_pyproject_toml_declares_every_imported_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
     declared = {_normal(re.split(r"[<>=!~ \[]", item, maxsplit=1)[0]) for items in lists for item in items}
-    declared |= {"bpy"}  # only `make blender` installs it, because its dependencies conflict
+    declared |= {"bpy"}  # Only `make blender` installs bpy, because its dependencies conflict with those of onediff.
     imported = set().union(*(_imports(path) for path in _sources())) - sys.stdlib_module_names - {"onediff", "flows"}
     other_names = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
     distributions = packages_distributions()

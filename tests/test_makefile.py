@@ -1,3 +1,5 @@
+"""Tests of the Makefile: when the virtual environment is created, and which environment the targets use."""
+
 from __future__ import annotations
 
 import os
@@ -28,7 +30,8 @@ def project(tmp_path: Path) -> Path:
 
 def make(folder: Path, *arguments: str, **environment: str) -> str:
     """Run make in the folder and return what it prints."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PREFECT_HOME"}  # importing flows sets it
+    # The import of flows in another test sets PREFECT_HOME, which a user has not set.
+    inherited = {key: value for key, value in os.environ.items() if key != "PREFECT_HOME"}
     return subprocess.run(["make", *arguments], cwd=folder, env=inherited | environment, text=True, check=True,
                           stdout=subprocess.PIPE).stdout
 
@@ -81,6 +84,7 @@ def test_make_setup_installs_into_the_project_and_repairs_a_broken_environment(t
     done = subprocess.run([moved / ".venv/bin/onediff", "--help"], stdout=subprocess.PIPE, check=True, text=True)
     assert "caption" in done.stdout
     (moved / ".venv/.installed").unlink()
-    shutil.rmtree(next((moved / ".venv").glob("lib/python3*/site-packages/torch")))  # pip still lists torch
+    # Only the code of torch is removed, so pip still lists torch as installed.
+    shutil.rmtree(next((moved / ".venv").glob("lib/python3*/site-packages/torch")))
     make(moved, "setup")
     assert "Nothing to be done" in make(moved, "setup")

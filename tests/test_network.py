@@ -1,3 +1,5 @@
+"""Tests that requests to this machine do not use a proxy."""
+
 from __future__ import annotations
 
 import os

@@ -42,7 +42,7 @@ MAKERS = ("PREFECT_", "MLFLOW_", "ONEDIFF_", "MAKE", "RANK", "LOCAL_RANK", "WORL
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with the micro preset, without data, cache and runs."""
+    """A copy of the project with the micro preset, without data, DVC cache and MLflow runs."""
     folder = tmp_path_factory.mktemp("onediff")
     for name in CODE:
         source = ROOT / name
@@ -75,7 +75,7 @@ def _run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(copy: Path) -> Path:
-    """The copy after a complete run that was interrupted by SIGINT, SIGTERM and SIGHUP at random moments."""
+    """The copy of the project after a complete run, which SIGINT, SIGTERM and SIGHUP interrupted at random moments."""
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -95,7 +95,7 @@ def _interrupt(folder: Path, kind: str, command: tuple[str, ...], stage: str, mo
     seconds, remaining, printed = terminal.interrupt(kind)
     print(f"{kind} {moment:.1f} s into {stage}: ended after {seconds:.1f} s\n{printed}")
     assert seconds < 15 and not remaining and "Traceback" not in printed
-    if kind != "SIGHUP":  # the terminal is closed, so nothing is printed
+    if kind != "SIGHUP":  # After SIGHUP the terminal is closed, so nothing can be printed.
         assert "stopped by SIG" in printed
     if command == FLOW:
         assert "onediff: stopped by SIGTERM; finished stages are kept" in printed
@@ -122,7 +122,7 @@ def test_dvc_repro_builds_all_outputs(built: Path) -> None:
 def test_dvc_yaml_lists_every_parameter_that_a_stage_reads(built: Path) -> None:
     read = recorded_params.read_notes(Path(f"{built}.params"))
     assert {stage for stage, _ in read} == {"synthesize", "probe", "validate", "build", "align", "tune", "caption",
-                                            "stress", "report"}  # the stage `score` reads no parameter
+                                            "stress", "report"}  # The stage `score` reads no parameter.
     assert list(recorded_params.undeclared(read)) == []
 
 
@@ -166,7 +166,7 @@ def test_the_flow_runs_no_stage_registers_the_model_and_leaves_no_server(built: 
     assert "Running stage" not in printed and "refused" in printed
     rows = json.loads(_run(built, sys.executable, "-m", "onediff", "registry", "list", "--json").splitlines()[-1])
     assert [row["aliases"] for row in rows] == [["candidate"]]
-    assert not (built / "mlflow.db").exists()  # the default store of MLflow, which must not be used
+    assert not (built / "mlflow.db").exists()  # MLflow's default store; OneDiff has its store in .onediff.
     home = str(built)
     assert not [process.pid for process in psutil.process_iter() if _belongs(process, home)]
 
@@ -177,7 +177,7 @@ def _belongs(process: object, home: str) -> bool:
     assert isinstance(process, psutil.Process)
     try:
         return process.environ().get("PREFECT_HOME", "").startswith(home)
-    except psutil.Error:  # the process has ended or belongs to another user
+    except psutil.Error:  # The process has ended or belongs to another user.
         return False
 
 

@@ -1,3 +1,5 @@
+"""Tests that every preset and its runtime file describe a consistent run."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -138,7 +138,7 @@ def register(project: Path, carried: Path) -> str:
 
 @contextmanager
 def flipped(path: Path) -> Iterator[None]:
-    """Flip one bit in the last byte of a file during the block, even if the file is read-only."""
+    """Flip one bit in the last byte of a file during the `with` block, even if the file is read-only."""
     content, mode = path.read_bytes(), path.stat().st_mode
     path.chmod(0o644)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -116,7 +116,7 @@ def _dump(stack: Stack, name: str, target: Path) -> None:
         return
     database = stack.folder / "databases" / f"{name}.db"
     if not database.exists():
-        raise ValueError(f"{database} not found, so there is nothing to back up; 'make services' creates it")
+        raise ValueError(f"{database} does not exist, so there is nothing to back up; 'make services' creates it")
     with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)  # SQLite copies a consistent state while the servers write.
 
@@ -158,8 +158,8 @@ def _checked_manifest(stack: Stack, source: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{source / MANIFEST} not found: {source} is not a complete backup; choose a folder "
-                                "that 'make backup' wrote") from None
+        raise FileNotFoundError(f"{source / MANIFEST} does not exist, so {source} is not a complete backup; choose a "
+                                "folder that 'make backup' wrote") from None
     if manifest["database"] != stack.database:
         raise ValueError(f"{source} is a backup of {manifest['database']}, but {stack.folder} uses {stack.database}: "
                          "restore into a folder with the same kind of database (services.folder, services.database)")

@@ -81,8 +81,8 @@ def prepare(folder: Path) -> None:
     if not data.exists():
         _make(folder, data)
     if not (folder / "pgpass").exists():
-        raise ValueError(f"{folder / 'pgpass'} not found: this file contained the password of the database in {data}; "
-                         f"restore the file, or move {data} away, start again, and restore a backup")
+        raise ValueError(f"{folder / 'pgpass'} does not exist, but it must contain the password of the database in "
+                         f"{data}; restore the file, or move {data} away, start again, and restore a backup")
     lock = data / "postmaster.pid"
     if lock.exists() and not _is_postgres(int(lock.read_text().split()[0])):
         lock.unlink()

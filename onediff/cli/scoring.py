@@ -40,7 +40,10 @@ def caption(before: Annotated[Path, path_argument("The image before the change."
 
 
 def example(as_json: Json = False) -> None:
-    """Caption one pair of the test split, save the two images in .onediff/example, and show the main scores."""
+    """Caption one pair of the test split, and show the main scores.
+
+    The command saves the two images of the pair in the folder .onediff/example.
+    """
     from onediff.data.record import read_records
     from onediff.ops.results import score_table
     from onediff.registry import model_folder

@@ -23,7 +23,7 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
     """
     name = "image" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"{name} not found: the path must be an existing file; give the path of an image")
+        raise FileNotFoundError(f"{name} does not exist or is not a file: give the path of an image")
     try:
         with warnings.catch_warnings():
             # Pillow's warning about large images is not needed, because this function checks the size itself.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
 PROFILE = "profile.json"
-WORN_JPEG = 90  # The JPEG quality of the copy for the figure false_alarms_worn. People see no difference.
+COPY_JPEG_QUALITY = 90  # The JPEG quality of the copy for the figure false_alarms_worn. People see no difference.
 _BATCH_SIZE = 32
 _CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
@@ -152,8 +152,8 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
     alarms = dict.fromkeys(_ALARMS, 0)
     for start in range(0, len(images), _BATCH_SIZE):
         originals = [open_image(content) for content in images[start:start + _BATCH_SIZE]]
-        worn = [open_image(jpeg(image, WORN_JPEG, np.random.default_rng(0))) for image in originals]
-        for name, copies in zip(_ALARMS, (originals, worn), strict=True):
+        jpeg_copies = [open_image(jpeg(image, COPY_JPEG_QUALITY, np.random.default_rng(0))) for image in originals]
+        for name, copies in zip(_ALARMS, (originals, jpeg_copies), strict=True):
             captions = captioner.caption(list(zip(originals, copies, strict=True)))
             alarms[name] += sum(not says_no_change(caption) for caption in captions)
     return {name: (count, len(images)) for name, count in alarms.items()}

@@ -146,7 +146,8 @@ def _contains(folder: str, path: str) -> bool:
 class Use:
     """A file or folder in the lineage of a version, and the role it had for the version.
 
-    `here` says whether the workspace has the same bytes under this path now. None: the path does not exist there.
+    `here` is true if the workspace has equal bytes at this path, false if it has other bytes, and None if the path
+    does not exist in the workspace. All fields are keys of the JSON output of `onediff lineage --of`.
     """
 
     version: str

@@ -1,3 +1,5 @@
+"""Tests of the commands `onediff data`."""
+
 from __future__ import annotations
 
 import json

@@ -47,8 +47,8 @@ def help_of(*words: str) -> str:
 
 def test_the_help_has_one_section_for_each_group() -> None:
     text = help_of()
-    places = [text.index(f"\n{heading}:\n") for heading in COMMANDS]
-    assert places == sorted(places) and "Commands:" not in text
+    positions = [text.index(f"\n{heading}:\n") for heading in COMMANDS]
+    assert positions == sorted(positions) and "Commands:" not in text
 
 
 @pytest.mark.parametrize("words", [(), ("data",), ("registry",)])

@@ -1,3 +1,5 @@
+"""Tests of the commands of `onediff` that no other file tests, and of their error messages."""
+
 from __future__ import annotations
 
 import json
@@ -19,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that contains only the presets. The test runs in this folder."""
     (tmp_path / "presets").mkdir()
     for path in (ROOT / "presets").glob("*.yaml"):
         (tmp_path / "presets" / path.name).write_bytes(path.read_bytes())
@@ -47,7 +50,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     completed = subprocess.run([sys.executable, "-m", "onediff", "caption", "no.png", "no.png"], cwd=ROOT, text=True,
                           capture_output=True, check=False)
     assert completed.returncode == 1 and completed.stdout == ""
-    assert completed.stderr.startswith("onediff: no.png not found") and completed.stderr.count("\n") == 1
+    assert completed.stderr.startswith("onediff: no.png does not exist") and completed.stderr.count("\n") == 1
 
 
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,
@@ -65,10 +68,10 @@ def test_a_preset_does_not_overwrite_runtime_yaml(project: Path, monkeypatch: py
 
 def test_a_preset_replaces_another_preset_but_not_edited_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "preset", "micro") == _onediff(monkeypatch, "preset", "tiny") == 0
-    mine = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
-    Path("params.yaml").write_text(mine)
+    edited = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
+    Path("params.yaml").write_text(edited)
     assert "values that you edited" in str(_onediff(monkeypatch, "preset", "micro"))
-    assert Path("params.yaml").read_text() == mine
+    assert Path("params.yaml").read_text() == edited
     assert _onediff(monkeypatch, "preset", "micro", "--force") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
 
@@ -215,7 +218,7 @@ def test_a_judge_without_a_model_or_references_asks_for_the_option(project: Path
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
     assert message.startswith("onediff: params.yaml: judge: is not set") and "--model" in message
     assert "\n" not in message
-    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # This preset has a section judge.
+    Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # It has a section `judge`.
     message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
     assert message.startswith("onediff: --references is needed")
     assert not Path("data").exists()

@@ -1,3 +1,5 @@
+"""Tests of the commands `onediff registry` with a local MLflow store."""
+
 from __future__ import annotations
 
 import json
@@ -14,6 +16,7 @@ from onediff.cli.registry import app
 
 @pytest.fixture(autouse=True)
 def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with an empty MLflow store and promotion rules. The test runs in this folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_store, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -22,6 +25,7 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(*words: str) -> str:
+    """Run `onediff registry` in this process, and return what it prints or raise the error that it raised."""
     completed = CliRunner().invoke(app, words)
     if completed.exception:
         raise completed.exception
@@ -46,8 +50,8 @@ def test_if_the_rules_require_approval_the_command_asks_for_it() -> None:
     write_rules(Path("mlflow/promotion.yaml"), approval_h=1)
     add("a")
     for answer, champion in (("n", []), ("y", ["champion"])):
-        asked = CliRunner().invoke(app, ["promote"], input=f"{answer}\n").output
-        assert "Shall version 1 (model " in asked and aliases() == {"1": ["candidate", *champion]}
+        output = CliRunner().invoke(app, ["promote"], input=f"{answer}\n").output
+        assert "Shall version 1 (model " in output and aliases() == {"1": ["candidate", *champion]}
 
 
 def test_a_refusal_lists_every_failed_rule() -> None:

@@ -1,3 +1,5 @@
+"""Tests of loading params.yaml, runtime.yaml and the presets."""
+
 from __future__ import annotations
 
 import re
@@ -161,7 +163,7 @@ def test_sections_that_a_stage_reads_have_no_default_values(section: type[Sectio
 
 @pytest.mark.parametrize("section", SECTIONS_OF_STAGES)
 def test_sections_that_a_stage_reads_have_no_methods_except_checks(section: type[Section]) -> None:
-    """DVC would not notice a changed method or property either, although it could change a result."""
+    """DVC would not notice a changed method or property of a section, although the change could alter a result."""
     own = [vars(parent) for parent in section.__mro__[:section.__mro__.index(Section)]]
     methods = {name for names in own for name, value in names.items() if callable(value) or isinstance(value, property)}
     checks = set(section.__pydantic_decorators__.model_validators)

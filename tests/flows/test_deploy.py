@@ -1,3 +1,5 @@
+"""Tests of prefect.yaml and of `flows/deploy.py`, without a Prefect server."""
+
 from __future__ import annotations
 
 import importlib
@@ -16,7 +18,7 @@ DEPLOYMENTS = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
-def test_a_deployment_runs_a_flow_that_there_is_in_a_pool_that_there_is(deployment: dict) -> None:
+def test_the_flow_and_the_work_pool_of_every_deployment_exist(deployment: dict) -> None:
     path, _, name = deployment["entrypoint"].partition(":")
     flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     assert isinstance(flow, Flow)
@@ -25,7 +27,7 @@ def test_a_deployment_runs_a_flow_that_there_is_in_a_pool_that_there_is(deployme
     assert deployment["concurrency_limit"]["limit"] == 1
 
 
-def test_schedules_are_valid_and_begin_paused() -> None:
+def test_schedules_are_valid_and_paused_at_first() -> None:
     schedules = [schedule for deployment in DEPLOYMENTS for schedule in deployment.get("schedules", [])]
     assert len(schedules) == 3
     for schedule in schedules:
@@ -33,7 +35,7 @@ def test_schedules_are_valid_and_begin_paused() -> None:
         assert schedule["active"] is False
 
 
-def test_what_is_submitted_to_is_deployed() -> None:
+def test_every_deployment_that_the_code_submits_to_is_in_prefect_yaml() -> None:
     names = set()
     for deployment in DEPLOYMENTS:
         path, _, name = deployment["entrypoint"].partition(":")
@@ -48,7 +50,7 @@ def test_without_a_server_the_error_names_the_command_that_starts_one(monkeypatc
         deploy.deploy()
 
 
-def test_a_run_counts_as_lost_after_nine_minutes_without_a_heartbeat() -> None:
+def test_a_flow_run_counts_as_lost_after_at_least_nine_minutes_without_a_heartbeat() -> None:
     automation = deploy.lost_runs(deploy.PATIENCE_S)
     assert automation.trigger.within.total_seconds() >= 540
     assert automation.trigger.after == {"prefect.flow-run.heartbeat"} and automation.trigger.posture == "Proactive"

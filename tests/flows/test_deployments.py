@@ -1,4 +1,4 @@
-"""The deployments of prefect.yaml with a real server and a worker: triggers, cancelling, crashes, promotion."""
+"""Tests of the deployments with a real Prefect server and a worker: triggers, cancelling, crashes and promotion."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
+    """A copy of the project whose phase `align` is long enough to be interrupted four times."""
     first, second = (ROOT / "presets/micro.yaml").read_text().split("\nalign:")
-    long = second.replace("steps: 4", "steps: 4000", 1)  # enough to be interrupted four times
+    long = second.replace("steps: 4", "steps: 4000", 1)
     with running_site(tmp_path / "onediff", f"{first}\nalign:{long}") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def prefect_server() -> Iterator[None]:
+    """A Prefect server with an empty database."""
     from prefect.testing.utilities import prefect_test_harness
 
-    import flows  # noqa: F401 - its settings before Prefect's first import
+    import flows  # noqa: F401 - sets environment variables that must exist before Prefect is imported
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
@@ -46,7 +48,7 @@ def test_a_missing_deployment_starts_no_retraining_and_is_no_error() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_one_cause_starts_one_run_however_often_it_occurs() -> None:
+def test_repeated_requests_with_one_key_start_one_retraining() -> None:
     from prefect import flow
     from prefect.client.orchestration import get_client
 
@@ -56,24 +58,25 @@ def test_one_cause_starts_one_run_however_often_it_occurs() -> None:
     def retrain() -> None: ...
 
     retrain.to_deployment(name="retrain").apply()
-    first, again, other = (start_retraining(key) for key in ("data-1", "data-1", "data-2"))
-    assert first == again != other and first.startswith("retraining '")
+    first, repeated, other = (start_retraining(key) for key in ("data-1", "data-1", "data-2"))
+    assert first == repeated != other and first.startswith("retraining '")
     with get_client(sync_client=True) as client:
         assert len(client.read_flow_runs()) == 2
 
 
 def _in_training(site: Site, after: int = 0) -> bool:
+    """Return whether a training phase is running and has passed the step `after`."""
     return site.status()["state"] == "running" and site.status()["step"] > after
 
 
 def _wait_for_heartbeat(site: Site) -> None:
-    """The automation counts from a heartbeat that comes after it was made."""
+    """Wait for a new heartbeat, because an automation waits for the next one only after it received a heartbeat."""
     heartbeats = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "order": "DESC"}}
     before = httpx.post(f"{site.api}/events/filter", json=heartbeats, timeout=60).json()["total"]
     until(lambda: httpx.post(f"{site.api}/events/filter", json=heartbeats, timeout=60).json()["total"] > before, 120)
 
 
-def test_triggers_cancelling_a_killed_flow_and_a_lost_machine(site: Site) -> None:
+def test_retraining_resumes_after_a_cancelled_run_a_killed_flow_and_a_lost_machine(site: Site) -> None:
     worker = site.start("worker", "prefect", "worker", "start", "--pool", "onediff-cpu")
     first = site.trigger()
     until(lambda: _in_training(site), 300)
@@ -85,32 +88,32 @@ def test_triggers_cancelling_a_killed_flow_and_a_lost_machine(site: Site) -> Non
 
     site.run("prefect", "flow-run", "cancel", first)
     until(lambda: not site.training(), 120)
-    left = site.status()
-    assert left["state"] == "preempted" and left["step"] > 0
+    stopped = site.status()
+    assert stopped["state"] == "preempted" and stopped["step"] > 0
     until(lambda: site.state(first)["type"] == "CANCELLED", 120)
 
     second = site.trigger()
-    until(lambda: _in_training(site, left["step"]), 300)  # goes on, not from the beginning
+    until(lambda: _in_training(site, stopped["step"]), 300)  # The second run resumes from the checkpoint.
     flow = next(process for process in psutil.process_iter(["environ"])
                 if (process.info["environ"] or {}).get("PREFECT__FLOW_RUN_ID") == second)
     flow.send_signal(signal.SIGKILL)
     until(lambda: site.state(second)["type"] == "CRASHED", 120)
-    until(lambda: _in_training(site, left["step"]), 300)  # started again by itself
+    until(lambda: _in_training(site, stopped["step"]), 300)  # Prefect starts a third run because the second crashed.
 
-    # The whole machine is lost: nothing is heard any more, until another one takes the work up.
+    # A machine is lost: the worker and all its processes end without a message. A worker on another machine continues.
     site.run(sys.executable, "-m", "flows.deploy", "90")
     _wait_for_heartbeat(site)
-    lost = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
+    processes_of_worker = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
     third = next(run["id"] for run in site.runs() if run["state_type"] == "RUNNING")
-    for process in lost:
+    for process in processes_of_worker:
         process.kill()
-    left = site.status()["step"]
+    last_step = site.status()["step"]
     site.start("worker2", "prefect", "worker", "start", "--pool", "onediff-cpu")
     until(lambda: site.state(third)["type"] == "CRASHED", 300)
-    until(lambda: _in_training(site, left), 300)
+    until(lambda: _in_training(site, last_step), 300)
 
 
-def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_to_be_asked(
+def test_on_a_shared_server_only_deployments_change_aliases_and_they_ask_for_approval(
         site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as local:
         local.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'server.db'}")
@@ -123,7 +126,7 @@ def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_
     write_rules(site.folder / "mlflow/promotion.yaml")
     site.start("worker", "prefect", "worker", "start", "--pool", "onediff-cpu")
     try:
-        assert [add("a"), add("b", CIDEr=4.0)] == ["1", "2"]  # versions, and no alias yet
+        assert [add("a"), add("b", CIDEr=4.0)] == ["1", "2"]
         assert aliases() == {"1": [], "2": []}
         with pytest.raises(ValueError, match="changed by the deployments promote and rollback only"):
             registry.promote("1")
@@ -131,7 +134,7 @@ def test_on_a_shared_server_the_deployments_alone_change_aliases_and_ask_who_is_
         until(lambda: all(site.state(run)["type"] == "COMPLETED" for run in both), 180)
         assert sorted(site.state(run)["message"] for run in both) == ["version 1 is champion",
                                                                      "version 1 is the champion already"]
-        assert "version 2 is champion; version 1 was" in site.run("onediff", "registry", "promote", "2")
+        assert "version 2 is champion and replaces version 1" in site.run("onediff", "registry", "promote", "2")
         assert "version 1 is champion again" in site.run("onediff", "registry", "rollback", "--why", "worse at night")
 
         write_rules(site.folder / "mlflow/promotion.yaml", approval_h=1)

@@ -1,3 +1,5 @@
+"""Tests of the flow `retrain` and of the code that runs, locks and ends the processes of a flow."""
+
 from __future__ import annotations
 
 import json
@@ -38,6 +40,7 @@ stages:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with the two stages of DVC_YAML, of which the second fails. The test runs in this folder."""
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run([*DVC, "init", "-q"], check=True)
@@ -60,8 +63,9 @@ def test_a_stage_runs_then_is_up_to_date_then_comes_from_the_run_cache(project: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
-def test_an_out_that_has_no_room_in_the_cache_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a folder DVC itself prints an error, writes dvc.lock and ends with status 0."""
+def test_a_stage_fails_if_the_dvc_cache_has_no_space_for_its_output(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC itself does not fail: for an output that is a folder, it prints an error and ends with exit code 0."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
     try:
         monkeypatch.chdir(tmp_path)
@@ -76,13 +80,14 @@ def test_an_out_that_has_no_room_in_the_cache_fails_the_stage(tmp_path: Path, mo
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_stages_known_to_be_up_to_date_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # no DVC project here, so DVC would fail
+def test_dvc_does_not_run_if_all_stages_are_known_to_be_up_to_date(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # This folder is no DVC project, so every DVC command would fail here.
     shutil.copy(ROOT / "presets/micro.yaml", "params.yaml")
     assert retrain.run_here(set()).name == "UpToDate"
 
 
-def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -> None:
+def test_the_message_of_a_failed_stage_contains_the_status_that_training_wrote(project: Path) -> None:
     tasks.repro.fn("copy")
     state = tasks.repro.fn("broken")
     assert state.is_failed() and state.message == "broken failed; see its message above"
@@ -93,19 +98,20 @@ def test_a_failing_stage_says_what_training_wrote_about_its_end(project: Path) -
     assert tasks.repro.fn("broken").message == "broken failed: diverged at step 12 (loss nan)"
 
 
-def test_a_broken_pipeline_file_is_an_error_of_one_line(project: Path) -> None:
+def test_an_invalid_dvc_yaml_is_reported_in_one_line(project: Path) -> None:
     Path("dvc.yaml").write_text("stages: [")
     with pytest.raises(ValueError, match=r"^dvc status: '\./dvc\.yaml' is invalid\. .*line 2") as error:
         pipeline.stale_stages()
     assert "\n" not in str(error.value)
 
 
-def test_output_is_shown_and_returned(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_output_of_a_command_is_printed_and_returned(capfd: pytest.CaptureFixture[str]) -> None:
     assert stream([sys.executable, "-c", "print('é'); raise SystemExit(3)"]) == (3, "é\n")
     assert capfd.readouterr().out == "é\n"
 
 
-def test_a_second_run_is_refused_while_one_holds_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_is_refused_while_another_run_holds_the_lock(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "from flows.processes import pipeline_lock\nwith pipeline_lock(): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -120,33 +126,36 @@ def test_a_second_run_is_refused_while_one_holds_the_pipeline(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_nothing_a_stage_started_outlives_an_interrupted_run(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_ends_every_process_that_a_stage_started(tmp_path: Path, number: signal.Signals) -> None:
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
             "time.sleep(600)"
     run = _interruptible(tmp_path, child)
-    family = _wait_for_children(run.pid, 2)
+    descendants = _wait_for_children(run.pid, 2)
     run.send_signal(number)
-    run.send_signal(number)  # by an impatient user
+    run.send_signal(number)  # An impatient user presses Ctrl-C twice.
     assert run.communicate(timeout=60)[0] == f"{number.name}, no child\n"
-    assert not any(processes.is_alive(process) for process in family)
+    assert not any(processes.is_alive(process) for process in descendants)
 
 
-def test_a_rank_in_a_session_of_its_own_does_not_outlive_its_grace(tmp_path: Path) -> None:
+def test_a_rank_in_another_session_that_ignores_signals_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     rank = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; open('up', 'w'); time.sleep(600)"
     stage = ("import subprocess, sys, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
              f"subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)")
     (tmp_path / "runtime.yaml").write_text("grace_s: 1.0\n")
     run = _interruptible(tmp_path, stage)
-    family = _wait_for_children(run.pid, 2)
+    descendants = _wait_for_children(run.pid, 2)
     while not (tmp_path / "up").exists():
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "SIGTERM, no child\n"
-    assert not any(processes.is_alive(process) for process in family)
+    assert not any(processes.is_alive(process) for process in descendants)
 
 
 def _interruptible(folder: Path, child: str) -> subprocess.Popen[str]:
-    """A process that streams Python code, and says what interrupted it and whether a child is left, as a zombie too."""
+    """Start a process that runs the Python code `child` with `stream`.
+
+    After a signal, the process prints the name of the signal, and its remaining children including zombies.
+    """
     code = ("import sys, psutil\nfrom flows import processes\nfrom onediff import interrupts\n"
             "interrupts.raise_keyboard_interrupt(30)\n"
             f"try: processes.stream([sys.executable, '-c', {child!r}])\n"
@@ -155,8 +164,8 @@ def _interruptible(folder: Path, child: str) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_an_interrupted_stage_runs_again_and_dvc_is_left_in_order(project: Path) -> None:
-    """DVC itself gets no signal: it would leave its lock, or half of dvc.lock."""
+def test_an_interrupted_stage_runs_again_and_leaves_no_lock_of_dvc(project: Path) -> None:
+    """DVC gets no signal itself, because it would leave its lock or an incomplete dvc.lock behind."""
     Path("stage.py").write_text("import time\nfrom pathlib import Path\nfrom onediff.stages.command import run\n"
                                 "def slow():\n    Path('slow.txt').write_text('x')\n"
                                 "    while not Path('go').exists(): time.sleep(0.1)\nrun(slow)\n")
@@ -178,7 +187,8 @@ def test_an_interrupted_stage_runs_again_and_dvc_is_left_in_order(project: Path)
     assert tasks.repro.fn("slow").name == "Ran"
 
 
-def test_a_second_run_is_refused_before_it_starts_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_is_refused_before_it_starts_a_prefect_server(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     Path("dvc.yaml").touch()
@@ -190,23 +200,24 @@ def test_a_second_run_is_refused_before_it_starts_a_server(tmp_path: Path, monke
                            f"wait until it ends, or stop it with 'kill {os.getpid()}'\n")
 
 
-def test_a_flow_outside_of_a_project_ends_before_it_starts_a_server(tmp_path: Path) -> None:
+def test_a_flow_outside_of_a_project_ends_before_it_starts_a_prefect_server(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     done = subprocess.run([sys.executable, "-m", "flows.evaluate"], cwd=tmp_path, env=env | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / ".onediff/prefect/server.log").exists()
-    assert done.stderr == f"onediff: {tmp_path}/dvc.yaml not found: run this in the project's folder\n"
+    assert done.stderr == (f"onediff: {tmp_path}/dvc.yaml does not exist: run this command in the folder of the "
+                           "project\n")
 
 
-def test_the_server_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
+def test_the_prefect_server_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
     code = "import flows\nfrom flows.server import temporary_server\nwith temporary_server(): pass"
     env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     flow = subprocess.Popen([sys.executable, "-c", code], env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     [server] = _wait_for_children(flow.pid, 1)
     flow.kill()
     flow.wait()
-    _, left = psutil.wait_procs([server], timeout=30)
-    assert not left
+    _, running = psutil.wait_procs([server], timeout=30)
+    assert not running
 
 
 def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) -> None:
@@ -214,18 +225,18 @@ def test_a_stage_ends_when_the_flow_that_started_it_is_killed(tmp_path: Path) ->
     code = f"import sys\nfrom flows import processes\nprocesses.stream([sys.executable, '-c', {child!r}])"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
                            env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "any"})
-    family = _wait_for_children(run.pid, 1)
-    time.sleep(3)  # it watches by then
-    assert all(map(processes.is_alive, family))
+    descendants = _wait_for_children(run.pid, 1)
+    time.sleep(3)  # After 3 seconds, the stage has started the thread that watches whether the flow exists.
+    assert all(map(processes.is_alive, descendants))
     run.kill()
     run.wait()
-    last = time.monotonic() + 30
-    while any(map(processes.is_alive, family)) and time.monotonic() < last:
+    deadline = time.monotonic() + 30
+    while any(map(processes.is_alive, descendants)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any(map(processes.is_alive, family))
+    assert not any(map(processes.is_alive, descendants))
 
 
-def test_what_ignores_sigterm_is_killed() -> None:
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
     code = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
             "time.sleep(600)")
     stubborn = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0)
@@ -256,7 +267,7 @@ def test_a_flow_run_is_named_after_its_flow_its_subject_and_the_date(
     assert names.dated_name() == f"promote {subject}{date.today():%Y-%m-%d}"
 
 
-def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_path: Path) -> None:
+def test_the_flow_lists_every_stage_of_dvc_yaml_after_the_stages_that_it_depends_on(tmp_path: Path) -> None:
     values = YAML(typ="safe").load((ROOT / "presets/paper.yaml").read_text())
     values["data"] |= {"diffused": ["drawn"], "written": [*values["data"]["written"], "drawn"]}
     YAML().dump(values, tmp_path / "params.yaml")
@@ -269,7 +280,7 @@ def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_p
     named = pipeline.stages(load_params(tmp_path / "params.yaml").data)
     assert sorted(named) == sorted(listed)
     assert {"read@clevr_change", "retrieve@coco", "instruct@drawn", "diffuse@drawn", "write@drawn"} <= set(named)
-    order = {name: place for place, name in enumerate(named)}
+    order = {name: position for position, name in enumerate(named)}
     command = [*DVC, "dag", "--dot"]
     edges = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     pairs = re.findall(r'"(.+)" -> "(.+)"', edges.stdout)
@@ -278,16 +289,17 @@ def test_the_flow_names_every_stage_of_the_pipeline_in_an_order_that_works(tmp_p
 
 
 def _wait_for_children(pid: int, count: int) -> list[psutil.Process]:
-    last = time.monotonic() + 30
-    while time.monotonic() < last:
-        family = psutil.Process(pid).children(recursive=True)
-        if len(family) >= count:
-            return family
+    """Wait until a process has `count` descendants, and return the descendants. Fail after 30 seconds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        descendants = psutil.Process(pid).children(recursive=True)
+        if len(descendants) >= count:
+            return descendants
         time.sleep(0.1)
-    raise AssertionError(f"process {pid} did not start {count} children")
+    raise AssertionError(f"process {pid} did not start {count} processes within 30 seconds")
 
 
-def test_a_worker_brings_what_dvc_tracks_inside_a_dep(tmp_path: Path) -> None:
+def test_dvc_files_inside_a_dependency_are_inputs_of_the_stage(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "presets/backbones").mkdir(parents=True)
     (tmp_path / "presets/backbones/mine.dvc").write_text("outs: []\n")

@@ -1,3 +1,5 @@
+"""Tests of the notifications that flows send through Prefect blocks."""
+
 from __future__ import annotations
 
 import json
@@ -14,14 +16,14 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.notify import notify, without_secrets
 
 
-def test_addresses_have_no_user_and_password() -> None:
+def test_user_and_password_are_removed_from_addresses() -> None:
     text = "git push: fatal: https://bob:hunter2@example.org/x.git and postgresql://u:p@db/x, not bob@example.org"
     assert without_secrets(text) == ("git push: fatal: https://***@example.org/x.git and postgresql://***@db/x, "
                                      "not bob@example.org")
 
 
 @pytest.mark.slow
-def test_blocks_get_what_why_and_what_next_and_a_lost_one_stops_nothing(
+def test_notifications_contain_event_reason_and_next_command_and_failing_blocks_stop_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     received: list[dict[str, str]] = []

@@ -1,4 +1,4 @@
-"""The flow `promote` up to the question that it asks a person; tests/flows/test_deployments.py answers one for real."""
+"""Tests of the flow `promote` until it asks for approval; tests/flows/test_deployments.py also gives an approval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def approval_required(local_registry: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flow, "notify", lambda *_, **__: None)
 
 
-def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_promoted(
+def test_a_version_that_passes_the_gate_only_after_it_was_assessed_is_not_promoted_without_approval(
         monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = add("a", CIDEr=3.0), add("b", CIDEr=3.5)
     case = registry.assess(first).case
@@ -36,7 +36,7 @@ def test_a_version_that_was_refused_when_a_person_would_have_been_asked_is_not_p
     assert state.is_failed() and "no approval was given" in state.message
 
 
-def test_nobody_is_asked_about_the_champion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promoting_the_champion_again_needs_no_approval(monkeypatch: pytest.MonkeyPatch) -> None:
     version = add("a")
     registry.promote(version, approved=registry.assess(version).case)
     monkeypatch.setattr(tasks, "assess", tasks.assess.fn)

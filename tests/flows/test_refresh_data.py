@@ -1,4 +1,4 @@
-"""With a real DVC; the inbox by itself is tests/data/sources/test_inbox.py."""
+"""Tests of the flow `refresh_data` with a real DVC; tests/data/sources/test_inbox.py tests the inbox without DVC."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DVC = (sys.executable, "-m", "dvc")
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone with one own source, an inbox, and no imports yet."""
+    """A project with one source of user data, an inbox, and no imported source."""
     folder = tmp_path / "project"
     (folder / "data/raw").mkdir(parents=True)
     (folder / "inbox").mkdir()
@@ -37,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def origin(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address at which it is served."""
+    """A folder, and the address at which an HTTP server offers the files of this folder."""
     folder = tmp_path / "origin"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
@@ -47,20 +47,21 @@ def origin(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         server.shutdown()
 
 
-def bring(address: str, path: str) -> None:
+def import_file(address: str, path: str) -> None:
+    """Import a file with `dvc import-url`, so that DVC records its origin."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([*DVC, "import-url", "-q", address, path], check=True)
 
 
-def test_what_changed_at_its_origin_is_brought_and_what_cannot_be_had_stops_nothing(
+def test_a_file_that_changed_at_its_origin_is_updated_and_a_missing_origin_stops_nothing(
         project: Path, origin: tuple[Path, str], tmp_path: Path) -> None:
     from flows.refresh_data import update_sources
 
     folder, address = origin
     (folder / "train.json").write_text("one")
     (tmp_path / "gone.json").write_text("here once")
-    bring(f"{address}/train.json", "data/raw/spot_the_diff/train.json")
-    bring(str(tmp_path / "gone.json"), "data/raw/birds/gone.json")
+    import_file(f"{address}/train.json", "data/raw/spot_the_diff/train.json")
+    import_file(str(tmp_path / "gone.json"), "data/raw/birds/gone.json")
     (folder / "train.json").write_text("one and two")
     (tmp_path / "gone.json").unlink()
     before = Path("data/raw/spot_the_diff/train.json.dvc").read_text()
@@ -73,7 +74,7 @@ def test_what_changed_at_its_origin_is_brought_and_what_cannot_be_had_stops_noth
     assert "\n" not in problem and Path("data/raw/birds/gone.json").read_text() == "here once"
 
 
-def test_only_what_was_imported_is_asked_for(project: Path) -> None:
+def test_only_dvc_files_with_an_origin_are_listed_as_imported(project: Path) -> None:
     for name, text in {"own": "outs:\n- md5: a\n  path: own\n",
                        "theirs": "deps:\n- path: http://x/y\nouts:\n- md5: b\n  path: theirs\n"}.items():
         Path(f"data/raw/{name}.dvc").write_text(text)
@@ -83,16 +84,16 @@ def test_only_what_was_imported_is_asked_for(project: Path) -> None:
         tracked.imported()
 
 
-def test_the_state_of_raw_data_is_that_of_its_dvc_files(project: Path) -> None:
+def test_the_state_of_raw_data_depends_only_on_its_dvc_files(project: Path) -> None:
     Path("data/raw/a.dvc").write_text("outs: []")
     first = tracked.state()
-    Path("data/raw/a").write_text("not asked")
+    Path("data/raw/a").write_text("not read")
     assert tracked.state() == first
     Path("data/raw/a.dvc").write_text("outs: [b]")
     assert tracked.state() != first
 
 
-def test_a_dropped_folder_is_raw_data_that_dvc_keeps_and_onediff_reads(project: Path) -> None:
+def test_folders_from_the_inbox_are_added_to_raw_data_stored_by_dvc_and_readable(project: Path) -> None:
     from flows.refresh_data import take_batches
 
     shutil.copytree(ROOT / "examples/folder", "inbox/mine")
@@ -108,7 +109,7 @@ def test_a_dropped_folder_is_raw_data_that_dvc_keeps_and_onediff_reads(project: 
     assert Path("data/raw/mine/pairs.jsonl").read_text().count("\n") == 7
 
 
-def test_without_an_inbox_nothing_is_taken(project: Path) -> None:
+def test_without_an_inbox_no_pairs_are_imported(project: Path) -> None:
     from flows.refresh_data import take_batches
 
     Path("runtime.yaml").write_text("inbox: null\n")
@@ -116,8 +117,9 @@ def test_without_an_inbox_nothing_is_taken(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_flow_says_whether_anything_changed_and_why_no_retraining_starts(project: Path) -> None:
+def test_the_flow_reports_whether_data_changed_and_why_no_retraining_started(project: Path) -> None:
     def run(*settings: str) -> str:
+        """Run the flow with these arguments, and return the name and the message of its last state."""
         code = "from flows.refresh_data import refresh_data; from flows.server import temporary_server\n" \
                f"with temporary_server(): state = refresh_data({', '.join(settings)}, return_state=True)\n" \
                "print('END', state.name, state.message)"

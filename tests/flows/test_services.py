@@ -1,3 +1,5 @@
+"""Tests of `flows/services`: start, stop, back up and upgrade Prefect, MLflow, PostgreSQL and workers on a machine."""
+
 from __future__ import annotations
 
 import base64
@@ -30,6 +32,7 @@ REPO = Path(__file__).parents[2]
 
 
 def free_ports() -> dict[str, int]:
+    """Return a free port for each port setting of the services."""
     keys = ("prefect_port", "mlflow_port", "postgres_port")
     sockets = [socket.socket() for _ in keys]
     for item in sockets:
@@ -41,16 +44,18 @@ def free_ports() -> dict[str, int]:
 
 
 def sleeper(folder: Path, command: str = "sleep 60") -> Service:
+    """Return a service that runs a shell command and never becomes healthy."""
     return Service("sleeper", ["sh", "-c", command], dict(os.environ), folder, "nowhere", None, refuse)
 
 
 def refuse() -> None:
+    """Fail like the health check of a service that does not answer."""
     raise ValueError("Connection refused")
 
 
 @pytest.fixture
 def sqlite_stack(tmp_path: Path) -> topology.Stack:
-    """A folder of services whose databases hold one row each; nothing runs."""
+    """A folder of services with SQLite, none of which is running; each database contains one row."""
     runtime = Runtime.model_validate({"services": {"folder": str(tmp_path / "services"), "database": "sqlite"}})
     stack = topology.load_stack(runtime)
     topology.begin(stack)
@@ -70,9 +75,7 @@ def read_rows(stack: topology.Stack, name: str) -> list[str]:
         return [row[0] for row in opened.execute("select what from kept")]
 
 
-# -- processes ---------------------------------------------------------------------------------------------------
-
-def test_a_process_and_all_below_it_end_even_if_the_first_was_killed(tmp_path: Path) -> None:
+def test_all_processes_of_a_service_are_ended_even_if_the_first_process_was_killed(tmp_path: Path) -> None:
     background.launch(sleeper(tmp_path, "sleep 61 & sleep 62 & wait"), tmp_path)
     leader = background.running(tmp_path, "sleeper")
     while len(members := background.family(tmp_path, "sleeper")) < 3:
@@ -86,7 +89,7 @@ def test_a_process_and_all_below_it_end_even_if_the_first_was_killed(tmp_path: P
     assert background.end(tmp_path, "sleeper") is False
 
 
-def test_a_pid_that_is_anothers_by_now_is_neither_taken_for_the_service_nor_ended(tmp_path: Path) -> None:
+def test_a_process_that_got_the_pid_of_an_ended_service_is_not_ended(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
         background.pid_file(tmp_path, "mlflow").parent.mkdir()
         background.pid_file(tmp_path, "mlflow").write_text(json.dumps({"pid": other.pid, "born": 12345.0}))
@@ -108,7 +111,7 @@ def test_a_service_that_ends_or_does_not_answer_is_reported_with_the_end_of_its_
     background.end(tmp_path, "sleeper", grace_s=5)
 
 
-def test_the_lock_of_a_postmaster_that_was_killed_is_lifted_before_its_parent_takes_notice(tmp_path: Path) -> None:
+def test_the_lock_file_of_a_killed_postgres_is_removed_while_its_process_is_a_zombie(tmp_path: Path) -> None:
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres" / "postgres").symlink_to(shutil.which("sleep") or "")
     (tmp_path / "pgpass").touch()
@@ -127,7 +130,7 @@ def test_the_lock_of_a_postmaster_that_was_killed_is_lifted_before_its_parent_ta
     server.wait()
 
 
-def test_a_port_in_use_is_an_error_with_the_cure() -> None:
+def test_the_error_about_a_port_in_use_suggests_another_port() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -137,10 +140,8 @@ def test_a_port_in_use_is_an_error_with_the_cure() -> None:
     background.check_port_is_free(port, "mlflow_port")
 
 
-# -- what runs where ---------------------------------------------------------------------------------------------
-
-def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPatch,
-                                                    sqlite_stack: topology.Stack) -> None:
+def test_addresses_and_commands_of_services_contain_no_password(monkeypatch: pytest.MonkeyPatch,
+                                                                sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv(topology.MLFLOW_PASSWORD, "secret-of-mlflow")
     monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
     stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
@@ -152,8 +153,8 @@ def test_no_address_and_no_command_holds_a_password(monkeypatch: pytest.MonkeyPa
     assert "${ONEDIFF_MLFLOW_ADMIN_PASSWORD:?}" in topology.shell_lines(stack)
 
 
-def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(monkeypatch: pytest.MonkeyPatch,
-                                                                          sqlite_stack: topology.Stack) -> None:
+def test_flows_of_a_worker_get_the_servers_addresses_but_no_database_settings(monkeypatch: pytest.MonkeyPatch,
+                                                                              sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv("PREFECT_API_KEY", "of another server")
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
     stack = topology.Stack(sqlite_stack.folder, sqlite_stack.runtime, "postgresql")
@@ -163,28 +164,28 @@ def test_flows_of_a_worker_use_these_servers_and_do_not_see_the_databases(monkey
     assert not {"PGPASSFILE", "MLFLOW_BACKEND_STORE_URI", "PREFECT_SERVER_DATABASE_CONNECTION_URL"} & env.keys()
 
 
-def test_gpu_work_is_served_where_runtime_says_so_and_never_where_it_says_cpu() -> None:
+def test_workers_serve_the_gpu_pool_only_if_the_device_is_cuda() -> None:
     assert topology.pools(Runtime(device="cuda")) == ["onediff-cpu", "onediff-gpu"]
     assert topology.pools(Runtime(device="cpu")) == ["onediff-cpu"]
 
 
-def test_a_folder_stays_with_the_database_that_it_began_with(sqlite_stack: topology.Stack) -> None:
+def test_a_services_folder_keeps_its_kind_of_database(sqlite_stack: topology.Stack) -> None:
     folder = str(sqlite_stack.folder)
     assert topology.load_stack(Runtime.model_validate({"services": {"folder": folder}})).database == "sqlite"
     with pytest.raises(ValueError, match=r"services.database is postgresql, but .* already has a sqlite"):
         topology.load_stack(Runtime.model_validate({"services": {"folder": folder, "database": "postgresql"}}))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or postgres.binaries() is None, reason="is about root and PostgreSQL")
-def test_root_gets_the_error_that_postgres_may_not_enter_the_folder(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0 or postgres.binaries() is None, reason="needs root and PostgreSQL")
+def test_a_folder_that_user_postgres_cannot_enter_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     runtime = {"services": {"folder": str(tmp_path / "services"), "database": "postgresql"}}
     with pytest.raises(ValueError, match=rf"user 'postgres' has no access to {tmp_path}: set services.folder"):
         topology.load_stack(Runtime.model_validate(runtime))
 
 
-def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: pytest.MonkeyPatch,
-                                                                   sqlite_stack: topology.Stack) -> None:
+def test_a_server_that_had_a_password_is_not_started_without_a_password(monkeypatch: pytest.MonkeyPatch,
+                                                                        sqlite_stack: topology.Stack) -> None:
     monkeypatch.setenv(topology.PREFECT_LOGIN, "admin:secret-of-prefect")
     topology.begin(sqlite_stack)
     monkeypatch.delenv(topology.PREFECT_LOGIN)
@@ -192,13 +193,13 @@ def test_a_server_that_asked_for_a_password_is_not_started_without(monkeypatch: 
         topology.begin(sqlite_stack)
 
 
-def test_two_starts_at_once_are_one_start(tmp_path: Path) -> None:
+def test_a_second_start_is_refused_while_another_one_is_running(tmp_path: Path) -> None:
     refusal = "another start, stop, backup or restore is running"
     with topology.exclusive(tmp_path), pytest.raises(ValueError, match=refusal), topology.exclusive(tmp_path):
         pass
 
 
-def test_services_are_set_by_the_environment_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_environment_variable_configures_the_services(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ONEDIFF_SERVICES", "{mlflow_port: 5001}")
     assert load_runtime(tmp_path / "runtime.yaml").services.mlflow_port == 5001
     monkeypatch.setenv("ONEDIFF_SERVICES", "{mlflow_prot: 5001}")
@@ -206,9 +207,7 @@ def test_services_are_set_by_the_environment_too(monkeypatch: pytest.MonkeyPatch
         load_runtime(tmp_path / "runtime.yaml")
 
 
-# -- backup and restore, without servers ---------------------------------------------------------------------------
-
-def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
+def test_a_restore_gives_the_rows_of_the_time_of_the_backup(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
     databases.backup(sqlite_stack, tmp_path / "kept")
     for name in postgres.DATABASES:
         write_rows(sqlite_stack, name, ["new"])
@@ -218,7 +217,8 @@ def test_a_restore_brings_back_what_the_backup_saw(sqlite_stack: topology.Stack,
         databases.backup(sqlite_stack, tmp_path / "kept")
 
 
-def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stack, tmp_path: Path) -> None:
+def test_a_damaged_or_unsuitable_backup_is_refused_and_changes_nothing(sqlite_stack: topology.Stack,
+                                                                       tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     databases.backup(sqlite_stack, kept)
     write_rows(sqlite_stack, "prefect", ["new"])
@@ -235,7 +235,7 @@ def test_a_damaged_or_foreign_backup_changes_nothing(sqlite_stack: topology.Stac
     assert read_rows(sqlite_stack, "prefect") == ["old", "new"]
 
 
-def test_a_restore_that_was_killed_midway_is_undone(sqlite_stack: topology.Stack) -> None:
+def test_a_restore_that_was_killed_is_undone_by_the_next_start(sqlite_stack: topology.Stack) -> None:
     folder = sqlite_stack.folder
     (folder / "databases").rename(folder / "databases.old")
     (folder / "databases.new").mkdir()
@@ -244,10 +244,8 @@ def test_a_restore_that_was_killed_midway_is_undone(sqlite_stack: topology.Stack
     assert not list(folder.glob("databases.*"))
 
 
-# -- real servers --------------------------------------------------------------------------------------------------
-
 class RunningServices:
-    """Services of a folder of their own, started and stopped by the command line as a user does."""
+    """Real services in a separate folder, which the tests control with the command line `python -m flows.services`."""
 
     def __init__(self, database: str, folder: Path, **env: str) -> None:
         self.database, self.folder, self.ports = database, folder, free_ports()
@@ -255,18 +253,25 @@ class RunningServices:
         self.env = {**os.environ, "PYTHONPATH": str(REPO), "ONEDIFF_SERVICES": json.dumps(settings), **env}
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `python -m flows.services` with these arguments."""
         return subprocess.run([sys.executable, "-m", "flows.services", *arguments], cwd=self.folder, env=self.env,
                               capture_output=True, text=True, check=False)
 
     def run(self, *arguments: str) -> str:
+        """Run `python -m flows.services` and return what it prints; fail if the command fails."""
         done = self.command(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def rows(self) -> dict[str, dict[str, Any]]:
+        """Return the status of every service by name."""
         return {row["name"]: row for row in json.loads(self.command("status", "--json").stdout)}
 
     def ask(self, service: str, path: str, body: dict[str, Any] | None = None, login: str | None = None) -> Any:
+        """Send a request to the API of `prefect` or `mlflow` and return the decoded answer.
+
+        With `body` the request is a POST. `login` is USER:PASSWORD.
+        """
         base = {"prefect": f"http://127.0.0.1:{self.ports['prefect_port']}/api/",
                 "mlflow": f"http://127.0.0.1:{self.ports['mlflow_port']}/api/2.0/mlflow/"}[service]
         request = urllib.request.Request(base + path, None if body is None else json.dumps(body).encode(),
@@ -277,11 +282,12 @@ class RunningServices:
             return json.loads(answer.read())
 
     def create(self, name: str) -> None:
+        """Create an MLflow experiment and a Prefect variable with this name."""
         self.ask("mlflow", "experiments/create", {"name": name})
         self.ask("prefect", "variables/", {"name": name, "value": 1})
 
     def created(self) -> tuple[set[str], set[str]]:
-        """The names that each server knows."""
+        """Return the names of all MLflow experiments and of all Prefect variables that `create` made."""
         runs = self.ask("mlflow", "experiments/search", {"max_results": 100})["experiments"]
         return ({item["name"] for item in runs} - {"Default"},
                 {item["name"] for item in self.ask("prefect", "variables/filter", {})})
@@ -291,7 +297,8 @@ class RunningServices:
 def services(request: pytest.FixtureRequest) -> Iterator[RunningServices]:
     if request.param == "postgresql" and postgres.binaries() is None:
         pytest.skip("PostgreSQL is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="onediff-services-"))  # not tmp_path, which user `postgres` may not enter
+    # The user `postgres` has no access to tmp_path.
+    folder = Path(tempfile.mkdtemp(prefix="onediff-services-"))
     folder.chmod(0o755)
     running = RunningServices(request.param, folder)
     try:
@@ -303,7 +310,7 @@ def services(request: pytest.FixtureRequest) -> Iterator[RunningServices]:
 
 
 @pytest.mark.slow
-def test_all_of_them_are_well_and_a_second_start_doubles_none(services: RunningServices) -> None:
+def test_all_services_are_healthy_and_a_second_start_starts_none_of_them_again(services: RunningServices) -> None:
     before = services.rows()
     assert all(row["healthy"] and row["running"] and row["database"] == services.database for row in before.values())
     assert list(before)[-3:] == ["prefect", "mlflow", "onediff-cpu"]
@@ -331,9 +338,9 @@ def test_a_killed_service_is_reported_and_starts_again_with_its_data(services: R
 
 
 @pytest.mark.slow
-def test_a_restore_brings_back_the_state_of_the_backup(services: RunningServices) -> None:
+def test_a_backup_of_running_services_can_be_restored_only_while_they_are_stopped(services: RunningServices) -> None:
     kept, state = services.folder / "kept", services.created()
-    services.run("backup", str(kept))  # while they run
+    services.run("backup", str(kept))
     services.create("after_the_backup")
     refused = services.command("restore", str(kept))
     assert refused.returncode == 1 and "the prefect server is running: run 'make services-stop'" in refused.stderr
@@ -356,7 +363,7 @@ def test_an_upgrade_keeps_the_data_and_makes_a_backup_first(services: RunningSer
 
 
 @pytest.mark.slow
-def test_an_artifact_goes_through_the_server_to_its_folder(services: RunningServices) -> None:
+def test_the_mlflow_server_stores_artifacts_in_the_services_folder(services: RunningServices) -> None:
     code = ("from mlflow import MlflowClient\nimport sys\nc = MlflowClient()\n"
             "run = c.create_run(c.create_experiment('with_artifact'))\nc.log_text(run.info.run_id, 'hello', 'a.txt')\n")
     address = f"http://127.0.0.1:{services.ports['mlflow_port']}"
@@ -401,15 +408,15 @@ run_deployment("wait/wait", parameters={"folder": sys.argv[1]}, timeout=0)
 
 
 @pytest.mark.slow
-def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(services: RunningServices) -> None:
+def test_a_flow_uses_the_mlflow_server_survives_its_worker_and_ends_at_stop(services: RunningServices) -> None:
     folder = services.folder / "flow"
     folder.mkdir()
     (folder / "waiting.py").write_text(FLOW)
     env = {**services.env, "PREFECT_API_URL": f"http://127.0.0.1:{services.ports['prefect_port']}/api"}
     subprocess.run([sys.executable, "-c", DEPLOY, str(folder)], check=True, env=env, capture_output=True)
-    last = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not (folder / "seen").exists():
-        assert time.monotonic() < last, "the worker did not start the flow"
+        assert time.monotonic() < deadline, "the worker did not start the flow within 120 seconds"
         time.sleep(0.5)
     pid, address = (folder / "seen").read_text().split()
     assert address == f"http://127.0.0.1:{services.ports['mlflow_port']}"
@@ -425,7 +432,7 @@ def test_a_flow_uses_these_servers_outlives_its_worker_and_ends_with_stop(servic
 
 
 @pytest.mark.slow
-def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: RunningServices) -> None:
+def test_a_start_with_a_port_in_use_fails_and_leaves_no_service_running(services: RunningServices) -> None:
     services.run("stop")
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -437,8 +444,8 @@ def test_a_taken_port_stops_the_start_and_leaves_nothing_behind(services: Runnin
 
 
 @pytest.mark.slow
-def test_no_log_and_no_process_list_shows_a_password(services: RunningServices) -> None:
-    """Last of the module: over everything that the tests before did."""
+def test_logs_command_lines_and_public_files_contain_no_password(services: RunningServices) -> None:
+    """This test comes last, so that it reads the logs of everything that the tests before it did."""
     services.run("start")
     hidden = [(services.folder / "services/flask_key").read_text()]
     if services.database == "postgresql":
@@ -452,11 +459,9 @@ def test_no_log_and_no_process_list_shows_a_password(services: RunningServices) 
     assert not [secret for secret in hidden if secret in "".join(open_to_others)]
 
 
-# -- with passwords ------------------------------------------------------------------------------------------------
-
 @pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: str) -> None:
+def test_servers_with_passwords_accept_only_requests_with_the_password(database: str) -> None:
     if database == "postgresql" and postgres.binaries() is None:
         pytest.skip("PostgreSQL is not installed")
     secrets = {topology.MLFLOW_PASSWORD: "a-secret-of-mlflow", topology.PREFECT_LOGIN: "admin:a-secret-of-prefect"}
@@ -466,7 +471,7 @@ def test_servers_with_passwords_let_in_who_has_them_and_nobody_else(database: st
     without = {key: value for key, value in services.env.items() if key not in secrets}
     try:
         services.run("start")
-        assert all(row["healthy"] for row in services.rows().values())  # the worker came in as well
+        assert all(row["healthy"] for row in services.rows().values())  # The worker has the passwords, too.
         for service, path, login in (("mlflow", "experiments/search?max_results=1", "admin:a-secret-of-mlflow"),
                                      ("prefect", "admin/version", "admin:a-secret-of-prefect")):
             for wrong in (None, "admin:a-guess"):

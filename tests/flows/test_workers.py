@@ -1,4 +1,4 @@
-"""Stages on other machines: two clones that share a DVC remote alone, and what is handed from one to the other."""
+"""Tests of stages that run on other machines: two clones share only a DVC remote and exchange small files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ stages:
 
 @pytest.fixture
 def clones(tmp_path: Path) -> tuple[Path, Path, str]:
-    """Two clones without a git remote, both with the same DVC remote; and their commit."""
+    """Two clones that share a DVC remote but have no git remote, and their commit."""
     base = tmp_path / "base"
     (base / "data/made").mkdir(parents=True)
     (base / "dvc.yaml").write_text(DVC_YAML)
@@ -60,26 +60,27 @@ def _commit(folder: Path) -> None:
 
 def _work(folder: Path, name: str, commit: str, files: dict[str, str],
           patch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:
+    """Run a stage like a worker in the clone `folder`; return the outcome and the small files that it hands back."""
     patch.chdir(folder)
     stage.check_out(commit)
     stage.write_inputs(files)
     return stage.run_stage(name)
 
 
-def test_a_stage_finds_what_another_machine_made_and_hands_back_small_files(
+def test_a_stage_reads_outputs_of_another_machine_and_hands_back_small_files(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, commit = clones
-    happened, files = _work(first, "make@one", commit, {}, monkeypatch)
-    assert happened == "Ran" and files.keys() == {"dvc.lock"}
-    happened, files = _work(second, "count", commit, files, monkeypatch)
-    assert happened == "Ran" and files["data/count.json"] == "4"
+    outcome, files = _work(first, "make@one", commit, {}, monkeypatch)
+    assert outcome == "Ran" and files.keys() == {"dvc.lock"}
+    outcome, files = _work(second, "count", commit, files, monkeypatch)
+    assert outcome == "Ran" and files["data/count.json"] == "4"
     assert (second / stage.WORK / "data/made/one.txt").read_text() == "four"
     assert not (second / "dvc.lock").exists() and not (second / "data/made/one.txt").exists()
     assert _work(first, "make@one", commit, files, monkeypatch)[0] == "UpToDate"
     assert _work(first, "count", commit, files, monkeypatch)[0] == "UpToDate"
 
 
-def test_two_machines_share_a_remote_over_ssh_and_one_without_the_key_gets_an_error(
+def test_two_machines_share_a_remote_over_ssh_and_a_machine_without_the_key_gets_an_error(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first, second, commit = clones
     with sftp_server(tmp_path) as (port, key):
@@ -96,7 +97,7 @@ def test_two_machines_share_a_remote_over_ssh_and_one_without_the_key_gets_an_er
         assert _work(second, "count", commit, files, monkeypatch)[1]["data/count.json"] == "4"
 
 
-def test_what_a_worker_made_from_other_inputs_is_not_taken_for_these(
+def test_a_worker_does_not_use_outputs_that_were_made_from_other_inputs(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, commit = clones
     files = _work(first, "make@one", commit, {}, monkeypatch)[1]
@@ -109,7 +110,7 @@ def test_what_a_worker_made_from_other_inputs_is_not_taken_for_these(
     assert _work(second, "count", newer, files, monkeypatch)[1]["data/count.json"] == "7"
 
 
-def test_what_was_computed_anywhere_comes_from_the_run_cache(
+def test_a_stage_that_ran_on_another_machine_is_restored_from_the_shared_run_cache(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, commit = clones
     _work(first, "make@one", commit, {}, monkeypatch)
@@ -123,7 +124,7 @@ def test_a_commit_that_the_clone_cannot_get_is_refused(
         stage.check_out("1234" * 10)
 
 
-def test_an_object_that_the_remote_lost_is_named(
+def test_the_error_about_an_object_that_the_remote_lost_contains_its_path(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, commit = clones
     files = _work(first, "make@one", commit, {}, monkeypatch)[1]
@@ -134,7 +135,7 @@ def test_an_object_that_the_remote_lost_is_named(
         _work(second, "count", commit, files, monkeypatch)
 
 
-def test_a_sender_may_not_write_outside_the_project(
+def test_files_from_another_machine_may_not_be_written_outside_the_project(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clones[0])
     stage.check_out(clones[2])
@@ -143,7 +144,7 @@ def test_a_sender_may_not_write_outside_the_project(
             stage.write_inputs({name: "x"})
 
 
-def test_every_stage_says_what_machine_it_needs() -> None:
+def test_every_stage_states_whether_it_needs_a_cpu_or_a_gpu() -> None:
     listed = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     kinds = {name: pipeline.needs(name, ROOT) for name in listed}
     assert kinds["tune"] == kinds["align"] == "gpu" and kinds["probe"] == "cpu"
@@ -160,7 +161,7 @@ def test_uncommitted_code_is_not_sent_to_workers(
         stage.commit_for_workers()
 
 
-def test_results_are_committed_to_a_branch_of_their_own_and_pushed(
+def test_results_are_committed_to_a_new_branch_and_pushed(
         clones: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first, _, commit = clones
     files = _work(first, "make@one", commit, {}, monkeypatch)[1]
@@ -169,7 +170,7 @@ def test_results_are_committed_to_a_branch_of_their_own_and_pushed(
     assert _run(first, "git", "diff", "--name-only", "HEAD", "retrain/r0").split() == ["dvc.lock"]
     _run(first, "git", "add", "dvc.lock")
     _run(first, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "lock")
-    assert commit_results("r1") is None  # nothing new
+    assert commit_results("r1") is None  # The commit of the user already contains this dvc.lock.
     (first / "dvc.lock").write_text(files["dvc.lock"] + "# new\n")
     (first / "code.txt").write_text("not a result")
     head = _run(first, "git", "rev-parse", "HEAD")

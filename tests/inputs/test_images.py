@@ -111,9 +111,9 @@ def test_exif_rotation_is_applied_to_sixteen_bit_grey_images_too() -> None:
 
 
 def test_a_missing_file_and_a_folder_are_refused_with_a_message_that_contains_the_path(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone\.png not found"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
         open_image(tmp_path / "gone.png")
-    with pytest.raises(FileNotFoundError, match="must be an existing file"):
+    with pytest.raises(FileNotFoundError, match="is not a file: give the path of an image"):
         open_image(tmp_path)
 
 

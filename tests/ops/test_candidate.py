@@ -1,3 +1,5 @@
+"""Tests of the figures about a model that are measured when it is registered."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests of `onediff drift`: statistics, the usage log, exit codes and the flow `check_drift`."""
+
 from __future__ import annotations
 
 import json
@@ -74,7 +76,7 @@ def test_random_halves_of_one_sample_do_not_drift() -> None:
     alarms = 0
     for _ in range(200):
         order = rng.permutation(len(rows))
-        first, second = ([rows[place] for place in half] for half in (order[:200], order[200:]))
+        first, second = ([rows[index] for index in half] for half in (order[:200], order[200:]))
         alarms += bool(compare(profile_of(first), second, SETTINGS, alarms={"false_alarms": (3, 100)}).moved)
     assert alarms <= 2  # SETTINGS.chance allows one false report in 100 comparisons.
 
@@ -222,7 +224,7 @@ def test_the_flow_ends_in_a_state_named_after_the_verdict(project: Path, tmp_pat
     register(project / "model", carried=profile.parent)
     assert registry.promote(rules=write_rules(Path("rules.yaml"))).promoted
     Path("usage").mkdir()
-    Path("dvc.yaml").write_text("stages: {}\n")  # A flow starts only in a folder that has this file.
+    Path("dvc.yaml").write_text("stages: {}\n")  # A flow starts only in a folder that contains dvc.yaml.
 
     def last_line() -> str:
         completed = subprocess.run([sys.executable, "-m", "flows.check_drift", "1"], text=True, capture_output=True,

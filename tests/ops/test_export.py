@@ -1,3 +1,5 @@
+"""Tests of `onediff export` with a real small model in a real MLflow store."""
+
 from __future__ import annotations
 
 import json

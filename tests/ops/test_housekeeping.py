@@ -1,3 +1,5 @@
+"""Tests of `onediff gc`: what it removes, what it keeps, and when it refuses to remove anything."""
+
 from __future__ import annotations
 
 import fcntl
@@ -94,6 +96,10 @@ def age(folder: Path) -> Path:
 
 
 def make_run(name: str, *, parent: str | None = None, started: float = OLD, status: str = "FINISHED") -> str:
+    """Create an MLflow run with an artifact of 1,000 bytes, and return the id of the run.
+
+    `started` is the start time in seconds since 1970; `parent` is the id of the run that contains this run.
+    """
     tags = {"mlflow.parentRunId": parent} if parent else {}
     run = tracking.client().create_run(tracking.experiment_id(), int(started * 1000), tags, name)
     tracking.client().log_text(run.info.run_id, "x" * 1000, "a.txt")

@@ -1,3 +1,5 @@
+"""Tests of `onediff lineage`: what a version records, and which versions used a file."""
+
 from __future__ import annotations
 
 import hashlib
@@ -26,7 +28,7 @@ def project(tiny_version: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uses_of(item: str) -> list[tuple[str, str, bool | None]]:
-    """Return path, role and equality with the workspace for each use of an item."""
+    """Return for each use of an item the path, the role, and whether the workspace has equal bytes at this path."""
     uses, without_lineage = lineage.versions_of(item)
     assert without_lineage == []
     return [(use.path, use.role, use.here) for use in uses]

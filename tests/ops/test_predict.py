@@ -1,3 +1,5 @@
+"""Tests of `onediff predict` and `onediff references`."""
+
 from __future__ import annotations
 
 import sys
@@ -30,6 +32,7 @@ def project(scene_pairs: list[Record], tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def cnn(project: Path) -> Path:
+    """The folder of a small random Siamese CNN captioner."""
     shape = Architecture(image_px=48, channels=(5, 7, 11), width=26, heads=2, layers=1, max_words=6)
     vocabulary = Vocabulary(["the", "cube", "moved"])
     SiameseCaptioner(SiameseCNN(shape, len(vocabulary.words)), vocabulary).save(project / "cnn")

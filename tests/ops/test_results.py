@@ -1,3 +1,5 @@
+"""Tests of the table of scores that `make run` prints, with the committed scores in brackets."""
+
 from __future__ import annotations
 
 import json

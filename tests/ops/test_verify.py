@@ -1,3 +1,5 @@
+"""Tests of `onediff lineage VERSION --verify` on a small complete project."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +46,7 @@ def failed(checks: list[Check]) -> dict[str, str]:
 
 @contextmanager
 def edited_lineage(**changes: Any) -> Iterator[None]:
-    """Change keys of the version's lineage.json, and restore the file at the end of the block."""
+    """Change keys in lineage.json of the registered version during the `with` block, and then restore the file."""
     path = registry.version_files("models:/onediff/1") / "lineage/lineage.json"
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | changes))

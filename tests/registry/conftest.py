@@ -1,3 +1,5 @@
+"""Fixtures of the registry tests: each test has a local MLflow store, and may use a real MLflow server."""
+
 from __future__ import annotations
 
 import shutil
@@ -16,6 +18,7 @@ def store(local_registry: Path) -> Path:
 @pytest.fixture
 def server(store: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory,
            monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A running MLflow server with an empty database, which is the registry of the test."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty_store, folder / "server.db")
     running = Server(folder)

@@ -19,6 +19,7 @@ ADMIN, OTHER = ("admin", "adm1n-passw0rd"), ("reader", "r3ader-passw0rd")
 
 @pytest.fixture
 def guarded(store: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> Iterator[Server]:
+    """A running MLflow server that requires a login."""
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
     running = Server(tmp_path_factory.mktemp("guarded"), "--app-name", "basic-auth",
                      MLFLOW_AUTH_ADMIN_PASSWORD=ADMIN[1], MLFLOW_FLASK_SERVER_SECRET_KEY="for this test")
@@ -29,6 +30,7 @@ def guarded(store: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch) 
 
 
 def become(user: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log in to MLflow with this user name and password from now on."""
     connection._client.cache_clear()
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user[0])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", user[1])

@@ -1,3 +1,5 @@
+"""Tests of the files of a registered version: where they may be, and how large models are stored by reference."""
+
 from __future__ import annotations
 
 import shutil
@@ -37,12 +39,12 @@ def test_missing_files_of_a_version_are_reported_in_one_line() -> None:
         registry.model_folder("models:/onediff/1")
 
 
-@pytest.mark.parametrize("place", ["{tmp}/elsewhere", "{root}/../elsewhere", "{root}/%2e%2e/elsewhere", "s3://b/x",
+@pytest.mark.parametrize("location", ["{tmp}/elsewhere", "{root}/../elsewhere", "{root}/%2e%2e/elsewhere", "s3://b/x",
                                    "{tmp}/mlflow-artifacts-not"])
-def test_files_outside_the_store_are_not_read(place: str, store: Path) -> None:
+def test_files_outside_the_store_are_not_read(location: str, store: Path) -> None:
     add("a")
     root = (store / "mlflow-artifacts").as_uri()
-    move(place.format(tmp=store.as_uri(), root=root))
+    move(location.format(tmp=store.as_uri(), root=root))
     for call in (registry.model_folder, registry.version_files, registry.scored_pairs):
         with pytest.raises(ValueError, match=r"version 1: its files must be inside the MLflow store '"):
             call("models:/onediff/1")
@@ -51,11 +53,11 @@ def test_files_outside_the_store_are_not_read(place: str, store: Path) -> None:
     assert aliases() == {"1": ["candidate"]}
 
 
-def move(place: str) -> None:
+def move(location: str) -> None:
     """Change the location of the files in MLflow's database, as an attacker with access to the database could."""
     with sqlite3.connect("mlflow.db") as database:
-        database.execute("UPDATE logged_models SET artifact_location = ?", [place])
-        database.execute("UPDATE model_versions SET storage_location = ?, source = ?", [place, place])
+        database.execute("UPDATE logged_models SET artifact_location = ?", [location])
+        database.execute("UPDATE model_versions SET storage_location = ?, source = ?", [location, location])
 
 
 def test_a_model_path_outside_the_folder_of_the_version_is_not_read(store: Path) -> None:
@@ -111,7 +113,7 @@ def test_weights_with_another_digest_than_the_registered_one_are_not_used(large_
         registry.model_folder("models:/onediff/1")
     tracking.client().set_model_version_tag("onediff", "1", MODEL_DIGEST, model_digests(large_model).folder)
     shutil.rmtree(".dvc/cache")
-    with pytest.raises(ValueError, match=r"\.dir"):  # The message contains the digest of the folder.
+    with pytest.raises(ValueError, match=r"\.dir"):  # The message contains the md5 of the folder.
         registry.model_folder("models:/onediff/1")
     with pytest.raises(ValueError, match=r"\.dir"):
         registry.promote()

@@ -75,7 +75,7 @@ def edit(path: Path, **figures: object) -> None:
 
 
 def scored_as(text: str | None = None, /, **figures: object) -> registry.Verdict:
-    """Promote as if stage `score` had written this text into gate.json, or these scores of the benchmark `scenes`."""
+    """Promote as if the stage `score` had written `text` into gate.json, or `figures` as scores of `scenes`."""
     if text is None:
         edit(GATE, **figures)
     else:
@@ -157,7 +157,7 @@ def a_changed_config() -> Any:
 
 
 @attempt("models/other: must be the model folder that stage caption read")
-def another_folder_with_these_scores() -> Any:
+def a_model_folder_that_was_not_scored() -> Any:
     register(model("other"))
 
 
@@ -196,12 +196,12 @@ def a_cider_above_ten() -> Any:
 
 
 @attempt("data/gate.json: must be valid JSON, got: numbers must be finite in JSON, got Infinity")
-def infinity() -> Any:
+def infinity_as_a_score() -> Any:
     return scored_as(change_type_accuracy=float("inf"))
 
 
 @attempt("numbers must be finite in JSON, got NaN")
-def not_a_number() -> Any:
+def nan_as_a_score() -> Any:
     return scored_as(change_type_accuracy=float("nan"))
 
 
@@ -211,7 +211,7 @@ def a_number_too_large_for_a_float() -> Any:
 
 
 @attempt("scenes.change_type_accuracy: must be a number from 0 to 1, got 1000000")
-def a_huge_integer() -> Any:
+def a_huge_integer_as_a_score() -> Any:
     return scored_as(change_type_accuracy=10**400)
 
 
@@ -226,22 +226,22 @@ def a_text_as_a_score() -> Any:
 
 
 @attempt(r"scenes.change_type_accuracy_by_type.add: must be a number from 0 to 1, got 7")
-def a_rate_of_seven_for_one_type_of_change() -> Any:
+def an_accuracy_of_seven_for_one_type_of_change() -> Any:
     return scored_as(change_type_accuracy_by_type={"add": 7})
 
 
 @attempt("must be valid JSON, got: each key of a JSON object must occur once, but 'CIDEr' occurs twice")
-def the_same_key_twice() -> Any:
+def a_score_file_with_a_repeated_key() -> Any:
     return scored_as(GATE.read_text().replace('"CIDEr": 3.0', '"CIDEr": 0.1, "CIDEr": 3.0'))
 
 
 @attempt("data/gate.json: edits: must have num_pairs, protocol, references, BLEU-1")
-def an_empty_benchmark() -> Any:
+def a_benchmark_without_scores() -> Any:
     return scored_as(json.dumps({"scenes": GOOD, "edits": {}}))
 
 
 @attempt("scenes.num_pairs: must be at least 1, got 0")
-def a_benchmark_of_no_pair() -> Any:
+def a_benchmark_without_pairs() -> Any:
     return scored_as(num_pairs=0)
 
 
@@ -251,12 +251,12 @@ def a_missing_metric() -> Any:
 
 
 @attempt("data/gate.json: must be valid JSON, got: Expecting value")
-def an_empty_file() -> Any:
+def an_empty_score_file() -> Any:
     return scored_as("")
 
 
 @attempt("data/gate.json: must be a mapping with at least one benchmark, got an empty one")
-def no_benchmark_at_all() -> Any:
+def a_score_file_without_benchmarks() -> Any:
     return scored_as("{}")
 
 
@@ -278,7 +278,7 @@ def a_benchmark_of_the_rules_that_was_not_scored() -> Any:
 
 
 @attempt(r"scenes: the pairs of split gate must be of at least 2 groups .*, got 1")
-def a_gate_of_one_group() -> Any:
+def a_gate_split_of_only_one_group() -> Any:
     write_results(groups=1)
     return scored_as()
 
@@ -324,6 +324,7 @@ def code_that_was_restored_after_the_scoring() -> Any:
 
 
 def loosened(*, staged: bool = False, hidden: bool = False) -> registry.Verdict:
+    """Promote with rules that were changed without a commit, staged or hidden from git with --assume-unchanged."""
     RULES.write_text(json.dumps(json.loads(RULES.read_text()) | {"maxima": {"scenes.false_alarm_rate": 1}}))
     if staged:
         git("add", str(RULES))
@@ -343,7 +344,7 @@ def rules_loosened_and_staged() -> Any:
 
 
 @attempt("must equal the file in the git commit")
-def rules_loosened_while_git_overlooks_them() -> Any:
+def rules_loosened_while_git_assumes_that_the_file_is_unchanged() -> Any:
     return loosened(hidden=True)
 
 
@@ -370,7 +371,7 @@ def a_second_champion_without_git() -> Any:
 
 
 def approved() -> registry.PromotionCase:
-    """Return the case that a person has approved."""
+    """Register the model and return the promotion case that a person has approved for this version."""
     register(TUNE)
     case = registry.assess().case
     assert case and case.version == "1"
@@ -602,7 +603,7 @@ def test_an_attempt_to_promote_the_wrong_model_is_refused(work: Callable[[], Any
 
 
 def champions() -> list[str]:
-    """Return every version that the audit trail or MLflow's aliases have as champion, read from the database file."""
+    """Read from the database file every version that is champion in the audit trail or by an alias of MLflow."""
     with closing(sqlite3.connect("mlflow.db")) as database:
         changes = database.execute("SELECT value FROM model_version_tags WHERE name = 'onediff-audit' AND key = 'to'")
         recorded = [json.loads(to).get("champion") for to, in changes]

@@ -1,3 +1,5 @@
+"""Tests of the audit trail, the log of every alias change in the registry, also with many writers at once."""
+
 from __future__ import annotations
 
 import json
@@ -153,7 +155,7 @@ def test_the_message_about_an_unreadable_record_contains_its_number() -> None:
         registry.trail()
 
 
-def test_settling_writes_no_record_if_trail_and_aliases_agree() -> None:
+def test_no_record_is_written_to_reconcile_audit_trail_and_aliases_if_they_agree() -> None:
     add("a")
     before = registry.trail()
     assert settled() == before[-1] and registry.trail() == before
@@ -167,13 +169,13 @@ def contend(turns: int) -> tuple[int, int]:
     workers = [subprocess.Popen([sys.executable, "-c", WORK, str(turns), f"process {k}", *("12" if k % 2 else "21")],
                                 env=os.environ | {"PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for k in range(4)]
-    done = lost = 0
+    succeeded = refused = 0
     for worker in workers:
         stdout, stderr = worker.communicate(timeout=500)
         assert worker.returncode == 0, stderr
         numbers = json.loads(stdout)
-        done, lost = done + numbers[0], lost + numbers[1]
-    return done, lost
+        succeeded, refused = succeeded + numbers[0], refused + numbers[1]
+    return succeeded, refused
 
 
 def equal_pair() -> None:
@@ -186,10 +188,12 @@ def equal_pair() -> None:
         registry.promote("2")
 
 
-def report(start: float, done: int, lost: int) -> None:
+def report(start: float, succeeded: int, refused: int) -> None:
+    """Print how many changes succeeded, how many were refused, and which records the audit trail contains."""
     changes = registry.check_trail()
-    print(f"\n{done} done, {lost} lost, {len(changes)} records, {sum(not change.valid for change in changes)} invalid, "
-          f"{sum(change.action == 'adopted' for change in changes)} adopted, {time.monotonic() - start:.1f} s")
+    print(f"\n{succeeded} changes succeeded, {refused} were refused; {len(changes)} records, of which "
+          f"{sum(not change.valid for change in changes)} are invalid and "
+          f"{sum(change.action == 'adopted' for change in changes)} adopted; {time.monotonic() - start:.1f} s")
 
 
 def test_four_threads_at_once_leave_an_audit_trail_without_gap_or_fork() -> None:
@@ -213,9 +217,9 @@ def test_four_threads_at_once_leave_an_audit_trail_without_gap_or_fork() -> None
 def test_fifty_changes_by_four_processes_at_once_leave_only_valid_records() -> None:
     equal_pair()
     start = time.monotonic()
-    done, lost = contend(13)
-    report(start, done, lost)
-    assert all(change.valid for change in registry.check_trail()) and lost == 0
+    succeeded, refused = contend(13)
+    report(start, succeeded, refused)
+    assert all(change.valid for change in registry.check_trail()) and refused == 0
 
 
 @pytest.mark.slow
@@ -223,10 +227,10 @@ def test_of_fifty_simultaneous_changes_on_a_server_one_change_follows_each_recor
     with registry.sole_writer():
         equal_pair()
     start = time.monotonic()
-    done, lost = contend(13)
+    succeeded, refused = contend(13)
     with registry.sole_writer():
         registry.repair()  # The last two writers may have set the aliases in the wrong order.
-    report(start, done, lost)
+    report(start, succeeded, refused)
     changes = registry.check_trail()
     follows = [change.follows for change in changes if change.valid]
-    assert len(set(follows)) == len(follows) and lost == sum(not change.valid for change in changes) > 0
+    assert len(set(follows)) == len(follows) and refused == sum(not change.valid for change in changes) > 0

@@ -1,3 +1,5 @@
+"""Tests of the description of a version in MLflow, which is made from the model card."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests of the check of score files before a model is registered with these scores."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Tests of the facts about the data and the code of a model that the promotion rules can require."""
+
 from __future__ import annotations
 
 import json
@@ -41,7 +43,7 @@ def write_lock(**digests: str) -> None:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
 
 
-def test_the_facts_about_a_model_from_validated_and_clean_data_are_yes(trained_folder: Path) -> None:
+def test_all_facts_about_a_model_from_validated_and_clean_data_are_true(trained_folder: Path) -> None:
     facts = facts_at_registration(trained_folder)
     assert facts["data_validated"] == facts["leak_audit"] == "yes"
     assert facts == facts_at_registration(trained_folder.absolute(), root=Path().absolute())

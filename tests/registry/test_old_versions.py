@@ -16,6 +16,7 @@ OLD = Path(__file__).parent / "store_of_601f16a"
 
 @pytest.fixture(autouse=True)
 def old(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local MLflow store with the two versions that the code of commit 601f16a registered."""
     shutil.copytree(OLD / "mlflow-artifacts", store / "mlflow-artifacts")
     with sqlite3.connect(store / "old.db") as database:
         database.executescript((OLD / "store.sql").read_text().replace("{root}", str(store)))

@@ -1,3 +1,5 @@
+"""Tests of promotion and rollback: which version becomes champion, and which messages explain a refusal."""
+
 from __future__ import annotations
 
 import re

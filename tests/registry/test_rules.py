@@ -1,3 +1,5 @@
+"""Tests of mlflow/promotion.yaml: valid rules, rules that a version breaks, and comparisons with the champion."""
+
 from __future__ import annotations
 
 import re
@@ -87,12 +89,14 @@ def test_a_benchmark_that_was_not_scored_is_refused() -> None:
 
 
 def pairs(cider: float, *, edits: float = 1.0, references: str = "r1", noise: float = 0) -> dict[str, object]:
+    """Return scores of each pair whose mean CIDEr is `cider` on the benchmark scenes and `edits` on edits."""
     return pairs_of({name: {**BENCHMARK, "references": references, "CIDEr": score}
                      for name, score in (("scenes", cider), ("edits", edits))}, noise=noise)
 
 
-def reasons(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    return [*failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), ours, theirs, again="again")]
+def reasons(candidate: dict[str, object], champion: dict[str, object]) -> list[str]:
+    """Return the reasons why the scores of the candidate's pairs are not better than those of the champion's."""
+    return [*failed_comparisons(load_rules(write_rules(Path("rules.yaml"))), candidate, champion, again="again")]
 
 
 def test_a_gain_within_the_bootstrap_interval_is_not_enough() -> None:
@@ -110,7 +114,7 @@ def test_a_gain_with_a_large_loss_on_another_benchmark_is_not_enough() -> None:
 def test_scores_with_other_references_or_without_pairs_are_not_compared() -> None:
     rules = load_rules(write_rules(Path("rules.yaml")))
     assert incomparable(rules, pairs(4.0), pairs(3.0)) == []
-    for theirs in (pairs(3.0, references="r2"), {}):
-        assert incomparable(rules, pairs(4.0), theirs) == ["scenes", "edits"]
-        assert reasons(pairs(4.0), theirs)[0].endswith("score it again: again")
+    for champion in (pairs(3.0, references="r2"), {}):
+        assert incomparable(rules, pairs(4.0), champion) == ["scenes", "edits"]
+        assert reasons(pairs(4.0), champion)[0].endswith("score it again: again")
     assert reasons({}, pairs(3.0))[0] == "scenes.CIDEr is not in the scores of the pairs of split gate"

@@ -1,3 +1,5 @@
+"""Tests of the lock that lets only one process change the aliases of a registry at a time."""
+
 from __future__ import annotations
 
 import threading

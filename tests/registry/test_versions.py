@@ -1,3 +1,5 @@
+"""Tests of registering a model: tags, scores, description and files of the version."""
+
 from __future__ import annotations
 
 import json

@@ -86,7 +86,7 @@ def _files(folder: str) -> list[str]:
 def test_every_module_without_a_result_is_imported_by_a_stage_and_has_a_reason() -> None:
     graph = dependencies.graph()
     used = {module for stage in DVC_YAML for module in graph.find_upstream_modules(f"onediff.stages.{stage}")}
-    assert {name for name in NO_RESULT if name not in used} == {"onediff"}  # Python runs it before each stage
+    assert {name for name in NO_RESULT if name not in used} == {"onediff"}  # Each stage imports this package.
     assert all(NO_RESULT.values()) and all(PACKAGES_WITHOUT_RESULT.values())
 
 
@@ -114,7 +114,7 @@ def test_code_is_listed_by_file_so_that_a_new_file_makes_nothing_stale(stage: st
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in which each stage only creates its output files, so that DVC itself can be asked."""
+    """A copy of the project whose stages only create their output files, so that DVC can run all stages quickly."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("onediff", "presets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

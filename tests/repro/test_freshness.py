@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the check of a stage reads. The test runs in this folder."""
     for name in ("dvc.yaml", "packages.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copy(ROOT / "presets/micro.yaml", tmp_path / "params.yaml")

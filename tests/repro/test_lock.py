@@ -1,3 +1,5 @@
+"""Tests of reading dvc.lock, and of fetching and restoring files that DVC stores."""
+
 from __future__ import annotations
 
 import os
@@ -29,7 +31,7 @@ def dvc(folder: Path, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC project with a tracked folder and a stage output, both pushed to a remote with a relative path."""
     folder = tmp_path_factory.mktemp("versioned") / "project"
     folder.mkdir()
@@ -49,8 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made.parent, tmp_path / "all")
+def project(original: Path, tmp_path: Path) -> Path:
+    """A copy of the project `original` and of the remote beside it, which the test may change."""
+    shutil.copytree(original.parent, tmp_path / "all")
     return tmp_path / "all/project"
 
 
@@ -107,11 +110,11 @@ def test_a_file_that_the_cache_lost_comes_from_the_remote(project: Path, tmp_pat
 
 
 def test_a_damaged_cache_file_is_reported_and_nothing_is_written(project: Path, tmp_path: Path) -> None:
-    kept, md5 = cached(project, "data/shards/b.parquet"), md5_of(project / "data/shards/b.parquet")
-    kept.chmod(0o644)
-    kept.write_text("bets")
-    kept.chmod(0o444)  # DVC trusts read-only files in its cache
-    with pytest.raises(ValueError, match=rf"b.parquet is damaged: its md5 must be {md5}, got \w+; delete {kept}, then"):
+    file, md5 = cached(project, "data/shards/b.parquet"), md5_of(project / "data/shards/b.parquet")
+    file.chmod(0o644)
+    file.write_text("bets")
+    file.chmod(0o444)  # DVC does not check the digests of read-only files in its cache.
+    with pytest.raises(ValueError, match=rf"b.parquet is damaged: its md5 must be {md5}, got \w+; delete {file}, then"):
         fetch(md5_of(project / "data/shards"), tmp_path / "got", project=project)
     assert not (tmp_path / "got").exists()
 
@@ -124,9 +127,9 @@ def test_a_file_that_neither_the_cache_nor_the_remote_contains_is_reported(proje
 
 
 def test_a_damaged_listing_of_a_folder_is_refused(project: Path) -> None:
-    kept = cached(project, "data/shards")
-    kept.chmod(0o644)
-    kept.write_text(kept.read_text().replace("a.parquet", "z.parquet"))
+    listing = cached(project, "data/shards")
+    listing.chmod(0o644)
+    listing.write_text(listing.read_text().replace("a.parquet", "z.parquet"))
     with pytest.raises(ValueError, match="its md5 must equal its name"):
         files_of(md5_of(project / "data/shards"), cache_of(project))
 

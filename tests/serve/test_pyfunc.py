@@ -64,8 +64,8 @@ def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
 
 
 @pytest.mark.parametrize(("bad", "message"), [
-    ({"before": "nowhere.png"}, "row 1: before: nowhere.png not found"),
-    ({"before": "/nowhere/" + "a" * 80 + ".png"}, "row 1: before: .*not found"),
+    ({"before": "nowhere.png"}, "row 1: before: nowhere.png does not exist"),
+    ({"before": "/nowhere/" + "a" * 80 + ".png"}, "row 1: before: .*does not exist"),
     ({"before": base64.b64encode(b"text, no image" * 9).decode()}, "row 1: before: .*not an image"),
     ({"before": "data:image/png,raw"}, "row 1: before: a data URI must contain base64"),
     ({"before": "data:image/png;base64,???"}, "row 1: before: neither a file nor base64"),
@@ -160,5 +160,5 @@ def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Pat
     direct = Captioner.load(registry.model_folder(), device="cpu")
     pair = (Image.new("RGB", (11, 7), RED), Image.new("RGB", (11, 7), GREEN))
     assert served.predict(rows) == served.predict(pd.DataFrame(rows)) == direct.caption([pair])
-    with pytest.raises(ValueError, match=r"row 0: before: nowhere\.png not found"):
+    with pytest.raises(ValueError, match=r"row 0: before: nowhere\.png does not exist"):
         served.predict([{**rows[0], "before": "nowhere.png"}])

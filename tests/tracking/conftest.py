@@ -1,3 +1,5 @@
+"""Fixtures of the tracking tests: an MLflow store that all of these tests share, and the tiny preset."""
+
 from __future__ import annotations
 
 from pathlib import Path

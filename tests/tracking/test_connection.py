@@ -1,3 +1,5 @@
+"""Tests of the connection to MLflow: which address is used, logins, and servers that do not answer."""
+
 from __future__ import annotations
 
 import socket

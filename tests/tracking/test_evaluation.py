@@ -1,3 +1,5 @@
+"""Tests of the MLflow run that stores the scores of an evaluation."""
+
 from __future__ import annotations
 
 import io
@@ -48,6 +50,7 @@ def test_the_headline_scores_are_those_of_the_source_with_the_largest_weight(con
 
 
 def _results() -> Path:
+    """Write scores, captions, a report and five test pairs as the pipeline does, and return the folder `data`."""
     data, buffer = Path("data"), io.BytesIO()
     Image.new("RGB", (7, 5), "red").save(buffer, "PNG")
     pairs = [Record(f"p{i}", "scenes", "test", f"g{i}", buffer.getvalue(), buffer.getvalue(), ["a"], "?", "none", {})

@@ -1,3 +1,5 @@
+"""Tests of the MLflow runs of training phases: metrics, names, nesting, interrupted runs and lost servers."""
+
 from __future__ import annotations
 
 import os
@@ -121,6 +123,7 @@ def test_a_changed_file_makes_the_commit_dirty_but_results_of_the_pipeline_do_no
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A running MLflow server, which the test may stop and start again."""
     running = Server(tmp_path)
     running.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.address)

@@ -1,3 +1,5 @@
+"""Tests of `make ui`, which shows the MLflow store in a browser."""
+
 from __future__ import annotations
 
 import os

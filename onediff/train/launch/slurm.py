@@ -145,5 +145,5 @@ def _log(text: str) -> None:
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a Slurm program. If it is not installed, as sacct often is not, return exit code 127 and no output."""
     if not shutil.which(command[0]):
-        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} not found")
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")
     return subprocess.run(command, capture_output=True, text=True, check=False)
