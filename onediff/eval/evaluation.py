@@ -47,7 +47,7 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, 
         captions = {"": predictions, **floor_captions(train, references, nearest=nearest, joined=joined)}
         scores = {system: score(texts, references) for system, texts in captions.items()}
         for key, protocol in group:
-            if chosen_rows(protocol, rows):  # The `gate` split, for example, may contain no unchanged pairs.
+            if chosen_rows(protocol, rows):  # A split may contain no pair that the protocol scores.
                 tables[key] = _table(protocol, rows, references, captions, scores)
     style = language(predictions.values(), [text for row in train for text in row["references"]])
     return {key: {**table, "language": style} for key, table in tables.items()}

@@ -26,10 +26,10 @@ from onediff.eval.metrics.words import Predictions, References, clean
 from onediff.eval.protocols import PairRow, texts_of
 from onediff.inputs.images import open_image
 
-NUM_CANDIDATES = 30  # captions that are tried as the best constant sentence, on a sample of the pairs
-NUM_FINALISTS = 3  # candidates that are then compared on all pairs
+NUM_CANDIDATES = 30  # how many frequent captions are tried as the constant sentence, on a sample of the pairs
+NUM_FINALISTS = 3  # how many of these captions are then compared on all pairs
 MAX_LEFT_OUT = 3  # `leave_one_out` uses at most this many references of a pair as predictions
-SAMPLE = 100  # number of pairs in the sample for the candidates
+SAMPLE = 100  # number of pairs in the sample on which these captions are tried
 SIDE = 8  # width and height to which images are reduced for `coarse_pixels`
 MAX_TRAIN_PAIRS = 10_000  # training pairs that are searched for the nearest one; all pairs would only take longer
 

@@ -17,7 +17,7 @@ from onediff.eval.metrics.words import Predictions, References
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 from onediff.files import key_of
 
-PairRow = Mapping[str, Any]  # pair_id and references; optionally group_id, change_type and provenance
+PairRow = Mapping[str, Any]  # a reference line: pair_id and references; optionally group_id, change_type and provenance
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def texts_of(row: PairRow, *, joined: bool) -> list[str]:
 
 
 def chosen_rows(protocol: Protocol, rows: Sequence[PairRow]) -> list[int]:
-    """Return the positions of the rows that the protocol scores.
+    """Return the positions of the reference rows whose pairs the protocol scores.
 
     Raises ValueError if the protocol scores only changed or only unchanged pairs and a row has no change_type.
     """
@@ -245,7 +245,7 @@ def _score_all(predictions: Sequence[Path], references: Path, key: str | None,
                metrics: Sequence[str]) -> tuple[list[Scores], list[str], dict[str, Any]]:
     """Score each file of predictions on the pairs of the protocol.
 
-    Returns the scores of each file, the group of each pair, and the entries that describe the test set in a result.
+    Returns three things: the scores of each file, the group of each pair, and a dict that describes the test set.
     Raises ValueError if `key` is not a key of PROTOCOLS.
     """
     if key and key not in PROTOCOLS:

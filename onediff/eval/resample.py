@@ -35,7 +35,7 @@ class Comparison:
 
 
 def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
-    """Return the scores of a subset of the pairs, given by positions.
+    """Return the scores of some of the pairs, which are selected by their positions.
 
     Document frequencies of CIDEr remain those of all pairs that were scored.
     """

@@ -25,10 +25,11 @@ from onediff.model.captioner import Captioner
 from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule
 
 Grid = NDArray[np.float64]
-Box = Sequence[float]  # left, top, right, bottom in pixels
+Box = Sequence[float]  # a box as (left, top, right, bottom) in pixels
 SIDES = ("before", "after")
 BATCH = 32  # pairs per forward pass
-FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # figures also reported by side and change type
+# figures that are also reported for each side and each change type
+FIGURES = ("attention_share", "inside_share", "pointing_accuracy")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def per_image(weights: Grid, *, side: int) -> Grid:
 
     If the keys contain difference features, half of the attention on a difference is added to each of both images.
     """
-    views = weights.reshape(*weights.shape[:2], -1, side, side)  # (B, X, 2 or 3, P, P): before, after, difference
+    # Axis 2 has the map of `before`, of `after` and, if it exists, of the difference.
+    views = weights.reshape(*weights.shape[:2], -1, side, side)
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 
 

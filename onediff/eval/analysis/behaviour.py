@@ -33,7 +33,8 @@ _EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple"
                                  "yellow": "blue"},
                   "rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
-Outcomes = Sequence[tuple[str, float]]  # (group_id of a pair, its outcome from 0 for wrong to 1 for right)
+# the group_id of a pair, and how right its caption is: from 0 (wrong) to 1 (right)
+Outcomes = Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _pattern(template: str, *, new: str) -> re.Pattern[str]:
 
 
 def _results(change_type: str) -> dict[str, str]:
-    """Return the phrases for the result of a change, each with the color, material or direction that it stands for."""
+    """Return a dict from each phrase for the result of a change to the color, material or direction that it means."""
     if change_type == "move":
         return {phrase: name for name, phrase in DIRECTIONS.items()}
     result_kind = {"color": "color", "texture": "material"}.get(change_type)
@@ -166,7 +167,7 @@ def truth(row: PairRow) -> Change:
 
 
 def same_object(a: Change, b: Change) -> bool:
-    """Return whether both changes name a color and a shape, and these are equal."""
+    """Return whether both changes name the color and the shape of an object, with equal values."""
     return None not in (a.color, a.shape) and (a.color, a.shape) == (b.color, b.shape)
 
 

@@ -30,7 +30,8 @@ PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
 RESAMPLES = 2000
 CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy")
-_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the seed, so that each use has other random numbers
+# part of a random seed, so that the two uses of random numbers are independent
+_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}
 
 Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of the trial
 
@@ -71,7 +72,7 @@ def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
 
 
 def num_trials(benchmark: str, settings: Stress) -> int:
-    """Return the number of trials, assuming that the trial `unrelated` is not left out."""
+    """Return how many trials `trials` yields if the records belong to more than one group."""
     return 3 + len(IDENTICAL) + len(curve_points(benchmark, settings))
 
 
@@ -146,7 +147,8 @@ def scale(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
     The border of a reduced image is filled by repeating the edge pixels.
     """
-    width, height = (side / (1 + percent / 100) for side in image.size)  # the visible part, in pixels of the input
+    # width and height of the part of the input image that the result shows
+    width, height = (side / (1 + percent / 100) for side in image.size)
     reach = max(0, int(np.ceil(max(width - image.width, height - image.height) / 2)))
     padded = np.pad(np.asarray(image), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     left, top = reach + (image.width - width) / 2, reach + (image.height - height) / 2

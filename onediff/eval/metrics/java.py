@@ -104,7 +104,7 @@ class Program:
             except EOFError as end:
                 copy: _Copy = end.args[0]
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    copy.process.wait(10)  # A process closes its output shortly before it ends.
+                    copy.process.wait(10)  # Java closes its output shortly before it exits.
                 ending = f"with code {copy.process.returncode} ({copy.error_message()})"
             except BaseException:  # Unread answers to this call would otherwise be taken for answers to the next call.
                 self.close()
@@ -203,7 +203,10 @@ class _Copy:
             self.put(None, self.command.push)
 
     def send(self) -> None:
-        """Write as many unsent bytes as the pipe accepts without blocking. Raises EOFError if the program has ended."""
+        """Write as much unsent input to the Java process as the pipe accepts without blocking.
+
+        Raises EOFError if the program has ended.
+        """
         try:
             del self.unsent[: os.write(self.sink.fileno(), self.unsent[:CHUNK_BYTES])]
         except BlockingIOError:

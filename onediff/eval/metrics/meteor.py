@@ -62,7 +62,8 @@ def sums(counts: Numbers) -> Numbers:
 
 def meteor(sums: Numbers) -> Numbers:
     """Return the METEOR scores (R,) for sums of counts (R, 23)."""
-    length, function = sums[:, :2], sums[:, 2:4]  # number of words and of function words: (prediction, reference)
+    # numbers of words and of function words, each for the prediction and for the reference
+    length, function = sums[:, :2], sums[:, 2:4]
     content, functional = (sums[:, 4:20].reshape(-1, 4, 2, 2)[:, :, part] for part in (0, 1))  # (R, 4 stages, 2 sides)
     stages = np.array(STAGES)[:, None]
     matched = (stages * (DELTA * content + (1 - DELTA) * functional)).sum(1)  # (R, 2)

@@ -63,7 +63,8 @@ def read(pairs: Sequence[Pair]) -> Sentences:
     is_prediction = np.zeros(len(texts), dtype=bool)
     is_prediction[np.cumsum(sizes) - sizes] = True
     sentence = np.repeat(np.arange(len(length)), length)
-    left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # number of words from here to the sentence end
+    # for each word, the number of words from this word to the end of the sentence
+    left = np.repeat(np.cumsum(length), length) - np.arange(len(words))
     gram, start, num = words, np.arange(len(words)), len(number)
     orders = []
     for order in range(1, ORDERS + 1):

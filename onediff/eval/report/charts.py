@@ -11,7 +11,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 Interval = tuple[float, float]
 
-TEXT_CLASS = "label"  # CSS class of labels and values
+TEXT_CLASS = "label"  # CSS class of the labels and values in a chart
 COLOURS = {  # name -> (colour of the light mode, colour of the dark mode)
     "ground": ("#fbfbf9", "#14171a"), "panel": ("#ffffff", "#1c2024"), "ink": ("#1d2228", "#e7e9ea"),
     "soft": ("#5d6771", "#a3adb6"), "line": ("#e2e4e0", "#343b42"), "accent": ("#1f6f78", "#5cc0c8"),
@@ -123,7 +123,7 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
 
 
 def _curves_in_words(curves: Sequence[Curve], x_label: str) -> str:
-    """Return the ends of each curve as a text for screen readers."""
+    """Return a text for screen readers that gives the first and the last value of each curve."""
     return "; ".join(f"{curve.label} from {curve.points[0][1]:.3g} to {curve.points[-1][1]:.3g}" for curve in curves
                      if curve.kind != "faint") + f", over {x_label}"
 

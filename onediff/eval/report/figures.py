@@ -13,7 +13,7 @@ from markupsafe import Markup
 from onediff.eval.report.charts import Bar, Curve, Interval, Point, bar_chart, line_chart
 from onediff.eval.report.peers import doubts, published
 
-MAX_POINTS = 240  # of a training curve; more points would only make the file larger
+MAX_POINTS = 240  # maximum number of points of a training curve; more points would only make the file larger
 TIMES_100 = "CIDEr times 100"
 NUISANCES = {  # perturbation of the stress test -> (title of the chart, label of the x axis)
     "jpeg_quality": ("JPEG compression of both images", "JPEG quality"),
@@ -129,7 +129,7 @@ def training_charts(phase: str, lines: list[dict[str, float]]) -> dict[str, Mark
 
 
 def last_loss(lines: Iterable[dict[str, float]]) -> float | None:
-    """Return the mean loss of the last steps, or None if no step has a loss."""
+    """Return the mean loss of the last training steps, or None if no step has a loss."""
     steps = series(lines, "loss")
     return smooth(steps)[-1][1] if steps else None
 

@@ -16,9 +16,10 @@ from onediff.inputs.images import open_image
 
 MAX_PX = 480  # the longer side of an image on the page
 _MAGIC = {b"\xff\xd8": "jpeg", b"GI": "gif", b"RI": "webp"}
-_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))  # colours from least to most attention
+# colours of the attention map, from least to most attention
+_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))
 
-Box = list[float]  # left, top, width and height, in percent of the image
+Box = list[float]  # a box as (left, top, width, height) in percent of the image
 Grid = Sequence[Sequence[float]]
 
 
@@ -173,7 +174,7 @@ def shrunk(image: bytes) -> bytes:
 
 
 def heat_map(grid: Grid, peak: float) -> str:
-    """Return the attention grid as an image with one pixel for each patch; `peak` gets the brightest colour."""
+    """Return attention weights as an image with one pixel per patch; the weight `peak` gets the brightest colour."""
     share = np.clip(np.asarray(grid, dtype=np.float64) / peak, 0, 1) if peak else np.zeros(np.shape(grid))
     stops = [stop for stop, _ in _HEAT]
     channels = [np.interp(share, stops, [color[k] for _, color in _HEAT]) for k in range(3)]

@@ -19,8 +19,9 @@ from onediff.eval.report.peers import doubts, published
 
 NUM_FIRST = 3  # pairs of each source that the gallery shows before the reader opens the rest
 NUM_SENTENCES = 3  # benchmarks that the opening paragraph mentions
-SCORE_COLUMNS = ("CIDEr", *(name for name in METRICS if name != "CIDEr"))  # narrow screens show the first column only
-SOURCES = {  # source -> what its pairs are
+# metrics of the table; narrow screens show only the first one
+SCORE_COLUMNS = ("CIDEr", *(name for name in METRICS if name != "CIDEr"))
+SOURCES = {  # maps each source to a description of its pairs
     "scenes": "rendered table tops; camera and light move a little in every pair, changed or not",
     "scenes_far": "rendered table tops as in scenes, but camera and light move twice as far; used for tests only",
     "edits": "a picture, and the same picture after a programmed edit"}
@@ -56,7 +57,7 @@ LANGUAGE = {  # key -> (column, format)
     "distinct_1": ("distinct-1", "{:.3f}"), "distinct_2": ("distinct-2", "{:.3f}"),
     "copied": ("copied from training", "{:.1%}"), "empty": ("empty", "{:.1%}")}
 NO_VALUE = "\N{EN DASH}"
-AUDIT = {  # key of data/reports/diffcap/audit.json -> row of the table
+AUDIT = {  # maps keys of data/reports/diffcap/audit.json to row labels of the audit table
     "verdict": "verdict", "num_pairs": "test pairs",
     "equal_image": "test pairs with an image that is also a training image",
     "near_image": "test pairs with an image that is nearly equal to a training image",
@@ -166,7 +167,7 @@ def _achievement(result: Mapping[str, Any]) -> str:
 
 
 def _listed(texts: Sequence[str]) -> str:
-    """Return the texts as a list within a sentence: "a, b and c"."""
+    """Join texts to a list for use in a sentence, such as "a, b and c"."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
 
@@ -227,7 +228,7 @@ def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
-    """Return the filters of the gallery, each with the values that a reader can choose."""
+    """Return the filters of the gallery: a dict from the name of a filter to the values that a reader can choose."""
     pairs: list[Example] = [pair for album in albums.values() for pair in (*album.shown, *album.worst, *album.lost)]
     return {"source": list(dict.fromkeys(pair.source for pair in pairs)),
             "type": sorted({pair.change_type for pair in pairs}),
