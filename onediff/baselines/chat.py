@@ -28,7 +28,8 @@ NUM_IMAGES = 2
 class ChatCaptioner:
     """A chat model that writes captions with greedy decoding.
 
-    The sampling settings and repetition penalties of the checkpoint are ignored, so that results can be reproduced.
+    The sampling settings and repetition penalties of the checkpoint are ignored, so that every run gives the same
+    captions.
     """
 
     def __init__(self, model: Any, processor: Any, *, name: str, prompt: str = PROMPT) -> None:

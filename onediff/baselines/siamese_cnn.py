@@ -30,7 +30,7 @@ from onediff.files import write_json
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 MARKS = ("<pad>", "<s>", "</s>", "<unk>")
-STRIDE = 8  # image pixels per position of the feature map
+STRIDE = 8  # width of the image area, in pixels, that one position of the feature map covers
 WEIGHTS, SETTINGS = "model.safetensors", "siamese_cnn.json"
 Comparison = Literal["same_place", "matched"]
 
@@ -71,7 +71,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, captions: Iterable[str]) -> Vocabulary:
-        """Create a vocabulary of all words in the captions, with the most frequent word first."""
+        """Create the vocabulary: all words of the captions, with the most frequent word first."""
         counts = Counter(word for caption in captions for word in words_of(caption))
         return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
@@ -107,7 +107,7 @@ def convolution(inputs: int, outputs: int, side: int, stride: int) -> nn.Sequent
 class FeatureMatch(nn.Module):
     """Difference between each position and its match in the other image.
 
-    The match is a weighted mean over all positions of the other image; similar and near positions have more weight.
+    The match is a weighted mean of the features of the other image; similar and near positions have more weight.
     """
 
     distances: Tensor
@@ -150,11 +150,14 @@ class SiameseCNN(nn.Module):
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        """Return the logits of the next word (B, T, V) for images (B, 2, 3, H, W) from 0 to 255 and words (B, T)."""
+        """Return the logits of the next word (B, T, V) for pixel values (B, 2, 3, H, W) and past words (B, T)."""
         return self.word_logits(self.encode(images), words)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the context that the decoder attends to, (B, N / 4, W), for images (B, 2, 3, H, W) from 0 to 255."""
+        """Return the features that the decoder attends to, (B pairs, positions, channels).
+
+        `images` has shape (B pairs, 2, 3, height, width), with pixel values from 0 to 255.
+        """
         pixels = images.flatten(0, 1).float() / 127.5 - 1
         # Both images go through one call, so that batch normalization uses the same statistics for both.
         features = self.tower(pixels.contiguous(memory_format=torch.channels_last))
@@ -163,7 +166,7 @@ class SiameseCNN(nn.Module):
         return self.join(torch.cat(views, 1)).flatten(2).transpose(1, 2) + self.places
 
     def word_logits(self, context: Tensor, words: Tensor) -> Tensor:
-        """Return the logits of the next word (B, T, V) for the context of `encode` (B, N / 4, W) and words (B, T)."""
+        """Return the logits of the next word (B, T, V) for the features of `encode` and the words so far (B, T)."""
         num = words.shape[1]
         hidden = self.words(words) + self.turns[:num]
         later = torch.ones(num, num, dtype=torch.bool, device=words.device).triu(1)

@@ -69,7 +69,7 @@ class Pairs:
         return len(self.places)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """Return the images of the given pairs, (B, 2, 3, H, W)."""
+        """Return the images of the pairs with the given indices, (B, 2, 3, H, W)."""
         return self.images[self.places[list(rows)]]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, Prompt, expand, pair_prompt
 
-IGNORED = -100  # label of tokens that do not count in the loss; the default of PyTorch's cross_entropy
+IGNORED = -100  # label of tokens that do not count in the loss; this value is the default of PyTorch's cross_entropy
 
 
 class OneDiffProcessor(ProcessorMixin):
@@ -85,7 +85,7 @@ class OneDiffProcessor(ProcessorMixin):
 
     @property
     def image_px(self) -> int:
-        """Width and height of the images that the vision tower takes.
+        """Width and height, in pixels, of the images that the vision tower takes.
 
         The crop size of CLIP is used as image size, because a real centre crop could cut off a change.
         """

@@ -23,7 +23,7 @@ _PARTS = ("value", *MOMENTS)
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the folders of the checkpoints that were written completely and verified, oldest first."""
+    """Return the folders of all checkpoints that were written completely and verified, oldest first."""
     return [path.parent for path in sorted(folder.glob("checkpoints/step-*/complete.json"))]
 
 
@@ -46,7 +46,7 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
         with safe_open(path, "pt") as file:
             for name, value in share.items():
                 if not torch.equal(file.get_tensor(name).view(torch.int32), value.view(torch.int32)):
-                    raise OSError(f"{path.name} differs from the tensors that were written to it")
+                    raise OSError(f"the content of {path.name} differs from the tensors that were written to it")
     except (OSError, SafetensorError) as raised:  # The library safetensors reports a full disk as a SafetensorError.
         error = raised
     [failed] = engine.any_rank(error is not None)
@@ -83,7 +83,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def resume(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Load the newest complete checkpoint into the engine and return the state stored with it, such as the step.
+    """Load the newest complete checkpoint into the engine and return the dict stored with it, which contains the step.
 
     Returns an empty dictionary if there is no checkpoint. Prints a line if the number of processes or the ZeRO level
     has changed since then. Raises ValueError if the checkpoint belongs to a model with other parameters.

@@ -85,13 +85,17 @@ def sizes(model: OneDiffForConditionalGeneration) -> dict[str, Size]:
 
 @dataclass(frozen=True)
 class Flops:
-    """The FLOPs of training for each image, pair, token and answer token of a batch."""
+    """The FLOPs of training for each image, pair, token and answer token of a batch.
 
-    image: float  # vision tower
-    view: float  # the patch projector, for one image, or in token layout C for both images of a pair together
+    `image` is for the vision tower; `view` for the patch projector, once per image or, in token layout C, once per
+    pair; `answer_token` for the output layer, which computes logits only for answer tokens.
+    """
+
+    image: float
+    view: float
     pair: float
     token: float
-    answer_token: float  # the output layer, because logits are computed only for answer tokens
+    answer_token: float
     views_joined: bool
 
     @classmethod
@@ -125,7 +129,7 @@ class Flops:
                 + self.token * counts["tokens"] + self.answer_token * counts["answer_tokens"])
 
 
-# For each part, the parts that run before it in the model and receive gradients through it.
+# Maps each part of the model to the parts whose outputs it reads, and to which it passes gradients.
 BEFORE = {"vision": (), "delta": ("vision",), "projector": ("vision",), "language": ("vision", "delta", "projector")}
 
 

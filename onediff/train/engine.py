@@ -136,7 +136,7 @@ class Engine:
             group["lr"] = group["peak"] * factor
 
     def sums(self, numbers: list[Any]) -> Tensor:
-        """Sum each number over all ranks and return the sums in order."""
+        """Return the sum over all ranks of each of the numbers, in the order of the numbers."""
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals
@@ -146,14 +146,14 @@ class Engine:
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-        """Run forward and backward on one micro-batch and return the loss that it contributes to the step."""
+        """Run the forward and the backward pass on one micro-batch, and return its part of the loss of the step."""
         if self._pending:
             # DeepSpeed counts micro-batches by calls of step(); only the call after the last one updates the weights.
             self._engine.step()
         self._pending = True
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         loss = self._engine(**on_device, num_answer_tokens=num_answer_tokens).loss
-        # DeepSpeed averages over ranks and micro-batches. The factor undoes this, because our losses must be summed.
+        # DeepSpeed averages over ranks and micro-batches. The factor turns this average into a sum.
         self._engine.backward(loss * self.world * self.num_micro)
         return loss.detach()
 
@@ -190,7 +190,7 @@ class Engine:
 
     @cached_property
     def _updated(self) -> dict[int, Tensor] | None:
-        """Map the id of each trainable parameter to the tensor that the optimizer updates; None if ZeRO shards it.
+        """Map `id(parameter)` to the tensor that the optimizer updates; None if ZeRO shards it.
 
         This tensor is the parameter itself, or in bfloat16 without ZeRO the float32 copy of the parameter.
         """
@@ -218,7 +218,7 @@ class Engine:
                              **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
 
     def set_masters(self, step: int, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Load what `masters` yielded, to resume after `step` updates.
+        """Load the parameters and Adam moments that `masters` yielded earlier, to resume training after `step` updates.
 
         `read(name)` returns the value and both moments of a parameter. Every rank reads every parameter and keeps only
         the share that ZeRO assigns to it.
@@ -286,7 +286,10 @@ class Engine:
         return {name: named.get(name, value) for name, value in self.model.state_dict().items()}
 
     def _gather(self, parameters: Iterable[nn.Parameter]) -> dict[int, Tensor]:
-        """Gather the complete parameters on rank 0 and return them by id; the other ranks must call this too."""
+        """Return a dict from `id(parameter)` to the complete tensor on rank 0, and an empty dict on the other ranks.
+
+        All ranks must call this, because a parameter that ZeRO shards is gathered from all ranks.
+        """
         import deepspeed
 
         values: dict[int, Tensor] = {}

@@ -115,7 +115,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             loss = float(engine.sums([rank_loss]))
             if not math.isfinite(loss):
                 raise diverged(run, step, loss)
-            with explain_out_of_memory(run.name, run.phase, run.runtime):  # the first step allocates the optimizer
+            with explain_out_of_memory(run.name, run.phase, run.runtime):  # The first step allocates the optimizer.
                 engine.step()
 
             meter.add(counts, loader_wait_s)
@@ -222,7 +222,10 @@ def preempted(run: TrainingRun, num_done: int, reason: str) -> ValueError:
 
 
 def validate(engine: Engine, validation: Validation) -> float:
-    """Return the validation score of the current weights; all ranks share the captioning and get the score."""
+    """Return the validation score of the current weights.
+
+    The ranks share the captioning, and all of them get the score.
+    """
     engine.model.eval()
     captions = engine.gather_texts(validation.generate_captions, validation.num_pairs)
     engine.model.train()

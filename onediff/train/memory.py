@@ -83,7 +83,7 @@ def states(size: Size, sharing: Sharing, *, bfloat16: bool) -> States:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The size of a micro-batch of pairs in which all rows have the same number of tokens."""
+    """A micro-batch of pairs, described by its size; all of its rows have the same number of tokens."""
 
     num_pairs: int
     row_tokens: int

@@ -30,8 +30,8 @@ from onediff.train.status import FINAL, recorded_errors, write_status
 def run_folder(name: str, config: Config, runtime: Runtime) -> Path:
     """Create the folder of a run in scratch. The name contains a hash of everything that decides the result.
 
-    So an interrupted run continues in the same folder, while a changed parameter, data set or initial model starts a
-    new run.
+    An interrupted run therefore continues in its folder, and a run with a changed parameter, data set or initial model
+    gets a new folder.
     """
     phase: Phase | None = getattr(config, name)
     starts = ([str(ALIGNED)] if name == "tune"
@@ -115,7 +115,7 @@ def save_final_model(folder: Path, model: OneDiffForConditionalGeneration, proce
 
 
 def _pixels_of(run: TrainingRun) -> Pixels:
-    """Return the function that loads the images of a batch, either as pixels or as features of a frozen vision tower.
+    """Return a function that loads the images of a batch, either as pixels or as features of the frozen vision tower.
 
     Features are computed once, before training, if the tower is frozen and they fit into `feature_cache_gb`.
     """

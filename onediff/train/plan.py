@@ -29,7 +29,7 @@ OVERHEAD_GIB = 1.5  # GPU memory that CUDA and NCCL use
 ENOUGH_TOKENS = 4096  # number of tokens above which a larger micro-batch hardly increases the speed
 TOKENS_PER_WORD = 4 / 3
 ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated mean number of answer tokens
-USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for every other source
+USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for sources that are not in ANSWER_TOKENS
 CONVERSATION_TOKENS = 150  # estimated number of tokens of all questions in a conversation
 CONVERSATIONS = {"llava_665k": 0.94}  # for each conversation source, the share of conversations that have an image
 MERGED = ("spot_the_diff", "clevr_change")  # sources whose samples are pairs; the samples of other sources are records
@@ -101,7 +101,7 @@ class Plan:
 
 
 def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisation: float) -> Plan:
-    """Plan both phases.
+    """Plan both training phases.
 
     Raises ValueError if a batch cannot be split evenly over the GPUs, or if a backbone contradicts params.yaml.
     """
@@ -246,7 +246,7 @@ def usable_gib(gpu: Gpu) -> float:
 
 
 def total_bytes(kept: States, activations: float) -> float:
-    """Return the peak memory of one GPU.
+    """Return the peak memory of one GPU, in bytes.
 
     The peak is at the start of the backward pass, during the update (when activations are freed), or at the beginning,
     when every GPU loads the complete model.

@@ -46,12 +46,12 @@ class Meter:
         return time.monotonic() - self.started
 
     def add(self, totals: Tensor, waited_s: float) -> None:
-        """Add one step; `totals` is the result of `counts_of` summed over all ranks."""
+        """Record that one training step has ended; `totals` has the counts of the step, summed over all ranks."""
         counts = dict(zip(COUNTED, totals.tolist(), strict=True))
         self.totals.update({"steps": 1, "waited_s": waited_s, "flops": self.flops_of(counts), **counts})
 
     def line(self) -> dict[str, float]:
-        """Return the rates of the last WINDOW_S seconds of training."""
+        """Return the speed figures of the last WINDOW_S seconds of training, such as tokens per second."""
         now = time.monotonic()
         self.marks.append((now, self.totals.copy()))
         while len(self.marks) > 2 and now - self.marks[1][0] > WINDOW_S:
@@ -59,7 +59,7 @@ class Meter:
         return self._rates(*self.marks[0])
 
     def summary(self) -> dict[str, float]:
-        """Return the rates of the complete run."""
+        """Return the speed figures of the complete run, such as tokens per second."""
         return self._rates(self.started, Counter())
 
     def _rates(self, since: float, before: Counter[str]) -> dict[str, float]:

@@ -31,10 +31,10 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def recorded_errors(folder: Path) -> Iterator[None]:
-    """Record an error in the block as state `failed` in status.json, and a signal as state `preempted`.
+    """Context manager that writes to status.json: state `failed` after an error, `preempted` after a signal.
 
-    A state that the block has already set, such as `diverged`, is kept. The error is raised again in every case, also
-    when the disk is full and the state cannot be written.
+    A state that the body of the `with` statement has already written, such as `diverged`, is kept. The error is raised
+    again in every case, also when the disk is full and status.json cannot be written.
     """
     try:
         yield

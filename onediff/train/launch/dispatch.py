@@ -11,7 +11,7 @@ from onediff.config import Runtime
 from onediff.train.launch import nodes, ranks, slurm
 from onediff.train.status import is_finished, modified_ns, read_status, write_status
 
-PATIENCE_S = 30.0  # Shared storage may show a file of another node only after this time.
+PATIENCE_S = 30.0  # seconds after which shared storage shows a file that another node wrote
 AGAIN = "run the same command again to continue from the last checkpoint"
 # Error messages of gloo and NCCL match this pattern if the connection to another rank was lost.
 LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)

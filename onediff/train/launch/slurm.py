@@ -39,7 +39,7 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
 
 
 def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
-    """Run the job and return a sentence on how it ended, and whether a signal stopped this process.
+    """Run the training as a Slurm job. Return a sentence that says how the job ended, and whether a signal stopped us.
 
     If a job of this run still exists, this function watches that job instead of submitting another. If the time limit
     or the scheduler stopped a job that made progress, the next job is submitted. After a signal to this process, the

@@ -42,9 +42,9 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "ma
 UNKNOWN = -100  # the default ignore_index of cross_entropy
 _SIDE = IMAGE_PX // PATCH_PX
 
-# A tuple of an image, the list of objects, the object index of each pixel (-1: no object), and the caption.
+# the type of a picture: an image, its objects, the object index of each pixel (-1: no object), and the caption
 Drawn = tuple[NDArray[np.uint8], list[Thing], NDArray[np.int8], str | None]
-# A tuple of the arrays `attributes`, `present` and `offsets` of the class Example.
+# the type of patch labels: the arrays `attributes`, `present` and `offsets` of the class Example
 Labels = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
@@ -158,9 +158,10 @@ def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> Labels:
 
 
 def photometry(images: Tensor) -> Tensor:
-    """Measure each patch of images (B, 3, P, P) with values from 0 to 1.
+    """Return simple colour statistics of each patch, as targets for pretraining.
 
-    Returns (B, N, 5): mean red, green and blue, contrast, and sharpness.
+    `images` (B, 3, height, width) have values from 0 to 1. Returns (B, N patches, 5): mean red, green and blue,
+    contrast, and sharpness.
     """
     grey = images.mean(1, keepdim=True)
     edges = functional.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
