@@ -25,7 +25,7 @@ LEAST_FREE_GB = 5
 class Finding:
     """The result of one check: what was checked, whether it passed, a message, and a cure if it did not pass.
 
-    `needed` False: OneDiff works without it, and the cure can wait.
+    `needed` is False if OneDiff works without the missing thing, so that the cure can wait.
     """
 
     name: str

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
 PROFILE = "profile.json"
-COPY_JPEG_QUALITY = 90  # The JPEG quality of the copy for the figure false_alarms_worn. People see no difference.
+COPY_JPEG_QUALITY = 90  # JPEG quality of the copies for the figure false_alarms_worn; people see no difference
 _BATCH_SIZE = 32
 _CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
-# Each function computes one compared value from a row of the usage log. Of two image sizes, the larger one counts.
+# Maps each figure whose distribution is compared to the function that reads its value from a row of the usage log.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "width": lambda row: max(row["width_before"], row["width_after"]),
     "height": lambda row: max(row["height_before"], row["height_after"]),
@@ -48,7 +48,7 @@ DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 
 UsageRow = Mapping[str, Any]
-Rate = tuple[int, int]  # A rate is (number of pairs that meet a condition, number of all pairs).
+Rate = tuple[int, int]  # (number of pairs that meet a condition, number of all pairs)
 
 
 @dataclass(frozen=True)

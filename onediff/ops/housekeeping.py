@@ -150,7 +150,10 @@ def _branches(days: float, needed: str) -> list[Item]:
 
 
 def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
-    """Return the text files in the lineage of every version. A version without a dvc.lock is added to `refused`."""
+    """Return the text files in the lineage of every registered version.
+
+    A version whose lineage has no dvc.lock is added to the list `refused` of the survey.
+    """
     texts: list[str] = []
     for version in versions:
         try:
@@ -177,8 +180,9 @@ def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
     if not (cache / "files").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        # `dvc gc --projects` keeps the data of other projects, so a temporary project lists the data of all versions.
-        # The temporary project uses our cache, because DVC looks up the files of a folder there.
+        # `dvc gc --projects P` keeps all data that project P uses.
+        # We create a temporary project P that uses the data of all registered versions, so that DVC keeps these data.
+        # The temporary project has the same cache, because DVC looks up the files of a folder in the cache.
         (Path(scratch) / ".dvc").mkdir()
         (Path(scratch) / ".dvc/config").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
         # The digest is quoted, because YAML would read a digest such as 12e4 as a number.

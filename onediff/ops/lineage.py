@@ -22,10 +22,10 @@ from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
 
-FOLDER = "lineage"  # The folder of a version that contains its lineage.
+FOLDER = "lineage"  # The folder of a registered model version that contains its lineage.
 WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths of weights and data in dvc.lock.
 TRAINING, SCORING = ("align", "tune"), ("score",)
-_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # Each has one sub-folder for each source.
+_ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # folders of data/ that have one sub-folder for each source
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
@@ -79,7 +79,7 @@ def uri_of(version: str) -> str:
 
 
 def lineage_of(version: str) -> dict[str, Any]:
-    """Return the content of the version's lineage.json, with the version number and the digest of the weights added.
+    """Return the content of a registered version's lineage.json, plus the version number and the digest of the weights.
 
     Raises ValueError if the version does not exist, or if its lineage.json is missing or damaged.
     """
@@ -159,9 +159,9 @@ class Use:
 
 
 def versions_of(item: str) -> tuple[list[Use], list[str]]:
-    """Return every version that has an item in its lineage, and the numbers of the versions without a lineage.
+    """Return every registered version whose lineage contains `item`, and the numbers of the versions without a lineage.
 
-    The item is a path in dvc.yaml, a file below such a path, an md5 or a SHA-256. The newest version comes first.
+    `item` is a path in dvc.yaml, a file below such a path, an md5 or a SHA-256. The newest version comes first.
     Raises ValueError if nothing is registered.
     """
     uses, without_lineage = [], []
@@ -178,7 +178,7 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
 
 
 def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of all paths in the lineage that match an item, which is a path or a digest.
+    """Return the digests of all paths in the lineage that match `item`, which is a path or a digest.
 
     If the lineage contains a folder without the list of its files, a file in that folder matches the folder.
     """
@@ -203,7 +203,7 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _role(path: str, lineage: Mapping[str, Any]) -> str:
-    """Return the role of a path for a version, as a predicate such as 'was trained on it'."""
+    """Return how a model version used the file or folder at this path, as a phrase such as 'was trained on it'."""
     stages = stages_of(lineage)
     parts = path.split("/")
     mixtures = {source for phase in TRAINING if phase in stages

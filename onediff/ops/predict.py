@@ -48,7 +48,10 @@ def check_benchmark(benchmark: str, split: str) -> None:
 
 
 def onediff(folder: Path) -> System:
-    """Return a trained OneDiff model as a system. Instructions and decoding are those of the DVC stage `caption`."""
+    """Return a trained OneDiff model as a system to be evaluated.
+
+    Instructions and decoding settings are those of the DVC stage `caption`.
+    """
     config = load_params()
     silence_libraries()
     from onediff.eval.caption import caption_records
@@ -59,7 +62,7 @@ def onediff(folder: Path) -> System:
 
 
 def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[System, str]:
-    """Return a chat model of transformers as a system, and the complete prompt.
+    """Return a chat model of transformers as a system to be evaluated, and the complete prompt.
 
     The placeholder {question} in the prompt is replaced by the instruction that OneDiff gets for the pair.
     """
@@ -80,7 +83,7 @@ def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[
 
 
 def siamese_cnn(folder: Path) -> System:
-    """Return the Siamese CNN that `python -m benchmarks.baselines` trained as a system."""
+    """Return, as a system to be evaluated, the Siamese CNN that `python -m benchmarks.baselines` trained."""
     from onediff.baselines.siamese_cnn import SiameseCaptioner
 
     captioner = SiameseCaptioner.load(folder)

@@ -8,7 +8,7 @@ from onediff.git import committed
 from onediff.paths import DVC_LOCK, METRICS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
 
-# Maps the title of each table column to metrics; the column shows the first one that the benchmark has.
+# Maps the title of each table column to metrics; a cell shows the first of them that the benchmark has.
 COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
            "kind of change right": ("change_type_accuracy", "operation_accuracy"),
            "false alarms": ("false_alarm_rate",)}

@@ -33,7 +33,7 @@ from onediff.paths import DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read_dvc_lock
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
-SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # The score table of each split.
+SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # the file with the scores of each split
 NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
 SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
 
@@ -191,7 +191,10 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
-    """Run the stage `score` of the commit. Return a line for each score or file that differs from the version."""
+    """Run the stage `score` with the code of the commit.
+
+    Return a line for each result that differs from the version's.
+    """
     shutil.rmtree(clone / SCORED, ignore_errors=True)
     if failure := _run_stage("score", clone, code=clone):
         return [failure]
@@ -200,7 +203,7 @@ def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
         scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
         try:
             registered = registry.version_scores(uri, split)
-        except ValueError as error:  # The registered score file was changed.
+        except ValueError as error:  # Somebody changed the score file of the version.
             return [str(error)]
         problems += [f"{path}: {key}: the version has {registered[key]}, got {scores.get(key)}"
                      for key in sorted(registered) if registered[key] != scores.get(key)][:3]
@@ -250,7 +253,7 @@ def _write_sample(clone: Path, again: Path, batch_size: int) -> list[str]:
 
 
 def _run_stage(name: str, folder: Path, *arguments: str, code: Path) -> str:
-    """Run a stage with the code of the commit in a folder. Return why the stage failed, or an empty text."""
+    """Run a DVC stage in a folder, with the code of the version's commit. Return why it failed, or an empty text."""
     environ = os.environ | {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-P", "-m", f"onediff.stages.{name}", *arguments], cwd=folder, env=environ,
                           capture_output=True, text=True, check=False)

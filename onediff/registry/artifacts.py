@@ -25,14 +25,14 @@ from onediff.registry.evidence import TABLES
 from onediff.registry.store import NAME, ModelVersion
 from onediff.repro.lock import fetch
 
-SCORED = "scored"  # Folder in a version with the scores of each pair, test.json and gate.json.
-SCORES = "scores"  # Folder in a version with the score tables of each split, metrics.json and gate.json.
-# File of a version without weights. It contains the path of the weights, their digests and the DVC remote.
+SCORED = "scored"  # folder of a registered version that has the scores of each pair: test.json and gate.json
+SCORES = "scores"  # folder of a registered version that has the score tables: metrics.json and gate.json
+# A version that is registered without weights has this file, which tells DVC where the weights are.
 REFERENCE = "reference.json"
-CACHE = tracking.HOME / "models"  # Versions downloaded from a server, and weights downloaded by DVC.
-# Tag with the digest of all files of the model folder. Versions of earlier code have the tag weights_digest only.
+CACHE = tracking.HOME / "models"  # cache of model versions that were downloaded from a server
+# Tag of a version: the digest of all files of its model folder. Older versions have only the tag weights_digest.
 MODEL_DIGEST = "model_digest"
-SCORES_DIGEST = "scores_digest"  # Tag with the md5 of each score file and of the model folder that was scored.
+SCORES_DIGEST = "scores_digest"  # tag of a version: the md5 of each score file and of the scored model folder
 
 
 @tracking.plain_errors()
@@ -296,13 +296,13 @@ def _download(source: str, target: Path) -> Path:
 
 
 def _text(source: str) -> str:
-    """Return the content of a text file of a version. Raises FileNotFoundError if the file does not exist."""
+    """Return the content of a text file in the store. Raises FileNotFoundError if the file does not exist."""
     with tempfile.TemporaryDirectory() as scratch, _missing_as(FileNotFoundError, f"{source} does not exist"):
         return _download(source, Path(scratch)).read_text(encoding="utf-8")
 
 
 def _missing_named(version: ModelVersion) -> AbstractContextManager[None]:
-    """Turn errors about missing files inside the block into a ValueError that contains the number of the version."""
+    """Context manager that replaces errors about missing files by a ValueError with the number of the model version."""
     return _missing_as(ValueError, f"version {version.version}: its files must be at the location that MLflow at "
                        f"{tracking.where()} has, but they are missing",
                        "; restore them from a backup, or train and register the model again")
@@ -310,7 +310,7 @@ def _missing_named(version: ModelVersion) -> AbstractContextManager[None]:
 
 @contextmanager
 def _missing_as(kind: type[Exception], message: str, cure: str = "") -> Iterator[None]:
-    """Turn errors about missing files inside the block into an exception of the type `kind` with this message.
+    """Context manager that replaces errors about missing files by an exception of the type `kind` with this message.
 
     Other errors of an MLflow server are raised unchanged.
     """

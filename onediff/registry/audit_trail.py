@@ -86,7 +86,7 @@ class TrailRecord(Change):
         return f"{self.number}  {self.when}  {self.action}  {moved}  by {self.by}: {self.why}{rules}{void}"
 
 
-# Stands for the state before the first record.
+# the state of the aliases before the first record of the audit trail
 START = TrailRecord(number=0, when="", action="start", old={}, new={}, why="", by="")
 
 
@@ -106,7 +106,7 @@ def trail() -> list[TrailRecord]:
 
 
 def last(records: list[TrailRecord]) -> TrailRecord:
-    """Return the last valid record, whose `new` contains the aliases that MLflow must have."""
+    """Return the last valid record of the audit trail; its field `new` has the aliases that MLflow must have now."""
     return next((record for record in reversed(records) if record.valid), START)
 
 
@@ -137,9 +137,11 @@ def check_trail() -> list[TrailRecord]:
 
 @tracking.plain_errors()
 def difference(records: list[TrailRecord] | None = None) -> str | None:
-    """Describe how MLflow's aliases differ from the audit trail, and how the next change resolves that, or return None.
+    """Return a text that says how MLflow's aliases differ from the audit trail; None if they agree.
 
-    `records` defaults to the present audit trail.
+    The text also says how the next change of an alias will resolve the difference.
+
+    `records` are those of the audit trail, which is read again by default.
     """
     records = trail() if records is None else records
     if not records:
@@ -185,7 +187,7 @@ def repair() -> TrailRecord:
 def settled(*, by: str | None = None) -> TrailRecord:
     """Complete an interrupted change, or record a change that was made outside OneDiff; return the last valid record.
 
-    Call it inside `writing()`.
+    Must be called inside `with writing():`.
     """
     # The audit trail is read before the aliases, so that a record written in between makes an adoption invalid.
     records = trail()
@@ -206,7 +208,7 @@ def settled(*, by: str | None = None) -> TrailRecord:
 
 
 def apply_change(change: Change, *, upon: TrailRecord) -> TrailRecord:
-    """Append a change to the audit trail, then set MLflow's aliases. Call it inside `writing()`.
+    """Append a change to the audit trail, then set MLflow's aliases. Must be called inside `with writing():`.
 
     `upon` is the last valid record that the caller read. If another process appended a record after it, no alias
     changes, and a ValueError with that record is raised.

@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-LIMIT = 5000  # characters that MLflow's database has for a description
+LIMIT = 5000  # largest number of characters of a description that MLflow's database stores
 FIRST = ("Scores", "Limits")  # sections that a shortened description must contain
 _SHORTENED = "\n\nThe complete model card is the file README.md of this version's model."
 _NOTE = "> **Scored again**"

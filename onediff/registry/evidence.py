@@ -26,7 +26,7 @@ from onediff.repro.lock import Stage, md5_of, parse_dvc_lock, read_dvc_lock
 MODEL, DIFFCAP, CAPTIONS, SCORED = map(str, (paths.TRAINED, paths.DIFFCAP, paths.CAPTIONS, paths.SCORED))
 TABLES = {"test": str(paths.METRICS), "gate": str(paths.GATE)}
 _OUTS_OF_SCORE = (SCORED, *TABLES.values())
-ROUNDING = 1e-5  # Largest difference between two equal scores, because score files have six decimal places.
+ROUNDING = 1e-5  # two scores are equal up to this difference, because score files round to six decimal places
 _CURE = "'dvc repro' scores again; if the message stays, the stage 'score' has a fault"
 
 

@@ -22,7 +22,7 @@ OF_DATA = ("data_validated", "leak_audit")
 FACTS = (*OF_DATA, "clean_lineage")
 DIFFCAP, QUARANTINE, REPORTS = map(str, (paths.DIFFCAP, paths.QUARANTINE, paths.DIFFCAP_REPORTS))
 AUDIT = "audit.json"
-TRAINED_CLEAN = "training_lineage"  # Tag: clean_lineage of the training alone, which scoring again does not change.
+TRAINED_CLEAN = "training_lineage"  # tag of a version: whether its training, without its scoring, was clean
 
 
 def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
@@ -119,7 +119,7 @@ def _lineage(root: Path) -> str:
 
 
 def _lineage_after_scoring(tags: Mapping[str, str], root: Path) -> str:
-    """Return clean_lineage for a version that was scored again: the present state, unless its training was not clean.
+    """Return the tag clean_lineage for a version that was scored again: as in the workspace, or its training's problem.
 
     `tags` are the tags of the version. Versions of earlier code have only the tag git_dirty about their training:
     false, true, or none without git.

@@ -165,8 +165,8 @@ def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases |
 def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
     """Return why the scores of a version cannot be used for a promotion; an empty list if they can.
 
-    Versions of earlier code have no digest that connects their scores with their model. They can still be loaded, and a
-    rollback to them is possible. Another reason is that the store has lost the scores of the pairs.
+    One reason: the version is of earlier code, so no digest connects its scores with its model. Such a version can
+    still be loaded, and a rollback to it is possible. The other reason: the store has lost the scores of the pairs.
     """
     again = f"score the version again: python -m flows.evaluate models:/{NAME}/{version.version}"
     if MODEL_DIGEST not in version.tags or SCORES_DIGEST not in version.tags:

@@ -20,19 +20,19 @@ from onediff.registry.evidence import in_range
 from onediff.registry.facts import NO_GIT, YES
 
 RULES = Path("mlflow/promotion.yaml")
-# The figures that the rules may contain for a benchmark that was not scored.
+# The figures that promotion rules may use. A rule for an unscored benchmark is checked against this list only.
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}
 NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# Maps each benchmark to its protocol, references, pair_id, group_id, and one list of values for each metric.
+# Maps each benchmark to a dict of its protocol, references, pair_id, group_id, and the values of each metric.
 PairScores = Mapping[str, Any]
 
 
 def _of_pairs(path: str) -> str:
     if path.rpartition(".")[2] not in PAIR_METRICS:
-        raise ValueError(f"must end with {' or '.join(PAIR_METRICS)}, the metrics with a score for each pair, as in "
+        raise ValueError(f"must end with {' or '.join(PAIR_METRICS)}, the metrics that have a score per pair, as in "
                          f"scenes.{PAIR_METRICS[0]}")
     return path
 
@@ -199,12 +199,12 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
     registered outside a git repository.
     """
     for path, least in rules.minima.items():
-        if not number(scores, path) >= least:  # This form also refuses nan, the value of a missing score.
+        if not number(scores, path) >= least:  # `not >=` is also true for a missing score, which is nan.
             yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
-    # The first champion is compared with no other version, but must have the benchmarks of later comparisons too.
+    # The first champion is compared with no version, but later candidates are compared with it on these benchmarks.
     benchmarks = sorted({path.partition(".")[0] for path in scores})
     yield from (f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
                 for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))

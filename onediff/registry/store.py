@@ -24,7 +24,7 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 WAIT_S = 600.0
 
 Aliases = dict[str, str]  # Maps each alias to the number of a version.
-ModelVersion = Any  # Stands for MLflow's class ModelVersion, because importing MLflow takes seconds.
+ModelVersion = Any  # MLflow's class ModelVersion, which is not imported here because importing MLflow takes seconds
 
 _sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 
@@ -106,7 +106,7 @@ def shared() -> bool:
 
 @contextmanager
 def sole_writer() -> Iterator[None]:
-    """Declare that, during the block, only this process changes a registry that several machines share.
+    """Context manager which declares that only this process changes a registry that several machines share.
 
     The deployments `promote` and `rollback`, which run one at a time, use it. If another process changes the aliases
     all the same, the later of the two changes fails with an error.
@@ -125,7 +125,7 @@ def may_write() -> bool:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Hold the lock for changes of the aliases during the block. Blocks of this kind must not be nested.
+    """Context manager that holds the lock for changes of the aliases. It must not be nested.
 
     Raises ValueError on a shared registry unless `sole_writer` is active, and if the lock stays taken for WAIT_S.
     """

@@ -26,7 +26,7 @@ from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# These modules cannot change the output of a stage, so neither they nor their imports are dependencies. Each reason:
+# Modules that cannot change the output of a stage, each with the reason; they and their imports are no dependencies.
 NO_RESULT = {
     "onediff": "sets how OpenMP threads wait for each other",
     "onediff.config": "checks the values that DVC tracks as params; it has no default values (test_params.py)",
@@ -44,7 +44,7 @@ NO_RESULT = {
     "onediff.train.cost": "counts FLOPs for the training curve; a corrected count does not change the model",
 }
 
-# Module -> the files that it opens, relative to the folder of the module.
+# Maps a module to the files that the module opens, relative to the folder of the module.
 FILES = {
     "onediff.data.quality.diffcap": ["card.md.j2"],
     "onediff.data.quality.checks_page": ["checks.html.j2"],
@@ -58,7 +58,7 @@ FILES = {
 FILES_OF_NO_STAGE = {"py.typed", "data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
                      "train/launch/slurm.sh.j2"}
 
-# Matrix stage -> the folder that contains one package for each item of the matrix.
+# Maps a DVC stage with a matrix to the folder that contains one Python package for each item of the matrix.
 ITEMS = {"synthesize": "onediff/data/synthesis"}
 
 # Packages that cannot change the outputs of a stage, each with the reason.
@@ -72,7 +72,7 @@ PACKAGES_WITHOUT_RESULT = {
     "tqdm": "shows progress",
 }
 DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}  # not in the package metadata
-USED_BY_PACKAGES = {  # package that we import -> packages that compute parts of its results
+USED_BY_PACKAGES = {  # Maps a package that we import to the packages that compute parts of its results.
     "scikit-image": ["scipy"],
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],

@@ -14,7 +14,8 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
-FOLDERS = {  # key of params.yaml that may be a local folder -> the dependency in dvc.yaml that must contain the folder
+# Maps each key of params.yaml that may name a local folder to the dependency in dvc.yaml that must contain the folder.
+FOLDERS = {
     "model.vision.path": "presets/backbones",
     "model.language": "presets/backbones",
     "model.delta.init": "presets/backbones",
@@ -48,7 +49,7 @@ def _other_versions(names: list[str]) -> Iterator[str]:
     for name in names:
         try:
             installed = version(name).split("+")[0]
-        except PackageNotFoundError:  # bpy is optional, and without any other package the stage fails
+        except PackageNotFoundError:  # If a package that the stage needs is missing, the stage itself reports that.
             continue
         if installed != versions[name]:
             yield (f"{PACKAGES}: {name} must be {versions[name]}, the version that DVC records in dvc.lock, but "

@@ -74,7 +74,7 @@ def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
 
 @contextmanager
 def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
-    """Restore dvc.lock after the block if DVC left an empty file.
+    """Context manager that restores dvc.lock if DVC, run inside the `with` statement, left an empty file.
 
     DVC overwrites dvc.lock in place, so the file is empty afterwards if the disk is full.
     """
@@ -152,14 +152,16 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
 
 
 def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """Return the outputs of a stage in dvc.lock that the cache does not contain, including those with `cache: false`.
+    """Return those outputs of a stage in dvc.lock that DVC's cache does not contain.
+
+    Outputs that dvc.yaml marks with `cache: false` are checked too.
 
     This check is necessary after a stage, because DVC exits with status 0 and writes dvc.lock even if the disk was too
     full to store the outputs in the cache.
     """
     outs = _locked_outs(stage, project)
     cache = cache_of(project) if outs else project
-    if not (cache / "files/md5").is_dir():  # the user configured another cache outside of the project
+    if not (cache / "files/md5").is_dir():  # The user has configured a cache outside of the project.
         return []
     return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
 
@@ -171,10 +173,10 @@ def _locked_outs(stage: str, project: Path) -> dict[str, str]:
 
 
 def _cached_files(md5: str, cache: Path) -> dict[str, str]:
-    """Map each relative path of a file or folder to its md5; empty if the cache does not contain all of these files."""
+    """Map the path of each file in an output to its md5; empty if DVC's cache does not contain all of these files."""
     try:
         files = files_of(md5, cache)
-    except (FileNotFoundError, ValueError):  # a damaged listing is treated like a missing one
+    except (FileNotFoundError, ValueError):  # A damaged list of files is treated like a missing one.
         return {}
     return files if all(_object(cache, file_md5).exists() for file_md5 in files.values()) else {}
 

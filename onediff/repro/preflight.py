@@ -85,5 +85,5 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
             photo_paths(split, folder)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
-            if isinstance(error, FileNotFoundError):  # without the folder, every split has this error
+            if isinstance(error, FileNotFoundError):  # A missing folder would cause this error for every split.
                 return

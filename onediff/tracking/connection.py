@@ -125,7 +125,7 @@ def http_status(error: MlflowException | RequestException) -> int:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn exceptions of MLflow inside the block or decorated function into exceptions with a one-line message.
+    """Context manager and decorator that replaces exceptions of MLflow by exceptions with a one-line message.
 
     Raises ConnectionError if the server may answer a later attempt (status 500 or above), otherwise ValueError.
     """

@@ -91,7 +91,7 @@ class Run:
         self._attempt(str(path), store, str(path), artifact_path=folder)
 
     def fail(self, reason: str) -> None:
-        """Mark the run as failed, with this reason, in a block that ends without an exception."""
+        """Mark the MLflow run as failed with this reason, even if the `with` statement ends without an exception."""
         self._status = "FAILED"
         self.tag({"failed_because": reason})
 
@@ -158,7 +158,10 @@ class Run:
 
 @contextmanager
 def parent_run(name: str, config: Config) -> Iterator[Run]:
-    """Start the run of a retraining. Runs that start inside the block, also in child processes, nest under this run."""
+    """Start the MLflow run of a retraining, as a context manager.
+
+    Runs that start inside the `with` statement, also in child processes, are nested under this run.
+    """
     with start_run(name, "flow", config) as run:
         os.environ[PARENT] = run.id
         try:

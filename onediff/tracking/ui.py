@@ -68,7 +68,7 @@ def _check_port(port: int) -> None:
 
 
 def _wait_for(page: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers. Raises ValueError if it ends or does not answer in time."""
+    """Wait until the MLflow server answers. Raises ValueError if the server ends or does not answer in time."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and server.poll() is None:
         with suppress(OSError):
