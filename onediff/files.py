@@ -34,13 +34,13 @@ class NotWrittenError(OSError):
 
 @contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
-    """Raise NotWrittenError instead of any exception with which a library reports a full disk.
+    """Context manager that raises NotWrittenError instead of any exception with which a library reports a full disk.
 
     The message mentions the file that the exception contains, or else `path`, the file or folder being written.
     """
     try:
         yield
-    except (NotWrittenError, ValueError):  # their messages already explain the failure
+    except (NotWrittenError, ValueError):  # The messages of these exceptions already explain the failure.
         raise
     except BaseException as error:
         number = _disk_full_errno(error)
@@ -70,7 +70,7 @@ def _disk_full_errno(error: BaseException | None) -> int | None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `path` after the file is complete and synced to disk."""
+    """Context manager that yields a temporary path to write to, and then renames the synced file to `path`."""
     part = path.with_name(path.name + ".part")
     try:
         with disk_full_named(path):
@@ -158,7 +158,7 @@ def key_of(value: Any) -> str:
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file during the block; wait while another process holds the lock."""
+    """Context manager that holds an exclusive lock on the file, and waits while another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -167,7 +167,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def refusing_lock(path: Path, refusal: str) -> Iterator[None]:
-    """Hold an exclusive lock on the file during the block, and write process id and host name into the file.
+    """Context manager that holds an exclusive lock on the file and writes process id and host name into the file.
 
     Raises ValueError with the text `refusal` if another process holds the lock. A "{holder}" in this text is replaced
     by the process id and the host name of the other process.

@@ -39,7 +39,7 @@ class Stop:
 
 @contextmanager
 def postponed(stop: Stop) -> Iterator[Stop]:
-    """Make signals only set `stop.reason` during the block, so that the code of the block can stop at a safe point.
+    """Context manager in which signals only set `stop.reason`, so that the code can stop at a safe point.
 
     Python allows signal handlers only in the main thread. In other threads `stop.reason` stays empty.
     """
@@ -52,7 +52,7 @@ def postponed(stop: Stop) -> Iterator[Stop]:
 
 
 def raise_keyboard_interrupt(limit_s: float) -> None:
-    """Make the first signal raise KeyboardInterrupt with the name of the signal.
+    """Make the first stop signal to this process raise KeyboardInterrupt with the name of the signal.
 
     Later signals are ignored, so that they do not interrupt the clean-up. `limit_s` seconds after the first signal the
     process exits even if the clean-up is still running or a library has caught the exception.
@@ -66,7 +66,7 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
             raise KeyboardInterrupt(stop.reason)
 
     def send_again(ignored: Any) -> None:
-        """Send the signal again if Python has dropped its KeyboardInterrupt, and report other dropped exceptions.
+        """Send the stop signal again if Python has dropped its KeyboardInterrupt, and report other dropped exceptions.
 
         Python drops an exception in a __del__ method or a weakref callback, and calls sys.unraisablehook instead.
         """
@@ -106,7 +106,7 @@ def _end_with(starters: list[int]) -> None:
         processes = [psutil.Process(pid) for pid in starters]
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
             time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # training handles SIGTERM by saving a checkpoint
+    os.kill(os.getpid(), signal.SIGTERM)  # A training handles SIGTERM by saving a checkpoint.
 
 
 def ignore() -> None:
@@ -121,7 +121,7 @@ def end_while_importing() -> None:
     Without this, Python would print the stack trace of the interrupted import. The `__init__.py` of the package that
     contains the module calls this function, and it has an effect until the module sets other handlers.
     """
-    if sys.argv[0] == "-m":  # Python sets it to -m until it has located the module
+    if sys.argv[0] == "-m":  # Python sets sys.argv[0] to -m until it has located the module.
         _handle(_end_at_once)
         end_with_starters()
 
@@ -140,7 +140,7 @@ def survive_closed_output() -> None:
     treated as SIGHUP, because the kernel sends this signal only to the leader of the session, and `make` does not
     forward it. Background jobs continue to run.
     """
-    with suppress(OSError):  # raised if standard error is not the session's terminal
+    with suppress(OSError):  # This error means that standard error is not the terminal of the session.
         if os.tcgetpgrp(2) == os.getpgrp():
             threading.Thread(target=_wait_for_hangup, daemon=True).start()
     for name in ("stdout", "stderr"):

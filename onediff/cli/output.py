@@ -16,7 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON inste
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, or a registered version such as "
                                     "models:/onediff/3.")]
 
-SETTINGS = {"help_option_names": ["--help", "-h"]}  # These settings apply to every command.
+SETTINGS = {"help_option_names": ["--help", "-h"]}  # Settings of Typer that every command of OneDiff uses.
 
 
 class GroupedCommands(TyperGroup):
@@ -52,17 +52,17 @@ def use_colour() -> bool | None:
 
 
 def path_argument(help: str) -> Any:
-    """Return a positional argument that is a path on this machine."""
+    """Return a Typer declaration of a positional argument whose value is a path on this machine."""
     return typer.Argument(help=help, parser=local_path)
 
 
 def path_option(*names: str, help: str) -> Any:
-    """Return an option that is a path on this machine."""
+    """Return a Typer declaration of an option whose value is a path on this machine."""
     return typer.Option(*names, help=help, parser=local_path, metavar="PATH")
 
 
 def local_path(text: str | Path) -> Path:
-    """Return the path. Refuse an address such as https://..., because pathlib would change `//` to `/` in it."""
+    """Convert an argument of the command line to a path. Raises an error for an address such as https://..."""
     if "://" in str(text):
         raise typer.BadParameter(f"'{text}' is an address, and this command reads and writes only files on this "
                                  "machine: download the file, then give its path.")

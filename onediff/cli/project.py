@@ -22,7 +22,7 @@ from onediff.cli.output import (
 from onediff.paths import CHAMPION, PARAMS, RUNTIME
 
 NUM_SHOWN = 5  # 'onediff gc' lists this many items of each kind by name.
-CANNOT_BE_MEASURED = 2  # diff and grep also use exit code 2 if they cannot answer.
+CANNOT_BE_MEASURED = 2  # an exit code; diff and grep also use 2 if they cannot answer
 
 
 def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the command lists the presets.")] = None,
@@ -123,7 +123,7 @@ def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The
 def doctor(as_json: Json = False) -> None:
     """Check the installation and the project, and print the cures.
 
-    The exit code is 1 if a check fails without which OneDiff cannot run.
+    The exit code is 1 if a necessary check fails.
 
     Example: onediff doctor
     """

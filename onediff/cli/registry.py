@@ -210,7 +210,7 @@ def export(version: Annotated[str, typer.Argument(help=VERSION)],
 
 
 def _verify(version: str, as_json: bool) -> None:
-    """Print each check when it is done, then the result. Exit with code 1 if a check failed."""
+    """Verify a version: print each check when it is done, then the result. Exit with code 1 if a check failed."""
     from onediff.ops import verify as verification
 
     checks = []

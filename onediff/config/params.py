@@ -401,16 +401,16 @@ class Config(Section):
     data: Data
     model: Model
     tasks: dict[SourceName, Task]
-    align: Align | None  # None: skip this phase; `tune` starts from the pretrained models
+    align: Align | None  # If this section is missing, `tune` starts from the pretrained models.
     tune: Phase
     caption: Caption
     stress: Stress
-    drift: Drift | None = None  # None: `onediff drift` stops, because it has no thresholds
-    judge: Judge | None = None  # None: `onediff judge` needs the option --model
+    drift: Drift | None = None  # If this section is missing, `onediff drift` stops, because it has no thresholds.
+    judge: Judge | None = None  # If this section is missing, `onediff judge` needs the option --model.
 
     @model_validator(mode="after")
     def _check_names_of_sources(self) -> Self:
-        """Raise ValueError with one line for each name that is not a source, so that one run shows all wrong names."""
+        """Raise ValueError with one line for each unknown source name, so that all wrong names are shown at once."""
         sources = _sources(self.data)
         names_at: dict[str, Iterable[str]] = {
             "data.leaks.max_distance": self.data.leaks.max_distance, "tasks": self.tasks,

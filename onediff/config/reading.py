@@ -40,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:  # a file with comments only, such as runtime.example.yaml
+    if values is None:  # The file contains only comments, like runtime.example.yaml.
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must map keys to values, got a {type(values).__name__}; see presets/ for an example")
@@ -48,7 +48,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
-    """Return the values as an object of class `kind`. Raises ValueError with one line for each wrong value."""
+    """Return the values of a YAML file as an object of class `kind`.
+
+    Raises ValueError with a line for each wrong value.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -76,10 +79,11 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
 
 
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are allowed in the section at the path `loc` below `kind`; empty if it is not a section."""
+    """Return the keys that are allowed at the path `loc` below `kind`; empty if no section is at this path."""
     for key in loc:
         annotation = kind.model_fields[str(key)].annotation
-        sections = [part for part in (annotation, *get_args(annotation))  # also finds the section in `Section | None`
+        # This also finds the section of an optional key, whose type is `Section | None`.
+        sections = [part for part in (annotation, *get_args(annotation))
                     if isinstance(part, type) and issubclass(part, Section)]
         if not sections:
             return []

@@ -19,7 +19,8 @@ Port = Annotated[int, Field(ge=1024, le=65535)]
 class Slurm(Section):
     """The settings of a Slurm job in addition to `nodes` and `gpus`.
 
-    `options` are further options of sbatch, such as --qos=long. `poll_s` is the time between two looks at the queue.
+    `options` are further options of sbatch, such as --qos=long. `poll_s` is the time in seconds between two requests
+    for the state of the job.
     """
 
     partition: str | None = None
@@ -47,7 +48,7 @@ class Services(Section):
     database: Literal["auto", "postgresql", "sqlite"] = "auto"
     prefect_port: Port = 4200
     mlflow_port: Port = 5000
-    postgres_port: Port = 5433  # not 5432, which a PostgreSQL of Debian uses
+    postgres_port: Port = 5433  # Port 5432 may already be used by a PostgreSQL of the operating system.
     start_s: Annotated[float, Field(gt=0)] = 180.0
 
 
@@ -117,7 +118,7 @@ class Runtime(Section):
 
     @property
     def num_workers(self) -> int:
-        """Return the number of worker processes, which is at least 1."""
+        """Return the number of worker processes for CPU work, which is at least 1."""
         return self.workers or len(os.sched_getaffinity(0))
 
     @property

@@ -55,7 +55,8 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
              load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
     onediff = OneDiffForConditionalGeneration(configuration, pretrained=language)
-    onediff.vision.tower = getattr(tower, "vision_model", tower)  # in a CLIPModel, `vision_model` is the tower
+    # The vision tower of a CLIPModel is its attribute `vision_model`.
+    onediff.vision.tower = getattr(tower, "vision_model", tower)
     onediff.generation_config = language.generation_config
     if llava:
         copy_projector(llava, onediff.projector, reading=model.reading)

@@ -33,7 +33,7 @@ class OneDiffConfig(PreTrainedConfig):
     delta_num_tokens: int = 32
     delta_width: int = 768
     delta_heads: int = 12
-    delta_levels: list[int] = field(default_factory=list)  # an empty list means the levels of the paper
+    delta_levels: list[int] = field(default_factory=list)  # An empty list selects the levels of the paper.
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
     delta_image_ids: bool = True

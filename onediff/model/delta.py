@@ -15,7 +15,7 @@ from onediff.model.configuration import OneDiffConfig
 
 # Position and image embeddings start with this standard deviation, so that they have an effect from the first step on.
 SPREAD = 0.3
-# Submodules of a DeltaLayer -> submodules of a BERT layer from which `copy_bert` copies their weights.
+# Maps submodules of a DeltaLayer to the submodules of a BERT layer from which `copy_bert` copies weights.
 BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
               "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
               "self_attention.norm": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onediff.files import sha256_of
 
-# This file beside a registered model folder holds the digest for programs that cannot query the MLflow registry.
+# The file with the digest of a registered model, for programs that cannot ask the MLflow registry.
 DIGEST_FILE = "model.sha256"
 _NOT_MODEL = {"__pycache__", ".gitignore"}
 

@@ -117,8 +117,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
             return CausalLMOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
-        is_kept = attention_mask.bool()  # (B, S): True for the U tokens of the batch that are not padding
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]  # (U,): the next token of each token
+        is_kept = attention_mask.bool()  # (B, S): False for padding. U is the number of tokens that are not padding.
+        # (U,): for each token, the id of the token after it
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]
         is_answer = (targets != IGNORED).nonzero().flatten()  # only these tokens need logits
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         logits = self.language(inputs_embeds=embeds[is_kept][None], position_ids=positions[is_kept][None],
@@ -194,7 +195,8 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         patches = self.pool(patches)
         if self.config.reading == "C":
             has_images = image_counts > 0
-            last = starts + image_counts - 1  # a row with a single image joins this image with itself
+            # In token layout C, a row with a single image joins this image with itself.
+            last = starts + image_counts - 1
             patches = torch.cat([patches[starts[has_images]], patches[last[has_images]]], -1)
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
 

@@ -33,7 +33,8 @@ from onediff.paths import DIFFCAP, DIFFCAP_REPORTS, PAIRS, PROBE_TABLE, QUARANTI
 from onediff.stages.command import run
 
 LEAKS = DIFFCAP_REPORTS / "leaks.parquet"
-AUDIT = DIFFCAP_REPORTS / "audit.json"  # A separate file, because training depends on the card and not on the audit.
+# The audit is not in the data card, because training depends on the card but not on the audit.
+AUDIT = DIFFCAP_REPORTS / "audit.json"
 AUC_PAIRS = 3000  # largest number of training pairs, and of test pairs, in the shortcut check
 
 

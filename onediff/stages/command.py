@@ -15,14 +15,14 @@ from onediff.repro.lock import restore_outs
 from onediff.repro.preflight import check_inputs, check_mixtures
 
 PARAMS = Path("params.yaml")
-END_S = 10.0  # seconds in which an interrupted stage can clean up, after training has written its checkpoint
+END_S = 10.0  # seconds that an interrupted stage has for its clean-up; training has more time, for a checkpoint
 
 
 def run(stage: Callable[..., object]) -> None:
-    """Run a stage with the arguments of the command line.
+    """Run a DVC stage, with the arguments of the command line as the arguments of the function `stage`.
 
-    A ValueError, an OSError or an interrupt becomes one line and exit code 1. Under DVC, the outputs of the last run
-    are restored first, because DVC removes them before it starts a stage.
+    After a ValueError, an OSError or an interrupt, the process prints one line and exits with code 1. If DVC started
+    the process, the outputs of the stage's last run are restored first, because DVC removes them before each run.
     """
     interrupts.survive_closed_output()
     interrupts.raise_keyboard_interrupt(END_S)
@@ -36,21 +36,22 @@ def run(stage: Callable[..., object]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {str(error).removeprefix(f'{stage.__name__}: ')}")
     except KeyboardInterrupt as interrupt:
-        for process in multiprocessing.active_children():  # The work of these processes is not needed any more.
+        # The results of the child processes are not needed after an interrupt.
+        for process in multiprocessing.active_children():
             process.kill()
         sys.exit(f"{stage.__name__}: stopped by {interrupt} before it was finished; the same command runs it again")
     finally:
-        interrupts.ignore()  # The process ends now, and a second signal must not interrupt that.
+        interrupts.ignore()  # A second signal must not interrupt the end of the process.
 
 
 def _prepare(stage: str) -> None:
     """Restore the outputs that DVC removed, then check packages and params.yaml, all before any slow import."""
     restore_outs(stage)
     freshness.check(stage)
-    if not PARAMS.exists():  # Each stage that reads params.yaml reports that it is missing.
+    if not PARAMS.exists():  # A stage that needs params.yaml reports the missing file.
         return
     config = load_params(PARAMS)
-    # The flow has checked all inputs already. A worker may not have the inputs of other stages.
+    # A Prefect flow checks all inputs before it starts stages, and its worker may not have the inputs of other stages.
     if interrupts.FLOW not in os.environ:
         check_inputs(config)
     if stage in ("align", "tune"):

@@ -33,7 +33,8 @@ from onediff.paths import (
 )
 from onediff.stages.command import run
 
-PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}  # examples of each change type in the gallery, by source
+# maps each source to the number of examples of each change type in the gallery
+PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}
 PER_TYPE_ELSEWHERE, NUM_WORST, NUM_LOST = 4, 12, 12
 IMAGES_BYTES = 5_000_000  # largest size of all images on the page; texts and charts add less than one megabyte
 

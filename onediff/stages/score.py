@@ -40,7 +40,7 @@ def score() -> None:
                                official=sources - incomplete.keys() if split == "test" else ())
         for name, result in results.items():
             source = name.split("/")[0]
-            if auc.get(source) is not None:  # A source without unchanged pairs has no AUC.
+            if auc.get(source) is not None:  # The AUC of a source without unchanged pairs is undefined.
                 result["pixel_difference_auc"] = auc[source]
             if source in incomplete:
                 result["incomplete"] = incomplete[source]
@@ -93,7 +93,8 @@ def _show(title: str, results: dict[str, Any]) -> None:
             table.add_row("", f"a reference of {result['leave_one_out']['num_pairs']}",
                           *_times_100(result["leave_one_out"]))
         table.add_section()
-    console = Console(width=max(120, Console().width))  # rich would wrap the table at 80 columns in a pipe
+    # Without a width, rich would wrap the table at 80 columns if stdout is a pipe.
+    console = Console(width=max(120, Console().width))
     console.print(table)
     for name, result in results.items():
         shown = [f"{key} {result[key]:.3f} [{result['intervals'][key][0]:.3f}, {result['intervals'][key][1]:.3f}]"

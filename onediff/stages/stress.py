@@ -79,7 +79,8 @@ def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], co
 
 
 def _show(results: dict[str, Any]) -> None:
-    console = Console(width=max(120, Console().width))  # rich would wrap the table at 80 columns in a pipe
+    # Without a width, rich would wrap the table at 80 columns if stdout is a pipe.
+    console = Console(width=max(120, Console().width))
     for name, result in results.items():
         for part in ("identical", "unrelated", "swapped", "attention"):
             values = result.get(part, {})

@@ -15,7 +15,7 @@ from onediff.files import new_folder
 from onediff.paths import SYNTHETIC
 from onediff.stages.command import run
 
-Group = tuple[str, str, int]  # prefix of the shard files, split, number within the split
+Group = tuple[str, str, int]  # a group of pairs: prefix of its shard files, split, number within the split
 
 
 def synthesize(source: str) -> None:
@@ -44,7 +44,7 @@ def _groups(config: Config, source: str) -> list[Group]:
 
 
 def _start(config: Config, source: str, blender_device: str | None) -> Callable[[Group], list[Record]]:
-    """Return the function that makes the records of a group; called once in each process.
+    """Return the function that makes the records of a group of pairs. Each worker process calls `_start` once.
 
     If a device for Blender is given, Blender starts here, so that a missing Blender is reported before any work.
     """

@@ -33,7 +33,7 @@ def train(phase: str, prepare: Prepare) -> None:
     from onediff import tracking
 
     config, runtime = load_params(), load_runtime()
-    tracking.check()  # MLflow must answer before any work starts, because the run must be recorded.
+    tracking.check()  # Training must not start if MLflow cannot record the run.
     silence_libraries()
     from onediff.train.launch import dispatch
     from onediff.train.phases import run_folder
@@ -46,7 +46,7 @@ def train(phase: str, prepare: Prepare) -> None:
         run_locally(phase, prepare, config, runtime, folder)
         return
     if runtime.node_rank and dispatch.launch_ranks(phase, runtime, folder):
-        return  # Node 0 has the run's folder and copies the model.
+        return  # Only node 0 copies the trained model from the run folder.
     refusal = (f"{folder}: only one run may train in this folder, as two would overwrite each other's checkpoints; "
                "wait for process {holder}, or stop it")
     with refusing_lock(folder / "lock", refusal):

@@ -13,7 +13,7 @@ from onediff.paths import ALIGNED, DIFFCAP
 from onediff.stages.command import run
 from onediff.stages.training import train
 
-if TYPE_CHECKING:  # Loading torch takes seconds, and the old outputs must be restored before that.
+if TYPE_CHECKING:  # The function `run` must restore the old outputs before torch is imported, which takes seconds.
     from onediff.train.loop import TrainingRun, Validation
 
 
