@@ -16,8 +16,8 @@ from onediff.files import new_file
 
 THUMBNAIL_PX = 192
 QUALITY = 85
-MAX_CHARACTERS = 400  # of a caption; the page cuts longer captions
-PAGE_CARDS = 24  # cards that the browser shows at once
+MAX_CHARACTERS = 400  # maximum number of characters of a caption on the page; longer captions are cut
+PAGE_CARDS = 24  # maximum number of pairs that the browser shows at once
 SPLIT_ORDER = ("train", "val", "test", "gate")
 
 

@@ -38,7 +38,7 @@ MAX_BLOCKS = 4096  # largest number of blocks into which Ray Data divides the it
 CONNECT_TIMEOUT_S = 10  # timeout of the connection to the head node of a Ray cluster
 
 _worker: Callable[[Any], Any] | None = None
-_refusal: Exception | None = None  # the error that `make` raised in this process, if it failed
+_refusal: Exception | None = None  # the error that the function `make` raised in this process, if it raised one
 
 
 def spread(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
@@ -78,7 +78,10 @@ def _start(make: Callable[[], Worker[Any, Any]]) -> None:
 
 
 def _work(chunk: list[Any]) -> tuple[list[Any], Exception | None]:
-    """Apply the worker to each item. Return the results before the first ValueError or OSError, and this error."""
+    """Apply the worker to each item until it raises ValueError or OSError.
+
+    Return the results and this error, if any.
+    """
     if _refusal is not None:
         return [], _refusal
     assert _worker is not None, "a process of the pool has been started"
@@ -152,7 +155,7 @@ def _start_process(make: Callable[[], Worker[Any, Any]], parent: int, gpus: list
 
 
 def _end_with(parent: int) -> None:
-    """Exit this process when its parent has died, because otherwise it would wait for work forever."""
+    """Exit this worker process when its parent has died, because otherwise the worker would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -233,7 +236,8 @@ def _connect(runtime: Runtime) -> None:
             # We test the connection ourselves, because Ray waits for minutes if no process listens at the address.
             host, _, port = address.rpartition(":")
             if "/" in host or not host or not port.isdecimal():
-                raise ValueError("must be auto, or <host>:<port> of the head node of this machine's Ray cluster")
+                raise ValueError("must be auto, or <host>:<port> of the head node of the Ray cluster to which this "
+                                 "machine belongs")
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address or "local", num_cpus=None if address else runtime.num_workers,
                  include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Split = Literal["train", "val", "gate", "test"]
-# The order of the splits must not change: it seeds generated pairs, and of two equal pairs in different splits, the
-# pair in the earlier split counts as the leak.
+# The order of the splits must not change, because the index of a split is part of the seed of generated pairs.
+# If the same pair is in two splits, the pair in the earlier split counts as the leak.
 SPLITS: tuple[Split, ...] = get_args(Split)
-ROW_GROUP = 64  # pairs per Parquet row group, which is read into memory at once
+ROW_GROUP = 64  # number of pairs in one Parquet row group, which is read into memory at once
 
 
 @dataclass(frozen=True)

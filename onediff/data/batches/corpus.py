@@ -56,8 +56,8 @@ class Corpus:
     """The samples of one split, the captions of single images, and access to the image files."""
 
     samples: list[Sample]
-    captions: dict[str, dict[str, str]]  # source -> digest of an image -> caption of this image alone
-    source_of: dict[str, str]  # digest of an image -> source
+    captions: dict[str, dict[str, str]]  # maps each source to {digest of an image: caption of this image alone}
+    source_of: dict[str, str]  # maps the digest of an image to its source
     files: ImageFiles
 
     @classmethod

@@ -26,11 +26,12 @@ from onediff.files import key_of, new_file, waiting_lock
 from onediff.inputs.images import open_image
 from onediff.inputs.processing import OneDiffProcessor
 
-FEATURE_BATCH = 64  # images per forward pass of the vision tower when features are computed
+FEATURE_BATCH = 64  # number of images in one forward pass of the vision tower when features are computed in advance
 
 Batch = dict[str, Tensor]
-Pixels = Callable[[list[str]], Batch]  # digests of M images -> {"images": (M, 3, H, W)} or {"states": (M, L, N, C)}
-VisionTower = Callable[[Tensor], Tensor]  # images (M, 3, H, W) -> states (M, L, N, C)
+# a function from the digests of M images to {"images": (M, 3, H, W)} or {"states": (M, L, N, C)}
+Pixels = Callable[[list[str]], Batch]
+VisionTower = Callable[[Tensor], Tensor]  # a function from images (M, 3, H, W) to hidden states (M, L, N, C)
 
 
 def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> list[list[BatchRow]]:
@@ -43,7 +44,7 @@ def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> li
         return [rows]
     longest_first = sorted(rows, key=lambda row: _num_tokens(row, tokens_per_image), reverse=True)
     rounds = [longest_first[start : start + parts] for start in range(0, len(rows), parts)]
-    # Reversing every second round gives the part that received the longest row the shortest row of the next round.
+    # Every second round is reversed, so that the part that got the longest row then gets the shortest one.
     dealt = [one_round[::-1] if number % 2 else one_round for number, one_round in enumerate(rounds)]
     return [list(part) for part in zip(*dealt, strict=True)]
 
@@ -64,7 +65,7 @@ def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels
 
 
 def decode(corpus: Corpus, processor: OneDiffProcessor) -> Pixels:
-    """Return a function that decodes images at every visit: for a vision tower that is trained in this phase."""
+    """Return a function that decodes the images of a batch, for a phase that trains the vision tower."""
     return lambda digests: {"images": processor.pixels([open_image(corpus.files[digest]) for digest in digests])}
 
 

@@ -21,10 +21,11 @@ from onediff.data.batches.corpus import Corpus, Sample
 from onediff.data.record import digest
 from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt, single_prompt
 
-CANDIDATES = 4  # Coupled Sample Training chooses the least similar of this many random images as the second image.
+# number of random images of which Coupled Sample Training takes the least similar one as the second image
+CANDIDATES = 4
 SINGLE_INSTRUCTION = "Describe the image."
 AS_RECORDED = Task(instruction=None, targets="drawn", max_new_tokens=None, num_beams=None)
-CYCLE = 1000  # The order of the sources repeats after this many rows, so weights are exact to one part in a thousand.
+CYCLE = 1000  # number of rows after which the order of the sources repeats; sampling weights are exact to 1/1000
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class BatchRow:
 
 
 RowSampler = Callable[[int], list[BatchRow]]
-Entry = tuple[Sample, str | None]  # A sample and the answer to train on; None: draw a reference at each visit.
+# a sample and the answer to train on; if the answer is None, each visit draws a random reference
+Entry = tuple[Sample, str | None]
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,12 @@ def _words(caption: str) -> frozenset[str]:
 
 
 def choose(rng: Generator, options: list[str]) -> str:
-    """Return one of the options, each with equal probability."""
+    """Return one of the options at random, each with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 class Mixture:
-    """Draws sample indices from several sources by weight, as a pure function of (seed, step, batch size).
+    """Draws sample indices from several sources by weight; they depend only on seed, step and batch size.
 
     Because no state is kept between steps, a resumed run draws the indices that an uninterrupted run would draw.
     """
@@ -185,8 +187,9 @@ class Mixture:
                 raise ValueError(f"mixture.{name}: this source has no pairs; choose from the sources with pairs: "
                                  f"{sorted(indices_by_source)}")
         self.seed, self.indices, self.turns = seed, indices_by_source, source_turns(weights)
-        self.num_turns: Counter[str] = Counter()  # source -> number of turns per cycle
-        self.num_earlier: list[int] = []  # slot -> number of earlier turns of this slot's source in the cycle
+        self.num_turns: Counter[str] = Counter()  # maps each source to its number of turns in a cycle
+        # maps each slot of the cycle to the number of earlier slots with the same source
+        self.num_earlier: list[int] = []
         for source in self.turns:
             self.num_earlier.append(self.num_turns[source])
             self.num_turns[source] += 1

@@ -109,7 +109,7 @@ def _members(archive: Path) -> Generator[Member, None, None]:
                 special = stat.S_IFMT(info.external_attr >> 16) not in _PLAIN
                 yield info.filename, None if info.is_dir() else functools.partial(packed.open, info), special
         return
-    with tarfile.open(archive, "r|*") as stream:  # This mode reads the archive once, as a stream.
+    with tarfile.open(archive, "r|*") as stream:  # The mode "r|*" reads the archive once, as a stream.
         for member in stream:
             yield member.name, functools.partial(stream.extractfile, member), not (member.isreg() or member.isdir())
             # Without this line, tarfile would keep every member in memory.

@@ -15,7 +15,8 @@ Kind = TypeVar("Kind")
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
 _LONGEST = 1 << 26  # largest number of characters in one entry
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON can encode but UTF-8 cannot
+# matches lone surrogates, characters that JSON can encode but UTF-8 cannot
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _NAMES: dict[type, str] = {str: "text", int: "a number", list: "a list", dict: "an object {...}"}
 
 
@@ -120,7 +121,7 @@ def expect(value: Any, kind: type[Kind], place: str) -> Kind:
 
 
 def part(entry: dict[str, Any], key: str, kind: type[Kind], place: str) -> Kind:
-    """Return entry[key]. Raises ValueError if the key is missing or the value is not of type `kind`."""
+    """Return the value entry[key]. Raises ValueError if the key is missing or the value is not of type `kind`."""
     if key not in entry:
         raise ValueError(f"{place}: '{key}' is missing, got {', '.join(sorted(entry)) or 'nothing'}; "
                          "take the file as published")
@@ -197,7 +198,7 @@ def _unquoted(cell: str, place: str) -> str:
         return value
     except (csv.Error, ValueError):
         if cell.count('"') % 2 == 0:
-            return cell  # Published files contain texts with quotes of their own, which we keep.
+            return cell  # A quote in the middle of a text belongs to the text, so we keep it.
     raise ValueError(f"{place}: a quote is opened but never closed, got {cell[:40]!r}; take the file as published")
 
 

@@ -28,7 +28,7 @@ from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
 
-CLAIMED, DONE = ".taking.", ".done."  # prefixes of batch folders that are being imported, or imported and to be removed
+CLAIMED, DONE = ".taking.", ".done."  # prefixes of batch folders: being imported; imported, and waiting to be removed
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,13 @@ def import_batches(inbox: Inbox) -> InboxReport:
 
 
 def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
-    """Import one batch folder, whether new or already claimed by an interrupted run, and add the result to `report`."""
+    """Import one batch folder of the inbox, and add the result to `report`.
+
+    The folder is new, or it was renamed for import by an earlier run that was killed.
+    """
     source = entry.name.removeprefix(CLAIMED)
     claimed = entry.with_name(f"{CLAIMED}{source}")
-    if entry != claimed:  # A batch that is already claimed was checked by an earlier run, which was then killed.
+    if entry != claimed:  # An import that renamed a folder to .taking.SOURCE has checked it already.
         _check_name(entry, inbox.sources)
         listing = _listing(entry)
         # We use ctime, because a copy that preserves old modification times still gets a new ctime.
@@ -141,7 +144,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch that was read: the rows of its table, and the pairs that these rows describe."""
+    """A batch of the inbox: the rows of its table, and the pairs that these rows describe."""
 
     source: str
     name: str
@@ -151,7 +154,7 @@ class Batch:
 
 
 def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
-    """Read a batch and choose its name, <date>-<digest of its files>.
+    """Read a batch of the inbox and choose its name, <date>-<digest of its files>.
 
     A batch that was imported before, completely or in part, gets the name of the earlier import. Raises ValueError or
     FileNotFoundError, with file and line, if the batch is not valid.
@@ -198,7 +201,7 @@ def _table(files: Files, target: Path) -> Path:
 
 
 def _holds(table: Path, batch: Batch) -> bool:
-    """Return whether the source's table already contains the rows of the batch."""
+    """Return whether the table of the source in data/raw already contains the rows of the batch."""
     return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
 
 
@@ -224,8 +227,8 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     rows = []
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         before, after = (names[path] for path in pair.locate(batch.files) if path)
-        # Each row has the columns that the reader of pairs.jsonl expects. If the user gave no group, the content of
-        # the two images is the group, so that the same two images always get the same split.
+        # Each row has the columns that the reader of pairs.jsonl expects.
+        # The default group is the content of the two images, so that the same two images always get the same split.
         rows.append({"before": f"{batch.name}/{before}", "after": f"{batch.name}/{after}",
                      "references": pair.references,
                      "pair_id": pair.official_id if row.get("pair_id") else f"{batch.name}-{number:06d}",

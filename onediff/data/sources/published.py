@@ -18,7 +18,7 @@ NO_TYPE, GENERAL = "unlabelled", "general"
 OFFICIAL_SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
-_Place = tuple[int, str]  # the index of a root folder in Files, and a path below this root
+_Place = tuple[int, str]  # a file: the index of its root folder in the class Files, and its path below this root folder
 
 
 class Files:
@@ -30,7 +30,8 @@ class Files:
 
     def __init__(self, roots: list[tuple[str, Path]]) -> None:
         self._roots = roots
-        self._images: dict[str, list[_Place]] = defaultdict(list)  # key: file name without ending and leading zeros
+        # maps a file name without ending and leading zeros to all files with this name
+        self._images: dict[str, list[_Place]] = defaultdict(list)
         self._others: dict[str, list[_Place]] = defaultdict(list)  # key: file name
         for number, (_, root) in enumerate(roots):
             for path in _walk(root):

@@ -48,7 +48,7 @@ def open_source(source: str, folder: Path, scratch: Path) -> Files:
 
 
 def records(source: str, files: Files, split: str) -> Iterator[Record]:
-    """Return an iterator over the records of one split, which reads the images of each record only when needed."""
+    """Return an iterator over the records of one split; the images of a record are read when it is reached."""
     return (to_record(source, pair, files) for pair in reader_of(source, files)(files)
             if split_of(source, pair) == split)
 
@@ -64,10 +64,11 @@ def summarize(source: str, folder: Path, *, scratch: Path | None = None) -> dict
 
 
 def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
-    """Return the summary that `summarize` describes, but with all missing images, and the number of pairs per split."""
+    """Return the result of `summarize` with the list of all missing images, and the number of pairs per split."""
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     types: dict[str, Counter[str]] = defaultdict(Counter)
-    names: dict[str, set[int]] = defaultdict(set)  # hashes of the names, because a source may have millions of pairs
+    # We keep hashes of the image names, because a source may have millions of pairs.
+    names: dict[str, set[int]] = defaultdict(set)
     missing: dict[str, dict[str, None]] = defaultdict(dict)
     num_pairs: Counter[str] = Counter()
     for pair in reader_of(source, files)(files):

@@ -19,7 +19,7 @@ from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 PART = 512  # images whose embeddings are stored in one file; an interrupted run loses at most one such part
-EXACT_UP_TO = 200_000  # for more images than this, an approximate index (inverted file) replaces exact search
+EXACT_UP_TO = 200_000  # number of images above which an approximate index (inverted file) replaces exact search
 PROBES = 32  # number of lists that the inverted file searches for each image, out of sqrt(number of images) lists
 
 

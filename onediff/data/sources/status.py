@@ -68,7 +68,7 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
 
 
 def _listing(folder: Path) -> tuple[set[str], list[str], bool]:
-    """Return the names of files that are not images, the archives, and whether there are images.
+    """Return the names of the files that are not images, the archives, and whether there are images, in a folder.
 
     The search stops after _MAX_ENTRIES directory entries.
     """

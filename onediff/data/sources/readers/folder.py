@@ -50,7 +50,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Check the header with the first row, so that an error about a column points to line 1."""
+    """Yield the rows of a CSV table. The header is checked with the first row, so that its errors name line 1."""
     for number, (place, row) in enumerate(read_csv(path)):
         if number == 0:
             header = f"{path} line 1"

@@ -44,7 +44,7 @@ def _read(files: Files, annotations: str) -> Iterator[tuple[PublishedPair, Turns
     """
     others = [path for path in files.ending(".json") if not path.stem.endswith("_meta")]
     path = files.named(annotations) or (others[0] if len(others) == 1 else files.require(annotations))
-    # Counts how often each id occurred, because ids repeat. The keys are hashes, because there are many ids.
+    # Maps the hash of each id to the number of rows with this id, because ids repeat.
     seen: dict[int, int] = {}
     for place, entry in read_list(path):
         name = identity(entry, "id", place)
