@@ -22,8 +22,8 @@ from onediff.ops.drift import as_text, examine
 def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
     """Compare the champion's captions of the last `days` with those at training time.
 
-    The state's name is Drifted, Steady, or NoVerdict if the usage log has too few captions. With `then_retrain`, drift
-    starts a retraining.
+    The returned Prefect state has the name Drifted, Steady, or NoVerdict if the usage log has too few captions. With
+    `then_retrain`, drift starts a retraining.
     """
     try:
         drift = examine(days=days)

@@ -24,11 +24,11 @@ from onediff.config import load_runtime
 from onediff.git import configure_dvc
 from onediff.paths import DVC_YAML
 
-SPARE_S = 4.0  # time that an interrupted flow may take after its stage has ended, in addition to grace_s
+SPARE_S = 4.0  # seconds that an interrupted flow may still run after its stage has ended, in addition to grace_s
 
 
 def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None] | None = None) -> State[Any]:
-    """Run the flow and return its last state. Exit with one line if the flow cannot start, fails, or gets a signal.
+    """Run a Prefect flow and return its last state. Exit with one line if the flow cannot start, fails or is stopped.
 
     `lock` is acquired before the Prefect server starts, so that a second run in the same folder is refused at once.
     """
@@ -53,14 +53,15 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
         again = "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])
         print(f"onediff: stopped by {interrupt}; finished stages are kept{progress}; '{again}' continues",
               file=sys.stderr, flush=True)
-        os._exit(128 + signal.Signals[str(interrupt)])  # Prefect's exit handlers would wait for the ended server.
+        # Prefect's exit handlers would wait for a server that no longer runs.
+        os._exit(128 + signal.Signals[str(interrupt)])
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
     return state
 
 
 def survive_closed_output() -> None:
-    """Let this process continue when the reader of its output has closed the pipe, as the stages do.
+    """Let this process continue when the program that reads its output has closed the pipe.
 
     Prefect created its log handlers on import, so they must be switched to the new standard error as well. Otherwise
     rich, the library behind them, ends the process when it writes to the closed pipe.

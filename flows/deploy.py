@@ -18,7 +18,8 @@ from onediff import interrupts
 from onediff.config import Pools, load_runtime
 
 LOST = "onediff: lost flow runs"
-PATIENCE_S = 540.0  # With a shorter time, flow runs on a busy machine would be marked as crashed.
+# seconds without a heartbeat after which a flow run counts as crashed; a busy machine sends heartbeats late
+PATIENCE_S = 540.0
 
 
 def deploy(patience_s: float = PATIENCE_S) -> None:

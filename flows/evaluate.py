@@ -19,7 +19,8 @@ def evaluate(model: str = paths.CHAMPION) -> State[Any]:
     """Score models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's results do not change."""
     try:
         with pipeline_lock():
-            version = registry.version_tags(model)["version"]  # Resolve the alias once: it may move during scoring.
+            # The alias is resolved only once, because it may move to another version during scoring.
+            version = registry.version_tags(model)["version"]
             evidence = score_again(f"models:/{registry.NAME}/{version}")
             print(publish_scores(evidence.root / paths.METRICS, "scores-again"))
             rescore(version, evidence)

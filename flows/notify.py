@@ -32,8 +32,8 @@ def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> 
         try:
             block = Block.load(slug)
             if not isinstance(block, NotificationBlock):
-                raise ValueError(f"is a {type(block).__name__} block, which cannot send notifications")
-            send: Any = block.notify  # Prefect returns a coroutine only inside an event loop
+                raise ValueError(f"is a {type(block).__name__}, which cannot send notifications")
+            send: Any = block.notify  # Inside an event loop, Prefect returns a coroutine.
             send(body=f"{what}\n{why}\nNext: {then}\n", subject=f"OneDiff: {what}")
         except Exception as error:  # noqa: BLE001 - a service may raise any error, with a secret address in the message
             problem = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__

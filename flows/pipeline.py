@@ -25,7 +25,7 @@ def stages(data: Data) -> list[str]:
 
 
 def needs(stage: str, folder: Path = Path()) -> str:
-    """Return `cpu` or `gpu`, the kind of machine that the stage needs."""
+    """Return the kind of machine that a stage needs: `cpu` or `gpu`."""
     return str(_definitions(folder)[stage.partition("@")[0]]["meta"]["needs"])
 
 
@@ -56,9 +56,10 @@ def stale_elsewhere() -> set[str]:
 
 
 def inputs_of(stage: str, folder: Path) -> tuple[list[str], list[Path]]:
-    """Return what a stage reads, as targets of `dvc pull`, and files that removed stages left in the folders it reads.
+    """Return two lists: the inputs of a stage, as targets of `dvc pull`, and outdated files in its input folders.
 
-    The targets are dependencies that are listed in dvc.lock or have a .dvc file.
+    Targets are dependencies that are listed in dvc.lock or have a .dvc file. An outdated file is an output of a stage
+    that is no longer in dvc.yaml.
     """
     name, _, source = stage.partition("@")
     deps = [Path(dep.replace("${item.source}", source)) for dep in _definitions(folder)[name]["deps"]]
@@ -94,14 +95,14 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 
 def outcome(stdout: str) -> str:
-    """What `dvc repro` did, by its output: Ran, Restored (from the run cache or the remote) or UpToDate."""
+    """Return what `dvc repro` did, read from its output: Ran, Restored (from the run cache or a remote) or UpToDate."""
     if re.search(r"^Stage '.*' is cached - skipping run", stdout, re.MULTILINE):
         return "Restored"
     return "Ran" if re.search(r"^Running stage '", stdout, re.MULTILINE) else "UpToDate"
 
 
 def reason(folder: Path, since: float) -> str:
-    """What a training phase wrote about its end; DVC gives every failure the same exit status."""
+    """Return the reason that a failed training phase wrote to status.json; DVC's exit status does not tell it."""
     status = training_status(folder, since)
     if status is None:
         return "; see its message above"

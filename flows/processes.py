@@ -32,7 +32,7 @@ def code_env() -> dict[str, str]:
 
 
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
-    """Run the command in the folder, print its output while it runs, and return its exit status and its stdout.
+    """Run a command in the folder, print its output while it runs, and return its exit status and its stdout.
 
     If this process is interrupted, the command and all its children end within `grace_s` of runtime.yaml.
     """
@@ -71,7 +71,8 @@ def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.1)
     send_signal(wait_for_end(list(family), deadline - time.monotonic()), signal.SIGKILL)
     group.kill()
-    command.wait()  # DVC would take a zombie process for alive, and keep the lock of the stage.
+    # Until the process is reaped, it is a zombie: DVC would take it for alive and keep the lock of its stage.
+    command.wait()
 
 
 def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], folder: Path = Path()) -> str:
@@ -106,7 +107,7 @@ def wait_for_end(processes: list[psutil.Process], limit_s: float) -> list[psutil
 
 @contextmanager
 def pipeline_lock(path: Path = LOCK) -> Iterator[None]:
-    """Hold the lock of the pipeline in a folder, because two `dvc repro` at once fail on the files that they share.
+    """Context manager that holds the lock of the pipeline, which allows only one `dvc repro` in a folder at a time.
 
     The command line acquires the lock before it calls the flow; acquiring it again in the flow has no effect. Raises
     ValueError if another process holds the lock.

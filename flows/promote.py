@@ -44,7 +44,8 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
         hours = registry.load_rules().approval_h
         if hours is not None:
             verdict = tasks.assess(version)
-            if verdict.promoted and not verdict.reasons:  # A refused version or the champion needs no approval.
+            # Approval is not needed for a refused version, or for a version that is the champion already.
+            if verdict.promoted and not verdict.reasons:
                 approved = verdict.case
                 by = _approval(approved, hours)
         with _slot(), registry.sole_writer():

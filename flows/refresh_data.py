@@ -20,8 +20,8 @@ from onediff.data.sources.inbox import Inbox, InboxReport, import_batches
 def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]:
     """Update imported sources, and import inbox batches whose files did not change for `settle_s` seconds.
 
-    The state's name is Changed or Unchanged. A source or batch that cannot be read is reported and does not stop the
-    others. With `then_retrain`, a change starts a retraining.
+    The returned Prefect state has the name Changed or Unchanged. A source or batch that cannot be read is reported, and
+    the flow continues with the next one. With `then_retrain`, a change starts a retraining.
     """
     try:
         with pipeline_lock():

@@ -44,7 +44,8 @@ def retrain() -> State[Any]:
         _check_crashes()
         with pipeline_lock(), disk_full_named(Path(".onediff")):
             state = _retrain()
-    except (ValueError, OSError) as error:  # The message is one line; Prefect would print the complete traceback.
+    # We print the one-line message, because Prefect would print the complete traceback.
+    except (ValueError, OSError) as error:
         state = Failed(message=str(error))
     if state.is_failed():
         notify("failure", "a retraining failed", why=str(state.message), then=deployments.RETRAIN_COMMAND)
@@ -56,7 +57,8 @@ def _retrain() -> State[Any]:
     if runtime.pools:
         stale, run_stages = stale_elsewhere(), run_on_workers
     else:
-        check_inputs(load_params())  # Only here: a worker checks the inputs on its own machine.
+        # The inputs are not checked here if workers run the stages, because each worker checks its own machine.
+        check_inputs(load_params())
         stale, run_stages = stale_stages(), run_here
     with parent_run("retrain", load_params()) if stale else nullcontext() as run:
         state = run_stages(stale)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from onediff import interrupts
 
-# Prefect sets the same variables for its own temporary server.
+# Environment variables of the temporary server; Prefect sets the same variables when it starts such a server itself.
 START = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
 END_S = 3.0  # seconds from SIGTERM to SIGKILL; short, because the server's database survives SIGKILL
 
@@ -42,7 +42,7 @@ def temporary_server() -> Iterator[None]:
         yield
         return
     url = _start(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: ""}):  # the temporary server has no web pages
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: ""}):  # The temporary server needs no web pages.
         yield
 
 

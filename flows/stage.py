@@ -27,9 +27,9 @@ from onediff.git import CURE, git, head
 from onediff.paths import DVC_LOCK, RUNTIME
 
 POLL_S = 2.0
-MAX_CRASHES = 3  # a stage whose worker died is submitted again until it crashed this many times
+MAX_CRASHES = 3  # maximum number of times that a stage is submitted if its worker dies
 WORK = Path(".onediff/work")
-ARTIFACT = "onediff-stage"  # type of the artifact that carries the stage's results back
+ARTIFACT = "onediff-stage"  # type of the Prefect artifact in which a worker returns dvc.lock and the metrics
 
 
 def commit_for_workers() -> str:
@@ -50,7 +50,7 @@ def commit_for_workers() -> str:
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
 def run_on_worker(name: str, revision: str) -> State[Any]:
-    """Run a stage on a worker. The name of the returned state is Ran, Restored or UpToDate, as in `repro`.
+    """Run a DVC stage on a worker. The name of the returned Prefect state is Ran, Restored or UpToDate.
 
     The idempotency key is made from the stage and the digests of its inputs. A flow that was restarted therefore waits
     for the run that it had submitted before. A stage whose worker died is submitted again, and training continues from
@@ -63,7 +63,8 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
         run = run_deployment(f"stage/{needs(name)}", idempotency_key=f"{key}-{number}", timeout=0,
                              parameters={"name": name, "commit": revision, "files": files})
         assert isinstance(run, FlowRun), "run_on_worker must be called from a thread without an event loop"
-        had_ended = bool(run.state and run.state.is_final())  # an earlier retraining submitted this run
+        # Prefect returned a run that an earlier retraining submitted.
+        had_ended = bool(run.state and run.state.is_final())
         state = _final_state(run)
         if state.is_completed():
             write_outputs(run)
@@ -71,7 +72,7 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
         crashes += state.is_crashed() and not had_ended
         if not had_ended and (not state.is_crashed() or crashes == MAX_CRASHES):
             return Failed(message=f"{name}: {state.message or state.name}")
-    raise AssertionError("a thousand failed runs of one stage")
+    raise AssertionError("a thousand runs of one stage have failed; see the log of its last run")
 
 
 def _final_state(run: FlowRun) -> State[Any]:
@@ -85,7 +86,8 @@ def _final_state(run: FlowRun) -> State[Any]:
             while not ((state := client.read_flow_run(run.id).state) and state.is_final()):
                 time.sleep(POLL_S)
         return state
-    except BaseException:  # a cancelled flow raises Prefect's TerminationSignal, which does not derive from Exception
+    # In a cancelled flow, Prefect raises TerminationSignal, which does not derive from Exception.
+    except BaseException:
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Cancelling())
         raise
@@ -136,7 +138,8 @@ def check_out(commit: str) -> None:
     except ValueError:
         try:
             git("fetch", "--quiet", "--all")
-        except ValueError as error:  # One unreachable remote is no failure if another remote had the commit.
+        # An unreachable remote is no error if the commit could be fetched from another remote.
+        except ValueError as error:
             unfetched = f"{error}; "
     try:
         if (WORK / ".git").exists():
@@ -168,7 +171,7 @@ def write_inputs(files: dict[str, str]) -> None:
 
 
 def run_stage(name: str) -> tuple[str, dict[str, str]]:
-    """Run a stage in the worktree; return Ran, Restored or UpToDate, and the text of dvc.lock and metrics by path.
+    """Run a DVC stage in the worktree. Return Ran, Restored or UpToDate, and the texts of dvc.lock and metrics by path.
 
     Raises ValueError if the stage failed or if one of its inputs is missing.
     """

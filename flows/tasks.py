@@ -40,7 +40,7 @@ def author() -> str:
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
 def repro(stage: str) -> State[Any]:
-    """Run `dvc repro --single-item STAGE`. The state's name is Ran, Restored (from DVC's run cache) or UpToDate.
+    """Run `dvc repro --single-item STAGE`, and return a Prefect state named Ran, Restored (from a cache) or UpToDate.
 
     A failed stage is not retried, because the same inputs would fail again.
     """

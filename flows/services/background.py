@@ -17,9 +17,11 @@ from flows.processes import is_alive, send_signal, wait_for_end
 from onediff.files import write_text
 
 GRACE_S = 60.0  # seconds before SIGKILL, in which a training that a worker started can write its checkpoint
-MARK = "ONEDIFF_SERVICE"  # environment variable of a service, inherited by every process that the service starts
-SHOWN_LINES = 15  # lines of a log that an error message shows
-STOP_SIGNALS = {"postgres": signal.SIGINT}  # SIGINT makes PostgreSQL disconnect its clients and write all data
+# environment variable that marks all processes of a service, because child processes inherit it
+MARK = "ONEDIFF_SERVICE"
+SHOWN_LINES = 15  # maximum number of lines of a log that an error message shows
+# After SIGINT, PostgreSQL disconnects its clients, writes all data and ends.
+STOP_SIGNALS = {"postgres": signal.SIGINT}
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ def family(folder: Path, name: str) -> list[psutil.Process]:
     if pid_file(folder, name).exists():
         leader = int(json.loads(pid_file(folder, name).read_text(encoding="utf-8"))["pid"])
         if running(folder, name) is None and any(process.pid == leader for process in alive):
-            leader = None  # another process has this process id now
+            leader = None  # Another process has this process id now.
 
     def belongs(process: psutil.Process) -> bool:
         try:
             return os.getsid(process.pid) == leader or process.environ().get(MARK) == _mark(folder, name)
-        except (OSError, psutil.Error):  # the process has ended or belongs to another user
+        except (OSError, psutil.Error):  # The process has ended, or belongs to another user.
             return False
 
     return list(filter(belongs, alive))

@@ -118,7 +118,7 @@ def _dump(stack: Stack, name: str, target: Path) -> None:
     if not database.exists():
         raise ValueError(f"{database} does not exist, so there is nothing to back up; 'make services' creates it")
     with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(target)) as new:
-        old.backup(new)  # SQLite copies a consistent state while the servers write.
+        old.backup(new)  # SQLite's backup function copies a consistent state even while the servers write.
 
 
 def _restore_postgres(stack: Stack, source: Path) -> None:

@@ -22,10 +22,12 @@ from onediff.config import Runtime
 from onediff.files import refusing_lock
 
 MLFLOW_USER = "admin"
-MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"  # if this variable is set, the MLflow server requires the password
-PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; if it is set, the Prefect server requires the login
+# environment variable with a password; if it is set, the MLflow server requires this password
+MLFLOW_PASSWORD = "ONEDIFF_MLFLOW_ADMIN_PASSWORD"
+# environment variable with user:password; if it is set, the Prefect server requires this login
+PREFECT_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
 LOGINS = (MLFLOW_PASSWORD, PREFECT_LOGIN)
-NOT_INHERITED = (  # variables of the shell that point to other servers, or that are secrets of a single service
+NOT_INHERITED = (  # environment variables that services do not inherit: addresses of other servers, and secrets
     "PG", "PREFECT_API_", "PREFECT_SERVER_API_", "PREFECT_SERVER_DATABASE_", "PREFECT_PROFILE", "PREFECT__",
     "MLFLOW_TRACKING_", "MLFLOW_BACKEND_", "MLFLOW_REGISTRY_", "MLFLOW_ARTIFACTS_", "MLFLOW_AUTH_", "MLFLOW_FLASK_",
     "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_", MLFLOW_PASSWORD)
@@ -98,7 +100,7 @@ def begin(stack: Stack) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
         (stack.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    stack.folder.chmod(0o755)  # The user `postgres` must enter the folder; secret files have mode 0600.
+    stack.folder.chmod(0o755)  # The user `postgres` needs access; files with secrets have mode 0600.
     settings |= {"database": stack.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
     (stack.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
     if not (stack.folder / "flask_key").exists():
@@ -134,8 +136,9 @@ def servers(stack: Stack) -> list[Service]:
 
 
 def workers(stack: Stack) -> list[Service]:
-    """Return one worker for each work pool. A worker creates the pool if the Prefect server does not have it."""
-    clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]  # One machine may run several clones
+    """Return the description of one worker for each work pool. A worker creates its pool if the pool does not exist."""
+    # The name contains the path of the clone, because one machine may run workers of several clones.
+    clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]
     name = f"{socket.gethostname()}-{clone}"
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
                            "--name", name, "--install-policy", "never"],

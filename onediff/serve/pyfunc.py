@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLUMNS = ("before", "after", "instruction")
-_SHORTEST_BASE64 = 64  # No image file is that small in base64, so a shorter text is a path.
+_SHORTEST_BASE64 = 64  # smallest number of characters of an image in base64; a shorter text is a path
 
 
 class PairCaptioner:
@@ -97,7 +97,7 @@ def _decoded(text: str) -> bytes | Path:
     try:
         if len(text) < _SHORTEST_BASE64 or Path(text).exists():
             return Path(text)
-    except OSError:  # The text is too long for a file name.
+    except OSError:  # Python raises OSError for a text that is too long to be a path.
         return _bytes(text)
     try:
         return _bytes(text)

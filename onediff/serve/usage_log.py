@@ -30,7 +30,7 @@ CaptionFiles = Callable[[list[Files], "list[Pair]", list[str]], list[str]]  # fi
 PRIVATE = 0o700  # the mode of a folder that only this user can read
 SIDES = ("before", "after")
 PROBED = ("width_before", "height_before", "width_after", "height_after", "mode", "hash_before", "hash_after",
-          "distance")  # columns of the probe that the usage log repeats
+          "distance")  # columns of the probe table that the usage log has too
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
     from onediff.data.record import Record
 
     pair = Record("", "", "", "", *files, references=[], instruction="", change_type="", provenance={})
-    row = probe_record(pair, max_megapixels=math.inf)  # The images were opened before, so their size is acceptable.
+    # There is no limit for the size of the images, because they have been opened already.
+    row = probe_record(pair, max_megapixels=math.inf)
     grey = [ImageStat.Stat(image.convert("L")) for image in images]
     return {name: row[name] for name in PROBED} | {
         "phash_bits": (row["phash_before"] ^ row["phash_after"]).bit_count(),

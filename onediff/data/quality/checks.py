@@ -19,10 +19,10 @@ from onediff.data.record import SPLITS
 from onediff.files import write_text
 
 MIN_PX = 32
-MAX_WORDS = {"generated": 100, "raw": 500}  # In Birds-to-Words, people describe two birds in paragraphs.
+MAX_WORDS = {"generated": 100, "raw": 500}  # The references of Birds-to-Words are paragraphs about two birds.
 # Before and after may differ in size but not in aspect ratio. 2 % of tolerance allow for rounding to whole pixels.
 ASPECT = 1.02
-NUM_SHOWN = 4  # bad pairs of each rule that the page shows with their images
+NUM_SHOWN = 4  # number of bad pairs of each rule that the validation page shows with their images
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ _APART = (
     Rule("num_image_splits", "an image occurs in two splits", high=1, fatal=True),
     Rule("num_group_splits", "its group_id occurs in two splits", high=1, fatal=True),
 )
-# The two published photographs of a pair may differ in aspect ratio, and published splits may overlap. The parameter
-# data.leaks decides what happens to pairs whose images occur in two published splits.
+# The suite "raw" has no rule about aspect ratios, because the two photographs of a published pair may differ in it.
+# The suite "raw" has no rule about images in two splits, because the parameter data.leaks decides about such pairs.
 SUITES = {
     "generated": (*_COMMON, _WORDS["generated"], _SHAPES, *_APART),
     "raw": (*_COMMON, _WORDS["raw"]),

@@ -15,8 +15,8 @@ from onediff.data.quality.probe import read_group, row_groups_with
 from onediff.inputs.images import open_image
 
 THUMBNAIL_PX = 160
-SHOWN = 200  # characters of the captions of a bad pair
-MEANINGS = {  # suite -> heading of the page
+SHOWN = 200  # maximum number of characters of captions that the page shows for a bad pair
+MEANINGS = {  # maps each suite to its heading on the validation page
     "generated": "Generated pairs", "raw": "Published, retrieved and own pairs",
     "diffcap": "The training corpus DiffCap"}
 _RANDOM = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"

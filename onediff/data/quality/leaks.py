@@ -89,7 +89,10 @@ def _ranks(rows: pd.DataFrame) -> NDArray[np.int64]:
 
 
 def _equal(rows: pd.DataFrame, columns: list[pd.Series], reason: str) -> pd.DataFrame:
-    """Return a line for each pair that shares a value of the columns with a later split; empty texts do not count."""
+    """Return a line of the leak table for each pair that shares a value of these columns with a pair in a later split.
+
+    Empty texts do not count as shared values.
+    """
     ranks = _ranks(rows)
     uses = pd.concat([pd.DataFrame({"row": np.arange(len(rows)), "rank": ranks, "value": column.to_numpy()})
                       for column in columns])
@@ -113,9 +116,10 @@ def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.in
 
 
 def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """Return a line for each pair with a near-duplicate image in a later split, with the nearest such image.
+    """Return a line of the leak table for each pair with a near-duplicate image in a later split.
 
-    Images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits.
+    Images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits. If a pair has several
+    near-duplicates, the line is about the nearest one.
     """
     uses = _uses(rows)
     images = uses.drop_duplicates("image")

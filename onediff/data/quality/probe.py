@@ -45,9 +45,10 @@ SCHEMA = pa.schema(
 # and Zp), or U+FFFD, which replaces bytes that are not UTF-8.
 _BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
 _LINES = str.maketrans("\n\t", "  ")
-MIN_LANGUAGE_WORDS = 12  # With fewer words, py3langid only guesses the language.
+# fewest words of a text whose language is checked, because py3langid only guesses for short texts
+MIN_LANGUAGE_WORDS = 12
 _MISSING = " is missing"
-_ROWS = 4096  # number of rows that are written at once
+_ROWS = 4096  # number of rows of the probe table that are written at once
 _EMBEDDED = 16  # number of pairs whose images are embedded at once
 # Texts are read as bytes, because pyarrow raises an error for text that is not UTF-8.
 _AS_BYTES = {field.name: pa.binary() for field in RECORD_SCHEMA if field.type == pa.string()} \
