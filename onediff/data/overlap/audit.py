@@ -33,7 +33,7 @@ from onediff.data.sources.tables import aligned
 from onediff.files import write_jsonl
 from onediff.inputs.images import open_image
 
-NEAR_BITS = 8  # of the 64 bits of a perceptual hash
+NEAR_BITS = 8  # near images differ in at most this many of the 64 bits of their perceptual hashes
 GREY_PX = 32  # width and height of the grey thumbnails
 FLAT, CONTRAST = 4.0, 10  # Thumbnails whose grey levels have a standard deviation below FLAT are never near.
 MEASURES = ("equal_image", "near_image", "equal_caption", "rare_caption", "near_caption", "image_and_caption", "leaks")
@@ -58,7 +58,7 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
     if out:
         write_jsonl(out, findings)
     else:
-        deque(findings, maxlen=0)  # Consume the iterator without storing the matches, because the index counts them.
+        deque(findings, maxlen=0)  # The loop only consumes the iterator, because the index counts the matches.
     counts = index.counts()
     return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST, **RULE},
             "train": train_counts.as_dict(), "benchmark": benchmark_counts.as_dict(), "benchmarks": counts,
@@ -189,7 +189,7 @@ class _BenchmarkIndex:
 
     def __init__(self, examples: Iterable[FingerprintedExample]) -> None:
         self.pairs: list[tuple[str, str]] = []  # (source, pair_id)
-        self.pair_of: list[int] = []  # index of an image -> index of the pair to which the image belongs
+        self.pair_of: list[int] = []  # maps the index of an image to the index of its pair
         images: list[Fingerprint] = []
         texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for example in examples:
@@ -198,7 +198,8 @@ class _BenchmarkIndex:
             images += example.images
             texts[example.source] += [(example.name, text) for text in example.texts]
         self.names, self.phashes, self.greys = _arrays(images)
-        self.equal: dict[str, list[int]] = defaultdict(list)  # digest of the pixels -> indices of images
+        # maps the digest of the pixels to the indices of the images with these pixels
+        self.equal: dict[str, list[int]] = defaultdict(list)
         for number, image in enumerate(images):
             self.equal[image.pixels].append(number)
         self.captions = {source: CaptionIndex(captions) for source, captions in texts.items()}
@@ -210,7 +211,7 @@ class _BenchmarkIndex:
         Matches of captions come last, because which captions are rare depends on the complete training set.
         """
         while block := list(itertools.islice(examples, _BLOCK)):
-            # index of an example -> the pairs of the benchmarks of which the example has an image
+            # maps the index of a training example to the benchmark pairs that share an image with it
             pairs_shown: dict[int, set[tuple[str, str]]] = defaultdict(set)
             for number, image, match, distance in self._matching_images(block, max_distance):
                 source, pair_id = pair = self.pairs[self.pair_of[match]]

@@ -66,11 +66,12 @@ class _Caption:
     trigrams: Trigrams
     pairs: set[str] = field(default_factory=set)
     own: Trigrams = frozenset()  # trigrams that occur in no other pair; left empty if the caption cannot be rare
-    matches: dict[str, CaptionMatch] = field(default_factory=dict)  # text -> match; empty if `own` is empty
+    # maps a training text to its match; empty if `own` is empty
+    matches: dict[str, CaptionMatch] = field(default_factory=dict)
     equal: CaptionMatch | None = None  # the match with the first training text that is equal to the caption
 
     def may_be_rare(self, num_own: int) -> bool:
-        """Return whether the caption is long enough to be rare, and whether `num_own` rare trigrams are enough."""
+        """Return whether the caption is long enough to be rare and `num_own` rare trigrams are enough."""
         return self.num_words >= MIN_WORDS and num_own >= OWN * len(self.trigrams)
 
     def add_match(self, text: TrainingText, train: str, *, equal: bool, contained: float) -> None:
@@ -120,7 +121,7 @@ class CaptionIndex:
                 for trigram in caption.trigrams:
                     pairs_with[trigram].add(pair_id)
         self._by_own: dict[tuple[str, str, str], list[_Caption]] = defaultdict(list)
-        # trigram of a caption -> hashes of at most COMMON + 1 different training texts that contain the trigram
+        # Maps a trigram to the hashes of at most COMMON + 1 different training texts that contain this trigram.
         self._texts_with: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         for caption in self._captions.values():
             own = frozenset(trigram for trigram in caption.trigrams if len(pairs_with[trigram]) == 1)

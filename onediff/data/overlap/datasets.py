@@ -23,7 +23,7 @@ from onediff.inputs.prompt import IMAGE
 
 ANNOTATIONS = (".json", ".jsonl")
 _FORM = '{"id", "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from", "value"}, ...]}'
-# The errors of entries.py end with this advice. It is removed here, because users write LLaVA files themselves.
+# Errors of entries.py end with this advice, which is removed here because users write LLaVA files themselves.
 _CURE = "; take the file as published"
 
 

@@ -21,8 +21,8 @@ MEANINGS = {  # maps each suite to its heading on the validation page
     "diffcap": "The training corpus DiffCap"}
 _RANDOM = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _TIMES = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z?|\d{8}T\d{6}(?:\.\d+)?Z"
-# Great Expectations' page loads scripts and images from six hosts, and links to a page that we do not write. It also
-# contains times and random names, which would make the page differ each time although the data is unchanged.
+# Great Expectations' page loads scripts and images from six hosts, and links to a page that we do not write.
+# That page also contains times and random names, so it would differ each time although the data is unchanged.
 _LEFT_OUT = (re.compile(r"<script\b.*?</script>", re.DOTALL),
              re.compile(r"<nav class=\"navbar navbar-expand.*?</nav>\s*</div>\s*</nav>", re.DOTALL),
              re.compile(r"<footer\b.*?</footer>", re.DOTALL), re.compile(r"<(?:img|link)\b[^>]*>"),

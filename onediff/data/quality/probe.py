@@ -41,8 +41,8 @@ SCHEMA = pa.schema(
     + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
     + [("has_bad_text", pa.bool_()), ("language", pa.string()), ("language_score", pa.float64())])
-# Bad text contains control characters, lone surrogates, line or paragraph separators (the Unicode categories Cc, Cs, Zl
-# and Zp), or U+FFFD, which replaces bytes that are not UTF-8.
+# Bad text contains control characters, lone surrogates, or line or paragraph separators (Unicode Cc, Cs, Zl, Zp).
+# Bad text may also contain U+FFFD, the character that replaces bytes that are not UTF-8.
 _BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
 _LINES = str.maketrans("\n\t", "  ")
 # fewest words of a text whose language is checked, because py3langid only guesses for short texts

@@ -61,7 +61,8 @@ class Editor:
         pipeline = pipeline.to(embedder.model.device)
         parts = [part for _, part in sorted(pipeline.components.items()) if hasattr(part, "parameters")]
         total = sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters())
-        models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"  # Other weights or precision give other text.
+        # This text changes if the weights or the precision of the models change.
+        models = f"{total:.12g} {pipeline.dtype} {embedder.identity}"
 
         def work(task: Task) -> tuple[Path, dict[str, int]]:
             """Edit the image of a task, or reuse the finished result of an earlier run.

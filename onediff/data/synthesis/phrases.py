@@ -54,7 +54,7 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def pick(rng: Generator, options: tuple[str, ...]) -> str:
-    """Return one of the options, each with equal probability."""
+    """Return one of the options at random, each with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 

@@ -23,7 +23,7 @@ from onediff.data.writer.request import Form, Request, Tokens, max_tokens
 from onediff.paths import ANSWERS
 
 MAX_SENTENCES, MAX_WORDS = 5, 100
-# No request is sent when less disk space is free, because the answers to earlier requests must still be stored.
+# With less free disk space, no request is sent, because the answers to earlier requests must still be stored.
 MIN_FREE_BYTES = 16 * 2**20
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _CURE = ("restore the file with 'dvc checkout {}', or delete this line: the next run then sends the request, and pays "

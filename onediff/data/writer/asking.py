@@ -63,7 +63,8 @@ class Budget:
 
     cap: float
     spent: float
-    reserved: dict[str, float] = field(default_factory=dict)  # key of the request -> maximum cost in US dollars
+    # maps the key of each request to its maximum cost in US dollars
+    reserved: dict[str, float] = field(default_factory=dict)
 
     def reserve(self, key: str, usd: float) -> bool:
         """Reserve the maximum cost `usd` of a request; return False, and reserve nothing, if it exceeds the budget."""
@@ -153,7 +154,7 @@ class _Run:
                 return
             usd = max_tokens(request).usd(self._runtime)
             if not self._budget.reserve(request.key, usd):
-                # The next round can send this request if the answers cost less than the reserved money.
+                # The next round sends this request if the answers of this round cost less than the reserved money.
                 self._requests = itertools.chain([request], self._requests)
                 return
             yield request

@@ -57,7 +57,7 @@ def _exact(request: Request, runtime: Runtime) -> dict[str, Any]:
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """Format the plan of a dry run as text for the terminal, in which encoded images are shortened."""
+    """Format the plan of a dry run as text for the terminal, and shorten the encoded images in it."""
     tokens, usd = plan["tokens"], plan["usd"]
     cost = "cost: unknown; set writer_usd_per_million_input and writer_usd_per_million_output in runtime.yaml"
     if usd["expected"] is not None:

@@ -152,9 +152,9 @@ class Endpoint:
 
     def _on_http_error(self, request: Request, body: dict[str, Any],
                        error: openai.APIStatusError) -> Answer | _Again:
-        """Decide what follows from an HTTP error: another attempt, a stored refusal of this request, or the end.
+        """Decide how to continue after an HTTP error: try again, store that this request was refused, or end the run.
 
-        Raises ValueError, which ends the run, for errors that every other request would cause too.
+        To end the run, it raises ValueError. This happens for errors that every other request would cause too.
         """
         status, text = error.status_code, error.response.text
         message = f"HTTP {status}: {self._excerpt(text)}"

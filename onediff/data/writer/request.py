@@ -27,7 +27,7 @@ Form = Literal["differences", "edit", "judgement"]
 IMAGE_PX = 512
 JPEG_QUALITY = 90
 ANSWER_TOKENS = 60
-MESSAGE_TOKENS = 16  # tokens that the roles and the chat format add to the text
+MESSAGE_TOKENS = 16  # number of tokens that the roles and the chat format add to a text
 IMAGE_TOKENS, MAX_IMAGE_TOKENS = 255, 8500
 
 _SECTIONS: dict[Form, str] = {"differences": "data.writer", "edit": "data.writer", "judgement": "judge"}

@@ -24,8 +24,7 @@ _WORDS = {synonym: (kind, word) for kind, words in _KINDS.items() for word in wo
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-# The operations crop, black_and_white and blur have no inverse, because the grammar has no sentence that asks to widen,
-# to colour or to sharpen an image.
+# Crop, black_and_white and blur are not in this table: the grammar cannot ask to widen, colour or sharpen an image.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
                  "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
                  "remove": "paste"}

@@ -20,7 +20,7 @@ from onediff.inputs.images import png
 SEED_TAG = 4  # This number is part of every random seed, so that `edits` shares no random numbers with other sources.
 NUM_REFERENCES = 3
 STEP = 20  # A pixel counts as changed if one of its color values (0 to 255) changed by more than this.
-# An edit counts as visible if at least this share of the pixels changed; one value per operation.
+# An edit is visible if at least this share of the pixels changed. Each operation has its own value.
 MIN_CHANGED = {"none": 0.0, "remove": 0.02, "paste": 0.02, "black_and_white": 0.03, "blur": 0.03,
                "more_contrast": 0.06, "less_contrast": 0.06}
 MIN_CHANGED_ELSEWHERE = 0.2

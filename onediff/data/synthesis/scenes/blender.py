@@ -22,11 +22,11 @@ from PIL import Image
 
 from onediff.data.synthesis.render import COLORS, FOV, TABLE, Camera, Thing, View, object_ids
 
-SAMPLES = 64  # Light paths per pixel. There is no denoising: Blender's denoiser gives different bytes each time.
+SAMPLES = 64  # number of light paths per pixel; Blender's denoiser is not used, because its results differ each time
 SUN_ANGLE = 0.09  # The apparent width of the light in radians; a wider light makes softer shadows.
-ROUNDING = 0.05  # The width of the rounded edges of an object, as a share of half its height.
+ROUNDING = 0.05  # width of the rounded edges of an object, divided by half of the object's height
 TABLE_SIZE = 80.0
-CEILING = (1.3, 0.25)  # The brightness of the surroundings that shiny objects reflect: straight above, and at the side.
+CEILING = (1.3, 0.25)  # brightness of the surroundings that shiny objects reflect: straight above, and at the side
 
 
 def load() -> Any:

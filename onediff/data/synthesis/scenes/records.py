@@ -55,7 +55,7 @@ class Shot:
         return bounding_box(np.isin(self.frame[1], numbers))
 
 
-Pair = tuple[str, Change, Shot, Shot, list[str]]  # (last letter of the pair_id, change, before, after, references)
+Pair = tuple[str, Change, Shot, Shot, list[str]]  # last letter of the pair_id, change, before, after, references
 
 
 def scene_records(config: Config, split: str, index: int, *, source: str = "scenes") -> list[Record]:
@@ -89,7 +89,7 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
 
 
 def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter: float) -> list[Pair] | None:
-    """Draw a scene and a change, and return the pairs; None if a person could not see the change in one of them."""
+    """Draw a scene and a change, and return the pairs; None if the change would be hard to see in one of the pairs."""
     scenes = data.scenes
     before = draw_things(rng, int(rng.integers(scenes.min_objects, scenes.max_objects + 1)))
     change = draw_change(rng, before, change_type) if before else None
