@@ -81,7 +81,7 @@ def _ratio(over: Numbers, under: Numbers) -> Numbers:
 def _command() -> Command:
     from pycocoevalcap.meteor import meteor
 
-    # Without -a, METEOR encodes the path of its paraphrase table twice, and fails if it has a space or a special letter.
+    # Without -a, METEOR encodes the path of its paraphrase table twice, and fails if it has a space or special letter.
     # With -a, we give METEOR a path relative to the working directory instead.
     return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a",
                     "data/paraphrase-en.gz"), Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")
