@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+from browser import faults_of, needs_chromium
 from PIL import Image
 
 from onediff.data.record import Record
@@ -143,3 +145,12 @@ def test_page_tells_how_fast_each_phase_was() -> None:
     for cell in ("<th>pairs per second</th>", "<td>18</td>", "<th>padding avoided</th>", "<td>12.5%</td>"):
         assert cell in html
     assert "MFU" not in html
+
+
+@needs_chromium
+def test_the_page_has_no_fault_in_a_browser(tmp_path: Path) -> None:
+    albums = {name: Album(shown=[pair("a red cube"), pair("a " + "very " * 30 + "long caption")], worst=[pair("wrong")])
+              for name in ("scenes", "edits")}
+    path = tmp_path / "report.html"
+    path.write_text(page(albums=albums), encoding="utf-8")
+    assert faults_of(path) == []
