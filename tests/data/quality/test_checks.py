@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browser import faults_of, needs_chromium
 from PIL import Image
 
 from onediff.config import Config
@@ -231,15 +230,6 @@ def test_the_report_is_one_page_that_shows_the_bad_pairs_without_network_access(
     assert "image: not an image" in pages[0]
     assert "&lt;i&gt;a caption&lt;/i&gt;" in pages[0]
     assert "num_empty_references" in pages[0].partition("Results of Great Expectations")[2]
-
-
-@needs_chromium
-def test_the_validation_page_has_no_fault_in_a_browser(tmp_path: Path) -> None:
-    write_shards([pair(k) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
-    checked = check(table(num_empty_references=1))
-    with pytest.raises(ValueError, match=r"index\.html$"):
-        write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
-    assert faults_of(tmp_path / "index.html") == []
 
 
 def test_shards_that_differ_from_the_probed_shards_are_refused(tmp_path: Path) -> None:
