@@ -137,7 +137,7 @@ def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) 
     lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in CAPTION_HEADLINES), *empty])
               for name, values in metrics(benchmark)["floor"].items() if name not in ("constant", "random_train")]
     if CHAMPION in predictions:
-        lines += [_line(f"champion less {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
+        lines += [_line(f"champion minus {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
     return [*lines, ""]
 
 
