@@ -45,21 +45,21 @@ _MISSING = Rule("num_missing_images", "an image is missing", high=0)
 _COMMON = (
     Rule("readable", "an image cannot be read", allowed=(True,)),
     _MISSING,
-    Rule("num_images", "neither two images, nor one, nor none", low=0, high=2),
+    Rule("num_images", "the number of images is not 0, 1 or 2", low=0, high=2),
     Rule("num_same_id", "pair_id occurs more than once", high=1),
     Rule("num_missing", "pair_id, source, group_id or change_type is empty", high=0),
-    Rule("split", f"split is none of {', '.join(SPLITS)}", allowed=SPLITS),
+    Rule("split", f"the split is not one of {', '.join(SPLITS)}", allowed=SPLITS),
     Rule("smallest_px", f"an image is less than {MIN_PX} px wide or high", low=MIN_PX),
     Rule("num_references", "no caption", low=1),
     Rule("num_empty_references", "an empty caption", high=0),
-    Rule("has_bad_text", "text that is not UTF-8 or holds control characters or line separators", allowed=(False,)),
+    Rule("has_bad_text", "text that is not UTF-8 or contains control characters or line separators", allowed=(False,)),
 )
 _WORDS = {suite: Rule("num_words", f"a caption of more than {most} words", high=most)
           for suite, most in MAX_WORDS.items()}
-_SHAPES = Rule("aspect_ratio", "before and after differ in shape", low=1 / ASPECT, high=ASPECT)
+_SHAPES = Rule("aspect_ratio", "the two images differ in aspect ratio", low=1 / ASPECT, high=ASPECT)
 _APART = (
     Rule("num_image_splits", "an image occurs in two splits", high=1, fatal=True),
-    Rule("num_group_splits", "its group_id occurs in two splits", high=1, fatal=True),
+    Rule("num_group_splits", "the group_id occurs in two splits", high=1, fatal=True),
 )
 # The suite "raw" has no rule about aspect ratios, because the two photographs of a published pair may differ in it.
 # The suite "raw" has no rule about images in two splits, because the parameter data.leaks decides about such pairs.

@@ -47,8 +47,8 @@ CATALOG = (
     Metric("change_type_accuracy", label="type right", counts="changed pairs", headline=True),
     Metric("changed_object_accuracy", label="object right", counts="changed pairs: color and shape", headline=True),
     Metric("change_accuracy", label="all right", counts="changed pairs: type, object and result of the change"),
-    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs not recognised as unchanged",
-           higher_is_better=False, headline=True),
+    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs whose caption does not say that nothing "
+           "changed", higher_is_better=False, headline=True),
     Metric("swap_consistency", label="swap consistency", headline=True,
            counts="pairs whose swapped pair (after, before) gets the inverse caption"),
     Metric("operation_accuracy", label="operation right", counts="all pairs", headline=True),

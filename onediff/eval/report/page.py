@@ -98,7 +98,7 @@ def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Map
     return _template().render(
         **vars(results) | {"metrics": metrics, "gate": ordered(results.gate), "audit": _audit_table(results.audit)},
         summary=summary(metrics, results.card, phases), albums=albums, names=SCORE_COLUMNS, trials=STRESS,
-        sources=SOURCES, phase_names=PHASES, first_pairs=first_pairs,
+        sources=SOURCES, phase_names=PHASES, first_pairs=first_pairs, ordered_sources=ordered_sources,
         behaviour={name: (metric.label, metric.counts + ("" if metric.higher_is_better else "; lower is better"))
                    for name, metric in BEHAVIOUR.items()},
         headlines={benchmark: _headlines(result) for benchmark, result in metrics.items() if benchmark != "scenes_far"},
@@ -195,10 +195,14 @@ def first_pairs(pairs: Sequence[Example]) -> list[Example]:
     return [*chosen[:NUM_FIRST - 1], wrong[0]] if wrong and all(pair.right for pair in chosen) else chosen
 
 
-def _audit_table(audit: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+def _audit_table(audit: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the benchmarks of the leak audit, and its rows as (label, one value per benchmark)."""
-    benchmarks = audit.get("benchmarks", {})
-    return list(benchmarks), [(label, [counts.get(key, NO_VALUE) for counts in benchmarks.values()])
+    benchmarks = ordered(audit.get("benchmarks", {}))
+
+    def cell(value: int | str) -> str:
+        return value if isinstance(value, str) else f"{value:,}"
+
+    return list(benchmarks), [(label, [cell(counts.get(key, NO_VALUE)) for counts in benchmarks.values()])
                               for key, label in AUDIT.items() if any(key in counts for counts in benchmarks.values())]
 
 
@@ -208,8 +212,13 @@ def _language_table(metrics: Mapping[str, Any]) -> tuple[list[str], dict[str, li
     language = {benchmark.split("/")[0]: result["language"] for benchmark, result in metrics.items()
                 if "language" in result}
     return [column for column, _ in LANGUAGE.values()], {
-        source: [form.format(values[key]) if key in values else NO_VALUE for key, (_, form) in LANGUAGE.items()]
+        source: [_formatted(values[key], form) if key in values else NO_VALUE for key, (_, form) in LANGUAGE.items()]
         for source, values in language.items()}
+
+
+def _formatted(value: float, form: str) -> str:
+    """Format a number, with a space before a percent sign, as in all numbers of the page."""
+    return form.format(value).replace("%", " %")
 
 
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -224,7 +233,7 @@ def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """Return the number of pairs of each source as (source, {split: number of pairs})."""
     counts = card["num_pairs"].items()
     return [(source, {split: sum(sources[source].values()) for split, sources in counts if source in sources})
-            for source in dict.fromkeys(source for _, sources in counts for source in sources)]
+            for source in ordered_sources(source for _, sources in counts for source in sources)]
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
@@ -238,8 +247,9 @@ def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
 
 def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
     """Return the length of a training phase in steps and seconds, its last loss, and its median speed figures."""
-    return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=0)),
+    # Steps are numbered from 0, so the number of steps is one more than the number of the last step.
+    return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=-1)) + 1,
             "loss": last_loss(lines),
             "seconds": max((line["seconds"] for line in lines if "seconds" in line), default=None),
-            "speed": [(label, form.format(statistics.median(values))) for key, label, form in SPEED
+            "speed": [(label, _formatted(statistics.median(values), form)) for key, label, form in SPEED
                       if (values := [line[key] for line in lines if key in line])]}

@@ -75,6 +75,24 @@ def test_the_page_shows_how_fast_each_phase_was() -> None:
     lines = [{"step": step, "loss": 1.0, "pairs_per_s": 17.0 + step, "padding_share": 0.125, "seconds": 1.0}
              for step in range(3)]
     html = page(curves={"tune": lines})
-    for cell in ("<th>pairs per second</th>", "<td>18</td>", "<th>padding avoided</th>", "<td>12.5%</td>"):
+    for cell in ("<th>pairs per second</th>", "<td>18</td>", "<th>padding avoided</th>", "<td>12.5 %</td>"):
         assert cell in html
     assert "MFU" not in html
+
+
+def test_the_number_of_steps_is_one_more_than_the_number_of_the_last_step() -> None:
+    html = page(curves={"tune": [{"step": step, "loss": 1.0} for step in range(1250)]})
+    assert "in 1 phase: tune (1,250 steps)" in html and "0 steps" not in html.replace("1,250 steps", "")
+
+
+def test_tables_list_sources_in_the_order_of_the_benchmarks_and_numbers_have_thousands_separators() -> None:
+    counts = {"add": 1234}
+    card = {"num_pairs": {"train": {"edits": counts, "scenes": counts}}, "num_quarantined": 0,
+            "leaks": {"images": 0, "groups": 0, "near_bits": 3,
+                      "near_train_images": {"edits": {"test": 1111, "gate": 7, "val": 5}, "scenes": {"val": 3}}}}
+    html = page(card=card, audit={"benchmarks": {name: {"num_pairs": 1234} for name in ("edits", "scenes")}})
+    data = " ".join(html.partition('id="data"')[2].split())
+    assert "scenes (val 3), edits (val 5, gate 7, test 1,111)." in data
+    assert re.findall(r"<th>(scenes|edits)</th>|<th scope=\"row\">(scenes|edits)</th>", data) == [
+        ("", "scenes"), ("", "edits"), ("scenes", ""), ("edits", "")]
+    assert data.count("<td>1,234</td>") == 4
