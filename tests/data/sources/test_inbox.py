@@ -160,7 +160,8 @@ def test_a_batch_whose_folder_name_is_not_a_source_is_reported(drop_box: Inbox, 
 def test_a_file_directly_in_the_inbox_is_reported(drop_box: Inbox) -> None:
     Path("inbox/pairs.csv").write_text("before,after")
     [problem] = import_batches(drop_box).problems
-    assert problem.startswith("inbox/pairs.csv: not a folder: put each batch into a sub-folder of the inbox")
+    assert problem == ("inbox/pairs.csv: not a folder: put each batch into a sub-folder of the inbox that has the name "
+                       "of its source")
 
 
 def test_a_pair_id_that_already_exists_in_the_source_is_refused(drop_box: Inbox) -> None:
