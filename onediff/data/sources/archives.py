@@ -33,7 +33,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> li
     `max_files`. Raises FileExistsError if the folder already exists.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} already exists: remove it to unpack {archive} again")
+        raise FileExistsError(f"{folder} already exists: remove it, if you want to unpack {archive} again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
         target = Path(temporary) / "files"

@@ -137,7 +137,7 @@ def _of_parquet(folder: Path, path: Path) -> Iterator[Entry]:
 
 
 def _image_column(path: Path, schema: pa.Schema) -> str:
-    """Return the name of the first column of a Parquet file that contains images. Raises ValueError if none does."""
+    """Return the name of a Parquet file's first column of images. Raises ValueError if no column contains images."""
     for field in schema:
         has_bytes = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         if has_bytes or pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):

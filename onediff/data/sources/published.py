@@ -41,7 +41,7 @@ class Files:
                 places.append((number, path))
 
     def find(self, *names: str) -> Path | None:
-        """Try the names in order, and return the image file that matches the first name with a match, otherwise None.
+        """Try the names in order, and return the first image file that matches a name, or None if no file matches.
 
         A file matches a name even if the file has another image ending (1.jpg for 1.png) or other leading zeros
         (0001.png for 1.png); the most similar file wins. Folders in a name must match ("after/1.png" never matches

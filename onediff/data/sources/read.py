@@ -21,8 +21,8 @@ COUNTS = ("records", "pairs", "references", "empty", "missing_images")
 def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[PublishedPair]]:
     """Return the function that yields the pairs of a source.
 
-    This is the reader of the published data set with this name, otherwise the reader of users' own pairs. Raises
-    ValueError if the source is not a published data set and `files` contains no table of pairs.
+    A published data set has a reader of its own; every other source needs a table of users' own pairs. Raises
+    ValueError if the source is not a published data set and `files` contains no such table.
     """
     if source in CATALOG:
         return CATALOG[source].read
@@ -97,7 +97,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """Return the summary that `summarize` made as text for the terminal."""
+    """Convert the summary that `summarize` returns to text for the terminal."""
     rows = [[split, *(f"{counts[name]:,}" for name in COUNTS), _verdict(counts)]
             for split, counts in summary["splits"].items()]
     lines = [summary["source"], aligned(["split", *(name.replace("_", " ") for name in COUNTS), ""], rows)]

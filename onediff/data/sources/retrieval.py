@@ -20,7 +20,7 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 PART = 512  # number of images whose embeddings are stored together in one file
 EXACT_UP_TO = 200_000  # largest number of images for exact search; with more images, the search is approximate
-PROBES = 32  # number of lists that the approximate search visits per image, of sqrt(number of images) lists in total
+PROBES = 32  # number of index lists that the approximate search visits for each image
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     index: faiss.Index = faiss.IndexFlatIP(rows.shape[1])
     if len(rows) > EXACT_UP_TO:
-        lists = int(len(rows) ** 0.5)
+        lists = int(len(rows) ** 0.5)  # number of lists into which the index divides the images
         inverted = faiss.IndexIVFFlat(index, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
         inverted.train(rows)
         inverted.nprobe = min(PROBES, lists)

@@ -21,7 +21,7 @@ _PHOTO = re.compile(r"/photos/(\d+)/")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield one pair for every two photographs; the descriptions in all rows about them are its references.
+    """Yield one pair for every two photographs; its references are the descriptions in all rows about these two.
 
     Raises ValueError if the annotation file is broken, and FileNotFoundError if it does not exist.
     """
