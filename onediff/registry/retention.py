@@ -90,7 +90,7 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     for first in range(0, len(run_ids), 100):
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])],
-            # The address may contain a password, so it is not on the command line, which other users can read.
+            # MLflow's address may contain a password, so it is not on the command line, which other users can read.
             env={**os.environ, "MLFLOW_TRACKING_URI": address},
             capture_output=True, text=True, check=False)
         if done.returncode:
