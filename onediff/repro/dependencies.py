@@ -26,7 +26,7 @@ from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Modules that cannot change the output of a stage, each with the reason. They and their imports are not in dvc.yaml.
+# Modules that cannot change the output of a stage, each with the reason. dvc.yaml does not list them as dependencies.
 NO_RESULT = {
     "onediff": "sets how OpenMP threads wait for each other",
     "onediff.config": "checks the values that DVC tracks as params; it has no default values (test_params.py)",
@@ -150,7 +150,7 @@ def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
 def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
     """Return the names of a module and of all modules and packages that it imports, directly or through other modules.
 
-    Modules in NO_RESULT and `avoided` are left out, and so are their imports.
+    Modules in NO_RESULT and `avoided` are left out, and their imports are not followed.
     """
     closed, seen, waiting = {*NO_RESULT, *avoided}, set[str](), [module]
     while waiting:
