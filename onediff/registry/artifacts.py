@@ -265,7 +265,7 @@ def _identity(version: ModelVersion) -> str:
 
 
 def cached_names(tags: Mapping[str, str]) -> set[str]:
-    """Return the names that the folders in `CACHE` of a registered version with these MLflow tags can have."""
+    """Return all names that a folder in `CACHE` can have if it belongs to a registered version with these tags."""
     digests = [tags[key] for key in (MODEL_DIGEST, "weights_digest") if key in tags]
     return {*digests, *(f"{digest}-weights" for digest in digests)}
 

@@ -133,8 +133,8 @@ def check_trail() -> list[TrailRecord]:
         elif record.follows not in states or record.follows >= head or states[record.follows] != record.old:
             raise ValueError(f"the audit trail at {tracking.where()} has a fork: record {record.number} must follow an "
                              f"earlier valid record with its aliases, but follows record {record.follows} with "
-                             f"{_text(record.old)}; the last valid record before record {record.number} is {head}: "
-                             "restore the database from a backup")
+                             f"{_text(record.old)}; the last valid record before the fork is {head}: restore the "
+                             "database from a backup")
     if disagreement := difference(records):
         raise ValueError(disagreement)
     return records

@@ -169,7 +169,7 @@ def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> N
 
 
 def in_range(name: str, value: object) -> bool:
-    """Return True if `value` is a number in the valid range of the metric `name`, and False otherwise or for a bool."""
+    """Return True if `value` is a number, and not a bool, in the valid range of the metric `name`."""
     low, high = FIGURE_RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 

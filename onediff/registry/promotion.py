@@ -120,10 +120,10 @@ def rollback(*, by: str | None = None, why: str | None = None) -> str:
 
 @tracking.plain_errors()
 def champion_to_score_again(version: str | None = None, *, rules: Path = RULES) -> str | None:
-    """Return models:/onediff/VERSION of the champion if its scores cannot be compared with those of a version, or None.
+    """Return the champion's address models:/onediff/VERSION if the champion must be scored again, otherwise None.
 
-    The champion must then be scored again, because the two were scored on different image pairs, with different
-    reference captions or by a different scoring protocol. `version` is by default the number of the candidate.
+    It must be scored again if the champion and `version` (by default the candidate) were scored on different image
+    pairs, with different reference captions or by different scoring protocols, because their scores cannot be compared.
     """
     demands, aliases = load_rules(rules), store.aliases()
     candidate, champion = version or version_of(CANDIDATE, aliases, REGISTER), aliases.get(CHAMPION)

@@ -20,7 +20,7 @@ from onediff.registry.evidence import in_range
 from onediff.registry.facts import NO_GIT, YES
 
 RULES = Path("mlflow/promotion.yaml")
-# Names of all scores: if a benchmark was not scored, the rules for it may contain only these names.
+# FIGURES has the names of all scores. The rules for a benchmark without scores may contain only these names.
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}
 NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(allow_inf_nan=False)]
@@ -41,7 +41,7 @@ PairMetric = Annotated[str, AfterValidator(_of_pairs)]
 
 
 class Improvement(Section):
-    """The rule that a candidate must be better than the champion: on this metric, by more than this margin."""
+    """The rule `better_than_champion`: on the metric `metric`, a candidate exceeds the champion by over `margin`."""
 
     metric: PairMetric
     margin: Loss
@@ -200,12 +200,12 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
     version. If `without_git` is True, the version may have been registered outside a git repository.
     """
     for path, least in rules.minima.items():
-        if not number(scores, path) >= least:  # A missing score is nan; `not nan >= least` is True and refuses it.
+        if not number(scores, path) >= least:  # `not nan >= least` is True, so nan, a missing score, is refused too.
             yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
-    # The first champion is compared with no version, but later candidates need its scores on the compared benchmarks.
+    # Later candidates are compared with the first champion on these benchmarks, so it must have scores on them too.
     benchmarks = sorted({path.partition(".")[0] for path in scores})
     yield from (f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
                 for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
@@ -259,9 +259,9 @@ def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
 
 
 def least_differences(rules: Rules) -> dict[str, float]:
-    """Return for each compared metric, by path, the bound for the score of the candidate minus that of the champion.
+    """Return a dict from each compared metric, such as scenes.CIDEr, to the bound for candidate minus champion.
 
-    The complete 95 % interval of this difference must be above the bound.
+    The complete 95 % confidence interval of this difference of scores must be above the bound.
     """
     best = rules.better_than_champion
     losses = {path: -loss for path, loss in rules.not_worse_than_champion.items()}

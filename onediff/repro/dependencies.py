@@ -197,9 +197,10 @@ def _holds_code(path: Path) -> bool:
 
 
 def packages_of(modules: Iterable[str]) -> list[str]:
-    """Return the names of the Python packages that these modules import or whose results their imports use.
+    """Return the names of the Python packages that can change the results of these modules.
 
-    Names are spelled as in requirements.lock, such as scikit-image. Packages in PACKAGES_WITHOUT_RESULT are left out.
+    These are the packages that the modules import, and the packages in USED_BY_PACKAGES and USED_BY_MODULES. Names are
+    spelled as in requirements.lock, such as scikit-image. Packages in PACKAGES_WITHOUT_RESULT are left out.
     """
     modules = set(modules)
     distributions = _installed_distributions() | DISTRIBUTIONS
@@ -212,7 +213,7 @@ def packages_of(modules: Iterable[str]) -> list[str]:
 
 @cache
 def _installed_distributions() -> dict[str, str]:
-    """Return a dict from each installed module to the name of the package to install, as in skimage: scikit-image."""
+    """Return a dict from each importable module to the package that contains it: {"skimage": "scikit-image", ...}."""
     return {module: re.sub(r"[-_.]+", "-", names[0]).lower() for module, names in packages_distributions().items()}
 
 

@@ -14,7 +14,7 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
-# Each of these keys of params.yaml may name a local folder, which must be inside this dependency in dvc.yaml.
+# Keys of params.yaml that may name a local folder, each with the folder tracked by DVC that must contain it.
 FOLDERS = {
     "model.vision.path": "presets/backbones",
     "model.language": "presets/backbones",

@@ -230,7 +230,7 @@ def _problems(md5: str, out: Path, cache: Path) -> list[str]:
         if path.exists() and (actual := md5_of(path)) != file_md5:
             problems.append(f"{name or cached} is damaged: its md5 must be {file_md5}, got {actual}; delete {cached}, "
                             "then run 'dvc pull'")
-        elif not path.exists() and not cached.exists():  # If DVC misses one file of a folder, it writes none of them.
+        elif not path.exists() and not cached.exists():  # DVC writes no file of a folder if it cannot get one of them.
             problems.append(f"{name or 'the file'} is missing: neither the cache nor a remote contains {file_md5}")
     return problems or ([] if out.exists() else ["DVC did not write it"])
 
