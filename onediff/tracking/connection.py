@@ -207,7 +207,7 @@ def _client(address: str) -> MlflowClient:
 
 
 def lookup(request: Callable[..., Any], *arguments: str) -> Any:
-    """Call the method `request` of MLflow's client and return its result, or None if the object does not exist."""
+    """Call the method `request` of MLflow's client; return its result, or None if MLflow has no such object."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -260,7 +260,7 @@ def mark_as_training(experiment: str) -> None:
 
 
 def without_password(address: str) -> str:
-    """Return an address or a text with addresses without user and password."""
+    """Return a text after removing user and password from each address in it."""
     return re.sub(r"//[^/\s]*@", "//", address)
 
 

@@ -37,7 +37,7 @@ from onediff.tracking.connection import (
     without_password,
 )
 
-# The flow `retrain` sets this environment variable to its MLflow run id, which becomes the parent of its other runs.
+# The flow `retrain` stores its MLflow run id in this environment variable, so that later runs become its child runs.
 PARENT = "ONEDIFF_PARENT_RUN"
 SEND_EVERY_S = 5.0
 
