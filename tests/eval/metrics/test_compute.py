@@ -169,9 +169,9 @@ GOOD = {"pair_id": "a", "prediction": "x"}
 
 @pytest.mark.parametrize(("rows", "message"), [
     ([GOOD, "{oops"], r"p.jsonl line 2: must be valid JSON"),
-    ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', missing \['prediction'\]"),
+    ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', but lacks \['prediction'\]"),
     ([GOOD, [1]], r"p.jsonl line 2: must have 'pair_id'"),
-    ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, got 'a' again"),
+    ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, but .* \('a'\)"),
     ([{"pair_id": "a", "prediction": 3}], r"'prediction' of 'a' must be a string, got 3"),
     ([{"pair_id": 1, "prediction": "x"}], r"line 1: 'pair_id' must be a string, got 1"),
     ([{"pair_id": f"b{i}", "prediction": "x"} for i in range(7)],
