@@ -28,7 +28,8 @@ Grid = NDArray[np.float64]
 Box = Sequence[float]  # left, top, right and bottom edge, in pixels
 SIDES = ("before", "after")
 BATCH = 32  # pairs per forward pass
-FIGURES = ("attention_share", "inside_share", "pointing_accuracy")  # also reported per image and change type
+# These figures are also reported separately for `before`, for `after` and for each change type.
+FIGURES = ("attention_share", "inside_share", "pointing_accuracy")
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,10 @@ def _mean_figures(images: Sequence[RegionFigures], names: Sequence[str]) -> dict
 
 
 def maps_of_records(captioner: Captioner, records: Sequence[Record]) -> Iterator[tuple[Record, AttentionMaps]]:
-    """Yield each record with its attention maps. Raises ValueError for an image that cannot be decoded."""
+    """Yield each record with the attention maps of its images.
+
+    Raises ValueError for an image that cannot be decoded.
+    """
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         pairs = [(open_image(record.before), open_image(record.after)) for record in batch]

@@ -79,7 +79,7 @@ def num_trials(benchmark: str, settings: Stress) -> int:
 
 
 def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
-    """Return a record for each pair, with the image `before` of the pair and the image `after` of another group.
+    """Return one record for each pair, with two unrelated images: its `before`, and `after` of a pair of another group.
 
     The other pair is drawn at random. The result is empty if there is only one group.
     """

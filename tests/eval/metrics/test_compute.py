@@ -125,7 +125,7 @@ def test_order_of_predictions_does_not_matter() -> None:
 @pytest.mark.parametrize(("said", "truth", "message"), [
     ({"a": "x"}, {"a": ["x"], "b": ["y"]}, r"1 \(b\) are missing from the predictions and 0 are not among"),
     ({"a": "x", "c": "z"}, {"a": ["x"]}, r"0 are missing from the predictions and 1 \(c\) are not among"),
-    ({}, {}, "at least one reference"),
+    ({}, {}, "at least one pair with references"),
     ({"a": "x"}, {"a": []}, r"1 \(a\) without references"),
 ])
 def test_bad_sides_are_refused(said: dict[str, str], truth: dict[str, list[str]], message: str) -> None:
