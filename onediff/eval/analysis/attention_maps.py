@@ -107,7 +107,7 @@ def per_image(weights: Grid, *, side: int) -> Grid:
     `weights` (B, X, keys) has the attention on the patches of `before`, then on the patches of `after`, and in some
     models also on the differences between these patches. Half of the attention on a difference is added to each image.
     """
-    # The views are `before`, `after` and, in some models, the difference.
+    # The views are `before`, `after` and, in some models, the difference of both images.
     views = weights.reshape(*weights.shape[:2], -1, side, side)  # (B, X, views, P, P)
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 
@@ -148,7 +148,7 @@ def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, .
 
 
 def coverage(box: Sequence[float], *, side: int) -> Grid:
-    """Return which share of each of the P x P patches lies inside the box, (P, P).
+    """Return for each of the P x P patches which share of its area lies inside the box, (P, P).
 
     The edges of the box are given in units of patches.
     """
@@ -188,7 +188,7 @@ class RegionFigures:
 
 
 def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
-    """Return the attention figures of each image of a pair, if the changed region in this image is known.
+    """Return the attention figures of each image of a pair in which the changed region is known.
 
     Raises ValueError for an image that cannot be decoded.
     """

@@ -91,7 +91,7 @@ def parse_edit(caption: str) -> Change:
 
 
 def matching_templates(caption: str, change_type: str) -> list[str]:
-    """Return the sentence templates of a change type of scenes from which the caption can be generated."""
+    """Return the sentence templates for a change type of scenes that can generate the caption."""
     text = _plain(caption)
     return [template for kind, template, pattern in _scene_patterns()
             if kind == change_type and pattern.fullmatch(text)]
@@ -160,7 +160,7 @@ def _parse_words(words: list[str]) -> dict[str, str | None] | None:
 
 
 def truth(row: PairRow) -> Change:
-    """Return the change that really happened in a generated pair, from the provenance of the row."""
+    """Return the true change of a generated pair, which the provenance of the row records."""
     if row["change_type"] == "none":
         return Change("none")
     thing = row["provenance"]["object"]
@@ -302,7 +302,7 @@ def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[st
 
 
 def by_change_type(rows: Sequence[PairRow]) -> dict[str, list[int]]:
-    """Return the positions in `rows` of the rows of each change type, as {change type: positions}, sorted by type."""
+    """Return {change type: positions of the rows with this change type}, sorted by change type."""
     return {kind: [place for place, row in enumerate(rows) if row["change_type"] == kind]
             for kind in sorted({row["change_type"] for row in rows})}
 
@@ -313,7 +313,7 @@ def _by_type(rows: Sequence[PairRow], outcomes: Outcomes) -> dict[str, float]:
 
 
 def rates(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """Return the mean of the outcomes under each name, and the 95 % intervals of these means under "intervals".
+    """Return {name: mean of the outcomes under this name}, and the 95 % intervals of these means under "intervals".
 
     A name without outcomes is left out.
     """

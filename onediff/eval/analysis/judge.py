@@ -32,10 +32,11 @@ VALUES = {"states": ("yes", "partly", "no"), "invents": ("yes", "no")}
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's verdict on one caption: whether it states the true change, and whether it invents a change.
+    """The judge's verdict on one caption.
 
-    If `status` is not "ok", there is no verdict: `states` and `invents` are empty, and `reason` says why. `key`
-    identifies the stored answer of the judge in the file ANSWERS.
+    `states` is the answer to "does the caption state the true change?", `invents` to "does it invent a change?". If
+    `status` is not "ok", there is no verdict: both answers are empty, and `reason` says why. `key` identifies the
+    stored answer of the judge in the file ANSWERS.
     """
 
     pair_id: str
@@ -109,10 +110,10 @@ def judge(predictions: Predictions, references: References, settings: Judge, run
 
 
 def summary(verdicts: Sequence[Verdict], groups: Mapping[str, str]) -> dict[str, Any]:
-    """Return for each answer of the judge the share of captions that got it, 0 to 1, and the number of errors.
+    """Return how often the judge gave each answer, as a share of the captions, and the number of errors.
 
-    Each share has a 95 % interval from a bootstrap over groups of pairs. `groups` maps each pair_id to the group of the
-    pair (a scene or photograph).
+    Each share (0 to 1) has a 95 % interval from a bootstrap over groups of pairs. `groups` maps each pair_id to the
+    group of the pair (a scene or photograph).
     """
     judged = [verdict for verdict in verdicts if verdict.status == "ok"]
     errors = Counter(verdict.status for verdict in verdicts if verdict.status != "ok")

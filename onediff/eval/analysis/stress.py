@@ -30,7 +30,7 @@ PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
 RESAMPLES = 2000
 CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy")
-_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the seed, so that each use draws different numbers
+_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the random seed; each use has its own number
 
 Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of all pairs in this trial
 
@@ -38,7 +38,7 @@ Trials = Mapping[str, Predictions]  # maps the name of each trial to the caption
 def is_stressed(benchmark: str) -> bool:
     """Return whether the stress test includes the benchmark.
 
-    A benchmark that is a harder version of another source, as `scenes_far` is of `scenes`, is not included.
+    A harder version of another source is not included; for example, `scenes_far` is a harder version of `scenes`.
     """
     return protocol_of(benchmark).train_source == benchmark
 
@@ -95,11 +95,11 @@ def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
 
 
 def curve_points(benchmark: str, settings: Stress) -> list[tuple[str, float]]:
-    """Return (perturbation, strength) for each point of the stress curves except strength 0, the trial `plain`.
+    """Return the points of the stress curves as (perturbation, strength).
 
-    In scenes, camera and light differ between the two images of every pair, so all perturbations are used. In other
-    benchmarks, a shift or another brightness may be the change to be described, so only JPEG compression and noise on
-    both images are used.
+    Strength 0 is left out, because it is the trial `plain`. In scenes, camera and light differ between the two images
+    of every pair, so all perturbations are used. In other benchmarks, a shift or another brightness may be the change
+    to be described, so only JPEG compression and noise on both images are used.
     """
     names = NUISANCES if protocol_of(benchmark).grammar == "scenes" else WEAR
     return [(name, strength) for name in names for strength in getattr(settings, name)]
@@ -178,8 +178,8 @@ NUISANCES = {**WEAR, "shift_percent": shift, "scale_percent": scale, "brightness
 def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, Any]:
     """Return all stress-test figures of one benchmark, computed from the captions of all trials.
 
-    The figures are shares from 0 to 1. Their 95 % intervals, from a bootstrap over groups of pairs, are under
-    "intervals". A figure without pairs is left out.
+    The figures are shares from 0 to 1, except CIDEr. Their 95 % intervals, from a bootstrap over groups of pairs, are
+    under "intervals". A figure without pairs is left out.
     """
     grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
     result: dict[str, Any] = {"num_pairs": len(rows), "identical": identical_figures(grammar, captions, rows)}

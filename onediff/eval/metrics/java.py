@@ -246,7 +246,7 @@ class _Copy:
 
 
 def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:
-    """Wait at most `timeout_s` until a process can be read or written. Return two lists of processes.
+    """Wait at most `timeout_s` until a process has output or can accept input. Return two lists of processes.
 
     The first list has the processes whose output can be read now. The second list has the processes that can accept
     input now and for which input is waiting.

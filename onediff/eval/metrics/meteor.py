@@ -30,7 +30,7 @@ class Meteor:
         self._num_lines = 0
 
     def score(self, pairs: Sequence[Pair]) -> tuple[float, list[float], Numbers]:
-        """Return the METEOR score of all pairs together, the score of each pair, and 23 counts for each pair, (n, 23).
+        """Return METEOR of all pairs together, METEOR of each pair, and 23 counts for each pair, (n pairs, 23).
 
         The scores lie between 0 and 1. Raises ValueError if the Java program fails.
         """
@@ -81,7 +81,7 @@ def _ratio(over: Numbers, under: Numbers) -> Numbers:
 def _command() -> Command:
     from pycocoevalcap.meteor import meteor
 
-    # Without -a, METEOR does not find its paraphrase table if its own path has a space or a non-ASCII letter.
+    # Without -a, METEOR does not find its paraphrase table if the path of METEOR has a space or a non-ASCII letter.
     # METEOR encodes the full path of the table twice; with -a, we give a path relative to the working directory.
     return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a",
                     "data/paraphrase-en.gz"), Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")

@@ -14,7 +14,7 @@ from onediff.eval.metrics.words import Pair, Predictions, References, check_keys
 
 ORDERS = 4
 SMALL, TINY = 1e-9, 1e-15  # constants that pycocoevalcap adds in BLEU to avoid division by 0
-BETA = 1.2  # how many times as important recall is as precision in ROUGE-L
+BETA = 1.2  # weight of recall relative to precision in ROUGE-L
 SIGMA = 6.0  # standard deviation, in words, of CIDEr-D's Gaussian penalty for a difference in length
 
 Numbers = NDArray[np.float64]

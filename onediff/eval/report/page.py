@@ -189,9 +189,9 @@ def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def first_pairs(pairs: Sequence[Example]) -> list[Example]:
-    """Return the pairs that the gallery shows first.
+    """Return the pairs that the gallery shows first, with different change types if possible.
 
-    They have different change types if possible, and at least one has a wrong caption if any pair has.
+    At least one of them has a wrong caption, if any of the `pairs` has one.
     """
     by_type: dict[str, Example] = {}
     for pair in pairs:
@@ -219,7 +219,7 @@ def _language_table(metrics: Mapping[str, Any]) -> tuple[list[str], dict[str, li
 
 
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one table row for each change type: number of pairs, share of right captions, and the scores per pair."""
+    """Return one table row for each change type: number of pairs, share of right captions, mean CIDEr and ROUGE-L."""
     right = result.get("change_type_accuracy_by_type") or result.get("operation_accuracy_by_operation") or {}
     if "false_alarm_rate" in result:
         right = {**right, "none": 1 - result["false_alarm_rate"]}
