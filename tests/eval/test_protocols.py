@@ -72,7 +72,7 @@ def test_references_of_another_split_or_a_part_are_refused(official: Path, tmp_p
 
 def test_a_part_of_clevr_change_needs_to_know_which_pairs_changed(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"pair_id": str(k), "references": ["a"]} for k in range(7970)]
-    with pytest.raises(ValueError, match=r"scores only changed pairs, .* but 0 has none"):
+    with pytest.raises(ValueError, match=r"scores only changed pairs, .* but pair 0 has none"):
         check_counts(PROTOCOLS["clevr_change/semantic"], rows)
     for k, row in enumerate(rows):
         row["change_type"] = ("none", "move")[k % 2]

@@ -235,7 +235,7 @@ def test_the_report_is_one_page_that_shows_the_bad_pairs_without_network_access(
 def test_shards_that_differ_from_the_probed_shards_are_refused(tmp_path: Path) -> None:
     write_shards([pair(k + 1) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
     checked = check(table(num_empty_references=1))
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: has pair p6 where data/probe\.parquet has p5"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: contains pair p6 where .* lists pair p5; run"):
         write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
 
 
