@@ -87,7 +87,7 @@ class OneDiffProcessor(ProcessorMixin):
     def image_px(self) -> int:
         """Width and height, in pixels, of the images that the vision tower takes.
 
-        The crop size of CLIP is used as image size, because a real centre crop could cut off a change.
+        For CLIP, this is the crop size. We resize the complete image to it, because a crop could cut off a change.
         """
         settings = self.image_processor
         size = settings.crop_size if getattr(settings, "do_center_crop", False) else settings.size

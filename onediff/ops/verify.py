@@ -34,7 +34,7 @@ from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
 SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # the file with the scores of each split
-NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
+NUM_BATCHES = 4  # number of batches of the `gate` split for which `verify` repeats the captions
 SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
 
 

@@ -109,7 +109,10 @@ def trail() -> list[TrailRecord]:
 
 
 def last(records: list[TrailRecord]) -> TrailRecord:
-    """Return the last valid record of the audit trail; MLflow must have the aliases in its attribute `new`."""
+    """Return the last valid record of the audit trail.
+
+    The field `new` of this record says which aliases should be set in MLflow now.
+    """
     return next((record for record in reversed(records) if record.valid), START)
 
 

@@ -59,7 +59,7 @@ def check_mixtures(config: Config) -> None:
 def _texts(value: Any) -> Iterator[str]:
     """Yield every string in the nested parameters of a stage in dvc.lock.
 
-    Some of these strings are paths of inputs that existed when the stage ran.
+    Among them are the paths of inputs; dvc.lock proves that these inputs existed when the stage ran.
     """
     if isinstance(value, str):
         yield value

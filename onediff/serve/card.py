@@ -22,8 +22,8 @@ Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
 def write_card(folder: Path, *, root: Path = Path()) -> Path:
     """Write a model card with the current results of the pipeline to FOLDER/README.md, and return the path.
 
-    The card lists the ids in FOLDER/lineage if that folder exists. Raises FileNotFoundError for results that do not
-    exist yet.
+    If FOLDER/lineage exists, the card also shows the git commit and the ids of the runs from there. Raises
+    FileNotFoundError for results that do not exist yet.
     """
     from huggingface_hub import ModelCard
 
