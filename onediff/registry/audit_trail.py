@@ -184,7 +184,11 @@ def check_champion() -> None:
 
 @tracking.plain_errors()
 def repair() -> TrailRecord:
-    """Correct differences between MLflow's aliases and the audit trail, and return the last valid record."""
+    """Make MLflow's aliases and the audit trail equal again, and return the last valid record of the audit trail.
+
+    An interrupted change is completed. A change that was made outside OneDiff is recorded, or undone if it made a
+    version champion that never passed the promotion rules.
+    """
     if not tracking.exists():
         store.aliases()  # Raises ValueError. Without it, `writing` would create a lock file for a missing database.
     with writing():

@@ -13,8 +13,8 @@ from onediff.stages.command import run
 def validate() -> None:
     """Read data/probe.parquet and the shards, and write data/quarantine.parquet and data/reports/validation/.
 
-    Raises ValueError, after both are written, if there are too many bad pairs, if a fatal rule is broken, or if a
-    published test set lost pairs and data.partial does not list its source.
+    After both are written, raises ValueError in three cases: there are too many bad pairs; a fatal rule is broken; or
+    bad pairs were removed from a published test set whose source is not listed in data.partial of params.yaml.
     """
     data = load_params().data
     if not PROBE_TABLE.exists():

@@ -42,10 +42,10 @@ class Sharing:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of model states on one GPU, and in CPU memory (`host`) for each GPU.
+    """Bytes of memory that the model states need for each GPU: in GPU memory, and in CPU memory (`host`).
 
-    `buffers` are for reducing gradients and gathering weights. `update` is for float32 gradients during an optimizer
-    step. `start` is for all weights before DeepSpeed distributes them.
+    `buffers` is the memory in which gradients are reduced and weights are gathered. `update` is the memory of float32
+    gradients during an optimizer step. `start` is the GPU memory of all weights before DeepSpeed distributes them.
     """
 
     weights: float

@@ -152,8 +152,8 @@ def _open(path: Path) -> pq.ParquetFile:
 def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
     """Yield (path of the shard, number of the row group, start, end) for every row group in the folders, in order.
 
-    The records of the row group have the positions start to end - 1, counted over all shards of all folders. The rows
-    of the probe table have equal positions. Raises ValueError if a shard is broken or has wrong columns.
+    The records of the row group have the positions start to end - 1, counted over all shards of all folders. Row i of
+    the probe table is about the record at position i. Raises ValueError if a shard is broken or has wrong columns.
     """
     start = 0
     for path in itertools.chain.from_iterable(map(shards, folders)):

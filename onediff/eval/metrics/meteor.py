@@ -63,7 +63,8 @@ def sums(counts: Numbers) -> Numbers:
 
 def meteor(sums: Numbers) -> Numbers:
     """Return the METEOR score, 0 to 1, for each of R rows of 23 counts. A row may be a sum over several pairs."""
-    length, function = sums[:, :2], sums[:, 2:4]  # words and function words, each as (prediction, reference)
+    # Each array has two columns: the number in the prediction and in the reference.
+    length, function = sums[:, :2], sums[:, 2:4]
     content, functional = (sums[:, 4:20].reshape(-1, 4, 2, 2)[:, :, part] for part in (0, 1))  # (R, 4 stages, 2 sides)
     stages = np.array(STAGES)[:, None]
     matched = (stages * (DELTA * content + (1 - DELTA) * functional)).sum(1)  # (R, 2)

@@ -115,9 +115,9 @@ def losses(ours: Mapping[str, float], theirs: Mapping[str, float], *, count: int
 
 
 def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
-    """Return the albums with at most `num_bytes` of images in total; the remaining pairs keep only their texts.
+    """Remove images from the albums until at most `num_bytes` of images remain; the texts of all pairs are kept.
 
-    Images of `shown` pairs are kept first, then images of `lost` pairs, then images of `worst` pairs.
+    The images in the list `shown` of an album have the highest priority, then those in `lost`, then those in `worst`.
     """
     result = {source: Album() for source in albums}
     for name in ("shown", "lost", "worst"):
