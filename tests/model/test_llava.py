@@ -159,7 +159,7 @@ def test_the_model_keeps_the_token_ids_and_the_embedding_size_of_the_checkpoint(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"vision_feature_layer": -1}, r"level -1 of its vision tower, but model.patch_level is -2; set .* to -1"),
-    ({"vision_feature_layer": [-2, -1]}, r"must read one level .* is \[-2, -1\]; use .* a single vision_feature_layer"),
+    ({"vision_feature_layer": [-2, -1]}, r"output of one layer .* to \[-2, -1\]; use .* a single vision_feature_layer"),
     ({"vision_feature_select_strategy": "full"}, r"must have vision_feature_select_strategy 'default', .* got 'full'"),
     ({"projector_hidden_act": "relu"}, r"must have projector_hidden_act 'gelu', .* got 'relu'"),
     ({"multimodal_projector_bias": False}, r"must have multimodal_projector_bias True, .* got False"),

@@ -197,8 +197,8 @@ def test_the_embedding_table_needs_no_rows_for_placeholders(micro: Config, tmp_p
 
 
 @pytest.mark.parametrize(("marks", "message"), [
-    ({"pad_token": "<image>"}, r"the id of the placeholder <image>, but 258 is also pad_token"),
-    ({"unk_token": "<delta>"}, r"the id of the placeholder <delta>, but 258 is also unk_token"),
+    ({"pad_token": "<image>"}, r"the id of the placeholder <image>, but id 258 also belongs to pad_token"),
+    ({"unk_token": "<delta>"}, r"the id of the placeholder <delta>, but id 258 also belongs to unk_token"),
 ])
 def test_a_placeholder_that_shares_its_id_with_another_token_is_refused(marks: dict[str, str], message: str,
                                                                         micro: Config, tmp_path: Path) -> None:
