@@ -61,7 +61,7 @@ def test_scientific_notation_without_a_dot_is_read_as_a_number() -> None:
     ("levels: [2, 2, 4, 4]", "levels: [2, 2, 4, 5]", r"delta\.levels must not exceed vision\.layers 4, got 5"),
     ("levels: [2, 2, 4, 4]", "levels: [4, 2]", r"levels \[4, 2\] must be sorted in ascending order"),
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
-    ("reading: C", "reading: B", r"reading B .*patch_pool must be 1"),
+    ("reading: C", "reading: B", r"token layout B .*patch_pool must be 1"),
     ("patch_level: -1", "patch_level: 9", r"patch_level must be from -5 to 4 .*, got 9"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of the keys steps and epochs"),
     ("  mixture: {scenes: 1}", "  mixture: {edit: 1}",

@@ -183,7 +183,7 @@ def test_the_patch_level_may_be_counted_from_the_first_or_from_the_last_layer(ll
 
 def test_a_vision_tower_of_another_width_is_refused(llava: str, micro: Config, tmp_path: Path) -> None:
     CLIPVisionModel(CLIPVisionConfig(**TOWER | {"hidden_size": 26})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower .* reads, 22, but that of .* is 26"):
+    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower must have width 22, .* has width 26"):
         build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
 
 

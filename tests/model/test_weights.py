@@ -168,7 +168,7 @@ def test_a_folder_without_weights_and_an_invalid_index_are_refused(language: Pat
     with pytest.raises(FileNotFoundError, match=r"must contain weights \(model.safetensors or .*\), but it has none"):
         load(language)
     (language / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    with pytest.raises(ValueError, match=r"index.json must contain weight_map, which maps .*; download it again"):
+    with pytest.raises(ValueError, match=r"index.json must contain the key weight_map, .*; download the file again"):
         load(language)
 
 
