@@ -36,8 +36,8 @@ class NotWrittenError(OSError):
 def disk_full_named(path: Path) -> Iterator[None]:
     """Context manager that replaces any exception that reports a full disk by a NotWrittenError.
 
-    Its message names the file of the replaced exception, or `path` if that exception names no file. `path` is the file
-    or folder that the `with` block writes.
+    The NotWrittenError names the file that the replaced exception names, or else `path`, the file or folder that the
+    `with` block writes.
     """
     try:
         yield

@@ -68,7 +68,7 @@ def dry_run(source: Source,
             stage: Annotated[Literal["write", "instruct"], typer.Option(
                 help="The DVC stage: 'write' makes captions, 'instruct' makes edit instructions.")] = "write",
             as_json: Json = False) -> None:
-    """Print the requests for captions to a language model, and their cost.
+    """Print the requests that a stage would send to the language model, and their cost.
 
     Nothing is sent. 'dvc repro write@SOURCE' sends the requests, or 'dvc repro instruct@SOURCE' with --stage instruct.
 

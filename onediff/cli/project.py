@@ -123,7 +123,7 @@ def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The
 def doctor(as_json: Json = False) -> None:
     """Check the installation and the project, and print how to fix each problem.
 
-    The exit code is 1 if a check fails without which OneDiff cannot run.
+    The exit code is 1 if a problem prevents the use of OneDiff, and 0 otherwise.
 
     Example: onediff doctor
     """

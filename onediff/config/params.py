@@ -128,7 +128,7 @@ class Diffusion(Section):
 
 
 class Tolerance(Section):
-    """The highest share of bad image pairs, from 0 to 1, at which the stage `validate` does not stop the pipeline."""
+    """The share of bad image pairs, from 0 to 1, up to which the stage `validate` does not stop the pipeline."""
 
     generated: Share
     raw: Share
@@ -138,8 +138,8 @@ class Leaks(Section):
     """The treatment of leaks: pairs whose images also occur in a later split (in the order train, val, gate, test).
 
     Two images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits. `max_distance` maps a
-    source to the mean pixel difference, in grey levels, up to which near-duplicates count as a leak; null only
-    reports them.
+    source to the mean pixel difference, in grey levels, up to which near-duplicates are leaks. If it maps a source to
+    null, near-duplicates of this source are only reported.
     """
 
     action: Literal["drop", "stop"]
@@ -181,7 +181,7 @@ class Data(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"source '{name}' must occur only once in generated, raw, retrieved and diffused; "
-                                 "remove the others")
+                                 "remove the other entries")
         for name in sorted({"scenes", "scenes_far", "edits"} & {*self.raw, *self.retrieved, *self.diffused}):
             raise ValueError(f"'{name}' is the name of a source that OneDiff generates; give your source another name")
         for key, allowed in (("written", [*self.raw, *self.retrieved, *self.diffused]), ("partial", self.raw)):
@@ -387,12 +387,12 @@ class Stress(Section):
 
 
 class Drift(Section):
-    """The thresholds of `onediff drift`, which compares the images and captions in use with those of training.
+    """The thresholds of `onediff drift`, which compares recent images and captions with those of the `gate` split.
 
-    A figure has drifted if its change is statistically significant and larger than the threshold.
-    `chance` is the highest probability that one check reports a drift by chance. `max_distance` is the threshold of
-    distributions: their Kolmogorov-Smirnov distance, from 0 (equal) to 1. `max_rate_change` is the threshold of rates,
-    such as the share of captions that report no change: the difference of the two rates.
+    A figure has drifted if its change is statistically significant and larger than the threshold. `chance` is the
+    highest probability that one check reports a drift by chance. `max_distance` is the threshold for the
+    Kolmogorov-Smirnov distance of two distributions, from 0 (equal) to 1. `max_rate_change` is the threshold for the
+    difference of two rates, such as the shares of captions that report no change.
     """
 
     num_pairs: Count

@@ -21,8 +21,8 @@ END_S = 10.0  # seconds that an interrupted stage has for its clean-up, before i
 def run(stage: Callable[..., object]) -> None:
     """Call the function `stage`, which is the code of a DVC stage, with the arguments of the command line.
 
-    After a ValueError, an OSError or an interrupt, the process prints one line and exits with code 1. DVC removes the
-    outputs of a stage before it starts the process, so they are restored first.
+    After a ValueError, an OSError or an interrupt, the process prints one line and exits with code 1. If DVC started
+    the process, it has removed the outputs of the stage's last run, so these outputs are restored first.
     """
     interrupts.survive_closed_output()
     interrupts.raise_keyboard_interrupt(END_S)

@@ -22,10 +22,10 @@ from onediff.stages.command import run
 
 
 def diffuse(source: str) -> None:
-    """Edit the images in data/raw/SOURCE by data/instructed/SOURCE.jsonl, and write pairs to data/pairs/SOURCE/.
+    """Edit the images in data/raw/SOURCE with the instructions in data/instructed/SOURCE.jsonl.
 
-    filters.json in that folder counts how many edited images each filter rejected. Raises ValueError if the filters
-    reject all edited images.
+    The pairs of original and edited image are written to data/pairs/SOURCE/. filters.json in that folder counts how
+    many edited images each filter rejected. Raises ValueError if the filters reject all edited images.
     """
     config, runtime = load_params(), load_runtime()
     settings, clip = config.data.diffusion, config.data.clip

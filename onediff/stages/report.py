@@ -75,7 +75,7 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
 
 
 def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored) -> Album:
-    """Return the gallery of a source: pairs of each change type, those with the lowest scores, and those of `_lost`."""
+    """Return the gallery of a source: pairs of each change type, the lowest CIDEr scores, and the pairs of `_lost`."""
     predictions = read_predictions(CAPTIONS / f"test/{source}.jsonl")
     benchmark = next(iter(protocols_of(source)))
     table = scored.get(benchmark, {})

@@ -36,7 +36,7 @@ def retrieve(source: str) -> None:
     pairs = find_pairs(np.concatenate(vectors), names, settings) if vectors else []
     if not pairs:
         raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
-                         f"{settings.min_similarity} to {settings.max_similarity}; change these limits in "
+                         f"{settings.min_similarity} to {settings.max_similarity}; widen this range in "
                          "params.yaml: data.retrieval")
     readable = [entry for entry in entries if entry.name not in unreadable]
     with new_folder(PAIRS / source) as folder:

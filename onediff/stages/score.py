@@ -27,7 +27,7 @@ FLOORS = {"constant": "best constant", "random_train": "random training", "neare
 
 
 def score() -> None:
-    """Score the captions of the splits `test` and `gate`, write the scores, and print them beside trivial baselines."""
+    """Score the captions of the splits `test` and `gate`; write the scores, and print them with those of baselines."""
     start()  # METEOR's Java program loads its tables while this process reads the dataset.
     train = read_table(DIFFCAP, "train-*.parquet")
     card = json.loads(CARD.read_text(encoding="utf-8"))
