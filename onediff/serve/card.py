@@ -67,7 +67,7 @@ def _card_data(scores: Labelled) -> Any:
 
 
 def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
-    """Return one table row for each data source: name, pairs in each split, description, licence and home page."""
+    """Return one table row for each data source: name, number of pairs per split, description, licence, home page."""
     return [[source, *(f"{sum(card['num_pairs'].get(split, {}).get(source, {}).values()):,}"
                        for split in ("train", "val", "gate", "test")), about["what"], about["licence"], about["home"]]
             for source, about in sorted(card["sources"].items())]
