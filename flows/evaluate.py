@@ -16,7 +16,7 @@ from onediff import paths, registry
 
 @flow(name="evaluate", flow_run_name=dated_name)
 def evaluate(model: str = paths.CHAMPION) -> State[Any]:
-    """Caption data/diffcap with a registered model version and score the captions, without changing other results.
+    """Caption data/diffcap with a registered model version again, and write the new scores into that version.
 
     `model` is models:/onediff@ALIAS or models:/onediff/VERSION.
     """

@@ -77,7 +77,10 @@ def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], folder: Path = Path()) -> str:
-    """Run a command and return its stdout. If it fails, ValueError has the text `failure` and the end of the output."""
+    """Run a command and return its stdout.
+
+    Raises ValueError with the text `failure` and the end of the command's output if the command fails.
+    """
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{failure}: {' '.join((done.stderr or done.stdout).split())[-500:]}")

@@ -47,7 +47,10 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
 
 @task(cache_policy=NO_CACHE)
 def update_sources() -> tuple[list[str], list[str]]:
-    """Update the data that `onediff data fetch` or `dvc import` imported. Return a list of changes and of problems."""
+    """Update the data that `onediff data fetch` or `dvc import` imported.
+
+    Return two lists of texts: the changes, and the problems of sources that could not be updated.
+    """
     changed, problems = [], []
     for path in tracked.imported():
         try:

@@ -21,7 +21,7 @@ from onediff.tracking import log_evaluation
 
 
 def _may_recover(task: Any, run: Any, state: State[Any]) -> bool:
-    """Return True if a retry can help: a server could not be reached. Wrong values or missing files stay wrong."""
+    """Return whether the task failed because a server could not be reached; only then can a retry help."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, (ConnectionError, TimeoutError)) or "cannot be reached" in str(error)
 

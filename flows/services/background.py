@@ -126,7 +126,7 @@ def wait_until_it_answers(service: Service, folder: Path, limit_s: float) -> Non
 def end(folder: Path, name: str, *, grace_s: float = GRACE_S) -> bool:
     """End all processes of a service; return whether there were any.
 
-    The first process gets the service's stop signal. Then all processes that still run get SIGTERM, and at last
+    The first process gets the service's stop signal. Then all processes that still run get SIGTERM, and finally
     SIGKILL. Each wait between two signals takes at most `grace_s` seconds.
     """
     members, leader = family(folder, name), running(folder, name)

@@ -20,7 +20,7 @@ from onediff.files import new_folder
 
 DATABASES = ("prefect", "mlflow")
 USER = "onediff"  # the PostgreSQL role that owns both databases
-SYSTEM_USER = "postgres"  # the system user that runs PostgreSQL if this user is root, whom PostgreSQL refuses
+SYSTEM_USER = "postgres"  # the system user that runs PostgreSQL if this user is root, because PostgreSQL refuses root
 
 
 def binaries() -> Path | None:
