@@ -19,7 +19,7 @@ VOID = {"meta", "img", "br", "input", "link"}
 
 
 class Balanced(HTMLParser):
-    """Every opened tag is closed in order; remembers links to elsewhere."""
+    """A parser that checks that all tags are closed in order, and collects links to other files in `outside`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def png(color: str = "red") -> bytes:
 
 
 def record(pair_id: str = "a", change_type: str = "add", source: str = "scenes") -> Record:
-    thing = {"shape": "cube", "color": "red", "size": "big", "material": "matte"}
-    where = {"object": thing, "new": None, "region_before": None, "region_after": [10, 5, 30, 15]}
+    cube = {"shape": "cube", "color": "red", "size": "big", "material": "matte"}
+    where = {"object": cube, "new": None, "region_before": None, "region_after": [10, 5, 30, 15]}
     references = ["a red cube <i>was</i> added"]
     return Record(pair_id, source, "test", "g", png(), png("blue"), references, "What?", change_type, where)
 
@@ -64,16 +64,16 @@ def result() -> dict[str, Any]:
 
 
 def stress() -> dict[str, Any]:
-    """What stage stress writes of a benchmark, shortened."""
+    """Return a short version of the figures that stage `stress` writes for one benchmark."""
     rates = {"false_alarm_rate": 0.25, "same_caption_rate": 0.125,
              "intervals": {"false_alarm_rate": [0.1, 0.4], "same_caption_rate": [0.0, 0.2]}}
     point = {"change_type_accuracy": 0.75, "CIDEr": 1.0, "intervals": {"change_type_accuracy": [0.7, 0.8],
                                                                        "CIDEr": [0.9, 1.1]}}
     keys = (*INSIDE, *POINTING)
-    looked = {"num_images": 5, **dict.fromkeys(keys, 0.375), "intervals": {key: [0.3, 0.45] for key in keys}}
+    attention = {"num_images": 5, **dict.fromkeys(keys, 0.375), "intervals": {key: [0.3, 0.45] for key in keys}}
     return {"num_pairs": 3, "identical": rates, "swapped": {**rates, "left_out": {"crop": 17}},
             "curves": {"noise": {"none": point, "5": point}},
-            "attention": {**looked, "by_change_type": {"add": looked}}}
+            "attention": {**attention, "by_change_type": {"add": attention}}}
 
 
 def pair(prediction: str) -> Example:
@@ -95,7 +95,7 @@ def page(**changes: Any) -> str:
     return render_page(ModelResults(**values), albums, figures(values["metrics"], values["stress"], values["curves"]))
 
 
-def test_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
+def test_the_page_has_balanced_tags_and_loads_no_other_file() -> None:
     html = page()
     parser = Balanced()
     parser.feed(html)
@@ -115,30 +115,31 @@ def test_captions_and_parameters_are_escaped() -> None:
     assert "<b>" not in html
 
 
-def test_page_without_curves_gate_or_gallery() -> None:
+def test_the_page_can_be_made_without_curves_gate_and_gallery() -> None:
     html = page(curves={"align": [], "tune": []}, gate={}, albums={}, stress={}, audit={})
     assert "0 steps" in html and "Under stress" not in html and "What training shows" not in html
 
 
-def test_published_numbers_stand_beside_a_whole_test_split_of_the_same_protocol_only() -> None:
-    whole = {key: value for key, value in result().items() if key not in ("changed", "intervals")}
-    html = page(metrics={"spot_the_diff/single": whole, "spot_the_diff/multi": whole})
+def test_published_scores_are_shown_only_with_complete_test_splits_of_an_equal_protocol() -> None:
+    complete = {key: value for key, value in result().items() if key not in ("changed", "intervals")}
+    html = page(metrics={"spot_the_diff/single": complete, "spot_the_diff/multi": complete})
     assert html.count("published under this protocol, not run here") == 1
-    assert html.count("not reproduced by others") == 2 and "may have trained on test items" in html  # table and figure
-    part = page(metrics={"spot_the_diff/single": {**whole, "incomplete": "1 image missing"}})
+    assert html.count("not reproduced by others") == 2  # The table and the figure both contain this doubt.
+    assert "may have trained on test items" in html
+    part = page(metrics={"spot_the_diff/single": {**complete, "incomplete": "1 image missing"}})
     assert "M3Diff" not in part and "not comparable with published scores" in part
 
 
-def test_a_benchmark_that_no_grammar_reads_shows_cider_under_stress() -> None:
-    bare = {"num_pairs": 3, "identical": {}, "swapped": {},
-            "curves": {"noise": {"none": {"CIDEr": 1.0, "intervals": {"CIDEr": [0.9, 1.1]}}}}}
+def test_the_stress_chart_of_a_benchmark_without_grammar_shows_cider() -> None:
+    only_cider = {"num_pairs": 3, "identical": {}, "swapped": {},
+                  "curves": {"noise": {"none": {"CIDEr": 1.0, "intervals": {"CIDEr": [0.9, 1.1]}}}}}
     plain = {key: value for key, value in result().items() if key not in ("changed", "intervals")}
-    html = page(metrics={"own": plain}, stress={"own": bare}, albums={})
+    html = page(metrics={"own": plain}, stress={"own": only_cider}, albums={})
     assert "own: noise on both images" in html and "Where the delta module looks" not in html
     assert 'id="behaviour"' not in html
 
 
-def test_page_tells_how_fast_each_phase_was() -> None:
+def test_the_page_shows_the_speed_of_each_training_phase() -> None:
     lines = [{"step": step, "loss": 1.0, "pairs_per_s": 17.0 + step, "padding_share": 0.125, "seconds": 1.0}
              for step in range(3)]
     html = page(curves={"tune": lines})
