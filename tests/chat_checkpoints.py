@@ -89,8 +89,7 @@ def qwen2_vl(folder: Path) -> str:
 
 
 def qwen2_5_vl(folder: Path) -> str:
-    """Save a small model in the format of Qwen/Qwen2.5-VL-7B-Instruct, with the file for videos of newer transformers.
-    """
+    """Save a small model in the format of Qwen/Qwen2.5-VL-7B-Instruct, with the video file of new transformers."""
     marks = _qwen_files(folder)
     _write(folder, "video_preprocessor_config.json", {
         "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "video_processor_type": "Qwen2VLVideoProcessor",
@@ -104,8 +103,7 @@ def qwen2_5_vl(folder: Path) -> str:
 
 
 def idefics3(folder: Path) -> str:
-    """Save a small Idefics3 model in the format of HuggingFaceTB/SmolVLM-Instruct, which reads an image and its tiles.
-    """
+    """Save a small Idefics3 model in the format of HuggingFaceTB/SmolVLM-Instruct, which divides images into tiles."""
     rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
     marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows]
     _save_tokenizer(folder, marks, bos_token="<s>", pad_token="</s>")

@@ -31,39 +31,40 @@ PAIRS = [(image(0, 56, 56), image(1, 56, 56)), (image(2, 61, 43), image(3, 37, 5
 def captioner_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatCaptioner]:
     made: dict[str, ChatCaptioner] = {}
 
-    def give(kind: str) -> ChatCaptioner:
+    def load(kind: str) -> ChatCaptioner:
         if kind not in made:
             made[kind] = ChatCaptioner.load(MAKERS[kind](tmp_path_factory.mktemp(kind)))
         return made[kind]
 
-    return give
+    return load
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_a_batch_says_what_each_pair_alone_does(kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
+def test_captions_of_a_batch_equal_those_of_single_pairs(kind: str,
+                                                         captioner_of: Callable[[str], ChatCaptioner]) -> None:
     captioner = captioner_of(kind)
-    captioner.model.double()  # in float32 padding moves the random model's logits enough to exchange near ties
+    captioner.model.double()  # In float32, padding changes logits slightly, which can exchange two almost equal tokens.
     together = captioner.caption(PAIRS, QUESTIONS, max_new_tokens=5)
     alone = [captioner.caption([pair], [asked], max_new_tokens=5)[0]
              for pair, asked in zip(PAIRS, QUESTIONS, strict=True)]
     captioner.model.float()
     assert together == alone
-    assert len(set(together)) > 1 and all(together)  # a random model may give two pairs one answer
+    assert len(set(together)) > 1 and all(together)  # A random model may give equal answers to two of the pairs.
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_images_are_read_in_their_order(kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
+def test_the_model_gets_both_images_in_the_given_order(kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
     captioner = captioner_of(kind)
     first, second = PAIRS[0]
     halves = [captioner.inputs([pair], QUESTIONS[:1])["pixel_values"].flatten(0, 1 if kind == "idefics3" else 0)
               for pair in ((first, second), (second, first))]
-    half = len(halves[0]) // 2  # images of one size take the same number of rows
+    half = len(halves[0]) // 2  # Both images have equal sizes, so each has half of the rows.
     torch.testing.assert_close(halves[0], torch.cat([halves[1][half:], halves[1][:half]]))
     assert not torch.equal(halves[0], halves[1])
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_the_prompt_stands_after_both_images_and_holds_the_question(
+def test_the_prompt_contains_the_question_and_follows_both_images(
         kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
     captioner = captioner_of(kind)
     text = captioner.conversation("What changed?")
@@ -73,13 +74,13 @@ def test_the_prompt_stands_after_both_images_and_holds_the_question(
 
 
 @pytest.mark.parametrize(("kind", "begins"), [("llava", 1), ("idefics3", 1), ("qwen2_vl", 0)])
-def test_the_beginning_is_marked_once_whoever_writes_it(kind: str, begins: int,
-                                                        captioner_of: Callable[[str], ChatCaptioner]) -> None:
+def test_the_input_contains_at_most_one_begin_token(kind: str, begins: int,
+                                                    captioner_of: Callable[[str], ChatCaptioner]) -> None:
     ids = captioner_of(kind).inputs(PAIRS, QUESTIONS)["input_ids"]
     assert (ids == 0).sum(1).tolist() == [begins] * len(PAIRS)
 
 
-def test_each_step_takes_the_likeliest_token(captioner_of: Callable[[str], ChatCaptioner]) -> None:
+def test_decoding_takes_the_most_likely_token_at_each_step(captioner_of: Callable[[str], ChatCaptioner]) -> None:
     captioner = captioner_of("llava")
     batch = captioner.inputs(PAIRS[:1], QUESTIONS[:1])
     ids = batch.pop("input_ids")
@@ -93,25 +94,22 @@ def test_each_step_takes_the_likeliest_token(captioner_of: Callable[[str], ChatC
     assert captioner.caption(PAIRS[:1], QUESTIONS[:1], max_new_tokens=5) == [" ".join(expected.split())]
 
 
-def test_what_a_checkpoint_advises_on_sampling_is_not_followed(tmp_path: Path) -> None:
-    advised = qwen2_vl(tmp_path)
-    given = ChatCaptioner.load(advised).caption(PAIRS, QUESTIONS, max_new_tokens=5)
+def test_the_sampling_settings_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    checkpoint = qwen2_vl(tmp_path)
+    captions = ChatCaptioner.load(checkpoint).caption(PAIRS, QUESTIONS, max_new_tokens=5)
     settings = tmp_path / "generation_config.json"
     plain = {key: value for key, value in json.loads(settings.read_text()).items() if key.endswith("token_id")}
     settings.write_text(json.dumps(plain))
-    assert ChatCaptioner.load(advised).caption(PAIRS, QUESTIONS, max_new_tokens=5) == given
+    assert ChatCaptioner.load(checkpoint).caption(PAIRS, QUESTIONS, max_new_tokens=5) == captions
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
+def test_the_error_for_a_model_that_does_not_exist_is_one_line() -> None:
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing must be a folder .*hf download nobody") as caught:
         ChatCaptioner.load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_text_alone_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_image_input_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"must be a chat model that reads images, but config.json has"):
@@ -125,7 +123,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused(tmp_path: Path) -> None
         ChatCaptioner.load(str(tmp_path))
 
 
-def test_a_template_that_shows_one_image_of_two_is_refused(tmp_path: Path) -> None:
+def test_a_chat_template_that_inserts_only_one_image_is_refused(tmp_path: Path) -> None:
     llava(tmp_path)
     one = LLAVA_TEMPLATE.replace("'equalto', 'image') %}", "'equalto', 'image') | list | batch(1) | first %}", 1)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": one}))
@@ -133,7 +131,7 @@ def test_a_template_that_shows_one_image_of_two_is_refused(tmp_path: Path) -> No
         ChatCaptioner.load(str(tmp_path))
 
 
-def test_a_prompt_longer_than_the_model_reads_is_refused(captioner_of: Callable[[str], ChatCaptioner]) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(captioner_of: Callable[[str], ChatCaptioner]) -> None:
     with pytest.raises(ValueError, match=r"2 images, prompt and answer must fit into the context of 2048 tokens"):
         captioner_of("llava").caption(PAIRS[:1], QUESTIONS[:1], max_new_tokens=2000)
 
@@ -147,7 +145,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         ChatCaptioner.load(str(tmp_path))
 
 
-def test_weights_that_are_missing_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
     llava(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop(next(name for name in weights if "multi_modal_projector" in name))
@@ -156,7 +154,7 @@ def test_weights_that_are_missing_are_refused_not_drawn_at_random(tmp_path: Path
         ChatCaptioner.load(str(tmp_path))
 
 
-def test_code_that_a_checkpoint_brings_along_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     llava(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit('it was run')\n")
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -166,8 +164,8 @@ def test_code_that_a_checkpoint_brings_along_is_not_run(tmp_path: Path) -> None:
         ChatCaptioner.load(str(tmp_path))
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="its processor has what it needs here")
-def test_a_processor_that_needs_an_absent_package_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="with torchvision, the processor can be loaded")
+def test_the_error_for_a_processor_that_needs_a_missing_package_is_one_line(tmp_path: Path) -> None:
     idefics3(tmp_path)
     for file, key in (("config.json", "model_type"), ("preprocessor_config.json", "processor_class"),
                       ("processor_config.json", "processor_class")):

@@ -27,13 +27,13 @@ SMALL = Architecture(image_px=32, channels=(7, 11, 13), width=34, heads=2, layer
 OFTEN = Training(steps=260, batch_size=8, rate=3e-3, validate_every=130)
 
 
-def never(step: int, values: dict[str, float]) -> None:
+def no_log(step: int, values: dict[str, float]) -> None:
     pass
 
 
 @pytest.fixture(scope="module")
 def pairs(scene_pairs: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """Eight pairs, changed and unchanged ones."""
+    """Eight training pairs, of which some are changed and some are unchanged."""
     folder = tmp_path_factory.mktemp("diffcap")
     write_shards(scene_pairs[:8], folder, "train", shard_pairs=5)
     return Pairs.read(folder, "train", image_px=SMALL.image_px)
@@ -44,7 +44,7 @@ def captioner(pairs: Pairs) -> Iterator[SiameseCaptioner]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield fit(Pairs(pairs.images, pairs.places, [texts[:1] for texts in pairs.references]), SMALL, OFTEN,
-              validate=lambda captioner: 0.0 if captioner.model.training else 1.0, log=never)
+              validate=lambda captioner: 0.0 if captioner.model.training else 1.0, log=no_log)
     torch.set_num_threads(threads)
 
 
@@ -54,28 +54,26 @@ def untrained(comparison: Comparison = "matched") -> SiameseCNN:
     return SiameseCNN(shape, 29).eval()
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def test_a_match_equals_one_made_place_by_place() -> None:
+def test_the_match_equals_a_loop_over_all_positions() -> None:
     B, C, S = 1, 5, 3
     match = FeatureMatch(S, C)
     before, after = torch.randn(2, B, C, S, S)
     differences = match(before, after)
     normed = [match.norm(x.movedim(1, -1)) for x in (before, after)]
-    for (seen, other), only in zip((normed, normed[::-1]), differences, strict=True):
+    for (first, second), difference in zip((normed, normed[::-1]), differences, strict=True):
         for b in range(B):
             for row in range(S):
                 for column in range(S):
-                    here = seen[b, row, column]
-                    alike = torch.stack([here @ other[b, i, j] / C**0.5 - 0.3 * ((row - i) ** 2 + (column - j) ** 2)
-                                         for i in range(S) for j in range(S)])
-                    expected = here - alike.softmax(0) @ other[b].flatten(0, 1)
-                    torch.testing.assert_close(only[b, :, row, column], expected, atol=1e-5, rtol=1e-4)
+                    feature = first[b, row, column]
+                    similarity = torch.stack([
+                        feature @ second[b, i, j] / C**0.5 - 0.3 * ((row - i) ** 2 + (column - j) ** 2)
+                        for i in range(S) for j in range(S)])
+                    expected = feature - similarity.softmax(0) @ second[b].flatten(0, 1)
+                    torch.testing.assert_close(difference[b, :, row, column], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("comparison", ["matched", "same_place"])
-def test_both_images_are_seen_as_each_alone_is(comparison: Comparison) -> None:
+def test_the_features_of_a_pair_do_not_depend_on_the_batch(comparison: Comparison) -> None:
     model = untrained(comparison)
     images = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
     alone = torch.cat([model.encode(images[i : i + 1]) for i in range(3)])
@@ -83,7 +81,7 @@ def test_both_images_are_seen_as_each_alone_is(comparison: Comparison) -> None:
     assert not torch.allclose(model.encode(images.flip(1)), alone, atol=1e-3)
 
 
-def test_no_word_reads_a_later_one() -> None:
+def test_the_prediction_of_a_word_does_not_depend_on_later_words() -> None:
     model = untrained()
     images, words = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8), torch.randint(4, 29, (3, 11))
     other = words.clone()
@@ -91,7 +89,7 @@ def test_no_word_reads_a_later_one() -> None:
     torch.testing.assert_close(model(images, words)[:, :7], model(images, other)[:, :7])
 
 
-def test_captions_are_the_likeliest_words_of_each_pair_alone(captioner: SiameseCaptioner, pairs: Pairs) -> None:
+def test_captions_of_a_batch_equal_greedy_decoding_of_single_pairs(captioner: SiameseCaptioner, pairs: Pairs) -> None:
     together = captioner.caption_pixels(pairs[range(8)])
     for row in range(8):
         ids = torch.tensor([[BEGIN]])
@@ -100,7 +98,7 @@ def test_captions_are_the_likeliest_words_of_each_pair_alone(captioner: SiameseC
         assert captioner.vocabulary.decode(ids[:, 1:]) == [together[row]]
 
 
-def test_words_come_back_and_unknown_ones_are_left_out() -> None:
+def test_decoding_returns_the_encoded_words_without_unknown_words() -> None:
     words = Vocabulary.of(["The red cube's top, moved", "the cube moved"])
     ids = words.encode(["The cube's top, moved", "the blue cube"], max_words=4)
     assert ids[0].tolist()[0] == BEGIN and ids[0].tolist()[-1] == END and ids.shape == (2, 6)
@@ -108,57 +106,55 @@ def test_words_come_back_and_unknown_ones_are_left_out() -> None:
     assert words.decode(ids[:, 1:]) == ["the cube's top ,", "the cube"]
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def test_eight_pairs_are_learned_by_heart(captioner: SiameseCaptioner, pairs: Pairs) -> None:
+def test_the_cnn_can_memorize_the_captions_of_eight_pairs(captioner: SiameseCaptioner, pairs: Pairs) -> None:
     captions = captioner.caption_pixels(pairs[range(8)])
     assert captions == [texts[0] for texts in pairs.references]
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_others(pairs: Pairs) -> None:
+def test_equal_seeds_give_equal_weights_and_other_seeds_other_weights(pairs: Pairs) -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
         settings = Training(steps=3, batch_size=5, validate_every=2, seed=seed)
-        return fit(pairs, SMALL, settings, validate=lambda _: 1.0, log=never).model.state_dict()
+        return fit(pairs, SMALL, settings, validate=lambda _: 1.0, log=no_log).model.state_dict()
 
     first, again, other = weights(7), weights(7), weights(8)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["words.weight"], other["words.weight"])
 
 
-def test_the_weights_with_the_best_validation_win_not_the_last(pairs: Pairs) -> None:
-    scores, seen = iter([1.0, 3.0, 2.0]), []
+def test_the_weights_with_the_best_validation_score_are_kept(pairs: Pairs) -> None:
+    scores, validated = iter([1.0, 3.0, 2.0]), []
 
     def validate(captioner: SiameseCaptioner) -> float:
-        seen.append(captioner.model.words.weight.detach().clone())
+        validated.append(captioner.model.words.weight.detach().clone())
         return next(scores)
 
-    best = fit(pairs, SMALL, Training(steps=6, batch_size=3, validate_every=2), validate=validate, log=never)
-    assert torch.equal(best.model.words.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+    best = fit(pairs, SMALL, Training(steps=6, batch_size=3, validate_every=2), validate=validate, log=no_log)
+    assert torch.equal(best.model.words.weight, validated[1]) and not torch.equal(validated[1], validated[2])
 
 
-def test_every_pair_is_seen_once_an_epoch_and_all_references_in_time(pairs: Pairs) -> None:
+def test_each_epoch_draws_every_pair_once_and_several_epochs_draw_all_references(pairs: Pairs) -> None:
     steps = list(draws(pairs, Training(steps=80, batch_size=4)))
     for first, second in zip(steps[::2], steps[1::2], strict=True):
         assert sorted(first[0] + second[0]) == list(range(8))
-    heard = {(row, text) for rows, texts in steps for row, text in zip(rows, texts, strict=True)}
-    assert heard == {(row, text) for row, texts in enumerate(pairs.references) for text in texts}
+    drawn = {(row, text) for rows, texts in steps for row, text in zip(rows, texts, strict=True)}
+    assert drawn == {(row, text) for row, texts in enumerate(pairs.references) for text in texts}
 
 
-def test_the_rate_rises_then_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_and_then_falls_to_zero() -> None:
     factors = [rate_factor(step, 100, 0.1) for step in range(1, 101)]
     assert factors[9] == max(factors) == 1.0
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == pytest.approx(0.0)
 
 
-def test_an_image_that_several_pairs_share_is_kept_once(pairs: Pairs) -> None:
+def test_an_image_that_several_pairs_share_is_stored_once(pairs: Pairs) -> None:
     assert len(pairs) == 8 and len(pairs.images) == len(pairs.places.unique()) < 16
 
 
-def test_a_loss_that_is_no_number_stops_the_training(pairs: Pairs) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(pairs: Pairs) -> None:
+    settings = Training(steps=9, batch_size=8, rate=1e30, clip_norm=1e30)
     with pytest.raises(ValueError, match=r"siamese_cnn: the loss must be finite, got (nan|inf) at step \d+"):
-        fit(pairs, SMALL, Training(steps=9, batch_size=8, rate=1e30, clip_norm=1e30), validate=lambda _: 0.0, log=never)
+        fit(pairs, SMALL, settings, validate=lambda _: 0.0, log=no_log)
 
 
 def test_a_split_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: Path) -> None:
@@ -168,15 +164,13 @@ def test_a_split_without_pairs_is_refused(scene_pairs: list[Record], tmp_path: P
         Pairs.read(tmp_path, "val", image_px=48)
 
 
-# --- on disk ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_saved_captioner_says_the_same(captioner: SiameseCaptioner, pairs: Pairs, tmp_path: Path) -> None:
+def test_a_captioner_gives_equal_captions_after_saving_and_loading(captioner: SiameseCaptioner, pairs: Pairs,
+                                                                   tmp_path: Path) -> None:
     captioner.save(tmp_path)
     loaded = SiameseCaptioner.load(tmp_path)
     assert loaded.caption_pixels(pairs[range(8)]) == captioner.caption_pixels(pairs[range(8)])
-    picture = Image.new("RGB", (31, 53), "red")  # of no particular size
-    assert loaded.caption([(picture, picture)]) == captioner.caption([(picture, picture)])
+    image = Image.new("RGB", (31, 53), "red")
+    assert loaded.caption([(image, image)]) == captioner.caption([(image, image)])
 
 
 def test_a_folder_without_a_cnn_is_refused(tmp_path: Path) -> None:
@@ -184,7 +178,7 @@ def test_a_folder_without_a_cnn_is_refused(tmp_path: Path) -> None:
         SiameseCaptioner.load(tmp_path)
 
 
-def test_weights_of_other_words_are_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_vocabulary_are_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
     captioner.save(tmp_path)
     settings = json.loads((tmp_path / "siamese_cnn.json").read_text())
     (tmp_path / "siamese_cnn.json").write_text(json.dumps(settings | {"words": settings["words"][1:]}))
@@ -192,7 +186,7 @@ def test_weights_of_other_words_are_refused(captioner: SiameseCaptioner, tmp_pat
         SiameseCaptioner.load(tmp_path)
 
 
-def test_weights_that_are_cut_off_are_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
+def test_a_truncated_file_of_weights_is_refused(captioner: SiameseCaptioner, tmp_path: Path) -> None:
     captioner.save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"must contain weights that fit siamese_cnn"):

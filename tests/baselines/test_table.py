@@ -1,4 +1,4 @@
-"""The table of benchmarks/baselines.py."""
+"""The table that benchmarks/baselines.py writes to docs/baselines.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onediff.eval.protocols import references_digest
 
 @pytest.fixture
 def rows(scene_pairs: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Pairs of a project with a CNN that always says the same, and a third floor in metrics.json."""
+    """Rows of a project with a CNN that always gives one caption, and a third trivial baseline in metrics.json."""
     monkeypatch.chdir(tmp_path)
     rows = [vars(record) for record in scene_pairs]
     folder = baselines.HOME / "matched"
@@ -43,7 +43,7 @@ def cells(lines: list[str], name: str) -> list[str]:
     return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {name}")).split("|")[2:-1]]
 
 
-def test_a_champion_that_repeats_the_references_is_better_than_a_constant(rows: list[dict[str, Any]]) -> None:
+def test_a_champion_that_repeats_the_references_is_better_than_a_constant_sentence(rows: list[dict[str, Any]]) -> None:
     save(Path("data/captions/test/scenes.jsonl"), {row["pair_id"]: row["references"][0] for row in rows})
     save(baselines.HOME / "ablations/mute/scenes.jsonl", {row["pair_id"]: "no change was made" for row in rows})
     lines = baselines.section("scenes", rows, ["no change was made", "the red cube moved"])
@@ -57,8 +57,7 @@ def test_a_champion_that_repeats_the_references_is_better_than_a_constant(rows: 
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_without_captions_the_champion_is_what_metrics_json_says_of_the_same_references(
-        rows: list[dict[str, Any]]) -> None:
+def test_without_captions_the_scores_of_the_champion_come_from_metrics_json(rows: list[dict[str, Any]]) -> None:
     lines = baselines.section("scenes", rows, ["no change was made"])
     assert cells(lines, baselines.CHAMPION) == ["50.0 [40.0, 60.0]"] * 4 + ["70.0 [60.0, 80.0]"]
     assert not [line for line in lines if "champion less" in line]

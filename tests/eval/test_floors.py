@@ -25,13 +25,13 @@ REFERENCES = {f"p{i}": [f"the {color} cube was removed", f"the {color} block is 
 TRAIN = ["the red cube was removed"] * 3 + ["a ball appeared"] * 5 + ["it rained"] * 7 + ["the blue block is gone"]
 
 
-def test_best_constant_is_the_best_of_all_training_captions() -> None:
-    by_hand = {text: corpus_cider(dict.fromkeys(REFERENCES, text), REFERENCES) for text in set(TRAIN)}
-    best = max(by_hand, key=lambda text: by_hand[text])
+def test_best_constant_is_the_training_caption_with_the_highest_cider() -> None:
+    scores = {text: corpus_cider(dict.fromkeys(REFERENCES, text), REFERENCES) for text in set(TRAIN)}
+    best = max(scores, key=lambda text: scores[text])
     assert best_constant(TRAIN, REFERENCES) == best == "the red cube was removed"
 
 
-def test_floors_are_what_training_rows_say() -> None:
+def test_trivial_baselines_use_the_captions_of_training_rows() -> None:
     train = [{"pair_id": f"t{i}", "references": [text, "others"]} for i, text in enumerate(TRAIN)]
     nearest = {key: train[i] for i, key in enumerate(REFERENCES)}
     got = floor_captions(train, REFERENCES, nearest=nearest, seed=3)
@@ -45,33 +45,34 @@ def test_floors_are_what_training_rows_say() -> None:
     assert floor_captions([], REFERENCES) == {}
 
 
-def test_a_reference_is_scored_against_the_others_of_its_pair() -> None:
+def test_leave_one_out_scores_a_reference_against_the_other_references_of_the_pair() -> None:
     got = leave_one_out(REFERENCES, metrics=FAST_METRICS)
     pairs = [key for key, texts in REFERENCES.items() if len(texts) > 1]
-    there, back = (score({key: REFERENCES[key][out] for key in pairs},
-                         {key: [REFERENCES[key][1 - out]] for key in pairs}, metrics=FAST_METRICS).corpus
-                   for out in (0, 1))
+    first_scored, second_scored = (
+        score({key: REFERENCES[key][scored] for key in pairs},
+              {key: [REFERENCES[key][1 - scored]] for key in pairs}, metrics=FAST_METRICS).corpus
+        for scored in (0, 1))
     assert got.pop("num_pairs") == len(pairs) == 6
-    assert got == {name: pytest.approx((there[name] + back[name]) / 2) for name in FAST_METRICS}
+    assert got == {name: pytest.approx((first_scored[name] + second_scored[name]) / 2) for name in FAST_METRICS}
     assert leave_one_out({"a": ["x"], "b": ["y"]}, metrics=FAST_METRICS) == {}
-    same = {key: [key, key, key, "other words"] for key in ("the red cube left", "a blue ball came in")}
-    assert leave_one_out(same, metrics=["ROUGE-L"])["ROUGE-L"] == pytest.approx(1)
+    equal = {key: [key, key, key, "other words"] for key in ("the red cube left", "a blue ball came in")}
+    assert leave_one_out(equal, metrics=["ROUGE-L"])["ROUGE-L"] == pytest.approx(1)
 
 
-def test_same_seed_same_random_captions() -> None:
+def test_equal_seeds_give_equal_random_captions() -> None:
     assert random_captions(TRAIN, REFERENCES, seed=1) == random_captions(TRAIN, REFERENCES, seed=1)
     assert random_captions(TRAIN, map(str, range(50)), seed=1) != random_captions(TRAIN, map(str, range(50)), seed=2)
 
 
-def test_no_training_captions_is_refused() -> None:
+def test_best_constant_without_training_captions_is_refused() -> None:
     with pytest.raises(ValueError, match="there are none; give training captions"):
         best_constant([], REFERENCES)
 
 
-def test_oracle_uses_a_template_that_the_references_do_not() -> None:
-    thing = {"shape": "cube", "color": "red", "size": "big", "material": "matte", "x": 0.0, "y": 1.0}
+def test_oracle_uses_a_template_that_no_reference_uses() -> None:
+    cube = {"shape": "cube", "color": "red", "size": "big", "material": "matte", "x": 0.0, "y": 1.0}
     row = {"pair_id": "a", "change_type": "move",
-           "provenance": {"object": thing, "new": "front", "objects": [thing, thing | {"color": "blue", "x": 2.0}]},
+           "provenance": {"object": cube, "new": "front", "objects": [cube, cube | {"color": "blue", "x": 2.0}]},
            "references": ["the red cube moved to the front", "the red cube was moved to the front",
                           "someone pushed the red block to the front", "the red cube has shifted to the front"]}
     assert oracle(row).startswith("the ") and oracle(row).endswith("changed its location to the front")
@@ -92,14 +93,14 @@ def record(split: str, number: int, *, noise: int = 0) -> Record:
     return Record(name, "street", split, str(number), png(before), png(after), [str(number)], "", "x", {})
 
 
-def test_each_pair_finds_its_noisy_copy() -> None:
+def test_the_nearest_training_pair_of_a_noisy_copy_is_the_copied_pair() -> None:
     train, test = [record("train", k) for k in range(11)], [record("test", k, noise=40) for k in (7, 2, 5)]
     rows = [{"pair_id": item.pair_id, "references": item.references} for item in train]
     nearest = nearest_rows(rows, train, test)
     assert {key: row["pair_id"] for key, row in nearest.items()} == {f"test-{k}": f"train-{k}" for k in (7, 2, 5)}
 
 
-def test_the_difference_counts_and_not_the_image_alone() -> None:
-    same, other = Image.new("RGB", (40, 40), "gray"), Image.new("RGB", (40, 40), "white")
-    unchanged, changed, undone = coarse_pixels(same, same), coarse_pixels(same, other), coarse_pixels(other, same)
+def test_coarse_pixels_depend_on_both_images_and_on_their_order() -> None:
+    gray, white = Image.new("RGB", (40, 40), "gray"), Image.new("RGB", (40, 40), "white")
+    unchanged, changed, undone = coarse_pixels(gray, gray), coarse_pixels(gray, white), coarse_pixels(white, gray)
     assert np.linalg.norm(changed - unchanged) > 1 and np.linalg.norm(changed - undone) > 1

@@ -20,7 +20,7 @@ RUN = {"run_id": "r", "seconds": 90.0, "pairs_per_s": 17.0, "steps": 19}
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Scores as they are in git, with a data card and runs."""
+    """A project folder with the committed scores, a data card, and the reports of two training runs."""
     for name in ("metrics.json", "gate.json", "stress.json"):
         (tmp_path / "data").mkdir(exist_ok=True)
         shutil.copy(ROOT / "data" / name, tmp_path / "data")

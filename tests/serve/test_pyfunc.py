@@ -18,16 +18,16 @@ from onediff.serve.usage_log import Files, read_usage
 RED, GREEN = "#ff0000", "#00ff00"
 
 
-def says_colours(files: list[Files], pairs: list[tuple[Image.Image, Image.Image]],
+def caption_with_colours(files: list[Files], pairs: list[tuple[Image.Image, Image.Image]],
                  instructions: list[str]) -> list[str]:
-    """What it was given, so that a mixed-up row shows."""
+    """Return a caption with the colors of both images and the instruction, so that exchanged rows are visible."""
     return [f"{before.getpixel((0, 0))} {after.getpixel((0, 0))} {instruction}"
             for (before, after), instruction in zip(pairs, instructions, strict=True)]
 
 
 @pytest.fixture
 def model() -> PairCaptioner:
-    return PairCaptioner(says_colours)
+    return PairCaptioner(caption_with_colours)
 
 
 def encoded(colour: str) -> str:
@@ -42,11 +42,11 @@ def file(folder: Path, colour: str) -> str:
     return str(path)
 
 
-def test_paths_base64_and_data_uris_say_the_same(model: PairCaptioner, tmp_path: Path) -> None:
-    folded = encoded(GREEN)[:40] + "\n" + encoded(GREEN)[40:]
+def test_paths_base64_and_data_uris_give_equal_captions(model: PairCaptioner, tmp_path: Path) -> None:
+    with_line_break = encoded(GREEN)[:40] + "\n" + encoded(GREEN)[40:]
     rows = [{"before": file(tmp_path, RED), "after": file(tmp_path, GREEN)},
             {"before": encoded(RED), "after": encoded(GREEN)},
-            {"before": f"data:image/png;base64,{encoded(RED)}", "after": folded}]
+            {"before": f"data:image/png;base64,{encoded(RED)}", "after": with_line_break}]
     assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) What changed between the two images?"] * 3
 
 
@@ -74,20 +74,20 @@ def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
     ({"instruction": 3}, "row 1: instruction: must be text, got 3"),
     ({"befor": "x"}, "row 1: unknown column 'befor'"),
 ])
-def test_a_bad_row_is_named(model: PairCaptioner, bad: dict, message: str) -> None:
+def test_the_error_for_a_wrong_row_contains_row_and_column(model: PairCaptioner, bad: dict, message: str) -> None:
     good = {"before": encoded(RED), "after": encoded(GREEN)}
     with pytest.raises(ValueError, match=message):
         model.predict([good, {**good, **bad}])
 
 
-def test_a_row_that_is_no_mapping_is_named(model: PairCaptioner) -> None:
+def test_a_row_that_is_not_a_mapping_is_refused(model: PairCaptioner) -> None:
     with pytest.raises(ValueError, match="row 0: must be a mapping with before and after, got str"):
         model.predict(["a.png"])
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole OneDiff with random weights, a few thousand numbers large."""
+    """The folder of a complete OneDiff model with random weights and a few thousand parameters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -118,19 +118,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_served_model_notes_its_captions_where_the_environment_says(trained: Path, tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_model_logs_captions_in_the_folder_of_the_environment_variable(
+        trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}, {"before": encoded(RED), "after": encoded(RED)}]
     plain = _load_pyfunc(str(trained)).predict(rows)
     monkeypatch.setenv("ONEDIFF_USAGE_LOG", str(tmp_path / "usage"))
     assert _load_pyfunc(str(trained)).predict(rows) == plain
-    noted, _ = read_usage(tmp_path / "usage", datetime(2000, 1, 1, tzinfo=UTC))
-    assert [(row["caption"], row["model"]) for row in noted] == [(text, str(trained)) for text in plain]
-    assert [row["distance"] > 0 for row in noted] == [True, False]
+    logged, _ = read_usage(tmp_path / "usage", datetime(2000, 1, 1, tzinfo=UTC))
+    assert [(row["caption"], row["model"]) for row in logged] == [(text, str(trained)) for text in plain]
+    assert [row["distance"] > 0 for row in logged] == [True, False]
 
 
-def test_a_version_whose_files_were_changed_is_not_loaded(tmp_path: Path) -> None:
+def test_a_registered_version_with_changed_files_is_not_loaded(tmp_path: Path) -> None:
     folder = tmp_path / "data/model"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -141,7 +141,7 @@ def test_a_version_whose_files_were_changed_is_not_loaded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_registered_version_loads_as_an_mlflow_model_and_captions(trained: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_registered_version_can_be_loaded_as_an_mlflow_model(trained: Path, tmp_path: Path, monkeypatch) -> None:
     from onediff import registry
     from onediff.model.captioner import Captioner
 

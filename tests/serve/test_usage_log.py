@@ -43,7 +43,7 @@ def log(tmp_path: Path) -> UsageLog:
     return UsageLog(tmp_path / "usage", "models:/onediff@champion", "abc", keep_images=False)
 
 
-def test_facts_are_those_of_the_probe(scene_pairs: list[Record]) -> None:
+def test_logged_facts_of_a_pair_equal_those_of_the_probe_table(scene_pairs: list[Record]) -> None:
     for record in scene_pairs[:5]:
         facts = pair_facts((record.before, record.after), (open_image(record.before), open_image(record.after)))
         probed = probe_record(record, max_megapixels=64)
@@ -52,13 +52,13 @@ def test_facts_are_those_of_the_probe(scene_pairs: list[Record]) -> None:
         assert {"width_before", "hash_after", "distance", "mode"} <= set(probed) & set(facts)
 
 
-def test_brightness_and_contrast_are_grey_levels_of_both_images() -> None:
+def test_brightness_and_contrast_are_means_over_both_images_in_grey_levels() -> None:
     dark, light = png("#000000"), png("#c8c8c8")
     facts = pair_facts((dark, light), (open_image(dark), open_image(light)))
     assert (facts["brightness"], facts["contrast"], facts["distance"]) == (100, 0, 200)
 
 
-def test_a_row_comes_back_as_it_was_noted(log: UsageLog) -> None:
+def test_a_row_that_is_read_equals_the_logged_row(log: UsageLog) -> None:
     log.add([use(png("red"), png("blue", mode="L"), "ä “quoted”\ncaption"), use(png("red"), png("red"))])
     rows, broken = read_usage(log.folder, LONG_AGO)
     assert broken == 0 and [row["caption"] for row in rows] == ["ä “quoted”\ncaption", "nothing has changed"]
@@ -87,7 +87,7 @@ def _write(path: Path, name: str) -> None:
         append(path, [{"writer": name, "number": number, "text": name * 300}])
 
 
-def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
+def test_lines_of_two_writers_are_never_mixed(tmp_path: Path) -> None:
     path = tmp_path / "day.jsonl"
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.starmap(_write, [(path, "a"), (path, "b")])
@@ -96,7 +96,7 @@ def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
         assert [row["number"] for row in rows if row["writer"] == name] == list(range(200))
 
 
-def test_a_line_cut_off_by_a_full_disk_spoils_no_other(log: UsageLog) -> None:
+def test_a_line_truncated_by_a_full_disk_does_not_affect_other_lines(log: UsageLog) -> None:
     log.add([use(png("red"), png("blue"), "first")])
     path = next(log.folder.glob("*.jsonl"))
     path.write_bytes(path.read_bytes() + path.read_bytes()[:40])
@@ -105,12 +105,12 @@ def test_a_line_cut_off_by_a_full_disk_spoils_no_other(log: UsageLog) -> None:
     assert [row["caption"] for row in rows] == ["first", "second"] and broken == 1
 
 
-def test_a_full_disk_is_reported_once_and_breaks_nothing(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_once_and_raises_no_error(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
     log.add([use(png("red"), png("blue"))])
     size = next(log.folder.glob("*.jsonl")).stat().st_size
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1]))  # a file may not grow: as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1]))  # Like on a full disk, the file cannot grow.
     try:
         log.add([use(png("red"), png("blue"))])
         log.add([use(png("red"), png("blue"))])
@@ -121,18 +121,18 @@ def test_a_full_disk_is_reported_once_and_breaks_nothing(log: UsageLog, capsys: 
     assert stderr.count("\n") == 1 and "captions are not logged" in stderr and "runtime.yaml" in stderr
 
 
-def test_a_folder_that_cannot_be_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     UsageLog(tmp_path / "file" / "usage", "m", "abc", keep_images=False).add([use(png("red"), png("blue"))])
     assert "captions are not logged (Not a directory)" in capsys.readouterr().err
 
 
-def test_without_a_log_the_reader_says_how_to_get_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_log_says_how_to_create_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"set usage_log in runtime\.yaml"):
         read_usage(tmp_path / "none", LONG_AGO)
 
 
-def test_without_the_setting_there_is_no_log(tmp_path: Path) -> None:
+def test_without_the_setting_usage_log_no_log_is_written(tmp_path: Path) -> None:
     assert usage_log(Runtime(), "m", tmp_path) is None
 
 
@@ -144,7 +144,7 @@ def model(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_noted_captions_are_those_of_the_captioner(model: Path, scene_pairs: list[Record], tmp_path: Path) -> None:
+def test_logged_captions_equal_those_of_the_captioner(model: Path, scene_pairs: list[Record], tmp_path: Path) -> None:
     captioner = Captioner.load(model, device="cpu")
     log = usage_log(Runtime(usage_log=str(tmp_path / "usage")), "m", model)
     files = [(record.before, record.after) for record in scene_pairs[:3]]
@@ -159,7 +159,7 @@ def test_noted_captions_are_those_of_the_captioner(model: Path, scene_pairs: lis
     assert all(0 < row["confidence"] <= 1 for row in rows)
 
 
-def test_the_command_notes_its_caption_where_the_environment_says(model: Path, tmp_path: Path) -> None:
+def test_the_command_logs_the_caption_in_the_folder_of_the_environment_variable(model: Path, tmp_path: Path) -> None:
     for side, colour in zip(SIDES, ("red", "blue"), strict=True):
         (tmp_path / f"{side}.png").write_bytes(png(colour))
     command = [sys.executable, "-m", "onediff", "caption", "before.png", "after.png", "--model", str(model)]
@@ -171,7 +171,7 @@ def test_the_command_notes_its_caption_where_the_environment_says(model: Path, t
 
     plain = captioned()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["after.png", "before.png"]
-    noted = captioned(ONEDIFF_USAGE_LOG=str(tmp_path / "usage"), ONEDIFF_USAGE_IMAGES="true")
+    logged = captioned(ONEDIFF_USAGE_LOG=str(tmp_path / "usage"), ONEDIFF_USAGE_IMAGES="true")
     [row], _ = read_usage(tmp_path / "usage", LONG_AGO)
-    assert noted == plain == row["caption"] + "\n" and row["model"] == str(model)
+    assert logged == plain == row["caption"] + "\n" and row["model"] == str(model)
     assert (tmp_path / "usage" / row["file_before"]).read_bytes() == png("red")

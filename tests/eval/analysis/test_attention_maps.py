@@ -38,7 +38,7 @@ VARIANTS = [{}, {"delta_inputs": "pair_and_difference"}, {"delta_inputs": "pair_
 
 
 def captioner(micro: Config, *, reading: str = "C", pool: int = 2, **delta: Any) -> Captioner:
-    """The micro preset's model, untrained."""
+    """Return the untrained model of the micro preset with the given settings of the Visual Delta Module."""
     settings = micro.model.model_copy(update={"reading": reading, "patch_pool": pool,
                                               "delta": micro.model.delta.model_copy(update=delta)})
     return Captioner(*build(settings, seed=7))
@@ -50,7 +50,7 @@ def pair(scene_pairs: list[Record]) -> tuple[Image.Image, Image.Image]:
 
 
 @pytest.mark.parametrize("num_queries", [3, 5, 11])
-def test_recomputed_weights_give_the_module_s_own_output(num_queries: int) -> None:
+def test_recomputed_attention_weights_give_the_output_of_the_module(num_queries: int) -> None:
     torch.manual_seed(1)
     attention = Attention(12, 3).eval()
     queries, context = torch.randn(B, num_queries, 12), 3 * torch.randn(B, 7, 12)
@@ -62,24 +62,24 @@ def test_recomputed_weights_give_the_module_s_own_output(num_queries: int) -> No
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_cross_attention_is_recorded_and_nothing_else_changes(variant: dict[str, Any]) -> None:
+def test_every_cross_attention_is_recorded_and_the_output_stays_equal(variant: dict[str, Any]) -> None:
     delta = small(**variant).delta
     before, after = torch.randn(2, B, 4, N, CHANNELS, generator=torch.Generator().manual_seed(2))
     plain = delta(before, after)
     with recorded(delta) as weights:
-        watched = delta(before, after)
+        while_recorded = delta(before, after)
     views = 3 if variant.get("delta_inputs") == "pair_and_difference" else 2
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, while_recorded)
     assert [each.shape for each in weights] == [(B, views * N)] * 3
     assert all(torch.allclose(each.sum(-1), torch.ones(B), atol=1e-5) for each in weights)
     delta(before, after)
-    assert len(weights) == 3  # nobody listens any more
+    assert len(weights) == 3  # Recording ended with the `with` block.
 
 
 @pytest.mark.parametrize(("reading", "pool"), [("A", 2), ("B", 1), ("C", 2)])
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
-def test_the_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Image.Image], reading: str, pool: int,
-                                     inputs: str) -> None:
+def test_both_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Image.Image], reading: str, pool: int,
+                                      inputs: str) -> None:
     maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs), [pair])[0]
     assert maps.before.shape == maps.after.shape == maps.change.shape == (8, 8)
     assert maps.before.sum() + maps.after.sum() == pytest.approx(1, abs=1e-5)
@@ -91,8 +91,8 @@ def test_the_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Ima
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_matched_difference"])
 def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inputs: str,
                                                               pair: tuple[Image.Image, Image.Image]) -> None:
-    blind = captioner(micro, inputs=inputs, image_ids=False)
-    maps, swapped = attention_maps(blind, [pair])[0], attention_maps(blind, [pair[::-1]])[0]
+    without_ids = captioner(micro, inputs=inputs, image_ids=False)
+    maps, swapped = attention_maps(without_ids, [pair])[0], attention_maps(without_ids, [pair[::-1]])[0]
     assert np.allclose(maps.before, swapped.after, atol=1e-6) and np.allclose(maps.after, swapped.before, atol=1e-6)
     plain = attention_maps(captioner(micro, inputs=inputs), [pair])[0]
     other = attention_maps(captioner(micro, inputs=inputs), [pair[::-1]])[0]
@@ -100,7 +100,7 @@ def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inp
     assert np.array_equal(plain.change, other.change)
 
 
-def test_a_pair_looks_alone_as_in_a_batch(micro: Config, scene_pairs: list[Record]) -> None:
+def test_the_maps_of_a_pair_do_not_depend_on_the_batch(micro: Config, scene_pairs: list[Record]) -> None:
     model = captioner(micro)
     for record, together in maps_of_records(model, scene_pairs[:3]):
         alone = attention_maps(model, [tuple(Image.open(io.BytesIO(image)) for image in record.images)])[0]
@@ -108,23 +108,20 @@ def test_a_pair_looks_alone_as_in_a_batch(micro: Config, scene_pairs: list[Recor
         assert np.allclose(alone.after, together.after, atol=1e-6)
 
 
-def test_a_model_without_delta_tokens_has_no_maps(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:
+def test_maps_of_a_model_without_delta_tokens_are_refused(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:
     with pytest.raises(ValueError, match=r"num_tokens is 0, but attention maps need"):
         attention_maps(captioner(micro, reading="A", num_tokens=0), [pair])
 
 
-def test_a_difference_counts_half_for_each_image() -> None:
-    seen = np.arange(12, dtype=np.float64).reshape(1, 1, 12)
-    maps = per_image(seen, side=2)
+def test_attention_to_the_difference_counts_half_for_each_image() -> None:
+    weights = np.arange(12, dtype=np.float64).reshape(1, 1, 12)
+    maps = per_image(weights, side=2)
     assert maps[0, 0, 0].tolist() == [[4, 5.5], [7, 8.5]] and maps[0, 0, 1].tolist() == [[8, 9.5], [11, 12.5]]
-    assert maps.sum() == seen.sum()
+    assert maps.sum() == weights.sum()
 
 
-# --- the changed region ----------------------------------------------------------------------------------------------
-
-
-def test_coverage_equals_counting_fine_points() -> None:
-    fine = (np.arange(80) + 0.5) / 20  # 20 points along each of 4 patches
+def test_coverage_equals_the_share_of_fine_points_inside_the_box() -> None:
+    fine = (np.arange(80) + 0.5) / 20  # positions of 20 points along each of 4 patches
     for box in ([0.2, 1.1, 2.7, 3.95], [1, 1, 2, 2], [0, 0, 4, 4], [3.05, 0.4, 3.35, 0.6]):
         inside = ((fine >= box[1]) & (fine < box[3]))[:, None] & ((fine >= box[0]) & (fine < box[2]))[None, :]
         counted = inside.reshape(4, 20, 4, 20).mean((1, 3))
@@ -133,15 +130,15 @@ def test_coverage_equals_counting_fine_points() -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (192, 96), (60, 150)])
-def test_a_box_of_an_image_of_any_shape_is_found_where_the_tower_sees_it(micro: Config, size: tuple[int, int]) -> None:
+def test_a_box_of_an_image_of_any_shape_covers_the_patches_that_show_it(micro: Config, size: tuple[int, int]) -> None:
     box = [size[0] // 2, size[1] // 4, size[0] // 2 + size[0] // 4, size[1] // 4 + size[1] // 4]
     before, after = (np.zeros((size[1], size[0], 3), dtype=np.uint8) for _ in range(2))
     after[box[1] : box[3], box[0] : box[2]] = 255
     images = captioner(micro).processor.pixels([Image.fromarray(pixels) for pixels in (before, after)])
     change = pixel_change(images[None], side=8)[0]
-    place = on_the_grid(box, size, side=8)
-    inside = coverage(place, side=8)
-    assert points_inside(change, place)
+    box_on_grid = on_the_grid(box, size, side=8)
+    inside = coverage(box_on_grid, side=8)
+    assert points_inside(change, box_on_grid)
     assert (change * inside).sum() > 0.8 * change.sum() * inside.max()
     assert np.allclose(change / change.max(), inside / inside.max(), atol=0.25)
 
@@ -150,7 +147,7 @@ def row(change_type: str, **where: Any) -> dict[str, Any]:
     return {"change_type": change_type, "provenance": where}
 
 
-def test_each_image_has_its_own_region() -> None:
+def test_each_image_has_a_separate_region() -> None:
     move = row("move", region_before=[1, 2, 3, 4], region_after=[5, 6, 7, 8])
     assert regions(move) == {"before": [1, 2, 3, 4], "after": [5, 6, 7, 8]}
     assert regions(row("add", region_before=None, region_after=[5, 6, 7, 8])) == {"after": [5, 6, 7, 8]}
@@ -159,7 +156,7 @@ def test_each_image_has_its_own_region() -> None:
     assert regions(row("unlabelled")) == {}
 
 
-def test_a_real_scene_is_looked_at_in_the_images_that_show_its_object(micro: Config) -> None:
+def test_scenes_have_figures_only_for_the_images_that_show_the_changed_object(micro: Config) -> None:
     records = [record for index in range(5) for record in scene_records(micro, "test", index)]
     images = [image for record, maps in maps_of_records(captioner(micro), records)
               for image in region_figures(record, maps)]
@@ -172,7 +169,8 @@ def test_a_real_scene_is_looked_at_in_the_images_that_show_its_object(micro: Con
     assert {"level_2_inside_share", "level_4_pointing_accuracy"} <= got.keys()
 
 
-def test_looking_everywhere_alike_gives_the_area_and_looking_at_the_place_gives_1(scene_pairs: list[Record]) -> None:
+def test_uniform_attention_gives_the_share_of_the_area_and_attention_to_the_region_gives_1(
+        scene_pairs: list[Record]) -> None:
     record = replace(scene_pairs[0], change_type="move", provenance={"region_before": None,
                                                                      "region_after": [12, 24, 36, 36]})
     flat, point = np.full((8, 8), 1 / 128), np.zeros((8, 8))
@@ -187,7 +185,7 @@ def test_looking_everywhere_alike_gives_the_area_and_looking_at_the_place_gives_
         assert (got["pointing_ceiling"], got["centre_pointing_accuracy"]) == (1, 0)
 
 
-def test_a_region_smaller_than_a_patch_may_be_out_of_reach(scene_pairs: list[Record]) -> None:
+def test_no_patch_center_is_in_a_region_smaller_than_a_patch(scene_pairs: list[Record]) -> None:
     flat = np.full((8, 8), 1 / 128)
     maps = AttentionMaps(before=flat, after=flat, levels={}, change=flat)
     record = replace(scene_pairs[0], change_type="move", provenance={"region_after": [11, 11, 17, 17]})

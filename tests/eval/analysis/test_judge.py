@@ -1,4 +1,4 @@
-"""A judge by rule, behind a real endpoint of this machine, on captions whose truth is known."""
+"""The judge of captions, tested with a local chat endpoint whose answers follow rules, on captions of known truth."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[3]
 SETTINGS = Judge(model="tiny-judge")
 TRUTH = {"a": ["the red cube was removed", "the red block is gone"], "b": ["nothing has changed"],
          "c": ["the blue ball moved to the left"]}
-SAID = {"a": "The red block is gone", "b": "a dog appeared", "c": "the blue ball moved to the right"}
+PREDICTIONS = {"a": "The red block is gone", "b": "a dog appeared", "c": "the blue ball moved to the right"}
 ALONE = {name: name for name in TRUTH}
 
 
@@ -58,8 +58,9 @@ def runtime(server: ChatServer) -> Runtime:
 
 
 def verdict(pair_id: str, is_true: bool | None) -> Verdict:
-    said = {None: ("malformed", "", ""), True: ("ok", "yes", "no"), False: ("ok", "partly", "no")}[is_true]
-    return Verdict(pair_id, "x", ["y"], said[0], "", said[1], said[2], "m", "k")
+    status, states, invents = {None: ("malformed", "", ""), True: ("ok", "yes", "no"),
+                               False: ("ok", "partly", "no")}[is_true]
+    return Verdict(pair_id, "x", ["y"], status, "", states, invents, "m", "k")
 
 
 def put_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -67,7 +68,7 @@ def put_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_kappa_equals_that_of_scikit_learn() -> None:
+def test_kappa_equals_cohen_kappa_score_of_scikit_learn() -> None:
     draw = np.random.default_rng(3)
     for _ in range(23):
         ours = draw.random(61) < draw.random()
@@ -76,37 +77,38 @@ def test_kappa_equals_that_of_scikit_learn() -> None:
         assert float(kappa(counts.astype(float))) == pytest.approx(cohen_kappa_score(ours, theirs))
 
 
-def test_agreement_counts_errors_apart_and_draws_whole_groups() -> None:
+def test_agreement_counts_errors_separately_and_draws_complete_groups() -> None:
     draw = np.random.default_rng(5)
     truths = {f"p{k}": bool(draw.random() < 0.4) for k in range(120)}
-    said = {name: is_so if draw.random() < 0.85 else not is_so for name, is_so in truths.items()}
-    verdicts = [verdict(name, said[name]) for name in truths] + [verdict(f"e{k}", None) for k in range(30)]
+    judged = {name: is_true if draw.random() < 0.85 else not is_true for name, is_true in truths.items()}
+    verdicts = [verdict(name, judged[name]) for name in truths] + [verdict(f"e{k}", None) for k in range(30)]
     truths |= {f"e{k}": True for k in range(30)}
-    alone = {name: name for name in truths}
-    found = agreement(verdicts, truths, alone)
-    right = sum(said[name] == truths[name] for name in said)
-    assert (found["num_judged"], found["num_errors"]) == (120, 30)
-    assert (found["accuracy"], found["accuracy_of_all"]) == (pytest.approx(right / 120), pytest.approx(right / 150))
-    assert found["kappa"] == pytest.approx(cohen_kappa_score(list(said.values()), [truths[name] for name in said]))
-    assert found["kappa_interval"][0] < found["kappa"] < found["kappa_interval"][1]
+    group_of = {name: name for name in truths}
+    figures = agreement(verdicts, truths, group_of)
+    right = sum(judged[name] == truths[name] for name in judged)
+    assert (figures["num_judged"], figures["num_errors"]) == (120, 30)
+    assert (figures["accuracy"], figures["accuracy_of_all"]) == (pytest.approx(right / 120), pytest.approx(right / 150))
+    assert figures["kappa"] == pytest.approx(cohen_kappa_score(list(judged.values()),
+                                                               [truths[name] for name in judged]))
+    assert figures["kappa_interval"][0] < figures["kappa"] < figures["kappa_interval"][1]
     copies = [replace(each, pair_id=f"{each.pair_id}/{copy}") for each in verdicts for copy in range(7)]
     grouped = agreement(copies, {each.pair_id: truths[each.pair_id.split("/")[0]] for each in copies},
                         {each.pair_id: each.pair_id.split("/")[0] for each in copies})
-    assert grouped["kappa_interval"] == pytest.approx(found["kappa_interval"])  # copies tell nothing new
+    assert grouped["kappa_interval"] == pytest.approx(figures["kappa_interval"])  # Copies of a pair add no information.
     assert sum(grouped["counts"].values()) == 7 * 120
 
 
-def test_kappa_is_undefined_where_all_is_alike() -> None:
-    found = agreement([verdict(name, True) for name in "abc"], dict.fromkeys("abc", True), {k: k for k in "abc"})
-    assert (found["accuracy"], found["kappa"], found["kappa_interval"]) == (1.0, None, [None, None])
+def test_kappa_is_undefined_if_all_verdicts_are_equal() -> None:
+    figures = agreement([verdict(name, True) for name in "abc"], dict.fromkeys("abc", True), {k: k for k in "abc"})
+    assert (figures["accuracy"], figures["kappa"], figures["kappa_interval"]) == (1.0, None, [None, None])
     none = agreement([verdict("a", None)], {"a": True}, {"a": "a"})
     assert (none["num_judged"], none["num_errors"]) == (0, 1)
-    for its in (found, none):
-        assert "un" in as_text({"num_judged": 0, "num_pairs": 1, "errors": {}, "agreement": its})
+    for each in (figures, none):
+        assert "un" in as_text({"num_judged": 0, "num_pairs": 1, "errors": {}, "agreement": each})
 
 
-def test_each_caption_gets_a_verdict_from_the_words_of_the_prompt(server: ChatServer, runtime: Runtime) -> None:
-    verdicts = judge(SAID, TRUTH, SETTINGS, runtime)
+def test_each_caption_and_its_references_are_sent_to_the_judge(server: ChatServer, runtime: Runtime) -> None:
+    verdicts = judge(PREDICTIONS, TRUTH, SETTINGS, runtime)
     assert [(each.pair_id, each.states, each.invents) for each in verdicts] == [
         ("a", "yes", "no"), ("b", "no", "yes"), ("c", "partly", "yes")]
     sent = next(seen["body"] for seen in server.seen if "cube" in json.dumps(seen["body"]["messages"][1]))
@@ -114,18 +116,18 @@ def test_each_caption_gets_a_verdict_from_the_words_of_the_prompt(server: ChatSe
         'References: ["the red cube was removed", "the red block is gone"]\nCaption: "The red block is gone"')
     assert (sent["model"], sent["temperature"], sent["max_tokens"]) == ("tiny-judge", 0.0, 60)
     assert sent["response_format"]["json_schema"]["name"] == "judgement"
-    found = summary(verdicts, ALONE)
-    assert {value: its["count"] for value, its in found["states"].items()} == {"yes": 1, "partly": 1, "no": 1}
-    assert found["invents"]["yes"]["share"] == pytest.approx(2 / 3)
-    assert "states the change: yes" in as_text(found) and "3 of 3 captions judged" in as_text(found)
+    figures = summary(verdicts, ALONE)
+    assert {value: row["count"] for value, row in figures["states"].items()} == {"yes": 1, "partly": 1, "no": 1}
+    assert figures["invents"]["yes"]["share"] == pytest.approx(2 / 3)
+    assert "states the change: yes" in as_text(figures) and "3 of 3 captions judged" in as_text(figures)
 
 
-def test_answers_are_paid_for_once_and_by_content(server: ChatServer, runtime: Runtime) -> None:
-    first = judge(SAID, TRUTH, SETTINGS, runtime)
-    assert judge(SAID, TRUTH, SETTINGS, Runtime(writer_url="http://127.0.0.1:9/v1")) == first
-    renamed = judge({"z": SAID["a"]}, {"z": TRUTH["a"]}, SETTINGS, Runtime())
+def test_stored_answers_are_used_again_for_equal_captions_and_settings(server: ChatServer, runtime: Runtime) -> None:
+    first = judge(PREDICTIONS, TRUTH, SETTINGS, runtime)
+    assert judge(PREDICTIONS, TRUTH, SETTINGS, Runtime(writer_url="http://127.0.0.1:9/v1")) == first
+    renamed = judge({"z": PREDICTIONS["a"]}, {"z": TRUTH["a"]}, SETTINGS, Runtime())
     assert (renamed[0].key, len(server.seen)) == (first[0].key, 3)
-    other = judge(SAID, TRUTH, SETTINGS.model_copy(update={"model": "other"}), runtime)
+    other = judge(PREDICTIONS, TRUTH, SETTINGS.model_copy(update={"model": "other"}), runtime)
     assert len(server.seen) == 6 and not {each.key for each in other} & {each.key for each in first}
 
 
@@ -133,51 +135,54 @@ def test_answers_are_paid_for_once_and_by_content(server: ChatServer, runtime: R
     ("I think it is true.", "not JSON"), ('{"states": "mostly", "invents": "no"}', "states: Input should be 'yes', "),
     ('{"states": "yes"}', "invents: Field required"), ("refuse", "refused"),
     ("length", "cut off at judge.max_tokens 60")])
-def test_answers_of_another_form_are_errors_and_are_not_guessed(server: ChatServer, runtime: Runtime, content: str,
-                                                                reason: str) -> None:
+def test_malformed_answers_are_errors_and_give_no_verdict(server: ChatServer, runtime: Runtime, content: str,
+                                                          reason: str) -> None:
     server.contents = {"dog": content}
-    verdicts = judge(SAID, TRUTH, SETTINGS, runtime)
+    verdicts = judge(PREDICTIONS, TRUTH, SETTINGS, runtime)
     assert reason in verdicts[1].reason and not (verdicts[1].states or verdicts[1].invents or verdicts[1].is_true)
-    found = summary(verdicts, ALONE)
-    assert (found["num_judged"], found["errors"]) == (2, {verdicts[1].status: 1})
-    assert f"2 of 3 captions judged, 1 {verdicts[1].status}" in as_text(found)
+    figures = summary(verdicts, ALONE)
+    assert (figures["num_judged"], figures["errors"]) == (2, {verdicts[1].status: 1})
+    assert f"2 of 3 captions judged, 1 {verdicts[1].status}" in as_text(figures)
 
 
-def test_a_verdict_in_capitals_is_one(server: ChatServer, runtime: Runtime) -> None:
+def test_a_verdict_in_capital_letters_is_accepted(server: ChatServer, runtime: Runtime) -> None:
     server.contents = {"dog": '{"states": "No", "invents": "YES "}'}
-    assert [judge(SAID, TRUTH, SETTINGS, runtime)[1].states] == ["no"]
+    assert [judge(PREDICTIONS, TRUTH, SETTINGS, runtime)[1].states] == ["no"]
 
 
 @pytest.fixture
 def shards(scene_pairs: list[Record], tmp_path: Path) -> Path:
-    tested = [replace(record, split="test") for record in scene_pairs]
-    write_shards(tested, tmp_path / "data/diffcap", "test", shard_pairs=99)
+    test_records = [replace(record, split="test") for record in scene_pairs]
+    write_shards(test_records, tmp_path / "data/diffcap", "test", shard_pairs=99)
     return tmp_path / "data/diffcap"
 
 
-def spoken(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """True captions, those of other pairs, and what no grammar reads."""
-    return {row["pair_id"]: (row["references"][0], rows[place - 1]["references"][0], "something is odd here")[place % 3]
-            for place, row in enumerate(rows)}
+def predictions_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a prediction for each row: a true caption, the caption of another pair, or a sentence outside the grammar.
+    """
+    return {row["pair_id"]: (row["references"][0], rows[number - 1]["references"][0],
+                             "something is odd here")[number % 3]
+            for number, row in enumerate(rows)}
 
 
-def test_the_judge_is_set_beside_the_grammar_of_the_source(server: ChatServer, runtime: Runtime, shards: Path) -> None:
+def test_verdicts_are_compared_with_the_grammar_of_the_source(server: ChatServer, runtime: Runtime,
+                                                              shards: Path) -> None:
     rows = read_table(shards, "test-*.parquet")
-    said = spoken(rows)
-    path = put_lines(Path("p.jsonl"), [{"pair_id": key, "prediction": text} for key, text in said.items()])
+    predictions = predictions_of(rows)
+    path = put_lines(Path("p.jsonl"), [{"pair_id": key, "prediction": text} for key, text in predictions.items()])
     result, verdicts = judge_files(path, None, SETTINGS, runtime, known="scenes", shards=shards)
-    truths = {row["pair_id"]: says_the_truth(parse(said[row["pair_id"]]), truth(row)) for row in rows}
-    assert known_truths(said, rows, "scenes") == truths and len(set(truths.values())) == 2
-    its = result["agreement"]
-    assert its["accuracy"] == pytest.approx(np.mean([each.is_true == truths[each.pair_id] for each in verdicts]))
-    assert its["kappa"] == pytest.approx(cohen_kappa_score([each.is_true for each in verdicts],
-                                                           [truths[each.pair_id] for each in verdicts]))
-    assert its["num_groups"] == len({row["group_id"] for row in rows}) < len(rows)
+    truths = {row["pair_id"]: says_the_truth(parse(predictions[row["pair_id"]]), truth(row)) for row in rows}
+    assert known_truths(predictions, rows, "scenes") == truths and len(set(truths.values())) == 2
+    figures = result["agreement"]
+    assert figures["accuracy"] == pytest.approx(np.mean([each.is_true == truths[each.pair_id] for each in verdicts]))
+    assert figures["kappa"] == pytest.approx(cohen_kappa_score([each.is_true for each in verdicts],
+                                                               [truths[each.pair_id] for each in verdicts]))
+    assert figures["num_groups"] == len({row["group_id"] for row in rows}) < len(rows)
     assert "Cohen's kappa" in as_text(result)
 
 
-def test_truth_without_a_grammar_or_of_other_pairs_is_refused(server: ChatServer, runtime: Runtime,
-                                                              shards: Path) -> None:
+def test_option_truth_is_refused_for_a_source_without_grammar_and_for_unknown_pairs(
+        server: ChatServer, runtime: Runtime, shards: Path) -> None:
     path = put_lines(Path("p.jsonl"), [{"pair_id": "a", "prediction": "x"}])
     with pytest.raises(ValueError, match=r"--truth spot_the_diff: must be a benchmark with a grammar"):
         judge_files(path, None, SETTINGS, runtime, known="spot_the_diff", shards=shards)
@@ -187,7 +192,7 @@ def test_truth_without_a_grammar_or_of_other_pairs_is_refused(server: ChatServer
         judge_files(path, None, SETTINGS, runtime, known="scenes", shards=Path("nowhere"))
 
 
-def test_bad_files_ask_nothing(server: ChatServer, runtime: Runtime) -> None:
+def test_wrong_files_are_refused_before_the_first_request(server: ChatServer, runtime: Runtime) -> None:
     truths = put_lines(Path("r.jsonl"), [{"pair_id": key, "references": texts} for key, texts in TRUTH.items()])
     for rows, message in (([], "p.jsonl: must have one line per pair, but is empty"),
                           ([{"pair_id": "a", "prediction": "x"}], r"2 \(b, c\) are missing from the predictions"),
@@ -199,21 +204,22 @@ def test_bad_files_ask_nothing(server: ChatServer, runtime: Runtime) -> None:
     assert not server.seen and not ANSWERS.exists()
 
 
-def test_a_server_that_is_down_is_told_and_what_was_answered_is_kept(server: ChatServer, runtime: Runtime) -> None:
-    judge({"a": SAID["a"]}, {"a": TRUTH["a"]}, SETTINGS, runtime)
+def test_a_server_that_is_down_is_an_error_and_earlier_answers_are_kept(server: ChatServer, runtime: Runtime) -> None:
+    judge({"a": PREDICTIONS["a"]}, {"a": TRUTH["a"]}, SETTINGS, runtime)
     down = runtime.model_copy(update={"writer_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9/v1: no answer after 8 attempts.*again to continue"):
-        judge(SAID, TRUTH, SETTINGS, down)
-    judge(SAID, TRUTH, SETTINGS, runtime)
+        judge(PREDICTIONS, TRUTH, SETTINGS, down)
+    judge(PREDICTIONS, TRUTH, SETTINGS, runtime)
     assert len(server.seen) == 3
 
 
-def test_an_unknown_version_of_the_prompt_names_its_section(server: ChatServer, runtime: Runtime) -> None:
+def test_the_error_for_an_unknown_prompt_version_contains_the_key_in_params_yaml(
+        server: ChatServer, runtime: Runtime) -> None:
     with pytest.raises(ValueError, match=r"params\.yaml: judge\.prompts: must be one of v1, got 'v9'"):
-        judge(SAID, TRUTH, SETTINGS.model_copy(update={"prompts": "v9"}), runtime)
+        judge(PREDICTIONS, TRUTH, SETTINGS.model_copy(update={"prompts": "v9"}), runtime)
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(server: ChatServer, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_continues_without_paying_twice(server: ChatServer, tmp_path: Path) -> None:
     pairs = {f"p{k}": f"the thing number {k} was removed" for k in range(40)}
     put_lines(Path("p.jsonl"), [{"pair_id": key, "prediction": text} for key, text in pairs.items()])
     put_lines(Path("r.jsonl"), [{"pair_id": key, "references": [text]} for key, text in pairs.items()])

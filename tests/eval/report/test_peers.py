@@ -5,7 +5,7 @@ from onediff.eval.protocols import PROTOCOLS
 from onediff.eval.report.peers import _published_rows, doubts, published
 
 
-def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
+def test_every_published_score_has_a_protocol_and_a_source() -> None:
     assert set(_published_rows()) < set(PROTOCOLS)
     for rows in _published_rows().values():
         for row in rows:
@@ -13,7 +13,7 @@ def test_every_number_belongs_to_a_protocol_and_says_where_it_is_from() -> None:
             assert row["system"] and row["source"] and 10 < row["CIDEr"] < 200
 
 
-def test_the_best_system_is_first_and_doubts_are_stated() -> None:
+def test_published_systems_are_sorted_by_score_and_shown_with_doubts() -> None:
     rows = published("image_editing_request")
     assert [row["system"] for row in rows[:2]] == ["M3Diff", "OneDiff (the paper)"]
     assert [doubts(row) for row in rows[:3]] == ["may have trained on test items", "not reproduced by others", ""]
