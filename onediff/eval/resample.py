@@ -113,7 +113,7 @@ def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: in
 def corpus_score(name: str, sums: Numbers) -> Numbers:
     """Return the corpus score of a metric on each of R sets of pairs, (R,).
 
-    `sums` (R, k) has one row for each set: the k statistics of `shares_of`, summed over the pairs of the set.
+    `sums` (R, k) has one row for each set of pairs: the sums over the set of the k columns that `shares_of` returns.
     """
     if name.startswith("BLEU-"):
         return bleu(sums, int(name[-1]))

@@ -52,7 +52,7 @@ class Projector(nn.Sequential):
 
 
 class Enhance(nn.Module):
-    """Cross-attention of token layout B: the patches of a pair read the delta tokens of this pair."""
+    """The cross-attention of token layout B, in which the image patches of a pair attend to its delta tokens."""
 
     def __init__(self, tower_width: int, delta_width: int, heads: int) -> None:
         super().__init__()

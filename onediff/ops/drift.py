@@ -192,7 +192,7 @@ def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise ValueError(f"{where}: the profile is damaged or lacks a figure: {_CURE}")
+        raise ValueError(f"{where}: the profile is damaged or incomplete: {_CURE}")
     return dict(profile)
 
 
@@ -211,7 +211,7 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
     expected, log = read_profile(model, profile), Path(runtime.usage_log)
     all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
     rows = [row for row in all_rows if row["weights"] == expected["weights"]]
-    # The latest images come first, because only `num_pairs` images are captioned.
+    # The latest images come first, because false alarms are measured on the first `num_pairs` images only.
     names = dict.fromkeys(row["file_before"] for row in reversed(rows) if "file_before" in row)
     images = [path for path in (log / name for name in names) if path.exists()][:settings.num_pairs]
     alarms = None

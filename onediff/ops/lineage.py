@@ -181,7 +181,7 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
 def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
     """Return the digests of all paths in the lineage that match `item`, which is a path or a digest.
 
-    If the lineage does not list the files of a folder, the path of a file in that folder matches the folder.
+    If `item` is a file in a folder whose files the lineage does not list, the digest of this folder is returned.
     """
     digests: dict[str, str] = {}
     for stage in lineage["stages"].values():

@@ -34,9 +34,9 @@ _CURE = "'dvc repro' scores again; if the message stays, the stage 'score' has a
 class Evidence:
     """Evidence that score files belong to a model: the digests of the model folder, its captions and their scores.
 
-    `model` has the SHA-256 digests of the folder `model_dir`, and `model_md5` is its md5. `files` maps the paths of
-    the captions, of the scores of each image pair and of the score tables, relative to `root`, to their md5. Each md5
-    is the one that DVC would write into dvc.lock.
+    `model` has the SHA-256 digests of the folder `model_dir`, and `model_md5` is the md5 of this folder. `files` maps
+    the path of each caption file and score file, relative to `root`, to the md5 of the file. Each md5 is the one that
+    DVC would write into dvc.lock.
     """
 
     model_dir: Path

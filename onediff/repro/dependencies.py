@@ -79,7 +79,7 @@ USED_BY_PACKAGES = {
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],
 }
-# Packages whose files a module reads without importing them: scikit-learn contains two example photographs.
+# Maps a module to the packages whose files it reads without an import; scikit-learn contains two photographs.
 USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}
 
 

@@ -57,9 +57,9 @@ def check_mixtures(config: Config) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every string in the nested parameters of a stage in dvc.lock.
+    """Yield every string in the parameters that dvc.lock records for a stage, which may be nested.
 
-    Among them are the paths of inputs; dvc.lock proves that these inputs existed when the stage ran.
+    If a string is the path of an input, this input existed when the stage ran.
     """
     if isinstance(value, str):
         yield value

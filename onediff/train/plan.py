@@ -38,9 +38,9 @@ SCENE_PAIRS = 3  # number of training pairs that are generated from one base sce
 
 @dataclass(frozen=True)
 class MeanSample:
-    """The mean training sample of a phase, weighted by the sampling weight of each source in the mixture.
+    """The mean numbers of images and tokens in a training sample, weighted by the sampling weight of each source.
 
-    `longest_tokens` is the length of the longest row, which must fit into a micro-batch.
+    `longest_tokens` is the number of tokens of the longest sample, which must fit into a micro-batch.
     """
 
     images: float

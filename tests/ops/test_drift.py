@@ -184,7 +184,7 @@ def test_a_missing_log_or_profile_is_an_error_with_a_cure(project: Path, tmp_pat
     with pytest.raises(FileNotFoundError, match=r"model/profile\.json does not exist: run 'onediff profile"):
         drift.examine(model="model")
     (tmp_path / "model/profile.json").write_text('{"distributions": {}}')
-    with pytest.raises(ValueError, match="the profile is damaged or lacks a figure"):
+    with pytest.raises(ValueError, match="the profile is damaged or incomplete"):
         drift.examine(model="model")
 
 

@@ -58,7 +58,7 @@ def audit(train: Iterable[Example | ExampleGroup], benchmark: Iterable[Example |
     if out:
         write_jsonl(out, findings)
     else:
-        deque(findings, maxlen=0)  # The loop only consumes the iterator, because the index counts the matches.
+        deque(findings, maxlen=0)  # Read all matches without keeping them, because the index counts them.
     counts = index.counts()
     return {"rule": {"near_bits": NEAR_BITS, "max_distance": max_distance, "flat": FLAT, "contrast": CONTRAST, **RULE},
             "train": train_counts.as_dict(), "benchmark": benchmark_counts.as_dict(), "benchmarks": counts,

@@ -102,10 +102,10 @@ def suites_of(table: pd.DataFrame, data: Data) -> pd.Series:
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the probe table with additional columns for the rules, such as num_same_id.
+    """Return the table of measurements of all pairs, with the additional columns that the validation rules need.
 
-    `table` must have the column `suite`. The probe table lacks these columns, because a probe reads one pair at a time
-    and cannot count repeated pair_ids or the splits in which an image occurs.
+    The additional columns, such as num_same_id, need all pairs: they count repeated pair_ids and the splits in which
+    an image occurs. `table` must have the column `suite`.
     """
     images = table["decodes"] & (table["num_images"] > 0)
     sizes = table[["width_before", "height_before", "width_after", "height_after"]].astype("float64")

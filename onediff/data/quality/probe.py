@@ -69,7 +69,7 @@ def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") 
 
 def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: str | None,
                   runtime: Runtime) -> Iterator[pa.Table]:
-    """Yield the rows of the probe table for every pair in the shards of all folders in order, one table per row group.
+    """Yield the probe table in parts: for each row group of the shards, a table with one row per pair.
 
     `folders` maps the name of each source in params.yaml to its folder. `clip` is a CLIP model for `clip_distance`, or
     None. Raises FileNotFoundError if a folder has no shards, and ValueError if a shard is broken or has wrong columns.

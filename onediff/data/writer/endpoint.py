@@ -188,7 +188,8 @@ class Endpoint:
 class _Again:
     """The result of a failed attempt that should be repeated.
 
-    `wait_s` is the pause that the endpoint asks for, and `lost` is 1 if the attempt may have been billed.
+    `wait_s` is the pause in seconds that the endpoint asks for. `lost` is 1 if the attempt may have cost money although
+    we got no answer, and otherwise 0.
     """
 
     reason: str

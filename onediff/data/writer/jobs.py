@@ -52,7 +52,7 @@ def jobs(source: str, config: Config, stage: Stage) -> Iterator[Request | Unfit]
         unfit = unfit or (job if isinstance(job, Unfit) else None)
         yield job
     if unfit and not any_fit:
-        raise ValueError(f"{source}: the writer cannot be asked about any pair; the first is {unfit.name}: "
+        raise ValueError(f"{source}: no pair can be sent to the writer; the first pair is {unfit.name}: "
                          f"{unfit.reason}")
 
 

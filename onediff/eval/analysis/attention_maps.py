@@ -188,7 +188,7 @@ class RegionFigures:
 
 
 def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
-    """Return the attention figures of each image of a pair in which the changed region is known.
+    """Return measurements of the attention on each image of a pair whose changed region is known.
 
     Raises ValueError for an image that cannot be decoded.
     """

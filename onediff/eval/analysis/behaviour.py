@@ -339,10 +339,10 @@ def interval(outcomes: Outcomes) -> list[float]:
 class Grammar:
     """The functions that parse and judge the captions of a generated source.
 
-    `read`: parse a caption. `undone`: return the true change of the swapped pair, or None if the grammar has no
-    sentence for that change. `says`: return whether a claimed change is the true change. `inverse`: return whether the
-    second claimed change is the inverse of the first, even if both are wrong. `checks`: return which parts of a caption
-    are correct. `behaviour`: return the behaviour figures of a set of captions.
+    `read`: parse a caption. `undone`: return the change that undoes a change, which is the true change of the swapped
+    pair; None if the grammar has no sentence for it. `says`: return whether a claimed change is the true change.
+    `inverse`: return whether the second claimed change is the inverse of the first, even if both are wrong. `checks`:
+    return which parts of a caption are correct. `behaviour`: return the behaviour figures of a set of captions.
     """
 
     read: Callable[[str], Change]

@@ -97,9 +97,9 @@ def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
 def curve_points(benchmark: str, settings: Stress) -> list[tuple[str, float]]:
     """Return the points of the stress curves as (perturbation, strength).
 
-    Strength 0 is left out, because it is the trial `plain`. In scenes, camera and light differ between the two images
-    of every pair, so all perturbations are used. In other benchmarks, a shift or another brightness may be the change
-    to be described, so only JPEG compression and noise on both images are used.
+    The unperturbed pairs are captioned in the trial `plain`, so strength 0 is left out. For the source `scenes`, all
+    perturbations are used, because camera and light differ between the images of every pair. In other sources a shift
+    or another brightness may be the change to describe, so only JPEG compression and noise are used, on both images.
     """
     names = NUISANCES if protocol_of(benchmark).grammar == "scenes" else WEAR
     return [(name, strength) for name in names for strength in getattr(settings, name)]

@@ -98,7 +98,7 @@ def worst(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, sco
           count: int) -> list[str]:
     """Return the pair_ids of the `count` pairs with the lowest scores, lowest first.
 
-    Only pairs with a wrong caption are considered, or all pairs if no grammar can parse the captions.
+    Only pairs with a wrong caption are considered. If no grammar can judge the captions, all pairs are considered.
     """
     wrong = [row["pair_id"] for row in rows
              if not all((checks(benchmark, predictions[row["pair_id"]], row) or {"": False}).values())]

@@ -110,5 +110,5 @@ def test_a_source_without_any_possible_request_is_an_error(runtime: Runtime) -> 
     with pytest.raises(FileNotFoundError, match="data/pairs/mine"):
         plan("mine", config_of("text"), runtime)
     write([record(1, captions=[])])
-    with pytest.raises(ValueError, match=r"mine: the writer cannot be asked about any pair; .* mine-1: .* needs"):
+    with pytest.raises(ValueError, match=r"mine: no pair can be sent to the writer; .* mine-1: .* needs"):
         plan("mine", config_of("text"), runtime)
