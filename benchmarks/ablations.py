@@ -1,6 +1,6 @@
 """Ablations: how much each part of the model and the training contributes, measured on rendered scenes; one table.
 
-    python -m benchmarks.ablations run --seeds 3   # run what is missing in docs/ablations
+    python -m benchmarks.ablations run --seeds 3   # train and score the variants whose results are missing
     python -m benchmarks.ablations table           # write docs/ablations.md from the results
 
 Every variant trains both phases of presets/tiny.yaml with fewer steps, on equal rendered scenes without the source
@@ -46,12 +46,13 @@ JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
 HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
 ALIGN_STEPS, TUNE_STEPS = 100, 400
 MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
-# The test sets: scenes as in training, unseen combinations of color and shape, and an unseen instruction.
+# The three test sets: scenes like in training, unseen combinations of color and shape, and an unseen instruction.
 TESTS = ("test", "unseen", "asked")
 
-# The ablations were run when token layout A was the default of presets/tiny.yaml.
+# All variants use token layout A, because it was the default of presets/tiny.yaml when the ablations were run.
 BASE = {"reading": "A"}
-# Maps each variant to the settings that it changes: `align` is None or a kind of samples; other keys are under `model`.
+# Maps the name of each variant to the values that the variant changes in section `model` of params.yaml.
+# The key `align` of a variant is the kind of samples of the phase `align`, or None to skip this phase.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "inputs: pair (the paper)": {"inputs": "pair"},
@@ -81,7 +82,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 def run(seeds: int = 3, jobs: int = 2,
         only: Annotated[list[str] | None, typer.Option(help="Run only these variants.")] = None,
         scale: Annotated[float, typer.Option(help="Factor on the number of training steps.")] = 1.0) -> None:
-    """Train and score every variant and seed whose result is missing in docs/ablations."""
+    """Train and score every variant and seed whose result is missing in docs/ablations, and write the table."""
     if not (HOME / "diffcap/card.json").exists():
         make_scenes(HOME / "diffcap")
     if not (HOME / "bert").exists():
@@ -118,7 +119,7 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
 
 @app.command()
 def table() -> None:
-    """Write docs/ablations.md with the mean and the standard deviation over the seeds of each variant."""
+    """Write docs/ablations.md: the mean scores of each variant and their standard deviation over the seeds."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
              "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
@@ -141,10 +142,13 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
-    """Return the tiny preset with the changes of BASE and of a variant, validated like any params.yaml."""
+    """Return the settings of the tiny preset with the changes of BASE and of one variant.
+
+    `scale` multiplies the number of training steps.
+    """
     values = config.model_dump(mode="json") | {"seed": seed}
     model, align = values["model"], values["align"]
-    model["max_length"] = 256  # Some variants give all patches of both images to the language model.
+    model["max_length"] = 256  # Some variants need long prompts, which contain all patches of both images.
     for key, value in (BASE | changes).items():
         if key == "align":
             values["align"] = align | {"samples": value} if value else None
@@ -157,7 +161,10 @@ def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) 
 
 
 def train(config: Config, scratch: Path) -> float:
-    """Train both phases and return the GFLOPs per pair of a step of `tune`, without the cached vision tower."""
+    """Train the phases `align` and `tune`, and return the GFLOPs per pair in a training step of `tune`.
+
+    The vision tower is not counted, because training reads its features from the cache.
+    """
     gflops: list[float] = []
 
     def log(step: int, line: dict[str, float]) -> None:
@@ -180,7 +187,7 @@ def make_scenes(folder: Path) -> None:
     config = Config.model_validate(values)
 
     def scenes(split: str, num: int, *, held_out: bool) -> Iterator[Record]:
-        """Yield the records of the first `num` scenes that show a held-out object, or of those that show none."""
+        """Yield the records of the first `num` scenes that show a held-out object, or that show none."""
         groups = (scene_records(config, split, index) for index in count())
         chosen = (records for records in groups if shows_held_out(records[0]) == held_out)
         return (replace(record, instruction=DEFAULT_INSTRUCTION) for records in islice(chosen, num)
@@ -199,7 +206,7 @@ def make_scenes(folder: Path) -> None:
 
 
 def shows_held_out(record: Record) -> bool:
-    """Check whether either image shows a held-out combination of color and shape.
+    """Check whether an image of the pair shows a held-out combination of color and shape.
 
     The check reads the captions of both images, which describe every object by color, material and shape.
     """
@@ -210,7 +217,7 @@ def shows_held_out(record: Record) -> bool:
 def make_bert(folder: Path) -> None:
     """Train a small BERT, as wide as the Visual Delta Module, on the caption templates and save it in `folder`.
 
-    The paper initializes the module from BERT-base. This BERT is the equivalent for the tiny preset.
+    The paper initializes the Visual Delta Module from BERT-base. This BERT is the equivalent for the tiny preset.
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

@@ -40,11 +40,11 @@ LABELS = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "
              "swap_consistency": "swap", "operation_accuracy": "operation"}
 COMPARISONS = {"matched": "Siamese CNN", "same_place": "Siamese CNN, difference at the same place alone"}
 
-Figures = dict[str, tuple[float, Sequence[float]]]  # maps each metric to the value and the 95 % interval
+Figures = dict[str, tuple[float, Sequence[float]]]  # maps each metric to the score and the 95 % interval
 
 
 def main(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> None:
-    """Train a CNN if it does not exist yet, and write the table of all systems with 95 % intervals."""
+    """Train the Siamese CNN if it does not exist yet, and write the scores of all systems to docs/baselines.md."""
     if not (HOME / comparison / "training.json").exists():
         train(comparison, steps, threads)
     train_rows, test_rows = (read_table(DIFFCAP, f"{split}-*.parquet") for split in ("train", "test"))
@@ -57,7 +57,7 @@ def main(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> No
 
 
 def train(comparison: str, steps: int, threads: int) -> None:
-    """Train a CNN, caption the test sets with it, and save both in a folder."""
+    """Train a Siamese CNN, caption the test sets with it, and save the CNN and the captions in one folder."""
     import torch
 
     from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner
@@ -92,12 +92,12 @@ def train(comparison: str, steps: int, threads: int) -> None:
     captioner.save(folder)
     for benchmark in BENCHMARKS:
         write_predictions(benchmark, siamese_cnn(folder), folder / f"{benchmark}.jsonl")
-    # This file is written last, because it marks the folder as complete.
+    # training.json is written last, because the presence of this file marks the folder as complete.
     write_json(folder / "training.json", facts, indent=1)
 
 
 def training_table() -> list[str]:
-    """Return the lines of a table with the size and the training time of each CNN."""
+    """Return the lines of a Markdown table with the size and the training time of each trained CNN."""
     lines = ["| CNN | parameters | pairs seen | best val CIDEr, at step | processor time, minutes | in all, minutes |",
              "|---" * 6 + "|"]
     for folder, name in trained_cnns().items():
@@ -114,13 +114,16 @@ def trained_cnns() -> dict[Path, str]:
 
 
 def peers() -> dict[str, Path]:
-    """Return the folder with predictions of each variant of the champion and of each CNN, by name."""
+    """Return a dict from the name of each variant of the champion and of each CNN to the folder of its predictions."""
     return {**{f"OneDiff, {folder.name}": folder for folder in sorted((HOME / "ablations").glob("*"))},
             **{name: folder for folder, name in trained_cnns().items()}}
 
 
 def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) -> list[str]:
-    """Return the lines of one benchmark: the scores of all systems, and the differences between champion and peers."""
+    """Return the Markdown lines of one benchmark: a table with the scores of the champion and of all other systems.
+
+    The last rows of the table are the differences between the champion and each other trained system.
+    """
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     groups = [row["group_id"] for row in rows]
     predictions = predictions_by_system(benchmark, references, train_captions)
@@ -133,11 +136,11 @@ def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) 
              _line("", (LABELS.get(key, key) for key in names)), "|---" * (1 + len(names)) + "|"]
     lines += [_line(name, (with_interval(*values[key]) for key in names)) for name, values in figures.items()]
     empty = [""] * (len(names) - len(CAPTION_HEADLINES))
-    # For other trivial baselines, data/metrics.json has scores but no captions, so they have no intervals.
+    # The other trivial baselines have no intervals, because data/metrics.json contains scores but no captions of them.
     lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in CAPTION_HEADLINES), *empty])
               for name, values in metrics(benchmark)["floor"].items() if name not in ("constant", "random_train")]
     if CHAMPION in predictions:
-        lines += [_line(f"champion less {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
+        lines += [_line(f"champion minus {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
     return [*lines, ""]
 
 
@@ -155,7 +158,7 @@ def predictions_by_system(benchmark: str, references: dict[str, list[str]],
 
 
 def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: Sequence[PairRow]) -> Figures:
-    """Return the scores of one system on one benchmark, each with the 95 % interval."""
+    """Return a dict from each metric to the score of one system on one benchmark and the 95 % interval."""
     grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
     shares = grammar.behaviour(predictions, rows) if grammar else {}
     spans = intervals(scores, [row["group_id"] for row in rows])
@@ -164,7 +167,10 @@ def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: S
 
 
 def recorded(benchmark: str, references: dict[str, list[str]]) -> Figures:
-    """Return the scores of the champion from data/metrics.json, for the case that the captions do not exist."""
+    """Return the scores of the champion on a benchmark from data/metrics.json, which needs no captions.
+
+    Raises ValueError if these scores were computed with references other than `references`.
+    """
     result = metrics(benchmark)
     if result["references"] != references_digest(references):
         raise ValueError(f"data/metrics.json: the scores of {benchmark} must belong to the references in {DIFFCAP}, "
@@ -179,7 +185,7 @@ def metrics(benchmark: str) -> dict[str, Any]:
 
 
 def differences(scores: dict[str, Scores], peer: str, groups: list[str]) -> list[str]:
-    """Return the score of the champion minus the score of a peer for each metric, with interval and p-value.
+    """Return one text for each metric: the score of the champion minus the score of `peer`, its interval and p-value.
 
     Intervals and p-values are from a paired bootstrap over groups of pairs.
     """

@@ -22,7 +22,7 @@ from benchmarks import script, turns
 from benchmarks.train_step import BATCH, KINDS
 from benchmarks.turns import Contender
 
-# onediff does not change variables that are already set, so "without" sets the default values of GNU OpenMP.
+# "without" sets the default values of GNU OpenMP, because onediff keeps the variables that are already set.
 SETTINGS = {"with": {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ},
             "without": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}}
 
@@ -31,7 +31,7 @@ def main(steps: Annotated[int, Option(help="Number of steps of each contender on
          rounds: int = 10, threads: int = len(os.sched_getaffinity(0)), batch: int = BATCH["tiny"]) -> None:
     """Measure training steps with and without the OpenMP settings of onediff."""
     if steps % rounds:
-        raise ValueError(f"--steps {steps}: must be a multiple of --rounds {rounds}; change one of them")
+        raise ValueError(f"--steps {steps}: must be a multiple of --rounds {rounds}; change one of these two options")
     table = Table("machine", "settings", "seconds a step", "with / without, by round", "times quiet",
                   title=f"tiny, tune, {steps} steps of {batch} rows, {threads} threads, {os.cpu_count()} cores")
     case = {"preset": "tiny", "work": "pairs", "units": 1, "batch": batch, "device": "cpu", "threads": threads,
@@ -53,7 +53,7 @@ def main(steps: Annotated[int, Option(help="Number of steps of each contender on
 
 
 def _ratio(policy: Contender, default: Contender) -> str:
-    """Format the ratio of the total times, and the median and range of the ratios of all rounds."""
+    """Format the time with the settings divided by the time without: over all rounds, and its median and range."""
     by_round = [with_s / without_s for with_s, without_s in zip(policy.rounds, default.rounds, strict=True)]
     return f"{sum(policy.rounds) / sum(default.rounds):.3f} in all, median {turns.with_range(by_round, '.3f')}"
 

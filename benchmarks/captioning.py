@@ -7,7 +7,7 @@
 OneDiff runs `Captioner.caption`, like the stage `caption`. The peer runs `LlavaForConditionalGeneration.generate` with
 SDPA. Both start from images in memory, use equal image processors, and generate exactly 30 tokens per pair with greedy
 search. LLaVA reads all patches of both images. The contender "all patches" (patch_pool 1) reads all patches too, and in
-addition the delta tokens. A unit is one batch. On a CPU the contenders take turns (benchmarks/turns.py); on a GPU they
+addition the delta tokens. On a CPU the contenders take turns, one batch at a time (benchmarks/turns.py); on a GPU they
 run one after the other. Weights are random, because they do not influence the speed.
 """
 
@@ -58,7 +58,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    """Caption one batch in each turn, in the process of one contender."""
+    """Caption one batch of pairs in each turn. This function runs in the process of one contender."""
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
     turn.facts["rows"] = case["batch"] * case["units"]

@@ -41,7 +41,7 @@ LEAST_PAIRS = 1000
 BACKBONES = ROOT / "presets/backbones/tiny"
 STEPS = ("synthesize", "probe", "validate", "build", "dvc", "loader")
 
-Result = tuple[str, str, float | None]  # what was measured, the time or speed, and the peak memory in GiB
+Result = tuple[str, str, float | None]  # the name of the measurement, the time or speed, and the peak memory in GiB
 
 
 def main(pairs: Annotated[int, Option(help="Number of pairs to generate in a new folder.")] = 100_000,
@@ -63,7 +63,7 @@ def main(pairs: Annotated[int, Option(help="Number of pairs to generate in a new
 
 
 def prepare(folder: Path, pairs: int) -> None:
-    """Write a params.yaml for `pairs` small pairs, of which three quarters are rendered scenes and the rest edits.
+    """Write a params.yaml for `pairs` pairs of small images; about three quarters are scenes, and the rest are edits.
 
     Raises ValueError if `pairs` is not a multiple of LEAST_PAIRS.
     """
@@ -95,9 +95,9 @@ def _results(step: str, folder: Path) -> Iterator[Result]:
 
 
 def measured(what: str, command: list[str], folder: Path) -> Result:
-    """Run a command and return the seconds and the peak of the resident memory of all its processes together.
+    """Run a command in `folder`; return `what`, the seconds, and the peak memory of all processes of the command.
 
-    The memory is read ten times per second. Raises ValueError if the command fails.
+    The resident memory is read ten times per second. Raises ValueError if the command fails.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     start, peak = time.monotonic(), 0
@@ -117,7 +117,10 @@ def measured(what: str, command: list[str], folder: Path) -> Result:
 
 
 def dvc(folder: Path) -> Iterator[Result]:
-    """Measure `dvc add`, `dvc push` to a local folder, and `dvc pull` and `dvc checkout` in a fresh clone."""
+    """Measure DVC on the folder data/diffcap: `dvc add` and `dvc push`, then `dvc pull` and `dvc checkout` in a clone.
+
+    The DVC remote is a local folder.
+    """
     project, clone = folder / "dvc/project", folder / "dvc/clone"
     shutil.rmtree(folder / "dvc", ignore_errors=True)
     shutil.copytree(folder / "data/diffcap", project / "diffcap")
@@ -136,10 +139,10 @@ def dvc(folder: Path) -> Iterator[Result]:
 
 
 def loader(folder: Path) -> Iterator[Result]:
-    """Measure the pairs per second that the loader reads and decodes on one core, and those of a plain Pillow loop.
+    """Measure how many pairs per second the data loader reads and decodes on one core, compared with a Pillow loop.
 
-    Both take turns after each batch, in one process with one thread. Processor time is measured instead of wall time,
-    because other processes on the machine influence it less.
+    The loader and the Pillow loop take turns after each batch, in one process with one thread. Processor time is
+    measured instead of wall time, because other processes on the machine influence processor time less.
     """
     torch.set_num_threads(1)
     shards = folder / "loader"
@@ -153,7 +156,7 @@ def loader(folder: Path) -> Iterator[Result]:
         shutil.rmtree(folder / "corpus", ignore_errors=True)
         return Corpus.read(shards, "train", ["edits"], store=folder / "corpus")
 
-    reading_s = min(_processor_s(read) for _ in range(3))  # The first call also loads pyarrow.
+    reading_s = min(_processor_s(read) for _ in range(3))  # The first call also loads pyarrow, so it takes longer.
     corpus = read()
     images = load_image_processor(BACKBONES / "vision")
     images.size = images.crop_size = {"height": LOADER_PX, "width": LOADER_PX}
@@ -161,7 +164,7 @@ def loader(folder: Path) -> Iterator[Result]:
     names = [name for sample in corpus.samples for name in sample.images]
     batches = [names[start : start + 2 * LOADER_BATCH] for start in range(0, len(names), 2 * LOADER_BATCH)]
     seconds = [(_processor_s(pixels_of, batch), _processor_s(_bare, [corpus.files[name] for name in batch]))
-               for batch in [batches[0], *batches]]  # The first batch is run twice, because it warms up.
+               for batch in [batches[0], *batches]]  # The first batch is used twice, and once only to warm up.
     decoding_s, bare_s = (sum(column) for column in zip(*seconds[1:], strict=True))
     count, ours_s = len(corpus.samples), decoding_s + reading_s
     yield "read shards", f"{count / reading_s:.0f} pairs/s", None

@@ -39,7 +39,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
 class Site:
-    """The project in which the drills run, with access to its services."""
+    """The clone of the project in which the drills run, with functions to control the services of the clone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Site:
         self.commit("drills")
 
     def change(self, number: int) -> None:
-        """Change the learning rate of phase `align`, so that `align` and all later stages become stale."""
+        """Change the learning rate of phase `align`, so that stage `align` and all later stages become stale."""
         params = self.folder / "params.yaml"
         rate = f"lr_delta: {1e-3 + number * 1e-5:.5f}"
         params.write_text(re.sub(r"lr_delta: \S+", rate, params.read_text(), count=1))
@@ -76,7 +76,7 @@ class Site:
         return self.run(sys.executable, "-m", *command)
 
     def versions(self) -> tuple[int, str | None]:
-        """Return the number of registered versions, and the version that is the champion."""
+        """Return the number of registered model versions, and the version of the champion, or None without one."""
         try:
             output = self.module("onediff", "registry", "list", "--json")
         except ValueError:  # The command fails as long as no version is registered.
@@ -89,13 +89,13 @@ class Site:
         self.request("POST", f"deployments/{deployment['id']}/create_flow_run", {})
 
     def states(self) -> list[str]:
-        """Return the states of all retraining runs, oldest first, except cancelled runs."""
+        """Return the Prefect states of all retraining runs, oldest first, except cancelled runs."""
         body = {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC", "limit": 200}
         states = [run["state_type"] for run in self.request("POST", "flow_runs/filter", body)]
         return [state for state in states if state != "CANCELLED"]
 
     def at_rest(self, old_runs: int) -> bool:
-        """Check that at least one retraining was started after the first `old_runs`, and that all have ended."""
+        """Check that a retraining was started after the first `old_runs` runs, and that no later run is active."""
         states = self.states()[old_runs:]
         return bool(states) and all(state in ENDED for state in states)
 
@@ -111,7 +111,7 @@ class Site:
             time.sleep(1)
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """Return the processes of the project that have a command-line argument which starts with `part`."""
+        """Return the processes in the folder of the project with a command-line argument that starts with `part`."""
         return [process for process in psutil.process_iter(["cmdline", "cwd"])
                 if process.info["cwd"] == str(self.folder)
                 and any(argument.startswith(part) for argument in process.info["cmdline"] or ())]
@@ -130,14 +130,17 @@ class Site:
 
 
 def undisturbed(site: Site, number: int) -> float:
-    """Run a retraining that registers version `number`, without a kill, and return the seconds."""
+    """Retrain without a kill until model version `number` is the champion, and return the seconds."""
     site.change(number)
     site.trigger()
     return wait_until(lambda: site.at_rest(0) and site.versions()[1] == str(number), math.inf, every_s=1)
 
 
 def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ...]:
-    """Retrain with changed parameters, kill the target after `after_s` seconds, and return a row of the table."""
+    """Retrain, kill the target process `after_s` seconds after the start, and return a row of the table.
+
+    `number` changes the parameters, so that the drill trains a new model.
+    """
     site.change(number)
     num_versions, champion = site.versions()
     old_runs = len(site.states())
@@ -162,7 +165,8 @@ def drill(site: Site, target: str, after_s: float, number: int) -> tuple[str, ..
             continue
         if site.versions() == expected:
             break
-        if wait_until(lambda: not site.at_rest(old_runs), 15, every_s=1) >= 15:  # No automation started another run.
+        # If no automation of Prefect starts another run within 15 seconds, trigger one like a schedule would.
+        if wait_until(lambda: not site.at_rest(old_runs), 15, every_s=1) >= 15:
             triggered += 1
             site.trigger()
     states = " -> ".join(state.lower() for state in site.states()[old_runs:])

@@ -2,8 +2,8 @@
 
     python -m benchmarks.flow_overhead
 
-The flow `retrain` and the command `dvc repro` take turns in this folder, in which all stages must be up to date. The
-start-up times of the Prefect server and of DVC (measured with `dvc version`) are subtracted.
+The flow `retrain` and the command `dvc repro` take turns in the current folder, in which all stages must be up to date.
+The start-up times of the Prefect server and of DVC (measured with `dvc version`) are not counted.
 """
 
 import subprocess
@@ -40,7 +40,7 @@ def measure() -> None:
 
 
 def _seconds(command: str) -> float:
-    """Run a DVC command and return the seconds."""
+    """Run a DVC command and return the duration in seconds."""
     start = time.perf_counter()
     subprocess.run([*DVC, command], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

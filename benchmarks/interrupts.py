@@ -52,7 +52,7 @@ class Terminal:
         self.mark = f"{os.getpid()}-{time.monotonic()}"
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
-            # A shell starts background jobs with these signals ignored, and the command would inherit this.
+            # A shell makes background jobs ignore SIGINT and SIGHUP, but the command must be able to receive them.
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             os.chdir(folder)
@@ -70,7 +70,8 @@ class Terminal:
     def interrupt(self, kind: str) -> tuple[float, int, str]:
         """Interrupt the command; return the seconds until it ended, the number of remaining processes, and the output.
 
-        Processes that are left after a minute are counted and killed.
+        `kind` is SIGINT (Ctrl-C), SIGTERM or SIGHUP (close the terminal). Processes that still run after a minute are
+        counted and killed.
         """
         start = len(self.output)
         if kind == "SIGINT":
@@ -78,7 +79,8 @@ class Terminal:
         elif kind == "SIGTERM":
             os.kill(self.pid, signal.SIGTERM)
         else:
-            self.closing = True  # The thread must stop first, because the terminal stays open while it reads.
+            # The reading thread must stop first, because the terminal stays open while the thread reads from it.
+            self.closing = True
             self.reader.join()
             os.close(self.screen)
         seconds = wait_until(lambda: not self.processes(), 60)
@@ -92,14 +94,14 @@ class Terminal:
         """Return the running processes that the command started."""
         live = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # The process has ended or belongs to another user.
+            with suppress(psutil.Error):  # psutil raises an error for ended processes and those of another user.
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
                     live.append(process)
         return live
 
 
 def wait_until(condition: Callable[[], object], limit_s: float, *, every_s: float = 0.1) -> float:
-    """Wait until the condition is true, at most `limit_s` seconds, and return the seconds."""
+    """Wait until `condition` returns a true value, at most `limit_s` seconds, and return the seconds that passed."""
     start = time.monotonic()
     while not condition() and time.monotonic() - start < limit_s:
         time.sleep(every_s)
@@ -138,14 +140,17 @@ def make_project(folder: Path) -> None:
 
 
 def run(folder: Path, command: Sequence[str]) -> float:
-    """Run a command undisturbed and return the seconds. Raises ValueError if the command fails."""
+    """Run a command without an interrupt and return the duration in seconds. Raises ValueError if the command fails."""
     start = time.monotonic()
     script.run(command, folder, script.project_environment(folder))
     return time.monotonic() - start
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Return the digests of all outputs of the stages, including models and scores."""
+    """Return a dict from the path of each output of a DVC stage to its digest, including models and scores.
+
+    Outputs that contain run ids or times are left out (see VARIES).
+    """
     stages = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
     digests = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]
                if not out["path"].startswith(VARIES)}
@@ -163,7 +168,11 @@ def make_stale(folder: Path, stage: str) -> None:
 
 def interrupted(folder: Path, case: tuple[str, tuple[str, ...], str | None, tuple[int, int]], moment: float,
                 expected: dict[str, str]) -> list[str]:
-    """Interrupt a command after `moment` seconds, run the command again, and return a row of the table."""
+    """Interrupt a command, run the command again, and return a row of the table.
+
+    The interrupt comes `moment` seconds after the stage of the case started, or after the command started if the case
+    has no stage. `expected` holds the digests of the outputs of an undisturbed run.
+    """
     kind, command, stage, _ = case
     if stage:
         make_stale(folder, stage)

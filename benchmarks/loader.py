@@ -58,7 +58,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    """Measure the waiting times for each kind of loader, in the process of one contender."""
+    """Measure how long training waits for each kind of loader. This function runs in the process of one contender."""
     torch.set_num_threads(case["threads"])
     turn.facts["waited_s"] = []
     for kind in case["kinds"]:
@@ -70,7 +70,10 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 class Steps:
-    """A callback after every step. `num` steps are one unit of work, and the first unit is the warm-up."""
+    """A callback that training calls after every step, to collect the seconds that training waited for the loader.
+
+    One unit of work is `num` steps; the first unit is the warm-up.
+    """
 
     def __init__(self, turn: Turn, num: int, *, trains: bool) -> None:
         self.turn, self.num, self.trains, self.done, self.waited_s = turn, num, trains, 0, 0.0
@@ -90,7 +93,7 @@ class Steps:
 
 def waiting(stream: Callable[..., Iterator[list[Batch]]], steps: Steps, *args: Any,
             **kwargs: Any) -> Iterator[list[Batch]]:
-    """Yield the batches of a loader stream and add up the waiting times.
+    """Yield the batches of a loader stream, and add the seconds spent waiting for each batch to `steps.waited_s`.
 
     Without training, this function calls `steps` itself instead of yielding a batch.
     """

@@ -3,11 +3,12 @@
     python -m benchmarks.metrics                    # 2,000 predictions, three references each
     python -m benchmarks.metrics --pairs 200 --rounds 1 --evaluations 5
 
-Both sides score equal texts and run the same Java. "of processor" counts the seconds of all cores that the process and
-its Java program used. "cold" measures a new process, from the end of the imports to the first scores; the other column
-is only the start of pycocoevalcap's METEOR until its first answer. "warm" is the median over the rounds of one process,
-in which both sides take turns on new texts; an equal number of rounds before them warms up. The texts come from the
-grammar of the generated scenes, with additional words so that few captions are equal.
+Our metrics and pycocoevalcap score equal texts and run the same Java. "of processor" counts the seconds of all cores
+that the process and its Java program used. "cold" measures a new process: for our metrics, from the end of the imports
+to the first scores; for pycocoevalcap, only the start of METEOR until its first answer. "warm" is the median over the
+rounds of one process, in which our metrics and pycocoevalcap take turns on new texts; an equal number of rounds before
+them warms up. The texts come from the grammar of the generated scenes, with additional words so that few captions are
+equal.
 """
 
 import os
@@ -75,7 +76,7 @@ def main(pairs: int = 2000, rounds: Annotated[int, Option(help="Number of warm r
 
 
 def texts(seed: int, pairs: int) -> tuple[Predictions, References]:
-    """Return random predictions, some of them wrong, and references that phrase one truth in several ways."""
+    """Return random predictions, some of them wrong, and for each pair several references with one meaning."""
     rng = np.random.default_rng(seed)
     kinds, results = tuple(SCENE_TEMPLATES), tuple(DIRECTIONS.values()) + COLORS
     predictions, references = {}, {}
@@ -92,7 +93,7 @@ def texts(seed: int, pairs: int) -> tuple[Predictions, References]:
 
 
 def _object(rng: np.random.Generator) -> str:
-    """Return a random description of an object, such as "red shiny cube"; the noun is always part of it."""
+    """Return a random description of an object that ends with a noun, such as "red shiny cube" or "cube"."""
     words = [say(rng, pick(rng, ("small", "big"))), pick(rng, COLORS), say(rng, pick(rng, ("matte", "shiny"))),
              say(rng, pick(rng, ("sphere", "cube", "cylinder")))]
     return " ".join(words[int(rng.integers(4)) :])
@@ -115,7 +116,8 @@ def their_fast(predictions: Predictions, references: References) -> tuple[
         dict[str, tuple[float, Any]], dict[str, list[str]], dict[str, list[str]]]:
     """Compute all metrics of pycocoevalcap except METEOR.
 
-    Returns (corpus score, score of each pair) by metric, the tokenized references and the tokenized predictions.
+    Return a dict from each metric to (corpus score, score of each pair), the tokenized references by pair_id, and the
+    tokenized predictions by pair_id.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -132,7 +134,7 @@ def their_fast(predictions: Predictions, references: References) -> tuple[
 
 
 def cold(pairs: int, starts: int) -> Cells:
-    """Measure our scores and the start of pycocoevalcap's METEOR in turn, each time in a new process."""
+    """Measure the time to our first scores, and the time to start pycocoevalcap's METEOR, in turn in new processes."""
     seconds = [(_seconds_of(OUR_START.format(seed=seed, pairs=pairs)), _seconds_of(THEIR_START))
                for seed in range(starts)]
     ours, theirs = np.median(seconds, axis=0)
@@ -141,12 +143,12 @@ def cold(pairs: int, starts: int) -> Cells:
 
 
 def _seconds_of(code: str) -> list[float]:
-    """Run Python code that prints two numbers, and return them: seconds and processor seconds."""
+    """Run Python code in a new process and return the two numbers that it prints: seconds and processor seconds."""
     return [float(number) for number in script.run([sys.executable, "-c", code], script.ROOT, os.environ).split()[-2:]]
 
 
 def warm(pairs: int, rounds: int) -> list[Cells]:
-    """Measure both sides in turn in this process, and the largest difference between their scores."""
+    """Measure our metrics and pycocoevalcap in turn in this process, and the largest difference between the scores."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     meteor = Meteor()
@@ -181,8 +183,7 @@ def timed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[tuple[fl
 
 
 def processor_s() -> float:
-    """Return the processor seconds of this process and its children; other processes on the machine hardly change it.
-    """
+    """Return the processor seconds of this process and its children, which hardly depend on other running processes."""
     process = psutil.Process()
     times = process.cpu_times()
     running = [child.cpu_times() for child in process.children()]
@@ -195,13 +196,16 @@ def _shown(times: Any) -> str:
 
 
 def difference(ours: Scores, theirs: dict[str, tuple[float, Any]]) -> float:
-    """Return the largest absolute difference between both sides over all metrics, for the corpus and for each pair."""
+    """Return the largest absolute difference between our scores and theirs, over all metrics, the corpus and all pairs.
+
+    `theirs` maps each metric of pycocoevalcap to (corpus score, score of each pair).
+    """
     return max(max(abs(ours.corpus[name] - corpus), float(np.abs(np.array(ours.items[name]) - np.array(items)).max()))
                for name, (corpus, items) in theirs.items())
 
 
 def bootstrap() -> Cells:
-    """Measure the paired bootstrap that compares two systems on a benchmark of COMPARED pairs."""
+    """Measure the time of the paired bootstrap that compares two systems on a benchmark of COMPARED pairs."""
     predictions, references = texts(1, COMPARED)
     better = predictions | {key: references[key][0] for key in list(references)[::5]}
     first, second = score(predictions, references), score(better, references)
@@ -213,7 +217,7 @@ def bootstrap() -> Cells:
 def leaks(pairs: int, evaluations: int) -> list[Cells]:
     """Compare memory and open files after a tenth of the evaluations with those after all evaluations.
 
-    The last cell counts the Java programs that still run after `stop`.
+    The last cell of the second row is the number of Java programs that still run after `stop`.
     """
     process = psutil.Process()
     states = []

@@ -1,14 +1,15 @@
 """The models that the benchmarks compare: OneDiff, and LLaVA of transformers with an equal vision encoder and decoder.
 
-All weights are random, because trained weights take equally long. There are three presets (sizes as width x layers):
+All weights are random, because trained weights would not change the speed. There are three presets (sizes as width x
+layers):
 
 tiny    the sizes of presets/tiny.yaml: CLIP 128 x 4 at 96 px (64 patches), Llama 128 x 3 with 700 tokens
 small   about 50M parameters: CLIP 384 x 8 at 112 px (64 patches), Llama 512 x 8 with 8,192 tokens,
         Visual Delta Module (VDM) 384 x 4
 paper   presets/paper.yaml: CLIP-L/14 at 336 px (576 patches), Vicuna-7B, VDM 768 x 6, in bfloat16; for a GPU
 
-Both models use the tokenizer of the tiny preset. The prompt template is the one of the preset (`small` uses that of
-`tiny`).
+Both models use the tokenizer of the tiny preset. The prompt template comes from the preset; `small` uses the template
+of `tiny`.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ SMALL_LANGUAGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_lay
 
 
 def settings(preset: str, **model: Any) -> Config:
-    """Return the params.yaml of a preset, with backbones for which a config.json is enough.
+    """Return the settings of a preset, with backbones that need only a config.json and no weights.
 
     `model` replaces values of the section `model`; its key `num_tokens` replaces `model.delta.num_tokens`.
     Raises ValueError for an unknown preset.
@@ -65,7 +66,7 @@ def settings(preset: str, **model: Any) -> Config:
 
 
 def processor_of(config: Config) -> OneDiffProcessor:
-    """Return the processor for the images and texts of a configuration."""
+    """Return the processor that prepares images and texts for a model with these settings."""
     images, px, model = load_image_processor(BACKBONES / "vision"), config.model.vision.image_px, config.model
     images.size = images.crop_size = {"height": px, "width": px}
     side = px // model.vision.patch_px // model.patch_pool
@@ -82,9 +83,9 @@ def configuration_of(config: Config, processor: OneDiffProcessor) -> OneDiffConf
 
 
 def onediff(config: Config, device: str) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
-    """Create OneDiff with random weights, and its processor.
+    """Create OneDiff with random weights, and the processor for its images and texts.
 
-    The precision is that of the preset on a GPU, and float32 on a CPU, where bfloat16 is much slower.
+    On a GPU, the weights have the precision of the preset; on a CPU, float32, because bfloat16 is much slower there.
     """
     processor = processor_of(config)
     with _created_on(device, config):
@@ -92,14 +93,14 @@ def onediff(config: Config, device: str) -> tuple[OneDiffForConditionalGeneratio
 
 
 def llava(config: Config, device: str) -> tuple[LlavaForConditionalGeneration, OneDiffProcessor]:
-    """Create LLaVA of transformers with SDPA and random weights, and its processor.
+    """Create LLaVA of transformers with SDPA and random weights, and the processor for its images and texts.
 
     LLaVA reads every patch of both images; its prompts contain no delta tokens.
     """
     processor = processor_of(settings_without_delta(config))
     ours = configuration_of(settings_without_delta(config), processor)
     text = deepcopy(ours.text_config)
-    # LLaVA looks up the embeddings of its image placeholders before it replaces them, so the table must contain them.
+    # LLaVA first looks up an embedding for each image placeholder, so the embedding table must contain this token.
     text.vocab_size = max(text.vocab_size, ours.image_token_id + 1)
     configuration = LlavaConfig(
         vision_config=ours.vision_config, text_config=text, image_token_index=ours.image_token_id,
@@ -110,7 +111,7 @@ def llava(config: Config, device: str) -> tuple[LlavaForConditionalGeneration, O
 
 
 def settings_without_delta(config: Config) -> Config:
-    """Return settings with which OneDiff computes the same function as LLaVA: all patches, no Visual Delta Module."""
+    """Change the settings so that OneDiff computes the function of LLaVA: all patches, without Visual Delta Module."""
     model = config.model
     return config.model_copy(update={"model": model.model_copy(update={
         **ALL_PATCHES, "delta": model.delta.model_copy(update={"num_tokens": 0})})})
@@ -118,7 +119,7 @@ def settings_without_delta(config: Config) -> Config:
 
 @contextmanager
 def _created_on(device: str, config: Config) -> Iterator[None]:
-    """Create modules inside the `with` block with random weights, on `device` and in the precision for this device."""
+    """Create all modules of the `with` block with random weights, on `device` and in the precision for this device."""
     torch.manual_seed(config.seed)
     precision = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else getattr(torch, config.model.precision))

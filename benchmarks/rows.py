@@ -1,8 +1,9 @@
 """The training data of the benchmarks: generated pairs with their natural captions, and conversations without images.
 
-The work `pairs` draws three pairs of `scenes` for each pair of `edits`, like presets/tiny.yaml. The work `mixed` draws
-one conversation for each pair in addition. The conversations replace those of LLaVA-665K and are generated from a seed:
-random words of the captions, 30 to 600 tokens (log-uniform), one to four turns, and one word in five in the questions.
+There are three kinds of work. `align` draws only pairs of `scenes`. `pairs` draws three pairs of `scenes` for each pair
+of `edits`, like presets/tiny.yaml. `mixed` draws one conversation for each pair in addition. The conversations replace
+those of LLaVA-665K and are generated from a seed: each has 30 to 600 tokens (log-uniform), one to four turns, and
+random words of the captions; one word in five belongs to a question.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from onediff.train.loop import Log, TrainingRun
 from onediff.train.speed import COUNTED, counts_of, memory_gib
 
 NUM_SCENES, NUM_EDITS, NUM_CONVERSATIONS = 60, 60, 800  # Each scene gives three pairs.
-# SHORTEST and LONGEST: tokens of a conversation. FRAME: approximate number of tokens that the template adds to a turn.
+# A conversation has SHORTEST to LONGEST tokens; the prompt template adds about FRAME tokens to each turn.
 SHORTEST, LONGEST, FRAME, MOST_TURNS = 30, 600, 8, 4
 MIXTURES = {"align": {"scenes": 1.0}, "pairs": {"scenes": 3.0, "edits": 1.0},
             "mixed": {"scenes": 3.0, "edits": 1.0, "chat": 4.0}}
@@ -43,10 +44,11 @@ FOREVER = 10**6
 
 
 class Bench:
-    """Phase, batches and corpus of one case of a benchmark; all contenders of a work get equal batches.
+    """The training phase, the batches and the corpus of one case of a benchmark.
 
-    Required keys of the case: preset, work, batch (rows per step), units (number of different batches), device.
-    Optional keys: model (see `models.settings`), cached, masked, lora, steps, workers, processes, zero.
+    All contenders with one kind of work get equal batches. Required keys of `case`: preset, work, batch (rows per
+    step), units (number of different batches), device. Optional keys: model (see `models.settings`), cached, masked,
+    lora, steps, workers, processes, zero.
     """
 
     def __init__(self, case: dict[str, Any]) -> None:
@@ -69,7 +71,10 @@ class Bench:
                                                  if name in shown})
 
     def _drawn_rows(self, corpus: Corpus) -> RowSampler:
-        """Draw rows like the phase does; mask patches only if the case asks for it, because LLaVA masks none."""
+        """Return a sampler that draws training rows like the training phase.
+
+        Patches are masked only if the case has the key `masked`, because LLaVA masks no patches.
+        """
         sampling = Sampling(self.phase.mixture, self.config.model.template, SEED, self.phase.batch_size,
                             self.phase.mask_patches if self.case.get("masked") else 0.0)
         if self.name == "align":
@@ -78,20 +83,20 @@ class Bench:
 
     def training_run(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor,
                      folder: Path) -> TrainingRun:
-        """Return a training run of the phase on the batches of this case, which writes into `folder`."""
+        """Return a training run that trains the model on the batches of this case and writes into `folder`."""
         return TrainingRun(self.name, self.phase, runtime_of(self.case), folder, model, processor, self.corpus,
                            shuffled(self.batches), num_samples=1)
 
     def train(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor, folder: Path,
               log: Log) -> None:
-        """Run the phase with the code that the training stage runs."""
+        """Train the model on the batches of this case, with the code of the training stage."""
         phases.train(self.training_run(model, processor, folder), log)
 
     def facts(self, processor: OneDiffProcessor, config: Config, *, cached: bool = False) -> dict[str, Any]:
-        """Return rows, tokens and useful FLOPs of one round, the peak FLOP/s of the GPU, and the memory used so far.
+        """Return a dict with the rows, tokens and useful FLOPs of one round, the peak FLOP/s and the used memory.
 
-        `peak_flops` is None on a CPU and for an unknown GPU. `cached`: the features of a frozen vision encoder come
-        from the feature cache, so they cost no FLOPs.
+        The key `peak_flops` is None on a CPU and for an unknown GPU. With `cached`, the features of a frozen vision
+        encoder come from the feature cache, so they cost no FLOPs.
         """
         text = [processor.answers([row.prompt for row in batch]) for batch in self.batches]
         counts = dict(zip(COUNTED, counts_of(text), strict=True))
@@ -113,7 +118,7 @@ def runtime_of(case: dict[str, Any]) -> Runtime:
 
 
 def shards_of(config: Config) -> Path:
-    """Return the folder of DiffCap shards with images of the configured size, and generate them at the first call."""
+    """Return a folder of DiffCap shards whose images have the configured size; the first call generates the shards."""
     px = config.model.vision.image_px
     folder = HOME / f"pairs-{px}"
     with waiting_lock(HOME / f"pairs-{px}.lock"):
@@ -141,7 +146,7 @@ def _records(config: Config) -> Iterator[Record]:
 
 
 def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
-    """Return a random conversation as (question, answer) of each turn, made of `words`."""
+    """Return a random conversation: a list of (question, answer) for each turn, made of random words from `words`."""
     total = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST)))
     num_turns = int(rng.integers(1, min(MOST_TURNS, int(total // SHORTEST)) + 1))
     num_words = max(2 * num_turns, int(total) - FRAME * num_turns)
@@ -151,16 +156,16 @@ def conversation(rng: Generator, words: list[str]) -> list[tuple[str, str]]:
 
 
 def grouped(rows: RowSampler, processor: OneDiffProcessor, *, batch_size: int, num: int) -> list[list[BatchRow]]:
-    """Return `num` batches, in random order, each with rows of similar length.
+    """Draw rows and return `num` batches of them, in random order, each with rows of similar length.
 
-    LengthGroupedSampler of transformers divides the rows of MEGABATCH steps into batches. This function sorts those
-    batches by length and takes evenly spaced ones, so that a few batches represent all lengths.
+    LengthGroupedSampler of transformers sorts the rows of MEGABATCH steps by length and divides them into batches. This
+    function takes evenly spaced batches of those, so that a few batches represent all lengths.
     """
     population = [row for step in range(MEGABATCH) for row in rows(step)]
     lengths = [len(processor.encode_turns(row.prompt)[0]) for row in population]
     order = get_length_grouped_indices(lengths, batch_size, mega_batch_mult=MEGABATCH,
                                        generator=torch.Generator().manual_seed(SEED))
-    # LengthGroupedSampler puts the longest row first, so its order is not sorted by length.
+    # The indices are sorted by length again, because LengthGroupedSampler moves the longest row to the front.
     order = sorted(order, key=lambda index: lengths[index])
     starts = [(2 * number + 1) * MEGABATCH // (2 * num) * batch_size for number in range(num)]
     batches = [[population[index] for index in order[start : start + batch_size]] for start in starts]
@@ -168,9 +173,9 @@ def grouped(rows: RowSampler, processor: OneDiffProcessor, *, batch_size: int, n
 
 
 def shuffled(batches: list[list[BatchRow]]) -> RowSampler:
-    """Return a function from a step to the rows of the step, which reorders all rows at random in each epoch.
+    """Return a function from the number of a step to its rows, which draws all rows in a new random order each epoch.
 
-    OneDiff trains on these rows, because the loader of the project does not group rows by length.
+    OneDiff trains on these shuffled rows, because the loader of the project does not group rows by length.
     """
     flat, size = [row for batch in batches for row in batch], len(batches[0])
 

@@ -5,8 +5,8 @@
 
 Each case runs `fit`, with one thread per process. DeepSpeed's launcher starts several processes, like in a training
 stage (onediff.train.launch.dispatch). They communicate through gloo on a CPU and through NCCL on GPUs. The global batch
-has an equal number of rows in all cases, so several processes divide it. Efficiency is the speed-up over one process
-with ZeRO 0, divided by the number of processes. The cases take turns after each step (benchmarks/turns.py).
+has an equal number of rows in all cases; several processes share these rows. Efficiency is the speed-up over one
+process with ZeRO 0, divided by the number of processes. The cases take turns after each step (benchmarks/turns.py).
 """
 
 import os
@@ -62,7 +62,7 @@ def contender(case: dict[str, Any], turn: Turn) -> None:
 
 
 def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
-    """Train for exactly as many steps as there are turns, so that all ranks end together."""
+    """Train for exactly as many steps as the contender gets turns, so that all ranks end together."""
     def log(*_: Any) -> None:
         with suppress(Ended):
             turn()
@@ -71,7 +71,7 @@ def train(case: dict[str, Any], turn: Turn, folder: Path) -> None:
     bench = Bench(case)
     turn.facts["rows"] = case["batch"] * case["units"]
     bench.train(*models.onediff(bench.config, case["device"]), folder, log)
-    (folder / "run.json").write_text("{}")  # The launcher takes the run for finished if this file exists.
+    (folder / "run.json").write_text("{}")  # The launcher treats the run as finished if run.json exists.
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ ATTENTIONS = ("row by row", "padded inside attention", "alike rows inside attent
               "padded rows, grouped")
 BATCH = {"tiny": 32, "small": 8, "paper": 16}
 UNITS = {"align": 1, "pairs": 1, "mixed": 2}
-ALIKE = 0.8  # Rows of one group have at least this share of the length of its longest row.
+ALIKE = 0.8  # the smallest allowed length of a row, as a share of the longest row in the same group
 
 
 def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}.")] = "tiny",
@@ -100,7 +100,7 @@ def main(preset: Annotated[str, Option(help=f"One of {', '.join(models.PRESETS)}
 
 
 def _speed(contender: Contender, peer: Contender) -> list[str]:
-    """Format the speed, the memory and the ratio to the peer of one contender as cells of the table."""
+    """Return the table cells of one contender: the speed, the memory, and the speed divided by that of the peer."""
     facts, seconds = contender.facts, median(contender.rounds)
     flops = facts["flops"] / seconds
     return [f"{facts['rows'] / seconds:.2f}", f"{facts['tokens'] / seconds:.0f}", f"{flops / 1e9:.1f}",
@@ -110,14 +110,14 @@ def _speed(contender: Contender, peer: Contender) -> list[str]:
 
 
 def _loop_share(contender: Contender) -> list[str]:
-    """Format the mean seconds of a step, the mean seconds in DeepSpeed, and the share outside DeepSpeed."""
+    """Return the table cells of one contender: seconds of a step, seconds in DeepSpeed, and the remaining share."""
     total, engine = contender.facts["total_s"], contender.facts["engine_s"]
     shares = [1 - engine_s / step_s for engine_s, step_s in zip(engine, total, strict=True)]
     return [f"{sum(total) / len(total):.3f}", f"{sum(engine) / len(engine):.3f}", turns.with_range(shares, ".2%")]
 
 
 def contender(case: dict[str, Any], turn: Turn) -> None:
-    """Run the training steps of one contender, in the process of this contender."""
+    """Run the training steps of one contender. This function runs in the process of the contender."""
     if case["device"] == "cpu":
         torch.set_num_threads(case["threads"])
     bench = Bench(case)
@@ -159,7 +159,7 @@ def train_llava(bench: Bench, turn: Turn) -> None:
 
 
 def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
-    """Return the arguments of Trainer; it reads the rows in order, because `rows.grouped` grouped them by length."""
+    """Return arguments with which Trainer reads the rows in order, because they are already grouped by length."""
     phase, gpu = bench.phase, bench.case["device"] == "cuda"
     return TrainingArguments(
         output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=bench.case["batch"],
@@ -171,7 +171,7 @@ def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
 
 
 def for_llava(rows: list[BatchRow], *, processor: OneDiffProcessor, pixels_of: Pixels) -> dict[str, Tensor]:
-    """Collate rows into the inputs of LlavaForConditionalGeneration."""
+    """Collate training rows into the inputs of LlavaForConditionalGeneration."""
     batch = processor.answers([row.prompt for row in rows])
     del batch["image_counts"]
     names = [name for row in rows for name in row.images]
@@ -218,7 +218,10 @@ def overhead(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, p
 
 
 def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor) -> None:
-    """Run forward and backward of one kind of attention, with vision features in memory and without weight updates."""
+    """Run forward and backward passes with one way to compute attention, without weight updates.
+
+    The images are replaced by their vision features before the measurement.
+    """
     kind = bench.case["attention"]
     pixels_of = decode(bench.corpus, processor)
     trainable(model.train(), bench.phase)
@@ -243,7 +246,7 @@ def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, 
 
 @torch.no_grad()
 def _with_states(model: OneDiffForConditionalGeneration, batch: Batch) -> Batch:
-    """Replace the images of a batch by their features from the vision encoder."""
+    """Replace the images of a batch by the features that the vision encoder computes from them."""
     images = batch.pop("images")
     return batch | ({"states": model.vision(images)} if len(images) else {})
 
@@ -262,14 +265,14 @@ def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
 
 def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, *,
                   alike: float) -> Tensor:
-    """Compute causal attention of packed rows like `packing._by_row`, but pad rows of similar length into one call.
+    """Compute causal attention of packed rows like `packing._by_row`, with one call for each group of similar length.
 
-    No row of a group is shorter than `alike` times the longest row of the group.
+    The rows of a group are padded to the longest row. No row is shorter than `alike` times the longest row.
     """
     positions, shapes = layout(tuple(lengths), alike)
     size = sum(rows * longest for rows, longest in shapes)
 
-    def padded(x: Tensor) -> list[Tensor]:  # (1, H, T, W) -> for each group (rows, H, longest, W)
+    def padded(x: Tensor) -> list[Tensor]:  # (1, heads, tokens, width) -> each group (rows, heads, longest, width)
         flat = x[0].transpose(0, 1)
         flat = flat.new_zeros(size, *flat.shape[1:]).index_copy(0, positions, flat)
         parts = flat.split([rows * longest for rows, longest in shapes])
@@ -285,7 +288,10 @@ def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
 
 @lru_cache(maxsize=8)
 def layout(lengths: tuple[int, ...], alike: float) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Return the position of each token among the padded rows, and (rows, length) of each group, longest first."""
+    """Return the position of each packed token in the padded rows, and (number of rows, padded length) of each group.
+
+    The group with the longest rows comes first. `lengths` are the lengths of the packed rows in tokens.
+    """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not groups or lengths[row] < alike * lengths[groups[-1][0]]:

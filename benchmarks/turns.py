@@ -27,17 +27,17 @@ from onediff.library_logs import silence_libraries
 from onediff.train.speed import memory_gib
 
 SOCKET, CASE = "BENCHMARK_SOCKET", "BENCHMARK_CASE"
-TIMEOUT_S = 600.0  # A contender may take this long for its start and first unit of work, and for each later unit.
+TIMEOUT_S = 600.0  # longest time of a contender for the start with the first unit of work, and for each later unit
 
 
 class Ended(Exception):
-    """Tells a contender that no turn is left."""
+    """Raised in a contender when no turn is left."""
 
 
 class Turn:
-    """Reports a finished unit of work to the main process and waits for the next turn; contenders call it.
+    """A callable with which a contender reports a finished unit of work and waits for the next turn.
 
-    The first unit is the warm-up. A contender can add values to `facts`, which each report contains.
+    The first unit is the warm-up. Each report to the main process contains `facts`; a contender can add values to it.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,10 @@ class Turn:
 
 
 def run_script(command: Callable[[], Any], contender: Callable[[dict[str, Any], Turn], None] | None = None) -> None:
-    """Run `command` as a command line, or run `contender` until no turn is left if this process is a contender."""
+    """Run `command` with the options of the command line; in the process of a contender, run `contender` instead.
+
+    `contender` runs until no turn is left.
+    """
     if contender and CASE in os.environ:
         silence_libraries()
         with suppress(Ended):
@@ -103,7 +106,7 @@ class Contender:
                 self.process.wait()
 
     def warm_up(self) -> None:
-        """Wait until the first unit is done. Raises ValueError if the process ended."""
+        """Wait until the contender has finished its first unit of work. Raises ValueError if the process ended."""
         deadline = time.monotonic() + TIMEOUT_S
         while not select.select([self.listener], [], [], 1.0)[0]:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -112,7 +115,10 @@ class Contender:
         self.receive()
 
     def receive(self) -> float:
-        """Wait for the next report and return the seconds of that unit. Raises ValueError if the process ended."""
+        """Wait for the next report of the contender and return the seconds of its unit of work.
+
+        Raises ValueError if the process ended.
+        """
         try:
             if not self.connection.poll(TIMEOUT_S):
                 raise self.failure()
@@ -128,7 +134,7 @@ class Contender:
         return self.receive()
 
     def failure(self) -> ValueError:
-        """Return the error for a process that ended or did not answer, with the end of its output."""
+        """Return the error for a contender whose process ended or did not answer, with the end of its output."""
         self.output.seek(0)
         output = self.output.read().decode(errors="replace").strip()
         code = self.process.poll()
@@ -137,10 +143,11 @@ class Contender:
 
 
 def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, together: bool = True) -> None:
-    """Run `rounds` rounds of `units` units of each contender, and store the seconds of each round in the contender.
+    """Run all contenders, and add the seconds of each round to the list `rounds` of each contender.
 
-    With `together`, all contenders start at once and take turns after each unit. Otherwise they run one after the
-    other, because the memory of a GPU does not hold all of them. Raises ValueError if the process of a contender ends.
+    In a round, each contender does `units` units of work. With `together`, all contenders start at once and take turns
+    after each unit. Otherwise they run one after the other, because the memory of a GPU does not hold all of them.
+    Raises ValueError if the process of a contender ends.
     """
     for group in [contenders] if together else [[contender] for contender in contenders]:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
@@ -158,7 +165,7 @@ def race(contenders: list[Contender], *, rounds: int, units: int, threads: int, 
 
 
 def ratios(contender: Contender, peer: Contender) -> list[float]:
-    """Divide the rows per second of the contender by those of the peer, for each round."""
+    """Return for each round the rows per second of the contender divided by the rows per second of the peer."""
     share = contender.facts["rows"] / peer.facts["rows"]
     return [share * theirs / ours for ours, theirs in zip(contender.rounds, peer.rounds, strict=True)]
 

@@ -37,9 +37,9 @@ def main(pairs: int = 1000, seconds: float = 0.5, concurrency: int = 16, folder:
 
 
 def prepare(folder: Path, num_pairs: int) -> None:
-    """Write a project with one source that contains captions of both images of each pair, but no image bytes.
+    """Write a project with one source whose pairs have a caption for each image, but no image bytes.
 
-    Images are not needed, because the writer reads only the captions in text mode.
+    Images are not needed, because the stage `write` reads only the captions in text mode.
     """
     values = YAML(typ="safe").load(ROOT / "presets/micro.yaml")
     values["data"] |= {"raw": ["mine"], "written": ["mine"], "writer": {
@@ -62,9 +62,9 @@ def start(folder: Path, server: ChatServer, concurrency: int) -> subprocess.Pope
 
 
 def kill_at(process: subprocess.Popen[bytes], number: signal.Signals, folder: Path, num_answers: int) -> int:
-    """Send the signal `number` when the stage has stored `num_answers` answers, and return the exit code.
+    """Send signal `number` to stage `write` when it has stored `num_answers` answers, and return the exit code.
 
-    Raises RuntimeError if the stage ends before that.
+    Raises RuntimeError if the stage ends before it has stored so many answers.
     """
     while not (folder / ANSWERS).exists() or (folder / ANSWERS).read_bytes().count(b"\n") < num_answers:
         if process.poll() is not None:
@@ -75,7 +75,10 @@ def kill_at(process: subprocess.Popen[bytes], number: signal.Signals, folder: Pa
 
 
 def measure(folder: Path, *, num_pairs: int, seconds: float, concurrency: int, honours_keys: bool) -> dict[str, Any]:
-    """Run the stage three times, the first two with a kill; return what the server billed and what was stored."""
+    """Run the stage `write` three times, kill it in the first two runs, and return the values to print as JSON.
+
+    The values count the answers that the server billed and the answers that the stage stored.
+    """
     prepare(folder, num_pairs)
     with serving(seconds=seconds, failing=0.05, honours_keys=honours_keys) as server:
         began_s = time.monotonic()

@@ -19,7 +19,7 @@ for _key, _value in {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }.items():
     os.environ.setdefault(_key, _value)
-# A proxy cannot reach Prefect's temporary server and the servers of `make services`, which run on this machine.
+# Requests to servers on this machine (Prefect's temporary server, `make services`) must not go through a proxy.
 exempt_loopback_from_proxies()
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
 interrupts.end_while_importing()

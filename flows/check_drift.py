@@ -20,10 +20,10 @@ from onediff.ops.drift import as_text, examine
 
 @flow(name="check-drift", flow_run_name=dated_name)
 def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
-    """Compare the champion's captions of the last `days` with those at training time.
+    """Check whether the champion model's captions of the last `days` days differ from its captions at registration.
 
-    The returned Prefect state has the name Drifted, Steady, or NoVerdict if the usage log has too few captions. With
-    `then_retrain`, drift starts a retraining.
+    The returned Prefect state has the name Drifted, Steady, or NoVerdict if the usage log has too few captions. If
+    `then_retrain` is true, drift starts a retraining.
     """
     try:
         drift = examine(days=days)
@@ -43,7 +43,7 @@ def check_drift(days: float = 7, then_retrain: bool = False) -> State[Any]:
 
 
 def picture(then: list[float], now: list[float]) -> bytes:
-    """Return a PNG with two histograms: the confidence of captions at training time and in recent use."""
+    """Return a PNG image with two histograms of the captions' confidence: at training time, and in recent use."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for values, label in ((then, "at training time"), (now, "in use")):

@@ -24,11 +24,11 @@ from onediff.config import load_runtime
 from onediff.git import configure_dvc
 from onediff.paths import DVC_YAML
 
-SPARE_S = 4.0  # seconds that an interrupted flow may still run after its stage has ended, in addition to grace_s
+SPARE_S = 4.0  # seconds that an interrupted flow gets to end, in addition to the `grace_s` seconds of its stage
 
 
 def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None] | None = None) -> State[Any]:
-    """Run a Prefect flow and return its last state. Exit with one line if the flow cannot start, fails or is stopped.
+    """Run a Prefect flow and return its final state. Exit with a one-line message if the flow does not complete.
 
     `lock` is acquired before the Prefect server starts, so that a second run in the same folder is refused at once.
     """
@@ -53,7 +53,7 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
         again = "make run" if "MAKELEVEL" in os.environ else shlex.join(["python", *sys.orig_argv[1:]])
         print(f"onediff: stopped by {interrupt}; finished stages are kept{progress}; '{again}' continues",
               file=sys.stderr, flush=True)
-        # Prefect's exit handlers would wait for a server that no longer runs.
+        # os._exit skips Prefect's exit handlers, which would wait for a server that no longer runs.
         os._exit(128 + signal.Signals[str(interrupt)])
     if not state.is_completed():
         sys.exit(f"onediff: {state.message}")
@@ -63,8 +63,8 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
 def survive_closed_output() -> None:
     """Let this process continue when the program that reads its output has closed the pipe.
 
-    Prefect created its log handlers on import, so they must be switched to the new standard error as well. Otherwise
-    rich, the library behind them, ends the process when it writes to the closed pipe.
+    `interrupts.survive_closed_output` replaces sys.stderr. Prefect's log handlers still write to the old sys.stderr, so
+    they get the new one too. Otherwise rich, which they print with, would end the process at the closed pipe.
     """
     before = sys.stderr
     interrupts.survive_closed_output()
@@ -75,7 +75,7 @@ def survive_closed_output() -> None:
 
 
 def _limit_the_end(seconds: float) -> None:
-    """Start a thread that waits for the first signal, silences Prefect's log, and ends the process `seconds` later.
+    """Start a thread that waits for the first stop signal, silences all logs, and ends the process `seconds` later.
 
     A thread is needed because Prefect replaces the handler of SIGTERM while a flow runs.
     """
@@ -95,7 +95,7 @@ def _exit_after(receiver: socket.socket, seconds: float) -> None:
 
 
 def _end_descendants() -> None:
-    """End every child process of this process: the temporary server and the commands of the current stage."""
+    """End every descendant of this process: the temporary Prefect server and the commands of the current DVC stage."""
     family = psutil.Process().children(recursive=True)
     send_signal(family, signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=1)

@@ -23,7 +23,7 @@ PATIENCE_S = 540.0
 
 
 def deploy(patience_s: float = PATIENCE_S) -> None:
-    """Create everything that the flows need on the Prefect server; a second call changes nothing.
+    """Create the work pools, an automation and the deployments of the flows on the Prefect server, without duplicates.
 
     A flow run without a heartbeat for `patience_s` seconds is marked as crashed. Raises ValueError if PREFECT_API_URL
     is not set or if `prefect deploy` fails.
@@ -44,9 +44,9 @@ def deploy(patience_s: float = PATIENCE_S) -> None:
 
 
 def lost_runs(patience_s: float) -> AutomationCore:
-    """Return the automation that marks a flow run as Crashed when its heartbeats stop, as after a machine died.
+    """Return the Prefect automation that marks a flow run as Crashed when it sends no more heartbeats.
 
-    prefect.yaml contains the automation that then starts `retrain` again.
+    Another automation, in prefect.yaml, then starts a crashed run of `retrain` again.
     """
     trigger = EventTrigger(after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.*"},
                            for_each={"prefect.resource.id"}, match={"prefect.resource.id": ["prefect.flow-run.*"]},

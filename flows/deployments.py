@@ -13,8 +13,8 @@ RETRAIN_COMMAND = f"prefect deployment run {RETRAIN}"
 def start_retraining(key: str) -> str:
     """Submit a retraining without waiting for it, and return a sentence that says what happened.
 
-    Prefect starts only one run for each key. A missing deployment is no error, because the caller's own result stays
-    valid.
+    Prefect starts only one retraining for each `key`. If the deployment does not exist, the sentence says so; this is
+    not an error, because the caller's own work has succeeded.
     """
     try:
         run = run_deployment(RETRAIN, timeout=0, idempotency_key=key, as_subflow=False)
@@ -24,22 +24,22 @@ def start_retraining(key: str) -> str:
 
 
 def submit(deployment: str, **parameters: Any) -> str:
-    """Run the deployment of `promote` or `rollback`, wait for it, and return the flow's final message.
+    """Run the Prefect deployment of the flow `promote` or `rollback`, wait for it, and return the flow's final message.
 
-    The message says whether the version became champion or was refused. Raises ValueError if the flow failed, or if
-    Prefect has no such deployment.
+    The message says whether the model version became the champion or was refused. Raises ValueError if the flow failed,
+    or if Prefect has no such deployment.
     """
     try:
         run = run_deployment(deployment, parameters=parameters, timeout=None, poll_interval=1)
     except ObjectNotFound:
         raise ValueError(f"the Prefect server has no deployment '{deployment}': 'make deploy' creates it; "
-                         "PREFECT_API_URL must name the right server") from None
+                         "PREFECT_API_URL must be the address of the server with the deployments") from None
     assert isinstance(run, FlowRun), "submit must be called from a thread without an event loop"
     return message_of(run.state)
 
 
 def message_of(state: Any) -> str:
-    """Return the message of a completed flow. Raises ValueError with the flow's message if it did not complete."""
+    """Return the message of a flow's final state. Raises ValueError with this message if the flow did not complete."""
     if not state.is_completed():
         raise ValueError(state.message or state.name)
     return str(state.message)

@@ -16,10 +16,13 @@ from onediff import paths, registry
 
 @flow(name="evaluate", flow_run_name=dated_name)
 def evaluate(model: str = paths.CHAMPION) -> State[Any]:
-    """Score models:/onediff@ALIAS or models:/onediff/VERSION on data/diffcap; the pipeline's results do not change."""
+    """Caption data/diffcap with a registered model version again, and write the new scores into that version.
+
+    `model` is models:/onediff@ALIAS or models:/onediff/VERSION.
+    """
     try:
         with pipeline_lock():
-            # The alias is resolved only once, because it may move to another version during scoring.
+            # The alias is resolved to a version number only once, because it may move to another version meanwhile.
             version = registry.version_tags(model)["version"]
             evidence = score_again(f"models:/{registry.NAME}/{version}")
             print(publish_scores(evidence.root / paths.METRICS, "scores-again"))

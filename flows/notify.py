@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import prefect.blocks.notifications  # noqa: F401 - Prefect knows these kinds of blocks once the module is imported
+import prefect.blocks.notifications  # noqa: F401 - the import registers Prefect's types of notification blocks
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.abstract import NotificationBlock
@@ -19,11 +19,10 @@ Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
 
 
 def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> None:
-    """Publish an event: what happened (`what`), the reason (`why`), the command to type next (`then`), and details as a
-    Markdown table (`table`).
+    """Publish an event as a Prefect artifact, and send it through the notification blocks of runtime.yaml.
 
-    A notification block that does not exist or cannot be reached is printed but raises no error, because the event
-    itself has happened.
+    `what` says what happened, `why` gives the reason, `then` is the next command to type, and `table` holds details in
+    Markdown. A notification that cannot be sent is reported in the output and raises no error.
     """
     what, why = without_secrets(what), without_secrets(why)
     text = f"**{what}**\n\n{why}\n\nNext: `{then}`\n" + (f"\n{without_secrets(table)}\n" if table else "")
@@ -33,30 +32,30 @@ def notify(event: Event, what: str, *, why: str, then: str, table: str = "") -> 
             block = Block.load(slug)
             if not isinstance(block, NotificationBlock):
                 raise ValueError(f"is a {type(block).__name__}, which cannot send notifications")
-            send: Any = block.notify  # Inside an event loop, Prefect returns a coroutine.
+            send: Any = block.notify  # The type is Any, because inside an event loop the method returns a coroutine.
             send(body=f"{what}\n{why}\nNext: {then}\n", subject=f"OneDiff: {what}")
-        except Exception as error:  # noqa: BLE001 - a service may raise any error, with a secret address in the message
+        except Exception as error:  # noqa: BLE001 - a service may raise any error, and it may contain a secret address
             problem = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
             print(f"runtime.yaml: notify: {slug} was not notified: {without_secrets(problem)}")
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with *** instead of the user and password of each address."""
+    """Return the text with *** in place of the user and password in every URL."""
     return re.sub(r"(?<=//)[^/@\s]+(?=@)", "***", text)
 
 
 @task(cache_policy=NO_CACHE)
 def publish_scores(scores: Path, key: str) -> str:
-    """Publish the score table as a Markdown artifact in Prefect, and return the table."""
+    """Publish the scores in the JSON file `scores` as a Prefect artifact, and return them as a Markdown table."""
     table = score_table(json.loads(scores.read_text()))
     create_markdown_artifact(table, key=key, description=f"Scores in {scores}")
     return table
 
 
 def score_table(metrics: dict[str, Any]) -> str:
-    """Return two Markdown tables, captions and behaviour, each at most 100 characters wide so that a terminal shows it.
+    """Return two Markdown tables, for caption scores and for behaviour scores, at most 100 characters wide.
 
-    Each benchmark has one row, followed by one row for each trivial baseline that has scores of this table.
+    A benchmark has one row for the model, followed by one row for each trivial baseline with scores in the table.
     """
     captions = {"num_pairs": "pairs", **{name: name for name in CAPTION_HEADLINES}}
     behaviour = {name: BEHAVIOUR[name].label for name in BEHAVIOUR_HEADLINES}

@@ -39,7 +39,7 @@ def stale_stages() -> set[str]:
 
 
 def stale_elsewhere() -> set[str]:
-    """Return the stale stages when the data are on other machines: a file that is missing here counts as unchanged.
+    """Return the stale stages if the data are on other machines. A file missing on this machine counts as unchanged.
 
     A stage that reads a folder with the outputs of several stages counts as stale, because without the files this
     machine cannot compute the digest of the folder.
@@ -58,8 +58,8 @@ def stale_elsewhere() -> set[str]:
 def inputs_of(stage: str, folder: Path) -> tuple[list[str], list[Path]]:
     """Return two lists: the inputs of a stage, as targets of `dvc pull`, and outdated files in its input folders.
 
-    Targets are dependencies that are listed in dvc.lock or have a .dvc file. An outdated file is an output of a stage
-    that is no longer in dvc.yaml.
+    Targets are dependencies that are listed in dvc.lock or have a .dvc file. A file is outdated if dvc.lock does not
+    list it, for example because its stage was removed from dvc.yaml.
     """
     name, _, source = stage.partition("@")
     deps = [Path(dep.replace("${item.source}", source)) for dep in _definitions(folder)[name]["deps"]]
@@ -75,20 +75,20 @@ def inputs_of(stage: str, folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def metric_files(folder: Path = Path()) -> list[Path]:
-    """Return the paths of the metrics in dvc.yaml. They are in git, not in the DVC cache."""
+    """Return the paths of the metrics files in dvc.yaml. These files are in git, not in the DVC cache."""
     return [Path(path) for stage in _definitions(folder).values() for metric in stage.get("metrics", [])
             for path in metric]
 
 
 def raw_files(folder: Path = Path()) -> list[Path]:
-    """Return the .dvc files of the raw data. The flow `refresh-data` changes them before anybody commits them."""
+    """Return the .dvc files of the raw data. They may contain uncommitted changes that the flow `refresh-data` made."""
     return sorted(path.relative_to(folder) for path in (folder / RAW).rglob("*.dvc"))
 
 
 def dvc(folder: Path, *arguments: str) -> str:
     """Run `dvc ARGUMENTS` in the folder and return its output. Raises ValueError with DVC's message if it fails."""
     done = subprocess.run([*DVC, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:  # Below its message, DVC prints numbered lines of the faulty file, which are dropped here.
+    if done.returncode:  # Below the error message, DVC prints numbered lines of the faulty file; drop these lines.
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not re.match(r"\s+\d+\s", line)]
         raise ValueError(f"dvc {arguments[0]}: {' '.join(lines).removeprefix('ERROR: ') or 'no message'}")
     return done.stdout
@@ -102,7 +102,7 @@ def outcome(stdout: str) -> str:
 
 
 def reason(folder: Path, since: float) -> str:
-    """Return the reason that a failed training phase wrote to status.json; DVC's exit status does not tell it."""
+    """Return why a stage failed: the reason that training wrote to status.json, or else 'see its message above'."""
     status = training_status(folder, since)
     if status is None:
         return "; see its message above"
@@ -110,7 +110,7 @@ def reason(folder: Path, since: float) -> str:
 
 
 def training_status(folder: Path, since: float) -> dict[str, Any] | None:
-    """Return the last `status.json` of an unfinished training phase, or None if none was written after `since`."""
+    """Return the newest status.json of an unfinished training phase, or None if none was written after `since`."""
     written = [path for path in folder.glob(".onediff/scratch/*/status.json") if path.stat().st_mtime >= since]
     return json.loads(max(written, key=lambda path: path.stat().st_mtime).read_text()) if written else None
 

@@ -23,8 +23,9 @@ _held_locks: set[Path] = set()  # by this process
 
 
 def code_env() -> dict[str, str]:
-    """Return environment variables for child processes: `python` and `dvc` of this environment, the packages of this
-    checkout, and unbuffered output.
+    """Return environment variables that let child processes use this Python environment and the code of this checkout.
+
+    They also switch off the buffering of output.
     """
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -34,7 +35,7 @@ def code_env() -> dict[str, str]:
 def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
     """Run a command in the folder, print its output while it runs, and return its exit status and its stdout.
 
-    If this process is interrupted, the command and all its children end within `grace_s` of runtime.yaml.
+    If this process is interrupted, the command and all its children end within `grace_s` seconds (see runtime.yaml).
     """
     grace_s = load_runtime().grace_s
     env = os.environ | code_env() | {interrupts.FLOW: str(os.getpid())}
@@ -54,10 +55,10 @@ def stream(command: Sequence[str], folder: Path = Path()) -> tuple[int, str]:
 
 
 def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
-    """End a command and all its descendants: send SIGTERM to each, and SIGKILL to those that run after `grace_s`.
+    """Send SIGTERM to a command and its descendants, and SIGKILL to those that still run after `grace_s` seconds.
 
-    The DVC process itself gets no SIGTERM, because it ends when its stage has ended, and SIGTERM while it writes would
-    leave half a dvc.lock.
+    The DVC process itself gets no SIGTERM, because it ends when its stage has ended, and a SIGTERM while it writes
+    dvc.lock would leave an incomplete file.
     """
     group, signalled, family = Group(command.pid), set[int](), set[psutil.Process]()
     if isinstance(command.args, Sequence) and tuple(command.args[: len(DVC)]) == DVC:
@@ -71,12 +72,15 @@ def end(command: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.1)
     send_signal(wait_for_end(list(family), deadline - time.monotonic()), signal.SIGKILL)
     group.kill()
-    # Until the process is reaped, it is a zombie: DVC would take it for alive and keep the lock of its stage.
+    # Read the exit status, because DVC takes a zombie for a running process and would keep the lock of its stage.
     command.wait()
 
 
 def run_tool(command: Sequence[str], failure: str, *, env: Mapping[str, str], folder: Path = Path()) -> str:
-    """Run the command and return its output. Raises ValueError with `failure` and the end of the command's message."""
+    """Run a command and return its stdout.
+
+    Raises ValueError with the text `failure` and the end of the command's output if the command fails.
+    """
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{failure}: {' '.join((done.stderr or done.stdout).split())[-500:]}")

@@ -15,11 +15,11 @@ from flows.notify import notify
 from onediff import registry
 from onediff.paths import CHAMPION
 
-SLOT = "onediff-registry"  # name of the global concurrency limit of 1 that `make deploy` creates
+SLOT = "onediff-registry"  # name of the Prefect concurrency limit (one flow at a time) that `make deploy` creates
 
 
 class Approval(RunInput):
-    """The form that a person fills in on Prefect's page."""
+    """The form on Prefect's web page in which a person approves or refuses a promotion."""
 
     approve: bool
     name: str
@@ -28,10 +28,10 @@ class Approval(RunInput):
 
 @flow(name="promote", flow_run_name=dated_name)
 def promote(version: str | None = None, why: str | None = None, candidate: str | None = None) -> State[Any]:
-    """Make a version the champion if it meets mlflow/promotion.yaml. A refused version does not fail the flow.
+    """Make a model version the champion if it meets mlflow/promotion.yaml. A refused version does not fail the flow.
 
-    `version` is the version to promote; without it, the flow promotes the version with the alias `candidate`.
-    `candidate` is a version that first receives the alias `candidate`.
+    `version` is the version to promote, by default the one with the alias `candidate`. If `candidate` is given, that
+    version receives the alias first.
     """
     try:
         if candidate:
@@ -44,7 +44,7 @@ def promote(version: str | None = None, why: str | None = None, candidate: str |
         hours = registry.load_rules().approval_h
         if hours is not None:
             verdict = tasks.assess(version)
-            # Approval is not needed for a refused version, or for a version that is the champion already.
+            # No person has to approve a version that is refused or is the champion already.
             if verdict.promoted and not verdict.reasons:
                 approved = verdict.case
                 by = _approval(approved, hours)
@@ -74,7 +74,7 @@ def _report(verdict: registry.Verdict) -> State[Any]:
 
 @flow(name="rollback", flow_run_name=dated_name)
 def rollback(why: str | None = None) -> State[Any]:
-    """Make the version with the alias `previous` the champion again."""
+    """Make the model version with the alias `previous` the champion again."""
     try:
         with _slot(), registry.sole_writer():
             version = tasks.rollback(by=tasks.author(), why=why)
@@ -87,9 +87,9 @@ def rollback(why: str | None = None) -> State[Any]:
 
 
 def _approval(case: registry.PromotionCase | None, hours: float) -> str:
-    """Pause the flow until a person approves the promotion; return the author of the change with the person's name.
+    """Pause the flow until a person approves the promotion. Return a text that names the flow run and the person.
 
-    Raises ValueError if the person refuses or gives no name. Prefect fails the flow if nobody answers in time.
+    Raises ValueError if the person refuses or gives no name. Prefect fails the flow if nobody answers within `hours`.
     """
     answer = pause_flow_run(wait_for_input=Approval.with_initial_data(
         description=f"Shall {case} become champion?", approve=False, name=""), timeout=round(hours * 3600))
@@ -102,9 +102,9 @@ def _approval(case: registry.PromotionCase | None, hours: float) -> str:
 
 
 def _slot() -> AbstractContextManager[Any]:
-    """Return a context in which no other flow changes aliases on a shared server.
+    """Return a context manager: inside its `with` block, no other flow changes aliases of a shared registry.
 
-    A store on this machine has its own lock (`registry.sole_writer`), so the context does nothing there.
+    It does nothing for a registry on this machine, because `registry.sole_writer` locks such a registry.
     """
     return concurrency(SLOT, strict=True) if registry.shared() else nullcontext()
 

@@ -18,10 +18,11 @@ from onediff.data.sources.inbox import Inbox, InboxReport, import_batches
 
 @flow(name="refresh-data", flow_run_name=dated_name)
 def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]:
-    """Update imported sources, and import inbox batches whose files did not change for `settle_s` seconds.
+    """Update imported data sources, and import the batches of new pairs in the inbox folder.
 
-    The returned Prefect state has the name Changed or Unchanged. A source or batch that cannot be read is reported, and
-    the flow continues with the next one. With `then_retrain`, a change starts a retraining.
+    A batch is imported when its files did not change for `settle_s` seconds. A source or batch that cannot be read is
+    reported, and the flow continues with the next one. If `then_retrain` is true, a change starts a retraining. The
+    returned Prefect state has the name Changed or Unchanged.
     """
     try:
         with pipeline_lock():
@@ -46,7 +47,10 @@ def refresh_data(settle_s: float = 60, then_retrain: bool = False) -> State[Any]
 
 @task(cache_policy=NO_CACHE)
 def update_sources() -> tuple[list[str], list[str]]:
-    """Update all data that `onediff data fetch` or `dvc import` imported; return the changes and the problems."""
+    """Update the data that `onediff data fetch` or `dvc import` imported.
+
+    Return two lists of texts: the changes, and the problems of sources that could not be updated.
+    """
     changed, problems = [], []
     for path in tracked.imported():
         try:
@@ -59,7 +63,7 @@ def update_sources() -> tuple[list[str], list[str]]:
 
 @task(cache_policy=NO_CACHE)
 def take_batches(settle_s: float) -> InboxReport:
-    """Import every complete batch of the inbox that runtime.yaml names; without an inbox, do nothing."""
+    """Import every complete batch of new pairs from the inbox folder in runtime.yaml; do nothing if no inbox is set."""
     runtime, data = load_runtime(), load_params().data
     if runtime.inbox is None:
         return InboxReport()

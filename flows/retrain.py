@@ -35,16 +35,16 @@ WITHOUT_GIT = ("this folder is not in a git commit, so there is no branch with t
 
 @flow(name="retrain", flow_run_name=dated_name)
 def retrain() -> State[Any]:
-    """Run the stages that are out of date, register the model, and promote it if mlflow/promotion.yaml allows it.
+    """Run the DVC stages that are out of date, register the model, and promote it if mlflow/promotion.yaml allows it.
 
-    The stages run in this folder, or on the workers of the work pools in runtime.yaml. A stage that fails ends the flow
-    with the stage's message.
+    The stages run in this folder, or on Prefect workers if runtime.yaml contains work pools. If a stage fails, the flow
+    ends with the stage's message.
     """
     try:
         _check_crashes()
         with pipeline_lock(), disk_full_named(Path(".onediff")):
             state = _retrain()
-    # We print the one-line message, because Prefect would print the complete traceback.
+    # The flow returns a Failed state instead of an exception, because Prefect would print a complete traceback.
     except (ValueError, OSError) as error:
         state = Failed(message=str(error))
     if state.is_failed():
@@ -72,7 +72,7 @@ def _retrain() -> State[Any]:
                 print(f"onediff: {WITHOUT_GIT}")
         publish_scores(paths.METRICS, "scores")
         version = tasks.register()
-    # The version is passed as the candidate, because promoting it by its number would undo an earlier rollback.
+    # The version is passed as `candidate`, because a version passed by number is promoted even after a rollback of it.
     message = (deployments.submit(deployments.PROMOTE, candidate=version) if registry.shared()
                else deployments.message_of(promote(candidate=version, return_state=True)))
     return Completed(name=state.name, message=message)
@@ -91,7 +91,7 @@ def run_here(stale: set[str]) -> State[Any]:
 
 
 def run_on_workers(stale: set[str]) -> State[Any]:
-    """Run every stale stage on a worker with or without GPU as the stage needs; pull the outputs to register."""
+    """Run every stale stage on a worker with or without GPU, as the stage needs; pull the outputs for registration."""
     revision, ran = commit_for_workers(), False
     if raw_files():
         dvc(Path(), "push", *map(str, raw_files()))
@@ -107,11 +107,11 @@ def run_on_workers(stale: set[str]) -> State[Any]:
 
 
 def commit_results(run: str, *, remote: str | None = None) -> str | None:
-    """Commit dvc.lock, the metrics and the .dvc files as branch retrain/RUN, push the branch, and return its name.
+    """Commit dvc.lock, the metrics and the .dvc files on a new branch retrain/RUN, and return the name of the branch.
 
     The parent of the new commit is the checked-out commit. The checked-out branch and the working tree do not change.
-    Returns None if nothing changed or if this folder is not in a git commit. Raises ValueError with git's message if
-    git fails or if the branch cannot be pushed.
+    If `remote` is given, the branch is pushed there. Returns None if nothing changed or if this folder is not in a git
+    commit. Raises ValueError with git's message if git fails or if the branch cannot be pushed.
     """
     if head() is None:
         return None
@@ -135,9 +135,9 @@ def commit_results(run: str, *, remote: str | None = None) -> str | None:
 
 
 def _check_crashes() -> None:
-    """Raise ValueError if the last MAX_CRASHES runs all crashed.
+    """Raise ValueError if the last MAX_CRASHES flow runs of this Prefect deployment all crashed.
 
-    The deployment in prefect.yaml starts a crashed run again, and without this check it would do so forever.
+    An automation in prefect.yaml starts a crashed run again, and without this check it would do so forever.
     """
     if deployment.id is None:
         return
@@ -146,8 +146,9 @@ def _check_crashes() -> None:
                                      sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MAX_CRASHES + 1)
     before = [run for run in runs if str(run.id) != str(flow_run.id)][:MAX_CRASHES]
     if len(before) == MAX_CRASHES and all(run.state and run.state.is_crashed() for run in before):
-        raise ValueError(f"the last {MAX_CRASHES} runs crashed: {before[0].state.message if before[0].state else ''}; "
-                         "see the worker's log for the reason; this run does nothing, and the next run tries again")
+        raise ValueError(f"the last {MAX_CRASHES} retrainings crashed: "
+                         f"{before[0].state.message if before[0].state else ''}; see the worker's log for the reason; "
+                         "this run does nothing, and the next run tries again")
 
 
 if __name__ == "__main__":

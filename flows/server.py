@@ -21,12 +21,12 @@ from onediff import interrupts
 
 # Environment variables of the temporary server; Prefect sets the same variables when it starts such a server itself.
 START = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-END_S = 3.0  # seconds from SIGTERM to SIGKILL; short, because the server's database survives SIGKILL
+END_S = 3.0  # seconds that the server gets between SIGTERM and SIGKILL; its database survives SIGKILL
 
 
 @contextmanager
 def temporary_server() -> Iterator[None]:
-    """Provide a server for the flows that run inside the `with` block.
+    """Start a temporary Prefect server for the flows inside the `with` block, unless PREFECT_API_URL is set.
 
     The server runs until this process ends, because Prefect sends its last events at exit. Raises ValueError if the
     server does not answer in time.
@@ -64,7 +64,8 @@ def _start(limit_s: float) -> str:
         except httpx.TransportError:  # The server has ended or does not listen yet.
             time.sleep(0.1)
     raise ValueError(f"Prefect's temporary server did not answer within {limit_s:.0f} s; {log} contains the reason. "
-                     "Set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher, or PREFECT_API_URL to a server")
+                     "Set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to a larger number, or PREFECT_API_URL to "
+                     "the address of a running server")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -52,7 +52,7 @@ def commit_for_workers() -> str:
 def run_on_worker(name: str, revision: str) -> State[Any]:
     """Run a DVC stage on a worker. The name of the returned Prefect state is Ran, Restored or UpToDate.
 
-    The idempotency key is made from the stage and the digests of its inputs. A flow that was restarted therefore waits
+    Prefect's idempotency key is computed from the stage, the commit and the submitted files, so a restarted flow waits
     for the run that it had submitted before. A stage whose worker died is submitted again, and training continues from
     its checkpoint.
     """
@@ -63,7 +63,7 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
         run = run_deployment(f"stage/{needs(name)}", idempotency_key=f"{key}-{number}", timeout=0,
                              parameters={"name": name, "commit": revision, "files": files})
         assert isinstance(run, FlowRun), "run_on_worker must be called from a thread without an event loop"
-        # Prefect returned a run that an earlier retraining submitted.
+        # If true, Prefect returned an ended run that an earlier retraining had submitted with an equal key.
         had_ended = bool(run.state and run.state.is_final())
         state = _final_state(run)
         if state.is_completed():
@@ -76,9 +76,9 @@ def run_on_worker(name: str, revision: str) -> State[Any]:
 
 
 def _final_state(run: FlowRun) -> State[Any]:
-    """Wait until the flow run has ended, and return its state.
+    """Wait until the flow run has ended, and return its final state.
 
-    If this flow is cancelled, it cancels the run; the run's worker then sends SIGTERM to the stage, which writes a
+    If the calling flow is cancelled, `run` is cancelled too. The worker then sends SIGTERM to the stage, which writes a
     checkpoint.
     """
     try:
@@ -94,7 +94,7 @@ def _final_state(run: FlowRun) -> State[Any]:
 
 
 def write_outputs(run: FlowRun) -> None:
-    """Write the dvc.lock and the metrics that a worker returned into this folder.
+    """Write into this folder the dvc.lock and the metrics files that a worker returned.
 
     Raises ValueError if the worker returned any other file.
     """
@@ -114,7 +114,7 @@ def write_outputs(run: FlowRun) -> None:
 def stage(name: str, commit: str, files: dict[str, str]) -> State[Any]:
     """Run a stage of dvc.yaml at a git commit on the worker's machine, and push its outputs to the DVC remote.
 
-    `files` holds dvc.lock, the metrics and the .dvc files of the machine that submitted the stage, by path.
+    `files` maps paths to texts: dvc.lock, the metrics and the .dvc files of the machine that submitted the stage.
     """
     try:
         with pipeline_lock(WORK.with_suffix(".lock")):
@@ -150,11 +150,11 @@ def check_out(commit: str) -> None:
             git("worktree", "add", "--quiet", "--detach", str(WORK), commit)
     except ValueError as error:
         raise ValueError(f"{Path.cwd()}: commit {commit[:12]} cannot be checked out ({unfetched}{error}): push it to a "
-                         "git remote of this clone, or 'git fetch' here") from None
+                         "git remote of this clone, or run 'git fetch' here") from None
 
 
 def write_inputs(files: dict[str, str]) -> None:
-    """Write the submitted files into the worktree, and copy this machine's runtime.yaml and DVC configuration there.
+    """Write the submitted files into the worktree, and copy the worker's runtime.yaml and DVC configuration there.
 
     Raises ValueError if the path of a file is outside the project.
     """
@@ -171,7 +171,7 @@ def write_inputs(files: dict[str, str]) -> None:
 
 
 def run_stage(name: str) -> tuple[str, dict[str, str]]:
-    """Run a DVC stage in the worktree. Return Ran, Restored or UpToDate, and the texts of dvc.lock and metrics by path.
+    """Run a DVC stage in the worktree. Return Ran, Restored or UpToDate, and dvc.lock and metrics as {path: text}.
 
     Raises ValueError if the stage failed or if one of its inputs is missing.
     """

@@ -21,7 +21,7 @@ from onediff.tracking import log_evaluation
 
 
 def _may_recover(task: Any, run: Any, state: State[Any]) -> bool:
-    """Return whether a retry can help: only if a server could not be reached, not for wrong values or missing files."""
+    """Return whether the task failed because a server could not be reached; only then can a retry help."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, (ConnectionError, TimeoutError)) or "cannot be reached" in str(error)
 
@@ -59,7 +59,7 @@ def repro(stage: str) -> State[Any]:
 
 @service_task
 def register() -> str:
-    """Log scores, report and sample pictures to MLflow, register the model of stage `tune`, and return its version.
+    """Log scores, report and sample pictures to MLflow, register the trained model, and return its version number.
 
     The version receives the alias `candidate`. Calling the task again with unchanged scores and an unchanged model
     creates neither a new run nor a new version.
@@ -72,7 +72,7 @@ def register() -> str:
 
 @task(cache_policy=NO_CACHE)
 def score_again(model: str) -> registry.Evidence:
-    """Caption and score a registered version; return the digests of the model folder and of the new scores.
+    """Caption and score a registered model version; return the digests of the model folder and of the new scores.
 
     The work is done in .onediff/evaluate, so that the pipeline's own results in data/ do not change.
     """

@@ -23,24 +23,25 @@ from typing import Any
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}
-# safetensors, SQLite and NumPy raise exceptions without an errno, so a full disk is recognized by their messages.
+# safetensors, SQLite and NumPy raise exceptions without an errno, so the message shows whether the disk is full.
 _WORDS = {errno.ENOSPC: re.compile(r"No space left on device|disk is full|os error 28|requested and \d+ written"),
           errno.EDQUOT: re.compile("quota exceeded", re.IGNORECASE), errno.EFBIG: re.compile("File too large")}
 
 
 class NotWrittenError(OSError):
-    """A file or folder could not be written. The message says which one, why, and what to do."""
+    """A file or folder could not be written. The message names it, and says why it failed and what to do."""
 
 
 @contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
-    """Context manager that raises NotWrittenError instead of any exception with which a library reports a full disk.
+    """Context manager that replaces any exception that reports a full disk by a NotWrittenError.
 
-    The message mentions the file that the exception contains, or else `path`, the file or folder being written.
+    The NotWrittenError names the file that the replaced exception names, or else `path`, the file or folder that the
+    `with` block writes.
     """
     try:
         yield
-    except (NotWrittenError, ValueError):  # The messages of these exceptions already explain the failure.
+    except (NotWrittenError, ValueError):  # These exceptions already have a message that explains the failure.
         raise
     except BaseException as error:
         number = _disk_full_errno(error)
@@ -57,7 +58,7 @@ def disk_full_named(path: Path) -> Iterator[None]:
 
 
 def _disk_full_errno(error: BaseException | None) -> int | None:
-    """Return the errno if the exception or one of its causes reports that the disk or the quota is full."""
+    """Return the errno with which the exception or one of its causes reports a full disk or quota; otherwise None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REASONS:
             return error.errno
@@ -70,7 +71,7 @@ def _disk_full_errno(error: BaseException | None) -> int | None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path to write to, and then renames the synced file to `path`."""
+    """Context manager that yields a temporary path for writing; at the end, the complete file is renamed to `path`."""
     part = path.with_name(path.name + ".part")
     try:
         with disk_full_named(path):
@@ -85,7 +86,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder to fill, and replace `folder` with it when it is complete and synced to disk."""
+    """Context manager that yields an empty temporary folder; at the end, the filled folder replaces `folder`.
+
+    If the `with` block raises an exception, `folder` keeps its old content.
+    """
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old.part")
     _finish_exchange(folder, old)
     shutil.rmtree(part, ignore_errors=True)
@@ -104,9 +108,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _finish_exchange(folder: Path, old: Path) -> None:
-    """Clean up after a process that was killed between the two renames of `new_folder`.
+    """Finish the replacement of `folder` in `new_folder`, also if a process was killed before it was complete.
 
-    If `folder` does not exist, its previous version `old` is restored. Otherwise `old` is removed.
+    If `folder` does not exist, its previous content is restored from the folder `old`. Then `old` is removed.
     """
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -114,7 +118,7 @@ def _finish_exchange(folder: Path, old: Path) -> None:
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """Create a hard link, which takes no disk space, or a copy if the file system cannot link the two paths."""
+    """Create `target` as a hard link to the file `source`, or as a copy if the file system does not allow the link."""
     try:
         os.link(source, target)
     except OSError:
@@ -122,18 +126,18 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file that is either complete or absent."""
+    """Write a UTF-8 text file. If writing fails, the old file is unchanged."""
     with new_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
-    """Write the value as a JSON file; `options` are passed to json.dumps."""
+    """Write `value` to a JSON file. `options` are passed to json.dumps."""
     write_text(path, json.dumps(value, **options) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
-    """Write each row as one line of JSON without keeping all rows in memory. Return the number of lines."""
+    """Write a JSON lines file without keeping all rows in memory. Return the number of rows."""
     num_rows = 0
     with new_file(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -149,16 +153,16 @@ def sha256_of(path: Path) -> str:
 
 
 def key_of(value: Any) -> str:
-    """Return the SHA-256 digest of a JSON value, independent of the order of keys in dictionaries.
+    """Return the SHA-256 digest of a JSON value. The order of the keys in dictionaries does not change the digest.
 
-    Values that JSON does not know are converted with str().
+    Values of other types, such as paths, are converted with str().
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Context manager that holds an exclusive lock on the file, and waits while another process holds the lock."""
+    """Context manager that holds an exclusive lock on a file. It waits while another process holds this lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -167,10 +171,10 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def refusing_lock(path: Path, refusal: str) -> Iterator[None]:
-    """Context manager that holds an exclusive lock on the file and writes process id and host name into the file.
+    """Context manager that holds an exclusive lock on a file, and writes its process id and host name into the file.
 
-    Raises ValueError with the text `refusal` if another process holds the lock. A "{holder}" in this text is replaced
-    by the process id and the host name of the other process.
+    Raises ValueError with the message `refusal` if another process holds the lock. "{holder}" in this message is
+    replaced by the process id and the host name of the other process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

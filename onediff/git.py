@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CURE = "'git init && git add . && git commit -m start' creates a git repository with a first commit"
-# GIT_NO_REPLACE_OBJECTS ignores "git replace", which makes git show other content than a commit contains.
+# GIT_NO_REPLACE_OBJECTS disables "git replace", with which git shows other content than a commit really contains.
 _ENV = {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
 
 
@@ -42,11 +42,10 @@ def git_paths(*arguments: str, root: Path = Path()) -> list[str]:
 
 
 def head(root: Path = Path()) -> str | None:
-    """Return the hash of the checked-out commit if it contains the folder `root`, and otherwise None.
+    """Return the hash of the checked-out commit, or None if there is no commit that contains the folder `root`.
 
-    The result is None without git, before the first commit, and for a folder that the commit does not contain.
-    Raises ValueError with the message of git if git refuses to read the checkout, for example because another user
-    owns it.
+    The result is also None if git is not installed. Raises ValueError with the message of git if git refuses to read
+    the repository, for example because another user owns it.
     """
     try:
         done = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD:./"], cwd=root, capture_output=True,
@@ -62,7 +61,7 @@ def head(root: Path = Path()) -> str | None:
 
 
 def current_branch(root: Path = Path()) -> str:
-    """Return the name of the checked-out branch, or an empty text if there is none."""
+    """Return the name of the checked-out branch, or an empty text if no branch is checked out."""
     return git("branch", "--show-current", root=root) if head(root) else ""
 
 
@@ -74,7 +73,7 @@ def committed(path: Path, root: Path = Path()) -> bytes | None:
 
 
 def is_committed(path: Path) -> bool:
-    """Return whether the file equals its version in the checked-out commit, ignoring the style of line ends.
+    """Return whether the file has the same content in the checked-out commit, apart from LF or CRLF line ends.
 
     The function compares the bytes, because `git update-index` and git filters can hide a change from `git status`.
     """
@@ -84,10 +83,10 @@ def is_committed(path: Path) -> bool:
 
 
 def changed_files(root: Path = Path()) -> list[str]:
-    """Return the files that differ from the checked-out commit, including untracked code.
+    """Return the files whose content differs from the checked-out commit, and all untracked Python files.
 
-    It also finds changes that `git status` does not show, because of `git update-index` or a git filter. dvc.lock and
-    the folder data are not included, because the pipeline writes them.
+    The function also finds changes that `git update-index` or a git filter hides from `git status`. dvc.lock and the
+    folder data are not included, because the pipeline writes them.
     """
     if head(root) is None:
         return []
@@ -97,7 +96,7 @@ def changed_files(root: Path = Path()) -> list[str]:
     overlooked = [line[2:] for line in git_paths("ls-files", "-v", *not_data, root=root)
                   if (line[0].islower() or line[0] == "S") and (root / line[2:]).exists()]
     code = git_paths("ls-files", "--", "*.py", "*.yaml", root=root)
-    # `git check-attr` prints three fields for each file: the path, the word "filter", and the value.
+    # `git check-attr` prints three fields for each file: its path, the word "filter", and the filter of this file.
     attributes = git_paths("check-attr", "filter", "--", *code, root=root) if code else []
     hidden = [path for path, value in zip(attributes[::3], attributes[2::3], strict=True)
               if value not in ("unspecified", "unset") and (root / path).exists()
@@ -106,10 +105,10 @@ def changed_files(root: Path = Path()) -> list[str]:
 
 
 def configure_dvc(root: Path = Path()) -> None:
-    """Set core.no_scm in .dvc/config.local if the folder is without git, and remove the setting otherwise.
+    """Set core.no_scm in .dvc/config.local if the folder `root` is in no git repository; otherwise remove the setting.
 
-    Without git, DVC needs this setting to run. With git, it would be dangerous: `dvc gc --all-branches` would delete
-    the data of other branches as unused.
+    Without git, DVC runs only with this setting. With git, the setting is dangerous, because then
+    `dvc gc --all-branches` deletes the data of all other branches.
     """
     local = root / ".dvc/config.local"
     if not local.parent.is_dir():

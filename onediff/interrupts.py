@@ -21,25 +21,25 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FLOW = "ONEDIFF_STARTED_BY"  # environment variable with the process id of the flow that started DVC
+FLOW = "ONEDIFF_STARTED_BY"  # environment variable with the process id of the Prefect flow that started DVC
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass
 class Stop:
-    """The name of the signal that asked this process to stop, or an empty text if there was no signal yet."""
+    """A request to stop this process: `reason` is the name of the signal, or empty if no signal has arrived yet."""
 
     reason: str = ""
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """Store the name of the first signal. This method is a signal handler."""
+        """Signal handler that stores the name of the first signal in `reason`."""
         self.reason = self.reason or signal.Signals(number).name
 
 
 @contextmanager
 def postponed(stop: Stop) -> Iterator[Stop]:
-    """Context manager in which signals only set `stop.reason`, so that the code can stop at a safe point.
+    """Context manager in which a stop signal only sets `stop.reason`, so that the `with` block stops at a safe point.
 
     Python allows signal handlers only in the main thread. In other threads `stop.reason` stays empty.
     """
@@ -52,10 +52,10 @@ def postponed(stop: Stop) -> Iterator[Stop]:
 
 
 def raise_keyboard_interrupt(limit_s: float) -> None:
-    """Make the first stop signal to this process raise KeyboardInterrupt with the name of the signal.
+    """Set signal handlers that raise KeyboardInterrupt, with the name of the signal, at the first stop signal.
 
-    Later signals are ignored, so that they do not interrupt the clean-up. `limit_s` seconds after the first signal the
-    process exits even if the clean-up is still running or a library has caught the exception.
+    Later signals are ignored, so that they do not interrupt the clean-up. The process exits `limit_s` seconds after
+    the first signal, even if the clean-up is still running or a library has caught the KeyboardInterrupt.
     """
     stop, previous_hook = Stop(), sys.unraisablehook
 
@@ -66,9 +66,9 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
             raise KeyboardInterrupt(stop.reason)
 
     def send_again(ignored: Any) -> None:
-        """Send the stop signal again if Python has dropped its KeyboardInterrupt, and report other dropped exceptions.
+        """Send the stop signal again if Python has dropped the KeyboardInterrupt; report other dropped exceptions.
 
-        Python drops an exception in a __del__ method or a weakref callback, and calls sys.unraisablehook instead.
+        Python drops an exception that is raised in a __del__ method or a weakref callback, and then calls this hook.
         """
         if stop.reason and isinstance(ignored.exc_value, KeyboardInterrupt):
             number, stop.reason = signal.Signals[stop.reason], ""
@@ -81,17 +81,17 @@ def raise_keyboard_interrupt(limit_s: float) -> None:
 
 
 def _start_timer(seconds: float, function: Callable[..., Any], *arguments: int) -> None:
-    """Call the function after this time in a daemon thread, which does not keep the process alive."""
+    """Call `function` after `seconds` in a daemon thread, which does not keep the process alive."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
 
 
 def end_with_starters() -> None:
-    """Send SIGTERM to this process when the DVC process or the flow that started it ends.
+    """Start a thread that sends SIGTERM to this process when the DVC process or the Prefect flow above it ends.
 
-    Otherwise a stage would continue after DVC was killed, and would write to the same files as the next run. Outside
-    of DVC this function does nothing.
+    Without this, a stage would continue after DVC was killed, and would write to the same files as the next run. If
+    DVC did not start this process, the function does nothing.
     """
     if "DVC_STAGE" in os.environ:
         starters = [os.getppid(), *filter(None, [int(os.environ.get(FLOW, 0))])]
@@ -99,14 +99,14 @@ def end_with_starters() -> None:
 
 
 def _end_with(starters: list[int]) -> None:
-    """Wait until one of the processes has ended, then send SIGTERM to this process."""
+    """Wait until one of the processes with the ids `starters` has ended, then send SIGTERM to this process."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
         processes = [psutil.Process(pid) for pid in starters]
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
             time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # A training handles SIGTERM by saving a checkpoint.
+    os.kill(os.getpid(), signal.SIGTERM)  # A training process reacts to SIGTERM by saving a checkpoint.
 
 
 def ignore() -> None:
@@ -116,31 +116,32 @@ def ignore() -> None:
 
 
 def end_while_importing() -> None:
-    """Make a signal that arrives during the imports of `python -m` end the process with a one-line message.
+    """End the process with a one-line message if a stop signal arrives while `python -m MODULE` imports packages.
 
-    Without this, Python would print the stack trace of the interrupted import. The `__init__.py` of the package that
-    contains the module calls this function, and it has an effect until the module sets other handlers.
+    Without this, Python would print the stack trace of the interrupted import. The `__init__.py` of the package of
+    MODULE calls this function. Its signal handlers stay until MODULE sets other handlers.
     """
-    if sys.argv[0] == "-m":  # Python sets sys.argv[0] to -m until it has located the module.
+    if sys.argv[0] == "-m":  # sys.argv[0] is -m until `python -m` has located the module.
         _handle(_end_at_once)
         end_with_starters()
 
 
 def handle_as_python_does() -> None:
-    """Undo `end_while_importing`, for a module that needs only the default signal handlers of Python."""
+    """Restore Python's default signal handlers, which `end_while_importing` has replaced."""
     for number in SIGNALS:
         if signal.getsignal(number) is _end_at_once:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def survive_closed_output() -> None:
-    """Drop printed text instead of raising an error if the terminal was closed or the reader of the pipe has ended.
+    """Let this process continue if its output can no longer be written: printed text is then dropped without an error.
 
-    Without this, the next print would end a training before it can save a checkpoint. A closed terminal is also
-    treated as SIGHUP, because the kernel sends this signal only to the leader of the session, and `make` does not
-    forward it. Background jobs continue to run.
+    The output cannot be written after the terminal was closed or the reader of a pipe has ended. An error would end a
+    training before it saves a checkpoint. If the terminal is closed, this function also sends SIGHUP to this process,
+    because the kernel sends it only to the session leader, and `make` does not forward it. Background jobs get no
+    SIGHUP, so they continue.
     """
-    with suppress(OSError):  # This error means that standard error is not the terminal of the session.
+    with suppress(OSError):  # `tcgetpgrp` raises OSError if standard error is not the terminal of this session.
         if os.tcgetpgrp(2) == os.getpgrp():
             threading.Thread(target=_wait_for_hangup, daemon=True).start()
     for name in ("stdout", "stderr"):
@@ -152,7 +153,7 @@ def survive_closed_output() -> None:
 
 
 def _wait_for_hangup() -> None:
-    """Wait until the terminal of standard error is closed, then send SIGHUP to this process if it is handled."""
+    """Wait until the terminal is closed, then send SIGHUP to this process if it has a handler for SIGHUP."""
     poll = select.poll()
     poll.register(2, 0)
     poll.poll()
@@ -161,7 +162,7 @@ def _wait_for_hangup() -> None:
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
-    """Set the handler for all stop signals that are not ignored. Return the previous handlers by signal."""
+    """Set the handler for all stop signals that are not ignored. Return a dict from signal to previous handler."""
     return {number: signal.signal(number, handler) for number in SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN}
 

@@ -6,7 +6,7 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Silence library logging below ERROR and the progress bars of transformers. Call this before loading a model."""
+    """Hide log messages of libraries below level ERROR, and the progress bars of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")

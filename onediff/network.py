@@ -7,11 +7,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def exempt_loopback_from_proxies(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Add the loopback addresses to NO_PROXY and no_proxy if the environment sets a proxy.
+    """Add the loopback addresses to NO_PROXY and no_proxy if an environment variable sets a proxy.
 
-    A proxy cannot reach servers that listen on this machine only. Both variables are set, because some libraries read
-    the one and some the other. Without a proxy in the environment nothing changes, because on macOS a no_proxy
-    variable would disable the proxy of the system settings.
+    A proxy cannot reach servers that listen only on this machine. Some libraries read NO_PROXY and others no_proxy.
+    If no environment variable sets a proxy, nothing changes, because on macOS the variable no_proxy would disable the
+    proxy of the system settings.
     """
     if not any(environ.get(key) for key in environ if key.lower().endswith("_proxy") and key.lower() != "no_proxy"):
         return

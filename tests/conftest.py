@@ -10,6 +10,7 @@ os.environ.update(HF_HUB_OFFLINE="1", GX_ANALYTICS_ENABLED="false", MLFLOW_DISAB
                   TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
 
 import pytest
+from browser import chromium  # noqa: F401  # pytest registers the fixture through this import.
 
 from onediff.config import Config, load_params
 from onediff.data.record import Record

@@ -15,10 +15,10 @@ from onediff.config import load_runtime
 
 
 def start(stack: Stack) -> str:
-    """Start the services that do not run yet, each after the services that it needs; return text with the addresses.
+    """Start the services that do not run yet, in the order of their dependencies; return text with their addresses.
 
-    If one service fails, the services that this call started are stopped. Raises ValueError if a port is in use, or,
-    with the end of the log, if a service does not answer in time.
+    If one service fails, the services that this call started are stopped. Raises ValueError if a port is in use or if a
+    service does not answer in time; in the second case, the message contains the end of the service's log.
     """
     begin = time.monotonic()
     topology.begin(stack)
@@ -30,7 +30,7 @@ def start(stack: Stack) -> str:
         for group in (topology.servers(stack), topology.workers(stack)):
             missing = [service for service in group if background.running(folder, service.name) is None]
             for service in missing:
-                # A child of a killed server may hold the port. Workers have no port, and their flows may continue.
+                # Children of a killed server may hold its port, so end them. Flows of a killed worker may continue.
                 if service.port is not None:
                     background.end(folder, service.name)
                     background.check_port_is_free(service.port, f"{service.name}_port")
@@ -52,9 +52,9 @@ def start(stack: Stack) -> str:
 
 
 def stop(stack: Stack) -> str:
-    """Stop the workers and their flows, then the servers, then PostgreSQL; return a line for the user.
+    """Stop the workers and their flows, then the servers, then PostgreSQL; return a line that lists what was stopped.
 
-    Workers of pools that are no longer in runtime.yaml are stopped too.
+    Workers of Prefect work pools that this machine no longer serves are stopped too.
     """
     grace_s = max(background.GRACE_S, stack.runtime.grace_s)
     recorded = [path.stem for path in sorted((stack.folder / "run").glob("*.json"))]
@@ -64,7 +64,7 @@ def stop(stack: Stack) -> str:
 
 
 def status(stack: Stack) -> list[dict[str, Any]]:
-    """Return one row for each service: name, running, pid, address, healthy, problem, database, memory_mb."""
+    """Return one dict per service: name, running, pid, address, healthy, problem, database and memory_mb."""
 
     def row(service: Service) -> dict[str, Any]:
         process = background.running(stack.folder, service.name)

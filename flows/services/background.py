@@ -16,7 +16,7 @@ import psutil
 from flows.processes import is_alive, send_signal, wait_for_end
 from onediff.files import write_text
 
-GRACE_S = 60.0  # seconds before SIGKILL, in which a training that a worker started can write its checkpoint
+GRACE_S = 60.0  # seconds between SIGTERM and SIGKILL, so that training on a worker can write its checkpoint
 # environment variable that marks all processes of a service, because child processes inherit it
 MARK = "ONEDIFF_SERVICE"
 SHOWN_LINES = 15  # maximum number of lines of a log that an error message shows
@@ -54,9 +54,9 @@ def log_file(folder: Path, name: str) -> Path:
 
 
 def running(folder: Path, name: str) -> psutil.Process | None:
-    """Return the process that was started under the name, or None if it has ended.
+    """Return the first process of the service `name`, or None if it has ended or was never started.
 
-    The start time shows whether the process id now belongs to another process.
+    The recorded start time shows whether another process now has the recorded process id.
     """
     try:
         record = json.loads(pid_file(folder, name).read_text(encoding="utf-8"))
@@ -68,10 +68,10 @@ def running(folder: Path, name: str) -> psutil.Process | None:
 
 
 def family(folder: Path, name: str) -> list[psutil.Process]:
-    """Return the running processes of a service: its first process and all that descend from it.
+    """Return the running processes of a service: its first process and all its descendants.
 
-    They are recognised by their session or by the inherited environment variable, so they are also found after the
-    first process was killed.
+    They are recognised by their session or by the environment variable MARK that they inherit, so they are also found
+    after the first process was killed.
     """
     alive = [process for process in psutil.process_iter() if is_alive(process)]
     leader = None
@@ -126,8 +126,8 @@ def wait_until_it_answers(service: Service, folder: Path, limit_s: float) -> Non
 def end(folder: Path, name: str, *, grace_s: float = GRACE_S) -> bool:
     """End all processes of a service; return whether there were any.
 
-    The first process gets the service's stop signal, then all others get SIGTERM, then SIGKILL. Each wait between two
-    signals takes at most `grace_s` seconds.
+    The first process gets the service's stop signal. Then all processes that still run get SIGTERM, and finally
+    SIGKILL. Each wait between two signals takes at most `grace_s` seconds.
     """
     members, leader = family(folder, name), running(folder, name)
     if leader is not None:
@@ -141,9 +141,9 @@ def end(folder: Path, name: str, *, grace_s: float = GRACE_S) -> bool:
 
 
 def check_port_is_free(port: int, key: str) -> None:
-    """Raise ValueError if a process listens on the port. `key` is the key of the port in runtime.yaml."""
+    """Raise ValueError if a process listens on the port. `key` is the name of the port's setting in runtime.yaml."""
     try:
-        socket.create_server(("127.0.0.1", port)).close()  # The port of a server that just ended can be reused.
+        socket.create_server(("127.0.0.1", port)).close()  # This also works for the port of a server that just ended.
     except OSError:
         raise ValueError(f"port {port} is in use: stop the process that listens there, or set another port in "
                          f"runtime.yaml, services: {{{key}: {port + 1000}}}") from None

@@ -24,7 +24,7 @@ SUFFIX = {"postgresql": ".dump", "sqlite": ".db"}
 
 
 def backup(stack: Stack, target: Path) -> str:
-    """Write both databases into a new folder. This works while the servers run.
+    """Write the databases of Prefect and MLflow into a new folder. This works while their servers run.
 
     The folder appears only when the backup is complete. Raises ValueError if the folder is not empty, or if there is no
     database yet.
@@ -46,9 +46,10 @@ def backup(stack: Stack, target: Path) -> str:
 
 
 def restore(stack: Stack, source: Path) -> str:
-    """Replace both databases by those of a backup; if one cannot be restored, both stay unchanged.
+    """Replace the databases of Prefect and MLflow by a backup; if one cannot be restored, both stay unchanged.
 
-    Raises ValueError if a server runs, if the backup is damaged, or if it comes from the other kind of database.
+    Raises ValueError if a server runs, if the backup is damaged, or if the backup is of the other kind of database
+    (PostgreSQL or SQLite).
     """
     _refuse_while_running(stack, f"python -m flows.services restore {source}")
     manifest = _checked_manifest(stack, source)
@@ -62,9 +63,9 @@ def restore(stack: Stack, source: Path) -> str:
 
 
 def upgrade(stack: Stack) -> str:
-    """Write a backup, then upgrade both schemas to the installed versions of Prefect and MLflow.
+    """Write a backup, then upgrade the database schemas of Prefect and MLflow to the installed versions.
 
-    Raises ValueError if an upgrade fails, with the command that restores the backup.
+    Raises ValueError if an upgrade fails; its message contains the command that restores the backup.
     """
     _refuse_while_running(stack, "make upgrade")
     topology.begin(stack)
@@ -82,7 +83,7 @@ def upgrade(stack: Stack) -> str:
 
 
 def purge(stack: Stack, runs: Sequence[str]) -> str:
-    """Remove runs that the MLflow server has marked as deleted, and their artifacts. The server must run."""
+    """Remove the MLflow runs that the server has marked as deleted, with their artifacts. The server must run."""
     run_tool([sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", stack.database_address("mlflow"),
               "--run-ids", ",".join(runs)], "mlflow gc", folder=stack.folder / "mlflow",
              env=topology.worker_env(stack) | topology.mlflow_env(stack))
@@ -122,7 +123,7 @@ def _dump(stack: Stack, name: str, target: Path) -> None:
 
 
 def _restore_postgres(stack: Stack, source: Path) -> None:
-    """Restore into new databases, then exchange their names with those of the old ones in one transaction."""
+    """Restore the backup into new databases, then give them the names of the old databases in one transaction."""
     port, folder = stack.runtime.services.postgres_port, stack.folder
 
     def drop(suffix: str) -> None:
@@ -162,7 +163,8 @@ def _checked_manifest(stack: Stack, source: Path) -> dict[str, Any]:
                                 "folder that 'make backup' wrote") from None
     if manifest["database"] != stack.database:
         raise ValueError(f"{source} is a backup of {manifest['database']}, but {stack.folder} uses {stack.database}: "
-                         "restore into a folder with the same kind of database (services.folder, services.database)")
+                         "restore it into a folder with that kind of database (runtime.yaml: services.folder and "
+                         "services.database)")
     for name in postgres.DATABASES:
         path = source / f"{name}{SUFFIX[stack.database]}"
         if not path.exists() or sha256_of(path) != manifest["files"].get(path.name, {}).get("sha256"):

@@ -20,7 +20,7 @@ from onediff.files import new_folder
 
 DATABASES = ("prefect", "mlflow")
 USER = "onediff"  # the PostgreSQL role that owns both databases
-SYSTEM_USER = "postgres"  # the system user that runs PostgreSQL when this process is root, as which it refuses to run
+SYSTEM_USER = "postgres"  # the system user that runs PostgreSQL if this user is root, because PostgreSQL refuses root
 
 
 def binaries() -> Path | None:
@@ -37,7 +37,7 @@ def binaries() -> Path | None:
 
 
 def obstacle(folder: Path) -> str | None:
-    """Return the reason why PostgreSQL cannot use the folder for this user, or None if it can."""
+    """Return the reason why this user cannot run PostgreSQL in the folder, or None if that is possible."""
     if binaries() is None:
         return "PostgreSQL is not installed"
     if os.geteuid():
@@ -53,7 +53,7 @@ def obstacle(folder: Path) -> str | None:
 
 
 def _as_owner(command: list[str]) -> list[str]:
-    """Return the command that runs `command` as the owner of the cluster: this user, or `postgres` instead of root."""
+    """Return `command`; if this user is root, put `setpriv` before it, so that the user `postgres` runs it."""
     if os.geteuid():
         return command
     return ["setpriv", f"--reuid={SYSTEM_USER}", f"--regid={SYSTEM_USER}", "--init-groups", *command]
@@ -96,9 +96,9 @@ def tool(folder: Path, port: int, name: str, *arguments: str) -> str:
 
 
 def start(folder: Path, port: int, start_s: float) -> None:
-    """Start the server and create the databases that do not exist yet.
+    """Start the PostgreSQL server and create the databases `prefect` and `mlflow` if they do not exist yet.
 
-    Raises ValueError if the port is in use or the server does not answer; then no process of the server is left.
+    Raises ValueError if the port is in use or the server does not answer. After an error, the server does not run.
     """
     background.end(folder, "postgres")
     background.check_port_is_free(port, "postgres_port")
@@ -134,7 +134,7 @@ def _make(folder: Path, data: Path) -> None:
 
 
 def write_secret(path: Path, text: str) -> None:
-    """Write a file that no other user can read at any time: it is created with mode 0600 before the text is written."""
+    """Write a file that only this user can read: it is created with mode 0600 before the text is written."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
@@ -143,7 +143,7 @@ def write_secret(path: Path, text: str) -> None:
 def _is_postgres(pid: int) -> bool:
     """Return whether the process is a running PostgreSQL server.
 
-    A killed server stays a zombie until its parent reads its exit status; PostgreSQL itself would take it for alive.
+    A killed server stays a zombie until its parent reads its exit status. PostgreSQL would count a zombie as running.
     """
     try:
         process = psutil.Process(pid)

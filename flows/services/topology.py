@@ -39,7 +39,7 @@ QUIET = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY
 
 @dataclass(frozen=True)
 class Stack:
-    """The services of one folder: the kind of database that it has (`services.json`), and runtime.yaml."""
+    """The configuration of the services in one folder: runtime.yaml, and the kind of database in the folder."""
 
     folder: Path
     runtime: Runtime
@@ -54,9 +54,10 @@ class Stack:
         return f"http://127.0.0.1:{self.runtime.services.mlflow_port}"
 
     def database_address(self, name: str, drivers: tuple[str, str] = ("postgresql+psycopg2", "sqlite")) -> str:
-        """Return the address of the database `prefect` or `mlflow`. `drivers`: SQLAlchemy's for PostgreSQL and SQLite.
+        """Return the SQLAlchemy address of the database `prefect` or `mlflow`.
 
-        The address has no password, because clients read the password from the file that PGPASSFILE names.
+        `drivers` are SQLAlchemy's names of the drivers for PostgreSQL and for SQLite. The address has no password,
+        because clients read the password from the file that PGPASSFILE names.
         """
         if self.database == "postgresql":
             return f"{drivers[0]}://{postgres.USER}@127.0.0.1:{self.runtime.services.postgres_port}/{name}"
@@ -64,9 +65,9 @@ class Stack:
 
 
 def load_stack(runtime: Runtime) -> Stack:
-    """Return the services of the folder in runtime.yaml, with the kind of database that the folder has or will get.
+    """Return the configuration of the services, with the kind of database that services.folder has or will get.
 
-    Writes nothing. Raises ValueError if runtime.yaml asks for another kind than the folder has, or if PostgreSQL is
+    Writes nothing. Raises ValueError if runtime.yaml requires another kind than the folder has, or if PostgreSQL is
     required and cannot run there.
     """
     folder, database = Path(runtime.services.folder), runtime.services.database
@@ -84,15 +85,15 @@ def load_stack(runtime: Runtime) -> Stack:
 
 
 def begin(stack: Stack) -> None:
-    """Create the folder, record its settings, and undo a restore of SQLite files that was killed between two renames.
+    """Create the folder of the services, write its services.json, and undo a restore of SQLite that was interrupted.
 
     Raises ValueError if a server that required a password would now start without one.
     """
     settings = _settings(stack.folder)
     for key in LOGINS:
         if settings.get(key) and not os.environ.get(key):
-            raise ValueError(f"{stack.folder}: the server was protected by {key} before, and this variable is not set "
-                             "now: set it")
+            raise ValueError(f"{stack.folder}: the server was protected by {key} before, and this environment variable "
+                             "is not set now: set it")
     databases, old = stack.folder / "databases", stack.folder / "databases.old"
     if old.exists() and not databases.exists():
         old.rename(databases)
@@ -100,7 +101,7 @@ def begin(stack: Stack) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     for part in ("logs", "run", "prefect", "mlflow", "databases"):
         (stack.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    stack.folder.chmod(0o755)  # The user `postgres` needs access; files with secrets have mode 0600.
+    stack.folder.chmod(0o755)  # The user `postgres` needs access to this folder; files with secrets have mode 0600.
     settings |= {"database": stack.database, **{key: bool(os.environ.get(key)) for key in LOGINS}}
     (stack.folder / "services.json").write_text(json.dumps(settings), encoding="utf-8")
     if not (stack.folder / "flask_key").exists():
@@ -137,7 +138,7 @@ def servers(stack: Stack) -> list[Service]:
 
 def workers(stack: Stack) -> list[Service]:
     """Return the description of one worker for each work pool. A worker creates its pool if the pool does not exist."""
-    # The name contains the path of the clone, because one machine may run workers of several clones.
+    # The worker's name contains a digest of the folder's path, because several clones may run workers on one machine.
     clone = hashlib.sha256(str(stack.folder.absolute()).encode()).hexdigest()[:6]
     name = f"{socket.gethostname()}-{clone}"
     return [Service(pool, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
@@ -176,7 +177,7 @@ def prefect_env(stack: Stack) -> dict[str, str]:
 
 
 def mlflow_env(stack: Stack) -> dict[str, str]:
-    """Return the environment of the MLflow server and of the tools that work on its database."""
+    """Return the environment of the MLflow server and of the commands that upgrade or clean its database."""
     folder, key = stack.folder / "mlflow", stack.folder / "flask_key"
     password = os.environ.get(MLFLOW_PASSWORD)
     auth = {"MLFLOW_AUTH_CONFIG_PATH": str((folder / "auth.ini").absolute()), "MLFLOW_AUTH_ADMIN_USERNAME": MLFLOW_USER,
@@ -188,7 +189,7 @@ def mlflow_env(stack: Stack) -> dict[str, str]:
 
 
 def worker_env(stack: Stack) -> dict[str, str]:
-    """Return the environment of a worker. Its flows inherit it, so they use these servers and send heartbeats."""
+    """Return the environment of a Prefect worker. The worker's flows inherit it, so they use the servers of `stack`."""
     login, password = os.environ.get(PREFECT_LOGIN), os.environ.get(MLFLOW_PASSWORD)
     return {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **_base_env(stack), "ONEDIFF_PROJECT": str(Path.cwd()),
             "MLFLOW_TRACKING_URI": stack.mlflow,
@@ -215,7 +216,7 @@ def _query(url: str, key: str, login: str | None, *, body: dict[str, Any] | None
     except httpx.TransportError as error:
         raise ValueError(str(error)) from None
     if response.status_code in (401, 403):
-        raise ValueError(f"the server refuses the credentials of {key}" if login
+        raise ValueError(f"the server refuses the credentials in the environment variable {key}" if login
                          else f"the server requires credentials: set {key}")
     if response.is_error:
         raise ValueError(f"the server answers with HTTP status {response.status_code}")

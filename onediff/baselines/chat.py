@@ -33,8 +33,9 @@ class ChatCaptioner:
     """
 
     def __init__(self, model: Any, processor: Any, *, name: str, prompt: str = PROMPT) -> None:
-        """Wrap a loaded model. `prompt` is the text after the two images; {question} stands for the pair's question.
+        """Create a captioner from a loaded model and processor.
 
+        `prompt` is the text that follows the two images; {question} in it is replaced by the question about the pair.
         Raises ValueError if the chat template of the model does not insert both images.
         """
         self.model, self.processor, self.name, self.prompt = model.eval(), processor, name, prompt
@@ -95,7 +96,7 @@ class ChatCaptioner:
         return clean_captions(tokenizer, ids)
 
     def inputs(self, pairs: Sequence[tuple[Image.Image, Image.Image]], questions: Sequence[str]) -> Any:
-        """Return the input batch for `generate`. Rows are padded on the left, because generation continues at the end.
+        """Return the input tensors for `generate`, padded on the left, because `generate` appends tokens on the right.
         """
         texts = [self.conversation(question) for question in questions]
         begin = self.processor.tokenizer.bos_token
@@ -103,7 +104,9 @@ class ChatCaptioner:
                               add_special_tokens=not (begin and texts[0].startswith(begin)), return_tensors="pt")
 
     def conversation(self, question: str) -> str:
-        """Return the prompt by the chat template: a placeholder for each image, the question, and the answer's start.
+        """Return the prompt in the format of the chat template, up to the position where the answer starts.
+
+        It contains a placeholder for each image, then the text with the question.
         """
         content = [*({"type": "image"} for _ in range(NUM_IMAGES)),
                    {"type": "text", "text": self.prompt.replace(QUESTION, question)}]
@@ -112,7 +115,7 @@ class ChatCaptioner:
 
 
 def load_processor(config: PreTrainedConfig, name: str) -> Any:
-    """Load the processor of the checkpoint.
+    """Load the processor, which prepares images and text, from the checkpoint `name`.
 
     Raises ValueError if the processor has no chat template or needs a package that is not installed.
     """
@@ -146,5 +149,5 @@ def _without_videos(kind: Any) -> Any:
         def get_attributes(cls) -> list[str]:
             return [part for part in super().get_attributes() if "video" not in part]
 
-    ForImages.__name__ = kind.__name__  # transformers looks up default settings by the name of the class.
+    ForImages.__name__ = kind.__name__  # transformers finds default settings by the name of the processor class.
     return ForImages

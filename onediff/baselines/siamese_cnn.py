@@ -30,16 +30,16 @@ from onediff.files import write_json
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 MARKS = ("<pad>", "<s>", "</s>", "<unk>")
-STRIDE = 8  # width of the image area, in pixels, that one position of the feature map covers
+STRIDE = 8  # distance, in pixels of the image, between two neighbouring positions of the feature map
 WEIGHTS, SETTINGS = "model.safetensors", "siamese_cnn.json"
 Comparison = Literal["same_place", "matched"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a Siamese CNN, and how both images are compared.
+    """Sizes of a Siamese CNN, and the method by which it compares the two images.
 
-    `comparison`: the decoder always reads the features of both images and their difference at the same position. With
+    The decoder always reads the features of both images and their difference at each position. If `comparison` is
     "matched", it also reads the difference between each position and the most similar positions of the other image,
     which helps if the camera moved (Shi et al., ECCV 2020).
     """
@@ -76,14 +76,14 @@ class Vocabulary:
         return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
     def encode(self, captions: Sequence[str], *, max_words: int) -> Tensor:
-        """Return the word ids of the captions, (B, T): begin mark, at most `max_words` words, end mark, padding."""
+        """Return word ids (B captions, T ids): begin mark, at most `max_words` words, end mark, and padding."""
         rows = [[BEGIN, *(self._number.get(word, UNKNOWN) for word in words_of(caption)[:max_words]), END]
                 for caption in captions]
         longest = max(map(len, rows))
         return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Return the captions for word ids (B, T). Words after the end mark are dropped."""
+        """Return the captions for word ids (B captions, T ids). Words after the end mark are dropped."""
         rows = [list(takewhile(lambda number: number != END, row)) for row in ids.tolist()]
         return [" ".join(self.words[number] for number in row if number > UNKNOWN) for row in rows]
 
@@ -105,9 +105,9 @@ def convolution(inputs: int, outputs: int, side: int, stride: int) -> nn.Sequent
 
 
 class FeatureMatch(nn.Module):
-    """Difference between each position and its match in the other image.
+    """Subtracts, at each position of an image, the matching features of the other image.
 
-    The match is a weighted mean of the features of the other image; similar and near positions have more weight.
+    The matching features are a weighted mean over the other image; similar and near positions have more weight.
     """
 
     distances: Tensor
@@ -120,7 +120,10 @@ class FeatureMatch(nn.Module):
         self.register_buffer("distances", torch.cdist(places, places).square(), persistent=False)  # (N, N)
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `before` minus its match in `after`, and `after` minus its match in `before`. All are (B, C, S, S)."""
+        """Return `before` minus its match in `after`, and `after` minus its match in `before`.
+
+        Inputs and outputs are feature maps (B pairs, C channels, S rows, S columns).
+        """
         shape = before.shape
         before, after = (self.norm(x.flatten(2).transpose(1, 2)) for x in (before, after))  # (B, N, C)
         similarity = self.sharpness * before @ after.transpose(1, 2) / shape[1] ** 0.5 - self.nearness * self.distances
@@ -150,7 +153,10 @@ class SiameseCNN(nn.Module):
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        """Return the logits of the next word (B, T, V) for pixel values (B, 2, 3, H, W) and past words (B, T)."""
+        """Return logits (B pairs, T, vocabulary size) of the word that follows each of the T words of a caption.
+
+        `images` are pixel values (B, 2, 3, height, width), and `words` are word ids (B, T).
+        """
         return self.word_logits(self.encode(images), words)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -166,7 +172,10 @@ class SiameseCNN(nn.Module):
         return self.join(torch.cat(views, 1)).flatten(2).transpose(1, 2) + self.places
 
     def word_logits(self, context: Tensor, words: Tensor) -> Tensor:
-        """Return the logits of the next word (B, T, V) for the features of `encode` and the words so far (B, T)."""
+        """Return logits (B pairs, T, vocabulary size) of the word that follows each of the T words of a caption.
+
+        `context` are the features that `encode` returned, and `words` are word ids (B, T).
+        """
         num = words.shape[1]
         hidden = self.words(words) + self.turns[:num]
         later = torch.ones(num, num, dtype=torch.bool, device=words.device).triu(1)
@@ -188,7 +197,10 @@ class SiameseCaptioner:
 
     @torch.inference_mode()
     def caption_pixels(self, images: Tensor) -> list[str]:
-        """Return a caption for each pair of images (B, 2, 3, H, W) from 0 to 255, with greedy decoding."""
+        """Return a caption for each pair, with greedy decoding.
+
+        `images` has shape (B pairs, 2, 3, height, width), with pixel values from 0 to 255.
+        """
         self.model.eval()
         device = self.model.places.device
         context = self.model.encode(images.to(device))
@@ -229,7 +241,7 @@ class SiameseCaptioner:
 
 
 def pixels(image: Image.Image, image_px: int) -> Tensor:
-    """Return the pixels of an image, resized to a square, (3, image_px, image_px) from 0 to 255."""
+    """Resize an image to a square, and return pixel values from 0 to 255 as a tensor (3, image_px, image_px)."""
     if image.size != (image_px, image_px):
         image = image.resize((image_px, image_px), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

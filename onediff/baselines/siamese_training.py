@@ -22,7 +22,9 @@ Log = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of the training. The captioner is validated every `validate_every` steps, and the best weights are kept.
+    """Settings for training the Siamese CNN.
+
+    The captioner is validated every `validate_every` steps, and the weights with the best score are kept.
     """
 
     steps: int = 3900
@@ -39,8 +41,9 @@ class Training:
 class Pairs:
     """The image pairs of a split, in memory.
 
-    `images` (M, 3, H, W): each distinct image once, pixel values from 0 to 255. `places` (n, 2): for each pair the
-    positions of before and after in `images`. `references`: the captions of each pair.
+    `images` (M images, 3, height, width) has each distinct image once, with pixel values from 0 to 255. `places` has
+    for each pair the two indices of the before and the after image in `images`. `references` has the captions of each
+    pair.
     """
 
     images: Tensor
@@ -69,7 +72,7 @@ class Pairs:
         return len(self.places)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """Return the images of the pairs with the given indices, (B, 2, 3, H, W)."""
+        """Return the images of the pairs with the given indices, (B pairs, 2, 3, height, width)."""
         return self.images[self.places[list(rows)]]
 
 
@@ -110,9 +113,9 @@ def fit(pairs: Pairs, architecture: Architecture, training: Training, *, validat
 
 
 def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield for each step the positions of the pairs in the batch, and one random reference for each pair.
+    """Yield for each training step the indices of the pairs in the batch, and one random caption of each pair.
 
-    Each epoch visits all pairs once in random order. The reference of a pair is drawn again in each epoch.
+    Each epoch visits all pairs once in random order. The caption of a pair is drawn again in each epoch.
     """
     generator = torch.Generator().manual_seed(training.seed)
     queue: list[int] = []
@@ -126,7 +129,7 @@ def draws(pairs: Pairs, training: Training) -> Iterator[tuple[list[int], list[st
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the factor of the learning rate at a step: linear warmup, then a cosine decay to 0.
+    """Return the factor on the peak learning rate at a step: linear warmup, then a cosine decay to 0.
 
     `warmup` is the share of the steps that the warmup takes.
     """
@@ -135,7 +138,10 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def _decayed(model: SiameseCNN, weight_decay: float) -> list[dict[str, object]]:
-    """Return parameter groups with weight decay for matrices and filters, but not for biases, norms and positions."""
+    """Return two optimizer parameter groups: one with weight decay (matrices and filters), and one without.
+
+    The group without weight decay has the biases, the parameters of norms, the scalars and the position embeddings.
+    """
     named = list(model.named_parameters())
     decayed = {name for name, value in named if value.dim() > 1 and name not in ("places", "turns")}
     matrices = [value for name, value in named if name in decayed]

@@ -19,7 +19,7 @@ Source = Annotated[str, typer.Argument(help="The name of a source, such as spot_
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show licence, size, missing files and the next step of each source.
+    """Show licence, size, missing files and the next step of each data source.
 
     Example: onediff data status
     """
@@ -32,10 +32,10 @@ def status(as_json: Json = False) -> None:
 
 @app.command()
 def fetch(source: Source) -> None:
-    """Download a source, or print where to get it.
+    """Download a data source, or print where to get it.
 
-    Files with a direct address are downloaded by 'dvc import-url'. For all other files, the command prints where to
-    get them and in which folder to put them.
+    The command downloads files that have a direct address with 'dvc import-url'. For all other files, it prints where
+    to get them and in which folder to put them.
 
     Example: onediff data fetch spot_the_diff
     """
@@ -49,10 +49,10 @@ def read(source: Annotated[str, typer.Argument(help="The published set that the 
                                                "your own pairs.")],
          folder: Annotated[Path, path_argument("The folder as its authors publish it, or with your pairs.csv.")],
          as_json: Json = False) -> None:
-    """Count the pairs in a folder and decode every image.
+    """Count the image pairs in a dataset folder and decode every image.
 
-    For each split, the command prints the number of records, pairs, references, empty sentences and missing images,
-    and it lists every image that is damaged. Nothing is written.
+    For each split, the command prints the number of records, pairs, reference captions, empty captions and missing
+    images. It also lists every damaged image. Nothing is written.
 
     Example: onediff data read mine examples/folder
     """
@@ -68,9 +68,9 @@ def dry_run(source: Source,
             stage: Annotated[Literal["write", "instruct"], typer.Option(
                 help="The DVC stage: 'write' makes captions, 'instruct' makes edit instructions.")] = "write",
             as_json: Json = False) -> None:
-    """Print the requests to the writer model and their cost.
+    """Print the requests that a stage would send to the language model, and their cost.
 
-    Nothing is sent. 'dvc repro write@SOURCE' sends the requests.
+    Nothing is sent. 'dvc repro write@SOURCE' sends the requests, or 'dvc repro instruct@SOURCE' with --stage instruct.
 
     Example: onediff data dry-run coco
     """
@@ -85,9 +85,10 @@ def dry_run(source: Source,
 def browse(folder: Annotated[Path, path_option("--folder", help="The folder of shards to show.")] = DIFFCAP,
            per_group: Annotated[int, typer.Option(
                help="The number of pairs of each combination of source, split and change type.")] = 12) -> None:
-    """Write a web page that shows pairs with their captions.
+    """Write a web page that shows image pairs with their captions.
 
-    The page has a search field, and filters for source, split and change type. The command prints the page's path.
+    The page has a search field, and filters for source, split and change type. The command prints the path of the
+    page.
 
     Example: onediff data browse --per-group 30
     """

@@ -36,8 +36,8 @@ def _print_version(requested: bool) -> None:
         try:
             print_text(f"onediff {installed_version('onediff-idc')}")
         except PackageNotFoundError:
-            raise ValueError("the version is unknown, because the package onediff-idc is not installed: run 'make "
-                             "setup' in a clone") from None
+            raise ValueError("the version of OneDiff is unknown, because the package onediff-idc is not installed: run "
+                             "'make setup' in a clone of the repository") from None
         raise typer.Exit
 
 
@@ -48,7 +48,7 @@ def _options(version: Annotated[bool, typer.Option("--version", "-V", is_eager=T
 
 
 def main() -> None:
-    """Run the command line. An error that the user can correct is one line on stderr and exit code 1."""
+    """Run the command line. For an error that the user can correct, print one line to stderr and exit with code 1."""
     exempt_loopback_from_proxies()
     try:
         app(color=use_colour())

@@ -16,18 +16,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON inste
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, or a registered version such as "
                                     "models:/onediff/3.")]
 
-SETTINGS = {"help_option_names": ["--help", "-h"]}  # Settings of Typer that every command of OneDiff uses.
+SETTINGS = {"help_option_names": ["--help", "-h"]}  # Typer settings that all commands of OneDiff share.
 
 
 class GroupedCommands(TyperGroup):
-    """A command group whose help lists its commands under headings, each with one complete sentence.
+    """A Typer command group whose help lists the commands under headings, each with one complete sentence.
 
-    The heading of a command is the `rich_help_panel` under which it was registered. Typer's own plain help has no
-    headings and cuts long sentences. Typer's rich help has both, but importing rich doubles the start time.
+    The heading of a command is the `rich_help_panel` under which it was registered. This class exists because Typer's
+    plain help has no headings and cuts long sentences, and Typer's rich help doubles the start time.
     """
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write one section per heading, in the order in which the headings first occur."""
+        """Write one section of the help per heading, in the order in which commands with this heading first occur."""
         sections: dict[str, list[tuple[str, str]]] = {}
         width = max(map(len, self.list_commands(ctx)))
         for name in self.list_commands(ctx):
@@ -44,48 +44,48 @@ def _first_paragraph(text: str) -> str:
 
 
 def use_colour() -> bool | None:
-    """Return False if the environment variable NO_COLOR is set, which switches colours off, see https://no-color.org.
+    """Return False, which switches colours off, if the environment variable NO_COLOR is set (https://no-color.org).
 
-    Otherwise return None, so that typer uses colours only on a terminal.
+    Otherwise return None, so that Typer uses colours only on a terminal.
     """
     return False if os.environ.get("NO_COLOR") else None
 
 
 def path_argument(help: str) -> Any:
-    """Return a Typer declaration of a positional argument whose value is a path on this machine."""
+    """Return a Typer declaration of a positional argument that takes a path on this machine and rejects addresses."""
     return typer.Argument(help=help, parser=local_path)
 
 
 def path_option(*names: str, help: str) -> Any:
-    """Return a Typer declaration of an option whose value is a path on this machine."""
+    """Return a Typer declaration of an option that takes a path on this machine and rejects addresses."""
     return typer.Option(*names, help=help, parser=local_path, metavar="PATH")
 
 
 def local_path(text: str | Path) -> Path:
-    """Convert an argument of the command line to a path. Raises an error for an address such as https://..."""
+    """Convert the text of a command-line argument to a path. Raises BadParameter for an address such as https://..."""
     if "://" in str(text):
-        raise typer.BadParameter(f"'{text}' is an address, and this command reads and writes only files on this "
+        raise typer.BadParameter(f"'{text}' is an address, but this command reads and writes only files on this "
                                  "machine: download the file, then give its path.")
     return Path(text)
 
 
 def print_text(text: object) -> None:
-    """Print to stdout, with colours only on a terminal."""
+    """Print text to stdout, with colours only if stdout is a terminal."""
     typer.echo(text)
 
 
 def print_warning(text: object) -> None:
-    """Print to stderr, so that the warning does not mix with a result that another program reads."""
+    """Print a warning to stderr, so that stdout contains only the result, which another program may read."""
     typer.echo(text, err=True)
 
 
 def print_result(result: Any, text: str, as_json: bool) -> None:
-    """Print `result` as one line of JSON if `as_json` is True; otherwise print `text`, which is written for people."""
+    """Print `result` as one line of JSON if `as_json` is True; otherwise print `text`, the readable form of it."""
     print_text(json.dumps(result, ensure_ascii=False) if as_json else text)
 
 
 def error_message(error: Exception) -> str:
-    """Return the line that a command prints to stderr when it fails."""
+    """Return the line that a command prints to stderr after the exception `error`."""
     if isinstance(error, ModuleNotFoundError):
         return (f"onediff: this command needs the package {error.name}, which an installation for scoring alone does "
                 "not include: run \"pip install 'onediff-idc[full]'\", or 'make setup' in a clone")

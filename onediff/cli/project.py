@@ -21,17 +21,17 @@ from onediff.cli.output import (
 )
 from onediff.paths import CHAMPION, PARAMS, RUNTIME
 
-NUM_SHOWN = 5  # 'onediff gc' lists this many items of each kind by name.
-CANNOT_BE_MEASURED = 2  # an exit code; diff and grep also use 2 if they cannot answer
+NUM_SHOWN = 5  # largest number of items of each kind that 'onediff gc' lists by name
+CANNOT_BE_MEASURED = 2  # exit code of 'onediff drift'; diff and grep also exit with 2 after an error
 
 
 def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the command lists the presets.")] = None,
            force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite a params.yaml that you "
                                                "edited.")] = False) -> None:
-    """Write params.yaml from one of the files in presets/.
+    """Copy a preset, one of the files in presets/, to params.yaml.
 
-    Comments are copied too. If the preset has a runtime file and the project has no runtime.yaml, that file is copied
-    as well.
+    If the preset also has a file NAME.runtime.yaml and the project has no runtime.yaml, this file is copied to
+    runtime.yaml.
 
     Example: onediff preset tiny
     """
@@ -56,12 +56,12 @@ def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the 
 
 
 def _presets() -> dict[str, Path]:
-    """Return the files in presets/ by name, without the runtime files."""
+    """Return a dict from the name of each preset to its file in presets/, without the runtime files."""
     return {path.stem: path for path in sorted(Path("presets").glob("*.yaml")) if not path.stem.endswith(".runtime")}
 
 
 def _preset_file(name: str) -> Path:
-    """Return the file of a preset. Raises ValueError with the existing names if there is no such preset."""
+    """Return the file of a preset. If it does not exist, raise ValueError with the names of all presets."""
     presets = _presets()
     if name not in presets:
         names = ", ".join(presets) or "none in this folder, so run the command in the folder of the project"
@@ -86,7 +86,7 @@ def plan(preset: Annotated[str | None, typer.Option(help="The preset to plan; wi
          as_json: Json = False) -> None:
     """Estimate parameters, steps, memory and hours of a training.
 
-    The estimate needs no GPU. It shows the memory for each ZeRO level.
+    The estimate needs no GPU. It shows the memory per GPU for each ZeRO level of DeepSpeed.
 
     Example: onediff plan --preset paper --gpu a100-40gb --gpus 8
     """
@@ -108,9 +108,9 @@ def plan(preset: Annotated[str | None, typer.Option(help="The preset to plan; wi
 def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The training phase.")],
              image: Annotated[str, typer.Option(help="A container image that has this project "
                                                 "installed.")] = "onediff:latest") -> None:
-    """Print a Kubernetes Job that trains one phase.
+    """Print the manifest of a Kubernetes Job that runs one training phase.
 
-    The Job uses the number of nodes and GPUs in runtime.yaml. See docs/cluster.md.
+    The Job uses the numbers of nodes and GPUs in runtime.yaml. See docs/cluster.md.
 
     Example: onediff manifest tune --image registry.example.com/onediff:1.0
     """
@@ -121,9 +121,9 @@ def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check the installation and the project, and print the cures.
+    """Check the installation and the project, and print how to fix each problem.
 
-    The exit code is 1 if a necessary check fails.
+    The exit code is 1 if a problem prevents the use of OneDiff, and 0 otherwise.
 
     Example: onediff doctor
     """
@@ -144,13 +144,13 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
           profile: Annotated[Path | None, path_option(
               "--profile", help="A profile.json; without it, the profile that was registered with the model.")] = None,
           as_json: Json = False) -> None:
-    """Check whether recent captions still resemble training.
+    """Check whether recent images and captions still resemble the dataset.
 
-    The command compares the captions in the usage log with the profile that was measured on the `gate` split. The page
-    docs/watching.md explains each figure.
+    The command compares the usage log, which lists the captions that users requested, with a profile that was measured
+    on the `gate` split of the dataset. docs/watching.md explains each measured figure.
 
-    Exit code 0: nothing drifted. 1: at least one figure drifted. 2: drift cannot be measured, because there are too
-    few captions, or because the usage log, a setting or the profile is missing.
+    The exit code is 0 if nothing drifted, 1 if at least one figure drifted, and 2 if drift cannot be measured, because
+    there are too few captions, or because the usage log, a setting or the profile is missing.
 
     Example: onediff drift --days 30 --json
     """
@@ -168,10 +168,10 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
 
 def profile(out: Annotated[Path, path_argument("The folder in which profile.json is written.")],
             model: Model = CHAMPION) -> None:
-    """Measure the profile that 'onediff drift' compares with.
+    """Measure the profile with which 'onediff drift' compares recent captions.
 
-    The model captions pairs of the `gate` split. Registration does this already, so the command is for a version that
-    was registered without a profile.
+    The model captions pairs of the `gate` split. The registration of a model version measures a profile, so this
+    command is needed only for a version that was registered without one.
 
     Example: onediff profile .onediff/profile --model models:/onediff/3
     """
@@ -185,16 +185,17 @@ def gc(yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the listed 
                                          "command only lists them.")] = False,
        days: Annotated[float, typer.Option(min=0, help="Items that are younger than this many days are kept.")] = 30,
        as_json: Json = False) -> None:
-    """Remove old files and runs that no registered version needs.
+    """Remove old files and MLflow runs that no registered model version needs.
 
-    The command removes cached data, MLflow runs, branches, checkpoints and copies of versions.
+    The command removes files of the DVC cache, MLflow runs, git branches, checkpoints and local copies of model
+    versions.
 
     Example: onediff gc --days 90 --yes
     """
     from onediff.ops.housekeeping import KINDS, check_project, survey, sweep
 
     check_project()
-    from flows.processes import pipeline_lock  # Importing flows creates .onediff, so check_project() comes first.
+    from flows.processes import pipeline_lock  # The import of flows creates .onediff, so check_project() runs first.
 
     with pipeline_lock() if yes else nullcontext():
         surveyed = survey(days)
@@ -214,9 +215,9 @@ def gc(yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the listed 
 
 
 def _purge(runs: list[str]) -> str:
-    """Delete runs permanently if this machine runs the MLflow server. Return a sentence that says what was done.
+    """Delete MLflow runs permanently, if the MLflow server runs on this machine. Return a sentence about the result.
 
-    On another machine's server, only an administrator there can delete them permanently.
+    If the server runs on another machine, only an administrator of that machine can delete the runs permanently.
     """
     from flows.services import databases, topology
     from onediff import tracking

@@ -27,9 +27,9 @@ Why = Annotated[str | None, typer.Option(help="The reason, which the audit trail
 
 @app.command("list")
 def list_versions(as_json: Json = False) -> None:
-    """List every version with its aliases and gate scores.
+    """List the registered model versions with aliases and scores.
 
-    The newest version comes first.
+    The newest version comes first. The scores are those of the `gate` split.
 
     Example: onediff registry list
     """
@@ -44,7 +44,7 @@ def list_versions(as_json: Json = False) -> None:
 def register(model: Annotated[Path, path_option("--model", "-m", help="The model folder.")] = TRAINED) -> None:
     """Register the trained model and make it the candidate.
 
-    A model folder that is already registered keeps its version number.
+    If the same model is already registered, it keeps its version number.
 
     Example: onediff registry register --model data/models/tune
     """
@@ -60,10 +60,10 @@ def register(model: Annotated[Path, path_option("--model", "-m", help="The model
 def promote(version: Annotated[str | None, typer.Argument(help="The version number; without it, the "
                                                           "candidate.")] = None,
             why: Why = None) -> None:
-    """Make a version champion if it passes the gate.
+    """Make a model version champion if it passes the gate.
 
-    The gate is the list of checks in mlflow/promotion.yaml. On a registry that several machines share, the command
-    submits the version to the Prefect deployment `promote`.
+    The gate is the list of checks in mlflow/promotion.yaml. If several machines share the registry, the command starts
+    the Prefect deployment `promote`, which makes the change.
 
     Example: onediff registry promote 3 --why "fewer false alarms"
     """
@@ -89,7 +89,8 @@ def promote(version: Annotated[str | None, typer.Argument(help="The version numb
 def rollback(why: Why = None) -> None:
     """Make the previous champion the champion again.
 
-    On a registry that several machines share, the command submits to the Prefect deployment `rollback`.
+    If several machines share the registry, the command starts the Prefect deployment `rollback`, which makes the
+    change.
 
     Example: onediff registry rollback --why "misses small objects"
     """
@@ -107,8 +108,8 @@ def rollback(why: Why = None) -> None:
 def trail(as_json: Json = False) -> None:
     """Print the audit trail, which lists every change of an alias.
 
-    The aliases are candidate, champion and previous. If the aliases in MLflow differ from the audit trail, the command
-    prints the difference to stderr.
+    The aliases of model versions are candidate, champion and previous. If the aliases in MLflow differ from the audit
+    trail, the command prints the difference to stderr.
 
     Example: onediff registry trail --json
     """
@@ -125,8 +126,8 @@ def trail(as_json: Json = False) -> None:
 def check() -> None:
     """Check the audit trail, the aliases and the promotion rules.
 
-    The records of the audit trail must have no gap and no fork, the aliases in MLflow must agree with the records, and
-    mlflow/promotion.yaml must be valid.
+    The records of the audit trail must form one chain without a gap, the aliases in MLflow must agree with the
+    records, and mlflow/promotion.yaml must be valid.
 
     Example: onediff registry check
     """
@@ -141,8 +142,8 @@ def check() -> None:
 def repair() -> None:
     """Make MLflow's aliases and the audit trail agree.
 
-    The command finishes a change that was interrupted, or records a change that was made outside of OneDiff. Every
-    other change of an alias does this first.
+    The command finishes a change of an alias that was interrupted, or records a change that was made outside of
+    OneDiff. The commands that change an alias do this automatically before the change.
 
     Example: onediff registry repair
     """
@@ -164,9 +165,9 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
             verify: Annotated[bool, typer.Option("--verify", help="Check code, data and weights by digest, then score "
                                                  "and caption again. Exit code 1 if anything differs.")] = False,
             as_json: Json = False) -> None:
-    """Show from which data, code and runs a version was made.
+    """Show from which data, code and runs a model version was made.
 
-    With --of, the command shows which versions were made with a file. See docs/lineage.md.
+    With --of, the command shows which model versions were made with a file. See docs/lineage.md.
 
     Example: onediff lineage champion --verify
 
@@ -175,7 +176,7 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
     from onediff.ops.lineage import as_text, lineage_of, versions_of
 
     if (version is None) == (of is None):
-        raise ValueError("give either a version, or --of with a path or a digest")
+        raise ValueError("give either a model version, or the option --of with a path or a digest")
     if version is not None and verify:
         _verify(version, as_json)
     elif version is not None:
@@ -196,9 +197,9 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
 
 def export(version: Annotated[str, typer.Argument(help=VERSION)],
            folder: Annotated[Path, path_argument("A new folder.")]) -> None:
-    """Write a version as a folder that from_pretrained loads.
+    """Write a model version to a folder that from_pretrained loads.
 
-    The folder contains weights, processor, model card, licence and lineage.
+    The folder contains weights, processor, model card, licence and lineage (the data, code and runs of the version).
 
     Example: onediff export champion onediff-champion
     """
@@ -210,7 +211,7 @@ def export(version: Annotated[str, typer.Argument(help=VERSION)],
 
 
 def _verify(version: str, as_json: bool) -> None:
-    """Verify a version: print each check when it is done, then the result. Exit with code 1 if a check failed."""
+    """Verify a model version: print the result of each check, then a summary. Exit with code 1 if a check failed."""
     from onediff.ops import verify as verification
 
     checks = []

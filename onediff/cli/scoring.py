@@ -42,7 +42,7 @@ def caption(before: Annotated[Path, path_argument("The image before the change."
 def example(as_json: Json = False) -> None:
     """Caption one pair of the test split, and show the main scores.
 
-    The command saves the two images of the pair in the folder .onediff/example.
+    The command saves the two images of the pair to the folder .onediff/example.
     """
     from onediff.data.record import read_records
     from onediff.ops.results import score_table
@@ -51,8 +51,8 @@ def example(as_json: Json = False) -> None:
     record = next((record for record in read_records(DIFFCAP, "test-*.parquet")
                    if record.change_type != "none" and record.source != "scenes_far"), None)
     if record is None:
-        raise ValueError("data/diffcap: split test must have a pair with a change, but has none: caption a pair of "
-                         "your own with 'onediff caption BEFORE AFTER'")
+        raise ValueError("data/diffcap: the split test must have an image pair with a change, but has none: caption "
+                         "your own images with 'onediff caption BEFORE AFTER'")
     EXAMPLE.mkdir(parents=True, exist_ok=True)
     before, after = EXAMPLE / "before.png", EXAMPLE / "after.png"
     before.write_bytes(record.before)
@@ -60,7 +60,7 @@ def example(as_json: Json = False) -> None:
     model = CHAMPION
     try:
         model_folder(CHAMPION)
-    except ValueError:  # No version has been promoted yet, so the newest trained model captions the pair.
+    except ValueError:  # No model version is champion yet, so the model in data/models/tune captions the pair.
         model = str(TRAINED)
     text = _caption(before, after, model, None)
     print_result({"before": str(before), "after": str(after), "caption": text, "references": record.references,
@@ -71,7 +71,7 @@ def example(as_json: Json = False) -> None:
 
 
 def _caption(before: Path, after: Path, model: str, instruction: str | None) -> str:
-    """Caption one pair. The images are opened before the model, so that a wrong path is reported without delay."""
+    """Return the caption of one pair. The images are opened before the model loads, to report a wrong path at once."""
     from onediff.config import load_runtime
     from onediff.inputs.images import open_image
     from onediff.inputs.prompt import DEFAULT_INSTRUCTION
@@ -103,17 +103,17 @@ def predict(benchmark: Benchmark, out: Jsonl,
             split: Split = "test") -> None:
     """Write the captions of one system for every pair of a benchmark.
 
-    Give one of --model, --chat and --cnn.
+    Choose the system that writes the captions with one of --model, --chat and --cnn.
 
     Example: onediff predict scenes -o predictions.jsonl --model data/models/tune
     """
     from onediff.ops import predict as systems
 
     if (model, chat, cnn).count(None) != 2:
-        raise ValueError("exactly one system is needed: give one of --model, --chat and --cnn")
+        raise ValueError("exactly one system must write the captions: give one of --model, --chat and --cnn")
     if chat is None and prompt is not None:
-        raise ValueError("--prompt works only with --chat: OneDiff uses the instruction of each pair, and the CNN "
-                         "reads no text")
+        raise ValueError("--prompt works only with --chat: a OneDiff model reads the instruction of each pair, and a "
+                         "CNN reads no text")
     systems.check_benchmark(benchmark, split)
     if chat is not None:
         system, full_prompt = systems.chat(chat, prompt=prompt, batch_size=batch_size)
@@ -127,7 +127,7 @@ def predict(benchmark: Benchmark, out: Jsonl,
 def references(benchmark: Benchmark, out: Jsonl, split: Split = "test") -> None:
     """Write the reference captions of every pair of a benchmark.
 
-    Each line also contains the group of the pair: pairs of one scene share a group.
+    The file has one line for each pair. It also contains the group of the pair: pairs of one scene share a group.
 
     Example: onediff references scenes -o references.jsonl
     """
@@ -150,8 +150,8 @@ def score(predictions: Annotated[list[Path], path_option(
           as_json: Json = False) -> None:
     """Score predicted captions against reference captions.
 
-    The metrics are BLEU, METEOR and ROUGE-L (0 to 1) and CIDEr (0 to 10), computed by the COCO caption toolkit, with
-    95 % bootstrap intervals.
+    The COCO caption toolkit computes BLEU, METEOR and ROUGE-L (0 to 1) and CIDEr (0 to 10). For one file of
+    predictions, the command also prints 95 % bootstrap intervals.
 
     Example: onediff score -p predictions.jsonl -r references.jsonl
     """
@@ -165,7 +165,7 @@ def score(predictions: Annotated[list[Path], path_option(
              + ("[{:.4f}, {:.4f}]".format(*scores["intervals"][name]) if "intervals" in scores
                 else f"+- {scores['spread'][name]:.4f}, {scores['num_runs']} runs") for name in metrics]
     lines.append(f"{scores['num_pairs']} pairs in {scores['num_groups']} groups, {scores['protocol']}")
-    # Papers print CIDEr times 100, and this command prints it between 0 and 10.
+    # Papers print CIDEr times 100, but this command prints it on the scale from 0 to 10.
     peers = [f"{'CIDEr':<10} {row['CIDEr'] / 100:.4f}  {row['system']}" + (f" ({doubts(row)})" if doubts(row) else "")
              for row in (published(protocol) if protocol else ())]
     lines += ["published results, not reproduced here:", *peers] if peers else []
@@ -180,7 +180,7 @@ def compare(first: Annotated[Path, path_argument('JSON lines {"pair_id", "predic
             protocol: Protocol = None, as_json: Json = False) -> None:
     """Test whether one system scores higher than another.
 
-    The command prints the difference of each metric with a 95 % bootstrap interval and a p-value.
+    For each metric, the command prints the difference of the two systems with a 95 % bootstrap interval and a p-value.
 
     Example: onediff compare ours.jsonl theirs.jsonl -r references.jsonl
     """
@@ -216,8 +216,8 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
           as_json: Json = False) -> None:
     """Ask a language model whether captions are correct.
 
-    A caption is correct if it states the change and invents no other change. Answers are stored, so that no question
-    is paid for twice.
+    A caption is correct if it states the change and invents no other change. The answers of the language model are
+    stored, so that no request is paid for twice.
 
     Example: onediff judge -p predictions.jsonl -r references.jsonl
     """
@@ -231,8 +231,8 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
     if model is not None:
         settings = settings.model_copy(update={"model": model}) if settings else Judge(model=model)
     if settings is None:
-        raise ValueError("params.yaml: judge: is not set, so the command does not know which model to ask: give "
-                         "--model, or copy the section from presets/paper.yaml")
+        raise ValueError("params.yaml: judge: is not set, so the command does not know which language model to ask: "
+                         "give --model, or copy the section judge from presets/paper.yaml")
     runtime = load_runtime()
     runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
     result, verdicts = judging.judge_files(predictions, references, settings, runtime, known=truth, shards=shards)
@@ -257,9 +257,9 @@ def audit(train: Annotated[Path, path_argument("The training set: a folder of sh
           out: Annotated[Path | None, path_option("--out", "-o", help="A JSON lines file for every finding.")] = None,
           fail: Annotated[bool, typer.Option("--fail", help="Exit with code 1 if any pair leaks.")] = False,
           as_json: Json = False) -> None:
-    """Check whether a training set contains a benchmark's test pairs.
+    """Check whether a training set contains test pairs of a benchmark.
 
-    The command compares images and captions.
+    The command compares the images and the captions of both datasets.
 
     Example: onediff audit data/diffcap data/raw/spot_the_diff --fail
     """
@@ -281,9 +281,10 @@ def report(against: Annotated[str, typer.Option(help="The version to compare wit
                                                 "models:/onediff@previous.")] = CHAMPION,
            out: Annotated[Path, path_option("--out", "-o",
                                             help="The HTML file to write.")] = Path(".onediff/report.html")) -> None:
-    """Write the report again, compared with another version.
+    """Write the report with a comparison to another model version.
 
-    The page is data/report.html, extended by the pairs on which the scored model loses most against that version.
+    The page is data/report.html with an additional section: the pairs on which the scored model loses most against
+    that version.
 
     Example: onediff report --against models:/onediff@previous
     """

@@ -23,7 +23,7 @@ SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
 class SplitCounts(Section):
-    """A number of scenes or pairs for each split."""
+    """The number of scenes or image pairs in each split."""
 
     train: Count
     val: Count
@@ -32,10 +32,11 @@ class SplitCounts(Section):
 
 
 class Scenes(Section):
-    """Rendered table tops: one base scene gives several pairs, and `jitter` scales how far camera and light move.
+    """The settings of the source `scenes`: rendered images of objects on a table, with several pairs per scene.
 
-    `num_far` test scenes use `far_jitter` instead and form the benchmark scenes_far. `min_visible` is the share of the
-    image that each object must cover.
+    `jitter` scales the random distance of camera and light from their default positions. The benchmark scenes_far has
+    `num_far` test scenes with `far_jitter` instead. `min_visible` is the share of the image that each object must
+    cover.
     """
 
     renderer: Literal["raytracer", "blender"]
@@ -55,9 +56,10 @@ class Scenes(Section):
 
 
 class Edits(Section):
-    """Images that a program edits: rendered canvases (`canvas_share` of the pairs) and photographs (all others).
+    """The settings of the source `edits`: images that a program edits.
 
-    `photos` is a folder of photographs; null uses the photographs that scikit-image and scikit-learn contain.
+    `canvas_share` is the share of pairs made from a rendered table (a canvas); all others are made from photographs.
+    `photos` is a folder of photographs; null selects the photographs that scikit-image and scikit-learn contain.
     """
 
     num_pairs: SplitCounts
@@ -66,9 +68,9 @@ class Edits(Section):
 
 
 class Writer(Section):
-    """The language model that writes captions and edit instructions: the writer.
+    """The settings of the writer, the language model that writes captions and edit instructions.
 
-    runtime.yaml holds the address and the prices of its endpoint, because they do not change a result.
+    The address and the prices of the writer's endpoint are in runtime.yaml, because they do not change a result.
     """
 
     model: str
@@ -79,7 +81,7 @@ class Writer(Section):
 
 
 class Judge(Section):
-    """The language model that rates captions as true or false (`onediff judge`). It uses the endpoint of the writer."""
+    """The settings of the language model with which `onediff judge` rates each caption as true or false."""
 
     model: str
     prompts: str = "v1"
@@ -88,9 +90,10 @@ class Judge(Section):
 
 
 class Retrieval(Section):
-    """The limits on the cosine similarity of CLIP embeddings with which two images of a collection become a pair.
+    """The settings of retrieval, which makes pairs of similar images from a collection of single images.
 
-    An image is compared with its `num_neighbors` nearest images, and is used in at most `max_uses` pairs.
+    Two images become a pair if the cosine similarity of their CLIP embeddings is between the two limits. An image is
+    compared with its `num_neighbors` nearest images, and is used in at most `max_uses` pairs.
     """
 
     min_similarity: Cosine
@@ -108,9 +111,9 @@ class Retrieval(Section):
 class Diffusion(Section):
     """The settings with which InstructPix2Pix edits images, and the rules by which an edit is kept.
 
-    `num_samples` edits are made per image. An edit is kept if each cosine similarity of CLIP embeddings reaches its
-    minimum: between the two images, between each image and its caption, and between the change of the images and the
-    change of the captions.
+    InstructPix2Pix makes `num_samples` edits per image. An edit is kept if three cosine similarities of CLIP embeddings
+    reach their minimum: between the two images, between each image and its caption, and between the difference of the
+    images and the difference of the captions.
     """
 
     pipeline: str
@@ -125,7 +128,7 @@ class Diffusion(Section):
 
 
 class Tolerance(Section):
-    """The highest share of bad pairs, from 0 to 1, with which validation lets the run continue."""
+    """The share of bad image pairs, from 0 to 1, up to which the stage `validate` does not stop the pipeline."""
 
     generated: Share
     raw: Share
@@ -134,9 +137,9 @@ class Tolerance(Section):
 class Leaks(Section):
     """The treatment of leaks: pairs whose images also occur in a later split (in the order train, val, gate, test).
 
-    `near_bits` is the number of bits in which two perceptual hashes may differ to count as near-duplicates.
-    `max_distance` maps a source to the mean pixel difference, in grey levels, up to which a near-duplicate is a leak.
-    For null it is only reported.
+    Two images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits. `max_distance` maps a
+    source to the mean pixel difference, in grey levels, up to which near-duplicates are leaks. If it maps a source to
+    null, near-duplicates of this source are only reported.
     """
 
     action: Literal["drop", "stop"]
@@ -147,8 +150,8 @@ class Leaks(Section):
 class Data(Section):
     """The sources of image pairs, and how pairs are generated, checked and stored.
 
-    `generated`, `raw`, `retrieved` and `diffused` list the sources by the way they are made. `written` lists sources
-    whose captions the writer writes, and `partial` lists raw sources of which images may be missing.
+    `generated`, `raw`, `retrieved` and `diffused` list the sources by how their pairs are made. `written` lists the
+    sources whose captions a language model writes. `partial` lists the raw sources that may lack some images.
     """
 
     generated: list[Literal["scenes", "edits"]]
@@ -178,9 +181,9 @@ class Data(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"source '{name}' must occur only once in generated, raw, retrieved and diffused; "
-                                 "remove the others")
+                                 "remove the other entries")
         for name in sorted({"scenes", "scenes_far", "edits"} & {*self.raw, *self.retrieved, *self.diffused}):
-            raise ValueError(f"'{name}' is the name of a generated source; give your source another name")
+            raise ValueError(f"'{name}' is the name of a source that OneDiff generates; give your source another name")
         for key, allowed in (("written", [*self.raw, *self.retrieved, *self.diffused]), ("partial", self.raw)):
             for name in sorted(set(getattr(self, key)) - set(allowed)):
                 raise ValueError(f"{key} lists '{name}', but only these sources are allowed there: {allowed}")
@@ -190,7 +193,7 @@ class Data(Section):
     def _check_requirements(self) -> Self:
         for name in (*self.retrieved, *self.diffused):
             if name not in self.written:
-                raise ValueError(f"source '{name}' has no captions for its pairs; add it to written")
+                raise ValueError(f"the pairs of source '{name}' have no captions; add the source to the list written")
         for key, users in (("writer", (*self.written, *self.diffused)), ("retrieval", self.retrieved),
                            ("diffusion", self.diffused), ("clip", (*self.retrieved, *self.diffused))):
             if users and getattr(self, key) is None:
@@ -200,12 +203,12 @@ class Data(Section):
 
 
 def _sources(data: Data) -> list[str]:
-    """Return the names of all sources, in the order of the keys that list them."""
+    """Return the names of all sources: first generated, then raw, retrieved and diffused sources."""
     return [*data.generated, *data.raw, *data.retrieved, *data.diffused]
 
 
 class Vision(Section):
-    """The vision tower. Image size, patch size and number of layers must be those of the model at `path`."""
+    """The pretrained vision tower. The other keys must equal the values in the config.json of the model at `path`."""
 
     path: str
     image_px: Count
@@ -222,9 +225,9 @@ class Vision(Section):
 
 
 class Delta(Section):
-    """The Visual Delta Module. If `num_tokens` is 0, the model has none and the language model reads only patches.
+    """The settings of the Visual Delta Module. If `num_tokens` is 0, the model is built without this module.
 
-    `levels` lists the hidden states of the vision tower that the cross-attentions read, one entry for each.
+    `levels` has one entry for each cross-attention: the index of the hidden state of the vision tower that it reads.
     """
 
     num_tokens: Annotated[int, Field(ge=0)]
@@ -248,10 +251,11 @@ class Delta(Section):
 
 
 class Model(Section):
-    """The architecture: vision tower, Visual Delta Module, language model, and the token layout `reading` (A, B or C).
+    """The architecture of the model: vision tower, Visual Delta Module, language model, and token layout `reading`.
 
-    onediff/model/onediff.py explains the token layouts. `patch_level` is the hidden state of the vision tower whose
-    patches the language model reads, and `patch_pool` is the side of the squares of patches that are averaged.
+    onediff/model/onediff.py explains the token layouts A, B and C. `patch_level` is the index of the hidden state of
+    the vision tower that gives the patches for the language model. `patch_pool` is the side, in patches, of the squares
+    of patches that are averaged into one patch token.
     """
 
     vision: Vision
@@ -276,24 +280,26 @@ class Model(Section):
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")
         if self.reading == "B" and (self.patch_pool != 1 or not self.delta.num_tokens):
-            raise ValueError("reading B lets every patch attend to the delta tokens, so patch_pool must be 1 and "
-                             f"delta.num_tokens above 0, got {self.patch_pool} and {self.delta.num_tokens}")
+            raise ValueError("in token layout B (reading: B) every patch attends to the delta tokens, so patch_pool "
+                             "must be 1 and delta.num_tokens must be above 0, got patch_pool "
+                             f"{self.patch_pool} and delta.num_tokens {self.delta.num_tokens}")
         return self
 
 
 class Lora(Section):
-    """Low-rank adapters for the linear layers in the blocks of the language model; only the adapters are trained."""
+    """Low-rank adapters (LoRA) for the linear layers of the language model, whose other weights are then frozen."""
 
     rank: Count
     alpha: Count
 
 
 class Phase(Section):
-    """A training phase. A learning rate of 0 freezes the part of the model that it belongs to.
+    """The settings of a training phase. A learning rate of 0 freezes the part of the model that it belongs to.
 
-    `mixture` maps sources to sampling weights. Exactly one of `steps` and `epochs` is set. `warmup` is a share of the
-    steps. `mask_patches` is the share of rows whose patch tokens are hidden from the language model. Every
-    `validate_every` steps the model is scored on `num_val` pairs of the `val` split; null disables this.
+    `mixture` maps sources to sampling weights. Exactly one of `steps` and `epochs` is set. `warmup` is the share of the
+    steps in which the learning rate rises. `mask_patches` is the share of training rows whose patch tokens are hidden
+    from the language model. Every `validate_every` steps the model is scored on `num_val` pairs of the `val` split;
+    null disables these scores.
     """
 
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -315,19 +321,20 @@ class Phase(Section):
     @model_validator(mode="after")
     def _check_length_and_rates(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("set exactly one of steps and epochs to a number, and the other to null")
+            raise ValueError("set exactly one of the keys steps and epochs to a number, and the other key to null")
         if not any((self.lr_vision, self.lr_delta, self.lr_projector, self.lr_language)):
-            raise ValueError("at least one learning rate must be above 0, or nothing is trained")
+            raise ValueError("at least one learning rate must be above 0, because 0 freezes a part of the model")
         if self.lora and not self.lr_language:
-            raise ValueError("lora needs an lr_language above 0, got 0; set lr_language above 0, or lora to null")
+            raise ValueError("lora trains the language model, so lr_language must be above 0, got 0; set lr_language "
+                             "above 0, or set lora to null")
         return self
 
 
 class Align(Phase):
-    """The first phase, which aligns visual tokens with the language model by captions of single images.
+    """The settings of the first training phase, in which the model learns from captions of single images.
 
-    `samples` is "coupled" for Coupled Sample Training, where a row has two unrelated images and both captions, or
-    "single" for one image and one caption per row.
+    If `samples` is "coupled" (Coupled Sample Training), a training row has two unrelated images and both captions. If
+    it is "single", a row has one image and one caption.
     """
 
     samples: Literal["coupled", "single"]
@@ -336,9 +343,9 @@ class Align(Phase):
 class Task(Section):
     """The instruction and the answer format of one source, in training and in evaluation.
 
-    If a key is null, the instruction of the record or the value of the section `caption` applies.
-    `targets` is "drawn" to train on one random reference at each visit of a pair, "each" to make every reference a
-    sample, or "joined" to put all references of a pair into one answer.
+    If `instruction` is null, each record's own instruction is used; if another key is null, the section `caption`
+    gives the value. `targets` decides on which references of a pair the model is trained: "drawn" draws one reference
+    each time, "each" makes one sample per reference, and "joined" joins all references into one answer.
     """
 
     instruction: str | None
@@ -356,10 +363,10 @@ class Caption(Section):
 
 
 class Stress(Section):
-    """The stress test: `num_pairs` test pairs of each benchmark are captioned under perturbations of each strength.
+    """The settings of the stress test, in which the model captions `num_pairs` perturbed test pairs per benchmark.
 
-    Noise is in grey levels, shift in percent of the image side, and scale and brightness are changes in percent. The
-    unperturbed pairs are always measured too, so no list contains 0.
+    Each list holds the strengths of one perturbation. Noise is in grey levels, shift is in percent of the image side,
+    and scale and brightness are changes in percent. No list contains 0, because unperturbed pairs are always captioned.
     """
 
     num_pairs: Count
@@ -374,17 +381,18 @@ class Stress(Section):
         for key in ("jpeg_quality", "noise", "shift_percent", "scale_percent", "brightness_percent"):
             strengths = getattr(self, key)
             if 0 in strengths or len(set(strengths)) < len(strengths):
-                raise ValueError(f"{key} {strengths} must list each strength once, without 0, which is always measured")
+                raise ValueError(f"{key} {strengths} must list each strength once, and must not list 0, because pairs "
+                                 "without a perturbation are always measured")
         return self
 
 
 class Drift(Section):
-    """The thresholds of `onediff drift`, which compares the images and captions in use with those of training.
+    """The thresholds of `onediff drift`, which compares recent images and captions with those of the `gate` split.
 
-    A figure has drifted if it changed significantly and by more than the threshold. `chance` is the probability
-    of a false report over all figures of one check.
-    `max_distance` is the Kolmogorov-Smirnov distance of two distributions, from 0 (equal) to 1. `max_rate_change` is
-    the difference of two rates from 0 to 1.
+    A figure has drifted if its change is statistically significant and larger than the threshold. `chance` is the
+    highest probability that one check reports a drift by chance. `max_distance` is the threshold for the
+    Kolmogorov-Smirnov distance of two distributions, from 0 (equal) to 1. `max_rate_change` is the threshold for the
+    difference of two rates, such as the shares of captions that report no change.
     """
 
     num_pairs: Count
@@ -395,13 +403,13 @@ class Drift(Section):
 
 
 class Config(Section):
-    """The complete params.yaml: data, model, the two training phases, and the evaluation."""
+    """All settings of params.yaml: data, model, the two training phases, and the evaluation."""
 
     seed: Annotated[int, Field(ge=0)]
     data: Data
     model: Model
     tasks: dict[SourceName, Task]
-    align: Align | None  # If this section is missing, `tune` starts from the pretrained models.
+    align: Align | None  # If this section is null, the phase `tune` starts from the pretrained models.
     tune: Phase
     caption: Caption
     stress: Stress
@@ -410,7 +418,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_names_of_sources(self) -> Self:
-        """Raise ValueError with one line for each unknown source name, so that all wrong names are shown at once."""
+        """Raise ValueError if a section names an unknown source. The message has one line for each wrong name."""
         sources = _sources(self.data)
         names_at: dict[str, Iterable[str]] = {
             "data.leaks.max_distance": self.data.leaks.max_distance, "tasks": self.tasks,
@@ -425,5 +433,5 @@ class Config(Section):
 
 
 def load_params(path: Path = PARAMS) -> Config:
-    """Read and check params.yaml. Raises ValueError with one line for each wrong value."""
+    """Read and check params.yaml. Raises ValueError whose message has one line for each wrong value."""
     return checked(Config, read_yaml(path), path)

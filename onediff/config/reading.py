@@ -18,18 +18,18 @@ T = TypeVar("T", bound="Section")
 
 
 class Section(BaseModel):
-    """The base class of all sections: immutable, without type conversion, and unknown keys are errors."""
+    """The base class of all sections of a settings file. Sections are immutable and reject unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file that holds a mapping; a file with comments only gives an empty dictionary.
+    """Read a YAML file that maps keys to values. If the file contains only comments, return an empty dictionary.
 
-    Raises FileNotFoundError, or ValueError with the line number if the file cannot be parsed.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it is not valid YAML or not a mapping.
     """
     try:
-        # DVC also uses ruamel.yaml, which reads 1e-3 as a number. PyYAML reads it as text.
+        # ruamel.yaml reads 1e-3 as a number, as DVC does, which also uses it. PyYAML would read 1e-3 as text.
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.absolute()} does not exist; run this command in the project's folder, where "
@@ -40,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:  # The file contains only comments, like runtime.example.yaml.
+    if values is None:  # The YAML file contains only comments, like runtime.example.yaml.
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must map keys to values, got a {type(values).__name__}; see presets/ for an example")
@@ -48,9 +48,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
-    """Return the values of a YAML file as an object of class `kind`.
+    """Convert the values of a YAML file to an object of class `kind`.
 
-    Raises ValueError with a line for each wrong value.
+    Raises ValueError whose message has one line for each wrong value.
     """
     try:
         return kind.model_validate(values)
@@ -59,7 +59,7 @@ def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
 
 
 def _explain(kind: type[Section], item: Any, path: Path) -> str:
-    """Turn a pydantic error into a line: `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
+    """Convert a pydantic error to text such as `params.yaml: align.lr_vison: unknown key; did you mean 'lr_vision'?`"""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         key, keys = str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])
@@ -73,16 +73,19 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
-    """Suggest the name of `names` that resembles the wrong name, or return `otherwise` if none does."""
+    """Return the question "did you mean ...?" with the most similar of `names`, or `otherwise` if none is similar."""
     near = difflib.get_close_matches(name, list(names), 1)
     return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are allowed at the path `loc` below `kind`; empty if no section is at this path."""
+    """Return the allowed keys of the section at the path `loc` below `kind`, or an empty list if there is no section.
+
+    For example, the path ("model", "vision") below Config is the section model.vision of params.yaml.
+    """
     for key in loc:
         annotation = kind.model_fields[str(key)].annotation
-        # This also finds the section of an optional key, whose type is `Section | None`.
+        # The type of an optional section is `Section | None`, so the parts of a union type are searched too.
         sections = [part for part in (annotation, *get_args(annotation))
                     if isinstance(part, type) and issubclass(part, Section)]
         if not sections:

@@ -17,10 +17,10 @@ Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
 class Slurm(Section):
-    """The settings of a Slurm job in addition to `nodes` and `gpus`.
+    """The settings of a Slurm job, except the numbers of nodes and GPUs, which the class Runtime contains.
 
-    `options` are further options of sbatch, such as --qos=long. `poll_s` is the time in seconds between two requests
-    for the state of the job.
+    `options` are further options of sbatch, such as --qos=long. OneDiff asks Slurm for the state of the job every
+    `poll_s` seconds.
     """
 
     partition: str | None = None
@@ -31,17 +31,17 @@ class Slurm(Section):
 
 
 class Pools(Section):
-    """The names of the two Prefect work pools, for stages that need a GPU and for all other stages."""
+    """The names of two Prefect work pools: `gpu` for DVC stages that need a GPU, and `cpu` for all other stages."""
 
     cpu: str = "onediff-cpu"
     gpu: str = "onediff-gpu"
 
 
 class Services(Section):
-    """The servers and workers that `make services` runs on this machine. They listen only on 127.0.0.1.
+    """The settings of the servers that `make services` runs on this machine; they listen only on 127.0.0.1.
 
-    `folder` contains all their files. `database` "auto" means PostgreSQL if it is installed, and otherwise SQLite; an
-    existing folder keeps its database. `start_s` is the time in seconds that a service may take to start.
+    All their files are in `folder`. `database` "auto" means PostgreSQL if it is installed, and otherwise SQLite; an
+    existing folder keeps the database that it contains. A service must start within `start_s` seconds.
     """
 
     folder: str = ".onediff/services"
@@ -53,7 +53,7 @@ class Services(Section):
 
 
 class Runtime(Section):
-    """The complete runtime.yaml, with the default values of keys that neither the file nor the environment sets.
+    """All settings of runtime.yaml. A key that neither the file nor the environment sets has the default value here.
 
     runtime.example.yaml explains each key.
     """
@@ -112,25 +112,25 @@ class Runtime(Section):
     def _offload_needs_zero(self) -> Self:
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_level < least:
-            raise ValueError(f"offload '{self.offload}' needs zero_level {least} or more, got {self.zero_level}; raise "
-                             "zero_level, or set offload to none")
+            raise ValueError(f"offload '{self.offload}' needs a zero_level of {least} or more, got {self.zero_level}; "
+                             "raise zero_level, or set offload to none")
         return self
 
     @property
     def num_workers(self) -> int:
-        """Return the number of worker processes for CPU work, which is at least 1."""
+        """Return the number of worker processes for CPU work: `workers`, or one per available CPU if it is 0."""
         return self.workers or len(os.sched_getaffinity(0))
 
     @property
     def num_ranks(self) -> int:
-        """Return the number of processes that train together, one for each GPU."""
+        """Return the number of training processes: 1 for the launcher `local`, else one for each GPU of all nodes."""
         return 1 if self.launcher == "local" else self.nodes * self.gpus
 
 
 def load_runtime(path: Path = RUNTIME) -> Runtime:
-    """Read runtime.yaml if it exists, and override it with the environment variables ONEDIFF_<KEY>.
+    """Read runtime.yaml if it exists. An environment variable ONEDIFF_<KEY> replaces the value of the key.
 
-    Raises ValueError with one line for each wrong value.
+    Raises ValueError whose message has one line for each wrong value.
     """
     values = read_yaml(path) if path.exists() else {}
     variables = {key: f"ONEDIFF_{key.upper()}" for key in Runtime.model_fields}

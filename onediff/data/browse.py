@@ -16,16 +16,16 @@ from onediff.files import new_file
 
 THUMBNAIL_PX = 192
 QUALITY = 85
-MAX_CHARACTERS = 400  # maximum number of characters of a caption on the page; longer captions are cut
-PAGE_CARDS = 24  # maximum number of pairs that the browser shows at once
+MAX_CHARACTERS = 400  # largest number of characters of a caption that the page shows
+PAGE_CARDS = 24  # number of cards that the browser shows at once
 SPLIT_ORDER = ("train", "val", "test", "gate")
 
 
 def browse(folder: Path, out: Path, *, per_group: int) -> Path:
-    """Write out/index.html, which shows records of the shards in `folder`, and return its path.
+    """Write out/index.html, a page with example records of the shards in `folder`, and return the path of the page.
 
-    The page has up to `per_group` records of each source, split and change type, evenly spaced over the shards. It
-    contains all its images, so it opens without a network.
+    The page shows up to `per_group` records of each combination of source, split and change type, evenly spaced over
+    the shards. The images are embedded in the page, so it needs no network.
     """
     rows = read_table(folder)
     chosen = choose([(row["source"], row["split"], row["change_type"]) for row in rows], per_group=per_group)
@@ -42,15 +42,15 @@ def browse(folder: Path, out: Path, *, per_group: int) -> Path:
 
 
 def ordered_splits(splits: Iterable[str]) -> list[str]:
-    """Return the splits without repetition, in the order of SPLIT_ORDER; other splits come last."""
+    """Return the distinct splits in the order train, val, test, gate; any other splits come last."""
     present = set(splits)
     return [split for split in (*SPLIT_ORDER, *sorted(present - set(SPLIT_ORDER))) if split in present]
 
 
 def choose(groups: list[tuple[str, ...]], *, per_group: int) -> list[int]:
-    """Return the sorted positions of up to `per_group` members of each group, evenly spaced over the group.
+    """Return the sorted positions of up to `per_group` records of each group, evenly spaced over the group.
 
-    `groups` has the group of each record.
+    `groups` contains, for each record, the group to which the record belongs.
     """
     members: dict[tuple[str, ...], list[int]] = {}
     for position, group in enumerate(groups):
@@ -61,9 +61,9 @@ def choose(groups: list[tuple[str, ...]], *, per_group: int) -> list[int]:
 
 
 def _cards(folder: Path, rows: list[dict[str, Any]], chosen: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield the chosen rows in order, each with thumbnails of its images and shortened captions.
+    """Yield a card for each chosen record in order: the record with thumbnails of its images and shortened captions.
 
-    Only the Parquet row groups that contain a chosen row are read.
+    Only the Parquet row groups that contain a chosen record are read.
     """
     positions = np.array(chosen, dtype=np.int64)
     for path, group, numbers, part in row_groups_with([folder], positions):

@@ -12,10 +12,10 @@ BATCH = 64
 
 
 class Embedder:
-    """A CLIP, SigLIP or similar model from transformers that embeds images and texts; half precision on a GPU."""
+    """A CLIP, SigLIP or similar model that embeds images and texts; it runs in half precision on a GPU."""
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        """Load the model and processors from a local folder or by Hugging Face Hub name.
+        """Load the model and its processors from a local folder, or from the Hugging Face Hub by name.
 
         Raises OSError (from transformers) if the model does not exist.
         """
@@ -31,12 +31,15 @@ class Embedder:
         self._padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
 
     def images(self, images: list[Image.Image]) -> Vectors:
-        """Return the embeddings (n, d) of n RGB images of any size; each row has length 1."""
+        """Return one embedding per RGB image, as an array (images, dimensions); each embedding has length 1."""
         return self._batched(images, lambda part: self.model.get_image_features(
             self.processor(part, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)))
 
     def texts(self, texts: list[str]) -> Vectors:
-        """Return the embeddings (n, d) of n texts; each row has length 1. Texts that are too long are truncated."""
+        """Return one embedding per text, as an array (texts, dimensions); each embedding has length 1.
+
+        Texts that are too long for the model are truncated.
+        """
         return self._batched(texts, lambda part: self.model.get_text_features(**self.tokenizer(
             part, padding=self._padding, truncation=True, max_length=self._longest,
             return_tensors="pt").to(self.model.device)))
@@ -54,7 +57,7 @@ class Embedder:
         with torch.inference_mode():
             for start in range(0, len(items), BATCH):
                 output = features(items[start : start + BATCH])
-                # Older versions of transformers return the tensor itself instead of an output object.
+                # Older versions of transformers return the embeddings as a tensor instead of an output object.
                 vectors = getattr(output, "pooler_output", output).float()
                 rows.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
         return np.concatenate(rows)

@@ -7,10 +7,10 @@ from onediff.paths import PAIRS, SYNTHETIC, WRITTEN
 
 
 def sources_of(data: Data) -> list[str]:
-    """Return all configured sources: generated, raw, retrieved and diffused, in this order."""
+    """Return the names of all sources in params.yaml: first generated, then raw, retrieved and diffused sources."""
     return [*data.generated, *data.raw, *data.retrieved, *data.diffused]
 
 
 def folder_of(data: Data, source: str) -> Path:
-    """Return the folder into which the last stage before `probe` writes the records of the source."""
+    """Return the folder of the source's finished records, which the DVC stage `probe` reads."""
     return (SYNTHETIC if source in data.generated else WRITTEN if source in data.written else PAIRS) / source

@@ -33,25 +33,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Worker = Callable[[Item], Result]
 
-AHEAD = 4  # chunks that each process may compute before the caller has consumed earlier results
+AHEAD = 4  # number of chunks that each process may compute before the caller needs their results
 MAX_BLOCKS = 4096  # largest number of blocks into which Ray Data divides the items
-CONNECT_TIMEOUT_S = 10  # timeout of the connection to the head node of a Ray cluster
+CONNECT_TIMEOUT_S = 10  # timeout in seconds for the connection to the head node of a Ray cluster
 
 _worker: Callable[[Any], Any] | None = None
-_refusal: Exception | None = None  # the error that the function `make` raised in this process, if it raised one
+_refusal: Exception | None = None  # the error that prevented this process from creating its worker function, or None
 
 
 def spread(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
            chunk: int = 1, num_gpus: float = 0) -> Iterator[Result]:
-    """Yield make()(item) for every item, in the order of the items.
+    """Call a worker function for every item, in parallel processes, and yield the results in the order of the items.
 
-    `make` is called once in each process and returns the worker function, so that a worker can hold a loaded model.
-    `chunk` is the number of items sent to a process at once. `num_gpus` is the share of a GPU that one worker uses, if
-    the machine has GPUs. Only a few chunks are computed ahead of the caller, so memory use does not grow with the
-    number of items.
+    `make` is called once in each process and returns the worker function, so this function can hold a loaded model.
+    `chunk` is the number of items that are sent to a process at once. `num_gpus` is the fraction of a GPU that one
+    process uses, if the machine has GPUs. Only a few chunks are computed before the caller needs their results, so
+    memory use does not grow with the number of items.
 
-    Raises the ValueError or OSError that a worker raised. If a local process is killed, raises ChildProcessError; a
-    Ray cluster replaces a killed process.
+    Raises the ValueError or OSError that the worker function raised. Raises ChildProcessError if a local process is
+    killed; a Ray cluster replaces a killed process.
     """
     run = _on_cluster if runtime.engine == "ray" else _in_processes
     return run(make, items, runtime, chunk=chunk, num_gpus=num_gpus)
@@ -64,11 +64,11 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _start(make: Callable[[], Worker[Any, Any]]) -> None:
-    """Create the worker of this process. If `make` fails, keep the error so that `_work` can return it."""
+    """Create the worker function of this process. If `make` fails, keep the error so that `_work` can return it."""
     global _worker, _refusal
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
-        # A forked process does not inherit torch's threads, and torch would wait for them forever.
+        # A forked process lacks the threads of torch, so with more than one thread, torch would wait forever.
         sys.modules["torch"].set_num_threads(1)
     _worker = _refusal = None
     try:
@@ -78,9 +78,9 @@ def _start(make: Callable[[], Worker[Any, Any]]) -> None:
 
 
 def _work(chunk: list[Any]) -> tuple[list[Any], Exception | None]:
-    """Apply the worker to each item until it raises ValueError or OSError.
+    """Call the worker function for each item of the chunk until a ValueError or OSError occurs.
 
-    Return the results and this error, if any.
+    Return (results before the error, the error), or (all results, None) if no error occurred.
     """
     if _refusal is not None:
         return [], _refusal
@@ -120,14 +120,14 @@ def _in_processes(make: Callable[[], Worker[Item, Result]], items: Iterable[Item
                                 f"set workers below {len(gpus)} in runtime.yaml") from None
     finally:
         if not finished:
-            # After an error or an interrupt nobody needs the remaining results, so we stop the workers at once.
+            # After an error or an interrupt, the remaining results are not needed, so stop the workers at once.
             for process in multiprocessing.active_children():
                 process.kill()
         pool.shutdown(cancel_futures=True)
 
 
 def _visible_gpus(runtime: Runtime, num_gpus: float) -> list[str | None]:
-    """Return for each worker process the GPU that it may see, or None if its GPUs are not restricted."""
+    """Return, for each worker process, the name of the only GPU that it may use, or None for no restriction."""
     if not num_gpus or runtime.device == "cpu" or not os.path.exists("/dev/nvidia0"):
         return [None] * runtime.num_workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(runtime.gpus)))
@@ -137,10 +137,10 @@ def _visible_gpus(runtime: Runtime, num_gpus: float) -> list[str | None]:
 
 
 def _start_process(make: Callable[[], Worker[Any, Any]], parent: int, gpus: list[str | None], num_started: Any) -> None:
-    """Initialize a worker process: set up signals, choose its GPU and create its worker.
+    """Initialize this worker process: set how it handles signals, choose its GPU and create its worker function.
 
-    The worker ignores Ctrl-C and the closing of the terminal, because the parent process receives these signals too
-    and then ends its workers.
+    The process ignores Ctrl-C and the closing of the terminal, because the parent process receives these signals too
+    and then stops the worker processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -155,7 +155,7 @@ def _start_process(make: Callable[[], Worker[Any, Any]], parent: int, gpus: list
 
 
 def _end_with(parent: int) -> None:
-    """Exit this worker process when its parent has died, because otherwise the worker would wait for work forever."""
+    """Exit this process when the process `parent` has died, because otherwise it would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -164,9 +164,9 @@ def _end_with(parent: int) -> None:
 
 def _on_cluster(make: Callable[[], Worker[Item, Result]], items: Iterable[Item], runtime: Runtime, *,
                 chunk: int, num_gpus: float) -> Iterator[Result]:
-    """Compute the results on a Ray cluster.
+    """Yield the results that `spread` describes, computed on a Ray cluster.
 
-    All items are sent to the cluster before the work begins, so they must be small, such as numbers and paths.
+    All items are sent to the cluster before the first result is computed, so they must be small, such as paths.
     """
     packed = [pickle.dumps(part) for part in _chunks(items, chunk)]
     if not packed:
@@ -191,7 +191,7 @@ def _on_cluster(make: Callable[[], Worker[Item, Result]], items: Iterable[Item],
 
 
 class _Actor:
-    """A Ray actor that holds one worker; it returns a ValueError or OSError as a value instead of raising it."""
+    """A Ray actor that calls one worker function; it returns a ValueError or OSError instead of raising it."""
 
     def __init__(self, make: bytes, folder: str) -> None:
         _start(functools.partial(_make_in, folder, make))
@@ -218,10 +218,11 @@ def _make_in(folder: str, make: bytes) -> Worker[Any, Any]:
 def _connect(runtime: Runtime) -> None:
     """Connect this process to the Ray cluster, unless it is connected already.
 
-    Raises ValueError if Ray is not installed and ConnectionError if no cluster answers at the address.
+    Raises ValueError if Ray is not installed, and ConnectionError if no Ray cluster answers at `ray_address` of
+    runtime.yaml.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's background processes log errors that our code also receives as exceptions.
+    # Hide the errors that Ray's background processes log, because our code also receives them as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
@@ -236,8 +237,7 @@ def _connect(runtime: Runtime) -> None:
             # We test the connection ourselves, because Ray waits for minutes if no process listens at the address.
             host, _, port = address.rpartition(":")
             if "/" in host or not host or not port.isdecimal():
-                raise ValueError("must be auto, or <host>:<port> of the head node of the Ray cluster to which this "
-                                 "machine belongs")
+                raise ValueError("the address must be auto, or <host>:<port> of the head node of the Ray cluster")
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address or "local", num_cpus=None if address else runtime.num_workers,
                  include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

@@ -15,19 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Split = Literal["train", "val", "gate", "test"]
-# The order of the splits must not change, because the index of a split is part of the seed of generated pairs.
-# If the same pair is in two splits, the pair in the earlier split counts as the leak.
+# The order of the splits must not change, because the position of a split is part of the seed of generated pairs.
+# If two splits contain equal pairs, the pair in the split that comes first in this order is reported as leaked.
 SPLITS: tuple[Split, ...] = get_args(Split)
-ROW_GROUP = 64  # number of pairs in one Parquet row group, which is read into memory at once
+ROW_GROUP = 64  # number of pairs in a Parquet row group, the unit that is read into memory at once
 
 
 @dataclass(frozen=True)
 class Record:
     """One image pair with its reference captions and its origin.
 
-    `before` and `after` hold encoded image files. `group_id` identifies the base scene, photograph or video of the
-    pair; pairs of the same group stay in one split. A row of general instruction data has one image (`before`) or
-    none: absent images are empty bytes, and `num_images` is 1 or 0.
+    `before` and `after` hold the bytes of image files. `group_id` identifies the base scene, photograph or video of the
+    pair; pairs of one group stay in one split. A record of general instruction data has one image (`before`) or no
+    image: then `num_images` is 1 or 0, and an absent image is stored as empty bytes.
     """
 
     pair_id: str
@@ -44,7 +44,7 @@ class Record:
 
     @property
     def images(self) -> tuple[bytes, ...]:
-        """Return the encoded images that the record has: two for a pair, otherwise one or none."""
+        """Return the encoded images of the record: two for an image pair, otherwise one or none."""
         return (self.before, self.after)[: self.num_images]
 
 
@@ -71,10 +71,10 @@ def digest(content: bytes) -> str:
 
 
 def write_shards(records: Iterable[Record], folder: Path, prefix: str, *, shard_pairs: int) -> int:
-    """Write the records as <folder>/<prefix>-00000.parquet, ...-00001.parquet and so on; return their number.
+    """Write the records to <folder>/<prefix>-00000.parquet, <prefix>-00001.parquet and so on.
 
-    Each file holds at most `shard_pairs` records, and one row group at a time is in memory. Writing the same records
-    again gives the same bytes.
+    Return the number of records. Each file holds at most `shard_pairs` records. Only one Parquet row group at a time is
+    in memory. Writing the same records again gives the same bytes.
     """
     return write_tables(_tables(records), folder, prefix, shard_pairs=shard_pairs)
 
@@ -95,7 +95,10 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard_pairs: int) -> int:
-    """Write shards like `write_shards`, from Arrow tables with columns SCHEMA and any number of rows."""
+    """Write the rows of Arrow tables to shards, as `write_shards` does with records; return the number of rows.
+
+    The tables must have the columns of SCHEMA, and may have any number of rows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [min(ROW_GROUP, shard_pairs - start) for start in range(0, shard_pairs, ROW_GROUP)]
     groups, total = _in_sizes(tables, itertools.cycle(sizes)), 0
@@ -111,7 +114,7 @@ def write_tables(tables: Iterable[pa.Table], folder: Path, prefix: str, *, shard
 
 
 def _in_sizes(tables: Iterable[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
-    """Yield the rows of the tables, regrouped into tables of the given sizes; the last table may be smaller."""
+    """Yield all rows of the tables as new tables with the given numbers of rows; the last table may be smaller."""
     rest, size = SCHEMA.empty_table(), next(sizes)
     for table in tables:
         rest = pa.concat_tables([rest, table])
@@ -123,7 +126,7 @@ def _in_sizes(tables: Iterable[pa.Table], sizes: Iterator[int]) -> Iterator[pa.T
 
 
 def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
-    """Return the Parquet files of the folder in order. Raises FileNotFoundError if there is none."""
+    """Return the paths of the folder's Parquet files in order. Raises FileNotFoundError if there is none."""
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise FileNotFoundError(f"{folder}/{pattern} does not exist: create it with 'dvc repro', or see data/README.md")
@@ -131,7 +134,10 @@ def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
 
 
 def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
-    """Yield every record of the folder's matching shards in order, with one row group at a time in memory."""
+    """Yield every record of the folder's shards whose file name matches `pattern`, in order.
+
+    Only one Parquet row group at a time is in memory.
+    """
     for path in shards(folder, pattern):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
@@ -140,7 +146,7 @@ def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
 
 
 def read_table(folder: Path, pattern: str = "*.parquet") -> list[dict[str, Any]]:
-    """Return all rows of the matching shards without the image columns, for scoring and reports."""
+    """Return every record of the folder's shards whose file name matches `pattern`, as a dict without the images."""
     columns = [name for name in SCHEMA.names if name not in ("before", "after")]
     return [row | {"provenance": json.loads(row["provenance"])} for path in shards(folder, pattern)
             for row in pq.read_table(path, columns=columns).to_pylist()]

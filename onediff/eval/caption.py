@@ -1,4 +1,4 @@
-"""Captions for the records of a benchmark, in their order."""
+"""Caption the records of a benchmark, in the order of the records."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
@@ -13,11 +13,11 @@ from onediff.model.captioner import Captioner
 
 def caption_records(captioner: Captioner, records: Iterable[Record], settings: Caption, tasks: Mapping[str, Task], *,
                     progress: str | None = None) -> Iterator[tuple[Record, str]]:
-    """Yield each record with the caption that the model wrote for it.
+    """Yield each record together with the caption that the model writes for the two images of the record.
 
-    If the source of a record has an entry in `tasks`, the instruction and the decoding settings of this entry are used.
-    Otherwise, the instruction of the record and the decoding settings of `settings` are used. `progress` is the label
-    of a progress bar; None shows no bar.
+    `tasks` maps a source (dataset) to a task. If the task of a record's source sets an instruction, max_new_tokens or
+    num_beams, this value is used. Otherwise, the instruction comes from the record, and max_new_tokens and num_beams
+    come from `settings`. `progress` is the label of a progress bar; None shows no bar.
     """
     with tqdm(desc=progress, unit="pair", disable=progress is None) as bar:
         for (max_new_tokens, num_beams), rows in groupby(records, key=lambda record: decoding(record, settings, tasks)):
@@ -32,7 +32,10 @@ def caption_records(captioner: Captioner, records: Iterable[Record], settings: C
 
 
 def decoding(record: Record, settings: Caption, tasks: Mapping[str, Task]) -> tuple[int, int]:
-    """Return max_new_tokens and num_beams for a record: the values of the task if it sets them, else the defaults."""
+    """Return max_new_tokens and num_beams for captioning a record.
+
+    Each value comes from the task of the record's source if this task sets the value, otherwise from `settings`.
+    """
     task = tasks.get(record.source)
     return ((task and task.max_new_tokens) or settings.max_new_tokens,
             (task and task.num_beams) or settings.num_beams)

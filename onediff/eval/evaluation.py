@@ -1,4 +1,4 @@
-"""Compute the scores of a source for metrics.json: one table for each benchmark of the source."""
+"""Compute the scores of a source (dataset) for metrics.json: one table for each benchmark of the source."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -22,9 +22,10 @@ from onediff.eval.resample import intervals, restricted
 
 
 def checks(source: str, prediction: str, row: PairRow) -> dict[str, bool]:
-    """Return which parts of a predicted caption are correct, such as {"type": True, "object": False}.
+    """Parse a predicted caption and return which parts of it are correct, such as {"type": True, "object": False}.
 
-    The caption is parsed with the grammar of the source. The result is empty if the source has no grammar.
+    Only captions of generated sources can be parsed, with the grammar that also generates their references. The result
+    is empty for any other source.
     """
     grammar = GRAMMARS.get(protocol_of(source).grammar)
     return grammar.checks(prediction, row) if grammar else {}
@@ -32,14 +33,15 @@ def checks(source: str, prediction: str, row: PairRow) -> dict[str, bool]:
 
 def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, train: Sequence[PairRow],
              nearest: Mapping[str, PairRow] | None = None) -> dict[str, dict[str, Any]]:
-    """Return a table of scores for each benchmark of the source, by the benchmark's key.
+    """Return the score table of each benchmark of a source (dataset), as {key of the benchmark: table}.
 
-    A table has the scores of the predictions and of the trivial baselines and the behaviour figures. The key "pairs"
-    holds the scores of each single pair.
+    A table contains the scores of the predictions, the scores of the trivial baselines, and the behaviour figures,
+    which count how often the change that a caption claims is correct. The key "pairs" of a table holds the scores of
+    each pair.
 
-    `train` are the training rows whose captions the trivial baselines use. `nearest` maps the pair_id of each test
-    pair to the training row with the most similar pixels. Raises ValueError if predictions and rows do not have the
-    same pair_ids.
+    `rows` describe the test pairs. `train` are the training rows whose captions the trivial baselines use. `nearest`
+    maps the pair_id of each test pair to the training row with the most similar images. Raises ValueError if
+    predictions and rows do not have the same pair_ids.
     """
     tables = {}
     for joined, group in groupby(protocols_of(source).items(), key=lambda item: item[1].joined):
@@ -55,10 +57,10 @@ def evaluate(source: str, predictions: Predictions, rows: Sequence[PairRow], *, 
 
 def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, captions: Mapping[str, Predictions],
            scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Return the table of one benchmark.
+    """Return the score table of one benchmark.
 
-    `captions` and `scores` contain the predictions of the model under the key "", and the captions of each trivial
-    baseline under the name of the baseline.
+    `captions` and `scores` have one entry for each system: the key "" stands for the model, and every other key is the
+    name of a trivial baseline.
     """
     chosen = chosen_rows(protocol, rows)
     chosen_pairs = [rows[place] for place in chosen]
@@ -85,9 +87,9 @@ def _table(protocol: Protocol, rows: Sequence[PairRow], references: References, 
 
 
 def _changed(scores: Scores, rows: Sequence[PairRow]) -> dict[str, float]:
-    """Return CIDEr on the changed pairs, for the model and for the reference captions of `floors.oracle`.
+    """Return the mean CIDEr of the changed pairs, for the model and for correct captions written by `floors.oracle`.
 
-    The document frequencies of CIDEr are computed on all pairs of the split.
+    The document frequencies of CIDEr are counted on all pairs of the split, changed and unchanged.
     """
     references = {row["pair_id"]: list(row["references"]) for row in rows}
     truths = score({row["pair_id"]: oracle(row) for row in rows}, references, metrics=["CIDEr"])
@@ -95,7 +97,7 @@ def _changed(scores: Scores, rows: Sequence[PairRow]) -> dict[str, float]:
     if not chosen:
         return {"num_pairs": 0}
     ours, best = _mean(scores.items["CIDEr"], chosen), _mean(truths.items["CIDEr"], chosen)
-    ratio = {"oracle_ratio": ours / best} if best else {}  # With a single pair, all CIDEr weights are log(1) = 0.
+    ratio = {"oracle_ratio": ours / best} if best else {}  # With only one pair, all word weights of CIDEr are 0.
     return {"num_pairs": len(chosen), "CIDEr": ours, "oracle_CIDEr": best, **ratio}
 
 
@@ -106,10 +108,11 @@ def _mean(values: Sequence[float], chosen: Sequence[int]) -> float:
 def language(captions: Iterable[str], train: Sequence[str]) -> dict[str, float]:
     """Return figures that describe the language of the predicted captions.
 
-    `words`: mean number of words. `vocabulary`: number of distinct words. `different`: number of distinct captions
-    divided by the number of captions. `distinct_1`, `distinct_2`: number of distinct words (word pairs) divided by the
-    number of all words (word pairs), Li et al., NAACL 2016. `empty`: share of empty captions. `copied`: share of
-    captions that are identical to a training caption; this key is missing if `train` is empty.
+    `words`: mean number of words per caption. `vocabulary`: number of distinct words. `different`: number of distinct
+    captions divided by the number of captions. `distinct_1`: number of distinct words divided by the number of all
+    words; `distinct_2`: the same ratio for pairs of adjacent words (Li et al., NAACL 2016). `empty`: share of empty
+    captions. `copied`: share of captions that are identical to a caption in `train`; this key is missing if `train` is
+    empty.
     """
     texts = [clean(text).lower() for text in captions]
     lines = [text.split() for text in texts]

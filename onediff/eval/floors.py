@@ -26,21 +26,23 @@ from onediff.eval.metrics.words import Predictions, References, clean
 from onediff.eval.protocols import PairRow, texts_of
 from onediff.inputs.images import open_image
 
-NUM_CANDIDATES = 30  # how many frequent captions are tried as the constant sentence, on a sample of the pairs
-NUM_FINALISTS = 3  # how many of these captions are then compared on all pairs
-MAX_LEFT_OUT = 3  # `leave_one_out` uses at most this many references of a pair as predictions
-SAMPLE = 100  # number of pairs in the sample on which these captions are tried
-SIDE = 8  # width and height to which images are reduced for `coarse_pixels`
-MAX_TRAIN_PAIRS = 10_000  # training pairs that are searched for the nearest one; all pairs would only take longer
+NUM_CANDIDATES = 30  # number of frequent training captions that are tried as the best constant sentence
+NUM_FINALISTS = 3  # number of best captions on a sample of pairs that are then compared on all pairs
+MAX_LEFT_OUT = 3  # largest number of references of a pair that `leave_one_out` uses as predictions
+SAMPLE = 100  # number of test pairs in the sample on which captions are tried as the best constant sentence
+SIDE = 8  # width and height in pixels to which `coarse_pixels` reduces each image
+MAX_TRAIN_PAIRS = 10_000  # largest number of training pairs among which `nearest_rows` searches
 
 
 def floor_captions(train: Sequence[PairRow], references: References, *, nearest: Mapping[str, PairRow] | None = None,
                    joined: bool = False, seed: int = 0) -> dict[str, Predictions]:
-    """Return the captions of each trivial baseline, by its name; an empty dict without training captions.
+    """Return the captions that each trivial baseline gives to the test pairs, as {baseline: {pair_id: caption}}.
 
-    `constant`: the training caption with the highest CIDEr, repeated for all pairs. `random_train`: a random training
-    caption for each pair. `nearest_train`: the caption of the training pair with the most similar pixels; this baseline
-    is left out if `nearest` is None. `joined`: all sentences of a training pair form one caption.
+    `constant`: for all pairs, the training caption with which CIDEr is highest. `random_train`: a random training
+    caption for each pair. `nearest_train`: the caption of the training pair with the most similar images; `nearest` has
+    this training pair for each test pair, and the baseline is left out if `nearest` is None. If `joined` is True,
+    `random_train` and `nearest_train` join all sentences of a training pair to one caption. The result is empty if
+    there are no training captions.
     """
     texts = [text for row in train for text in row["references"]]
     if not texts:
@@ -55,8 +57,8 @@ def floor_captions(train: Sequence[PairRow], references: References, *, nearest:
 def best_constant(train: Sequence[str], references: References, *, seed: int = 0) -> str:
     """Return the frequent training caption that reaches the highest CIDEr when it is predicted for every pair.
 
-    The candidates are compared on a sample of the pairs, and the best of them on all pairs. Raises ValueError if there
-    are no training captions.
+    The most frequent training captions are compared on a random sample of the test pairs. The best captions on the
+    sample are then compared on all test pairs. Raises ValueError if there are no training captions.
     """
     if not train:
         raise ValueError("the best constant sentence is chosen from training captions, but there are none; "
@@ -74,7 +76,10 @@ def best_constant(train: Sequence[str], references: References, *, seed: int = 0
 
 
 def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0) -> Predictions:
-    """Return a random training caption for each key, drawn with replacement. The same seed gives the same captions."""
+    """Return a random training caption for each pair_id in `keys`, as {pair_id: caption}.
+
+    The captions are drawn with replacement. The same seed gives the same captions.
+    """
     names = list(keys)
     drawn = np.random.default_rng(seed).integers(len(train), size=len(names))
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
@@ -82,11 +87,11 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
 
 def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], records: Iterable[Record],
                  *, seed: int = 0) -> dict[str, PairRow]:
-    """Return the most similar training row for each record, by the pair_id of the record.
+    """Return the training row with the most similar images for each record, as {pair_id of the record: training row}.
 
-    Two pairs are compared by the Euclidean distance of their `coarse_pixels`. The captions of these rows are the
-    trivial baseline `nearest_train`. `train_records` contains the images of the rows in `train`. Raises OSError for an
-    image that cannot be read.
+    The distance of two pairs is the Euclidean distance of their vectors from `coarse_pixels`. The captions of the
+    returned rows are the trivial baseline `nearest_train`. `train_records` contains the images of the rows in `train`.
+    Raises OSError for an image that cannot be read.
     """
     import faiss
 
@@ -94,7 +99,7 @@ def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], reco
     candidates = {train[place]["pair_id"]: train[place] for place in sorted(drawn)}
     names, vectors = _coarse_records(record for record in train_records if record.pair_id in candidates)
     keys, queries = _coarse_records(records)
-    faiss.omp_set_num_threads(1)  # On a busy machine, several threads of faiss slow each other down.
+    faiss.omp_set_num_threads(1)  # On a busy machine, several faiss threads slow each other down.
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(vectors)
     places = index.search(queries, 1)[1][:, 0]
@@ -108,9 +113,9 @@ def _coarse_records(records: Iterable[Record]) -> tuple[list[str], NDArray[np.fl
 
 
 def coarse_pixels(before: Image.Image, after: Image.Image) -> NDArray[np.float32]:
-    """Return a feature vector of a pair, (E,): the pixels of `before`, and the pixels of `after` minus `before`.
+    """Return one vector for a pair, (E,): the pixels of `before`, followed by the pixels of `after` minus `before`.
 
-    Both images are reduced to 8 x 8 pixels with values from 0 to 1.
+    Each image is first reduced to 8 x 8 pixels with 3 colors and values from 0 to 1, so E is 2 x 8 x 8 x 3.
     """
     small = [np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
              for image in (before, after)]
@@ -118,14 +123,15 @@ def coarse_pixels(before: Image.Image, after: Image.Image) -> NDArray[np.float32
 
 
 def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """Return the scores of one reference against the other references of the same pair, as a measure of agreement.
+    """Score references as if they were predictions, against the other references of the same pair.
 
-    If people wrote the references, these are the scores that people reach. Each of the first MAX_LEFT_OUT references
-    is the prediction once, and the scores are averaged. `num_pairs` is the number of pairs with at least two
-    references; the result is empty if there are fewer than two such pairs.
+    The scores show how well the references of a pair agree; if people wrote the references, people reach these scores.
+    Up to MAX_LEFT_OUT references of each pair are used as the prediction, one after the other, and the scores are
+    averaged. `num_pairs` is the number of pairs with at least two references; the result is empty if there are fewer
+    than two such pairs.
     """
     several = {key: texts for key, texts in references.items() if len(texts) > 1}
-    if len(several) < 2:  # With a single pair, all document frequencies of CIDEr are equal and the weights are 0.
+    if len(several) < 2:  # With only one pair, all word weights of CIDEr are 0.
         return {}
     num_turns = min(MAX_LEFT_OUT, *map(len, several.values()))
     scores = [score({key: texts[out] for key, texts in several.items()},
@@ -135,10 +141,10 @@ def leave_one_out(references: References, *, metrics: Sequence[str] = METRICS) -
 
 
 def oracle(row: PairRow) -> str:
-    """Return a correct caption for a pair of scenes, made with a template that none of its references use.
+    """Return a correct caption for a generated pair of scenes, from a template that no reference of the pair uses.
 
-    If the references use all templates of the change type, one of these templates is used again. The score of this
-    caption shows what a perfect model can reach.
+    If the references already use all templates of the change type, any of these templates is used. The score of this
+    caption shows which score a model without errors can reach.
     """
     rng = np.random.default_rng(zlib.crc32(row["pair_id"].encode()))
     templates = SCENE_TEMPLATES[row["change_type"]]
@@ -149,7 +155,7 @@ def oracle(row: PairRow) -> str:
     new = row["provenance"]["new"] or ""
     thing = _thing(row["provenance"]["object"])
     others = [_thing(other) for other in row["provenance"]["objects"] if _thing(other) != thing]
-    unique = describe(rng, thing, [*others, thing])  # a description that fits only this object of the scene
+    unique = describe(rng, thing, [*others, thing])  # a phrase that describes only this object of the scene
     phrase = unique or noun(rng, thing, {"size", "material"})
     return template.format(old=phrase, new=DIRECTIONS.get(new) or say(rng, new))
 

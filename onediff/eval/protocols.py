@@ -17,20 +17,21 @@ from onediff.eval.metrics.words import Predictions, References
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 from onediff.files import key_of
 
-PairRow = Mapping[str, Any]  # a reference line: pair_id and references; optionally group_id, change_type and provenance
+PairRow = Mapping[str, Any]  # one pair: pair_id, references; optional: group_id, change_type, provenance
 
 
 @dataclass(frozen=True)
 class Protocol:
     """The rules by which one benchmark is scored.
 
-    `source`: the dataset whose captions are scored. `train_source`: the dataset whose training captions are used for
-    the trivial baselines. `grammar`: the grammar that parses the captions, if there is one. `joined`: all sentences of
-    a pair are joined to one reference. `only`: score only the "changed" or only the "unchanged" pairs; the document
-    frequencies of CIDEr are still counted on all pairs of the split.
+    `source`: name of the dataset whose test captions are scored. `train_source`: name of the dataset whose training
+    captions the trivial baselines use. `grammar`: name of the grammar that parses the captions, or None if no grammar
+    can. `joined`: whether all reference sentences of a pair are joined to one reference. `only`: "changed" or
+    "unchanged" if only these pairs are scored; the document frequencies of CIDEr are still counted on all pairs of the
+    split.
 
-    `num_pairs`, `num_references`: numbers of pairs and of non-empty references in the official test split. `id_key`,
-    `text_key`: keys of the pair id and of the sentences in the published annotation file.
+    `num_pairs`, `num_references`: numbers of pairs and of non-empty references in the official test split; None is not
+    checked. `id_key`, `text_key`: keys of the pair id and of the sentences in the published annotation file.
     """
 
     name: str
@@ -65,26 +66,29 @@ PROTOCOLS = {
 
 
 def protocols_of(source: str) -> dict[str, Protocol]:
-    """Return the protocol of each benchmark of a source, by the benchmark's key.
+    """Return the scoring protocol of each benchmark of a source (dataset), as {key of the benchmark: protocol}.
 
-    A source without an entry in PROTOCOLS has one benchmark: all its references, scored like COCO captions.
+    A source that is not in PROTOCOLS has one benchmark: all references of the source, scored like COCO captions.
     """
     known = {key: protocol for key, protocol in PROTOCOLS.items() if protocol.source == source}
     return known or {source: Protocol("coco-caption/v1", source, source)}
 
 
 def protocol_of(source: str) -> Protocol:
-    """Return the first protocol of a source; `grammar` and `train_source` are equal in all protocols of a source."""
+    """Return the first scoring protocol of a source (dataset).
+
+    Use it for `grammar` and `train_source` only, because these are equal in all protocols of a source.
+    """
     return next(iter(protocols_of(source).values()))
 
 
 def texts_of(row: PairRow, *, joined: bool) -> list[str]:
-    """Return the references of a pair, or a list with one text that contains all references if `joined` is set."""
+    """Return the references of a pair. If `joined` is True, all references are joined to a single text in the list."""
     return [" ".join(text for text in row["references"] if text.strip())] if joined else list(row["references"])
 
 
 def chosen_rows(protocol: Protocol, rows: Sequence[PairRow]) -> list[int]:
-    """Return the positions of the reference rows whose pairs the protocol scores.
+    """Return the positions in `rows` of the pairs that the protocol scores.
 
     Raises ValueError if the protocol scores only changed or only unchanged pairs and a row has no change_type.
     """
@@ -93,15 +97,16 @@ def chosen_rows(protocol: Protocol, rows: Sequence[PairRow]) -> list[int]:
     untyped = [row["pair_id"] for row in rows if not row.get("change_type")]
     if untyped:
         raise ValueError(f"{protocol.name} scores only {protocol.only} pairs, so each reference line must have a "
-                         f"'change_type' ('none' for unchanged pairs), but {untyped[0]} has none; "
+                         f"'change_type' ('none' for unchanged pairs), but pair {untyped[0]} has none; "
                          "'onediff references' writes a file with change types")
     return [place for place, row in enumerate(rows) if (row["change_type"] == "none") == (protocol.only == "unchanged")]
 
 
 def check_counts(protocol: Protocol, rows: Sequence[PairRow]) -> None:
-    """Check that the rows have the same numbers of pairs and references as the official test split.
+    """Raise ValueError unless the protocol scores as many of these pairs as its official test split contains.
 
-    Raises ValueError otherwise.
+    The number of non-empty references must also be equal to the official number. A number that the protocol does not
+    set is not checked.
     """
     chosen = [rows[place] for place in chosen_rows(protocol, rows)]
     num_references = sum(bool(text.strip()) for row in chosen for text in row["references"])
@@ -113,37 +118,39 @@ def check_counts(protocol: Protocol, rows: Sequence[PairRow]) -> None:
 
 
 def references_digest(references: References) -> str:
-    """Return a digest of all references, independent of the order of the pairs.
+    """Return a digest (hash) of all references of a test set, independent of the order of the pairs.
 
-    Scores are comparable only if their references have the same digest.
+    Two scores are comparable only if the digests of their references are equal.
     """
     return key_of(references)[:32]
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a JSONL file of predictions, and return the predictions by pair_id.
+    """Read a JSONL file of predictions, and return the predicted captions as {pair_id: caption}.
 
     Raises ValueError with the file and the wrong line or pair.
     """
     predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
     for key, text in predictions.items():
         if not isinstance(text, str):
-            raise ValueError(f"{path}: 'prediction' of {key!r} must be a string, got {text!r}")
+            raise ValueError(f"{path}: 'prediction' of pair {key!r} must be a string, got {text!r}")
     return predictions
 
 
 def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
-    """Read a JSONL file whose lines have a `pair_id` and the given field, and return the lines by pair_id.
+    """Read a JSONL file, and return its parsed lines as {pair_id: line}.
 
-    Blank lines are skipped. Raises ValueError with file and line for a line that is wrong, FileNotFoundError if the
-    file does not exist.
+    Each line must have `pair_id` and the key that `field` names. Blank lines are skipped. Raises ValueError with file
+    and line number for a wrong line, and FileNotFoundError if the file does not exist.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a string.
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a caption.
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; give a JSONL file with 'pair_id' and '{field}'") from None
+        raise FileNotFoundError(f"{path} does not exist; give a JSONL file whose lines have 'pair_id' and '{field}'"
+                                ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
+        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save the file as UTF-8"
+                         ) from None
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -155,12 +162,12 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
                              f"({error.msg}); correct this line") from None
         missing = [name for name in ("pair_id", field) if not isinstance(row, dict) or name not in row]
         if missing:
-            raise ValueError(f"{path} line {number}: must have 'pair_id' and '{field}', missing {missing}")
+            raise ValueError(f"{path} line {number}: must have 'pair_id' and '{field}', but lacks {missing}")
         if not isinstance(row["pair_id"], str):
             raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
         if row["pair_id"] in rows:
-            raise ValueError(f"{path} line {number}: each pair_id must be unique, got {row['pair_id']!r} again; "
-                             "remove one of both lines")
+            raise ValueError(f"{path} line {number}: each pair_id must be unique, but an earlier line has the same "
+                             f"pair_id ({row['pair_id']!r}); remove one of the two lines")
         rows[row["pair_id"]] = row
     return rows
 
@@ -168,38 +175,41 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
 def rounded(value: Any) -> Any:
     """Return a JSON value with all floats rounded to six decimal places.
 
-    Rounding keeps score files identical when only the order of a floating-point sum differs.
+    Without rounding, score files would differ when only the order of a floating-point sum differs.
     """
     return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 6))
 
 
 def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
-    """Read references from a JSONL file or from the published annotation file of the benchmark (.json).
+    """Read the references of a benchmark, and return one row for each pair.
 
-    Raises ValueError with file and line for a wrong line or entry, and if the numbers of pairs or references differ
-    from the official test split.
+    `path` is a JSONL file, or the annotation file (.json) that the authors of the benchmark published. Raises
+    ValueError with file and line for a wrong line or entry, and if the number of pairs or of references differs from
+    the official test split.
     """
     published = protocol.id_key is not None and path.suffix == ".json"
     rows: list[PairRow] = [*(_published(path, protocol) if published else read_rows(path, "references").values())]
     for row in rows:
         if not (isinstance(row["references"], list) and all(isinstance(text, str) for text in row["references"])):
-            raise ValueError(f"{path}: 'references' of {row['pair_id']!r} must be a list of strings, "
+            raise ValueError(f"{path}: 'references' of pair {row['pair_id']!r} must be a list of strings, "
                              f"got {row['references']!r}")
     if not rows:
-        raise ValueError(f"{path}: must have one line per pair, but is empty; 'onediff references' writes such a file")
+        raise ValueError(f"{path}: must have one line per pair, but is empty; the command 'onediff references' writes "
+                         "such a file")
     check_counts(protocol, rows)
     return rows
 
 
 def _published(path: Path, protocol: Protocol) -> list[PairRow]:
-    """Read a published annotation file. Entries with the same id belong to one pair.
+    """Read the published annotation file of a benchmark, and return one row for each pair.
 
-    A pair whose sentences are all empty keeps one empty reference, because papers include such pairs in their scores.
+    All entries of the file with the same id belong to one pair. A pair whose sentences are all empty keeps one empty
+    reference, because papers include such pairs in their scores.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: must be valid JSON, but has an error ({error}); download the annotation file again"
+        raise ValueError(f"{path}: must be valid JSON, but has an error ({error}); download this annotation file again"
                          ) from None
     merged: dict[str, list[str]] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
@@ -213,14 +223,16 @@ def _published(path: Path, protocol: Protocol) -> list[PairRow]:
 
 def score_files(predictions: Sequence[Path], references: Path, *, key: str | None = None,
                 metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """Score JSONL files of predictions, and return the metrics, num_pairs, the protocol and the digest of references.
+    """Score JSONL files of predictions, and return the score of each metric and facts about the test set.
 
-    For one file, "intervals" has the 95 % intervals. For several files, one for each training seed of a system, the
-    metrics are means over the files, "spread" is the standard deviation between files, and `num_runs` their number.
+    The facts are num_pairs, num_groups, the name of the protocol, and the digest of the references. For one file,
+    "intervals" has the 95 % interval of each score. Several files must be predictions of one system with different
+    training seeds: then the scores are means over the files, "spread" has the standard deviation between the files, and
+    "num_runs" is the number of files.
 
     Lines of predictions are {"pair_id", "prediction"}; lines of references are {"pair_id", "references": [...]}.
     `read_benchmark` describes other formats of references. `key` is a key of PROTOCOLS. Raises ValueError with file and
-    line for a wrong line, and with the pair_ids that only one of the files contains.
+    line for a wrong line, and with the pair_ids that only the predictions or only the references contain.
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:
@@ -231,10 +243,10 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
 
 
 def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
-    """Compare two JSONL files of predictions on the same references with a paired bootstrap.
+    """Compare the predictions of two JSONL files on the same references with a paired bootstrap.
 
-    The bootstrap draws groups of pairs by the `group_id` of the references, or single pairs if there is no `group_id`.
-    Raises ValueError as `score_files` does.
+    The result has a Comparison, as a dict, for each metric. The bootstrap draws groups of pairs with the same
+    `group_id` in the references, or single pairs if there is no `group_id`. Raises ValueError as `score_files` does.
     """
     (ours, theirs), groups, facts = _score_all([first, second], references, key, METRICS)
     comparisons = compare(ours, theirs, groups)
@@ -243,10 +255,11 @@ def compare_files(first: Path, second: Path, references: Path, *, key: str | Non
 
 def _score_all(predictions: Sequence[Path], references: Path, key: str | None,
                metrics: Sequence[str]) -> tuple[list[Scores], list[str], dict[str, Any]]:
-    """Score each file of predictions on the pairs of the protocol.
+    """Score each file of predictions on the pairs that the protocol scores.
 
-    Returns three things: the scores of each file, the group of each pair, and a dict that describes the test set.
-    Raises ValueError if `key` is not a key of PROTOCOLS.
+    Returns the scores of each file, the group of each scored pair, and a dict with the number of pairs, the number of
+    groups, the name of the protocol, and the digest of the references. Raises ValueError if `key` is not a key of
+    PROTOCOLS.
     """
     if key and key not in PROTOCOLS:
         raise ValueError(f"--protocol {key}: must be one of {', '.join(PROTOCOLS)}")

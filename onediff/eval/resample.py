@@ -16,15 +16,15 @@ from onediff.eval.metrics.compute import Scores
 from onediff.eval.metrics.ngrams import Numbers, bleu
 
 RESAMPLES = 10_000
-CHUNK = 500  # number of resamples that are held in memory at the same time
+CHUNK = 500  # number of bootstrap resamples that are held in memory at the same time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The scores of two systems on the same pairs for one metric, and a test of the difference.
+    """The scores `first` and `second` of two systems on the same pairs for one metric, and a test of their difference.
 
-    `low` and `high` bound the 95 % interval of `first` minus `second`. `p` is the two-sided p-value: the probability
-    of a difference at least as large if both systems were equally good.
+    `low` and `high` are the ends of the 95 % interval of `first` minus `second`. `p` is the two-sided p-value: the
+    probability of a difference at least as large if both systems were equally good.
     """
 
     first: float
@@ -35,9 +35,9 @@ class Comparison:
 
 
 def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
-    """Return the scores of some of the pairs, which are selected by their positions.
+    """Return the scores on a subset of the pairs. `chosen` has the positions of these pairs.
 
-    Document frequencies of CIDEr remain those of all pairs that were scored.
+    The document frequencies of CIDEr are not counted again: they are those of all pairs in `scores`.
     """
     if len(chosen) == len(next(iter(scores.items.values()))):
         return scores
@@ -50,9 +50,10 @@ def restricted(scores: Scores, chosen: Sequence[int]) -> Scores:
 
 def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
               seed: int = 0) -> dict[str, list[float]]:
-    """Return the 95 % interval of each corpus score by a percentile bootstrap over groups.
+    """Return the 95 % interval of each corpus score from a percentile bootstrap, as {metric: [low, high]}.
 
-    `groups` has the group of each pair. The document frequencies of CIDEr are the same in all resamples.
+    The bootstrap draws groups of pairs; `groups` has the group of each pair. The document frequencies of CIDEr are the
+    same in all resamples.
     """
     drawn, = resampled([scores], groups, resamples=resamples, seed=seed)
     return {name: _interval(values) for name, values in drawn.items()}
@@ -60,18 +61,19 @@ def intervals(scores: Scores, groups: Sequence[str], *, resamples: int = RESAMPL
 
 def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: int = RESAMPLES,
             seed: int = 0) -> dict[str, Comparison]:
-    """Compare two systems with a paired bootstrap: each resample draws the same groups for both. Koehn, EMNLP 2004.
+    """Compare two systems with a paired bootstrap, and return a Comparison for each metric.
 
-    Raises ValueError if the two systems have scores of different metrics or of different numbers of pairs.
+    Each resample draws the same groups of pairs for both systems (Koehn, EMNLP 2004). Raises ValueError if the two
+    systems have scores of different metrics or of different numbers of pairs.
     """
     if list(first.corpus) != list(second.corpus):
-        raise ValueError(f"two systems are compared by the same metrics, got {list(first.corpus)} and "
-                         f"{list(second.corpus)}; score both with the same list of metrics")
+        raise ValueError(f"two systems must have scores of the same metrics, got {list(first.corpus)} and "
+                         f"{list(second.corpus)}; score both systems with the same list of metrics")
     ours, theirs = resampled([first, second], groups, resamples=resamples, seed=seed)
     comparisons = {}
     for name, score in first.corpus.items():
         difference = ours[name] - theirs[name]
-        # We add 1 because the observed sample counts as one more resample, so that p is never 0.
+        # The observed pairs count as one more resample. Therefore we add 1, and p is never 0.
         tail = 1 + min(int((difference <= 0).sum()), int((difference >= 0).sum()))
         low, high = _interval(difference)
         comparisons[name] = Comparison(score, second.corpus[name], low, high,
@@ -81,10 +83,11 @@ def compare(first: Scores, second: Scores, groups: Sequence[str], *, resamples: 
 
 def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: int,
               seed: int) -> list[dict[str, Numbers]]:
-    """Return for each system the scores on all resamples, (R,) for each metric.
+    """Return the corpus scores of each system on all bootstrap resamples.
 
-    All systems get the same resamples; drawing resamples takes most of the time. The same groups and seed give the same
-    resamples. Raises ValueError if the number of groups differs from the number of pairs.
+    The list has one dict for each system; it maps a metric to the scores on all resamples, (R,). All systems get the
+    same resamples, because drawing resamples takes most of the time. The same groups and seed give the same resamples.
+    Raises ValueError if the number of groups differs from the number of pairs.
     """
     names, place = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     sums: dict[tuple[int, str], Numbers] = {}
@@ -92,8 +95,8 @@ def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: in
         for name in scores.corpus:
             shares = shares_of(scores, name)
             if len(shares) != len(groups):
-                raise ValueError(f"`groups` must have one entry for each pair, got {len(groups)} for {len(shares)} "
-                                 "pairs; give the group_id of each scored pair")
+                raise ValueError(f"`groups` must have one entry for each pair, got {len(groups)} entries for "
+                                 f"{len(shares)} pairs; give the group_id of each scored pair")
             sums[number, name] = np.zeros((len(names), shares.shape[1]))  # (G, k)
             np.add.at(sums[number, name], place, shares)
     rng = np.random.default_rng(seed)
@@ -108,16 +111,19 @@ def resampled(systems: Sequence[Scores], groups: Sequence[str], *, resamples: in
 
 
 def corpus_score(name: str, sums: Numbers) -> Numbers:
-    """Return the corpus score (R,) of a metric for sums of the statistics of pairs, (R, k)."""
+    """Return the corpus score of a metric on each of R sets of pairs, (R,).
+
+    `sums` (R, k) has one row for each set: the k statistics of `shares_of`, summed over the pairs of the set.
+    """
     if name.startswith("BLEU-"):
         return bleu(sums, int(name[-1]))
     return meteor.meteor(sums) if name == "METEOR" else sums[:, 0] / sums[:, 1]
 
 
 def shares_of(scores: Scores, name: str) -> Numbers:
-    """Return the statistics of each pair that are summed for the corpus score of a metric, (n, k).
+    """Return the statistics of each pair that are summed for the corpus score of a metric, (n pairs, k statistics).
 
-    If the metric has no `statistics`, its corpus score is a mean: then the two columns are the score of the pair and 1.
+    The corpus score of a metric without `statistics` is a mean, so the two statistics of a pair are its score and 1.
     """
     if name in scores.statistics:
         return scores.statistics[name]

@@ -60,7 +60,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise ValueError("32-bit grey values have no standard range; save the image with 8 or 16 bits")
-        # Pillow's own conversion would clip values at 255 instead of scaling them.
+        # For 16-bit images, Pillow's own conversion would clip values at 255 instead of scaling them.
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("float pixel values have no standard range; save the image with 8 or 16 bits")

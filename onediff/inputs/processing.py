@@ -19,7 +19,7 @@ IGNORED = -100  # label of tokens that do not count in the loss; this value is t
 
 
 class OneDiffProcessor(ProcessorMixin):
-    """A transformers processor that prepares images and prompts for OneDiff, in training and in use.
+    """A transformers processor that prepares images and prompts for OneDiff, for training and for inference.
 
     Every image is resized, padded to a square with the mean colour and normalized. Images are never flipped or cropped.
     """
@@ -56,10 +56,11 @@ class OneDiffProcessor(ProcessorMixin):
 
     def __call__(self, pairs: list[tuple[Image.Image, Image.Image]],
                  instructions: list[str] | None = None) -> BatchFeature:
-        """Prepare pairs for captioning: images (2B, 3, H, W), image_counts (B,), input_ids and attention_mask (B, S).
+        """Return the inputs with which the model captions pairs of images.
 
-        `instructions` has one instruction for each pair; by default, all pairs get the default instruction. Rows are
-        padded on the left.
+        These are images (2B, 3, height, width) and image_counts (B,) for B pairs, and input_ids and attention_mask
+        (B, S tokens), padded on the left. `instructions` has one instruction for each pair; without it, all pairs get
+        the default instruction.
         """
         questions = instructions or [DEFAULT_INSTRUCTION] * len(pairs)
         prompts = [pair_prompt(self.template, question) for _, question in zip(pairs, questions, strict=True)]
@@ -67,9 +68,9 @@ class OneDiffProcessor(ProcessorMixin):
                             | {"images": self.pixels([image for pair in pairs for image in pair])})
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Resize, pad and normalize images of any size to a tensor (M, 3, H, W).
+        """Resize, pad and normalize images of any size, and return a tensor (M images, 3, height, width).
 
-        The result equals that of the image processor, but is computed faster.
+        The result equals that of the image processor of transformers, but is computed faster.
         """
         side, settings = self.image_px, self.image_processor
         mean, std = (np.array(values, dtype=np.float64) for values in (settings.image_mean, settings.image_std))
@@ -87,7 +88,8 @@ class OneDiffProcessor(ProcessorMixin):
     def image_px(self) -> int:
         """Width and height, in pixels, of the images that the vision tower takes.
 
-        The crop size of CLIP is used as image size, because a real centre crop could cut off a change.
+        If the image processor has a crop size, as CLIP's has, this is the crop size. The images are resized and not
+        cropped, because a crop could cut off a change.
         """
         settings = self.image_processor
         size = settings.crop_size if getattr(settings, "do_center_crop", False) else settings.size
@@ -116,7 +118,7 @@ class OneDiffProcessor(ProcessorMixin):
                 "image_counts": torch.tensor([prompt.num_images for prompt in prompts])}
 
     def encode_turns(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return the token ids and labels of all turns of a prompt, truncated to max_length."""
+        """Return the token ids and labels of all questions and answers of a prompt, at most `max_length` of each."""
         question = self.encode_question(prompt)
         answer = self.encode_answer(prompt.answer)
         ids, labels = question + answer, [IGNORED] * len(question) + answer

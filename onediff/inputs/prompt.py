@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 IMAGE, DELTA = "<image>", "<delta>"
 DEFAULT_INSTRUCTION = "What changed between the two images?"
-COUPLED_INSTRUCTION = "Describe the two images in order."  # the instruction of Coupled Sample Training
+COUPLED_INSTRUCTION = "Describe the two images in order."  # the instruction in all prompts of Coupled Sample Training
 
 _APART, _JOINED = f"First image: {IMAGE} Second image: {IMAGE}", f"Both images: {IMAGE}"
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -27,7 +27,7 @@ class Prompt:
 
 
 def pair_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
-    """Build a prompt about two images: placeholders for before, after and delta tokens, then the instruction."""
+    """Build a prompt about two images: placeholders for both images and the delta tokens, then the instruction."""
     question = f"{_SYSTEM[template]}USER: {_APART} {DELTA}\n{instruction} ASSISTANT:"
     return Prompt(question, answer, 2)
 
@@ -50,7 +50,7 @@ def text_prompt(template: str, instruction: str, answer: str | None = None) -> P
 def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_images: int) -> Prompt:
     """Build a prompt from the (question, answer) turns of a conversation, as in LLaVA's instruction data.
 
-    If there is an image, the placeholder is before the first question.
+    If the conversation has an image, the image placeholder comes before the first question.
     """
     first = {0: text_prompt, 1: single_prompt}[num_images](template, *turns[0])
     return replace(first, later=tuple((f"USER: {question} ASSISTANT:", answer) for question, answer in turns[1:]))
@@ -59,8 +59,8 @@ def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_imag
 def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: bool) -> str:
     """Repeat each placeholder of a question once for each visual token that replaces it.
 
-    `joined` is for token layout C, in which every patch token represents both images. Without delta tokens, the delta
-    placeholder is removed.
+    `joined` is for token layout C, in which every patch token represents both images. If `delta_tokens` is 0, the
+    delta placeholder is removed.
     """
     if joined:
         question = question.replace(_APART, _JOINED)

@@ -36,8 +36,8 @@ BESIDE_BERT = ("cls.", "pooler.", "classifier.", "qa_outputs.")
 def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
     """Load the pretrained models and return the OneDiff model that is ready for training, and its processor.
 
-    `seed` determines the random weights. Raises ValueError if the pretrained models contradict params.yaml or do not
-    fit together.
+    `seed` determines the random weights of the modules that have no pretrained weights. Raises ValueError if the
+    pretrained models contradict params.yaml or do not fit together.
     """
     configuration = configure(model)
     processor = OneDiffProcessor(
@@ -55,7 +55,7 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
              load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
     onediff = OneDiffForConditionalGeneration(configuration, pretrained=language)
-    # The vision tower of a CLIPModel is its attribute `vision_model`.
+    # A complete CLIPModel has its vision tower in the attribute `vision_model`.
     onediff.vision.tower = getattr(tower, "vision_model", tower)
     onediff.generation_config = language.generation_config
     if llava:
@@ -69,10 +69,11 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
 def configure(model: params.Model) -> OneDiffConfig:
     """Return the configuration of the model that `build` returns, without loading weights.
 
-    Raises FileNotFoundError if a path of params.yaml holds no model, and ValueError if the models do not fit together.
+    Raises FileNotFoundError if a path in params.yaml contains no model, and ValueError if the pretrained models
+    contradict params.yaml or do not fit together.
     """
     for key, name in (("vision.path", model.vision.path), ("language", model.language)):
-        # A name with one slash, `owner/name`, may be a model of the Hugging Face Hub.
+        # A name with one slash, `owner/name`, may be a model on the Hugging Face Hub, so it needs no local folder.
         if name.count("/") != 1 and not Path(name, "config.json").exists():
             raise FileNotFoundError(f"params.yaml: model.{key}: {name} must be a folder with a config.json, or "
                                     "a model of the Hugging Face Hub, but it does not exist; correct the path, or run "
@@ -94,7 +95,7 @@ def configure(model: params.Model) -> OneDiffConfig:
 
 
 def check_language(model: params.Model, vision: PreTrainedConfig, language: PreTrainedConfig) -> None:
-    """Raise ValueError unless model.language is a decoder, or a LLaVA that fits model.vision.path."""
+    """Raise ValueError unless the language model is a decoder, or a LLaVA that can use the chosen vision tower."""
     if not isinstance(language, LlavaConfig) and type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{LANGUAGE} must be a decoder-only language model or a LLaVA, but {model.language} is a "
                          f"'{language.model_type}'; use for example a Llama, Vicuna or Qwen model")
@@ -105,7 +106,7 @@ def check_language(model: params.Model, vision: PreTrainedConfig, language: PreT
 
 
 def check_vision(vision: params.Vision, tower: PreTrainedConfig) -> None:
-    """Raise ValueError if the vision tower has another image size, patch size or depth than params.yaml states."""
+    """Raise ValueError if image size, patch size or number of layers of the vision tower differ from params.yaml."""
     for key, value, actual in (("image_px", vision.image_px, getattr(tower, "image_size", None)),
                                ("patch_px", vision.patch_px, getattr(tower, "patch_size", None)),
                                ("layers", vision.layers, tower.num_hidden_layers)):
@@ -113,17 +114,17 @@ def check_vision(vision: params.Vision, tower: PreTrainedConfig) -> None:
             raise ValueError(f"{VISION} must be a CLIP or SigLIP vision tower, but {vision.path} is a "
                              f"'{tower.model_type}'; use a CLIP or SigLIP model")
         if value != actual:
-            raise ValueError(f"params.yaml: model.vision.{key} must be that of the vision tower {vision.path}, "
-                             f"which is {actual}, got {value}; set it to {actual}")
+            raise ValueError(f"params.yaml: model.vision.{key} must be {actual}, as in the config.json of the vision "
+                             f"tower {vision.path}, got {value}; set it to {actual}")
 
 
 def check_llava(model: params.Model, vision: PreTrainedConfig, llava: LlavaConfig) -> None:
-    """Raise ValueError if the projector of the LLaVA was trained on other features than OneDiff would give it."""
+    """Raise ValueError if LLaVA's projector has another form than OneDiff's, or was trained on other features."""
     where, layer = f"{LANGUAGE}: LLaVA {model.language}", llava.vision_feature_layer
     if not isinstance(layer, int):
-        raise ValueError(f"{where} must read one level of its vision tower, as OneDiff does, but vision_feature_layer "
-                         f"is {layer}; use a LLaVA with a single vision_feature_layer")
-    # Levels may be negative: a tower of 24 layers has the levels 0 to 24, and -2 means level 23.
+        raise ValueError(f"{where} must use the output of one layer of its vision tower, but its config.json sets "
+                         f"vision_feature_layer to {layer}; use a LLaVA with a single vision_feature_layer")
+    # Levels may be negative: a vision tower of 24 layers has the levels 0 to 24, and -2 means level 23.
     if (layer - model.patch_level) % (model.vision.layers + 1):
         raise ValueError(f"{where} was trained on level {layer} of its vision tower, but model.patch_level is "
                          f"{model.patch_level}; set model.patch_level to {layer}")
@@ -134,16 +135,17 @@ def check_llava(model: params.Model, vision: PreTrainedConfig, llava: LlavaConfi
             raise ValueError(f"{where} must have {key} {needed!r}, because OneDiff projects the patches of this tower "
                              f"as LLaVA-1.5 does, got {getattr(llava, key)!r}; use a checkpoint with that value")
     if vision.hidden_size != llava.vision_config.hidden_size:
-        raise ValueError(f"{VISION}: the vision tower must have the width that the projector of LLaVA {model.language} "
-                         f"reads, {llava.vision_config.hidden_size}, but that of {model.vision.path} is "
-                         f"{vision.hidden_size}; set it to {model.language}, or to a vision tower of that width")
+        raise ValueError(f"{VISION}: the vision tower must have width {llava.vision_config.hidden_size}, because the "
+                         f"projector of LLaVA {model.language} reads this width, but {model.vision.path} has width "
+                         f"{vision.hidden_size}; set model.vision.path to {model.language}, or to a vision tower of "
+                         f"width {llava.vision_config.hidden_size}")
 
 
 def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
-    """Return the language model of a LLaVA, with its output head, as a causal language model such as LlamaForCausalLM.
+    """Return the language model inside a LLaVA as a causal language model, such as a LlamaForCausalLM.
 
-    The result shares all tensors with the LLaVA, so no weights are copied. Raises ValueError if some weights of the
-    language model are not in the LLaVA.
+    The result shares all tensors with the LLaVA, so no weights are copied. Raises ValueError if the LLaVA lacks some
+    weights of the language model.
     """
     with torch.device("meta"):
         language: Any = AutoModelForCausalLM.from_config(llava.config.text_config)
@@ -159,11 +161,11 @@ def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
 
 @torch.no_grad()
 def copy_projector(llava: LlavaForConditionalGeneration, target: Projector, *, reading: str) -> None:
-    """Copy LLaVA's projector to OneDiff's, so that training starts with the patch tokens that LLaVA computes.
+    """Copy the weights of LLaVA's projector to OneDiff's projector, so that training starts with LLaVA's patch tokens.
 
-    The first layer is wider than LLaVA's in two token layouts. B reads [patch; enhanced patch]: the weights of the
-    enhanced half start at 0. C reads [before patch; after patch]: each half starts with half of LLaVA's weights, so
-    the projector computes the mean of both patches.
+    In the token layouts B and C, the first layer of OneDiff's projector has twice as many inputs as LLaVA's. B reads
+    [patch; enhanced patch]: the weights for the enhanced patch start at 0. C reads [before patch; after patch]: the
+    weights for both patches are LLaVA's weights divided by 2, so the projector reads the mean of both patches.
     """
     state = llava.model.multi_modal_projector.state_dict()
     first = state["linear_1.weight"]

@@ -8,14 +8,13 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 class OneDiffConfig(PreTrainedConfig):
-    """The configurations of the vision tower and the language model, and the settings of the parts between them.
+    """The configuration of a OneDiff model: vision tower, language model, and the modules between them.
 
-    `reading` is the token layout A, B or C, which OneDiffForConditionalGeneration describes. In layout C a row with a
-    single image joins this image with itself.
-    `patch_level` is the hidden state of the vision tower whose patches the language model reads; `patch_pool` is the
-    side, in patches, of the squares that are averaged into one patch token.
-    `delta_levels` has one entry per cross-attention of the Visual Delta Module: the hidden state of the vision tower
-    that it reads (0 = the patch embeddings). `delta_num_tokens` 0 builds a model without the Visual Delta Module.
+    `reading` is the token layout A, B or C; the docstring of OneDiffForConditionalGeneration describes the layouts.
+    `patch_level` is the index of the hidden state of the vision tower that gives the patches for the language model.
+    `patch_pool` is the side, in patches, of the squares of patches that are averaged into one patch token.
+    `delta_levels` lists, for each cross-attention of the Visual Delta Module, the index of the hidden state that it
+    reads (0 = the patch embeddings). If `delta_num_tokens` is 0, the model has no Visual Delta Module.
     """
 
     model_type = "onediff"
@@ -24,7 +23,7 @@ class OneDiffConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    # The two sub-configurations may be given as dict, PreTrainedConfig or None; transformers makes them objects.
+    # Each sub-configuration may be a dict, a PreTrainedConfig or None; transformers converts it to a PreTrainedConfig.
     vision_config: Any = None
     text_config: Any = None
     reading: str = "A"
@@ -49,17 +48,17 @@ class OneDiffConfig(PreTrainedConfig):
 
     @property
     def patches_per_side(self) -> int:
-        """Return the number of patches in one row of the (square) image."""
+        """Return the number of patches along one side of the square image."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Return N, the number of patches that the vision tower computes for one image."""
+        """Return the number of patches into which the vision tower divides an image."""
         return self.patches_per_side**2
 
     @property
     def tokens_per_image(self) -> int:
-        """Return T, the number of patch tokens per image, or per pair of images in token layout C."""
+        """Return the number of patch tokens that an image, or in token layout C a pair, has in the prompt."""
         return (self.patches_per_side // self.patch_pool) ** 2
 
     @property
@@ -69,13 +68,13 @@ class OneDiffConfig(PreTrainedConfig):
 
     @property
     def patch_state(self) -> int:
-        """Return `patch_level` as an index that is not negative, where 0 means the patch embeddings."""
+        """Return `patch_level` as a non-negative index of a hidden state; index 0 means the patch embeddings."""
         return (self.patch_level if self.patch_level >= 0
                 else self.vision_config.num_hidden_layers + 1 + self.patch_level)
 
     @property
     def read_levels(self) -> list[int]:
-        """Return the hidden states of the vision tower that the model reads, ascending: the L axis of `states`."""
+        """Return the sorted indices of the hidden states of the vision tower that the rest of the model reads."""
         return sorted({*(self.delta_levels if self.delta_num_tokens else ()), self.patch_state})
 
 

@@ -13,9 +13,9 @@ from transformers import BertModel
 
 from onediff.model.configuration import OneDiffConfig
 
-# Position and image embeddings start with this standard deviation, so that they have an effect from the first step on.
+# The random position and image embeddings have this standard deviation, large enough to matter from the first step on.
 SPREAD = 0.3
-# Maps submodules of a DeltaLayer to the submodules of a BERT layer from which `copy_bert` copies weights.
+# Maps each submodule of a DeltaLayer to the submodule of a BERT layer from which `copy_bert` copies the weights.
 BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.key": "attention.self.key",
               "self_attention.value": "attention.self.value", "self_attention.out": "attention.output.dense",
               "self_attention.norm": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
@@ -25,9 +25,9 @@ BERT_NAMES = {"self_attention.query": "attention.self.query", "self_attention.ke
 class Attention(nn.Module):
     """Multi-head attention from queries to a context, followed by a residual connection and LayerNorm, as in BERT.
 
-    If a few queries read a long context, `by_queries` avoids computing a key and a value for each context token. It
-    multiplies the queries by the key weights, and the averaged context by the value weights. By associativity of the
-    matrix product the result equals that of `by_keys`, up to rounding, with fewer operations.
+    `by_keys` is the usual computation. `by_queries` gives equal results, up to rounding, with fewer operations if few
+    queries read a long context: it multiplies the queries by the key weights, and the averaged context by the value
+    weights, so that it computes no key and no value for each context token.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -38,22 +38,28 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Let the queries (B, Q, W) attend to the context (B, S, W), and return updated queries (B, Q, W)."""
+        """Let the queries attend to the context, and return the updated queries.
+
+        The queries are (pairs, queries, width), and the context is (pairs, context tokens, width).
+        """
         attend = self.by_queries if self.has_few_queries(queries.shape[1], context.shape[1]) else self.by_keys
         query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W/heads)
         return self.norm(queries + self.out(attend(query, context).transpose(1, 2).flatten(2)))
 
     def has_few_queries(self, num_queries: int, num_keys: int) -> bool:
-        """Return whether `by_queries` needs fewer operations than `by_keys` for these sequence lengths."""
+        """Return whether `by_queries` needs fewer operations than `by_keys` for these numbers of queries and keys."""
         return num_queries < num_keys and self.heads * num_queries < self.query.in_features
 
     def by_keys(self, query: Tensor, context: Tensor) -> Tensor:
-        """Compute attention of queries (B, heads, Q, W / heads) to the context (B, S, W), with keys and values."""
+        """Compute attention in the usual way, with a key and a value for each token of the context.
+
+        The queries are (pairs, heads, queries, width of a head), the context is (pairs, context tokens, width).
+        """
         key, value = (part(context).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
         return functional.scaled_dot_product_attention(query, key, value)
 
     def by_queries(self, query: Tensor, context: Tensor) -> Tensor:
-        """Compute the result of `by_keys` without keys and values; see the docstring of the class."""
+        """Compute the result of `by_keys` without keys and values; the docstring of the class explains how."""
         key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))
         wide = torch.einsum("bhqd, hdw -> bhqw", query, key).flatten(1, 2)[:, None]  # (B, 1, heads*Q, W)
         keys = context[:, None]
@@ -63,7 +69,7 @@ class Attention(nn.Module):
 
 
 class DeltaLayer(nn.Module):
-    """A layer of the VDM: self-attention of the delta tokens, optional cross-attention to the images, feed-forward."""
+    """A transformer layer: self-attention of the delta tokens, optional cross-attention to the images, feed-forward."""
 
     def __init__(self, width: int, heads: int, *, cross: bool) -> None:
         super().__init__()
@@ -72,7 +78,7 @@ class DeltaLayer(nn.Module):
         self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
 
     def forward(self, delta: Tensor, context: Tensor) -> Tensor:
-        """Update the delta tokens (B, K, W) by self-attention and by cross-attention to the context (B, S, W)."""
+        """Return the updated delta tokens (pairs, tokens, width). `context` has the tokens of the images."""
         delta = self.self_attention(delta, delta)
         if self.cross_attention is not None:
             delta = self.cross_attention(delta, context)
@@ -82,8 +88,9 @@ class DeltaLayer(nn.Module):
 class PatchMatch(nn.Module):
     """Subtract from each patch its match in the other image, so that only content without a match remains.
 
-    The match is a weighted mean of all patches of the other image. A softmax gives high weights to patches with
-    similar features at a near position; two learned scalars, `sharpness` and `nearness`, balance these two terms.
+    The match is a weighted mean of all patches of the other image. A softmax gives high weights to patches that have
+    similar features and a near position. The learned scalar `sharpness` scales the similarity of the features, and
+    the learned scalar `nearness` scales the distance of the positions.
     """
 
     distances: Tensor
@@ -96,7 +103,10 @@ class PatchMatch(nn.Module):
         self.register_buffer("distances", torch.cdist(positions, positions).square())  # (N, N), patches^2
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both images minus their matches, each (B, N, C), for normalized patches before, after (B, N, C)."""
+        """Return the before patches minus their matches, and the after patches minus theirs.
+
+        All inputs and outputs are (B pairs, N patches, C channels), and the inputs are normalized.
+        """
         similarity = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
         similarity = similarity - self.nearness * self.distances
         return before - similarity.softmax(-1) @ after, after - similarity.transpose(1, 2).softmax(-1) @ before
@@ -105,12 +115,12 @@ class PatchMatch(nn.Module):
 class VisualDeltaModule(nn.Module):
     """The stack of DeltaLayers that turns the two encoded images of a pair into delta tokens.
 
-    The paper uses 6 layers of BERT-base width. They read the patches of both images at three levels of the tower.
-    `delta_inputs` chooses the context of the cross-attention:
-    `pair`, as in the paper, gives the patches of both images.
-    `pair_and_difference` adds the difference `after - before` at each position as a third set of tokens.
-    `pair_and_matched_difference` adds to each patch how it differs from its match in the other image (`PatchMatch`).
-    It is for pairs whose camera moved, where one position shows different parts of the scene.
+    The paper uses 6 layers, which read the patches of both images at three levels of the vision tower.
+    `delta_inputs` chooses the tokens that the cross-attention reads:
+    `pair`, as in the paper: one token for each patch of both images.
+    `pair_and_difference`: these tokens, and one token for the difference `after - before` at each position.
+    `pair_and_matched_difference`: the tokens of `pair`, and to each one is added how the patch differs from its match
+    in the other image (`PatchMatch`). It is meant for pairs whose camera moved between the images.
     """
 
     def __init__(self, config: OneDiffConfig) -> None:
@@ -121,7 +131,7 @@ class VisualDeltaModule(nn.Module):
         self.marked = config.delta_image_ids
         self.tokens = nn.Parameter(torch.randn(config.delta_num_tokens, width))
         self.query_norm = nn.LayerNorm(width)
-        # Each level has a LayerNorm, because the scale of the hidden states differs between levels of the tower.
+        # Each level of the vision tower needs a LayerNorm, because the hidden states of the levels differ in scale.
         self.level_norms = nn.ModuleDict({str(level): nn.LayerNorm(tower) for level in sorted(set(self.levels))})
         if self.marked:
             self.image_ids = nn.Parameter(SPREAD * torch.randn(3, 1, tower))  # before, after, difference
@@ -135,7 +145,10 @@ class VisualDeltaModule(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """Compute the delta tokens (B, K, W) from the hidden states before and after (B, L, N, C) of each pair."""
+        """Return delta tokens (B pairs, K tokens, width), computed from the hidden states of both images.
+
+        `before` and `after` are hidden states of the vision tower (B pairs, L levels, N patches, C channels).
+        """
         contexts = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
         delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
         for i, layer in enumerate(self.layers):
@@ -143,9 +156,11 @@ class VisualDeltaModule(nn.Module):
         return self.norm(delta)
 
     def read(self, before: Tensor, after: Tensor, level: int) -> Tensor:
-        """Return the context (B, 2N or 3N, W) of the cross-attention from patches before, after (B, N, C) of a level.
+        """Return the context that the cross-attention reads, computed from the patches of both images at one level.
 
-        Patches are normalized, receive embeddings of image and position, and are projected to the module's width.
+        The patches are normalized, embeddings of position and image are added, and a linear layer maps the sum to the
+        width of this module. `before` and `after` are (pairs, N patches, channels). The result has 2N tokens per pair,
+        or 3N if it includes the difference of the images.
         """
         norm = self.level_norms[str(level)]
         views = [norm(before), norm(after)]
@@ -159,10 +174,10 @@ class VisualDeltaModule(nn.Module):
         return context
 
     def copy_bert(self, bert: BertModel) -> None:
-        """Copy self-attention and feed-forward weights from the first layers of BERT, layer by layer.
+        """Copy self-attention and feed-forward weights from the first layers of BERT to the layers of this module.
 
-        Cross-attention keeps random weights, as in the Q-Former of BLIP-2. Raises ValueError if BERT has fewer layers
-        than this module or another width.
+        Cross-attention keeps random weights, as in the Q-Former of BLIP-2. Raises ValueError if BERT has too few
+        layers or another width than this module.
         """
         if bert.config.hidden_size != self.tokens.shape[1] or bert.config.num_hidden_layers < len(self.layers):
             raise ValueError(f"params.yaml: model.delta.init: BERT must have at least {len(self.layers)} layers of "

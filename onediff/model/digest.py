@@ -7,17 +7,17 @@ from pathlib import Path
 
 from onediff.files import sha256_of
 
-# The file with the digest of a registered model, for programs that cannot ask the MLflow registry.
+# This file contains the digest of a registered model, for programs that have no access to the MLflow registry.
 DIGEST_FILE = "model.sha256"
 _NOT_MODEL = {"__pycache__", ".gitignore"}
 
 
 @dataclass(frozen=True)
 class ModelDigests:
-    """The two digests of a model folder.
+    """The two SHA-256 digests of a model folder.
 
-    `folder` covers the name and the bytes of every file, and identifies the model. `weights` covers only the bytes of
-    the safetensors files.
+    `folder` is computed from the names and the bytes of all files, and identifies the model. `weights` is computed
+    only from the bytes of the safetensors files.
     """
 
     folder: str
@@ -34,7 +34,7 @@ def model_digests(folder: Path) -> ModelDigests:
 
 
 def weights_digest(folder: Path) -> str:
-    """Compute the SHA-256 digest of all safetensors files in alphabetical order, as recorded in data/runs/*.json.
+    """Compute the SHA-256 digest of the bytes of all safetensors files in a folder, in alphabetical order.
 
     Raises FileNotFoundError if the folder has no safetensors file.
     """

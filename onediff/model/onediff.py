@@ -28,7 +28,7 @@ PARTS = ("vision", "delta", "projector", "language")
 
 
 class SiameseEncoder(nn.Module):
-    """Encode all images of the batch in one call of the vision tower, so before and after share all weights."""
+    """The image encoder: one vision tower encodes the before images and the after images in one call."""
 
     def __init__(self, config: OneDiffConfig) -> None:
         super().__init__()
@@ -36,7 +36,10 @@ class SiameseEncoder(nn.Module):
         self.tower = AutoModel.from_config(config.vision_config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the hidden states (M, L, N, C) of images (M, 3, H, W) at `read_levels`, without the class token."""
+        """Return hidden states (M images, L levels, N patches, C channels) of images (M, 3, height, width).
+
+        The class token is not included, and the levels are those of `config.read_levels`.
+        """
         hidden = self.tower(images, output_hidden_states=True).hidden_states
         return torch.stack([hidden[level][:, -self.num_patches :] for level in self.levels], dim=1)
 
@@ -57,17 +60,20 @@ class Enhance(nn.Module):
         self.attention, self.expand = Attention(delta_width, heads), nn.Linear(delta_width, tower_width)
 
     def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
-        """Let patches (2P, N, C) attend to delta tokens (2P, K, W), and return the enhanced patches (2P, N, C)."""
+        """Let the patches of each image attend to the delta tokens of its pair, and return the enhanced patches.
+
+        The patches are (images, patches, channels), and the delta tokens are (images, delta tokens, width).
+        """
         return self.expand(self.attention(self.reduce(self.norm(patches)), delta))
 
 
 class OneDiffForConditionalGeneration(PreTrainedModel):
-    """The complete captioner: vision tower, Visual Delta Module, projectors and language model.
+    """The complete OneDiff model: vision tower, Visual Delta Module, projectors and language model.
 
-    `config.reading` chooses the token layout, which is how the language model receives the visual tokens of a row:
-    A inserts [before patches][after patches][delta tokens], and each patch token is one projected patch.
-    B inserts [before patches][after patches], and each patch is joined with its enhanced version by channel.
-    C inserts [patches][delta tokens], and each patch token joins the before and the after patch by channel.
+    `config.reading` chooses the token layout, which is the order and the content of the visual tokens in the prompt:
+    A: [before patches][after patches][delta tokens]. Each patch token is one projected patch.
+    B: [before patches][after patches]. Each patch is concatenated with its enhanced version along the channel axis.
+    C: [patches][delta tokens]. The before and the after patch of each position are concatenated along the channel axis.
     """
 
     config_class = OneDiffConfig
@@ -77,9 +83,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: OneDiffConfig, *, pretrained: PreTrainedModel | None = None) -> None:
-        """Initialize all parts with random weights, or use `pretrained` as the language model.
+        """Initialize all parts with random weights, except the language model if `pretrained` is given.
 
-        The caller passes the pretrained language model here, so that no second model of this size is allocated.
+        In this case `pretrained` becomes the language model, so that no second language model is allocated.
         """
         super().__init__(config)
         tower_width, delta_width = config.vision_config.hidden_size, config.delta_width
@@ -97,28 +103,30 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep PyTorch's default initialization, whose scale depends on the layer width; transformers' is constant."""
+        """Do nothing, so that all layers keep PyTorch's initialization, whose scale depends on the layer width."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                 states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
                 patch_mask: Tensor | None = None) -> CausalLMOutput:
         """Return the loss if `labels` are given, and otherwise the logits (B, S, vocabulary).
 
-        input_ids, attention_mask and labels are (B, S), image_counts is (B,).
-        Visual input is images (M, 3, H, W), or states (M, L, N, C) that the vision tower computed earlier.
+        input_ids, attention_mask and labels are (B rows, S tokens), and image_counts is (B,).
+        The images are given as pixels `images` (M, 3, height, width), or as hidden states `states` (M images,
+        L levels, N patches, C channels) that the vision tower computed earlier.
         patch_mask (B,) is True for each row whose patch tokens the language model must not attend to.
 
-        The loss is the sum over answer tokens, divided by `num_answer_tokens` (default: the answer tokens of this
-        batch). With the count of the complete step, the losses of micro-batches and ranks add up to the exact mean.
-        At least one row must have an answer token, and none may directly follow a masked placeholder.
+        The loss is the sum over answer tokens, divided by `num_answer_tokens`, or by the number of answer tokens of
+        this batch if it is None. If all ranks and micro-batches of a training step pass the total number of the step,
+        their losses add up to the exact mean. At least one row must have an answer token, and no answer token may
+        directly follow a masked placeholder.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
             return CausalLMOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
-        is_kept = attention_mask.bool()  # (B, S): False for padding. U is the number of tokens that are not padding.
-        # (U,): for each token, the id of the token after it
+        is_kept = attention_mask.bool()  # False for padding and for masked patch tokens
+        # One target per kept token: the id of the next token, or IGNORED if the next token is not part of an answer.
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]
         is_answer = (targets != IGNORED).nonzero().flatten()  # only these tokens need logits
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -133,24 +141,24 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
                  states: Tensor | None = None, **options: Any) -> Tensor:
         """Return the token ids of the answers, without the prompts.
 
-        The inputs are those of `forward`, except that prompts must be padded on the left. `options` are passed to
-        the `generate` method of the language model, as described in transformers' documentation.
+        The inputs are those of `forward`, but prompts must be padded on the left. `options` are passed to the
+        `generate` method of the language model.
         """
         embeds = self.embed(input_ids, image_counts, images=images, states=states)
-        # Under ZeRO level 3 every forward pass needs all ranks, so each rank continues until the slowest has finished.
+        # Under ZeRO level 3 a forward pass needs all ranks, so each rank generates until the last rank has finished.
         is_sharded = hasattr(next(self.parameters()), "ds_id")
         return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, synced_gpus=is_sharded,
                                       **options)
 
     def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None,
               states: Tensor | None = None) -> Tensor:
-        """Return the input embeddings (B, S, D), with visual tokens inserted at the placeholders of the prompt.
+        """Return input embeddings (rows, tokens, width), with visual tokens inserted at the placeholders of the prompt.
 
         Raises ValueError if a row has more or fewer placeholders than its images need.
         """
         self.check_placeholders(input_ids, image_counts)
         is_image, is_delta = input_ids == self.config.image_token_id, input_ids == self.config.delta_token_id
-        # The embedding table may have no row for placeholder ids, so token 0 is looked up here and overwritten below.
+        # The embedding table may lack placeholder ids, so they get the embedding of token 0; it is overwritten below.
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image | is_delta, 0))
         if self.training and not bool((image_counts == 2).any()):
             images, states, image_counts = self.with_blank_pair(images, states, image_counts)
@@ -164,11 +172,11 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
 
     def with_blank_pair(self, images: Tensor | None, states: Tensor | None,
                         image_counts: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Append a pair of zero images to a training batch without pairs, so that every module takes part in the step.
+        """Append a pair of zero images to a batch without pairs, so that every module takes part in the training step.
 
-        No placeholder receives the tokens of this pair, so each parameter that only pairs use gets a gradient of 0.
-        Without this pair, ZeRO level 3 would wait forever for a rank that skips the delta module, and the optimizer
-        would treat a missing gradient differently from a gradient of 0.
+        No placeholder receives the tokens of this pair, so the parameters that only pairs use get a gradient of 0.
+        Without this pair, the other ranks would wait forever under ZeRO level 3 for a rank that skips the delta
+        module, and the optimizer would treat a missing gradient differently from a gradient of 0.
         """
         counts = functional.pad(image_counts, (0, 1), value=2)
         if states is not None:
@@ -179,15 +187,15 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
 
     def project_visual_tokens(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return patch tokens (M, T, D) and delta tokens (P, K, D) computed from states (M, L, N, C).
+        """Return the patch tokens and the delta tokens for the language model, from hidden states of the vision tower.
 
-        In token layout C, the first dimension counts the rows that have images instead of the images.
-        Delta tokens are None if no row has two images, if the model has no delta module, and in token layout B,
-        where the delta tokens only change the patches.
+        Patch tokens are (images, tokens, width), or (rows with images, tokens, width) in token layout C. Delta tokens
+        are (pairs, tokens, width), or None if there is no pair, if the model has no delta module, and in token
+        layout B, where the delta tokens only change the patches.
         """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
-        starts = image_counts.cumsum(0) - image_counts  # (B,): the index of each row's first image among all M images
-        first = starts[image_counts == 2]  # (P,): the index of the before image of each pair
+        starts = image_counts.cumsum(0) - image_counts  # index of the first image of each row among all images
+        first = starts[image_counts == 2]  # index of the before image of each pair among all images
         delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
                  if self.delta is not None and len(first) else None)
         if self.config.reading == "B":
@@ -201,19 +209,19 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
 
     def enhance_pairs(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
-        """Return enhanced patches (M, N, C) computed from patches (M, N, C) and delta tokens (P, K, W).
+        """Return the enhanced patches of all images, computed from their patches and the delta tokens of their pairs.
 
-        The result is 0 for images that belong to no pair. first (P,) is the index of the before image of each pair,
-        and the after image is the next one.
+        The result is 0 for images that belong to no pair. `first` holds the index of the before image of each pair;
+        the after image has the next index.
         """
         if delta is None:
             return torch.zeros_like(patches)
-        both = torch.stack([first, first + 1], 1).flatten()  # (2P,): the indices of both images of each pair
+        both = torch.stack([first, first + 1], 1).flatten()  # the indices of both images of each pair
         return torch.zeros_like(patches).index_copy(
             0, both, self.enhance(patches[both], delta.repeat_interleave(2, 0)))
 
     def pool(self, patches: Tensor) -> Tensor:
-        """Average each square of `patch_pool` x `patch_pool` patches: patches (M, N, C) -> (M, T, C)."""
+        """Average each square of `patch_pool` x `patch_pool` patches of an image into one patch."""
         if self.config.patch_pool == 1:
             return patches
         side, square = self.config.patches_per_side, self.config.patch_pool
@@ -221,7 +229,7 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return grid.mean((2, 4)).flatten(1, 2)
 
     def check_placeholders(self, input_ids: Tensor, image_counts: Tensor) -> None:
-        """Raise ValueError for the first row of input_ids (B, S) whose placeholders do not match its image count."""
+        """Raise ValueError if a row of the batch has more or fewer placeholders than its number of images needs."""
         counts = torch.stack([(input_ids == self.config.image_token_id).sum(1),
                               (input_ids == self.config.delta_token_id).sum(1)], 1)  # (B, 2)
         num_patch_sets = image_counts.clamp(max=1) if self.config.reading == "C" else image_counts
@@ -232,11 +240,11 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
             row = wrong_rows[0]
             (num_image, num_delta), (need_image, need_delta) = counts[row].tolist(), expected[row].tolist()
             raise ValueError(f"row {row} of the batch has {int(image_counts[row])} images, so its prompt needs "
-                             f"{need_image} image and {need_delta} delta placeholders, got {num_image} and "
-                             f"{num_delta}; build prompts with OneDiffProcessor, and do not truncate them")
+                             f"{need_image} image placeholders and {need_delta} delta placeholders, got {num_image} "
+                             f"and {num_delta}; build prompts with OneDiffProcessor, and do not truncate them")
 
     def part_of(self, name: str) -> str:
-        """Return the part of the model, one of `PARTS`, whose learning rate applies to the named parameter."""
+        """Return the part of the model, one of `PARTS`, whose learning rate applies to the parameter `name`."""
         module = name.split(".")[0]
         return {"vision": "vision", "language": "language", "delta": "delta",
                 "enhance": "delta"}.get(module, "projector")

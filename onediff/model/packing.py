@@ -20,10 +20,11 @@ NAME = "packed"
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                      scaling: float | None = None, dropout: float = 0.0, lengths: list[int] | None = None,
                      **options: Any) -> tuple[Tensor, None]:
-    """Compute causal attention inside each packed row: query (1, H, T, W), key and value (1, G, T, W) -> (1, T, H, W).
+    """Compute causal attention in which each token attends only to itself and earlier tokens of its own row.
 
-    `lengths` lists the number of tokens of each packed row; its sum is T. If it is None, the rows are not packed, and
-    the function calls transformers' scaled-dot-product attention, which supports masks and caches.
+    query is (1, heads, tokens of all rows, width), and the result is (1, tokens of all rows, heads, width).
+    `lengths` lists the number of tokens of each row. If it is None, the rows are not packed, and the function calls
+    transformers' scaled-dot-product attention, which supports masks and caches.
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
@@ -36,7 +37,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 def _by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
-    """Apply PyTorch's scaled-dot-product attention to one row after the other, on any device and data type."""
+    """Apply PyTorch's scaled-dot-product attention to one row after the other; this works on every device."""
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     rows = [functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
                                                     enable_gqa=q.shape[1] != k.shape[1]) for q, k, v in parts]
@@ -58,7 +59,7 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], sca
 
 
 def use_packing(language: nn.Module) -> None:
-    """Make the language model use packed attention. Raises ValueError if transformers cannot change its attention."""
+    """Make the language model use packed attention. Raises ValueError if the model does not support this change."""
     try:
         language.set_attn_implementation(NAME)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
@@ -68,10 +69,10 @@ def use_packing(language: nn.Module) -> None:
 
 
 def no_mask(like: Tensor) -> Tensor:
-    """Return a dummy mask (1, 1, 1, 1) of the dtype and device of `like`, for packed rows.
+    """Return an attention mask of one value, which packed attention ignores, with the dtype and device of `like`.
 
-    transformers passes a mask with four axes to attention unchanged. Without this argument it would create a causal
-    mask of T x T values, which packed attention ignores.
+    The mask has four axes, because transformers passes such a mask on unchanged. Without a mask, transformers would
+    create a causal mask of T x T values for T tokens.
     """
     return like.new_zeros(1, 1, 1, 1)
 

@@ -18,22 +18,22 @@ from onediff.inputs.prompt import DELTA, IMAGE
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SHOWN = 3  # the number of weights or files that an error message lists
+SHOWN = 3  # largest number of weights or files that an error message lists
 
 
 def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiffProcessor]:
     """Load the model and the processor that `save_pretrained` wrote into the folder.
 
-    Raises FileNotFoundError if the folder contains no model or a file is missing, and ValueError if the folder contains
-    a model of another type, or a tokenizer with which the model was not trained.
+    Raises FileNotFoundError if the model or one of its files is missing, and ValueError if the folder contains another
+    kind of model, or a tokenizer with which the model was not trained.
     """
     if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} must contain a OneDiff model, but it has no config.json; train one with "
                                 "'make run'")
     kind = read_config(folder, where="model").model_type
     if kind != OneDiffForConditionalGeneration.config_class.model_type:
-        raise ValueError(f"{folder} must contain a OneDiff model, but the model_type in config.json is '{kind}'; give "
-                         "a folder that a training phase wrote")
+        raise ValueError(f"{folder} must contain a OneDiff model, but the model_type in config.json is '{kind}'; use "
+                         "a model folder that OneDiff's training wrote")
     model = load_strictly(OneDiffForConditionalGeneration, folder, where="model")
     assert isinstance(model, OneDiffForConditionalGeneration), "from_pretrained returns an instance of the class"
     processor = OneDiffProcessor.from_pretrained(folder)
@@ -46,8 +46,8 @@ def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiff
 def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
     """Load the configuration of a pretrained model without running code that comes with the checkpoint.
 
-    `where` is the key or option that error messages mention. Raises ValueError if the architecture of the model is
-    not part of transformers.
+    `where` is the key of params.yaml or the option that an error message names. Raises ValueError if the architecture
+    of the model is not part of transformers.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -58,9 +58,9 @@ def read_config(name: str | Path, *, where: str) -> PreTrainedConfig:
 
 
 def load_strictly(kind: Any, name: str | Path, *, where: str, ignored: Iterable[str] = (), **options: Any) -> Any:
-    """Return `kind.from_pretrained(name)` if the checkpoint has exactly the weights of the model.
+    """Load a pretrained model with `kind.from_pretrained(name)`, and check that the files have exactly its weights.
 
-    Weights whose names begin with one of `ignored` are not compared. `options` are passed to `from_pretrained`. The
+    Weights whose names begin with one of `ignored` are not checked. `options` are passed to `from_pretrained`. The
     files may be safetensors, or pickles that contain only tensors; code in a pickle is never run.
     Raises FileNotFoundError for a missing file, and ValueError for missing, additional or unreadable weights.
     """
@@ -84,7 +84,7 @@ def check_files(name: str | Path, *, where: str) -> None:
     """Raise FileNotFoundError, before anything is loaded, if a model folder has no weights or a shard is missing."""
     folder = Path(name)
     if not folder.is_dir():
-        return  # transformers downloads every file of a model of the Hugging Face Hub
+        return  # This is a model of the Hugging Face Hub, and transformers downloads all of its files.
     first = next((folder / file for file in FILES if (folder / file).exists()), None)
     if first is None:
         raise FileNotFoundError(f"{where}: {folder} must contain weights ({' or '.join(FILES[:3])}), but it "
@@ -94,8 +94,8 @@ def check_files(name: str | Path, *, where: str) -> None:
     try:
         shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{where}: {first} must contain weight_map, which maps each weight to a file; download it "
-                         "again") from None
+        raise ValueError(f"{where}: {first} must contain the key weight_map, which maps each weight to a file; "
+                         "download the file again") from None
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{where}: {folder} must contain {len(shards)} weight files, but {len(missing)} are "
@@ -105,7 +105,7 @@ def check_files(name: str | Path, *, where: str) -> None:
 def check_report(report: dict[str, Any], *, where: str, name: str | Path, kind: str, ignored: tuple[str, ...]) -> None:
     """Raise ValueError if `from_pretrained` reports weights that are missing, additional or of another shape.
 
-    `kind` is the class of the model, for the error message.
+    `kind` is the class name of the model for the error message. Weights with a prefix in `ignored` are not checked.
     """
     missing, unexpected = (sorted(key for key in report[part] if not key.startswith(ignored))
                            for part in ("missing_keys", "unexpected_keys"))
@@ -119,9 +119,9 @@ def check_report(report: dict[str, Any], *, where: str, name: str | Path, kind: 
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, where: str) -> None:
-    """Raise ValueError if a token id of the tokenizer has no row in the embedding table, which has `rows` rows.
+    """Raise ValueError if a token id of the tokenizer is not below `rows`, the number of rows of the embedding table.
 
-    The ids of placeholders may exceed the table, because the model never looks up their embeddings.
+    The ids of the image and delta placeholders may be larger, because the model never looks up their embeddings.
     """
     ids = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in (IMAGE, DELTA)}
     last = max(ids, key=lambda token: ids[token])
@@ -132,9 +132,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, where: st
 
 
 def check_placeholders(tokenizer: PreTrainedTokenizerBase, *, where: str, saved: dict[str, int]) -> None:
-    """Raise ValueError if a placeholder shares a token id with another token, or has another id than in `saved`.
+    """Raise ValueError if the image or delta placeholder has the id of another token, or another id than in `saved`.
 
-    The placeholders are the image token and the delta token; `saved` maps them to the ids in config.json.
+    `saved` maps each placeholder to its id in config.json.
     """
     placeholders = {token: tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, DELTA)}
     roles = {role: getattr(tokenizer, role + "_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
@@ -144,18 +144,18 @@ def check_placeholders(tokenizer: PreTrainedTokenizerBase, *, where: str, saved:
         clashes += [repr(words[id_])] if id_ in words else []
         clashes += [other for other in placeholders if other != token and placeholders[other] == id_]
         if clashes:
-            raise ValueError(f"{where}: no other token may have the id of the placeholder {token}, but {id_} is also "
-                             f"{' and '.join(clashes)} of the tokenizer; give one of them another id")
+            raise ValueError(f"{where}: no other token may have the id of the placeholder {token}, but id {id_} also "
+                             f"belongs to {' and '.join(clashes)} of the tokenizer; give one of them another id")
         if saved.get(token, id_) != id_:
             raise ValueError(f"{where}: the placeholder {token} must have id {saved[token]}, as in config.json, but it "
                              f"has id {id_} in the tokenizer; use the tokenizer with which the model was trained")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error message that is not blank, or else the name of the error class."""
+    """Return the first line of an error message that is not blank, or the class name of an error without a message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _few(names: list[str]) -> str:
-    """Join the first `SHOWN` names with commas, followed by "..." if there are more."""
+    """Join the first `SHOWN` names with commas, followed by "..." if there are more names."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

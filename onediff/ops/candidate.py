@@ -19,10 +19,10 @@ from onediff.serve.card import write_card
 
 def register(model: Path, *, run_id: str | None = None, evaluation_run: str | None = None,
              by: str | None = None) -> str:
-    """Register a model folder and return the number of the version.
+    """Register a model folder in MLflow and return the number of the model version.
 
-    The version carries its lineage and its model card. A model that is registered for the first time is also measured:
-    the time for one caption on this machine, and the profile that `onediff drift` compares with.
+    The version contains its lineage and its model card. A model that is registered for the first time is also measured:
+    the time for one caption on this machine, and the profile that `onediff drift` compares recent captions with.
 
     Raises FileNotFoundError if 'dvc repro' has not produced a needed file yet, and ValueError if the scores in data/
     do not belong to this model folder, see `registry.pipeline_evidence`.
@@ -44,8 +44,8 @@ def register(model: Path, *, run_id: str | None = None, evaluation_run: str | No
 def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "auto") -> float:
     """Return the median time in milliseconds to caption one pair of the `gate` split.
 
-    Pairs are captioned one at a time. The time runs from two decoded images to the sentence. Raises FileNotFoundError
-    if the model or the split does not exist.
+    Pairs are captioned one at a time. The time does not include the decoding of the two image files. Raises
+    FileNotFoundError if the model or the split does not exist.
     """
     from onediff.model.captioner import Captioner  # This import loads torch, which takes seconds.
 

@@ -25,7 +25,7 @@ LEAST_FREE_GB = 5
 class Finding:
     """The result of one check: what was checked, whether it passed, a message, and a cure if it did not pass.
 
-    `needed` is False if OneDiff works without the missing thing, so that the cure can wait.
+    `needed` is False if OneDiff also works while the check fails.
     """
 
     name: str
@@ -66,7 +66,7 @@ def _packages() -> Finding:
 
 
 def _imports() -> Finding:
-    """Import the main packages. An installed package may lack files, or belong to another environment."""
+    """Check that the main packages can be imported, and that they are installed in this Python environment."""
     problems = []
     for name in IMPORTED:
         try:
@@ -81,7 +81,7 @@ def _imports() -> Finding:
 
 
 def _java() -> Finding:
-    """Score one caption with METEOR, because a Java that starts may still lack the tables of METEOR."""
+    """Check METEOR by scoring one caption, because METEOR's data files may be missing although Java starts."""
     from onediff.eval.metrics.compute import score
 
     try:
@@ -174,7 +174,7 @@ def _champion() -> Finding:
 
 
 def main() -> None:
-    """Exit with a message for each check that failed, among the checks of what `make setup` installs."""
+    """Run the checks of what `make setup` installs. If a check fails, exit with one line for each failed check."""
     if findings := [finding for finding in (_python(), _packages(), _imports()) if not finding.ok]:
         sys.exit("\n".join(f"onediff: {finding.name}: {finding.message}" for finding in findings))
 

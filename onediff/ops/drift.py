@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from onediff.model.captioner import Captioner
 
 PROFILE = "profile.json"
-COPY_JPEG_QUALITY = 90  # JPEG quality of the copies for the figure false_alarms_worn; people see no difference
+COPY_JPEG_QUALITY = 90  # JPEG quality of the image copies for `false_alarms_worn`; people see no difference
 _BATCH_SIZE = 32
 _CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
 _ALARMS = ("false_alarms", "false_alarms_worn")
-# Maps each figure whose distribution is compared to the function that reads its value from a row of the usage log.
+# For each figure whose distribution is compared: the function that reads its value from a row of the usage log.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "width": lambda row: max(row["width_before"], row["width_after"]),
     "height": lambda row: max(row["height_before"], row["height_after"]),
@@ -53,7 +53,7 @@ Rate = tuple[int, int]  # (number of pairs that meet a condition, number of all 
 
 @dataclass(frozen=True)
 class Figure:
-    """The comparison of one figure between the profile (`then`) and the recent captions (`now`).
+    """A measured figure, such as the brightness: its value in the profile (`then`) and in recent captions (`now`).
 
     `then` and `now` are medians or rates. `difference` is compared with `threshold`. `by_chance` is True if a
     statistical test shows that chance alone can explain the difference.
@@ -76,8 +76,8 @@ class Figure:
 class Drift:
     """The result of a drift check.
 
-    `figures` is empty if there are too few pairs. `notes` explain this, and say which rows were ignored. `confidences`
-    holds every confidence value of the profile and of the recent captions, for a histogram.
+    `figures` is empty if too few pairs were captioned. `notes` says so, and says which rows of the usage log were
+    ignored. `confidences` holds all confidence values of the profile, then those of the recent captions.
     """
 
     num_pairs: int
@@ -115,8 +115,8 @@ def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: in
 
     The model captions `num_pairs` pairs as `onediff caption` does. The profile contains `distributions` (each figure's
     values in ascending order), `rates` (each as [number of pairs that meet a condition, number of all pairs]) and the
-    digest of the weights. False alarms are measured on the `before` image of each pair. The same model and data give
-    the same bytes. Raises FileNotFoundError if the split or the model does not exist.
+    digest of the weights. False alarms are measured on the `before` image of each pair. Equal models and data give
+    equal files. Raises FileNotFoundError if the split or the model does not exist.
     """
     silence_libraries()
     from onediff.model.captioner import Captioner
@@ -144,9 +144,9 @@ def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRo
 
 
 def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rate]:
-    """Return how often the model claims a change for an unchanged pair.
+    """Return two rates at which the model claims a change for unchanged pairs, as (false alarms, pairs) by name.
 
-    `false_alarms` counts pairs of an image with itself. `false_alarms_worn` counts pairs of an image with a copy that
+    For `false_alarms`, each image is paired with itself. For `false_alarms_worn`, each image is paired with a copy that
     was saved as JPEG of quality 90.
     """
     alarms = dict.fromkeys(_ALARMS, 0)
@@ -160,7 +160,7 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
 
 
 def says_no_change(caption: str) -> bool:
-    """Return whether a caption claims, in the words of the sources scenes or edits, that nothing changed."""
+    """Return whether a caption says that nothing changed, in a sentence that the sources `scenes` or `edits` use."""
     return any(grammar.read(caption).change_type == "none" for grammar in GRAMMARS.values())
 
 
@@ -197,10 +197,10 @@ def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
 
 
 def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = None) -> Drift:
-    """Compare the usage log of the last `days` with a profile: by default the profile registered with the model.
+    """Compare the usage log of the last `days` days with a profile, by default the profile registered with the model.
 
-    Only captions of the model's own weights count. Raises ValueError or FileNotFoundError with the cure if the usage
-    log, the thresholds or the profile is missing.
+    Only captions that were made with the weights of the profile count. Raises ValueError or FileNotFoundError with the
+    cure if the usage log, the thresholds or the profile is missing.
     """
     settings, runtime = load_settings(), config.load_runtime()
     if runtime.usage_log is None:
@@ -261,7 +261,7 @@ def _compare_values(name: str, then: list[float], now: list[float], settings: co
 
 
 def _compare_rates(name: str, then: Sequence[int], now: Rate, settings: config.Drift, level: float) -> Figure:
-    """Compare two rates by their difference and the confidence interval of that difference."""
+    """Compare the rate in the profile with the recent rate: their difference, and its confidence interval."""
     first, second = then[0] / then[1], now[0] / now[1]
     low, high = difference_interval((then[0], then[1]), now, level)
     return Figure(name, first, second, abs(second - first), settings.max_rate_change, by_chance=low <= 0 <= high)

@@ -13,7 +13,7 @@ LICENCE = "LICENSE"
 
 
 def export(version: str, folder: Path) -> Path:
-    """Write model, processor, README.md (the model card), licence and lineage.json of a version to a new folder.
+    """Write model, processor, model card (README.md), licence and lineage.json of a registered version to a folder.
 
     The folder appears only when it is complete. Raises ValueError if the folder exists and is not empty, or if the
     registered files do not match their digest. Raises FileNotFoundError if the version has no model card.
@@ -34,7 +34,7 @@ def export(version: str, folder: Path) -> Path:
 
 
 def _licence() -> Path:
-    """Return the licence file: in a clone beside the code, otherwise in the installed package."""
+    """Return the path of the licence file. In a clone it is beside the code, otherwise in the installed package."""
     in_clone = Path(__file__).parents[2] / LICENCE
     if in_clone.exists():
         return in_clone

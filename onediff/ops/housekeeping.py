@@ -68,8 +68,8 @@ def check_project() -> None:
 def survey(days: float) -> Survey:
     """List what can be removed: items older than `days`, and objects in the DVC cache that nothing needs.
 
-    Nothing is removed. If the lineage of a version cannot be read, only checkpoints and copies are listed. Raises
-    ValueError if MLflow cannot list the versions.
+    Nothing is removed. If the lineage of a model version cannot be read, only checkpoints and downloaded copies of
+    models are listed. Raises ValueError if MLflow cannot list the versions.
     """
     versions, surveyed = retention.registered(), Survey()
     ours = [version for version in versions if version.name == NAME]
@@ -93,7 +93,7 @@ def survey(days: float) -> Survey:
 
 
 def sweep(surveyed: Survey) -> list[str]:
-    """Remove the items of a survey. Return the runs that an MLflow server has only marked as deleted."""
+    """Remove the items of a survey. Return the ids of runs that an MLflow server marked as deleted but still stores."""
     for name in surveyed.names("scratch", "copy"):
         shutil.rmtree(name)
     for name in surveyed.names("branch"):
@@ -120,7 +120,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def _old_folders(kind: Kind, folders: Iterable[Path], days: float) -> list[Item]:
-    """Return an item for each folder in which nothing changed for more than `days`."""
+    """Return an item for each folder in which nothing changed for more than `days` days."""
     return [Item(kind, str(folder), sum(path.stat().st_size for path in folder.rglob("*")
                                         if path.is_file() and not path.is_symlink()))
             for folder in folders if folder.is_dir() and _days_unchanged(folder) > days]
@@ -132,10 +132,10 @@ def _days_unchanged(folder: Path) -> float:
 
 
 def _branches(days: float, needed: str) -> list[Item]:
-    """Return the old branches retrain/* that no version refers to.
+    """Return an item for each branch retrain/* that is older than `days` days and that no model version needs.
 
-    `needed` is the text of all tags and lineages. A branch is needed if its name, or a commit that only this branch
-    contains, occurs in the text.
+    `needed` is the text of the tags and lineages of all versions. A branch is needed if its name, or a commit that only
+    this branch contains, occurs in that text.
     """
     if head() is None:
         return []
@@ -150,9 +150,9 @@ def _branches(days: float, needed: str) -> list[Item]:
 
 
 def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
-    """Return the text files in the lineage of every registered version.
+    """Return the contents of all text files in the lineages of the given model versions.
 
-    A version whose lineage has no dvc.lock is added to the list `refused` of the survey.
+    A version whose lineage cannot be read or has no dvc.lock is added to the list `refused` of the survey.
     """
     texts: list[str] = []
     for version in versions:
@@ -168,9 +168,9 @@ def _lineages(versions: Iterable[ModelVersion], surveyed: Survey) -> list[str]:
 
 
 def _survey_cache(surveyed: Survey, needed: set[str]) -> None:
-    """Add to the survey the cached objects that `dvc gc` would remove, except those that a version needs.
+    """Add to the survey the objects in the DVC cache that `dvc gc` would remove, except those that a version needs.
 
-    A cache outside of this project is refused, because other clones may share the cache and need other objects.
+    A cache outside of this project is not examined, because other clones may share it and need other objects.
     """
     cache = Path(_dvc("cache", "dir").strip())
     if not cache.resolve().is_relative_to(Path(".dvc").resolve()):

@@ -22,27 +22,28 @@ from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
 
-FOLDER = "lineage"  # The folder of a registered model version that contains its lineage.
-WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # The paths of weights and data in dvc.lock.
+FOLDER = "lineage"  # name of the folder with the lineage, among the files of a registered model version
+WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # paths of the weights and data in dvc.lock
 TRAINING, SCORING = ("align", "tune"), ("score",)
 _ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # folders of data/ that have one sub-folder for each source
 
 
 def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | None = None) -> None:
-    """Write the lineage of the current results of the pipeline to the folder `lineage` below `folder`.
+    """Write the lineage of the pipeline's current results to FOLDER/lineage.
 
-    The folder gets lineage.json and copies of dvc.lock, params.yaml and the data card. Raises FileNotFoundError if
-    'dvc repro' has not produced one of these files yet.
+    The written files are lineage.json and copies of dvc.lock, params.yaml and the data card. Raises FileNotFoundError
+    if 'dvc repro' has not produced one of the copied files yet.
     """
     stages = read_dvc_lock(root / DVC_LOCK)
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     for path in (DVC_LOCK, PARAMS, CARD):
         if not (root / path).exists():
-            raise FileNotFoundError(f"{root / path} does not exist, and a version must contain a copy: run 'dvc repro'")
+            raise FileNotFoundError(f"{root / path} does not exist, and a registered version must contain a copy of "
+                                    "it: run 'dvc repro'")
         shutil.copyfile(root / path, target / path.name)
     provenance = tracking.provenance(root)
-    # DVC restores the files in data/runs together with the model, so they contain the id of the run that trained it.
+    # DVC restores the files in data/runs together with the model, so they name the MLflow run that trained the model.
     stage_runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"]
                   for path in sorted((root / paths.RUNS).glob("*.json"))}
     folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
@@ -109,7 +110,7 @@ def as_text(lineage: Mapping[str, Any]) -> str:
              f"  copies of parameters, dvc.lock and data card are in {FOLDER}/ of the version's files in MLflow", "",
              "how the version was made:"]
     order = list(stages)
-    # A stage needs fewer stages than every stage that depends on it, so this order lists sources first.
+    # Stages are sorted by their number of upstream stages, so each stage follows the stages that it depends on.
     for name in sorted(upstream(stages, TRAINING + SCORING),
                        key=lambda name: (len(upstream(stages, [name])), order.index(name))):
         stage = stages[name]
@@ -144,7 +145,7 @@ def _contains(folder: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Use:
-    """A file or folder in the lineage of a version, and the role it had for the version.
+    """A file or folder in the lineage of a model version, and how the version used it (`role`).
 
     `here` is true if the workspace has equal bytes at this path, false if it has other bytes, and None if the path
     does not exist in the workspace. All fields are keys of the JSON output of `onediff lineage --of`.
@@ -180,7 +181,7 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
 def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
     """Return the digests of all paths in the lineage that match `item`, which is a path or a digest.
 
-    If the lineage contains a folder without the list of its files, a file in that folder matches the folder.
+    If the lineage does not list the files of a folder, the path of a file in that folder matches the folder.
     """
     digests: dict[str, str] = {}
     for stage in lineage["stages"].values():

@@ -20,9 +20,10 @@ REFERENCES = ("pair_id", "references", "group_id", "change_type")
 
 
 def write_predictions(benchmark: str, system: System, out: Path, *, split: str = "test") -> int:
-    """Caption every pair of a benchmark and write a line {"pair_id", "prediction"} for each, in the order of the data.
+    """Caption every pair of a benchmark with `system`, and write one JSON line with pair_id and prediction per pair.
 
-    Return the number of lines. Raises ValueError if the split has no such benchmark.
+    The lines are in the order of the data. Return the number of lines. Raises ValueError if the split has no such
+    benchmark.
     """
     check_benchmark(benchmark, split)
     records = (record for record in read_records(DIFFCAP, f"{split}-*.parquet") if record.source == benchmark)
@@ -30,7 +31,7 @@ def write_predictions(benchmark: str, system: System, out: Path, *, split: str =
 
 
 def write_references(benchmark: str, out: Path, *, split: str = "test") -> int:
-    """Write a line with the references of each pair of a benchmark, in the order of the data.
+    """Write one JSON line with the reference captions for each pair of a benchmark, in the order of the data.
 
     Return the number of lines. Raises ValueError if the split has no such benchmark.
     """
@@ -48,7 +49,7 @@ def check_benchmark(benchmark: str, split: str) -> None:
 
 
 def onediff(folder: Path) -> System:
-    """Return a trained OneDiff model as a system to be evaluated.
+    """Load a trained OneDiff model, and return a function that captions records with the model.
 
     Instructions and decoding settings are those of the DVC stage `caption`.
     """
@@ -62,7 +63,7 @@ def onediff(folder: Path) -> System:
 
 
 def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[System, str]:
-    """Return a chat model of transformers as a system to be evaluated, and the complete prompt.
+    """Load a chat model of transformers; return a function that captions records with it, and the complete prompt.
 
     The placeholder {question} in the prompt is replaced by the instruction that OneDiff gets for the pair.
     """
@@ -83,7 +84,7 @@ def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[
 
 
 def siamese_cnn(folder: Path) -> System:
-    """Return, as a system to be evaluated, the Siamese CNN that `python -m benchmarks.baselines` trained."""
+    """Load the CNN that `python -m benchmarks.baselines` trained; return a function that captions records with it."""
     from onediff.baselines.siamese_cnn import SiameseCaptioner
 
     captioner = SiameseCaptioner.load(folder)
@@ -91,7 +92,7 @@ def siamese_cnn(folder: Path) -> System:
 
 
 def folder_of(model: str) -> Path:
-    """Return the model folder of a path or of a registered version such as models:/onediff/3.
+    """Return the folder of `model`, which is a path or the address of a registered version such as models:/onediff/3.
 
     Raises FileNotFoundError if the path is not a model folder, ValueError if the version cannot be used.
     """

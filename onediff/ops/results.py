@@ -8,18 +8,18 @@ from onediff.git import committed
 from onediff.paths import DVC_LOCK, METRICS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
 
-# Maps the title of each table column to metrics; a cell shows the first of them that the benchmark has.
+# For each column title of the table: metrics, of which a cell shows the first one that the benchmark has.
 COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
            "kind of change right": ("change_type_accuracy", "operation_accuracy"),
            "false alarms": ("false_alarm_rate",)}
 
 
 def score_table() -> str:
-    """Return the scores of data/metrics.json, one row per benchmark of the test split, at most 100 characters wide.
+    """Return the scores in data/metrics.json as a text table with one row for each benchmark of the test split.
 
-    If the git commit has scores that were produced with equal parameters, these scores follow in brackets. They are the
-    scores in the README, unless the user has committed other ones. Raises FileNotFoundError if data/metrics.json does
-    not exist.
+    If the checked-out git commit contains scores that were produced with equal parameters, these scores follow in
+    brackets. They are the scores in the README, unless the user has committed other ones. The table is at most 100
+    characters wide. Raises FileNotFoundError if data/metrics.json does not exist.
     """
     if not METRICS.exists():
         raise FileNotFoundError(f"{METRICS} does not exist: run 'dvc repro score' to create it")
@@ -36,7 +36,7 @@ def score_table() -> str:
 
 
 def _committed_scores() -> dict[str, Any]:
-    """Return the content of data/metrics.json in the git commit, or {} if it was produced with other parameters."""
+    """Return data/metrics.json of the checked-out git commit, or {} if it was produced with other parameters."""
     metrics, locked = committed(METRICS), committed(DVC_LOCK)
     if not metrics or not locked or not DVC_LOCK.exists():
         return {}

@@ -34,8 +34,8 @@ from onediff.repro.lock import Stage, fetch, md5_of, md5_of_files, outs_of, read
 
 CAPTIONS, SCORED = paths.CAPTIONS.as_posix(), paths.SCORED.as_posix()
 SCORES = {"test": paths.METRICS.as_posix(), "gate": paths.GATE.as_posix()}  # the file with the scores of each split
-NUM_BATCHES = 4  # The number of batches of the `gate` split that are captioned again.
-SAME_CAPTIONS = 0.98  # A few captions may differ, because other processors and GPUs round differently.
+NUM_BATCHES = 4  # number of batches of the `gate` split that are captioned again
+SAME_CAPTIONS = 0.98  # required share of identical captions; other processors and GPUs round differently
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _carried_problems(lineage: Mapping[str, Any], carried: Path, stages: Mapping
 
 
 def _code_problems(lineage: Mapping[str, Any], stages: Mapping[str, Stage], clone: Path) -> Iterator[str]:
-    """Yield a line for each source file that differs between the commit and the code that trained and scored."""
+    """Yield a line for each source file of the git commit that differs from the code that trained and scored."""
     yield from (f"{path} had uncommitted changes" for path in lineage["git"]["dirty"])
     for name in sorted(upstream(stages, TRAINING + SCORING)):
         code = {path: md5 for path, md5 in stages[name].deps.items() if not path.startswith("data/")}
@@ -181,7 +181,7 @@ def _data(stages: Mapping[str, Stage]) -> dict[str, str]:
 
 
 def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each file that is missing or has another md5 than the listed one."""
+    """Yield a line for each file that is missing in the folder or whose md5 differs from the md5 in `files`."""
     for name, md5 in files.items():
         path = folder / name
         if not path.exists():
@@ -191,9 +191,9 @@ def _differences(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
-    """Run the stage `score` with the code of the commit.
+    """Run the stage `score` again with the code of the version's commit.
 
-    Return a line for each result that differs from the version's.
+    Return a line for each score or score file that differs from that of the registered version.
     """
     shutil.rmtree(clone / SCORED, ignore_errors=True)
     if failure := _run_stage("score", clone, code=clone):
@@ -216,7 +216,7 @@ def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
 def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again: Path) -> Check:
     """Caption some batches of the `gate` split again with the registered weights.
 
-    The batches are those of the stage `caption`, because the composition of a batch changes how numbers are rounded.
+    Each batch has the same pairs as in stage `caption`, because the pairs in a batch affect how numbers are rounded.
     """
     what = "captioning again with the registered weights"
     pair_ids = _write_sample(clone, again, stages["caption"].params["caption"]["batch_size"])

@@ -25,23 +25,27 @@ from onediff.registry.evidence import TABLES
 from onediff.registry.store import NAME, ModelVersion
 from onediff.repro.lock import fetch
 
-SCORED = "scored"  # folder of a registered version that has the scores of each pair: test.json and gate.json
-SCORES = "scores"  # folder of a registered version that has the score tables: metrics.json and gate.json
-# A version that is registered without weights has this file, which tells DVC where the weights are.
+# SCORED is the folder in a registered model version with test.json and gate.json, the scores of each image pair.
+SCORED = "scored"
+# SCORES is the folder in a registered model version with the score tables: metrics.json (test split) and gate.json.
+SCORES = "scores"
+# This file replaces large weights in a registered model version: it has their path, digests and DVC remote.
 REFERENCE = "reference.json"
-CACHE = tracking.HOME / "models"  # cache of model versions that were downloaded from a server
-# Tag of a version: the digest of all files of its model folder. Older versions have only the tag weights_digest.
+# CACHE is the folder for model versions downloaded from an MLflow server, and for weights downloaded by DVC.
+CACHE = tracking.HOME / "models"
+# This MLflow tag contains the digest of all files of the model folder. Old versions only have weights_digest.
 MODEL_DIGEST = "model_digest"
-SCORES_DIGEST = "scores_digest"  # tag of a version: the md5 of each score file and of the scored model folder
+# This MLflow tag contains the md5 of each score file and the md5 of the model folder that was scored.
+SCORES_DIGEST = "scores_digest"
 
 
 @tracking.plain_errors()
 def model_folder(uri: str = paths.CHAMPION) -> Path:
-    """Return the model folder of models:/onediff@ALIAS or models:/onediff/VERSION, for `Captioner.load`.
+    """Return the local model folder of a registered version, from which `Captioner.load` can load the model.
 
-    A version on a server is downloaded once, into .onediff/models. Raises ValueError if the version does not exist, if
-    its files are missing or outside the MLflow store, if any byte differs from the registered files, or if the champion
-    never passed the gate (the checks that decide promotion).
+    `uri` is models:/onediff@ALIAS or models:/onediff/VERSION. Files on an MLflow server are downloaded once, into
+    .onediff/models. Raises ValueError if the version does not exist, if its files are missing, changed or outside the
+    MLflow store, or if `uri` is the champion and the champion never passed the promotion rules.
     """
     if uri == paths.CHAMPION:
         check_champion()
@@ -51,17 +55,17 @@ def model_folder(uri: str = paths.CHAMPION) -> Path:
 
 @tracking.plain_errors()
 def version_files(uri: str = paths.CHAMPION) -> Path:
-    """Return the folder with all files of a version: model, scores, lineage, model card and drift profile.
+    """Return a local folder with all files of a registered version: model, scores, lineage, card and drift profile.
 
-    The caller must not change the files. Raises ValueError if the version does not exist, or if its files are missing
-    or changed.
+    The caller must not change the files. Raises ValueError if the version does not exist, if its files are
+    missing, or if a downloaded model differs from the registered digest.
     """
     version = store.resolve(uri)
     folder, source = _fetched(version), location(version)
     if not _is_local(source):
         from mlflow.artifacts import list_artifacts
 
-        # The cached copy of the weights cannot change, but a new scoring replaces the other files on the server.
+        # The cached model never changes, but `rescore` may have replaced the other files on the server.
         with _missing_named(version):
             for item in list_artifacts(artifact_uri=source, tracking_uri=tracking.uri()):
                 entry = item.path.rpartition("/")[2]
@@ -72,38 +76,40 @@ def version_files(uri: str = paths.CHAMPION) -> Path:
 
 @tracking.plain_errors()
 def scored_pairs(uri: str, split: str = "test") -> dict[str, Any]:
-    """Return the scores of each pair of a split, by benchmark, for models:/onediff@ALIAS or models:/onediff/VERSION.
+    """Return the scores of each image pair in a split, by benchmark, of a registered version.
 
-    Raises ValueError if the version does not exist or was registered without the scores of its pairs.
+    `uri` is models:/onediff@ALIAS or models:/onediff/VERSION. Raises ValueError if the version does not exist, or if
+    the scores of its image pairs are missing or changed.
     """
     scores = pair_scores(store.resolve(uri), split)
     if not scores:
-        raise ValueError(f"{uri} must have the scores of each pair, but its files do not contain them: score the "
-                         f"version again: python -m flows.evaluate {uri}")
+        raise ValueError(f"{uri} must have the scores of each image pair, but its files do not contain them: score "
+                         f"this version again: python -m flows.evaluate {uri}")
     return scores
 
 
 @tracking.plain_errors()
 def version_scores(uri: str, split: str) -> dict[str, Any]:
-    """Return the registered scores of a version on split `test` or `gate`, as {"scenes.CIDEr": 3.1, ...}.
+    """Return the scores of a registered version on the split `test` or `gate`, as {"scenes.CIDEr": 3.1, ...}.
 
-    Raises ValueError if the version does not exist or the scores differ from the registered digest.
+    Raises ValueError if the version does not exist, or if the score file differs from the registered digest.
     """
     return scores_of(store.resolve(uri), split)
 
 
 @tracking.plain_errors()
 def version_text(uri: str, name: str) -> str:
-    """Return the content of one text file of a version, such as lineage/lineage.json, without loading the weights.
+    """Return the content of one text file of a registered version, without downloading the weights.
 
-    Raises ValueError if the version does not exist, and FileNotFoundError if the version has no such file.
+    `name` is the path of the file in the version, such as lineage/lineage.json. Raises ValueError if the version does
+    not exist, and FileNotFoundError if the version has no such file.
     """
     return _text(f"{location(store.resolve(uri))}/{name}")
 
 
 @tracking.plain_errors()
 def version_tags(uri: str = paths.CHAMPION) -> dict[str, str]:
-    """Return the tags of a version, and the number of the version under the key `version`.
+    """Return the MLflow tags of a registered version, and under the key `version` the number of this version.
 
     Raises ValueError if the version does not exist.
     """
@@ -112,7 +118,7 @@ def version_tags(uri: str = paths.CHAMPION) -> dict[str, str]:
 
 
 def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Return the scores of each pair of a split, by benchmark; an empty dictionary if the store has no such file.
+    """Return the scores of each image pair in a split, by benchmark, or {} if the version has no file with them.
 
     Raises ValueError if the file differs from the registered digest.
     """
@@ -121,10 +127,10 @@ def pair_scores(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
 
 
 def scores_of(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
-    """Return the scores of a version on a split in one level, without lists: {"scenes.CIDEr": 3.1, ...}.
+    """Return the scores of a registered version on a split as {"scenes.CIDEr": 3.1, ...}, without lists of values.
 
-    Versions of earlier code have no score tables among their files, but the scores in the tag scores_<split>. Raises
-    ValueError if the table differs from the registered digest.
+    If the version has no file with these scores, they are read from the MLflow tag scores_<split>, which old versions
+    have. Raises ValueError if the file differs from the registered digest.
     """
     text = _registered_text(version, f"{SCORES}/{Path(TABLES[split]).name}", TABLES[split])
     if text is None:
@@ -133,9 +139,10 @@ def scores_of(version: ModelVersion, split: str = "gate") -> dict[str, Any]:
 
 
 def _registered_text(version: ModelVersion, name: str, key: str) -> str | None:
-    """Return the content of a score file of a version, or None if the store has no such file.
+    """Return the content of the score file `name` of a registered version, or None if the version has no such file.
 
-    `key` is the path of the file in the tag scores_digest. Raises ValueError if the md5 differs from the tag.
+    `key` is the path under which the MLflow tag scores_digest has the md5 of the file. Raises ValueError if the file
+    has another md5.
     """
     source = f"{location(version)}/{name}"
     try:
@@ -152,27 +159,24 @@ def _registered_text(version: ModelVersion, name: str, key: str) -> str | None:
 
 
 def add_files(version: ModelVersion, source: Path, folder: str | None = None) -> None:
-    """Add all files of the folder `source` to the files of a version, and replace files with equal names."""
+    """Upload all files of the folder `source` to a registered version, and replace its files with equal names."""
     location(version)
     tracking.client().log_model_artifacts(str(version.source).removeprefix("models:/"), str(source), folder)
 
 
 def check_files(version: ModelVersion) -> None:
-    """Check that the store has all files of a version and that the model equals the registered digest.
-
-    Raises ValueError otherwise.
-    """
+    """Raise ValueError unless the MLflow store has the model of a registered version with the registered digest."""
     source = location(version)
     with tempfile.TemporaryDirectory() as scratch, _missing_named(version):
-        # Download the files again, because the cached copy does not show whether the server still has them.
+        # Download the files again, because a copy in the local cache does not show that the server still has them.
         folder = _path(source) if _is_local(source) else _download(source, Path(scratch))
         _checked(_model_in(folder, version), version)
 
 
 def location(version: ModelVersion) -> str:
-    """Return the path or address where MLflow stores the files of a version.
+    """Return the path or address of the folder in which MLflow stores the files of a registered version.
 
-    Raises ValueError if the location is outside the MLflow store, or if the version has no files.
+    Raises ValueError if this folder is outside the MLflow store, or if MLflow has no files for the version.
     """
     mlflow = tracking.client()
     source = mlflow.get_model_version_download_uri(NAME, str(version.version))
@@ -182,12 +186,12 @@ def location(version: ModelVersion) -> str:
     root = mlflow.get_experiment(tracking.experiment_id()).artifact_location
     if not _inside(source, root):
         raise ValueError(f"version {version.version}: its files must be inside the MLflow store '{root}', but MLflow "
-                         f"at {tracking.where()} gives the location '{source}'; register the model again")
+                         f"at {tracking.where()} says that they are at '{source}'; register the model again")
     return source
 
 
 def _inside(source: str, root: str) -> bool:
-    """Return whether a location is inside the store `root`, after resolving percent-encoding and symbolic links."""
+    """Return whether the path or address `source` is inside `root`, after resolving %-encoding and symbolic links."""
     while (plain := urllib.parse.unquote(source)) != source:
         source = plain
     if ".." in source.split("/") or "\x00" in source:
@@ -206,7 +210,7 @@ def _path(source: str) -> Path:
 
 
 def _fetched(version: ModelVersion) -> Path:
-    """Return the folder with the files of a version: in the store if it is on this machine, otherwise in the cache."""
+    """Return a local folder with the files of a registered version, downloading it once if MLflow is on a server."""
     source = location(version)
 
     def download(scratch: Path) -> Path:
@@ -223,7 +227,7 @@ def _fetched(version: ModelVersion) -> Path:
 
 
 def _cached(name: str, fill: Callable[[Path], Path]) -> Path:
-    """Return the folder `name` of the cache. If it does not exist, `fill` creates it in a temporary folder first."""
+    """Return the folder `name` in `CACHE`. If it does not exist, `fill` creates it in a temporary folder first."""
     target = CACHE / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -231,16 +235,16 @@ def _cached(name: str, fill: Callable[[Path], Path]) -> Path:
             folder = fill(Path(scratch))
             try:
                 folder.rename(target)
-            except OSError:  # Another process may have created this folder of the cache while `fill` ran.
+            except OSError:  # Another process may have created this folder in the cache while `fill` ran.
                 if not target.is_dir():
                     raise
     return target
 
 
 def _model_in(folder: Path, version: ModelVersion) -> Path:
-    """Return the model folder inside the files of a version.
+    """Return the model folder of a registered version whose files are in `folder`.
 
-    If the version contains a reference instead of weights, DVC downloads the weights by their digest once.
+    If `folder` contains reference.json instead of weights, DVC downloads the model by its md5 into the cache, once.
     """
     with _missing_named(version):
         reference = folder / REFERENCE
@@ -261,16 +265,16 @@ def _identity(version: ModelVersion) -> str:
 
 
 def cached_names(tags: Mapping[str, str]) -> set[str]:
-    """Return the names of the folders in `CACHE` that belong to a version with these tags."""
+    """Return all names that a folder in `CACHE` can have if it belongs to a registered version with these tags."""
     digests = [tags[key] for key in (MODEL_DIGEST, "weights_digest") if key in tags]
     return {*digests, *(f"{digest}-weights" for digest in digests)}
 
 
 def _checked(model: Path, version: ModelVersion) -> Path:
-    """Return the model folder after comparing its digest with the registered digest.
+    """Return the model folder `model` after comparing its digest with the digest that was registered for `version`.
 
-    Versions of earlier code have a digest of their weights only, so only the weights are compared. Raises ValueError
-    if the digests differ.
+    An old version has a registered digest of the weights only, so only the weights are compared. Raises ValueError if
+    the digests differ.
     """
     with _missing_named(version):
         digests = model_digests(model)
@@ -296,21 +300,21 @@ def _download(source: str, target: Path) -> Path:
 
 
 def _text(source: str) -> str:
-    """Return the content of a text file in the store. Raises FileNotFoundError if the file does not exist."""
+    """Return the content of the text file at an MLflow address. Raises FileNotFoundError if it does not exist."""
     with tempfile.TemporaryDirectory() as scratch, _missing_as(FileNotFoundError, f"{source} does not exist"):
         return _download(source, Path(scratch)).read_text(encoding="utf-8")
 
 
 def _missing_named(version: ModelVersion) -> AbstractContextManager[None]:
-    """Context manager that replaces errors about missing files by a ValueError with the number of the model version."""
-    return _missing_as(ValueError, f"version {version.version}: its files must be at the location that MLflow at "
-                       f"{tracking.where()} has, but they are missing",
+    """Turn errors about missing files in the `with` block into a ValueError with the number of the version."""
+    return _missing_as(ValueError, f"version {version.version}: its files must be in the store of MLflow at "
+                       f"{tracking.where()}, but they are missing",
                        "; restore them from a backup, or train and register the model again")
 
 
 @contextmanager
 def _missing_as(kind: type[Exception], message: str, cure: str = "") -> Iterator[None]:
-    """Context manager that replaces errors about missing files by an exception of the type `kind` with this message.
+    """Turn errors about missing files in the `with` block into an exception of the type `kind` with this message.
 
     Other errors of an MLflow server are raised unchanged.
     """

@@ -1,4 +1,4 @@
-"""The audit trail: a log of every change of the aliases, whose records decide the aliases.
+"""The audit trail: a log of every change of the MLflow aliases of `onediff`, whose records decide the aliases.
 
 The records are the versions of the registered model `onediff-audit`. MLflow's database numbers each record in the
 transaction that creates the record, and never uses a number twice. Each change first appends a record and then sets
@@ -7,7 +7,8 @@ first one is valid, and the writer of the second one gets an error. If a process
 change is valid all the same, and the next change sets the aliases.
 
 Aliases that were changed outside OneDiff are accepted and recorded as `adopted`. There is one exception: a champion
-that no record has made champion did not pass the gate, so the earlier champion is set again and recorded as `restored`.
+that no record has made champion was not checked against the promotion rules, so the earlier champion is set again and
+recorded as `restored`.
 """
 
 import json
@@ -30,20 +31,22 @@ from onediff.registry.store import (
     writing,
 )
 
-OURS = (PREVIOUS, CANDIDATE, CHAMPION)  # The aliases that OneDiff uses, in the order in which a change sets them.
-_SOURCE = "onediff-audit:/record"  # MLflow requires a location of files for each version, but a record has no files.
+OURS = (PREVIOUS, CANDIDATE, CHAMPION)  # The MLflow aliases that OneDiff uses, in the order in which they are set.
+# MLflow requires a file location for each model version. The audit trail's versions have no files, so this is a dummy.
+_SOURCE = "onediff-audit:/record"
 _APPLIED = "applied"
 _CREATION_TRIES = 5
-# Texts in the errors of SQLite, PostgreSQL and MySQL for a row that another process has inserted first.
+# SQLite, PostgreSQL and MySQL report one of these texts if another process has already inserted the same row.
 _INSERTED_TWICE = ("IntegrityError", "UniqueViolation", "Duplicate entry")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change of the aliases, before it is written to the audit trail.
+    """A change of the MLflow aliases of `onediff`, before it is written to the audit trail.
 
-    `by` is the author; None stands for the user and machine of this process. `figures` are the scores on which a
-    promotion was decided. `rules` contains the SHA-256 of promotion.yaml and the commit that contains it, or "no git".
+    `action` is a word such as promote, and `why` is the reason. `by` is the author; None stands for the user and
+    machine of this process. `figures` are the values that were compared with the promotion rules. `rules` contains
+    the SHA-256 of promotion.yaml, and the git commit that contains this file or "no git".
     """
 
     action: str
@@ -56,12 +59,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class TrailRecord(Change):
-    """A change as it is recorded in the audit trail.
+    """One record of the audit trail: a change of the MLflow aliases with its number and time.
 
-    `old` are all aliases before the change, and `follows` is the number of the record before it (0 for the first one).
-    `mark` is a random text by which a writer recognises its record, even if the request was sent twice. `applied` is
-    True if MLflow's aliases were set afterwards. `valid` is False if another change came first, so that this record
-    changed nothing.
+    `old` are all aliases before the change. `follows` is the number of the last valid record that the author had read,
+    or 0. `mark` is a random text by which a process recognises its own record, even if the request was sent twice.
+    `applied` is True if MLflow's aliases were set after the record was written. `valid` is False if another process
+    wrote its change first, so that this record changed nothing.
     """
 
     number: int
@@ -73,7 +76,7 @@ class TrailRecord(Change):
     applied: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as a dictionary for JSON, with the aliases before and after under `from` and `to`."""
+        """Return this record as a dict for JSON. `from` and `to` contain the aliases before and after the change."""
         return {"number": self.number, "when": self.when, "by": self.by, "action": self.action, "from": self.old,
                 "to": self.new, "why": self.why, "figures": self.figures, "rules": self.rules, "follows": self.follows,
                 "valid": self.valid, "applied": self.applied}
@@ -86,7 +89,7 @@ class TrailRecord(Change):
         return f"{self.number}  {self.when}  {self.action}  {moved}  by {self.by}: {self.why}{rules}{void}"
 
 
-# the state of the aliases before the first record of the audit trail
+# This record stands for the time before the first record of the audit trail, when there were no aliases.
 START = TrailRecord(number=0, when="", action="start", old={}, new={}, why="", by="")
 
 
@@ -106,15 +109,19 @@ def trail() -> list[TrailRecord]:
 
 
 def last(records: list[TrailRecord]) -> TrailRecord:
-    """Return the last valid record of the audit trail; its field `new` has the aliases that MLflow must have now."""
+    """Return the last valid record of the audit trail.
+
+    The field `new` of this record says which aliases should be set in MLflow now.
+    """
     return next((record for record in reversed(records) if record.valid), START)
 
 
 @tracking.plain_errors()
 def check_trail() -> list[TrailRecord]:
-    """Return the audit trail after checking that it is complete and that MLflow's aliases agree with it.
+    """Return all records of the audit trail after checking that none is missing and that MLflow's aliases match them.
 
-    Raises ValueError if a record is missing, if a record follows a state that never existed, or if the aliases differ.
+    Raises ValueError if a record is missing, if the aliases before a change are not those of the record that it names
+    as the one before it, or if MLflow's aliases differ from the last valid record.
     """
     records = trail()
     missing = sorted(set(range(1, records[-1].number + 1)) - {record.number for record in records}) if records else []
@@ -127,9 +134,10 @@ def check_trail() -> list[TrailRecord]:
         if record.valid:
             head = record.number
         elif record.follows not in states or record.follows >= head or states[record.follows] != record.old:
-            raise ValueError(f"the audit trail at {tracking.where()} has a fork: record {record.number} must follow a "
-                             f"state that existed, but follows record {record.follows} with {_text(record.old)}; the "
-                             f"last valid record before it is {head}: restore the database from a backup")
+            raise ValueError(f"the audit trail at {tracking.where()} has a fork: record {record.number} must follow an "
+                             f"earlier valid record with its aliases, but follows record {record.follows} with "
+                             f"{_text(record.old)}; the last valid record before the fork is {head}: restore the "
+                             "database from a backup")
     if disagreement := difference(records):
         raise ValueError(disagreement)
     return records
@@ -137,11 +145,10 @@ def check_trail() -> list[TrailRecord]:
 
 @tracking.plain_errors()
 def difference(records: list[TrailRecord] | None = None) -> str | None:
-    """Return a text that says how MLflow's aliases differ from the audit trail; None if they agree.
+    """Return a message about how MLflow's aliases differ from the audit trail, or None if they are equal.
 
-    The text also says how the next change of an alias will resolve the difference.
-
-    `records` are those of the audit trail, which is read again by default.
+    The message also says how the next change of the aliases will correct this. `records` are the records of the audit
+    trail; by default they are read from MLflow.
     """
     records = trail() if records is None else records
     if not records:
@@ -153,43 +160,48 @@ def difference(records: list[TrailRecord] | None = None) -> str | None:
             f"(record {head.number})")
     if _unfinished(records):
         return f"{text}: a change was interrupted; the next change or 'onediff registry repair' completes it"
-    resolution = ("sets champion back, because that version never passed the gate"
+    resolution = ("sets champion back, because that version never passed the promotion rules"
                   if _champion_without_record(current, records) else "records the new aliases as 'adopted'")
     return f"{text}: the aliases were changed outside OneDiff; the next change {resolution}"
 
 
 def _champion_without_record(aliases: Mapping[str, str], records: list[TrailRecord]) -> bool:
-    """Return whether the champion is a version that no valid record made champion; False for an empty audit trail."""
+    """Return True if MLflow has a champion that no valid record made champion; False if there are no records."""
     recorded = {record.new.get(CHAMPION) for record in records if record.valid}
     return bool(records) and aliases.get(CHAMPION, "") not in recorded | {""}
 
 
 @tracking.plain_errors()
 def check_champion() -> None:
-    """Check that MLflow's champion has passed the gate, the checks that decide promotion. Raises ValueError if not."""
+    """Raise ValueError if MLflow's champion was set outside OneDiff and so never passed the promotion rules."""
     aliases = _mlflow_aliases()
     if _champion_without_record(aliases, trail()):
         version = aliases[CHAMPION]
-        raise ValueError(f"MLflow at {tracking.where()}: the champion must have passed the gate, but version {version} "
-                         "became champion outside OneDiff: 'onediff registry repair' restores the earlier champion, "
-                         f"'onediff registry promote {version}' checks this version")
+        raise ValueError(f"MLflow at {tracking.where()}: the champion must have passed the promotion rules, but "
+                         f"version {version} became champion outside OneDiff: 'onediff registry repair' restores the "
+                         f"earlier champion, 'onediff registry promote {version}' checks this version")
 
 
 @tracking.plain_errors()
 def repair() -> TrailRecord:
-    """Make MLflow's aliases and the audit trail agree, as every change does first. Return the last valid record."""
+    """Make MLflow's aliases and the audit trail equal again, and return the last valid record of the audit trail.
+
+    An interrupted change is completed. A change that was made outside OneDiff is recorded, or undone if it made a
+    version champion that never passed the promotion rules.
+    """
     if not tracking.exists():
-        store.aliases()  # This raises ValueError, because `writing` would create a lock file beside a missing database.
+        store.aliases()  # Raises ValueError. Without it, `writing` would create a lock file for a missing database.
     with writing():
         return settled()
 
 
 def settled(*, by: str | None = None) -> TrailRecord:
-    """Complete an interrupted change, or record a change that was made outside OneDiff; return the last valid record.
+    """Make MLflow's aliases and the audit trail agree, and return the last valid record of the audit trail.
 
-    Must be called inside `with writing():`.
+    If a process died during a change, its change is completed. If the aliases were changed outside OneDiff, that
+    change is recorded or, for the champion, reversed. Call this function inside `with writing()`.
     """
-    # The audit trail is read before the aliases, so that a record written in between makes an adoption invalid.
+    # Read the audit trail first: if a record is added before the aliases are read, our own record becomes invalid.
     records = trail()
     head, current = last(records), _mlflow_aliases()
     unfinished = _unfinished(records)
@@ -200,7 +212,7 @@ def settled(*, by: str | None = None) -> TrailRecord:
             _mark_applied(record)
         return head
     if _champion_without_record(current, records):
-        why = f"champion {current[CHAMPION]} was set outside OneDiff and never passed the gate"
+        why = f"champion {current[CHAMPION]} was set outside OneDiff and never passed the promotion rules"
         return apply_change(Change(action="restored", new=current | {CHAMPION: head.new.get(CHAMPION, "")}, by=by,
                                    why=why), upon=head)
     why = "changed outside OneDiff" if records else "state before the first record"
@@ -208,10 +220,10 @@ def settled(*, by: str | None = None) -> TrailRecord:
 
 
 def apply_change(change: Change, *, upon: TrailRecord) -> TrailRecord:
-    """Append a change to the audit trail, then set MLflow's aliases. Must be called inside `with writing():`.
+    """Append a change to the audit trail, then set MLflow's aliases. Call this function inside `with writing()`.
 
-    `upon` is the last valid record that the caller read. If another process appended a record after it, no alias
-    changes, and a ValueError with that record is raised.
+    `upon` is the last valid record that the caller has read. Returns the new record. If another process has appended a
+    valid record after `upon`, no alias changes, and a ValueError that describes that record is raised.
     """
     without_empty = {alias: version for alias, version in change.new.items() if version}
     record = _append(replace(change, new=without_empty), upon=upon)
@@ -232,12 +244,12 @@ def _append(change: Change, *, upon: TrailRecord, tags: Mapping[str, str] | None
         return ours
     winner = next((record for record in records if record.valid and record.follows == upon.number), last(records))
     raise ValueError(f"another change came first: record {winner.number}, {winner.action} by {winner.by} "
-                     f"({_text(winner.new)}); this {change.action} changed nothing (record {number} is invalid): check "
-                     "the aliases with 'onediff registry list', then try again")
+                     f"(the aliases are now {_text(winner.new)}); this {change.action} changed nothing (its record "
+                     f"{number} is invalid): check the aliases with 'onediff registry list', then try again")
 
 
 def _create_record(tags: dict[str, str], description: str) -> int:
-    """Create a record, which is a version of the registered model `onediff-audit`. Return the number of the record."""
+    """Create a record of the audit trail, as a version of the MLflow model `onediff-audit`, and return its number."""
     mlflow = tracking.client()
     from mlflow.exceptions import MlflowException
 
@@ -248,14 +260,14 @@ def _create_record(tags: dict[str, str], description: str) -> int:
             return int(mlflow.create_model_version(AUDIT, _SOURCE, tags=tags, description=description,
                                                    await_creation_for=0).version)
         except MlflowException as error:
-            # MLflow gives up if other processes have taken all version numbers that it tried.
+            # MLflow gives up if other processes took each version number that it tried, so the request is repeated.
             if not tries_left or "Giving up after" not in str(error):
                 raise
     raise AssertionError("the last try returns or raises")
 
 
 def _set_aliases(record: TrailRecord) -> None:
-    """Set MLflow's aliases to those of the record, and repeat that for a newer record if one was appended since."""
+    """Set MLflow's aliases to those of `record`, or to those of the newest valid record if one was added meanwhile."""
     mlflow = tracking.client()
     while True:
         current = _mlflow_aliases()
@@ -275,7 +287,7 @@ def _mark_applied(record: TrailRecord) -> None:
 
 
 def _insert(call: Callable[..., object], *arguments: Any) -> None:
-    """Call a method of the client, and repeat the call if another process inserted the same alias or tag just then."""
+    """Call a method of MLflow's client, and call it again if another process inserted the same alias or tag first."""
     from mlflow.exceptions import MlflowException
 
     try:

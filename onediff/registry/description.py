@@ -4,17 +4,17 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-LIMIT = 5000  # largest number of characters of a description that MLflow's database stores
-FIRST = ("Scores", "Limits")  # sections that a shortened description must contain
+LIMIT = 5000  # largest number of characters that MLflow stores for a description
+FIRST = ("Scores", "Limits")  # sections of the model card that a shortened description must contain
 _SHORTENED = "\n\nThe complete model card is the file README.md of this version's model."
 _NOTE = "> **Scored again**"
 
 
 def describe(carried: Path) -> str:
-    """Return the description of a version from the model card README.md in the folder `carried`; "" without a card.
+    """Return the description of a registered version: the text of the model card README.md in `carried`, shortened.
 
-    The front matter is left out. If the card is longer than LIMIT, the description has the introduction, the sections
-    FIRST and every other section that fits, in the order of the card.
+    The YAML header of the card is left out. If the text is longer than MLflow allows, it keeps the introduction, the
+    sections in FIRST and each other section that fits, in the order of the card. Returns "" without a model card.
     """
     card = carried / "README.md"
     if not card.exists():
@@ -33,9 +33,10 @@ def describe(carried: Path) -> str:
 
 
 def scored_again(description: str, gate_scores: str) -> str:
-    """Return the description of a version whose scores were replaced after its model card was written.
+    """Return the new description of a registered version whose scores were replaced: its old one below a note.
 
-    `gate_scores` maps the path of each main score of the `gate` split to its value, as JSON.
+    The note has the date and the new scores. `gate_scores` is a JSON text with the main scores of the `gate` split,
+    such as {"scenes.CIDEr": 3.1}.
     """
     if description.startswith(_NOTE):
         description = description.partition("\n\n")[2]

@@ -26,16 +26,17 @@ from onediff.repro.lock import Stage, md5_of, parse_dvc_lock, read_dvc_lock
 MODEL, DIFFCAP, CAPTIONS, SCORED = map(str, (paths.TRAINED, paths.DIFFCAP, paths.CAPTIONS, paths.SCORED))
 TABLES = {"test": str(paths.METRICS), "gate": str(paths.GATE)}
 _OUTS_OF_SCORE = (SCORED, *TABLES.values())
-ROUNDING = 1e-5  # two scores are equal up to this difference, because score files round to six decimal places
+ROUNDING = 1e-5  # Scores that differ by at most this number are equal, because score files have six decimal places.
 _CURE = "'dvc repro' scores again; if the message stays, the stage 'score' has a fault"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model folder with the digests of the scores of its captions.
+    """Evidence that score files belong to a model: the digests of the model folder, its captions and their scores.
 
-    `model` and `model_md5` are digests of the model folder. `files` maps the paths of captions, scores of pairs and
-    score tables, relative to `root`, to the md5 that DVC would record for them.
+    `model` has the SHA-256 digests of the folder `model_dir`, and `model_md5` is its md5. `files` maps the paths of
+    the captions, of the scores of each image pair and of the score tables, relative to `root`, to their md5. Each md5
+    is the one that DVC would write into dvc.lock.
     """
 
     model_dir: Path
@@ -46,13 +47,13 @@ class Evidence:
 
     @property
     def scored(self) -> Path:
-        """Return the folder with the scores of each pair."""
+        """Return the folder with the scores of each image pair."""
         return self.root / SCORED
 
     def tables(self) -> dict[str, dict[str, Any]]:
-        """Read the score tables, as {"test": {benchmark: scores}, "gate": {benchmark: scores}}.
+        """Return the score tables as {"test": {benchmark: scores}, "gate": {benchmark: scores}}, after checking them.
 
-        Raises ValueError if a file no longer has its digest, or if it contains a value that is not a valid score.
+        Raises ValueError if a score file has changed since its md5 was computed, or contains an invalid score.
         """
         if md5_of(self.scored) != self.files[SCORED]:
             raise ValueError(f"{self.scored} must not change while it is being read, but it did; run the command again")
@@ -70,13 +71,13 @@ class Evidence:
         return tables
 
     def as_tag(self) -> str:
-        """Return all digests as JSON, with the digest of each file in data/scored, for a tag of the version."""
+        """Return the md5 of the model folder, the captions and each score file as a JSON text, for an MLflow tag."""
         pairs = {f"{SCORED}/{path.name}": md5_of(path) for path in sorted(self.scored.glob("*.json"))}
         return json.dumps({"model": self.model_md5, **self.files, **pairs}, sort_keys=True)
 
 
 def evidence_of(model_dir: Path, root: Path) -> Evidence:
-    """Return the digests of a model folder, and of the captions and scores in `root` that were created with it."""
+    """Return the `Evidence` for a model folder and for the captions and scores in `root` that this model produced."""
     files = {}
     for path in (CAPTIONS, *_OUTS_OF_SCORE):
         if not (root / path).exists():
@@ -87,11 +88,11 @@ def evidence_of(model_dir: Path, root: Path) -> Evidence:
 
 
 def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
-    """Check that the pipeline's scores in `root` belong to this model folder, and return the evidence.
+    """Check that the pipeline's scores in `root` belong to the model in `model_dir`, and return the `Evidence`.
 
     The digests in dvc.lock must show that stage `tune` wrote the model folder, that `caption` read it, that `score`
     read the output of `caption`, that all three stages read the same data/diffcap, and that no file has changed since.
-    If the git commit has a dvc.lock with the same captions, it must have the same scores too. Raises FileNotFoundError
+    If the dvc.lock in the git commit has the same captions, it must also have the same scores. Raises FileNotFoundError
     for missing files, and ValueError with one line for each digest that differs.
     """
     stages = read_dvc_lock(root / DVC_LOCK)
@@ -121,9 +122,10 @@ def pipeline_evidence(model_dir: Path, *, root: Path = Path()) -> Evidence:
 
 
 def _unlike_commit(score: Stage, root: Path) -> list[str]:
-    """Return one error line if the committed dvc.lock has other scores for the same captions, data and code.
+    """Return a list with an error line if the dvc.lock in the git commit has other scores for the same inputs, or [].
 
-    Scoring is deterministic, so a difference means that somebody edited the committed or the present scores.
+    Scoring the same captions with the same data and code always gives the same scores. Different scores therefore
+    mean that somebody edited the score files, either before the commit or after it.
     """
     content = committed(DVC_LOCK, root)
     in_commit = parse_dvc_lock(content, DVC_LOCK).get("score") if content else None
@@ -136,10 +138,10 @@ def _unlike_commit(score: Stage, root: Path) -> list[str]:
 
 
 def read_scores(where: str, content: bytes) -> dict[str, Any]:
-    """Parse the content of metrics.json or gate.json, which maps each benchmark to its scores.
+    """Parse the score table metrics.json or gate.json, and return it as a dict from each benchmark to its scores.
 
-    `where` is the path of the file, for error messages. Raises ValueError with one line for each fault: invalid JSON,
-    no benchmark, a missing key, or a score outside its range.
+    `content` is the content of the file, and `where` its path for error messages. Raises ValueError with one line for
+    each fault: invalid JSON, no benchmark, a missing key, or a score outside its range.
     """
     tables = _read_mapping(where, content)
     faults: list[str] = []
@@ -153,13 +155,13 @@ def read_scores(where: str, content: bytes) -> dict[str, Any]:
 
 
 def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> None:
-    """Check the content of scored/<split>.json, the scores of each pair, against the score tables of the split.
+    """Check that the scores of each image pair, in scored/<split>.json, agree with the score tables of this split.
 
-    Both must have the same benchmarks and numbers of pairs, and each corpus score must be the mean of the scores of the
-    pairs. Raises ValueError with one line for each fault.
+    Both files must have the same benchmarks and numbers of image pairs. Each score in the tables must be the mean of
+    the scores of the image pairs. Raises ValueError with one line for each fault.
     """
     pairs = _read_mapping(where, content)
-    faults = [f"{name}: must be a benchmark in both this file and the scores of its split"
+    faults = [f"{name}: must be a benchmark in both this file and the score table of its split"
               for name in sorted(pairs.keys() ^ tables.keys())]
     for name in pairs.keys() & tables.keys():
         faults += [f"{name}{fault}" for fault in _wrong_pairs(pairs[name], tables[name])]
@@ -167,7 +169,7 @@ def read_pair_scores(where: str, content: bytes, tables: Mapping[str, Any]) -> N
 
 
 def in_range(name: str, value: object) -> bool:
-    """Return whether the value is a number in the range of the metric with this name; bool is not a number here."""
+    """Return True if `value` is a number, and not a bool, in the valid range of the metric `name`."""
     low, high = FIGURE_RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -201,13 +203,14 @@ def _missing(table: Any, keys: Sequence[str]) -> str:
 
 
 def _wrong_figures(path: str, name: str, value: Any) -> Iterator[str]:
-    """Yield one message for each invalid number in a value, which may be nested.
+    """Yield one message for each invalid number in `value`: one number, or nested dicts and lists of numbers.
 
-    `path` is where the value is in the file. `name` is the metric of the value, which decides the valid range.
+    `path` is the position of `value` in the score file, such as scenes.CIDEr. `name` is the metric of `value`, which
+    decides the valid range.
     """
     if isinstance(value, dict):
         for key, item in value.items():
-            # In "change_type_accuracy_by_type" the keys are types of change and the values are change_type_accuracy.
+            # The keys in "change_type_accuracy_by_type" are types of change, so the metric is in the name before _by_.
             figure, by, _ = name.partition("_by_")
             yield from _wrong_figures(f"{path}.{key}", figure if by and figure in FIGURE_RANGES else key, item)
     elif isinstance(value, list):
@@ -247,7 +250,7 @@ def _wrong_pairs(pairs: Any, table: Mapping[str, Any]) -> Iterator[str]:
 def _short(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print an integer with thousands of digits.
+    except ValueError:  # Python refuses to convert an integer with thousands of digits to text.
         text = f"a {type(value).__name__} of very many digits"
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -1,4 +1,4 @@
-"""Facts about a version: the data passed validation, no test pair leaks into the training data, git has the code.
+"""Facts about a model version: its data passed validation, no test pair is in its training data, git has its code.
 
 The facts are read from dvc.lock and from the files on disk. DVC adds a stage to dvc.lock only after the stage has
 succeeded. This module does not use MLflow.
@@ -22,14 +22,15 @@ OF_DATA = ("data_validated", "leak_audit")
 FACTS = (*OF_DATA, "clean_lineage")
 DIFFCAP, QUARANTINE, REPORTS = map(str, (paths.DIFFCAP, paths.QUARANTINE, paths.DIFFCAP_REPORTS))
 AUDIT = "audit.json"
-TRAINED_CLEAN = "training_lineage"  # tag of a version: whether its training, without its scoring, was clean
+# This MLflow tag is like clean_lineage, but for the training only, so scoring a version again does not change it.
+TRAINED_CLEAN = "training_lineage"
 
 
 def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, str]:
-    """Return the facts about a model folder of the pipeline in `root`, as tags for its version.
+    """Return the facts about a model of the pipeline in `root`, as MLflow tags for its registered version.
 
-    The keys are data_validated, leak_audit, clean_lineage and training_lineage. Each value is `yes`, `no git`, or
-    `no: ` followed by the reason and the cure.
+    The tags are data_validated, leak_audit, clean_lineage and training_lineage. Each value is `yes`, `no git`, or
+    `no: ` followed by the reason and by a command that corrects the cause.
     """
     stages, lineage = _stages(root), _lineage(root)
     return _facts_of_data(_broken_chain(model_dir, stages, root), stages, root) | {
@@ -38,9 +39,10 @@ def facts_at_registration(model_dir: Path, *, root: Path = Path()) -> dict[str, 
 
 
 def facts_after_scoring(tags: Mapping[str, str], *, root: Path = Path()) -> dict[str, str]:
-    """Return the facts about a version that was scored again with the data and code that are in `root` now.
+    """Return the new facts about a registered version that was scored again with the present data and code in `root`.
 
-    `tags` are the tags of the version, which identify the data and code of its training.
+    `tags` are the MLflow tags of the version, which identify the data and code of its training. Returns the tags
+    data_validated, leak_audit and clean_lineage.
     """
     stages, data = _stages(root), provenance(root)["data_digest"]
     broken = (_broken_data(md5_of(root / DIFFCAP), stages) if (root / DIFFCAP).exists() else
@@ -57,7 +59,7 @@ def size_mib(folder: Path) -> float:
 
 
 def locked_md5(model_dir: Path, *, root: Path = Path()) -> str | None:
-    """Return the md5 of the model folder in dvc.lock, or None if the folder is not an output of a stage."""
+    """Return the md5 that dvc.lock has for the model folder, or None if the folder is not an output of a DVC stage."""
     path, project = model_dir.absolute(), root.absolute()
     return outs_of(_stages(root)).get(path.relative_to(project).as_posix()) if path.is_relative_to(project) else None
 
@@ -67,10 +69,10 @@ def _stages(root: Path) -> dict[str, Stage]:
 
 
 def _broken_chain(model_dir: Path, stages: Mapping[str, Stage], root: Path) -> str:
-    """Return where the chain of digests from the model folder back to the stage `validate` breaks, or "".
+    """Return why dvc.lock does not show that the model was trained on data that passed stage `validate`, else "".
 
     The model folder must be the output of a stage that read the output of `build`, and `build` must have read the
-    output of `validate`. If `validate` refused the data, dvc.lock has no entry for it.
+    output of `validate`. If `validate` refused the data, dvc.lock has no entry for `validate`.
     """
     md5 = locked_md5(model_dir, root=root)
     if md5 is None:
@@ -84,12 +86,12 @@ def _broken_chain(model_dir: Path, stages: Mapping[str, Stage], root: Path) -> s
 
 
 def _broken_data(diffcap_md5: str | None, stages: Mapping[str, Stage]) -> str:
-    """Return where the chain of digests from the folder data/diffcap back to the stage `validate` breaks, or ""."""
+    """Return why dvc.lock does not show that data/diffcap was built from data that passed stage `validate`, else ""."""
     for stage, path in (("build", DIFFCAP), ("validate", QUARANTINE)):
         md5 = diffcap_md5 if stage == "build" else stages["build"].deps.get(QUARANTINE)
         if stage not in stages or md5 is None or stages[stage].outs.get(path) != md5:
-            return (f"dvc.lock: the {path} that was read must be the output of stage {stage}, but has another digest; "
-                    "'dvc repro' creates it again")
+            return (f"dvc.lock: the {path} that a later stage read must be the output of stage {stage}, but has "
+                    "another digest; 'dvc repro' creates it again")
     return ""
 
 
@@ -119,10 +121,11 @@ def _lineage(root: Path) -> str:
 
 
 def _lineage_after_scoring(tags: Mapping[str, str], root: Path) -> str:
-    """Return the tag clean_lineage for a version that was scored again: as in the workspace, or its training's problem.
+    """Return the tag clean_lineage for a registered version that was scored again.
 
-    `tags` are the tags of the version. Versions of earlier code have only the tag git_dirty about their training:
-    false, true, or none without git.
+    `tags` are the MLflow tags of the version. If they show that the code and parameters of the training are not in
+    git, return that reason; otherwise, return whether git has all files that are in `root` now. Old versions only have
+    the tag git_dirty for this: false, true, or none if they were trained outside git.
     """
     lineage, dirty = _lineage(root), tags.get("git_dirty", "none")
     trained = tags.get(TRAINED_CLEAN, YES)
@@ -135,10 +138,10 @@ def _lineage_after_scoring(tags: Mapping[str, str], root: Path) -> str:
 
 
 def _other_inputs(stages: Mapping[str, Stage], names: tuple[str, ...], root: Path) -> str | None:
-    """Return a reason if a code file or parameter has changed since a stage ran with it, otherwise None.
+    """Return a message if a code file or parameter has changed since a stage used it, otherwise None.
 
     The check covers the stages `names` and all stages before them. After such a change, the git commit no longer
-    contains the code that produced the results.
+    contains the code that produced the outputs of the stage.
     """
     params = root / paths.PARAMS
     values = YAML(typ="safe").load(params.read_text(encoding="utf-8")) or {} if params.exists() else {}
@@ -155,7 +158,7 @@ def _other_inputs(stages: Mapping[str, Stage], names: tuple[str, ...], root: Pat
 
 
 def _with_earlier(stages: Mapping[str, Stage], names: tuple[str, ...]) -> dict[str, Stage]:
-    """Return the stages `names` and all stages whose outputs they read, directly or through other stages."""
+    """Return the stages with these names, and all stages whose outputs they read, directly or through other stages."""
     reached: dict[str, Stage] = {}
     waiting = list(names)
     while waiting:
@@ -169,7 +172,7 @@ def _with_earlier(stages: Mapping[str, Stage], names: tuple[str, ...]) -> dict[s
 
 
 def _parameter(values: Any, key: str) -> Any:
-    """Return the value at this dotted path, such as tune.steps, in nested mappings, or None if it does not exist."""
+    """Return the value of a dotted key, such as tune.steps, from nested dicts, or None if the key does not exist."""
     for name in key.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values

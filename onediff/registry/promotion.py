@@ -1,4 +1,4 @@
-"""Changes of the aliases `candidate`, `champion` and `previous`: propose a version, promote it, roll back.
+"""Changes of the MLflow aliases `candidate`, `champion` and `previous`: propose a version, promote it, roll back.
 
 Every change is written to the audit trail (audit_trail.py).
 """
@@ -31,12 +31,12 @@ from onediff.registry.rules import (
 from onediff.registry.store import CANDIDATE, CHAMPION, NAME, PREVIOUS, Aliases, ModelVersion, version_of, writing
 
 REGISTER = "register a version first: 'make run', or 'dvc repro' and then 'onediff registry register'"
-REFUSED = ("refused_at", "refused_because")  # Tags of a version with the time and reasons of its last refusal.
+REFUSED = ("refused_at", "refused_because")  # MLflow tags with the time and reasons of a version's last refusal.
 
 
 @tracking.plain_errors()
 def propose(version: str, *, by: str | None = None) -> None:
-    """Give the version the alias `candidate`. Write nothing if the version already has this alias."""
+    """Give the registered version with this number the MLflow alias `candidate`, unless it already has this alias."""
     with writing():
         head = settled(by=by)
         if head.new.get(CANDIDATE) != version:
@@ -48,11 +48,12 @@ def propose(version: str, *, by: str | None = None) -> None:
 @tracking.plain_errors()
 def promote(version: str | None = None, *, rules: Path = RULES, by: str | None = None, why: str | None = None,
             approved: PromotionCase | None = None) -> Verdict:
-    """Make a version (default: the candidate) the champion if it passes the rules; return the verdict with all reasons.
+    """Make a registered version the champion if it meets the promotion rules, and return the `Verdict` in both cases.
 
-    The rules are checked on the scores of the `gate` split. `approved` is the `case` of an earlier verdict which a
-    person has approved; it is required if the rules set `approval_h`. If the version is the champion already, nothing
-    changes. After a rollback, the replaced version can become champion only if the caller passes its number.
+    `version` is the number of the version, by default that of the candidate. `rules` is the file with the promotion
+    rules, which apply to the scores of the `gate` split. If the rules set `approval_h`, a person must have approved
+    the `case` of an earlier verdict, and `approved` is this case. If the version is already the champion, nothing
+    changes. A version that a rollback replaced becomes champion again only if the caller passes its number.
 
     Raises ValueError if the version does not exist, if its files are missing or changed, if the approved case differs
     from the present one, or if another process changed the aliases first.
@@ -66,14 +67,14 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
         verdict = assess(version, file=rules, aliases=head.new)
         if approved and approved != verdict.case:
             raise ValueError(f"the approval was for {approved}, but the promotion would now be of {verdict.case}: no "
-                             "version was promoted; start the promotion again and approve the present case")
+                             "version was promoted; start the promotion again and approve the version as it is now")
         if demands.approval_h and not approved and verdict.promoted and candidate != champion:
             raise ValueError(f"{rules}: approval_h requires that a person approves {verdict.case} as champion, but no "
                              "approval was given: run 'onediff registry promote', which asks for it")
         if not verdict.promoted:
             store.set_tags(NAME, candidate, {
                 REFUSED[0]: datetime.now(UTC).isoformat(timespec="seconds"),
-                REFUSED[1]: "; ".join(verdict.reasons)[:4900]})  # MLflow accepts at most 5000 characters.
+                REFUSED[1]: "; ".join(verdict.reasons)[:4900]})  # MLflow accepts at most 5000 characters per tag.
         elif candidate != champion:
             beats = f", better than version {champion}" if champion and demands.better_than_champion else ""
             reason = f"meets {rules.name}{beats}"
@@ -82,7 +83,7 @@ def promote(version: str | None = None, *, rules: Path = RULES, by: str | None =
 
 
 def _make_champion(verdict: Verdict, head: TrailRecord, *, by: str | None, why: str) -> None:
-    """Record the promotion in the audit trail, and remove the tags about an earlier refusal of the version."""
+    """Make the version of the verdict the champion, and remove its MLflow tags about an earlier refused promotion."""
     assert verdict.case, "every verdict of assess has a case"
     previous = {PREVIOUS: head.new[CHAMPION]} if head.new.get(CHAMPION) else {}
     apply_change(Change(action="promote", new={**head.new, **previous, CHAMPION: verdict.version}, by=by, why=why,
@@ -95,11 +96,11 @@ def _make_champion(verdict: Verdict, head: TrailRecord, *, by: str | None, why: 
 
 @tracking.plain_errors()
 def rollback(*, by: str | None = None, why: str | None = None) -> str:
-    """Make the version with the alias `previous` the champion again, and return the number of this version.
+    """Make the version with the MLflow alias `previous` the champion again, and return the number of this version.
 
-    The alias `previous` moves to the champion before that version, if one exists. The promotion rules are not checked
-    again, because the version was champion before. Raises ValueError, and changes no alias, if no version has the alias
-    `champion` or `previous`, or if the files of the previous champion are missing or changed.
+    The alias `previous` then moves to the champion before this version, if there was one. The promotion rules are not
+    checked, because this version was champion before. Raises ValueError, and changes no alias, if no version has the
+    alias `champion` or `previous`, or if the files of the previous champion are missing or changed.
     """
     with writing():
         head = settled(by=by)
@@ -119,10 +120,10 @@ def rollback(*, by: str | None = None, why: str | None = None) -> str:
 
 @tracking.plain_errors()
 def champion_to_score_again(version: str | None = None, *, rules: Path = RULES) -> str | None:
-    """Return the champion, as models:/onediff/VERSION, if it must be scored again before a version is compared with it.
+    """Return the champion's address models:/onediff/VERSION if the champion must be scored again, otherwise None.
 
-    That is necessary if the champion was scored on other pairs, with other references or with another protocol than the
-    version (default: the candidate). Otherwise return None.
+    It must be scored again if the champion and `version` (by default the candidate) were scored on different image
+    pairs, with different reference captions or by different scoring protocols, because their scores cannot be compared.
     """
     demands, aliases = load_rules(rules), store.aliases()
     candidate, champion = version or version_of(CANDIDATE, aliases, REGISTER), aliases.get(CHAMPION)
@@ -134,9 +135,10 @@ def champion_to_score_again(version: str | None = None, *, rules: Path = RULES) 
 
 @tracking.plain_errors()
 def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases | None = None) -> Verdict:
-    """Return the verdict that `promote` would reach now, without changing anything.
+    """Return the `Verdict` that `promote` would return now, without changing anything.
 
-    `aliases` defaults to the present aliases in MLflow.
+    `version` is by default the number of the candidate, `file` has the promotion rules, and `aliases` are by default
+    the present aliases in MLflow.
     """
     rules, commit = load_rules(file), commit_of_rules(file)
     aliases = store.aliases() if aliases is None else aliases
@@ -145,7 +147,7 @@ def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases |
     scores, tags = scores_of(candidate, "gate"), candidate.tags
     check_metrics(rules, scores, file=file)
     figures = figures_of(rules, scores, tags)
-    # Versions of earlier code have their scores in the tag scores_gate, which the digest of the files does not cover.
+    # Old versions have their scores in the MLflow tag scores_gate, which the digest of the score files does not cover.
     scores_digest = key_of([tags.get(key, "") for key in (SCORES_DIGEST, "scores_gate")])
     case = PromotionCase(number, tags.get(MODEL_DIGEST, "none"), scores_digest, champion, sha256_of(file), commit)
     if number == champion:
@@ -163,10 +165,10 @@ def assess(version: str | None = None, *, file: Path = RULES, aliases: Aliases |
 
 
 def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
-    """Return why the scores of a version cannot be used for a promotion; an empty list if they can.
+    """Return a list with the reason why the scores of a version cannot be used for a promotion, or [] if they can.
 
-    One reason: the version is of earlier code, so no digest connects its scores with its model. Such a version can
-    still be loaded, and a rollback to it is possible. The other reason: the store has lost the scores of the pairs.
+    One reason is that an old version has no digest that connects its scores with its model. Another reason is that the
+    MLflow store no longer has the scores of each image pair.
     """
     again = f"score the version again: python -m flows.evaluate models:/{NAME}/{version.version}"
     if MODEL_DIGEST not in version.tags or SCORES_DIGEST not in version.tags:
@@ -175,7 +177,7 @@ def _unbound(version: ModelVersion, pairs: Mapping[str, Any]) -> list[str]:
 
 
 def _rolled_back(version: str) -> list[str]:
-    """Return one reason if a rollback replaced this version and nobody has promoted the version again since."""
+    """Return a list with a reason if a rollback replaced this version and nobody has promoted it again, or []."""
     moves = [record for record in champion_moves()
              if version in (record.old.get(CHAMPION), record.new.get(CHAMPION))]
     return [f"a rollback on {record.when} replaced this version; to promote it again, run 'onediff registry promote "
@@ -184,5 +186,5 @@ def _rolled_back(version: str) -> list[str]:
 
 
 def champion_moves() -> list[TrailRecord]:
-    """Return the valid records of the audit trail that changed the champion, oldest first."""
+    """Return all valid records of the audit trail that changed the MLflow alias `champion`, oldest first."""
     return [record for record in trail() if record.valid and record.old.get(CHAMPION) != record.new.get(CHAMPION)]

@@ -17,16 +17,16 @@ def registered() -> list[ModelVersion]:
     mlflow = tracking.client()
     versions = list(tracking.all_pages(mlflow.search_model_versions, max_results=200))
     aliases = {name: mlflow.get_registered_model(name).aliases for name in {version.name for version in versions}}
-    for version in versions:  # A search in MLflow returns versions without their aliases.
+    for version in versions:  # MLflow's search returns versions without their aliases, so they are added here.
         version.aliases = [alias for alias, number in aliases[version.name].items()
                            if str(number) == str(version.version)]
     return versions
 
 
 def carried(version: ModelVersion, folder: str) -> dict[str, str]:
-    """Return the text of each file in one folder of a version, by file name. No other file is downloaded.
+    """Return a dict from the name to the text of each file in one folder of a registered version.
 
-    Raises ValueError if the version has no such folder, or if the files cannot be read.
+    Only this folder is downloaded. Raises ValueError if the version has no such folder, or if a file cannot be read.
     """
     mlflow = tracking.client()
     from mlflow.artifacts import download_artifacts
@@ -46,10 +46,10 @@ def carried(version: ModelVersion, folder: str) -> dict[str, str]:
 
 
 def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
-    """Return the ended runs that started more than `days` ago, oldest first, with the bytes of their local artifacts.
+    """Return the ids of MLflow runs that may be removed, oldest first, with the size of their local files in bytes.
 
-    A retraining and its child runs form a family. No run of a family is returned if one of its runs is in `keep`, is
-    younger, or has not ended.
+    These runs have ended, started more than `days` days ago, and are not in `keep`. A retraining and its child runs
+    are returned only if this is true for all of them.
     """
     from mlflow.entities import ViewType
 
@@ -76,9 +76,10 @@ def old_runs(days: float, keep: Iterable[str]) -> dict[str, int]:
 
 @tracking.plain_errors()
 def remove_runs(run_ids: Sequence[str]) -> bool:
-    """Delete runs with their metrics, parameters and artifacts. Return False if they are only marked as deleted.
+    """Delete MLflow runs with their metrics, parameters and files, and return True; return False for an MLflow server.
 
-    The store of a server only marks runs as deleted. Raises ValueError with the message of `mlflow gc` if it fails.
+    On a server, the runs are only marked as deleted. Raises ValueError with the message of `mlflow gc` if this command
+    fails.
     """
     mlflow, address = tracking.client(), tracking.uri()
     for run_id in run_ids:
@@ -89,7 +90,7 @@ def remove_runs(run_ids: Sequence[str]) -> bool:
     for first in range(0, len(run_ids), 100):
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(run_ids[first:first + 100])],
-            # The address may contain a password, so it is not on the command line, which other users can read.
+            # MLflow's address may contain a password, so it is not on the command line, which other users can read.
             env={**os.environ, "MLFLOW_TRACKING_URI": address},
             capture_output=True, text=True, check=False)
         if done.returncode:

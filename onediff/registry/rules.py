@@ -20,20 +20,20 @@ from onediff.registry.evidence import in_range
 from onediff.registry.facts import NO_GIT, YES
 
 RULES = Path("mlflow/promotion.yaml")
-# The figures that promotion rules may use. A rule for an unscored benchmark is checked against this list only.
+# FIGURES has the names of all scores. The rules for a benchmark without scores may contain only these names.
 FIGURES = {*FIGURE_RANGES, "num_pairs", "oracle_ratio"}
 NOT_COMMITTED = "not committed"
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# Maps each benchmark to a dict of its protocol, references, pair_id, group_id, and the values of each metric.
+# PairScores maps each benchmark to a dict with its protocol, references, pair_id, group_id and a list per metric.
 PairScores = Mapping[str, Any]
 
 
 def _of_pairs(path: str) -> str:
     if path.rpartition(".")[2] not in PAIR_METRICS:
-        raise ValueError(f"must end with {' or '.join(PAIR_METRICS)}, the metrics that have a score per pair, as in "
-                         f"scenes.{PAIR_METRICS[0]}")
+        raise ValueError(f"must end with {' or '.join(PAIR_METRICS)}, the metrics with a score for each image pair, as "
+                         f"in scenes.{PAIR_METRICS[0]}")
     return path
 
 
@@ -41,20 +41,20 @@ PairMetric = Annotated[str, AfterValidator(_of_pairs)]
 
 
 class Improvement(Section):
-    """The metric on which a candidate must be better than the champion, and by how much at least."""
+    """The rule `better_than_champion`: on the metric `metric`, a candidate exceeds the champion by over `margin`."""
 
     metric: PairMetric
     margin: Loss
 
 
 class Rules(Section):
-    """The content of mlflow/promotion.yaml: what a version must reach to become champion.
+    """The promotion rules in mlflow/promotion.yaml, which a registered version must meet to become champion.
 
-    The keys of `minima` and `maxima` are paths into gate.json, such as `scenes.CIDEr`. `better_than_champion` and
-    `not_worse_than_champion` compare a version with the champion by paired bootstrap over the groups of the `gate`
-    split; `not_worse_than_champion` maps each metric to the largest loss that is accepted. `max_caption_ms` and
-    `max_size_mib` are None for no limit. `require` lists facts about data and code that must be true. `approval_h` is
-    the number of hours in which a person must approve the promotion; None means that no approval is needed.
+    `minima` and `maxima` map scores in gate.json, such as `scenes.CIDEr`, to bounds. `better_than_champion` and
+    `not_worse_than_champion` compare a version with the champion by a paired bootstrap over groups of image pairs;
+    `not_worse_than_champion` maps each metric to the largest accepted loss. `max_caption_ms` (milliseconds per image
+    pair) and `max_size_mib` are None for no limit. `require` lists facts about data and code that must be true.
+    `approval_h` is the number of hours in which a person must approve a promotion, or None if nobody has to approve.
     """
 
     minima: dict[str, Bound]
@@ -70,7 +70,7 @@ class Rules(Section):
     def _has_bounds(self) -> Self:
         if not self.minima and not self.maxima:
             raise ValueError("minima and maxima must have at least one entry together, but both are empty, so that any "
-                             "model would become champion")
+                             "model could become champion")
         for path in self.minima.keys() & self.maxima.keys():
             if self.minima[path] > self.maxima[path]:
                 raise ValueError(f"{path}: the minimum must not be above the maximum {self.maxima[path]}, got "
@@ -78,7 +78,7 @@ class Rules(Section):
         return self
 
     def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield each key of promotion.yaml that refers to a metric, with the path of the metric in gate.json."""
+        """Yield pairs: a key of promotion.yaml that names a metric, and the metric's path, such as scenes.CIDEr."""
         for key in ("minima", "maxima", "not_worse_than_champion"):
             yield from ((f"{key}.{path}", path) for path in getattr(self, key))
         if self.better_than_champion is not None:
@@ -87,11 +87,11 @@ class Rules(Section):
 
 @dataclass(frozen=True)
 class PromotionCase:
-    """The inputs of a promotion decision, which a person may have to approve.
+    """The inputs of the decision about one promotion, which a person may have to approve.
 
-    `model` is the digest of the version's model folder, and `scores` the digest of its scores. `champion` is the
-    version with which it was compared, if there is one. `rules` is the SHA-256 of promotion.yaml, and `commit` the git
-    commit that contains these rules, or "no git".
+    `version` is the number of the version to promote, `model` the digest of its model folder, and `scores` the digest
+    of its scores. `champion` is the number of the present champion, or None. `rules` is the SHA-256 of promotion.yaml,
+    and `commit` the git commit that contains this file, "not committed" or "no git".
     """
 
     version: str
@@ -109,11 +109,11 @@ class PromotionCase:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of checking a version against the promotion rules.
+    """The result of checking a registered version against the promotion rules.
 
     `promoted` is True if the version may become champion. `reasons` has one sentence for each broken rule. `replaced`
-    is the champion before the promotion, if there was one. `figures` are the values that were compared with the rules:
-    scores of the `gate` split by path, caption_ms and size_mib.
+    is the number of the champion that the version replaces, or None. `figures` are the values that were compared with
+    the rules: scores of the `gate` split such as scenes.CIDEr, caption_ms and size_mib.
     """
 
     version: str
@@ -129,8 +129,8 @@ def load_rules(path: Path = RULES) -> Rules:
     try:
         return Rules.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist, but promotion needs its rules: restore the file from git, or "
-                                "write it as mlflow/README.md describes") from None
+        raise FileNotFoundError(f"{path} with the promotion rules does not exist: restore the file from git, or write "
+                                "it as mlflow/README.md describes") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be valid YAML, got: {' '.join(str(error).split())}") from None
     except ValidationError as error:
@@ -149,10 +149,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def commit_of_rules(path: Path = RULES) -> str:
-    """Return the checked-out git commit if it contains the file with its present bytes.
+    """Return the id of the checked-out git commit if the promotion rules in `path` equal the file in this commit.
 
-    Otherwise return NOT_COMMITTED, or NO_GIT if there is no repository. Raises ValueError if git refuses to read the
-    repository.
+    Otherwise return NOT_COMMITTED, or NO_GIT if there is no git repository. Raises ValueError if git refuses to read
+    the repository.
     """
     if is_committed(path):
         return str(head())
@@ -160,9 +160,10 @@ def commit_of_rules(path: Path = RULES) -> str:
 
 
 def uncommitted(commit: str, *, first: bool, file: Path) -> Iterator[str]:
-    """Yield the reason why rules of this `commit` (result of `commit_of_rules`) must not be used, if there is one.
+    """Yield one reason if the promotion rules in `file` must not be used, because they are not in a git commit.
 
-    `first` is True if there is no champion yet; then rules outside git are accepted.
+    `commit` is the result of `commit_of_rules`. `first` is True if there is no champion yet; the rules need no git
+    repository then.
     """
     if commit == NOT_COMMITTED:
         yield (f"{file}: must equal the file in the git commit, but it was changed, staged or never added: run "
@@ -173,10 +174,10 @@ def uncommitted(commit: str, *, first: bool, file: Path) -> Iterator[str]:
 
 
 def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES) -> None:
-    """Check that each metric in the rules exists in the gate scores of its benchmark.
+    """Check that each metric in the promotion rules exists in the scores of its benchmark on the `gate` split.
 
-    `scores` maps paths such as scenes.CIDEr to values. Raises ValueError, with the most similar name, for an unknown
-    metric. A benchmark without gate scores is no error of the file; `broken_rules` refuses the candidate for it.
+    `scores` maps names such as scenes.CIDEr to values. Raises ValueError, with the most similar name, for an unknown
+    metric. A benchmark without scores on this split is no error here, because `broken_rules` reports it.
     """
     wrong = []
     for key, path in rules.paths():
@@ -193,18 +194,18 @@ def check_metrics(rules: Rules, scores: Mapping[str, Any], *, file: Path = RULES
 
 def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str], *,
                  without_git: bool = False) -> Iterator[str]:
-    """Yield one reason for each rule that a version breaks, without comparing the version with the champion.
+    """Yield one reason for each promotion rule that a version breaks, except rules that compare it with the champion.
 
-    `scores` are the gate scores by path, and `facts` the tags of the version. `without_git` accepts a version that was
-    registered outside a git repository.
+    `scores` maps names such as scenes.CIDEr to scores on the `gate` split, and `facts` are the MLflow tags of the
+    version. If `without_git` is True, the version may have been registered outside a git repository.
     """
     for path, least in rules.minima.items():
-        if not number(scores, path) >= least:  # `not >=` is also true for a missing score, which is nan.
+        if not number(scores, path) >= least:  # `not nan >= least` is True, so nan, a missing score, is refused too.
             yield f"{path} is {_value(scores, path)}, must be at least {least:g}"
     for path, most in rules.maxima.items():
         if not number(scores, path) <= most:
             yield f"{path} is {_value(scores, path)}, must be at most {most:g}"
-    # The first champion is compared with no version, but later candidates are compared with it on these benchmarks.
+    # Later candidates are compared with the first champion on these benchmarks, so it must have scores on them too.
     benchmarks = sorted({path.partition(".")[0] for path in scores})
     yield from (f"{key}: the gate scores have no benchmark '{name}'{_nearest(name, benchmarks)}"
                 for key, path in rules.paths() if not key.startswith(("minima.", "maxima."))
@@ -223,14 +224,17 @@ def broken_rules(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, st
 
 
 def figures_of(rules: Rules, scores: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, float]:
-    """Return the values of a version that the rules refer to, by path; unknown values are left out."""
+    """Return a dict with those values of a version that the promotion rules use, without missing or invalid values.
+
+    The keys are names such as scenes.CIDEr, caption_ms and size_mib.
+    """
     figures = {path: number(scores, path) for _, path in rules.paths()}
     figures |= {name: float(facts[name]) for name in ("caption_ms", "size_mib") if name in facts}
     return {path: value for path, value in figures.items() if not math.isnan(value)}
 
 
 def number(scores: Mapping[str, Any], path: str) -> float:
-    """Return the score at this path, or nan if the score is missing or outside its range."""
+    """Return the score with the name `path`, such as scenes.CIDEr, or nan if it is missing or outside its range."""
     value = scores.get(path)
     return float(value) if in_range(path.rpartition(".")[2], value) else math.nan  # type: ignore[arg-type]
 
@@ -243,9 +247,10 @@ def _value(scores: Mapping[str, Any], path: str) -> str:
 
 
 def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
-    """Return one reason for each benchmark in the rules whose pairs of the `gate` split are all of one group.
+    """Return one reason for each benchmark in the promotion rules with only one group of image pairs in split `gate`.
 
-    The comparison with the champion is a bootstrap over groups, which is meaningless for a single group.
+    The comparison with the champion draws groups at random (bootstrap), which is meaningless for a single group.
+    `ours` has the scores of each image pair of the candidate.
     """
     num_groups = {name: len(set(ours[name]["group_id"]))
                   for name in dict.fromkeys(path.partition(".")[0] for _, path in rules.paths()) if name in ours}
@@ -254,9 +259,9 @@ def too_few_groups(rules: Rules, ours: PairScores) -> list[str]:
 
 
 def least_differences(rules: Rules) -> dict[str, float]:
-    """Return for each compared metric, by path, the bound for the score of the candidate minus that of the champion.
+    """Return a dict from each compared metric, such as scenes.CIDEr, to the bound for candidate minus champion.
 
-    The complete 95 % interval of this difference must be above the bound.
+    The complete 95 % confidence interval of this difference of scores must be above the bound.
     """
     best = rules.better_than_champion
     losses = {path: -loss for path, loss in rules.not_worse_than_champion.items()}
@@ -264,10 +269,11 @@ def least_differences(rules: Rules) -> dict[str, float]:
 
 
 def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, again: str) -> Iterator[str]:
-    """Compare the scores of a candidate's pairs (`ours`) with those of the champion (`theirs`).
+    """Yield one reason for each compared metric on which the candidate is not good enough to replace the champion.
 
-    Yield one reason for each metric on which the candidate is not good enough: the complete 95 % interval of the
-    difference must be above the bound from `least_differences`. `again` is the command that scores the champion again.
+    `ours` and `theirs` are the scores of each image pair of the candidate and of the champion. The complete 95 %
+    confidence interval of their difference must be above the bound from `least_differences`. `again` is the command
+    that scores the champion again.
     """
     for path, least in least_differences(rules).items():
         benchmark, _, metric = path.rpartition(".")
@@ -287,9 +293,10 @@ def failed_comparisons(rules: Rules, ours: PairScores, theirs: PairScores, *, ag
 
 
 def incomparable(rules: Rules, ours: PairScores, theirs: PairScores) -> list[str]:
-    """Return the benchmarks of the comparison on which two versions cannot be compared.
+    """Return the benchmarks on which the promotion rules compare two versions although their scores are incomparable.
 
-    That is the case if they were scored on different pairs, with different references or with different protocols.
+    The scores are incomparable if the versions were scored on different image pairs, with different reference captions
+    or by different scoring protocols. `ours` and `theirs` are the scores of each image pair of the two versions.
     """
     benchmarks = dict.fromkeys(path.rpartition(".")[0] for path in least_differences(rules))
     return [name for name in benchmarks if name in ours and not _scored_alike(ours[name], theirs.get(name, {}))]

@@ -1,8 +1,8 @@
 """Lookups in MLflow's registered models `onediff` and `onediff-audit`, and the lock for changes of their aliases.
 
-MLflow cannot change an alias only if it still has an expected value. Therefore, in a database on this machine, one
-process at a time changes the aliases. In a store that several machines share, only the Prefect deployments `promote`
-and `rollback` change them.
+Two processes must not change the aliases at once, because MLflow cannot make a change depend on the old value of an
+alias. Therefore, in a database on this machine, one process at a time changes the aliases. In a store that several
+machines share, only the Prefect deployments `promote` and `rollback` change them.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ _sole_writer: ContextVar[bool] = ContextVar("sole_writer", default=False)
 
 
 def versions_of(model: str) -> list[ModelVersion]:
-    """Return all versions of a registered model, oldest first; an empty list if the model does not exist."""
+    """Return all versions of the registered model `model`, oldest first, or [] if the model does not exist."""
     if not tracking.exists():
         return []
     pages = tracking.all_pages(tracking.client().search_model_versions, f"name = '{model}'", max_results=1000)
@@ -38,7 +38,7 @@ def versions_of(model: str) -> list[ModelVersion]:
 
 
 def make_model(name: str, description: str) -> None:
-    """Create a registered model with this name and description if it does not exist."""
+    """Create an entry for a model with this name and description in MLflow's registry, if it does not exist."""
     mlflow = tracking.client()
     from mlflow.exceptions import MlflowException
 
@@ -46,13 +46,13 @@ def make_model(name: str, description: str) -> None:
         return
     try:
         mlflow.create_registered_model(name, description=description)
-    except MlflowException as error:  # Another process may have created the model after the lookup above.
+    except MlflowException as error:  # Another process may have created the registered model after the lookup above.
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
 def aliases() -> Aliases:
-    """Return the present aliases in MLflow with their versions. Raises ValueError if nothing is registered."""
+    """Return a dict from each MLflow alias to the number of its version. Raises ValueError if there are no versions."""
     model = tracking.lookup(tracking.client().get_registered_model, NAME) if tracking.exists() else None
     if model is None:
         raise ValueError(f"MLflow at {tracking.where()} must have a version of '{NAME}', but has none: 'make run' "
@@ -61,7 +61,7 @@ def aliases() -> Aliases:
 
 
 def get(version: str) -> ModelVersion:
-    """Return the version of `onediff` with this number. Raises ValueError if it is not registered."""
+    """Return the version with this number of the registered model `onediff`. Raises ValueError if there is none."""
     item = tracking.lookup(tracking.client().get_model_version, NAME, version) if tracking.exists() else None
     if item is None:
         known = ", ".join(str(other.version) for other in versions_of(NAME)) or "none"
@@ -70,16 +70,19 @@ def get(version: str) -> ModelVersion:
 
 
 def version_of(alias: str, named: Mapping[str, str], cure: str) -> str:
-    """Return the version with this alias. Raises ValueError, with the text `cure`, if no version has the alias."""
+    """Return the number of the version that has this alias in `named`, a dict from aliases to version numbers.
+
+    Raises ValueError if no version has the alias. The message ends with `cure`, which says how to correct this.
+    """
     if alias not in named:
         raise ValueError(f"no version of '{NAME}' has the alias {alias}: {cure}")
     return named[alias]
 
 
 def resolve(uri: str) -> ModelVersion:
-    """Return the version at the address models:/onediff@ALIAS or models:/onediff/VERSION.
+    """Return the registered version with the address models:/onediff@ALIAS or models:/onediff/VERSION.
 
-    Raises ValueError for another address, or if the version does not exist.
+    Raises ValueError if the address has another form, or if the version does not exist.
     """
     name, _, version = uri.removeprefix("models:/").partition("/")
     name, _, alias = name.partition("@")
@@ -89,27 +92,27 @@ def resolve(uri: str) -> ModelVersion:
 
 
 def set_tags(model: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a version, in the order of the mapping."""
+    """Set MLflow tags of a version of the registered model `model`, in the order of the dict `tags`."""
     for key, value in tags.items():
         tracking.client().set_model_version_tag(model, version, key, value)
 
 
 def iso_time(milliseconds: int) -> str:
-    """Convert a time of MLflow, in milliseconds since 1970, to ISO 8601 in UTC, to the second."""
+    """Convert a time in milliseconds since 1970, as MLflow stores it, to an ISO 8601 text in UTC with full seconds."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
 def shared() -> bool:
-    """Return whether other machines can use the registry: it is a server, or a database other than SQLite."""
+    """Return True if other machines can use the model registry: MLflow is a server, or its database is not SQLite."""
     return not tracking.uri().startswith("sqlite:")
 
 
 @contextmanager
 def sole_writer() -> Iterator[None]:
-    """Context manager which declares that only this process changes a registry that several machines share.
+    """Allow this process to change the aliases in a shared model registry during the `with` block.
 
-    The deployments `promote` and `rollback`, which run one at a time, use it. If another process changes the aliases
-    all the same, the later of the two changes fails with an error.
+    Only the Prefect deployments `promote` and `rollback`, which run one at a time, may use it. If another process
+    changes the aliases during the block, the later of the two changes fails with an error.
     """
     token = _sole_writer.set(True)
     try:
@@ -119,19 +122,21 @@ def sole_writer() -> Iterator[None]:
 
 
 def may_write() -> bool:
-    """Return whether this process may change the aliases: the registry is local, or `sole_writer` is active."""
+    """Return True if this process may change the aliases: the registry is not shared, or `sole_writer` is used."""
     return _sole_writer.get() or not shared()
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Context manager that holds the lock for changes of the aliases. It must not be nested.
+    """Hold the lock for changes of the aliases during the `with` block. Such blocks must not be nested.
 
-    Raises ValueError on a shared registry unless `sole_writer` is active, and if the lock stays taken for WAIT_S.
+    Raises ValueError if several machines share the model registry and `sole_writer` is not used, or if another process
+    holds the lock for more than WAIT_S seconds. In a shared registry, no lock file is used.
     """
     if not may_write():
-        raise ValueError(f"aliases at {tracking.where()} must be changed by the deployments promote and rollback only: "
-                         "run 'onediff registry promote' or 'onediff registry rollback', which submit to them")
+        raise ValueError(f"aliases at {tracking.where()} must be changed by the Prefect deployments promote and "
+                         "rollback only: run 'onediff registry promote' or 'onediff registry rollback', which start "
+                         "a run of these deployments")
     if shared():
         yield
         return
@@ -148,13 +153,13 @@ def writing() -> Iterator[None]:
                     raise ValueError(f"{path}: another process has held this lock of the registry for {WAIT_S:.0f} s; "
                                      "wait until that process ends, or end it") from None
                 time.sleep(0.05)
-        yield  # Closing the file releases the lock, and so does the end of the process.
+        yield  # Closing the lock file releases the lock; so does the end of the process.
 
 
 def user_and_machine() -> str:
-    """Return USER@MACHINE of this process, as the author of a change in the audit trail."""
+    """Return USER@MACHINE of this process, which the audit trail records as the author of a change."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # In a container, the user id may have no name.
+    except (KeyError, OSError):  # In a container, the id of the user may have no user name.
         user = "unknown"
     return f"{user}@{socket.gethostname()}"

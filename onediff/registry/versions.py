@@ -23,19 +23,19 @@ from onediff.registry.facts import FACTS, OF_DATA, YES, facts_after_scoring, fac
 from onediff.registry.promotion import REFUSED, champion_moves, propose
 from onediff.registry.store import CHAMPION, NAME, ModelVersion, may_write, shared, writing
 
-HEADLINES_TAG = "gate_scores"  # Tag with the main scores of the `gate` split as JSON, for lists of versions.
+HEADLINES_TAG = "gate_scores"  # MLflow tag with a version's main scores on the `gate` split, as JSON.
 
 @tracking.plain_errors()
 def register(evidence: Evidence, *, run_id: str | None = None, carried: Path | None = None,
              measured: Mapping[str, float] | None = None, by: str | None = None) -> str:
-    """Register a model folder as a version, give it the alias `candidate`, and return the number of the version.
+    """Register a model folder as a version in MLflow, give it the alias `candidate`, and return the version's number.
 
     `evidence` is the result of `pipeline_evidence(model_dir)`. All files of the folder `carried` are stored with the
-    version; its README.md becomes the description. `measured` contains figures such as caption_ms. If a version with
-    the same model files exists, that version gets the new scores and facts, and no model file is copied. On a registry
-    that several machines share, the alias changes only inside `sole_writer`.
+    version, and README.md in this folder becomes its description. `measured` has measured values such as caption_ms,
+    which become tags. If a version with the same model files exists, it gets the new scores and facts, and no model
+    file is copied. In a registry that several machines share, the alias changes only inside `with sole_writer()`.
 
-    The model is not loaded. Raises FileNotFoundError for missing files, and ValueError for impossible scores.
+    The model is not loaded. Raises FileNotFoundError for missing files, and ValueError for invalid scores.
     """
     # The lock prevents two processes from registering the same model folder as two versions.
     with nullcontext() if shared() else writing():
@@ -47,16 +47,16 @@ def register(evidence: Evidence, *, run_id: str | None = None, carried: Path | N
 
 @tracking.plain_errors()
 def version_with(model_digest: str) -> ModelVersion | None:
-    """Return the first version whose model folder has this digest, or None."""
+    """Return the first registered version whose model folder has this SHA-256 digest, or None if there is none."""
     return next((item for item in store.versions_of(NAME) if item.tags.get(MODEL_DIGEST) == model_digest), None)
 
 
 @tracking.plain_errors()
 def rescore(version: str, evidence: Evidence, *, root: Path = Path()) -> None:
-    """Replace the scores of a version after `flows/evaluate.py` scored it again, and update the facts about it.
+    """Replace the scores of a registered version after `flows/evaluate.py` scored its model again.
 
-    The facts about data and code are those of the project in `root` now. Raises ValueError unless the scores belong to
-    the model folder of the version.
+    `version` is the number of the version. Its facts about data and code are updated from the present project in
+    `root`. Raises ValueError unless the scores in `evidence` belong to the model of this version.
     """
     item = store.get(version)
     registered, got = item.tags.get(MODEL_DIGEST), evidence.model.folder
@@ -64,7 +64,7 @@ def rescore(version: str, evidence: Evidence, *, root: Path = Path()) -> None:
         registered, got = item.tags["weights_digest"], evidence.model.weights
     if got != registered:
         raise ValueError(f"version {version}: its new scores must be those of its model, digest {registered[:12]}, got "
-                         f"scores of the model {got[:12]}: score the version again: "
+                         f"scores of the model with digest {got[:12]}: score the version again: "
                          f"python -m flows.evaluate models:/{NAME}/{version}")
     scores, provenance = _score_tags(evidence), tracking.provenance(root)
     _add_scores(item, evidence)
@@ -78,11 +78,12 @@ def rescore(version: str, evidence: Evidence, *, root: Path = Path()) -> None:
 
 @tracking.plain_errors()
 def list_versions() -> list[dict[str, Any]]:
-    """Return one dictionary per version, newest first.
+    """Return a list with one dict for each registered version, newest first.
 
-    The keys are version, aliases, created, weights_digest, git_commit, run_id, scores (the main scores of the `gate`
-    split by path), refused (time and reasons of the last refused promotion, or "") and changes (the changes of the
-    champion in which the version took part, as sentences). Raises ValueError if nothing is registered.
+    The keys are version, aliases, created, weights_digest, git_commit, run_id, scores (the main scores on the `gate`
+    split, such as {"scenes.CIDEr": 3.1}), refused (time and reasons of the last refused promotion, or "") and changes
+    (one line for each time when the version became champion or was replaced as champion). Raises ValueError if there
+    are no versions.
     """
     aliases, moves = store.aliases(), champion_moves()
     rows = []
@@ -92,7 +93,7 @@ def list_versions() -> list[dict[str, Any]]:
                      "aliases": sorted(alias for alias, version in aliases.items() if version == number),
                      "created": store.iso_time(item.creation_timestamp),
                      **{key: item.tags.get(key, "none") for key in ("weights_digest", "git_commit", "run_id")},
-                     # Versions of earlier code have all scores of the split in the tag scores_gate.
+                     # Old versions have all their scores on the `gate` split in the MLflow tag scores_gate.
                      "scores": _main_scores(json.loads(item.tags.get(HEADLINES_TAG) or
                                                        item.tags.get("scores_gate", "{}"))),
                      "refused": ": ".join(item.tags[key] for key in REFUSED if key in item.tags),
@@ -109,7 +110,7 @@ def _register(evidence: Evidence, run_id: str | None, carried: Path | None, meas
     if known and known.tags.get(SCORES_DIGEST) == scores_digest and all(
             known.tags.get(name) == YES for name in FACTS) and all(
             facts[name] == YES for name in OF_DATA) and not set(measured) - set(known.tags):
-        # The version already has these scores and facts, so the registration changes nothing.
+        # The version with this model already has these scores and facts, so the registration changes nothing.
         return str(known.version)
     # MLflow's page shows the tags in this order.
     tags = {**scores, **{key: f"{value:.6g}" for key, value in measured.items()},
@@ -129,23 +130,23 @@ def _register(evidence: Evidence, run_id: str | None, carried: Path | None, meas
         tracking.client().update_model_version(NAME, str(known.version), describe(carried))
     tags["run_id"] = run_id or known.tags.get("run_id", "none")
     changed = {key: value for key, value in tags.items() if known.tags.get(key) != value}
-    # The digest is the last tag: if a process dies before it is set, the next registration repeats everything.
+    # SCORES_DIGEST is set last: if this process dies before that, the next registration repeats all steps.
     store.set_tags(NAME, str(known.version), changed | {SCORES_DIGEST: scores_digest})
     _remove_outdated_tags(known, prefixes=("scored_",))
     return str(known.version)
 
 
 def _create(evidence: Evidence, carried: Path | None, tags: dict[str, str], run_id: str | None) -> ModelVersion:
-    """Copy the model folder into a logged model of MLflow and create a version from it, with all tags in one request.
+    """Copy the model folder into MLflow and register the copy as a new version, with all tags in one request.
 
-    Raises ValueError if the folder has changed since its digest was compared with the scores.
+    Raises ValueError if the model folder has changed since the digests in `evidence` were computed.
     """
     mlflow, experiment = tracking.client(), tracking.experiment_id()
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, Schema
 
-    # A phase that ran on another machine and came out of DVC's cache has no run in this store; its id stays as a tag.
+    # A model trained on another machine may have no MLflow run in this store; then only a tag contains the run id.
     source_run = run_id if run_id and tracking.lookup(mlflow.get_run, run_id) else None
     logged = mlflow.create_logged_model(experiment, name=NAME, source_run_id=source_run)
     inputs = [ColSpec("string", "before"), ColSpec("string", "after"), ColSpec("string", "instruction", required=False)]
@@ -173,7 +174,7 @@ def _create(evidence: Evidence, carried: Path | None, tags: dict[str, str], run_
 
 
 def _add_scores(version: ModelVersion, evidence: Evidence) -> None:
-    """Add the scores of the pairs and the score tables to the files of a version; they replace older ones."""
+    """Upload the scores of each image pair and the score tables to a registered version, replacing its old scores."""
     add_files(version, evidence.scored, SCORED)
     with tempfile.TemporaryDirectory() as scratch:
         add_files(version, _copy_tables(evidence, Path(scratch) / SCORES), SCORES)
@@ -187,9 +188,9 @@ def _copy_tables(evidence: Evidence, folder: Path) -> Path:
 
 
 def _remove_outdated_tags(version: ModelVersion, prefixes: tuple[str, ...] = ()) -> None:
-    """Remove the tags in which earlier code kept scores, and the tags with these prefixes.
+    """Remove the MLflow tags of a version that contain outdated scores, and all tags that start with these prefixes.
 
-    A version has its scores in files now. The old tags would show scores that have been replaced.
+    Older versions of OneDiff stored scores in tags. Scores are now in files, so the values in these tags are outdated.
     """
     for key in version.tags:
         if key in ("scores_test", "scores_gate", "scored_dvc_lock") or key.startswith(("test.", "gate.", *prefixes)):
@@ -197,10 +198,10 @@ def _remove_outdated_tags(version: ModelVersion, prefixes: tuple[str, ...] = ())
 
 
 def _files_to_copy(evidence: Evidence, scratch: Path) -> tuple[Path, dict[str, str | None]]:
-    """Return the folder to copy into MLflow, and the reference to the weights if the folder does not contain them.
+    """Return the model folder to copy into MLflow, and the content of reference.json or {}.
 
-    A model above the limit `register_by_reference_gb` is copied without its weights. Raises ValueError if DVC does not
-    have the weights of such a model.
+    A model larger than the setting `register_by_reference_gb` is copied without its weights, and reference.json says
+    where DVC stores them. Raises ValueError if dvc.lock does not have the md5 of such a model.
     """
     model_dir, limit = evidence.model_dir, load_runtime().register_by_reference_gb
     if size_mib(model_dir) * 2**20 <= limit * 1e9:
@@ -219,9 +220,9 @@ def _files_to_copy(evidence: Evidence, scratch: Path) -> tuple[Path, dict[str, s
 
 
 def _requirement() -> str:
-    """Return the pip requirement of a version, so that MLflow does not infer one from the imported packages.
+    """Return the pip requirement that MLflow stores with a registered version: OneDiff in the installed release.
 
-    A version contains no code of OneDiff, so OneDiff must be installed where the version is loaded.
+    A registered version contains no code of OneDiff, so OneDiff must be installed where the model is loaded.
     """
     try:
         return f"onediff-idc[full]=={metadata.version('onediff-idc')}"
@@ -230,7 +231,7 @@ def _requirement() -> str:
 
 
 def _score_tags(evidence: Evidence) -> dict[str, str]:
-    """Return the tag with the main scores of the `gate` split, after reading all score files strictly."""
+    """Return the MLflow tag with the main scores on the `gate` split, after checking all score files for errors."""
     scores = tracking.flatten(evidence.tables()["gate"])
     return {HEADLINES_TAG: json.dumps(_main_scores(scores), sort_keys=True)}
 

@@ -26,7 +26,7 @@ from onediff.repro.freshness import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Modules that cannot change the output of a stage, each with the reason; they and their imports are no dependencies.
+# Modules that cannot change the output of a stage, each with the reason. dvc.yaml does not list them as dependencies.
 NO_RESULT = {
     "onediff": "sets how OpenMP threads wait for each other",
     "onediff.config": "checks the values that DVC tracks as params; it has no default values (test_params.py)",
@@ -44,7 +44,7 @@ NO_RESULT = {
     "onediff.train.cost": "counts FLOPs for the training curve; a corrected count does not change the model",
 }
 
-# Maps a module to the files that the module opens, relative to the folder of the module.
+# FILES maps a module to the files that it opens, relative to the folder of the module.
 FILES = {
     "onediff.data.quality.diffcap": ["card.md.j2"],
     "onediff.data.quality.checks_page": ["checks.html.j2"],
@@ -54,14 +54,14 @@ FILES = {
     "onediff.stages.write": ["../data/writer/prompts/v1/differences_text.md",
                              "../data/writer/prompts/v1/differences_vision.md"],
 }
-# Templates and prompts that no stage uses. A test checks that every such file is listed here or in FILES.
+# Templates and prompts that no DVC stage uses. A test checks that each template is listed here or in FILES.
 FILES_OF_NO_STAGE = {"py.typed", "data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
                      "train/launch/slurm.sh.j2"}
 
-# Maps a DVC stage with a matrix to the folder that contains one Python package for each item of the matrix.
+# ITEMS maps a matrix stage of dvc.yaml to the folder that contains one Python package for each item of the matrix.
 ITEMS = {"synthesize": "onediff/data/synthesis"}
 
-# Packages that cannot change the outputs of a stage, each with the reason.
+# Python packages that cannot change the outputs of a DVC stage, each with the reason.
 PACKAGES_WITHOUT_RESULT = {
     "openai": "sends requests to the writer; all answers are stored in data/answers",
     "psutil": "inspects processes",
@@ -71,21 +71,26 @@ PACKAGES_WITHOUT_RESULT = {
     "threadpoolctl": "limits threads",
     "tqdm": "shows progress",
 }
-DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}  # not in the package metadata
-USED_BY_PACKAGES = {  # Maps a package that we import to the packages that compute parts of its results.
+# DISTRIBUTIONS maps modules to their packages, for modules that the metadata of the installed packages does not list.
+DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
+# USED_BY_PACKAGES maps a package that OneDiff imports to other packages that compute parts of its results.
+USED_BY_PACKAGES = {
     "scikit-image": ["scipy"],
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],
 }
-# Packages whose data a module reads without an import: scikit-learn contains two of the example photographs.
+# Packages whose files a module reads without importing them: scikit-learn contains two example photographs.
 USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrite dvc.yaml and packages.yaml in the folder `root`, and keep their comments and all other content."""
+    """Update the dependencies in dvc.yaml and the versions in packages.yaml, both in the folder `root`.
+
+    Comments and all other content of the two files stay unchanged.
+    """
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.width = 1000  # a smaller width makes ruamel wrap lines and leave trailing spaces
+    yaml.width = 1000  # With a smaller width, ruamel.yaml wraps long lines and leaves spaces at their ends.
     yaml.preserve_quotes = True
     content = yaml.load((root / DVC_YAML).read_text(encoding="utf-8"))
     used: set[str] = set()
@@ -102,7 +107,7 @@ def write(root: Path = ROOT) -> None:
         stage["params"].fa.set_block_style()
     with (root / DVC_YAML).open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
-    # The versions come from requirements.lock. A package that is not in this file keeps its version in packages.yaml.
+    # Package versions come from requirements.lock. A package that is missing there keeps its version in packages.yaml.
     text = (root / PACKAGES).read_text(encoding="utf-8")
     pins = [line for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
     versions = YAML(typ="safe").load(text) | dict(pin.split("==") for pin in pins)
@@ -112,9 +117,9 @@ def write(root: Path = ROOT) -> None:
 
 
 def _replace(items: CommentedSeq, new: list[Any]) -> None:
-    """Replace the content of a YAML list, and keep each comment beside the item that it explains.
+    """Replace the items of a YAML list, and keep each comment beside its item.
 
-    ruamel.yaml stores comments by the index of the item, and indices change when items are added or removed.
+    ruamel.yaml stores a comment under the index of its item, and this index changes when items are added or removed.
     """
     comments = {str(items[number]): comment for number, comment in items.ca.items.items()}
     items[:] = new
@@ -123,9 +128,9 @@ def _replace(items: CommentedSeq, new: list[Any]) -> None:
 
 
 def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
-    """Return the files below onediff/ and the packages that a stage of dvc.yaml depends on.
+    """Return two lists for a stage of dvc.yaml: the files below onediff/ and the packages that the stage depends on.
 
-    `name` is the name of the stage, and `command` is the value of `cmd`.
+    `name` is the name of the stage, and `command` is the value of its key `cmd`.
     """
     module = re.findall(r"-m (\S+)", command)[0]
     if name not in ITEMS:
@@ -143,9 +148,9 @@ def dependencies(name: str, command: str) -> tuple[list[str], list[str]]:
 
 
 def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
-    """Return the module and everything that it imports, directly or through other modules, packages included.
+    """Return the names of a module and of all modules and packages that it imports, directly or through other modules.
 
-    Imports of the modules in NO_RESULT and `avoided` are not followed.
+    Modules in NO_RESULT and `avoided` are left out, and their imports are not followed.
     """
     closed, seen, waiting = {*NO_RESULT, *avoided}, set[str](), [module]
     while waiting:
@@ -158,15 +163,15 @@ def reached(module: str, *, avoided: Iterable[str] = ()) -> set[str]:
 
 @cache
 def graph() -> grimp.ImportGraph:
-    """Return the graph of all imports in the package onediff, without imports for type checking."""
+    """Return the graph of all imports in the package `onediff`, without imports that are only for type checking."""
     return grimp.build_graph("onediff", include_external_packages=True, exclude_type_checking_imports=True,
                              cache_dir=None)
 
 
 def files_of(modules: Iterable[str]) -> list[str]:
-    """Return the paths of the modules and of the files that they open, relative to the project's folder.
+    """Return the paths of these modules and of the files that they open, relative to the project's folder.
 
-    The __init__.py of each enclosing package is included if it contains code.
+    The __init__.py of each package that contains one of the modules is included if it contains code.
     """
     files: set[Path] = set()
     for module in modules:
@@ -179,22 +184,23 @@ def files_of(modules: Iterable[str]) -> list[str]:
 
 
 def _file_of(module: str) -> Path:
-    """Return the file that Python runs when the module or package is imported."""
+    """Return the path of the file that Python runs when this module or package is imported."""
     path = ROOT / module.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 @cache
 def _holds_code(path: Path) -> bool:
-    """Return whether a Python file contains more than docstrings and comments."""
+    """Return True if a Python file contains code, and False if it contains only docstrings and comments."""
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
                for node in ast.parse(path.read_text(encoding="utf-8")).body)
 
 
 def packages_of(modules: Iterable[str]) -> list[str]:
-    """Return the distributions that the modules import, and the distributions that compute parts of their results.
+    """Return the names of the Python packages that can change the results of these modules.
 
-    Names are spelled as in requirements.lock, such as scikit-image.
+    These are the packages that the modules import, and the packages in USED_BY_PACKAGES and USED_BY_MODULES. Names are
+    spelled as in requirements.lock, such as scikit-image. Packages in PACKAGES_WITHOUT_RESULT are left out.
     """
     modules = set(modules)
     distributions = _installed_distributions() | DISTRIBUTIONS
@@ -207,7 +213,7 @@ def packages_of(modules: Iterable[str]) -> list[str]:
 
 @cache
 def _installed_distributions() -> dict[str, str]:
-    """Map each importable module to the name of the installed distribution that contains it."""
+    """Return a dict from each importable module to the package that contains it: {"skimage": "scikit-image", ...}."""
     return {module: re.sub(r"[-_.]+", "-", names[0]).lower() for module, names in packages_distributions().items()}
 
 

@@ -14,7 +14,7 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
-# Maps each key of params.yaml that may name a local folder to the dependency in dvc.yaml that must contain the folder.
+# Keys of params.yaml that may name a local folder, each with the folder tracked by DVC that must contain it.
 FOLDERS = {
     "model.vision.path": "presets/backbones",
     "model.language": "presets/backbones",
@@ -26,9 +26,10 @@ FOLDERS = {
 
 
 def check(stage: str) -> None:
-    """Raise ValueError with one line for each package of another version and each folder that DVC does not track.
+    """Check that DVC knows all packages and folders that a stage uses.
 
-    `stage` is the name in DVC's format, such as synthesize@scenes.
+    `stage` is the name in DVC's format, such as synthesize@scenes. Raises ValueError with one line for each package
+    whose installed version differs from packages.yaml, and for each folder in params.yaml that DVC does not track.
     """
     name, _, source = stage.partition("@")
     description = read_yaml(DVC_YAML)["stages"].get(name, {}) if DVC_YAML.exists() else {}
@@ -40,16 +41,16 @@ def check(stage: str) -> None:
 
 
 def _other_versions(names: list[str]) -> Iterator[str]:
-    """Yield one line for each package whose installed version differs from packages.yaml.
+    """Yield an error line for each package whose installed version differs from packages.yaml.
 
-    A local label such as +cpu is ignored, because it only marks a build for other hardware. The version of Python is
-    not compared, because no output was observed to depend on it, and dvc.lock must be valid for each Python >= 3.11.
+    A suffix of the version such as +cpu is ignored, because it only marks a build for other hardware. The version of
+    Python is not compared, because dvc.lock must be valid for each Python >= 3.11.
     """
     versions = read_yaml(Path(PACKAGES)) if names else {}
     for name in names:
         try:
             installed = version(name).split("+")[0]
-        except PackageNotFoundError:  # If a package that the stage needs is missing, the stage itself reports that.
+        except PackageNotFoundError:  # The package bpy is optional. If another package is missing, the stage fails.
             continue
         if installed != versions[name]:
             yield (f"{PACKAGES}: {name} must be {versions[name]}, the version that DVC records in dvc.lock, but "
@@ -58,9 +59,10 @@ def _other_versions(names: list[str]) -> Iterator[str]:
 
 
 def _untracked_folders(deps: set[str]) -> Iterator[str]:
-    """Yield one line for each folder in params.yaml that exists and is outside the dependency that must contain it.
+    """Yield an error line for each existing folder in params.yaml that is outside the folder that DVC tracks for it.
 
-    A value that is no existing folder may be the name of a model on the Hugging Face Hub, and is not checked.
+    A value that is not an existing folder may be the name of a model on the Hugging Face Hub, so it is not checked.
+    `deps` are the dependencies of the stage in dvc.yaml.
     """
     tracked = {key: folder for key, folder in FOLDERS.items() if folder in deps}
     params = read_yaml(PARAMS) if tracked else {}

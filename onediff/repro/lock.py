@@ -28,16 +28,17 @@ from ruamel.yaml.error import YAMLError
 from onediff.files import link_or_copy, new_file, new_folder
 from onediff.paths import DVC_LOCK
 
-_SHOWN = 3  # the number of files that an error message lists
-_PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")  # safe to print
+_SHOWN = 3  # the largest number of files that an error message lists
+# Settings of a DVC remote that contain no secrets, so that an error message may contain their values.
+_PUBLIC = ("url", "region", "type", "profile", "version_aware", "worktree")
 
 
 @dataclass(frozen=True)
 class Stage:
     """The entry of one stage in dvc.lock.
 
-    `deps` and `outs` map paths to md5 digests; the digest of a folder ends with .dir. `params` maps full key names of
-    params.yaml, such as tune.steps, to values.
+    `deps` and `outs` map the paths of dependencies and outputs to their md5; the md5 of a folder ends with .dir.
+    `params` maps dotted keys of params.yaml, such as tune.steps, to their values.
     """
 
     deps: dict[str, str]
@@ -46,9 +47,9 @@ class Stage:
 
 
 def read_dvc_lock(path: Path = DVC_LOCK) -> dict[str, Stage]:
-    """Return the entries of a dvc.lock by the name of the stage.
+    """Read a dvc.lock file and return a dict from the name of each stage to its entry.
 
-    Raises FileNotFoundError if the file does not exist, and ValueError if it is not a dvc.lock.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it is not a valid dvc.lock.
     """
     try:
         return parse_dvc_lock(path.read_bytes(), path)
@@ -57,9 +58,9 @@ def read_dvc_lock(path: Path = DVC_LOCK) -> dict[str, Stage]:
 
 
 def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
-    """Parse the content of a dvc.lock. `path` is only used in error messages.
+    """Parse the content of a dvc.lock file and return a dict from the name of each stage to its entry.
 
-    Raises ValueError if the content is not that of a dvc.lock.
+    `path` is only used in error messages. Raises ValueError if the content is not that of a dvc.lock.
     """
     try:
         stages = YAML(typ="safe").load(content.decode("utf-8"))["stages"]
@@ -74,9 +75,9 @@ def parse_dvc_lock(content: bytes, path: Path) -> dict[str, Stage]:
 
 @contextmanager
 def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
-    """Context manager that restores dvc.lock if DVC, run inside the `with` statement, left an empty file.
+    """Keep a copy of dvc.lock during the `with` block, and restore it afterwards if DVC left an empty file.
 
-    DVC overwrites dvc.lock in place, so the file is empty afterwards if the disk is full.
+    DVC overwrites dvc.lock in place. If the disk is full, the file is empty afterwards.
     """
     copy = path.with_name(f"{path.name}.part")
     if path.exists():
@@ -92,12 +93,12 @@ def preserved_dvc_lock(path: Path = DVC_LOCK) -> Iterator[None]:
 
 
 def outs_of(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """Return the outputs of all stages as a mapping from path to md5."""
+    """Return a dict from the path of each output of these stages to its md5."""
     return {path: md5 for stage in stages.values() for path, md5 in stage.outs.items()}
 
 
 def md5_of(path: Path) -> str:
-    """Return the md5 that DVC computes for a file or a folder; that of a folder ends with .dir."""
+    """Compute the md5 of a file or folder as DVC does; the md5 of a folder ends with .dir."""
     if path.is_dir():
         listing = [{"md5": md5, "relpath": name} for name, md5 in md5_of_files(path).items()]
         return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
@@ -106,18 +107,21 @@ def md5_of(path: Path) -> str:
 
 
 def md5_of_files(folder: Path) -> dict[str, str]:
-    """Map the relative path of each file that DVC tracks in the folder to its md5, in the order that DVC uses."""
+    """Return a dict from the relative path of each file in a folder to its md5, in DVC's order.
+
+    Files that DVC does not track, such as .gitignore, are left out.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"
                    and not {"__pycache__", ".gitignore"} & {*path.relative_to(folder).parts})
     return {path.relative_to(folder).as_posix(): md5_of(path) for path in files}
 
 
 def files_of(md5: str, cache: Path) -> dict[str, str]:
-    """Map the relative path of each file in a folder to its md5, given the md5 of the folder.
+    """Return a dict from the relative path of each file in a folder to its md5, given the md5 of the folder.
 
-    DVC's cache contains one listing of files for each folder. For the md5 of a single file, the result has one entry
-    with an empty path. Raises FileNotFoundError if the cache does not contain the listing, and ValueError if the
-    listing is damaged.
+    The result is read from the list of files that DVC's cache contains for each folder. If `md5` is that of a single
+    file, the result is {"": md5}. Raises FileNotFoundError if the cache does not contain the list, and ValueError if
+    the list is damaged.
     """
     if not md5.endswith(".dir"):
         return {"": md5}
@@ -132,11 +136,11 @@ def files_of(md5: str, cache: Path) -> dict[str, str]:
 
 
 def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """Restore the missing outputs of a stage from its last successful run, and return their paths.
+    """Restore the missing outputs of a stage from its last successful run, and return the paths of the restored ones.
 
     DVC removes the outputs before it runs a stage, so without this call a failed run would leave no outputs at all.
     The restored files are hard links into DVC's cache, or copies if the cache is on another file system. Outputs that
-    are not in dvc.lock or not in the cache are skipped.
+    are not in dvc.lock or not in the cache are not restored.
     """
     missing = {path: md5 for path, md5 in _locked_outs(stage, project).items() if not os.path.lexists(project / path)}
     cache = cache_of(project) if missing else project
@@ -152,47 +156,48 @@ def restore_outs(stage: str, *, project: Path = Path()) -> list[Path]:
 
 
 def uncached_outs(stage: str, *, project: Path = Path()) -> list[Path]:
-    """Return those outputs of a stage in dvc.lock that DVC's cache does not contain.
+    """Return the paths of those outputs of a stage in dvc.lock that DVC's cache does not contain.
 
-    Outputs that dvc.yaml marks with `cache: false` are checked too.
-
-    This check is necessary after a stage, because DVC exits with status 0 and writes dvc.lock even if the disk was too
-    full to store the outputs in the cache.
+    Outputs with `cache: false` are included. Call this function after a stage, because DVC exits with status 0 and
+    writes dvc.lock even if the disk was too full to store the outputs in the cache.
     """
     outs = _locked_outs(stage, project)
     cache = cache_of(project) if outs else project
-    if not (cache / "files/md5").is_dir():  # The user has configured a cache outside of the project.
+    if not (cache / "files/md5").is_dir():  # DVC's settings outside the project name another folder for the cache.
         return []
     return [Path(path) for path, md5 in outs.items() if not _cached_files(md5, cache)]
 
 
 def _locked_outs(stage: str, project: Path) -> dict[str, str]:
-    """Map the outputs of the stage in dvc.lock to their md5; empty without a dvc.lock or an entry for the stage."""
+    """Return a dict from the outputs of a stage to their md5 in dvc.lock, or {} if dvc.lock has no such stage."""
     stages = read_dvc_lock(project / DVC_LOCK) if (project / DVC_LOCK).exists() else {}
     return stages[stage].outs if stage in stages else {}
 
 
 def _cached_files(md5: str, cache: Path) -> dict[str, str]:
-    """Map the path of each file in an output to its md5; empty if DVC's cache does not contain all of these files."""
+    """Return a dict from the path of each file in an output to its md5, or {} if DVC's cache lacks one of the files.
+
+    `md5` is that of the output, a file or a folder.
+    """
     try:
         files = files_of(md5, cache)
-    except (FileNotFoundError, ValueError):  # A damaged list of files is treated like a missing one.
+    except (FileNotFoundError, ValueError):  # A damaged list of files is treated like a missing list.
         return {}
     return files if all(_object(cache, file_md5).exists() for file_md5 in files.values()) else {}
 
 
 def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
-    """Copy the file or folder with this md5 from the project's cache, or else from the default remote, to `target`.
+    """Copy the file or folder with this md5 from DVC's cache, or else from the default DVC remote, to `target`.
 
-    Afterwards `target` is either complete or absent. The md5 of every file is computed again, because DVC does not
-    check files in its cache. Raises ValueError that lists the missing or damaged files, and FileNotFoundError if
-    `project` is not a DVC project.
+    Returns `target`, which is complete; after an error, it does not exist. The md5 of every file is computed again,
+    because DVC does not check the files in its cache. Raises ValueError with a list of missing or damaged files, and
+    FileNotFoundError if the folder `project` is not a DVC project.
     """
     if os.path.lexists(target):
         raise ValueError(f"{target} must not exist yet, but it does; choose another path")
     config = _config(project)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # 'dvc pull' runs in a temporary project with one tracked output, so that it does not touch the workspace.
+    # 'dvc pull' runs in a temporary DVC project with one output, so that no file of this project changes.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
         root, out = Path(scratch), Path(scratch) / "out"
         (root / ".dvc").mkdir()
@@ -214,7 +219,7 @@ def fetch(md5: str, target: Path, *, project: Path = Path()) -> Path:
 
 
 def _problems(md5: str, out: Path, cache: Path) -> list[str]:
-    """Return one line for each file of `out` that is missing or whose content does not have its md5."""
+    """Return one error line for each file of the downloaded output `out` that is missing or has the wrong md5."""
     try:
         files = files_of(md5, cache)
     except (FileNotFoundError, ValueError) as error:
@@ -225,20 +230,20 @@ def _problems(md5: str, out: Path, cache: Path) -> list[str]:
         if path.exists() and (actual := md5_of(path)) != file_md5:
             problems.append(f"{name or cached} is damaged: its md5 must be {file_md5}, got {actual}; delete {cached}, "
                             "then run 'dvc pull'")
-        elif not path.exists() and not cached.exists():  # DVC writes no file of a folder if one is missing
+        elif not path.exists() and not cached.exists():  # DVC writes no file of a folder if it cannot get one of them.
             problems.append(f"{name or 'the file'} is missing: neither the cache nor a remote contains {file_md5}")
     return problems or ([] if out.exists() else ["DVC did not write it"])
 
 
 def _object(cache: Path, md5: str) -> Path:
-    """Return the path in DVC's cache of the object with this md5. Raises ValueError for a malformed md5."""
+    """Return the path in DVC's cache of the file with this md5. Raises ValueError if the text is not an md5."""
     if not re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5):
         raise ValueError(f"an md5 of DVC must be 32 hexadecimal digits, followed by .dir for a folder, got '{md5}'")
     return cache / "files/md5" / md5[:2] / md5[2:]
 
 
 def _config(project: Path) -> configparser.RawConfigParser:
-    """Return the settings in .dvc/config and .dvc/config.local, with absolute paths.
+    """Return DVC's settings from .dvc/config and .dvc/config.local, after making all paths in them absolute.
 
     With absolute paths, a DVC project in another folder can use the cache and the remotes of this project.
     """
@@ -255,18 +260,21 @@ def _config(project: Path) -> configparser.RawConfigParser:
             path = home / value.strip("\"'")
             if "://" not in value and (key in ("url", "dir") or ("/" in value and path.exists())):
                 config.set(section, key, os.path.normpath(path))
-    # With links instead of copies, a change of a fetched file would also change the cache.
+    # If DVC made links instead of copies, a change of a fetched file would also change the file in the cache.
     config.read_dict({"core": {"no_scm": "true"}, "cache": {"type": '"reflink,copy"'}})
     return config
 
 
 def cache_of(project: Path = Path()) -> Path:
-    """Return the folder of the project's DVC cache. Raises FileNotFoundError if `project` is not a DVC project."""
+    """Return the folder of the DVC cache of a project. Raises FileNotFoundError if `project` is not a DVC project."""
     return project / _config(project).get("cache", "dir")
 
 
 def _without_secrets(text: str, config: configparser.RawConfigParser) -> str:
-    """Replace passwords, query strings of URLs, and values of remote settings that may be secret in a text with ***."""
+    """Return a text after replacing secrets with ***: passwords, query strings in URLs, and settings of DVC remotes.
+
+    Settings of remotes that contain no secrets, such as `region`, stay readable.
+    """
     for section in config.sections():
         for key, value in config.items(section):
             if section.startswith("'remote") and key not in _PUBLIC and len(value) > 3:

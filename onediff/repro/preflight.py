@@ -13,9 +13,10 @@ from onediff.repro.lock import Stage, read_dvc_lock
 
 
 def check_inputs(config: Config) -> None:
-    """Raise ValueError with one line for each dataset, model or folder in params.yaml that does not exist here.
+    """Check that each dataset, model and folder named in params.yaml exists on this machine.
 
-    An input may be missing if dvc.lock already contains the outputs of the stages that use it.
+    Raises ValueError with one line for each missing one. An input may be missing if dvc.lock shows that a stage has
+    already run with this input.
     """
     from onediff.data.sources.catalog import CATALOG
 
@@ -39,7 +40,11 @@ def check_inputs(config: Config) -> None:
 
 
 def check_mixtures(config: Config) -> None:
-    """Raise ValueError with one line for each source of a mixture that has no training pairs in data/diffcap."""
+    """Check that each source in the training mixtures of params.yaml has training pairs in data/diffcap.
+
+    Raises ValueError with one line for each source without training pairs. If `tune.validate_every` is set, at least
+    one source of tune.mixture must also have validation pairs.
+    """
     counts = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]
     lines = [f"{name}.mixture: '{source}' has no training pairs in {DIFFCAP}; add pairs to this source, or remove it "
              "from the mixture" for name, phase in (("align", config.align), ("tune", config.tune)) if phase
@@ -52,7 +57,10 @@ def check_mixtures(config: Config) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in nested parameters of dvc.lock. Each path among them existed when the stage ran."""
+    """Yield every string in the nested parameters of a stage in dvc.lock.
+
+    Among them are the paths of inputs; dvc.lock proves that these inputs existed when the stage ran.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -61,7 +69,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
-    """Yield one line for each source whose folder below data/raw does not exist and was never read by a stage."""
+    """Yield an error line for each data source whose folder in data/raw does not exist and that no stage has read."""
     for key, stage in (("raw", "read"), ("retrieved", "retrieve"), ("diffused", "diffuse")):
         for source in getattr(data, key):
             folder = RAW / source
@@ -73,7 +81,7 @@ def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
 
 
 def _photographs(data: Data, used: set[str]) -> Iterator[str]:
-    """Yield one line for each split that needs photographs of data.edits.photos which do not exist."""
+    """Yield an error line for each split for which the folder data.edits.photos contains no photograph."""
     folder = data.edits.photos
     if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
         return
@@ -85,5 +93,5 @@ def _photographs(data: Data, used: set[str]) -> Iterator[str]:
             photo_paths(split, folder)
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
-            if isinstance(error, FileNotFoundError):  # A missing folder would cause this error for every split.
+            if isinstance(error, FileNotFoundError):  # If the folder does not exist, all splits have the same error.
                 return

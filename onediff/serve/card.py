@@ -22,7 +22,7 @@ Labelled = list[tuple[str, str, Mapping[str, Any]]]  # split, benchmark, scores
 def write_card(folder: Path, *, root: Path = Path()) -> Path:
     """Write a model card with the current results of the pipeline to FOLDER/README.md, and return the path.
 
-    The card lists the ids in FOLDER/lineage if that folder exists. Raises FileNotFoundError for results that do not
+    The card also shows the lineage if FOLDER/lineage exists. Raises FileNotFoundError if one of the results does not
     exist yet.
     """
     from huggingface_hub import ModelCard
@@ -52,7 +52,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
 
 
 def _card_data(scores: Labelled) -> Any:
-    """Return the metadata at the top of the model card. The Hugging Face Hub shows its results as a table."""
+    """Return the metadata at the top of the model card. The Hugging Face Hub shows the scores in it as a table."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [EvalResult(task_type="image-to-text", task_name="image difference captioning", dataset_type=benchmark,
@@ -67,7 +67,7 @@ def _card_data(scores: Labelled) -> Any:
 
 
 def _data_rows(card: Mapping[str, Any]) -> list[list[str]]:
-    """Return one table row for each source: number of pairs in each split, description, licence, home page."""
+    """Return one table row for each data source: name, number of pairs per split, description, licence, home page."""
     return [[source, *(f"{sum(card['num_pairs'].get(split, {}).get(source, {}).values()):,}"
                        for split in ("train", "val", "gate", "test")), about["what"], about["licence"], about["home"]]
             for source, about in sorted(card["sources"].items())]
@@ -101,7 +101,7 @@ def _cell(value: Any, bounds: Any = None) -> str:
 
 
 def _unchanged(scores: Labelled, stress: Tables) -> Iterator[list[str]]:
-    """Yield table rows about false alarms: benchmark, which pairs have no change, and the rate with its interval."""
+    """Yield table rows: benchmark, kind of pairs without a change, and the false-alarm rate with its interval."""
     rows = [(benchmark, f"pairs without a change, split {split}", table) for split, benchmark, table in scores]
     rows += [(benchmark, f"the same image twice, {table['num_pairs']} pairs of split test", table.get("identical", {}))
              for benchmark, table in stress.items()]
@@ -111,8 +111,10 @@ def _unchanged(scores: Labelled, stress: Tables) -> Iterator[list[str]]:
 
 
 def _stress(stress: Tables) -> Iterator[list[str]]:
-    """Yield table rows of the stress test: benchmark, perturbation, the strength at which CIDEr is lowest, then CIDEr
-    and false alarms, each without and with the perturbation.
+    """Yield one table row for each benchmark and perturbation of the stress test.
+
+    The columns are benchmark, perturbation, the strength at which CIDEr is lowest, then CIDEr and the false-alarm rate,
+    each without and with the perturbation of that strength.
     """
     for benchmark, table in stress.items():
         for kind, curve in table.get("curves", {}).items():
@@ -125,7 +127,7 @@ def _stress(stress: Tables) -> Iterator[list[str]]:
 
 
 def _weak(tests: Tables) -> Iterator[str]:
-    """Yield a sentence for each benchmark about the kind of change that the model states correctly least often."""
+    """Yield one sentence for each benchmark: which kind of change the captions state correctly least often."""
     for benchmark, table in tests.items():
         kinds = table.get("change_type_accuracy_by_type") or table.get("operation_accuracy_by_operation") or {}
         shares = {kind: share for kind, share in kinds.items() if kind != "none" and isinstance(share, (int, float))}

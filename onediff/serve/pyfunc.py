@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLUMNS = ("before", "after", "instruction")
-_SHORTEST_BASE64 = 64  # smallest number of characters of an image in base64; a shorter text is a path
+_SHORTEST_BASE64 = 64  # smallest number of characters of a base64 image; a shorter text is treated as a path
 
 
 class PairCaptioner:
@@ -34,7 +34,7 @@ class PairCaptioner:
     def predict(self, rows: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Return one caption for each row of a DataFrame or list of dicts, in the same order.
 
-        `before` and `after` are paths, base64 text or data URIs. Raises ValueError with the number of the wrong row.
+        `before` and `after` are paths, base64 text or data URIs. Raises ValueError with the number of an invalid row.
         """
         items = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
         sides = [_pair(number, item) for number, item in enumerate(items)]
@@ -45,11 +45,11 @@ class PairCaptioner:
 
 
 def _load_pyfunc(data_path: str) -> PairCaptioner:
-    """Load a registered version for MLflow.
+    """Load a registered model version from the folder `data_path`; MLflow calls this function.
 
     Captions are logged if `usage_log` is set in runtime.yaml or by ONEDIFF_USAGE_LOG. Raises ValueError if MLflow does
-    not store the weights of the version, or if the files differ from the registered digest. Versions of early releases
-    have no digest and are not checked.
+    not store the weights of the version, or if the files differ from the registered digest. Versions that early
+    releases of OneDiff registered have no digest and are not checked.
     """
     folder = Path(data_path)
     for parent in folder.parents[:2]:

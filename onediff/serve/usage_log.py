@@ -30,7 +30,7 @@ CaptionFiles = Callable[[list[Files], "list[Pair]", list[str]], list[str]]  # fi
 PRIVATE = 0o700  # the mode of a folder that only this user can read
 SIDES = ("before", "after")
 PROBED = ("width_before", "height_before", "width_after", "height_after", "mode", "hash_before", "hash_after",
-          "distance")  # columns of the probe table that the usage log has too
+          "distance")  # columns that the usage log has in common with the table of the stage `probe`
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Use:
 
 @dataclass
 class UsageLog:
-    """A log that appends to FOLDER/DAY.jsonl. With `keep_images`, it also stores the image files in FOLDER/images.
+    """A log of captions in the files FOLDER/DAY.jsonl. If `keep_images` is true, FOLDER/images stores the images too.
 
     The name of a stored image is the SHA-256 of the file.
     """
@@ -99,7 +99,7 @@ class UsageLog:
 def usage_log(runtime: Runtime, model: str, folder: Path) -> UsageLog | None:
     """Return the usage log of a model, or None if runtime.yaml sets no usage_log.
 
-    `model` is the address of the model, `folder` the folder with its weights.
+    `model` is the path or MLflow address that each line records; `folder` contains the weights of the model.
     """
     return None if runtime.usage_log is None else UsageLog(
         Path(runtime.usage_log), model, weights_digest(folder), runtime.usage_images)
@@ -120,7 +120,7 @@ def caption_and_log(captioner: Captioner, log: UsageLog | None, files: list[File
 
 
 def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
-    """Return the measurements of the probe for a pair, and the mean and standard deviation of its grey levels."""
+    """Return what the stage `probe` measures for a pair, and the mean and standard deviation of its grey levels."""
     from PIL import ImageStat
 
     from onediff.data.quality.probe import probe_record
@@ -137,9 +137,10 @@ def pair_facts(files: tuple[bytes, bytes], images: Pair) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines to the file in one write, so that two writers never mix their lines. Raises OSError.
+    """Append JSON lines to the file in one write, so that two writers never mix their lines.
 
     If a full disk has cut off the last line of the file, a line end is written first, so that only that line is lost.
+    Raises OSError if the lines cannot be written completely.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     with path.open("ab+", buffering=0) as file:  # An unbuffered file writes everything in one system call.
@@ -150,7 +151,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_usage(folder: Path, since: datetime) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows written since a time, oldest first, and the number of lines that cannot be read.
+    """Return the rows of the log written after the time `since`, oldest first, and the number of unreadable lines.
 
     A full disk or a killed process can leave an unreadable line. Raises FileNotFoundError if there is no log.
     """

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def align() -> None:
-    """Train, and write data/models/align, data/curves/align.jsonl and data/runs/align.json."""
+    """Run training phase 1. It writes data/models/align, data/curves/align.jsonl and data/runs/align.json."""
     train("align", prepare)
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun | None:
-    """Return the training run of the phase, or None if the model in `folder` is complete already."""
+    """Prepare training phase 1. Return a TrainingRun, or None if `folder` already contains the finished model."""
     from onediff.train import phases
 
     return phases.align(config, runtime, data=DIFFCAP, folder=folder)

@@ -33,16 +33,16 @@ from onediff.paths import DIFFCAP, DIFFCAP_REPORTS, PAIRS, PROBE_TABLE, QUARANTI
 from onediff.stages.command import run
 
 LEAKS = DIFFCAP_REPORTS / "leaks.parquet"
-# The audit is not in the data card, because training depends on the card but not on the audit.
+# The audit is not in the data card, because a change of the card makes training stale and the audit must not do so.
 AUDIT = DIFFCAP_REPORTS / "audit.json"
-AUC_PAIRS = 3000  # largest number of training pairs, and of test pairs, in the shortcut check
+AUC_PAIRS = 3000  # largest number of pairs per split from which the pixel_difference_auc is computed
 
 
 def build() -> None:
-    """Select pairs by the probe table and the quarantine; write data/diffcap/ and data/reports/diffcap/.
+    """Write the image pairs that passed validation and do not leak between splits to data/diffcap/.
 
-    Raises ValueError, after the reports are written, if pairs leak between splits and data.leaks.action is `stop`, or
-    if the selected pairs break a rule of the suite `diffcap`.
+    Reports are written to data/reports/diffcap/. After that, ValueError is raised if the selected pairs break a rule
+    of the data checks, or if pairs leak between splits and data.leaks.action is `stop`.
     """
     config = load_params()
     for path in (PROBE_TABLE, QUARANTINE):
@@ -73,7 +73,7 @@ def _leaks(good: pd.DataFrame, folders: list[Path], config: Config) -> pd.DataFr
     thumbnails = functools.partial(read_thumbnails, folders, max_megapixels=config.data.max_megapixels,
                                    runtime=load_runtime())
     settings = config.data.leaks
-    # The distances of the user's own pairs are measured even if data.leaks.max_distance does not list their source.
+    # Pairs from users are also compared with other splits if data.leaks.max_distance does not list their source.
     own = {source: None for source in config.data.raw if source not in CATALOG}
     measured = settings.model_copy(update={"max_distance": own | settings.max_distance})
     leaks = find_leaks(good, measured, thumbnails)

@@ -14,7 +14,7 @@ from onediff.stages.command import run
 
 
 def caption(model: str = "data/models/tune") -> None:
-    """Write data/captions/SPLIT/BENCHMARK.jsonl for the splits `test` and `gate`: each pair once, in shard order."""
+    """Let the model caption each pair of the splits `test` and `gate`; write data/captions/SPLIT/BENCHMARK.jsonl."""
     config, runtime = load_params(), load_runtime()
     silence_libraries()
     from onediff.eval.caption import caption_records

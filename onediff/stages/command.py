@@ -15,14 +15,14 @@ from onediff.repro.lock import restore_outs
 from onediff.repro.preflight import check_inputs, check_mixtures
 
 PARAMS = Path("params.yaml")
-END_S = 10.0  # seconds that an interrupted stage has for its clean-up; training has more time, for a checkpoint
+END_S = 10.0  # seconds that an interrupted stage has for its clean-up, before its process is ended
 
 
 def run(stage: Callable[..., object]) -> None:
-    """Run a DVC stage, with the arguments of the command line as the arguments of the function `stage`.
+    """Call the function `stage`, which is the code of a DVC stage, with the arguments of the command line.
 
     After a ValueError, an OSError or an interrupt, the process prints one line and exits with code 1. If DVC started
-    the process, the outputs of the stage's last run are restored first, because DVC removes them before each run.
+    the process, it has removed the outputs of the stage's last run, so these outputs are restored first.
     """
     interrupts.survive_closed_output()
     interrupts.raise_keyboard_interrupt(END_S)
@@ -36,16 +36,16 @@ def run(stage: Callable[..., object]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{stage.__name__}: {str(error).removeprefix(f'{stage.__name__}: ')}")
     except KeyboardInterrupt as interrupt:
-        # The results of the child processes are not needed after an interrupt.
+        # After an interrupt nobody needs the results of the child processes, so they are killed.
         for process in multiprocessing.active_children():
             process.kill()
         sys.exit(f"{stage.__name__}: stopped by {interrupt} before it was finished; the same command runs it again")
     finally:
-        interrupts.ignore()  # A second signal must not interrupt the end of the process.
+        interrupts.ignore()  # A second stop signal must not interrupt the process while it ends.
 
 
 def _prepare(stage: str) -> None:
-    """Restore the outputs that DVC removed, then check packages and params.yaml, all before any slow import."""
+    """Restore the outputs that DVC removed, then check packages and params.yaml, before slow packages are imported."""
     restore_outs(stage)
     freshness.check(stage)
     if not PARAMS.exists():  # A stage that needs params.yaml reports the missing file.

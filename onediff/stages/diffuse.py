@@ -22,10 +22,10 @@ from onediff.stages.command import run
 
 
 def diffuse(source: str) -> None:
-    """Read data/instructed/SOURCE.jsonl and data/raw/SOURCE, and write the edited pairs to data/pairs/SOURCE/.
+    """Edit the images in data/raw/SOURCE with the instructions in data/instructed/SOURCE.jsonl.
 
-    filters.json in that folder counts how many samples each filter dropped. Raises ValueError if no edit passes the
-    filters.
+    The pairs of original and edited image are written to data/pairs/SOURCE/. filters.json in that folder counts how
+    many edited images each filter rejected. Raises ValueError if the filters reject all edited images.
     """
     config, runtime = load_params(), load_runtime()
     settings, clip = config.data.diffusion, config.data.clip
@@ -48,8 +48,8 @@ def diffuse(source: str) -> None:
         total = write_shards(records(), out, "train", shard_pairs=config.data.shard_pairs)
         summary = ", ".join(f"{outcome} {count:,}" for outcome, count in counts.items())
         if not total:
-            raise ValueError(f"'{source}': no edit passed the filters ({summary}); "
-                             "change data.diffusion in params.yaml")
+            raise ValueError(f"source '{source}': no edited image passed the filters ({summary}); "
+                             "change the limits in data.diffusion in params.yaml")
         write_json(out / "filters.json", counts, indent=1)
     print(f"{PAIRS / source}: {summary}")
 

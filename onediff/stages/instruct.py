@@ -12,9 +12,10 @@ from onediff.stages.command import run
 
 
 def instruct(source: str) -> None:
-    """Write data/instructed/SOURCE.jsonl with the keys name, caption, edit and output.
+    """Write one edit instruction per image of a source to data/instructed/SOURCE.jsonl.
 
-    SOURCE.set_aside.jsonl lists the images without a usable edit. Raises ValueError if no image has a usable edit.
+    SOURCE.set_aside.jsonl lists the images for which the language model gave no usable instruction. Raises ValueError
+    if it gave none for all images.
     """
     config = load_params()
     writer = writer_of(source, config, "instruct")
@@ -27,8 +28,8 @@ def instruct(source: str) -> None:
         else:
             unusable.append({"name": image.name, "reason": f"{answer.status}: {answer.reason}"})
     if not rows:
-        raise ValueError(f"{source}: the writer gave no usable edit for any image; the first image is "
-                         f"{unusable[0]['name']}: {unusable[0]['reason']}")
+        raise ValueError(f"{source}: the writer (language model) gave no usable edit instruction for any image; the "
+                         f"first image is {unusable[0]['name']}, and the reason is: {unusable[0]['reason']}")
     write_jsonl(INSTRUCTED / f"{source}.jsonl", rows)
     write_jsonl(INSTRUCTED / f"{source}.set_aside.jsonl", unusable)
     print(f"{INSTRUCTED}/{source}.jsonl: {len(rows):,} edits, {len(unusable):,} images set aside")

@@ -13,7 +13,7 @@ from onediff.stages.command import run
 
 
 def probe() -> None:
-    """Read the records of every source that params.yaml lists, and write data/probe.parquet."""
+    """Measure the image pairs of every source that params.yaml lists, and write the results to data/probe.parquet."""
     data, runtime = load_params().data, load_runtime()
     folders = {source: folder_of(data, source) for source in sources_of(data)}
     tables = probe_folders(folders, max_megapixels=data.max_megapixels, clip=data.clip, runtime=runtime)

@@ -13,10 +13,10 @@ from onediff.stages.command import run
 
 
 def read(source: str) -> None:
-    """Write data/pairs/SOURCE/SPLIT-*.parquet, and report.json in the same folder.
+    """Convert the dataset in data/raw/SOURCE to data/pairs/SOURCE/SPLIT-*.parquet, with report.json beside these files.
 
-    Raises ValueError if a count differs from the official one, or if images are missing, unless data.partial lists the
-    source. data/reports/read/SOURCE.json then lists every problem.
+    Unless data.partial lists the source, ValueError is raised if images are missing, or if the number of pairs differs
+    from that of the published dataset. data/reports/read/SOURCE.json then lists every problem.
     """
     config = load_params().data
     if source not in config.raw:

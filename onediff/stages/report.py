@@ -33,7 +33,7 @@ from onediff.paths import (
 )
 from onediff.stages.command import run
 
-# maps each source to the number of examples of each change type in the gallery
+# maps each source to the number of example pairs that the gallery shows for each change type
 PER_TYPE = {"scenes": 4, "edits": 2, "scenes_far": 0}
 PER_TYPE_ELSEWHERE, NUM_WORST, NUM_LOST = 4, 12, 12
 IMAGES_BYTES = 5_000_000  # largest size of all images on the page; texts and charts add less than one megabyte
@@ -42,7 +42,7 @@ Scored = Mapping[str, Mapping[str, Any]]  # data/scored/test.json
 
 
 def report() -> None:
-    """Write data/report.html, and each chart of the page as data/figures/*.svg."""
+    """Write the report to data/report.html, and each chart of the report to a file data/figures/*.svg."""
     page, charts = make_page()
     with new_folder(FIGURES) as folder:
         for name, chart in charts.items():
@@ -52,10 +52,10 @@ def report() -> None:
 
 
 def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
-    """Return the HTML of the report, and the charts by name.
+    """Return the HTML of the report, and a dict from the name of each chart to the chart.
 
-    `against` holds the scores of another model on the same pairs. The page then shows the pairs on which the present
-    model loses most against the other one.
+    If `against` holds the scores of another model on the same pairs, the report also shows the pairs with the largest
+    difference in favour of that model.
     """
     config = load_params(PARAMS)
     model, delta = config.model, config.model.delta
@@ -75,7 +75,7 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
 
 
 def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored) -> Album:
-    """Return the gallery of a source: pairs of each change type, the worst pairs, and the pairs that lost most."""
+    """Return the gallery of a source: pairs of each change type, the lowest CIDEr scores, and the pairs of `_lost`."""
     predictions = read_predictions(CAPTIONS / f"test/{source}.jsonl")
     benchmark = next(iter(protocols_of(source)))
     table = scored.get(benchmark, {})
@@ -98,16 +98,16 @@ def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored
 
 
 def _lost(key: str, scored: Scored, against: Scored) -> dict[str, float]:
-    """Return the pairs on which the model loses most CIDEr against the other model: pair_id -> loss.
+    """Return a dict from pair_id to CIDEr difference, for the pairs with the largest difference in favour of `against`.
 
-    Raises ValueError if the other model was scored by another protocol or on other references.
+    `key` is the benchmark. Raises ValueError if the two models were scored with different protocols or references.
     """
     if key not in against or key not in scored:
         return {}
     ours, theirs = scored[key], against[key]
     if any(ours[name] != theirs[name] for name in ("protocol", "references")):
-        raise ValueError(f"{key}: both models must be scored by one protocol on the same references, but the other "
-                         "model was not: score the other model again")
+        raise ValueError(f"benchmark {key}: both models must be scored with the same protocol and the same references, "
+                         "but the other model was scored differently: score the other model again")
     our_scores, their_scores = (dict(zip(table["pair_id"], table["CIDEr"], strict=True)) for table in (ours, theirs))
     return losses(our_scores, their_scores, count=NUM_LOST)
 

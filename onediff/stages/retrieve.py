@@ -14,9 +14,10 @@ from onediff.stages.command import run
 
 
 def retrieve(source: str) -> None:
-    """Read data/raw/SOURCE, and write data/pairs/SOURCE/train-*.parquet; report.json lists images that cannot be read.
+    """Find pairs of similar images in data/raw/SOURCE, and write them to data/pairs/SOURCE/train-*.parquet.
 
-    Raises ValueError if no two images have a similarity inside the window of data.retrieval.
+    report.json in that folder lists the images that cannot be read. Raises ValueError if no two images have a
+    similarity between the limits in data.retrieval of params.yaml.
     """
     data, runtime = load_params().data, load_runtime()
     settings, clip = data.retrieval, data.clip
@@ -35,7 +36,8 @@ def retrieve(source: str) -> None:
     pairs = find_pairs(np.concatenate(vectors), names, settings) if vectors else []
     if not pairs:
         raise ValueError(f"data/raw/{source}: no two of {len(names)} images have a similarity from "
-                         f"{settings.min_similarity} to {settings.max_similarity}; widen the window in data.retrieval")
+                         f"{settings.min_similarity} to {settings.max_similarity}; widen this range in "
+                         "params.yaml: data.retrieval")
     readable = [entry for entry in entries if entry.name not in unreadable]
     with new_folder(PAIRS / source) as folder:
         records = tqdm(pair_records(source, readable, pairs), source, len(pairs), unit="pair")

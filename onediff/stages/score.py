@@ -27,8 +27,8 @@ FLOORS = {"constant": "best constant", "random_train": "random training", "neare
 
 
 def score() -> None:
-    """Write the score files, and print the scores beside the trivial baselines. Equal captions give equal bytes."""
-    start()  # METEOR's Java program loads its tables while this process reads the rows.
+    """Score the captions of the splits `test` and `gate`; write the scores, and print them with those of baselines."""
+    start()  # METEOR's Java program loads its tables while this process reads the dataset.
     train = read_table(DIFFCAP, "train-*.parquet")
     card = json.loads(CARD.read_text(encoding="utf-8"))
     auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
@@ -40,7 +40,7 @@ def score() -> None:
                                official=sources - incomplete.keys() if split == "test" else ())
         for name, result in results.items():
             source = name.split("/")[0]
-            if auc.get(source) is not None:  # The AUC of a source without unchanged pairs is undefined.
+            if auc.get(source) is not None:  # The AUC is undefined (None) for a source without unchanged pairs.
                 result["pixel_difference_auc"] = auc[source]
             if source in incomplete:
                 result["incomplete"] = incomplete[source]
@@ -58,9 +58,9 @@ def score() -> None:
 
 def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
                  official: Container[str]) -> dict[str, Any]:
-    """Return the scores of each benchmark of a split.
+    """Return a dict from the name of each benchmark of a split to its scores.
 
-    `official` holds the sources whose pairs must be the complete official test split.
+    `official` holds the sources that must have exactly the pairs of their published test split.
     """
     results: dict[str, Any] = {}
     for source in dict.fromkeys(row["source"] for row in rows):
@@ -81,7 +81,7 @@ def _records(split: str, source: str) -> Iterator[Record]:
 
 
 def _show(title: str, results: dict[str, Any]) -> None:
-    """Print the scores times 100, as papers do."""
+    """Print a table of the scores of all benchmarks. The scores are multiplied by 100, as in papers."""
     table = Table("benchmark", "captions", *METRICS, title=f"{title} (times 100)", title_justify="left")
     for name, result in results.items():
         table.add_row(name, f"{result['num_pairs']} predictions", *_times_100(result))
@@ -93,7 +93,7 @@ def _show(title: str, results: dict[str, Any]) -> None:
             table.add_row("", f"a reference of {result['leave_one_out']['num_pairs']}",
                           *_times_100(result["leave_one_out"]))
         table.add_section()
-    # Without a width, rich would wrap the table at 80 columns if stdout is a pipe.
+    # If stdout is a pipe, rich would otherwise wrap the table at 80 columns.
     console = Console(width=max(120, Console().width))
     console.print(table)
     for name, result in results.items():

@@ -28,10 +28,10 @@ TESTS = "test-*.parquet"
 
 
 def stress(model: str = "data/models/tune") -> None:
-    """Write the results to data/stress.json and the details to data/stress/.
+    """Caption perturbed test pairs, and write the results to data/stress.json and the details to data/stress/.
 
-    BENCHMARK.jsonl has the captions of every trial, BENCHMARK.attention.jsonl the attention maps of every pair. The
-    same model and pairs give the same bytes.
+    BENCHMARK.jsonl contains the caption of each pair under each perturbation, and BENCHMARK.attention.jsonl contains
+    the attention maps of each pair. The files are identical if the model and the pairs are identical.
     """
     config, runtime = load_params(), load_runtime()
     silence_libraries()
@@ -79,7 +79,7 @@ def _measure(captioner: Captioner, benchmark: str, records: Sequence[Record], co
 
 
 def _show(results: dict[str, Any]) -> None:
-    # Without a width, rich would wrap the table at 80 columns if stdout is a pipe.
+    # If stdout is a pipe, rich would otherwise wrap the table at 80 columns.
     console = Console(width=max(120, Console().width))
     for name, result in results.items():
         for part in ("identical", "unrelated", "swapped", "attention"):

@@ -15,11 +15,14 @@ from onediff.files import new_folder
 from onediff.paths import SYNTHETIC
 from onediff.stages.command import run
 
-Group = tuple[str, str, int]  # a group of pairs: prefix of its shard files, split, number within the split
+Group = tuple[str, str, int]  # group of image pairs: prefix of its shard files, split, number of the group
 
 
 def synthesize(source: str) -> None:
-    """Write data/synthetic/SOURCE/SPLIT-*.parquet. The bytes do not depend on the engine or the number of processes."""
+    """Generate the image pairs of a source, and write them to data/synthetic/SOURCE/SPLIT-*.parquet.
+
+    The files do not depend on the number of processes or on whether Ray runs them.
+    """
     config, runtime = load_params(), load_runtime()
     groups = _groups(config, source)
     by_blender = source == "scenes" and config.data.scenes.renderer == "blender"
@@ -33,7 +36,7 @@ def synthesize(source: str) -> None:
 
 
 def _groups(config: Config, source: str) -> list[Group]:
-    """Return the groups of pairs that a source generates, in the order of its shards."""
+    """Return all groups of image pairs that must be generated for a source, in the order of the shard files."""
     if source not in ("scenes", "edits"):
         raise ValueError(f"the source to generate must be scenes or edits, got '{source}'")
     counts = config.data.scenes.num_scenes if source == "scenes" else config.data.edits.num_pairs
@@ -44,9 +47,9 @@ def _groups(config: Config, source: str) -> list[Group]:
 
 
 def _start(config: Config, source: str, blender_device: str | None) -> Callable[[Group], list[Record]]:
-    """Return the function that makes the records of a group of pairs. Each worker process calls `_start` once.
+    """Return the function that generates the records of one group of image pairs. Each worker process calls this once.
 
-    If a device for Blender is given, Blender starts here, so that a missing Blender is reported before any work.
+    If `blender_device` is given, Blender starts here, so that a missing Blender is reported before any work.
     """
     if blender_device:
         from onediff.data.synthesis.scenes import blender

@@ -25,10 +25,11 @@ Prepare = Callable[[Config, Runtime, Path], "TrainingRun | None"]
 
 
 def train(phase: str, prepare: Prepare) -> None:
-    """Run one training phase on the machines of runtime.yaml; write data/models/PHASE, the curve and the run's facts.
+    """Run one training phase as runtime.yaml says, and write data/models/PHASE and the files about the training.
 
-    The process that DVC started copies the model from the run's folder in scratch; a rank that a launcher started only
-    trains. prepare(config, runtime, folder) returns the training run, or None if the model is complete already.
+    Training writes into the run folder in scratch. The process that DVC started then copies the results from there; a
+    rank that a launcher started only trains. `prepare` gets (config, runtime, run folder) and returns the training
+    run, or None if the run folder already contains the finished model.
     """
     from onediff import tracking
 
@@ -46,7 +47,7 @@ def train(phase: str, prepare: Prepare) -> None:
         run_locally(phase, prepare, config, runtime, folder)
         return
     if runtime.node_rank and dispatch.launch_ranks(phase, runtime, folder):
-        return  # Only node 0 copies the trained model from the run folder.
+        return  # Only node 0 copies the trained model from the run folder to data/models.
     refusal = (f"{folder}: only one run may train in this folder, as two would overwrite each other's checkpoints; "
                "wait for process {holder}, or stop it")
     with refusing_lock(folder / "lock", refusal):
@@ -56,7 +57,7 @@ def train(phase: str, prepare: Prepare) -> None:
 
 
 def run_locally(phase: str, prepare: Prepare, config: Config, runtime: Runtime, folder: Path) -> None:
-    """Train in this process, as the only rank or as one of several. Rank 0 records the run in MLflow and run.json."""
+    """Train in this process, which is one of the ranks. Only rank 0 records the training in MLflow and run.json."""
     from onediff import tracking
     from onediff.train import phases
 
@@ -73,10 +74,10 @@ def run_locally(phase: str, prepare: Prepare, config: Config, runtime: Runtime, 
 
 
 def fetch(phase: str, folder: Path) -> None:
-    """Copy the model, the curve and the run's facts from scratch to the outputs of the stage, then remove checkpoints.
+    """Copy model, curve.jsonl and run.json from the run folder to the outputs of the stage, then remove checkpoints.
 
-    The model comes first, because it needs most disk space. It also stays in scratch until dvc.lock contains its
-    digest, so that training is not lost if DVC fails or is interrupted while it commits the outputs.
+    The model is copied first, because it needs most disk space. If DVC runs the stage, the model also stays in the run
+    folder until `remove_committed` removes it, so that it is not lost if DVC fails while it commits the outputs.
     """
     with new_folder(MODELS / phase) as part:
         shutil.copytree(folder / FINAL, part, copy_function=link_or_copy, dirs_exist_ok=True)
@@ -92,8 +93,8 @@ def fetch(phase: str, folder: Path) -> None:
 
 
 def remove_committed(phase: str, scratch: Path) -> None:
-    """Remove the run that `fetch` kept in scratch if dvc.lock contains its digest, because the DVC cache has it now."""
-    # If the disk was full during the commit, dvc.lock lists outputs that are not in the cache.
+    """Remove each run folder that `fetch` kept in scratch, if dvc.lock and the DVC cache contain the run's outputs."""
+    # If the disk was full during the commit, dvc.lock lists outputs that are not in the DVC cache.
     if not DVC_LOCK.exists() or uncached_outs(phase):
         return
     committed = outs_of(read_dvc_lock()).get(str(RUNS / f"{phase}.json"))

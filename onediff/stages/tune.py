@@ -13,17 +13,17 @@ from onediff.paths import ALIGNED, DIFFCAP
 from onediff.stages.command import run
 from onediff.stages.training import train
 
-if TYPE_CHECKING:  # The function `run` must restore the old outputs before torch is imported, which takes seconds.
+if TYPE_CHECKING:  # The import of torch takes seconds, and `run` must restore the old outputs of the stage before it.
     from onediff.train.loop import TrainingRun, Validation
 
 
 def tune() -> None:
-    """Train, and write data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
+    """Run training phase 2. It writes data/models/tune, data/curves/tune.jsonl and data/runs/tune.json."""
     train("tune", prepare)
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
-    """Return the training run of the phase, with validation by CIDEr if `validate_every` is set."""
+    """Prepare training phase 2. Return a TrainingRun, with validation by CIDEr if `validate_every` is set."""
     from onediff.train import phases
 
     training = phases.tune(config, runtime, data=DIFFCAP, start=ALIGNED, folder=folder)
@@ -32,9 +32,9 @@ def prepare(config: Config, runtime: Runtime, folder: Path) -> TrainingRun:
 
 
 def cider_on_val(config: Config, training: TrainingRun, every_steps: int) -> Validation:
-    """Return a validation that computes CIDEr on at most `num_val` pairs of the `val` split, the same pairs each time.
+    """Return a validation that computes CIDEr on about `num_val` pairs of the `val` split, always on the same pairs.
 
-    Each source of the mixture contributes the same number of pairs.
+    Each source of the training mixture gives the same number of pairs, if it has enough.
     """
     from onediff.eval.caption import caption_records
     from onediff.eval.metrics.ngrams import corpus_cider

@@ -11,10 +11,10 @@ from onediff.stages.command import run
 
 
 def validate() -> None:
-    """Read data/probe.parquet and the shards, and write data/quarantine.parquet and data/reports/validation/.
+    """Check all image pairs, write bad pairs to data/quarantine.parquet, and write data/reports/validation/.
 
-    Raises ValueError, after both are written, if there are too many bad pairs, if a fatal rule is broken, or if a
-    published test set lost pairs and data.partial does not list its source.
+    After both are written, ValueError is raised if there are too many bad pairs, if a fatal rule is broken, or if a
+    published test set has bad pairs and data.partial does not list its source.
     """
     data = load_params().data
     if not PROBE_TABLE.exists():

@@ -15,10 +15,10 @@ from onediff.stages.command import run
 
 
 def write(source: str) -> None:
-    """Write data/written/SOURCE/SPLIT-*.parquet, and set_aside.jsonl with the pairs that have no usable caption.
+    """Let a language model caption the pairs of a source, and write them to data/written/SOURCE/SPLIT-*.parquet.
 
-    The writer is asked only for captions that are not in data/answers yet. Raises ValueError if no pair has a usable
-    caption.
+    set_aside.jsonl in that folder lists the pairs for which the model gave no usable caption. The model is asked only
+    for captions that are not in data/answers yet. Raises ValueError if no pair has a usable caption.
     """
     config = load_params()
     writer = writer_of(source, config, "write")
@@ -32,15 +32,16 @@ def write(source: str) -> None:
                 captioned = _captioned(records, writer, answers, unusable)
                 total += write_shards(captioned, folder, split, shard_pairs=config.data.shard_pairs)
         if not total:
-            raise ValueError(f"{written}: the writer gave no usable caption for any of {len(unusable):,} pairs; the "
-                             f"first pair is {unusable[0]['pair_id']}: {unusable[0]['reason']}")
+            raise ValueError(f"{written}: the writer (language model) gave no usable caption for any of "
+                             f"{len(unusable):,} pairs; the first pair is {unusable[0]['pair_id']}, and the reason "
+                             f"is: {unusable[0]['reason']}")
         write_text(folder / "set_aside.jsonl", "".join(json.dumps(row) + "\n" for row in unusable))
     print(f"{written}: {total:,} pairs with captions; {len(unusable):,} without, see set_aside.jsonl for the reasons")
 
 
 def _captioned(records: Iterator[Record], writer: Writer, answers: dict[str, Answer],
                unusable: list[dict[str, str]]) -> Iterator[Record]:
-    """Yield the records that have references or a usable answer of the writer; add the others to `unusable`."""
+    """Yield the records that have captions or get captions from the language model; add the others to `unusable`."""
     for record in records:
         if is_captioned(record):
             yield record

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from requests import RequestException
 
 EXPERIMENT = "onediff"
-# MLflow's page shows an experiment of this kind as model training. Without this tag it may show a page for chat traces.
+# With this tag, MLflow's web page shows the experiment as model training; without it, perhaps as chat traces.
 KIND = ("mlflow.experimentKind", "custom_model_development")
 HOME = Path(".onediff")
 SERVER = ("http://", "https://")
@@ -40,10 +40,10 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LO
 
 
 def uri() -> str:
-    """Return the address of the MLflow store.
+    """Return the address of the MLflow server or database.
 
-    The environment variable MLFLOW_TRACKING_URI takes precedence over `mlflow_uri` in runtime.yaml. Without both, the
-    store is the SQLite database .onediff/mlflow.db. Raises ValueError for an address of another kind.
+    The environment variable MLFLOW_TRACKING_URI takes precedence over `mlflow_uri` in runtime.yaml. If neither is set,
+    the address is that of the SQLite database .onediff/mlflow.db. Raises ValueError for an unsupported address.
     """
     address = os.environ.get("MLFLOW_TRACKING_URI") or load_runtime().mlflow_uri
     if address is None:
@@ -56,25 +56,29 @@ def uri() -> str:
 
 
 def exists() -> bool:
-    """Return False if the store is a SQLite file that does not exist. Opening such a store would create the file."""
+    """Return False if the MLflow store is a SQLite file that does not exist, and True otherwise.
+
+    Call this before a read, because MLflow's client would create the missing file.
+    """
     address = uri()
     return not address.startswith("sqlite:///") or Path(address.removeprefix("sqlite:///").partition("?")[0]).exists()
 
 
 def where() -> str:
-    """Return the address of the MLflow store without user and password, for messages."""
+    """Return the address of the MLflow server or database without user and password, for messages."""
     return without_password(uri())
 
 
 def check() -> None:
-    """Check within seconds, without importing MLflow, that the configured server answers and accepts the credentials.
+    """Check quickly that the configured MLflow server answers and accepts the user and password.
 
-    Raises ValueError otherwise. Returns at once if the store is a database and not a server.
+    Raises ValueError if it does not. If MLflow uses a database and no server, nothing is checked. This function does
+    not import MLflow, because the import takes seconds.
     """
     address = uri()
     if not address.startswith(SERVER):
         return
-    # The request needs credentials, so it also tests them; MLflow's /health page answers without credentials.
+    # This request fails if user or password is wrong; a request to MLflow's page /health would not.
     request = urllib.request.Request(
         f"{without_password(address).rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1",
         headers=_credentials(address))
@@ -92,10 +96,9 @@ def check() -> None:
 
 
 def _credentials(address: str) -> dict[str, str]:
-    """Return the HTTP header for logging in, as MLflow's client builds it.
+    """Return the HTTP header with which MLflow's client logs in to a server, or {} if no user or token is configured.
 
-    User and password come from the address, the environment variables or ~/.mlflow/credentials. The result is empty
-    if none of them is set.
+    User and password come from the server's address, from environment variables or from ~/.mlflow/credentials.
     """
     if os.environ.get("MLFLOW_TRACKING_TOKEN"):
         return {"Authorization": f"Bearer {os.environ['MLFLOW_TRACKING_TOKEN']}"}
@@ -110,14 +113,14 @@ def _credentials(address: str) -> dict[str, str]:
 
 
 def http_status(error: MlflowException | RequestException) -> int:
-    """Return the HTTP status of a failed request; 503 if no server answered.
+    """Return the HTTP status of a failed request to MLflow, or 503 if no server answered.
 
-    Failed downloads of files raise exceptions of the package `requests` instead of MlflowException.
+    Most requests raise MlflowException, but a failed download of a file raises an exception of the package `requests`.
     """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        # The failed download of a folder has the status in the text of the exception only.
+        # If the download of a folder fails, the HTTP status is only in the message of the exception.
         in_message = re.search(r"\b(4\d\d) Client Error", str(error))
         return int(in_message[1] if in_message else error.get_http_status_code())
     return 503 if error.response is None else error.response.status_code
@@ -125,9 +128,10 @@ def http_status(error: MlflowException | RequestException) -> int:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Context manager and decorator that replaces exceptions of MLflow by exceptions with a one-line message.
+    """Turn exceptions of MLflow in the `with` block or decorated function into exceptions with a one-line message.
 
-    Raises ConnectionError if the server may answer a later attempt (status 500 or above), otherwise ValueError.
+    Raises ConnectionError if the HTTP status is 500 or above, because a later attempt may then succeed. For all other
+    exceptions of MLflow, raises ValueError.
     """
     quiet()
     from mlflow.exceptions import MlflowException
@@ -161,20 +165,20 @@ def _unreachable(address: str, reason: str) -> ValueError:
 
 
 def quiet() -> None:
-    """Set MLflow's environment variables for this process: no telemetry and short timeouts.
+    """Set environment variables that switch off MLflow's telemetry and progress bars, and shorten its timeouts.
 
-    Call it before MLflow is imported. Variables that are already set keep their values.
+    Call this function before MLflow is imported. Variables that are already set keep their values.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # Hides the warning about every retry.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # Hides a warning for each repeated request.
 
 
 def client() -> MlflowClient:
-    """Return the MLflow client for the current store; each process creates it once for an address.
+    """Return the MLflow client for the configured server or database. Each process creates only one for an address.
 
-    Raises ValueError if the store does not answer.
+    Raises ValueError if the server or database does not answer.
     """
     return _client(uri())
 
@@ -186,15 +190,15 @@ def _client(address: str) -> MlflowClient:
     from mlflow import MlflowClient, set_tracking_uri
     from mlflow.exceptions import MlflowException
 
-    # MLflow sets the level of this logger during the import, so it is changed after the import.
+    # MLflow sets the level of this logger when it is imported, so our level is set after the import.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if address.startswith("sqlite:////"):
         Path(address.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        # MLflow uploads logged models with a client of its own, which would otherwise open ./mlflow.db.
+        # MLflow creates another client for uploads of models, which would use ./mlflow.db without this call.
         set_tracking_uri(address)
         mlflow = MlflowClient(address, registry_uri=address)
-        mlflow.search_experiments(max_results=1)  # The first request creates the tables of a SQLite store.
+        mlflow.search_experiments(max_results=1)  # The first request creates the tables in a new SQLite database.
     except MlflowException as error:
         if http_status(error) in _DENIED and address.startswith(SERVER):
             raise _denied(http_status(error)) from None
@@ -203,7 +207,7 @@ def _client(address: str) -> MlflowClient:
 
 
 def lookup(request: Callable[..., Any], *arguments: str) -> Any:
-    """Call a method of the MLflow client and return its result, or None if the requested object does not exist."""
+    """Call the method `request` of MLflow's client; return its result, or None if MLflow has no such object."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -215,7 +219,7 @@ def lookup(request: Callable[..., Any], *arguments: str) -> Any:
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-    """Yield all results of a `search_...` method of the MLflow client, which returns them in pages."""
+    """Call a `search_...` method of MLflow's client for one page of results after another, and yield all results."""
     token = None
     while True:
         page = search(*arguments, **options, page_token=token)
@@ -226,9 +230,10 @@ def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> It
 
 
 def experiment_id() -> str:
-    """Return the id of the experiment `onediff`, and create the experiment if it does not exist.
+    """Return the id of the MLflow experiment `onediff`, and create the experiment if it does not exist.
 
-    A SQLite store gets a folder for artifacts beside the database. Raises ValueError if the experiment is deleted.
+    With a SQLite database, files of runs are stored in a folder beside it. Raises ValueError if the experiment is
+    deleted.
     """
     mlflow, address = client(), uri()
     from mlflow.exceptions import MlflowException
@@ -239,7 +244,7 @@ def experiment_id() -> str:
         local = None if address.startswith(SERVER) else (beside / "mlflow-artifacts").absolute().as_uri()
         try:
             return mlflow.create_experiment(EXPERIMENT, artifact_location=local, tags=dict([KIND]))
-        except MlflowException:  # Another process created the experiment between our lookup and our request.
+        except MlflowException:  # Another process created the experiment after this process had looked for it.
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None or experiment.lifecycle_stage != "active":
         raise ValueError(f"MLflow at {where()}: experiment '{EXPERIMENT}' must be active, but it is deleted; restore "
@@ -248,14 +253,14 @@ def experiment_id() -> str:
 
 
 def mark_as_training(experiment: str) -> None:
-    """Set the tag with which MLflow's page shows the experiment as model training, unless the experiment has a kind."""
+    """Set the tag that makes MLflow's web page show the experiment as model training, unless this tag has a value."""
     mlflow = client()
     if KIND[0] not in mlflow.get_experiment(experiment).tags:
         mlflow.set_experiment_tag(experiment, *KIND)
 
 
 def without_password(address: str) -> str:
-    """Remove user and password from an address."""
+    """Return a text after removing user and password from each address in it."""
     return re.sub(r"//[^/\s]*@", "//", address)
 
 

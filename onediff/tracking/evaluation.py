@@ -13,19 +13,19 @@ from onediff.eval.metrics.catalog import BEHAVIOUR, CAPTION_HEADLINES
 from onediff.files import key_of
 from onediff.tracking.runs import find_run, log_to_parent, start_run
 
-NUM_PICTURES = 4  # drawn for each source
+NUM_PICTURES = 4  # number of test pairs that are drawn for each source
 
 
 def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
-    """Log the pipeline's results to an MLflow run and return the id of the run.
+    """Log the pipeline's scores to a new MLflow run and return the id of the run.
 
-    The run gets about ten metrics, which are the scores of the main benchmark; the score files are artifacts of the run
-    and contain all other scores. The run of an active retraining gets these metrics too. If a finished run already has
-    these scores, no new run is started and the id of that run is returned.
+    The metrics of the run are the most important scores of the main benchmark. The score files, which contain all
+    scores, become artifacts of the run. If a retraining is active, its MLflow run gets these metrics too. If a finished
+    run already has the same scores, no run is created and the id of that run is returned.
     """
     scores = {"test": _read_scores(data / "metrics.json"), "gate": _read_scores(data / "gate.json"),
               "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}
-    # The digest includes the scores of the optional stage `stress` only if they exist, as in earlier versions.
+    # Missing scores of the optional stage `stress` do not change the digest, so it equals digests of older runs.
     key = key_of([tables for split, tables in scores.items() if tables or split != "stress"])
     headlines = headline_metrics(scores["test"], config)
     log_to_parent(headlines)
@@ -45,10 +45,10 @@ def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
 
 
 def headline_metrics(tables: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, float]:
-    """Return the caption scores and behaviour figures of the main benchmark, as {"test/scenes.CIDEr": 2.2, ...}.
+    """Return the most important scores of the main benchmark, as {"test/scenes.CIDEr": 2.2, ...}.
 
-    `tables` maps each benchmark to its scores on the test split. The main benchmark is the one whose source has the
-    largest weight in the mixture of phase `tune`.
+    `tables` maps each benchmark to its scores on the test split. The main benchmark is the one whose data source has
+    the largest weight in the training mixture of phase `tune`.
     """
     weights = config.tune.mixture
     benchmark = max(tables, key=lambda name: weights.get(name.split("/")[0], 0))
@@ -64,7 +64,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 
 def _draw_samples(data: Path, folder: Path) -> None:
-    """Draw the first test pairs of each source: both images side by side, the reference and prediction below them."""
+    """Draw the first test pairs of each source into PNG files: two images, below them the reference and prediction."""
     from PIL import Image, ImageDraw
 
     from onediff.data.record import read_records

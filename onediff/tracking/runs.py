@@ -37,7 +37,7 @@ from onediff.tracking.connection import (
     without_password,
 )
 
-# The flow `retrain` puts the id of its MLflow run into this environment variable; runs that start below it nest there.
+# The flow `retrain` stores its MLflow run id in this environment variable, so that later runs become its child runs.
 PARENT = "ONEDIFF_PARENT_RUN"
 SEND_EVERY_S = 5.0
 
@@ -45,9 +45,8 @@ SEND_EVERY_S = 5.0
 class Run:
     """One MLflow run, used as a context manager.
 
-    No method raises an exception when MLflow fails; the list `problems` describes each failed request. Metrics wait in
-    memory until a background thread sends them. Metrics that could not be sent stay in memory for the next attempt, so
-    a server that restarts receives all of them.
+    No method raises an exception when a request to MLflow fails; the list `problems` describes each failed request.
+    Metrics stay in memory until a background thread has sent them, so a restarted MLflow server receives all of them.
     """
 
     def __init__(self, run_id: str, phase: str) -> None:
@@ -67,7 +66,7 @@ class Run:
         self._sender = threading.Thread(target=self._send_often, name="mlflow-metrics", daemon=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue the metrics of one training step for sending, without waiting for the server."""
+        """Queue the metrics of one training step for the background thread that sends them to MLflow."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -77,13 +76,16 @@ class Run:
             self._rates.append(float(values["pairs_per_s"]))
 
     def tag(self, values: Mapping[str, str]) -> None:
-        """Set tags of the run."""
+        """Set MLflow tags of the run."""
         from mlflow.entities import RunTag
 
         self._attempt("tags", self._mlflow.log_batch, tags=[RunTag(key, value) for key, value in values.items()])
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file, or a folder with all its files, as an artifact of the run."""
+        """Upload a file, or a folder with all its files, as an artifact of this MLflow run.
+
+        `folder` is the folder of the run into which they are uploaded. Raises FileNotFoundError if `path` is missing.
+        """
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist, so it cannot be stored with MLflow run {self.id}: run "
                                     "'dvc repro' to create it")
@@ -91,14 +93,14 @@ class Run:
         self._attempt(str(path), store, str(path), artifact_path=folder)
 
     def fail(self, reason: str) -> None:
-        """Mark the MLflow run as failed with this reason, even if the `with` statement ends without an exception."""
+        """Mark this MLflow run as failed, with a reason, although its `with` block ends without an exception."""
         self._status = "FAILED"
         self.tag({"failed_because": reason})
 
     def describe(self, *, digest: str) -> dict[str, Any]:
-        """Return the content of data/runs/<phase>.json, and set the digest as a tag of the run.
+        """Return the facts about this MLflow run that are stored in data/runs/<phase>.json, such as run id and seconds.
 
-        `digest` is the SHA-256 of the trained weights.
+        `digest` is the SHA-256 of the trained weights. It also becomes a tag of the run.
         """
         self.tag({"weights_digest": digest})
         seconds = self._seconds if self._seconds is not None else time.monotonic() - self._start
@@ -130,7 +132,7 @@ class Run:
             self._send()
 
     def _send(self) -> bool:
-        """Send the queued metrics, oldest first. Return False if some of them could not be sent."""
+        """Send the queued metrics to MLflow, oldest first. Return True if all were sent, and False otherwise."""
         while self._waiting:
             batch = self._waiting[:1000]  # MLflow accepts at most 1000 metrics per request.
             if self._failure(self._mlflow.log_batch, metrics=batch):
@@ -146,21 +148,21 @@ class Run:
             self.problems.append(f"{what}: {failure}")
 
     def _failure(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> str | None:
-        """Call a method of the MLflow client for this run. Return the first line of its error, or None on success."""
+        """Call a method of MLflow's client for this run, and return None or the first line of the error message."""
         from mlflow.exceptions import MlflowException
 
         try:
             method(self.id, *arguments, **options)
-        except (MlflowException, OSError, ValueError) as error:  # Uploads of artifacts raise OSError.
+        except (MlflowException, OSError, ValueError) as error:  # Failed uploads of artifacts raise OSError.
             return first_line(error)
         return None
 
 
 @contextmanager
 def parent_run(name: str, config: Config) -> Iterator[Run]:
-    """Start the MLflow run of a retraining, as a context manager.
+    """Start the MLflow run of a retraining. It becomes the parent of all runs that start inside the `with` block.
 
-    Runs that start inside the `with` statement, also in child processes, are nested under this run.
+    This also applies to runs in child processes.
     """
     with start_run(name, "flow", config) as run:
         os.environ[PARENT] = run.id
@@ -171,17 +173,17 @@ def parent_run(name: str, config: Config) -> Iterator[Run]:
 
 
 def phase_run(phase: str, config: Config) -> Run:
-    """Return the run of one training phase, as a context manager.
+    """Create the MLflow run of one training phase and return it, for use in a `with` statement.
 
-    Raises ValueError, before any training, if MLflow does not answer.
+    Raises ValueError if MLflow does not answer, so that the phase stops before any training.
     """
     return start_run(phase, "phase", config)
 
 
 def start_run(name: str, kind: str, config: Config) -> Run:
-    """Start a run, or continue a run that was killed and has the same name, parameters and data.
+    """Start an MLflow run, or continue an unfinished run that has the same name, parameters and data.
 
-    `kind` becomes a tag: flow, phase or evaluation. Raises ValueError, before any training, if MLflow does not answer.
+    `kind` is the value of the tag `kind`: flow, phase or evaluation. Raises ValueError if MLflow does not answer.
     """
     check()
     values = config.model_dump(mode="json")
@@ -203,9 +205,9 @@ def start_run(name: str, kind: str, config: Config) -> Run:
 
 
 def _title(name: str) -> str:
-    """Return the name that MLflow's page shows: `align` inside a retraining, otherwise `align 2026-11-28 tiny`.
+    """Return the run name that MLflow's page shows: `align` for a run of a retraining, else `align 2026-11-28 tiny`.
 
-    The last word is the preset that params.yaml equals, or "own parameters" if params.yaml equals no preset.
+    The name ends with the preset that params.yaml equals, or with "own parameters" if params.yaml equals no preset.
     """
     if os.environ.get(PARENT):
         return name
@@ -215,9 +217,9 @@ def _title(name: str) -> str:
 
 
 def log_to_parent(values: Mapping[str, float]) -> None:
-    """Log metrics to the run of the retraining, if one is active, so that MLflow's table of runs can compare them.
+    """If this process is part of a retraining, log metrics to the MLflow run of the retraining too.
 
-    Raises ConnectionError if the server does not answer.
+    MLflow's table of runs can then compare retrainings. Raises ConnectionError if the MLflow server does not answer.
     """
     parent = os.environ.get(PARENT)
     if parent is None:
@@ -230,16 +232,16 @@ def log_to_parent(values: Mapping[str, float]) -> None:
 
 
 def find_run(condition: str) -> str | None:
-    """Return the id of the newest run that matches the MLflow search condition, or None if no run matches."""
+    """Return the id of the newest MLflow run that matches a search condition of MLflow, or None if no run matches."""
     runs = client().search_runs([experiment_id()], condition, max_results=1)
     return str(runs[0].info.run_id) if runs else None
 
 
 def provenance(root: Path = Path()) -> dict[str, str]:
-    """Return tags that identify the code, dvc.lock and data in `root`; a tag is "none" if there is no such thing.
+    """Return MLflow tags that identify the code, the file dvc.lock and the data in the folder `root`.
 
-    The tags are git_commit, git_dirty ("true" if files differ from the commit), dvc_lock and data_digest, which are the
-    SHA-256 of dvc.lock and of the data card.
+    The tags are git_commit, git_dirty ("true" if files differ from the commit, else "false"), dvc_lock (SHA-256 of the
+    file) and data_digest (SHA-256 of the data card). Without git or without the file, the value is "none".
     """
     commit = head(root)
     return {"git_commit": commit or "none",
@@ -249,7 +251,7 @@ def provenance(root: Path = Path()) -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one level: {"a": {"b": 1}} becomes {"a.b": 1}. Lists stay unchanged."""
+    """Turn nested dicts into one dict with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}. Lists stay unchanged."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

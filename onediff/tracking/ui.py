@@ -23,19 +23,19 @@ ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_SERVE_ARTI
 
 
 def show(port: int = PORT) -> None:
-    """Start an MLflow server for the project's store, print its address and wait until a signal ends this process.
+    """Start an MLflow server for the project's database, print its address and run it until Ctrl-C.
 
-    If the store is a server already, only print the address. Raises ValueError if the store does not answer, if another
-    program uses the port, or if the server ends by itself.
+    If the project already uses an MLflow server, only print the address of that server. Raises ValueError if the
+    database does not answer, if another program uses the port, or if the server ends by itself.
     """
     address = uri()
     if address.startswith(SERVER):
         print(f"MLflow is already a server: open {where()} in a browser")
         return
-    experiment = experiment_id()  # Raises an error for an unreachable store, and creates a new SQLite database.
+    experiment = experiment_id()  # Raises ValueError if the database does not answer; creates a missing SQLite file.
     _check_port(port)
     quiet()
-    # The address of the store may contain a password, so it is not on the command line, which other users can read.
+    # The database address may contain a password, so it is not on the command line, which other users can read.
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
          "--uvicorn-opts", "--log-level warning"],
@@ -44,7 +44,7 @@ def show(port: int = PORT) -> None:
     try:
         page = f"http://127.0.0.1:{port}"
         _wait_for(page, server)
-        # Without workflowType, a browser that opens MLflow for the first time shows the page for chat traces.
+        # Without `workflowType`, a browser that opens MLflow for the first time shows a page for chat traces.
         print(f"MLflow shows {where()}. Open in a browser:\n"
               f"  runs      {page}/#/experiments/{experiment}/runs?workflowType=machine_learning\n"
               f"  versions  {page}/#/models/{EXPERIMENT}?workflowType=machine_learning\n"
@@ -68,7 +68,7 @@ def _check_port(port: int) -> None:
 
 
 def _wait_for(page: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the MLflow server answers. Raises ValueError if the server ends or does not answer in time."""
+    """Wait until the MLflow server answers. Raises ValueError if it ends or does not answer within START_S seconds."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and server.poll() is None:
         with suppress(OSError):
@@ -81,7 +81,7 @@ def _wait_for(page: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End the server with its worker process, which is in the same process group."""
+    """End the MLflow server and its worker process, which are in one process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, number)

@@ -28,7 +28,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None:
-    """Write a checkpoint of step `step` in which each rank stores a share of the parameters; `extra` is stored as JSON.
+    """Write a checkpoint of step `step`: each rank stores a share of the parameters, and rank 0 stores `extra` as JSON.
 
     Older checkpoints are deleted only after every rank has read back and verified the new files. Raises OSError on all
     ranks if any rank cannot write, for instance because the disk is full.
@@ -63,7 +63,7 @@ def save(engine: Engine, folder: Path, step: int, extra: dict[str, Any]) -> None
 
 
 def _share(engine: Engine) -> dict[str, Tensor]:
-    """Return the trainable parameters that this rank stores, in CPU memory: every n-th one for n ranks.
+    """Return the tensors that this rank stores: for n ranks, every n-th trainable parameter with both Adam moments.
 
     All ranks must call this, because gathering a parameter that is sharded by ZeRO needs every rank.
     """
@@ -77,7 +77,7 @@ def _sizes(target: Path) -> dict[str, int]:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint whose files have the recorded sizes, or None if there is none."""
+    """Return the folder of the newest checkpoint whose file sizes equal the recorded sizes, or None."""
     return next((path for path in reversed(complete(folder))
                  if json.loads((path / "complete.json").read_text())["sizes"] == _sizes(path)), None)
 
@@ -86,7 +86,7 @@ def resume(engine: Engine, folder: Path) -> dict[str, Any]:
     """Load the newest complete checkpoint into the engine and return the dict stored with it, which contains the step.
 
     Returns an empty dictionary if there is no checkpoint. Prints a line if the number of processes or the ZeRO level
-    has changed since then. Raises ValueError if the checkpoint belongs to a model with other parameters.
+    differs from the run that wrote it. Raises ValueError if the checkpoint belongs to a model with other parameters.
     """
     path = newest(folder)
     if path is None:
@@ -115,4 +115,4 @@ def _check_architecture(path: Path, file_of: dict[str, Any], engine: Engine) -> 
         raise ValueError(f"{path}: a checkpoint of another architecture: {wrong[0]} has shape "
                          f"{stored.get(wrong[0], 'none (missing)')} in the checkpoint and "
                          f"{expected.get(wrong[0], 'none (missing)')} in the model ({len(wrong)} tensors differ); "
-                         "delete the folder to start training from the beginning")
+                         "delete the folder 'checkpoints' of this run to start training from the beginning")

@@ -24,7 +24,7 @@ LEARNS, PASSED_THROUGH, FORWARD = 6.0, 4.0, 2.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model: its memory as torch reports it, and its peak TFLOP/s for dense products.
+    """A type of GPU, with the memory in GiB that torch reports, and the peak TFLOP/s for dense matrix products.
 
     The peak is for bfloat16, or for float16 on GPUs without bfloat16.
     """
@@ -50,7 +50,7 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """Find a GPU by the name that the driver reports (`NVIDIA H100 80GB HBM3`) or by a short name (`h100`)."""
+    """Find a type of GPU by the driver's name (`NVIDIA H100 80GB HBM3`) or a short name (`h100`); None if unknown."""
     for gpu in GPUS:
         words = r"[ -]?".join(re.split("[ -]", gpu.name))
         # No digit may follow the name, so that an A4000 is not taken for an A40.
@@ -87,8 +87,9 @@ def sizes(model: OneDiffForConditionalGeneration) -> dict[str, Size]:
 class Flops:
     """The FLOPs of training for each image, pair, token and answer token of a batch.
 
-    `image` is for the vision tower; `view` for the patch projector, once per image or, in token layout C, once per
-    pair; `answer_token` for the output layer, which computes logits only for answer tokens.
+    `image` is the cost of the vision tower. `view` is the cost of the patch projector, which runs once per image or, in
+    token layout C, once per pair. `answer_token` is the cost of the output layer, which computes logits only for answer
+    tokens.
     """
 
     image: float
@@ -110,7 +111,7 @@ class Flops:
                   if isinstance(module, nn.Linear) and "lora_" not in name]
         adapters = phase.lora.rank * sum(m.in_features + m.out_features for m in blocks) if phase.lora else 0
         tower = _factor(rates, "vision") * _tower_products(model.vision.tower, config.num_patches)
-        # The projector of the delta tokens passes gradients if the vision tower or the delta module is trainable.
+        # Gradients pass through the projector of the delta tokens if the vision tower or the delta module is trainable.
         after_delta = LEARNS if rates["projector"] else PASSED_THROUGH if rates["vision"] or rates["delta"] else FORWARD
         language = _factor({**rates, "language": 0.0} if phase.lora else rates, "language")
         return cls(image=0.0 if cached_tower else tower,

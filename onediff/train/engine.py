@@ -34,13 +34,13 @@ def start_process_group() -> None:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not torch.cuda.is_available():
-        # On a CPU, DeepSpeed would otherwise compile this extension, and fail on a machine without a compiler.
+        # On a CPU, DeepSpeed would otherwise compile a C++ extension, and fail on a machine without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)
 
 
 def limit_waits() -> None:
-    """Set the timeout of every process group to DEEPSPEED_TIMEOUT.
+    """Set the timeout of every process group to the environment variable DEEPSPEED_TIMEOUT, in minutes.
 
     DeepSpeed itself sets only the timeout of the first group. Other gloo groups would wait 30 minutes for a lost node.
     """
@@ -59,7 +59,7 @@ def learning_rates(phase: Phase) -> dict[str, float]:
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
     """Freeze the parts with learning rate 0 and return one optimizer parameter group for each other part.
 
-    A group stores the learning rate of the part as `peak`. If `phase.lora` is set, this adds the adapters first, and
+    A group stores the learning rate of the part as `peak`. If `phase.lora` is set, LoRA adapters are added first, and
     they are the only trainable parameters of the language model.
     """
     if phase.lora:
@@ -116,7 +116,7 @@ class Engine:
             checkpoint_activations(model, phase, zero_level=runtime.zero_level)
         if runtime.compile:
             for block in model.language.get_decoder().layers:
-                block.compile(dynamic=True)  # Rows have different lengths, so shapes must stay dynamic.
+                block.compile(dynamic=True)  # Batches differ in length, so the compiled code must accept any length.
         bfloat16 = next(model.parameters()).dtype == torch.bfloat16
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer,
                                                 config=_deepspeed_config(phase, runtime, bfloat16=bfloat16))
@@ -124,7 +124,7 @@ class Engine:
         self.device, self._plain_norm, self._pending = self._engine.device, float("nan"), False
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self._updated is not None or hasattr(self._engine.optimizer, LINK):
-            # DeepSpeed creates moments at the first update, and under ZeRO 1 and 2 only where there is a gradient.
+            # DeepSpeed creates Adam moments at the first update, under ZeRO 1 and 2 only for parameters with gradients.
             self._make_moments()
         for state in self.optimizer.state.values():
             # In bfloat16 without ZeRO, DeepSpeed has already made one empty update, so the step counter is reset.
@@ -136,7 +136,7 @@ class Engine:
             group["lr"] = group["peak"] * factor
 
     def sums(self, numbers: list[Any]) -> Tensor:
-        """Return the sum over all ranks of each of the numbers, in the order of the numbers."""
+        """Sum each of the numbers over all ranks, and return the sums in the order of `numbers`."""
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals
@@ -146,19 +146,19 @@ class Engine:
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
     def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-        """Run the forward and the backward pass on one micro-batch, and return its part of the loss of the step."""
+        """Run the forward and the backward pass on one micro-batch, and return what it adds to the loss of the step."""
         if self._pending:
-            # DeepSpeed counts micro-batches by calls of step(); only the call after the last one updates the weights.
+            # DeepSpeed counts micro-batches by calls of step(); the call after the last micro-batch updates weights.
             self._engine.step()
         self._pending = True
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         loss = self._engine(**on_device, num_answer_tokens=num_answer_tokens).loss
-        # DeepSpeed averages over ranks and micro-batches. The factor turns this average into a sum.
+        # DeepSpeed averages gradients over ranks and micro-batches. The two factors turn this average into a sum.
         self._engine.backward(loss * self.world * self.num_micro)
         return loss.detach()
 
     def step(self) -> None:
-        """Update the weights, after `backward` was called for the last micro-batch of a step."""
+        """Update the weights. Call this after `backward` was called for all micro-batches of the step."""
         if self._plain:
             grads = [p.grad for p in self.learning.values() if p.grad is not None]
             self._plain_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The gradient norm of the last step before clipping. Under ZeRO, DeepSpeed computes the norm."""
+        """The norm of the gradients of the last step, as it was before the gradients were clipped."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_norm if norm is None else float(norm)
 
@@ -185,14 +185,14 @@ class Engine:
 
     @property
     def _plain(self) -> bool:
-        """Whether the optimizer updates the model's parameters directly, as it does without ZeRO and in float32."""
+        """Whether the optimizer updates the model's parameters directly, as it does in float32 without ZeRO."""
         return not hasattr(self._engine.optimizer, "optimizer") or self._engine.optimizer is self.optimizer
 
     @cached_property
     def _updated(self) -> dict[int, Tensor] | None:
-        """Map `id(parameter)` to the tensor that the optimizer updates; None if ZeRO shards it.
+        """A dict from `id(parameter)` to the tensor that the optimizer updates; None if ZeRO shards these tensors.
 
-        This tensor is the parameter itself, or in bfloat16 without ZeRO the float32 copy of the parameter.
+        The tensor is the parameter itself in float32 training, and a float32 copy of it in bfloat16 training.
         """
         if self._plain:
             return {id(p): p for p in self.learning.values()}
@@ -231,7 +231,7 @@ class Engine:
             state["step"].fill_(step)
 
     def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
-        """Set a parameter (`key` is "value") or one of its Adam moments from the complete tensor `value`."""
+        """Copy the complete tensor `value` into a parameter (`key` is "value") or into one of its Adam moments."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -244,7 +244,7 @@ class Engine:
             (master.data if key == "value" else self.optimizer.state[master][key]).copy_(value)
             if key == "value" and master is not p:
                 p.data.copy_(value)
-        elif hasattr(p, "ds_tensor"):  # Under ZeRO 3, each rank holds one slice of the flattened tensor.
+        elif hasattr(p, "ds_tensor"):  # Under ZeRO 3, each rank holds one slice of the flattened parameter.
             size = p.ds_tensor.ds_numel
             part = functional.pad(value.flatten(), (0, size * self.world - value.numel()))[size * self.rank :][:size]
             if key == "value":

@@ -115,7 +115,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             loss = float(engine.sums([rank_loss]))
             if not math.isfinite(loss):
                 raise diverged(run, step, loss)
-            with explain_out_of_memory(run.name, run.phase, run.runtime):  # The first step allocates the optimizer.
+            with explain_out_of_memory(run.name, run.phase, run.runtime):  # The first step allocates optimizer states.
                 engine.step()
 
             meter.add(counts, loader_wait_s)
@@ -134,7 +134,7 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
                     save_best(engine, best_file(run.folder, num_done))
                     best_score, best_step = score, num_done
 
-            # All ranks must decide together, because each rank writes a part of the checkpoint.
+            # All ranks must save at the same step, because each rank writes a part of the checkpoint.
             is_due = time.monotonic() - last_checkpoint > run.runtime.checkpoint_every_s
             is_stopped, is_due = engine.any_rank(bool(stop.reason), is_due)
             if is_stopped or is_due:
@@ -150,14 +150,17 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
 
 
 def steps_of(phase: Phase, num_samples: int) -> int:
-    """Return how many optimizer steps the phase takes; a number of epochs is converted with `num_samples`."""
+    """Return the number of optimizer steps of a phase; a number of epochs is converted to steps with `num_samples`."""
     if phase.steps is not None:
         return phase.steps
     return max(1, math.ceil((phase.epochs or 0) * num_samples / phase.batch_size))
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the factor on the peak learning rate: linear warm-up for a share of the steps, then cosine decay to 0."""
+    """Return the factor on the peak learning rate at a step: linear warm-up, then cosine decay to 0.
+
+    `warmup` is the share of the steps that the warm-up takes.
+    """
     warmup_steps = max(1, round(steps * warmup))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -165,9 +168,9 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 class CurveWriter:
-    """Writes the values of each training step as one line of curve.jsonl and passes them to `log`; rank 0 only.
+    """Writes the values of each training step as one line of curve.jsonl and passes them to `log`; only on rank 0.
 
-    On resume, it drops the lines at or after the step of the checkpoint.
+    When training resumes, lines of curve.jsonl at or after the step of the checkpoint are dropped.
     """
 
     def __init__(self, folder: Path, log: Log, *, first_step: int) -> None:
@@ -203,7 +206,7 @@ def explain_out_of_memory(name: str, phase: Phase, runtime: Runtime) -> Iterator
 def diverged(run: TrainingRun, step: int, loss: float) -> ValueError:
     """Record that the loss is not finite and return the error to raise.
 
-    The names of all rows of the batch are written to diverged.json. The last checkpoint is kept.
+    The names of all rows in the batch of this step are written to diverged.json. The last checkpoint is kept.
     """
     names = [row.name for row in run.rows(step)]
     write_status(run.folder, "diverged", step, f"loss {loss} at step {step}")
@@ -224,7 +227,7 @@ def preempted(run: TrainingRun, num_done: int, reason: str) -> ValueError:
 def validate(engine: Engine, validation: Validation) -> float:
     """Return the validation score of the current weights.
 
-    The ranks share the captioning, and all of them get the score.
+    Each rank captions a part of the validation pairs. All ranks get all captions, and return an equal score.
     """
     engine.model.eval()
     captions = engine.gather_texts(validation.generate_captions, validation.num_pairs)
@@ -233,12 +236,12 @@ def validate(engine: Engine, validation: Validation) -> float:
 
 
 def best_file(folder: Path, step: int) -> Path:
-    """Return the path for the best weights; it contains the step, because a checkpoint stores the best step."""
+    """Return the path of the best weights. The name contains the step, by which a resumed run finds the file."""
     return folder / "best" / f"step-{step:07d}.safetensors"
 
 
 def save_best(engine: Engine, path: Path) -> None:
-    """Save the trainable parameters. All ranks must call this, because it gathers the weights; only rank 0 writes."""
+    """Save the trainable parameters to `path`. Only rank 0 writes, but all ranks must call this to gather weights."""
     weights = engine.learned_weights()
     if weights is not None:
         with new_file(path) as part:

@@ -9,7 +9,7 @@ _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 def add(language: nn.Module, settings: Lora) -> None:
-    """Add an adapter to every linear layer of the transformer blocks, but not to the output layer."""
+    """Add a LoRA adapter to every linear layer of the transformer blocks, but not to the output layer."""
     blocks = language.get_decoder().layers  # type: ignore[operator]
     names = {name.rsplit(".", 1)[-1] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
     inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(names)),

@@ -27,7 +27,7 @@ from onediff.train.engine import trainable
 
 Offload = Literal["none", "optimizer", "all"]
 BUCKET = 500_000_000  # number of gradients that DeepSpeed reduces in one operation (default reduce_bucket_size)
-GATHERED = 1_000_000_000  # most parameters that ZeRO 3 gathers at a time (default stage3_max_live_parameters)
+GATHERED = 1_000_000_000  # maximum number of parameters that ZeRO 3 gathers (default stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # number of parameters that ZeRO 3 updates at a time (default sub_group_size)
 
 
@@ -42,10 +42,10 @@ class Sharing:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of model states on one GPU, and in CPU memory (`host`) for each GPU.
+    """Bytes of model states on one GPU; `host` are the bytes of CPU memory that are needed for each GPU.
 
-    `buffers` are for reducing gradients and gathering weights. `update` is for float32 gradients during an optimizer
-    step. `start` is for all weights before DeepSpeed distributes them.
+    `buffers` is the memory in which gradients are reduced and weights are gathered. `update` is the memory of float32
+    gradients during an optimizer step. `start` is the GPU memory of all weights before DeepSpeed distributes them.
     """
 
     weights: float
@@ -195,7 +195,8 @@ def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cache
 def _views(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
     """Return the visual tokens like the model's `project_visual_tokens`, but without reading any tensor's data.
 
-    `states` has shape (2P, L, N, C), and `first` (P,) is the index of the first image of each pair.
+    `states` are the vision features of P pairs (2P images, L levels, N patches, C channels), and `first` (P,) is the
+    index of the first image of each pair.
     """
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
     delta = None if model.delta is None else model.delta(states[first], states[first + 1])

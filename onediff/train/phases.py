@@ -30,8 +30,8 @@ from onediff.train.status import FINAL, recorded_errors, write_status
 def run_folder(name: str, config: Config, runtime: Runtime) -> Path:
     """Create the folder of a run in scratch. The name contains a hash of everything that decides the result.
 
-    An interrupted run therefore continues in its folder, and a run with a changed parameter, data set or initial model
-    gets a new folder.
+    An interrupted run therefore continues in the existing folder, and a run with a changed parameter, data set or
+    initial model gets a new folder.
     """
     phase: Phase | None = getattr(config, name)
     starts = ([str(ALIGNED)] if name == "tune"

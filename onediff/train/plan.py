@@ -32,13 +32,13 @@ ANSWER_TOKENS = {"birds_to_words": 45, "llava_665k": 250}  # estimated mean numb
 USUAL_ANSWER_TOKENS = 16  # estimated mean number of answer tokens for sources that are not in ANSWER_TOKENS
 CONVERSATION_TOKENS = 150  # estimated number of tokens of all questions in a conversation
 CONVERSATIONS = {"llava_665k": 0.94}  # for each conversation source, the share of conversations that have an image
-MERGED = ("spot_the_diff", "clevr_change")  # sources whose samples are pairs; the samples of other sources are records
+MERGED = ("spot_the_diff", "clevr_change")  # sources with one sample per image pair, not one per published record
 SCENE_PAIRS = 3  # number of training pairs that are generated from one base scene
 
 
 @dataclass(frozen=True)
 class MeanSample:
-    """The mean sample of a phase, weighted by the mixture.
+    """The mean training sample of a phase, weighted by the sampling weight of each source in the mixture.
 
     `longest_tokens` is the length of the longest row, which must fit into a micro-batch.
     """
@@ -53,10 +53,10 @@ class MeanSample:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to distribute a phase over the GPUs, with the memory of one GPU in bytes.
+    """One way to distribute the training of a phase over the GPUs, with the memory of one GPU in bytes.
 
     `micro_batch_size` is the largest micro-batch that fits, or 0 if not even one row fits. `activations` is the memory
-    for each row. `total` is all memory with the largest micro-batch, or with one row if none fits.
+    for the activations of one row. `total` is the total memory with this micro-batch, or with one row if none fits.
     """
 
     sharing: Sharing
@@ -89,7 +89,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run; `published` lists backbones that are known by their architecture and were not downloaded."""
+    """The plan of a run; `published` lists backbones of which only the architecture is read, without the weights."""
 
     gpu: Gpu
     num_gpus: int
@@ -114,7 +114,7 @@ def plan(config: Config, runtime: Runtime, *, gpu: Gpu, num_gpus: int, utilisati
 
 
 def described_model(model: Model) -> tuple[Model, list[str]]:
-    """Replace each backbone whose architecture is in presets/architectures by that folder.
+    """Replace each backbone that is not on disk by its folder in presets/architectures, if there is one.
 
     Returns the changed model settings and the names of the replaced backbones.
     """
@@ -152,9 +152,9 @@ def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime
 
 
 def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
-    """Return the number of samples of a source in one epoch, and the origin of this number.
+    """Return the number of samples of a source in one epoch, and a text that names the origin of this number.
 
-    The origin is the DiffCap card, params.yaml, an official count, or a guess from the sampling weight.
+    The origin is the data card of DiffCap, params.yaml, an official count, or a guess from the sampling weight.
     """
     task, expected, times = config.tasks.get(source), _official(source), 1.0
     if task and task.targets == "each" and expected.get("references"):
@@ -225,7 +225,7 @@ def sharings(num_gpus: int) -> list[Sharing]:
 
 
 def layouts(held: dict[Sharing, States], one: Saved, two: Saved, *, num_rows: int, gpu: Gpu) -> Iterator[Layout]:
-    """Yield each way to distribute the states, with and without activation checkpointing, and the largest micro-batch.
+    """Yield a layout for each way to distribute the model states in `held`, without and with activation checkpointing.
 
     `one` and `two` are the activations of micro-batches with one and two rows, from which larger ones are extrapolated.
     `num_rows` is the number of rows per GPU in a step.
@@ -248,8 +248,8 @@ def usable_gib(gpu: Gpu) -> float:
 def total_bytes(kept: States, activations: float) -> float:
     """Return the peak memory of one GPU, in bytes.
 
-    The peak is at the start of the backward pass, during the update (when activations are freed), or at the beginning,
-    when every GPU loads the complete model.
+    The peak is at the start of the backward pass, during the update (when activations are already freed), or at the
+    beginning, when every GPU loads the complete model.
     """
     held = kept.weights + kept.gradients + kept.optimizer + kept.buffers
     return max(held + max(activations, kept.update), kept.start)

@@ -32,8 +32,8 @@ def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
 class Meter:
     """Measures the training speed of all ranks together.
 
-    `flops_of(counts)` returns the FLOPs of steps with these counts, whose keys are COUNTED. `peak_flops` is the peak
-    speed of all GPUs together in FLOP/s, or None if it is unknown.
+    `flops_of(counts)` returns the FLOPs of training steps that process these counts; the keys of `counts` are COUNTED.
+    `peak_flops` is the peak speed of all GPUs together in FLOP/s, or None if it is unknown.
     """
 
     def __init__(self, flops_of: Callable[[dict[str, float]], float], peak_flops: float | None) -> None:

@@ -16,7 +16,7 @@ FINAL = "final"  # the trained model is in this sub-folder of the run folder
 
 
 def write_status(folder: Path, state: str, step: int, reason: str = "") -> None:
-    """Write status.json on rank 0. `state` is running, preempted, failed, diverged or finished."""
+    """Write status.json if this is rank 0. `state` is running, preempted, failed, diverged or finished."""
     if os.environ.get("RANK", "0") == "0":
         write_json(folder / "status.json", {"state": state, "step": step, "reason": reason})
 

@@ -144,7 +144,7 @@ def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: 
     assert lines[7].split()[0] == "CIDEr" and lines[7].split()[3].startswith("+")
     Path("bad.jsonl").write_text(Path("bad.jsonl").read_text().replace("p7", "p9"))
     message = str(_onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))
-    assert "1 (p7) missing from the predictions, 1 (p9) not among the references" in message
+    assert "1 (p7) are missing from the predictions and 1 (p9) are not among the references" in message
 
 
 def test_a_folder_without_a_model_is_refused_with_a_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

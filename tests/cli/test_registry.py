@@ -75,7 +75,7 @@ def test_an_alias_that_was_changed_outside_is_reported_and_repair_records_it() -
 def test_a_champion_that_was_set_outside_and_never_passed_the_gate_is_reset() -> None:
     add("a")
     tracking.client().set_registered_model_alias("onediff", "champion", "1")
-    assert "the next change sets champion back, because that version never passed the gate" in run("trail")
+    assert "sets champion back, because that version never passed the promotion rules" in run("trail")
     assert "restored" in run("repair") and aliases() == {"1": ["candidate"]}
     assert "2 records" in run("check")
 

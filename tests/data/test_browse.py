@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import chromium, faults_of, needs_chromium, opened
 from PIL import Image
 
-from onediff.data.browse import PAGE_CARDS, THUMBNAIL_PX, browse, choose
+from onediff.data.browse import THUMBNAIL_PX, browse, choose
 from onediff.data.record import SPLITS, Record, write_shards
 
 
@@ -75,36 +74,6 @@ def test_records_with_missing_or_broken_images_are_shown_and_captions_are_escape
     assert "missing" in missing and "no caption" in missing
     assert "not an image" in broken
     assert (single_image.count("<figure>"), no_image.count("<figure>")) == (1, 0)
-
-
-@needs_chromium
-def test_the_page_has_no_fault_in_a_browser(tmp_path: Path) -> None:
-    records = [record(k, references=["long" * 99]) for k in range(7)] + [record(7, after=b""), record(8, before=b"?")]
-    write_shards(records, tmp_path / "shards", "train", shard_pairs=9)
-    assert faults_of(browse(tmp_path / "shards", tmp_path, per_group=9)) == []
-
-
-@needs_chromium
-def test_a_reader_turns_the_pages_filters_and_searches(tmp_path: Path) -> None:
-    write_shards([record(k) for k in range(2 * PAGE_CARDS + 3)], tmp_path / "shards", "train", shard_pairs=999)
-    path = browse(tmp_path / "shards", tmp_path, per_group=999)
-    with chromium() as browser, opened(browser, path) as (page, faults):
-        cards, place, forward = page.locator("article:visible"), page.locator(".place").first, "[data-step='1']"
-        assert cards.count() == PAGE_CARDS and f"Page 1 of 3, {2 * PAGE_CARDS + 3} pairs" in place.inner_text()
-        page.locator(forward).first.click()
-        page.locator(forward).last.focus()
-        page.keyboard.press("Enter")
-        assert cards.count() == 3 and page.locator(forward).first.is_disabled()
-        page.reload()
-        assert "Page 3 of 3" in place.inner_text()
-        page.get_by_label("split").select_option("val")
-        assert "Page 1 of " in place.inner_text()
-        assert {cards.nth(k).get_attribute("data-split") for k in range(cards.count())} == {"val"}
-        page.get_by_label("search in captions").fill("5th cup")
-        assert page.locator("mark:visible").first.inner_text() == "5th"
-        page.get_by_label("search in captions").fill("no such words")
-        assert cards.count() == 0 and place.inner_text() == "No pair matches."
-        assert faults == []
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:

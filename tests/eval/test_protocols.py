@@ -73,7 +73,7 @@ def test_references_of_another_split_or_of_a_part_are_refused(official: Path, tm
 
 def test_the_protocol_of_one_half_of_clevr_change_needs_change_types(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"pair_id": str(k), "references": ["a"]} for k in range(7970)]
-    with pytest.raises(ValueError, match=r"scores only changed pairs, .* but 0 has none"):
+    with pytest.raises(ValueError, match=r"scores only changed pairs, .* but pair 0 has none"):
         check_counts(PROTOCOLS["clevr_change/semantic"], rows)
     for k, row in enumerate(rows):
         row["change_type"] = ("none", "move")[k % 2]

@@ -111,7 +111,7 @@ def test_ten_thousand_paired_resamples_of_1270_pairs_take_less_than_30_seconds(s
 
 
 def test_groups_must_have_one_entry_for_each_pair(scores: Scores) -> None:
-    with pytest.raises(ValueError, match="one entry for each pair, got 2 for 30 pairs"):
+    with pytest.raises(ValueError, match="one entry for each pair, got 2 entries for 30 pairs"):
         intervals(scores, ["a", "b"])
     with pytest.raises(ValueError, match="the same metrics"):
         compare(scores, Scores({"CIDEr": 0.0}, {"CIDEr": [0.0]}, {}), ["a"])

@@ -128,7 +128,7 @@ def test_on_a_shared_server_only_deployments_change_aliases_and_they_ask_for_app
     try:
         assert [add("a"), add("b", CIDEr=4.0)] == ["1", "2"]
         assert aliases() == {"1": [], "2": []}
-        with pytest.raises(ValueError, match="changed by the deployments promote and rollback only"):
+        with pytest.raises(ValueError, match="changed by the Prefect deployments promote and rollback only"):
             registry.promote("1")
         both = [site.trigger("promote/promote", version=version) for version in ("1", "1")]
         until(lambda: all(site.state(run)["type"] == "COMPLETED" for run in both), 180)

@@ -49,7 +49,7 @@ def test_the_delta_module_can_start_with_the_weights_of_bert(micro: Config, tmp_
 
 def test_a_vision_tower_of_another_image_size_is_refused(micro: Config) -> None:
     vision = micro.model.vision.model_copy(update={"image_px": 108})
-    with pytest.raises(ValueError, match=r"model.vision.image_px must be that .* which is 96, got 108; set it to 96"):
+    with pytest.raises(ValueError, match=r"model.vision.image_px must be 96, as .*, got 108; set it to 96"):
         build(micro.model.model_copy(update={"vision": vision}), seed=0)
 
 

@@ -159,7 +159,7 @@ def test_the_model_keeps_the_token_ids_and_the_embedding_size_of_the_checkpoint(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"vision_feature_layer": -1}, r"level -1 of its vision tower, but model.patch_level is -2; set .* to -1"),
-    ({"vision_feature_layer": [-2, -1]}, r"must read one level .* is \[-2, -1\]; use .* a single vision_feature_layer"),
+    ({"vision_feature_layer": [-2, -1]}, r"output of one layer .* to \[-2, -1\]; use .* a single vision_feature_layer"),
     ({"vision_feature_select_strategy": "full"}, r"must have vision_feature_select_strategy 'default', .* got 'full'"),
     ({"projector_hidden_act": "relu"}, r"must have projector_hidden_act 'gelu', .* got 'relu'"),
     ({"multimodal_projector_bias": False}, r"must have multimodal_projector_bias True, .* got False"),
@@ -183,7 +183,7 @@ def test_the_patch_level_may_be_counted_from_the_first_or_from_the_last_layer(ll
 
 def test_a_vision_tower_of_another_width_is_refused(llava: str, micro: Config, tmp_path: Path) -> None:
     CLIPVisionModel(CLIPVisionConfig(**TOWER | {"hidden_size": 26})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower .* reads, 22, but that of .* is 26"):
+    with pytest.raises(ValueError, match=r"model.vision.path: the vision tower must have width 22, .* has width 26"):
         build(settings_of(micro, llava, tower=str(tmp_path)), seed=3)
 
 

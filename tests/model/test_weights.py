@@ -168,7 +168,7 @@ def test_a_folder_without_weights_and_an_invalid_index_are_refused(language: Pat
     with pytest.raises(FileNotFoundError, match=r"must contain weights \(model.safetensors or .*\), but it has none"):
         load(language)
     (language / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    with pytest.raises(ValueError, match=r"index.json must contain weight_map, which maps .*; download it again"):
+    with pytest.raises(ValueError, match=r"index.json must contain the key weight_map, .*; download the file again"):
         load(language)
 
 
@@ -197,8 +197,8 @@ def test_the_embedding_table_needs_no_rows_for_placeholders(micro: Config, tmp_p
 
 
 @pytest.mark.parametrize(("marks", "message"), [
-    ({"pad_token": "<image>"}, r"the id of the placeholder <image>, but 258 is also pad_token"),
-    ({"unk_token": "<delta>"}, r"the id of the placeholder <delta>, but 258 is also unk_token"),
+    ({"pad_token": "<image>"}, r"the id of the placeholder <image>, but id 258 also belongs to pad_token"),
+    ({"unk_token": "<delta>"}, r"the id of the placeholder <delta>, but id 258 also belongs to unk_token"),
 ])
 def test_a_placeholder_that_shares_its_id_with_another_token_is_refused(marks: dict[str, str], message: str,
                                                                         micro: Config, tmp_path: Path) -> None:

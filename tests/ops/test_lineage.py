@@ -124,7 +124,7 @@ def test_the_command_prints_lineage_and_uses(monkeypatch: pytest.MonkeyPatch,
             cli.main()
         assert expected in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["onediff", "lineage"])
-    with pytest.raises(SystemExit, match="give either a version, or --of"):
+    with pytest.raises(SystemExit, match="give either a model version, or the option --of"):
         cli.main()
 
 

@@ -97,8 +97,8 @@ def test_an_unknown_benchmark_lists_the_existing_benchmarks_and_loads_no_model(p
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ([], "one system is needed: give one of --model, --chat and --cnn"),
-    (["--cnn", "a", "--chat", "b"], "one system is needed"),
+    ([], "one system must write the captions: give one of --model, --chat and --cnn"),
+    (["--cnn", "a", "--chat", "b"], "one system must write the captions"),
     (["--cnn", "a", "--prompt", "b"], "--prompt works only with --chat"),
     (["--model", "nowhere"], "nowhere is not a model folder"),
     (["--cnn", "nowhere"], "nowhere must contain a Siamese CNN"),

@@ -28,7 +28,7 @@ def test_the_scores_of_each_pair_of_a_version_can_be_read() -> None:
     add("a", CIDEr=2.5)
     assert registry.scored_pairs("models:/onediff@candidate", "gate")["scenes"]["CIDEr"] == [2.5] * 200
     next(Path("mlflow-artifacts").rglob("scored/test.json")).unlink()
-    with pytest.raises(ValueError, match=r"models:/onediff/1 must have the scores of each pair, .*: python -m"):
+    with pytest.raises(ValueError, match=r"models:/onediff/1 must have the scores of each image pair, .*: python -m"):
         registry.scored_pairs("models:/onediff/1", "test")
 
 
@@ -151,7 +151,7 @@ def test_a_version_on_a_server_is_downloaded_once_but_its_scores_are_read_again(
         with pytest.raises(ValueError, match=r"version 2: the files in .* so they were changed"):
             registry.promote()
         shutil.rmtree(server.folder / "served")
-        with pytest.raises(ValueError, match="version 2: its files must be at the location"):
+        with pytest.raises(ValueError, match="version 2: its files must be in the store"):
             registry.promote()
         assert aliases() == {"1": ["champion"], "2": ["candidate"]}
     server.stop()

@@ -283,7 +283,7 @@ def a_gate_split_of_only_one_group() -> Any:
     return scored_as()
 
 
-@attempt("data_validated: no: dvc.lock: the data/quarantine.parquet that was read must be the output of stage validate")
+@attempt("the data/quarantine.parquet that a later stage read must be the output of stage")
 def data_that_was_not_validated() -> Any:
     write_lock(TUNE, validate={"outs": {"data/quarantine.parquet": "0" * 32}})
     return promoted()
@@ -483,7 +483,7 @@ def a_version_scored_again_on_data_that_nobody_audited_against_its_own() -> Any:
     return registry.promote()
 
 
-@attempt("the champion must have passed the gate, but version 1 became champion outside OneDiff: 'onediff")
+@attempt("the champion must have passed the promotion rules, but version 1 became champion outside OneDiff: 'onediff")
 def a_champion_set_by_hand_in_mlflow() -> Any:
     register(TUNE)
     tracking.client().set_registered_model_alias("onediff", "champion", "1")

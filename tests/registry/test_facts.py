@@ -52,8 +52,8 @@ def test_all_facts_about_a_model_from_validated_and_clean_data_are_true(trained_
 
 @pytest.mark.parametrize(("changed", "reason"), [
     ({"trained": "0.dir"}, "models/tune must have the digest in dvc.lock"),
-    ({"built": "0.dir"}, "data/diffcap that was read must be the output of stage build"),
-    ({"validated": "0"}, "data/quarantine.parquet that was read must be the output of stage validate")])
+    ({"built": "0.dir"}, "data/diffcap that a later stage read must be the output of stage build"),
+    ({"validated": "0"}, "data/quarantine.parquet that a later stage read must be the output of stage validate")])
 def test_a_broken_chain_of_digests_is_reported(trained_folder: Path, changed: dict[str, str], reason: str) -> None:
     write_lock(**changed)
     facts = facts_at_registration(trained_folder)

@@ -129,7 +129,7 @@ def test_a_version_whose_files_are_missing_does_not_become_champion() -> None:
     with pytest.raises(ValueError, match=r"version 2: the files in .* were changed"):
         registry.promote()
     path.unlink()
-    with pytest.raises(ValueError, match=r"version 2: its files must be at the location .*train and register"):
+    with pytest.raises(ValueError, match=r"version 2: its files must be in the store .*train and register"):
         registry.promote()
     assert aliases() == {"1": ["champion"], "2": ["candidate"]}
 
@@ -139,7 +139,7 @@ def test_a_rollback_to_a_version_with_missing_files_keeps_the_champion() -> None
         add(name, CIDEr=score)
         registry.promote()
     next(path for path in Path("mlflow-artifacts").rglob("model.safetensors") if path.read_bytes() == b"a").unlink()
-    with pytest.raises(ValueError, match="version 1: its files must be at the location"):
+    with pytest.raises(ValueError, match="version 1: its files must be in the store"):
         registry.rollback()
     assert aliases() == {"1": ["previous"], "2": ["candidate", "champion"]}
 

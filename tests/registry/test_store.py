@@ -23,8 +23,8 @@ def test_a_server_and_a_network_database_are_shared(address: str, shared: bool, 
 @pytest.mark.parametrize("call", [registry.promote, registry.rollback, registry.repair, lambda: registry.propose("1")])
 def test_a_shared_registry_can_be_changed_only_inside_sole_writer(call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"aliases at http://127\.0\.0\.1:9 must be changed by the deployments promote "
-                                         "and rollback only: run 'onediff registry promote'"):
+    with pytest.raises(ValueError, match=r"aliases at http://127\.0\.0\.1:9 must be changed by the Prefect deployments "
+                                         "promote and rollback only: run 'onediff registry promote'"):
         call()
 
 

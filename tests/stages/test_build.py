@@ -197,7 +197,7 @@ def test_on_a_full_disk_the_old_shards_are_kept_and_no_partial_file_remains(fold
 def test_shards_changed_after_the_probe_are_refused(folder: Path) -> None:
     run_all()
     save("mine", list(records("other", 700).values()))
-    with pytest.raises(ValueError, match=r"data/pairs/mine/.*parquet: changed since data/probe\.parquet was written"):
+    with pytest.raises(ValueError, match=r"data/pairs/mine/.*parquet: this shard changed after data/probe\.parquet"):
         build()
 
 

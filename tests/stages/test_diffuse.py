@@ -60,7 +60,7 @@ def test_every_image_with_an_instruction_is_edited_and_a_restart_gives_equal_byt
 def test_filters_that_remove_all_edits_are_refused_with_the_count_of_each_filter(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace("min_direction_similarity: -1.0", "min_direction_similarity: 1.0"))
-    with pytest.raises(ValueError, match=r"'drawn': no edit passed the filters \(kept 0, .*direction .* 6, flagged 0"):
+    with pytest.raises(ValueError, match=r"'drawn': no edited image passed .* \(kept 0, .*direction .* 6, flagged 0"):
         diffuse("drawn")
 
 

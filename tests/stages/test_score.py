@@ -74,7 +74,7 @@ def test_score_writes_metrics_with_equal_bytes_twice_and_report_writes_a_page_an
 def test_the_error_for_missing_captions_contains_their_pair_ids(repository: Path) -> None:
     path = Path("data/captions/test/scenes.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(ValueError, match=r"1 \(scenes-test-000000c\) missing from the predictions"):
+    with pytest.raises(ValueError, match=r"1 \(scenes-test-000000c\) are missing from the predictions"):
         score()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"scenes\.jsonl does not exist"):

@@ -118,7 +118,7 @@ def test_pairs_with_a_broken_or_a_missing_image_are_listed_with_the_reason(folde
 
 def test_a_run_without_any_usable_caption_is_refused(folder: Path, server: ChatServer) -> None:
     server.contents = {"room": "refuse"}
-    with pytest.raises(ValueError, match="no usable caption for any of 8 pairs; the first pair is mine-train-0: "):
+    with pytest.raises(ValueError, match="no usable caption for any of 8 pairs; the first pair is mine-train-0, and "):
         write("mine")
 
 

@@ -22,9 +22,10 @@ _RECORDS, _IMAGES = "kept.jsonl", "images.bin"
 
 @dataclass(frozen=True)
 class Sample:
-    """One record without its image bytes.
+    """One record of a training corpus, without the image bytes.
 
-    `images` holds the digests of the images in order; `turns` the (question, answer) turns if it is a conversation.
+    `images` holds the digests of the images in order. `turns` holds the (question, answer) turns of a conversation, and
+    is empty if the record is not a conversation.
     """
 
     pair_id: str
@@ -36,15 +37,15 @@ class Sample:
 
 
 class ImageFiles:
-    """Read access to a file of concatenated PNG or JPEG images: maps the digest of an image to its encoded bytes."""
+    """Read access to one file that contains many PNG or JPEG images: returns the bytes of an image by its digest."""
 
     def __init__(self, path: Path, positions: dict[str, tuple[int, int]]) -> None:
-        """`positions` maps the digest of an image to (offset, size) in the file, both in bytes."""
+        """Open the file. `positions` maps the digest of an image to its (offset, size) in the file, in bytes."""
         self.positions, self._file = positions, os.open(path, os.O_RDONLY)
 
     def __getitem__(self, name: str) -> bytes:
         offset, size = self.positions[name]
-        # Unlike seek and read, pread is safe when forked loader workers share this file descriptor.
+        # Unlike seek and read, pread is safe when forked worker processes share this file descriptor.
         return os.pread(self._file, size, offset)
 
     def __del__(self) -> None:
@@ -53,18 +54,18 @@ class ImageFiles:
 
 @dataclass
 class Corpus:
-    """The samples of one split, the captions of single images, and access to the image files."""
+    """The training data of one split: its samples, the captions of single images, and access to the images."""
 
     samples: list[Sample]
-    captions: dict[str, dict[str, str]]  # maps each source to {digest of an image: caption of this image alone}
-    source_of: dict[str, str]  # maps the digest of an image to its source
+    captions: dict[str, dict[str, str]]  # source -> digest of an image -> caption of this image alone
+    source_of: dict[str, str]  # digest of an image -> source of this image
     files: ImageFiles
 
     @classmethod
     def read(cls, folder: Path, split: str, sources: Iterable[str], *, store: Path) -> Corpus:
         """Read the records of `sources` from the DiffCap shards in `folder`.
 
-        The first call writes the corpus to the folder `store`; later calls and other ranks read it from there.
+        The first call writes the corpus to the folder `store`; later calls, also on other ranks, only read `store`.
         Raises ValueError if a source has no record in the split, and OSError if the disk is full.
         """
         with waiting_lock(store.with_suffix(".lock")):
@@ -83,14 +84,14 @@ class Corpus:
             captions.setdefault(sample.source, {}).update(row["captions"])
         for source in sorted(set(sources) - {sample.source for sample in samples}):
             raise ValueError(f"{folder}: source '{source}' has no pair in split '{split}'; generate or add pairs for "
-                             "it, or remove it from the mixture in params.yaml")
+                             "this source, or remove this source from the mixture in params.yaml")
         return cls(samples, captions, source_of, ImageFiles(store / _IMAGES, positions))
 
 
 def _write(store: Path, records: Iterable[Record]) -> None:
-    """Write the corpus folder: one JSON line per record, and one file with the bytes of every distinct image.
+    """Write the corpus to the folder `store`: one JSON line per record, and one file with all distinct images.
 
-    The key `new` of a line lists (digest, offset, size) of the images that occur in no earlier record.
+    The key `new` of a line lists (digest, offset, size) of each image that occurs in no earlier record.
     """
     stored: set[str] = set()
     with (new_folder(store) as part, (part / _IMAGES).open("wb") as images,

@@ -26,37 +26,39 @@ from onediff.files import key_of, new_file, waiting_lock
 from onediff.inputs.images import open_image
 from onediff.inputs.processing import OneDiffProcessor
 
-FEATURE_BATCH = 64  # number of images in one forward pass of the vision tower when features are computed in advance
+FEATURE_BATCH = 64  # number of images per forward pass of the vision tower when features are computed
 
 Batch = dict[str, Tensor]
-# a function from the digests of M images to {"images": (M, 3, H, W)} or {"states": (M, L, N, C)}
+# Maps image digests to {"images": (images, 3, height, width)} or {"states": (images, levels, patches, channels)}.
 Pixels = Callable[[list[str]], Batch]
-VisionTower = Callable[[Tensor], Tensor]  # a function from images (M, 3, H, W) to hidden states (M, L, N, C)
+# Maps images (images, 3, height, width) to the states of a vision tower (images, levels, patches, channels).
+VisionTower = Callable[[Tensor], Tensor]
 
 
 def shared_out(rows: list[BatchRow], parts: int, *, tokens_per_image: int) -> list[list[BatchRow]]:
-    """Split the rows of a step into `parts` lists of equal size and similar token count, so that no rank waits.
+    """Divide the rows of one training step into `parts` lists, one for each rank.
 
-    The number of rows must be a multiple of `parts`. The split changes no result, because the loss of a step is a sum
-    over all its rows.
+    All lists have equal size and a similar number of tokens, so that no rank has to wait for another rank. The number
+    of rows must be a multiple of `parts`. The division changes no result, because the loss of a step is a sum over all
+    rows of the step.
     """
     if parts == 1:
         return [rows]
     longest_first = sorted(rows, key=lambda row: _num_tokens(row, tokens_per_image), reverse=True)
     rounds = [longest_first[start : start + parts] for start in range(0, len(rows), parts)]
-    # Every second round is reversed, so that the part that got the longest row then gets the shortest one.
+    # Each round gives one row to each part; every second round is reversed, so that no part gets all longest rows.
     dealt = [one_round[::-1] if number % 2 else one_round for number, one_round in enumerate(rounds)]
     return [list(part) for part in zip(*dealt, strict=True)]
 
 
 def _num_tokens(row: BatchRow, tokens_per_image: int) -> int:
-    """Estimate the length of a row in tokens, counting four characters of text as one token."""
+    """Return the estimated length of a row in tokens, where four characters of text count as one token."""
     texts = [row.prompt.question, row.prompt.answer or "", *(text for turn in row.prompt.later for text in turn)]
     return len(row.images) * tokens_per_image + sum(map(len, texts)) // 4
 
 
 def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels) -> Batch:
-    """Return the keyword arguments of the model's `forward` for these rows."""
+    """Tokenize the prompts of the rows, load their images, and return the keyword arguments for the model's forward."""
     batch = processor.answers([row.prompt for row in rows])
     batch |= pixels_of([digest for row in rows for digest in row.images])
     if any(row.masked for row in rows):
@@ -65,18 +67,24 @@ def collate(rows: list[BatchRow], processor: OneDiffProcessor, pixels_of: Pixels
 
 
 def decode(corpus: Corpus, processor: OneDiffProcessor) -> Pixels:
-    """Return a function that decodes the images of a batch, for a phase that trains the vision tower."""
+    """Return a function that maps image digests to decoded images, for phases that train the vision tower.
+
+    The function decodes an image again at every call.
+    """
     return lambda digests: {"images": processor.pixels([open_image(corpus.files[digest]) for digest in digests])}
 
 
 class FeatureStore:
-    """The states of a frozen vision tower for every image of a corpus, computed once and memory-mapped from scratch.
+    """The states of a frozen vision tower for all images of a corpus, which are computed once and stored in files.
 
-    Called with the digests of M images, it returns {"states": (M, L, N, C)}.
+    When this object is called with image digests, it returns {"states": (images, levels, patches, channels)}.
     """
 
     def __init__(self, arrays: dict[str, NDArray[np.float32]], location_of: dict[str, tuple[str, int]]) -> None:
-        """`arrays` has one array (images, L, N, C) per source; `location_of` maps a digest to a source and an index."""
+        """Store the arrays of states, one (images, levels, patches, channels) for each source.
+
+        `location_of` maps an image digest to (source, index of the image in the array of this source).
+        """
         self.arrays, self.location_of = arrays, location_of
 
     def __call__(self, digests: list[str]) -> Batch:
@@ -90,9 +98,10 @@ class FeatureStore:
     @classmethod
     def prepare(cls, corpus: Corpus, processor: OneDiffProcessor, tower: VisionTower, *, tower_digest: str,
                 scratch: Path) -> FeatureStore:
-        """Open the feature files of every source below `scratch`, computing those that do not exist yet.
+        """Open the feature file of each source below `scratch`; first compute the files that do not exist yet.
 
-        The name of a file contains a hash of `tower_digest` and of its images, so changed weights get new files.
+        The name of a feature file contains a hash of `tower_digest` and of the image digests, so a vision tower with
+        changed weights gets new files.
         """
         digests_of: dict[str, list[str]] = defaultdict(list)
         for digest, source in sorted(corpus.source_of.items()):
@@ -110,7 +119,7 @@ class FeatureStore:
 
 def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, tower: VisionTower, *,
                    digests: list[str]) -> None:
-    """Write the states of the vision tower for these images, in this order, to one .npy file."""
+    """Compute the states of the vision tower for the images in `digests`, and write them in order to one .npy file."""
     store = None
     with (torch.inference_mode(), new_file(path) as part,
           tqdm(total=len(digests), desc=f"features {path.stem.split('-')[0]}", unit="image") as progress):
@@ -128,16 +137,17 @@ def write_features(path: Path, corpus: Corpus, processor: OneDiffProcessor, towe
 
 
 def stream(batches_of: Callable[[int], list[Batch]], steps: range, *, workers: int, pin: bool) -> Iterator[list[Batch]]:
-    """Yield `batches_of(step)` for each step in order; worker processes, if any, prepare later steps in advance.
+    """Yield the batches of each training step in order, as returned by `batches_of(step)`.
 
-    `pin` copies the tensors to page-locked memory, from which transfers to a GPU are faster. Workers are forked, so
-    `batches_of` and the corpus need not be pickled.
+    If `workers` is above 0, worker processes prepare the batches of later steps in advance. If `pin` is true, the
+    tensors are copied to page-locked memory, from which transfers to a GPU are faster. Workers are forked, so
+    `batches_of` need not be picklable.
     """
     def ignore_signals(worker: int) -> None:
-        """Make a worker ignore stop signals, because the rank needs batches until it has written a checkpoint."""
+        """Make a worker ignore stop signals, because training needs batches until a checkpoint has been written."""
         interrupts.ignore()
 
-    # The dataset is the range of steps: the DataLoader passes each step number to `batches_of` in a worker.
+    # The dataset of this DataLoader is the range of step numbers, and `batches_of` gets one step number at a time.
     return iter(DataLoader(steps, batch_size=None, collate_fn=batches_of,  # type: ignore[arg-type]
                            num_workers=workers, pin_memory=pin,
                            prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,

@@ -21,11 +21,10 @@ from onediff.data.batches.corpus import Corpus, Sample
 from onediff.data.record import digest
 from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt, single_prompt
 
-# number of random images of which Coupled Sample Training takes the least similar one as the second image
-CANDIDATES = 4
+CANDIDATES = 4  # number of random images; Coupled Sample Training pairs an image with the least similar of these
 SINGLE_INSTRUCTION = "Describe the image."
 AS_RECORDED = Task(instruction=None, targets="drawn", max_new_tokens=None, num_beams=None)
-CYCLE = 1000  # number of rows after which the order of the sources repeats; sampling weights are exact to 1/1000
+CYCLE = 1000  # number of rows in a cycle, in which each source gets its share of the rows; all cycles are equal
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,15 @@ class BatchRow:
 
 
 RowSampler = Callable[[int], list[BatchRow]]
-# a sample and the answer to train on; if the answer is None, each visit draws a random reference
-Entry = tuple[Sample, str | None]
+Entry = tuple[Sample, str | None]  # (sample, answer to train on); the answer None means a random reference
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings that decide which rows a step draws.
+    """The settings that decide which rows of the corpus each training step draws.
 
     `weights` is the mixture (source -> sampling weight), `template` the name of the language model's prompt template,
-    and `mask_patches` the share of pairs whose patch tokens are hidden from the language model.
+    and `mask_patches` the fraction of pairs whose patch tokens are hidden from the language model.
     """
 
     weights: dict[str, float]
@@ -70,7 +68,7 @@ class Sampling:
 
 
 def tune_entries(corpus: Corpus, sampling: Sampling) -> list[Entry]:
-    """Return the (sample, answer) entries that one epoch of instruction tuning visits, each once."""
+    """Return the (sample, answer) entries of one epoch of instruction tuning; None means a random reference."""
     entries: list[Entry] = []
     for sample in corpus.samples:
         targets = "drawn" if sample.turns else sampling.tasks.get(sample.source, AS_RECORDED).targets
@@ -82,10 +80,10 @@ def tune_entries(corpus: Corpus, sampling: Sampling) -> list[Entry]:
 
 
 def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
-    """Return the row sampler of multi-task instruction tuning.
+    """Return a function (step number -> list of rows) that draws the rows of multi-task instruction tuning.
 
-    It draws the sources by weight and visits each entry of a source once per epoch. A conversation keeps all its turns
-    in order.
+    The function draws the sources by weight, and visits each entry of a source once before any entry is visited again.
+    A conversation keeps all its turns in order.
     """
     by_source: dict[str, list[int]] = {name: [] for name in sorted(sampling.weights)}
     for index, (sample, _) in enumerate(entries):
@@ -110,10 +108,10 @@ def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
 
 
 def coupled_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
-    """Return the row sampler of Coupled Sample Training.
+    """Return a function (step number -> list of rows) that draws the rows of Coupled Sample Training.
 
-    It joins two dissimilar captioned images of one source into a pseudo pair, whose answer is both captions in order.
-    Raises ValueError if a source has fewer than two captioned single images.
+    Each row joins two images of one source with dissimilar captions into a pseudo pair; the answer is both captions in
+    order. Raises ValueError if a source has fewer than two captioned single images.
     """
     def row(rng: Generator, source: str, names: list[str]) -> BatchRow:
         captions = corpus.captions[source]
@@ -127,9 +125,10 @@ def coupled_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
 
 
 def single_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
-    """Return a row sampler of single captioned images, as in LLaVA's first phase.
+    """Return a function (step number -> list of rows) that draws rows with one captioned image each.
 
-    Coupled Sample Training is compared with this baseline. Raises ValueError as `coupled_rows` does.
+    LLaVA's first phase trains on such rows; they are a baseline for Coupled Sample Training. Raises ValueError if a
+    source has fewer than two captioned single images.
     """
     def row(rng: Generator, source: str, names: list[str]) -> BatchRow:
         name = choose(rng, names)
@@ -141,9 +140,10 @@ def single_rows(corpus: Corpus, sampling: Sampling) -> RowSampler:
 
 def _by_turns(corpus: Corpus, sampling: Sampling, row: Callable[[Generator, str, list[str]], BatchRow], *,
               stream: int) -> RowSampler:
-    """Return a row sampler that draws the sources by weight and makes each row with `row(rng, source, names)`.
+    """Return a function (step number -> list of rows) that, for each row, draws a source by weight and calls `row`.
 
-    `names` are the digests of the captioned images of the source. `stream` gives each sampler its own random numbers.
+    The call is `row(rng, source, names)`, where `names` are the digests of the source's captioned images. `stream` is
+    a part of the random seed, so that two kinds of rows get different random numbers.
     """
     for source in sampling.weights:
         if len(corpus.captions.get(source, ())) < 2:
@@ -165,7 +165,7 @@ def _words(caption: str) -> frozenset[str]:
 
 
 def choose(rng: Generator, options: list[str]) -> str:
-    """Return one of the options at random, each with equal probability."""
+    """Return one random element of `options`; all elements have equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -176,20 +176,22 @@ class Mixture:
     """
 
     def __init__(self, indices_by_source: dict[str, list[int]], weights: dict[str, float], seed: int) -> None:
-        """Raise ValueError if there is no source, a weight is not positive, or a source has no pairs."""
+        """Prepare the mixture from the sample indices and the sampling weight of each source.
+
+        Raises ValueError if there is no source, a weight is not positive, or a source has no samples.
+        """
         if not weights:
             raise ValueError("mixture: no source is given; set at least one source with a weight above 0")
         for name, weight in weights.items():
             if not weight > 0:
-                raise ValueError(f"mixture.{name}: weight must be above 0, got {weight}; to drop the source, remove "
-                                 "the line")
+                raise ValueError(f"mixture.{name}: weight must be above 0, got {weight}; to train without this source, "
+                                 "remove it from the mixture")
             if not indices_by_source.get(name):
                 raise ValueError(f"mixture.{name}: this source has no pairs; choose from the sources with pairs: "
                                  f"{sorted(indices_by_source)}")
         self.seed, self.indices, self.turns = seed, indices_by_source, source_turns(weights)
-        self.num_turns: Counter[str] = Counter()  # maps each source to its number of turns in a cycle
-        # maps each slot of the cycle to the number of earlier slots with the same source
-        self.num_earlier: list[int] = []
+        self.num_turns: Counter[str] = Counter()  # source -> number of samples drawn from this source per cycle
+        self.num_earlier: list[int] = []  # position in a cycle -> number of earlier positions with the same source
         for source in self.turns:
             self.num_earlier.append(self.num_turns[source])
             self.num_turns[source] += 1
@@ -207,7 +209,10 @@ class Mixture:
 
 
 def source_turns(weights: dict[str, float]) -> list[str]:
-    """Return the source of each of the CYCLE slots: a slot goes to the source that is furthest below its share."""
+    """Return the source of each row in a cycle of CYCLE rows, so that each source gets the share that its weight sets.
+
+    Each row goes to the source that is furthest below its share so far.
+    """
     parts = np.array(list(weights.values()), dtype=np.float64)
     share, num_turns, turns = parts / parts.sum(), np.zeros(len(parts)), []
     for turn in range(CYCLE):
@@ -219,5 +224,8 @@ def source_turns(weights: dict[str, float]) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _order(seed: int, name: str, epoch: int, length: int) -> NDArray[np.int64]:
-    """Return the shuffled order of one epoch of the source `name`; cached, since every draw of the epoch needs it."""
+    """Return the shuffled order in which one epoch visits the samples of source `name`, as an array of positions.
+
+    The result is cached, because every draw of the epoch needs it.
+    """
     return np.random.default_rng([seed, int(digest(name.encode())[:8], 16), epoch]).permutation(length)

@@ -256,7 +256,10 @@ class _BenchmarkIndex:
                     yield number, image, int(theirs[place]), round(float(distance[place]), 3)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return for each benchmark the number of all pairs, and the number of pairs that match by each measure."""
+        """Return for each benchmark the number of its pairs, and how many of them occur in the training set.
+
+        The second number is given for each way of comparing, such as equal images or rare captions.
+        """
         counts = {}
         for source, num_pairs in Counter(source for source, _ in self.pairs).items():
             pairs = {measure: self.matched[source, measure] for measure in MEASURES}

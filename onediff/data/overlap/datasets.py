@@ -23,8 +23,6 @@ from onediff.inputs.prompt import IMAGE
 
 ANNOTATIONS = (".json", ".jsonl")
 _FORM = '{"id", "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from", "value"}, ...]}'
-# Errors of entries.py end with this advice, which is removed here because users write LLaVA files themselves.
-_CURE = "; take the file as published"
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,6 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
                 tuple((name, images / name if os.path.isfile(images / name) else None)
                       for name in (expect(name, str, f"{place}, image") for name in names)))
     except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix(_CURE)}; the file must be a list of LLaVA conversations: {_FORM}"
-                         ) from None
+        raise ValueError(f"{error}; the file must be a list of LLaVA conversations: {_FORM}") from None
     if is_empty:
         raise ValueError(f"{path}: the file has no row; it must be a list of LLaVA conversations: {_FORM}")

@@ -1,8 +1,8 @@
 """Decide which pairs are bad and whether the data may be used at all.
 
-Each suite is one list of rules. This list gives both the expectation suite of Great Expectations and the quarantine
-list. Great Expectations limits its lists of failing values, so this module finds every bad pair without it; Great
-Expectations checks the same rules again and writes a part of the validation page.
+Each suite is one list of rules. Great Expectations shortens its lists of failing values, so this module applies the
+rules itself to find every bad pair for the quarantine list. Great Expectations then checks equal rules and writes a
+part of the validation page.
 """
 
 import os
@@ -19,18 +19,19 @@ from onediff.data.record import SPLITS
 from onediff.files import write_text
 
 MIN_PX = 32
-MAX_WORDS = {"generated": 100, "raw": 500}  # The references of Birds-to-Words are paragraphs about two birds.
-# Before and after may differ in size but not in aspect ratio. 2 % of tolerance allow for rounding to whole pixels.
+MAX_WORDS = {"generated": 100, "raw": 500}  # Captions of the published source Birds-to-Words are paragraphs.
+# The aspect ratios of the two images of a pair may differ by 2 %, because resizing rounds sizes to whole pixels.
 ASPECT = 1.02
-NUM_SHOWN = 4  # number of bad pairs of each rule that the validation page shows with their images
+NUM_SHOWN = 4  # number of bad pairs per rule whose images the validation page shows
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for one column of the probe table: values are between `low` and `high`, or are one of `allowed`.
+    """A rule for one column of the probe table: values must be between `low` and `high`, or one of `allowed`.
 
-    Missing values (NaN) satisfy a rule with bounds. `reason` describes the problem of a pair that breaks the rule. One
-    pair that breaks a fatal rule stops the run; other rules stop it when the share of bad pairs exceeds the tolerance.
+    Missing values (NaN) satisfy a rule with bounds. `reason` describes the problem of a pair that breaks the rule. If
+    the rule is fatal, one pair that breaks it stops the run. Pairs that break other rules are bad pairs, and the run
+    stops only if the share of bad pairs exceeds the tolerance.
     """
 
     column: str
@@ -45,24 +46,24 @@ _MISSING = Rule("num_missing_images", "an image is missing", high=0)
 _COMMON = (
     Rule("readable", "an image cannot be read", allowed=(True,)),
     _MISSING,
-    Rule("num_images", "neither two images, nor one, nor none", low=0, high=2),
+    Rule("num_images", "the number of images is not 0, 1 or 2", low=0, high=2),
     Rule("num_same_id", "pair_id occurs more than once", high=1),
     Rule("num_missing", "pair_id, source, group_id or change_type is empty", high=0),
-    Rule("split", f"split is none of {', '.join(SPLITS)}", allowed=SPLITS),
+    Rule("split", f"the split is not one of {', '.join(SPLITS)}", allowed=SPLITS),
     Rule("smallest_px", f"an image is less than {MIN_PX} px wide or high", low=MIN_PX),
     Rule("num_references", "no caption", low=1),
     Rule("num_empty_references", "an empty caption", high=0),
-    Rule("has_bad_text", "text that is not UTF-8 or holds control characters or line separators", allowed=(False,)),
+    Rule("has_bad_text", "text that is not UTF-8 or contains control characters or line separators", allowed=(False,)),
 )
 _WORDS = {suite: Rule("num_words", f"a caption of more than {most} words", high=most)
           for suite, most in MAX_WORDS.items()}
-_SHAPES = Rule("aspect_ratio", "before and after differ in shape", low=1 / ASPECT, high=ASPECT)
+_SHAPES = Rule("aspect_ratio", "the two images differ in aspect ratio", low=1 / ASPECT, high=ASPECT)
 _APART = (
     Rule("num_image_splits", "an image occurs in two splits", high=1, fatal=True),
-    Rule("num_group_splits", "its group_id occurs in two splits", high=1, fatal=True),
+    Rule("num_group_splits", "the group_id occurs in two splits", high=1, fatal=True),
 )
-# The suite "raw" has no rule about aspect ratios, because the two photographs of a published pair may differ in it.
-# The suite "raw" has no rule about images in two splits, because the parameter data.leaks decides about such pairs.
+# The suite "raw" has no rule for shapes, because the two photographs of a published pair may differ in aspect ratio.
+# The suite "raw" accepts an image in two splits, because data.leaks decides what happens to such published pairs.
 SUITES = {
     "generated": (*_COMMON, _WORDS["generated"], _SHAPES, *_APART),
     "raw": (*_COMMON, _WORDS["raw"]),
@@ -72,9 +73,9 @@ SUITES = {
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """The result of one suite: all rows that it judged, and which of them are bad.
+    """The result of one suite of rules: all rows of the probe table that were checked, and the bad ones.
 
-    The index of `rows`, `bad` and `excused` is the position of the pair in the shards. `bad` has the columns pair_id,
+    The index of `rows`, `bad` and `excused` is the position of the pair in all shards. `bad` has the columns pair_id,
     source, split, suite, reasons (one text) and error (the error that reading the images raised). `excused` is True
     for bad pairs that do not count against the tolerance: pairs of sources in data.partial that only lack an image.
     """
@@ -92,16 +93,19 @@ class SuiteResult:
 
 
 def suites_of(table: pd.DataFrame, data: Data) -> pd.Series:
-    """Return the suite of each row: "generated" for sources in data.generated and data.diffused, "raw" for others."""
+    """Return the suite of each row: "generated" for the sources in data.generated and data.diffused, otherwise "raw".
+
+    `table` is the probe table.
+    """
     generated = table["listed_as"].isin([*data.generated, *data.diffused])
     return pd.Series(np.where(generated, "generated", "raw"), index=table.index, dtype=object)
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the probe table with the further columns that the rules need, such as num_same_id.
+    """Return the probe table with additional columns for the rules, such as num_same_id.
 
-    The table must have the column `suite`. A probe sees one pair at a time, so it cannot count repeated pair_ids or
-    the splits in which an image occurs.
+    `table` must have the column `suite`. The probe table lacks these columns, because a probe reads one pair at a time
+    and cannot count repeated pair_ids or the splits in which an image occurs.
     """
     images = table["decodes"] & (table["num_images"] > 0)
     sizes = table[["width_before", "height_before", "width_after", "height_after"]].astype("float64")
@@ -120,7 +124,10 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _num_splits(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return in how many splits of the row's suite each value occurs, in any of the columns; 0 for an empty value."""
+    """Return for each value of the given columns the number of splits that contain this value in any of the columns.
+
+    Only splits of the row's own suite count. Empty values get 0.
+    """
     values = pd.concat([table["suite"] + "\0" + table[name] for name in columns], ignore_index=True)
     present = np.concatenate([(table[name] != "").to_numpy() for name in columns])
     codes, kinds = pd.factorize(values)
@@ -132,7 +139,7 @@ def _num_splits(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def broken(rule: Rule, table: pd.DataFrame) -> pd.Series:
-    """Return True for each row of a judged table that breaks the rule."""
+    """Return a Boolean for each row of `table`, True if the row breaks the rule. `table` is the result of judged()."""
     values = table[rule.column]
     if rule.allowed is not None:
         return ~values.isin(rule.allowed)
@@ -141,7 +148,10 @@ def broken(rule: Rule, table: pd.DataFrame) -> pd.Series:
 
 
 def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: tuple[str, ...] = ()) -> SuiteResult:
-    """Judge the rows of one suite. `table` comes from judged(); `partial` are the sources that may lack images."""
+    """Apply all rules of one suite to the rows of this suite, and return the rows and the bad pairs.
+
+    `table` is the result of judged(). `partial` lists the sources whose pairs may lack an image.
+    """
     rows = table[table["suite"] == suite]
     reasons = pd.Series([""] * len(rows), index=rows.index, dtype=object)
     for rule in SUITES[suite]:
@@ -153,9 +163,9 @@ def check_suite(suite: str, table: pd.DataFrame, *, tolerance: float, partial: t
 
 
 def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -> list[str]:
-    """Return the reasons why the data may not be used, one line each; an empty list if it may be used.
+    """Return the reasons why the data may not be used, one line each, or an empty list if the data may be used.
 
-    `whole` are the sources whose test split must stay complete, so that scores stay comparable.
+    `whole` lists the sources whose test split must be complete, so that scores are comparable with published scores.
     """
     splits = {split for checked in all_checked for split in checked.rows["split"].unique()}
     lines = [f"no pair in split {split}; each of {', '.join(SPLITS)} needs at least one"
@@ -179,20 +189,20 @@ def complaints(all_checked: list[SuiteResult], *, whole: tuple[str, ...] = ()) -
 
 
 def _first(bad: pd.DataFrame) -> str:
-    """Return the first bad pair as a text: pair_id, reasons, and the error of its images if there was one."""
+    """Return a text about the first bad pair: pair_id, reasons, and the error if its images could not be read."""
     pair_id, reasons, error = bad[["pair_id", "reasons", "error"]].iloc[0]
     return f"{pair_id}: {reasons}" + (f" ({error})" if error else "")
 
 
 def write_report(all_checked: list[SuiteResult], folder: Path, *, shard_folders: list[Path],
                  whole: tuple[str, ...] = ()) -> None:
-    """Write folder/index.html, the validation page about all suites, with images of bad pairs.
+    """Write folder/index.html, the validation page: the results of all suites, with images of bad pairs.
 
-    `shard_folders` are the folders of the shards, in the order in which they were probed. `whole` are the sources
-    whose test split must stay complete.
+    `shard_folders` lists the folders of the shards, in the order in which the probe read them. `whole` lists the
+    sources whose test split must be complete.
 
-    Raises ValueError if the shards are not the shards that were probed. If the data may not be used, raises ValueError
-    with all reasons after the page is written.
+    Raises ValueError if the shards changed after the probe. If the data may not be used, raises ValueError with all
+    reasons after the page is written.
     """
     lines = complaints(all_checked, whole=whole)
     parts = [_part(checked) for checked in all_checked if len(checked.rows)]
@@ -205,7 +215,7 @@ def write_report(all_checked: list[SuiteResult], folder: Path, *, shard_folders:
 
 
 def _part(checked: SuiteResult) -> dict[str, Any]:
-    """Return the values that the validation page shows about one suite."""
+    """Return the values that the template of the validation page needs for one suite of rules."""
     result = validate(checked)
     from great_expectations.render import renderer, view
 

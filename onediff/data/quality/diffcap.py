@@ -15,20 +15,23 @@ from onediff.data.quality.probe import row_groups_with
 from onediff.data.record import SCHEMA, SPLITS, digest
 from onediff.data.sources.catalog import CATALOG
 
-LICENCE = "Apache-2.0"  # the licence of this project, which also applies to the images that the project renders
+LICENCE = "Apache-2.0"  # the licence of this project and of the images that it renders
 
 
 def good_rows(table: pd.DataFrame, *, quarantined: frozenset[str]) -> pd.DataFrame:
-    """Return the rows of the probe table whose pairs are not quarantined and have a known split.
+    """Return the rows of the probe table whose pairs are not quarantined and whose split is one of SPLITS.
 
-    The index of each row is the position of its record in all shards.
+    `quarantined` holds the pair_ids of bad pairs. The index of each row is the position of the record in all shards.
     """
     rows = table.reset_index(drop=True)
     return rows[~rows["pair_id"].isin(list(quarantined)) & rows["split"].isin(SPLITS)]
 
 
 def staying(rows: pd.DataFrame, leaks: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows without the pairs that leak. Raises ValueError if a split would be empty."""
+    """Remove the leaking pairs from the rows of the probe table. Raises ValueError if a split would be empty.
+
+    `leaks` is the table of leaks; only pairs with True in its column `leaks` are removed.
+    """
     rows = rows[~rows["pair_id"].isin(leaks.loc[leaks["leaks"], "pair_id"])]
     for split in SPLITS:
         if not (rows["split"] == split).any():
@@ -39,22 +42,24 @@ def staying(rows: pd.DataFrame, leaks: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen_tables(folders: list[Path], rows: pd.DataFrame, split: str) -> Iterator[pa.Table]:
-    """Yield the records of one split as Arrow tables, one per row group, in the order of the folders and shards.
+    """Yield the records of one split of DiffCap as Arrow tables, one per row group, in the order of the shards.
 
-    Raises ValueError if the shards changed after the probe table was written.
+    `rows` holds the rows of the probe table for all pairs of DiffCap. Raises ValueError if a shard in `folders` changed
+    after the probe table was written.
     """
     rows = rows[rows["split"] == split]
     for path, group, numbers, part in row_groups_with(folders, rows.index.to_numpy()):
         table = pq.ParquetFile(path).read_row_group(group).take(numbers)
         if table.column("pair_id").to_pylist() != rows["pair_id"].iloc[part].to_list():
-            raise ValueError(f"{path}: changed since data/probe.parquet was written; update it with 'dvc repro'")
+            raise ValueError(f"{path}: this shard changed after data/probe.parquet was written; run 'dvc repro' to "
+                             "update data/probe.parquet")
         yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def card(rows: pd.DataFrame, folder: Path, data: Data) -> dict[str, Any]:
-    """Return the part of card.json about the shards in `folder`: counts, origins and digests.
+    """Return the part of card.json about the shards of DiffCap: numbers of pairs, origins of sources, file digests.
 
-    `rows` holds the rows of the probe table for the pairs in these shards.
+    `folder` contains the shards, and `rows` holds the rows of the probe table for the pairs in these shards.
     """
     counts = nested_counts(rows.groupby(["split", "source", "change_type"]).size())
     return {
@@ -67,10 +72,10 @@ def card(rows: pd.DataFrame, folder: Path, data: Data) -> dict[str, Any]:
 
 def leak_card(rows: pd.DataFrame, leaks: pd.DataFrame, *, near_bits: int, near_train: Mapping[str, Any],
               names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of card.json about leaks.
+    """Return the part of card.json about leaks between splits.
 
-    `rows` holds the pairs that remain in DiffCap. The numbers of shared images and groups are counted in these rows
-    instead of being assumed to be zero.
+    `rows` holds the rows of the probe table for the pairs that remain in DiffCap. `leaks` is the table of leaks.
+    Images and groups that occur in two splits are counted in `rows`, although the leak check should leave none.
     """
     dropped = leaks[leaks["leaks"]].drop_duplicates("pair_id")
     return {"images": num_shared(rows, "hash_before", "hash_after"), "groups": num_shared(rows, "group_id"),
@@ -80,14 +85,17 @@ def leak_card(rows: pd.DataFrame, leaks: pd.DataFrame, *, near_bits: int, near_t
 
 
 def num_shared(rows: pd.DataFrame, *columns: str) -> int:
-    """Return the number of different values in the columns that occur in more than one split."""
+    """Return how many different values of the given columns occur in more than one split, without empty values."""
     values = rows.melt("split", columns, value_name="value")
     num_splits = values[values["value"] != ""].groupby("value")["split"].nunique()
     return int((num_splits > 1).sum())
 
 
 def origin(source: str, data: Data) -> dict[str, str]:
-    """Return description, licence and home of a source, and who wrote the captions if the writer did."""
+    """Return the description, the licence and the home of a source as a dict.
+
+    If stage `write` generated the captions of this source, the key `captions` gives the model and the prompts.
+    """
     raw, images, generators = f"data/raw/{source}", f"that of the images in data/raw/{source}", "onediff/data/synthesis"
     if source in CATALOG:
         what, licence, home = CATALOG[source].what, CATALOG[source].licence, CATALOG[source].home
@@ -110,11 +118,11 @@ def origin(source: str, data: Data) -> dict[str, str]:
 
 
 def incomplete_tests(probed: pd.DataFrame, rows: pd.DataFrame, reports: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the published sources whose test or gate split is incomplete.
+    """Return a dict of the published sources whose test or gate split is incomplete in DiffCap.
 
-    The result gives for each such source the number of pairs in DiffCap, the number of pairs in the probe table, and
-    the counts of the reader. `probed` is the complete probe table, `rows` the rows of the pairs in DiffCap, and
-    `reports` the report.json of stage read by source.
+    Each value holds the number of pairs in DiffCap, the number of pairs in the probe table, and the published numbers
+    if they are known. `probed` is the complete probe table, `rows` holds its rows for the pairs in DiffCap, and
+    `reports` maps each source to the report.json of stage `read`.
     """
     incomplete: dict[str, Any] = {}
     for source, report in reports.items():
@@ -134,7 +142,7 @@ def incomplete_tests(probed: pd.DataFrame, rows: pd.DataFrame, reports: Mapping[
 
 
 def dataset_card(card: Mapping[str, Any]) -> str:
-    """Return the text of README.md for the shards; `datasets.load_dataset` finds the splits in its header."""
+    """Return the text of README.md for DiffCap; its header tells `datasets.load_dataset` the files of each split."""
     counts = [(source, kind, count) for sources in card["num_pairs"].values()
               for source, kinds in sources.items() for kind, count in kinds.items()]
     licences = {facts["licence"] for facts in card["sources"].values()}

@@ -1,8 +1,8 @@
 """Finds leaks: pairs whose content also occurs in a later split (order: train, val, gate, test).
 
-A pair leaks if it shares pixels, published names or a group with a pair of a later split, or if an image is a
-near-duplicate. The pair in the earlier split is the leak, so test pairs are never removed. A perceptual hash proposes
-near-duplicates, and the pixel difference decides.
+A pair leaks if a pair of a later split has an equal image, equal published names, the same group or a near-duplicate
+image. Only the pair in the earlier split is removed, so test pairs always stay. Near-duplicate images have similar
+perceptual hashes; the pixel difference then decides whether the pair leaks.
 """
 
 import functools
@@ -26,18 +26,19 @@ COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "
            "partner_source": "str", "partner_split": "str", "distance": "float64", "leaks": "bool"}
 THUMBNAIL_PX = 32
 NEAR = "near-duplicate image"
-# These sizes limit memory use: query images per search, stored images per index, and pairs of images per result.
+# These numbers limit memory use: query images per search, stored images per index, and pairs of images per result.
 _BLOCK, _SLICE, _CHUNK = 256, 65_536, 8_192
 
 Thumbnails = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.uint8]]
 
 
 def find_leaks(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """Return a table with one line per leaking pair and reason, and its partner in a later split (see COLUMNS).
+    """Return a table with the columns COLUMNS: one line for each pair and reason, with a partner in a later split.
 
-    `rows` holds rows of the probe table, with the position of the record as index. `distance` is the mean difference of
-    the near-duplicate images in grey levels, and NaN for sources that `settings.max_distance` does not list. `leaks` is
-    False for a pair that is only reported, because its distance is larger than the source's limit or there is no limit.
+    `rows` holds rows of the probe table; their index is the position of the record in all shards. The column `distance`
+    is the mean difference of two near-duplicate images in grey levels, and NaN if `settings.max_distance` has no limit
+    for the source. The column `leaks` is False if the pair is only reported and may stay: near-duplicates whose
+    distance is above the limit, or without a limit.
     """
     named = (rows["name_before"] != "") & (rows["name_after"] != "")
     names = (rows["source"] + "\0" + rows["name_before"] + "\0" + rows["name_after"]).where(named, "")
@@ -56,11 +57,14 @@ def refuse_leaks(lines: pd.DataFrame, *, report: Path) -> None:
         raise ValueError(
             f"data/diffcap: {leaks['pair_id'].nunique()} pairs also occur in a later split (first: "
             f"{first['pair_id']} in {first['split']} and {first['partner']} in {first['partner_split']}: "
-            f"{first['reason']}); remove them, or set data.leaks.action to drop; {report} lists all leaks")
+            f"{first['reason']}); remove these pairs, or set data.leaks.action to drop; {report} lists all leaks")
 
 
 def shared_names(table: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Return for each source with published splits how many image pairs, by name, two published splits share."""
+    """Return for each source with published splits how many pairs of image names occur in two of these splits.
+
+    The keys of each inner dict are test-val, train-val and train-test.
+    """
     table = table[(table["official_split"] != "") & (table["name_before"] != "") & (table["name_after"] != "")]
     shared = {}
     for source, rows in table.groupby("source"):
@@ -84,20 +88,20 @@ def nested_counts(counts: pd.Series) -> dict[str, Any]:
 
 
 def _ranks(rows: pd.DataFrame) -> NDArray[np.int64]:
-    """Return for each row the position of its split in SPLITS."""
+    """Return for each row of the probe table the index of its split in SPLITS."""
     return np.asarray(rows["split"].map(SPLITS.index), dtype=np.int64)
 
 
 def _equal(rows: pd.DataFrame, columns: list[pd.Series], reason: str) -> pd.DataFrame:
-    """Return a line of the leak table for each pair that shares a value of these columns with a pair in a later split.
+    """Return a table of leaks for pairs that share a value of the given columns with a pair of a later split.
 
-    Empty texts do not count as shared values.
+    Empty values do not count. `reason` is the text for the column `reason` of the table.
     """
     ranks = _ranks(rows)
     uses = pd.concat([pd.DataFrame({"row": np.arange(len(rows)), "rank": ranks, "value": column.to_numpy()})
                       for column in columns])
     uses = uses[uses["value"] != ""]
-    # For each value, take the first row of the last split that contains the value.
+    # The partner of a leaking pair is the first pair with this value in the last split that contains the value.
     holders = uses.sort_values(["rank", "row"], ascending=[False, True]).drop_duplicates("value").set_index("value")
     uses["partner"] = uses["value"].map(holders["row"]).astype("int64")
     leaking = uses[ranks[uses["partner"]] > uses["rank"]].drop_duplicates("row").sort_values("row")
@@ -106,7 +110,7 @@ def _equal(rows: pd.DataFrame, columns: list[pd.Series], reason: str) -> pd.Data
 
 def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.int64], reason: str, *,
            distance: NDArray[np.float64] | float = np.nan, leaks: NDArray[np.bool_] | bool = True) -> pd.DataFrame:
-    """Return the table of leaks for the given row numbers of pairs and of their partners."""
+    """Return a table of leaks; `pairs` and `partners` are row numbers of leaking pairs and their partners in `rows`."""
     left, right = rows.iloc[pairs].reset_index(drop=True), rows.iloc[partners].reset_index(drop=True)
     lines = pd.DataFrame({"pair_id": left["pair_id"], "source": left["source"], "split": left["split"],
                           "reason": reason, "partner": right["pair_id"], "partner_source": right["source"],
@@ -116,10 +120,9 @@ def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.in
 
 
 def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """Return a line of the leak table for each pair with a near-duplicate image in a later split.
+    """Return a table of leaks for pairs with a near-duplicate image in a later split; the nearest image is the partner.
 
-    Images are near-duplicates if their perceptual hashes differ in at most `near_bits` bits. If a pair has several
-    near-duplicates, the line is about the nearest one.
+    Two images are near-duplicates if their perceptual hashes differ in at most `settings.near_bits` bits.
     """
     uses = _uses(rows)
     images = uses.drop_duplicates("image")
@@ -135,7 +138,7 @@ def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails
             near = pd.DataFrame({"image": candidate["image"], "distance": distance,
                                  "partner": np.append(late["row"], -1)[partner]})[partner >= 0]
             near = near.merge(uses[["image", "row"]], on="image")
-            # Both images of a pair may have a near-duplicate; keep the nearer one.
+            # If both images of a pair have a near-duplicate, keep only the nearer one.
             near = near.sort_values(["row", "distance"], kind="stable").drop_duplicates("row")
             limits = rows["source"].iloc[near["row"]].map(settings.max_distance).to_numpy(dtype=np.float64)
             lines.append(_lines(rows, near["row"].to_numpy(), near["partner"].to_numpy(), NEAR,
@@ -144,9 +147,10 @@ def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails
 
 
 def near_train_images(rows: pd.DataFrame, *, bits: int) -> dict[str, dict[str, int]]:
-    """Return by source and split how many different images resemble a train image of any source.
+    """Count the different images of each source in val, gate and test that resemble a training image of any source.
 
-    Two images resemble each other if their perceptual hashes differ in at most `bits` bits.
+    Return a dict from source to a dict from split to the number. Two images resemble each other if their perceptual
+    hashes differ in at most `bits` bits.
     """
     images = _uses(rows).drop_duplicates("image")
     late = images[images["rank"] > 0]
@@ -156,11 +160,11 @@ def near_train_images(rows: pd.DataFrame, *, bits: int) -> dict[str, dict[str, i
 
 
 def _uses(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with one row for each image of each pair.
+    """Return a table with one row for each readable image of each pair.
 
-    Columns: `row` (row number of the pair), `label` (position of the record in all shards), `side` (0 for before, 1 for
-    after), `source`, `rank` (position of the split), `phash`, and `image`, a number that equal images of one source and
-    split share.
+    Columns: `row` (row number of the pair in `rows`), `label` (position of the record in all shards), `side` (0 for
+    before, 1 for after), `source`, `rank` (index of the split in SPLITS), `phash` (perceptual hash) and `image` (a
+    number for each different image of a source and split).
     """
     sides = [pd.DataFrame({"row": np.arange(len(rows)), "label": rows.index.to_numpy(), "side": number,
                            "source": rows["source"].to_numpy(), "rank": _ranks(rows),
@@ -179,16 +183,16 @@ def _hashes(images: pd.DataFrame) -> NDArray[np.uint64]:
 
 def _nearest_pixels(images: pd.DataFrame, others: pd.DataFrame, bits: int,
                     thumbnails: Thumbnails) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return for each image the most similar of `others` and their mean difference in grey levels.
+    """Return for each image the index of the most similar image of `others`, and their mean difference in grey levels.
 
-    Only images whose hashes differ in at most `bits` bits are compared; if there is none, the index is -1. The
-    candidates are searched twice, first to learn which images must be decoded, because keeping all candidates in
-    memory could need too much memory.
+    Only images whose perceptual hashes differ in at most `bits` bits are compared; without such an image, the index is
+    -1. The comparable images are searched twice, because storing all of them could need too much memory. The first
+    search determines which images must be decoded.
     """
     used = np.zeros(len(images), dtype=bool), np.zeros(len(others), dtype=bool)
     for first, second in candidates(_hashes(images), _hashes(others), bits):
         used[0][first], used[1][second] = True, True
-    # Unused images stay zero and need no memory, because the system allocates pages only when we write to them.
+    # The rows of images that are not decoded use no memory, because the system allocates a page at the first write.
     pixels = [np.zeros((len(mask), THUMBNAIL_PX**2), dtype=np.uint8) for mask in used]
     for table, mask, values in zip((images, others), used, pixels, strict=True):
         if mask.any():
@@ -198,7 +202,7 @@ def _nearest_pixels(images: pd.DataFrame, others: pd.DataFrame, bits: int,
 
 
 def _nearest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """Return for each hash the index of the nearest of `others` that differs in at most `bits` bits, or -1."""
+    """Return for each hash the index of the nearest hash of `others`, or -1 if none differs in at most `bits` bits."""
     kinds, back = np.unique(hashes, return_inverse=True)
     values, place = np.unique(others, return_index=True)
     nearest = _closest(kinds, values, bits, lambda first, second: np.bitwise_count(kinds[first] ^ values[second]))[0]
@@ -208,10 +212,10 @@ def _nearest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int) 
 def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
              apart: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]],
              ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return for each hash the index of the closest of `others` and its distance; index -1 if there is no candidate.
+    """Return for each hash the index of the closest candidate of `others`, and the distance to it.
 
-    Candidates differ in at most `bits` bits. `apart` computes the distances of candidate pairs; the first candidate
-    with the smallest distance wins.
+    A candidate is a hash of `others` that differs in at most `bits` bits; without a candidate, the index is -1. `apart`
+    takes two arrays of indices and returns the distances. Of two equally close candidates, the first is returned.
     """
     partner, distance = np.full(len(hashes), -1), np.full(len(hashes), np.inf)
     for first, second in candidates(hashes, others, bits):
@@ -226,13 +230,14 @@ def _closest(hashes: NDArray[np.uint64], others: NDArray[np.uint64], bits: int,
 
 def candidates(hashes: NDArray[np.uint64], others: NDArray[np.uint64],
                 bits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the index pairs (in `hashes`, in `others`) of hashes that differ in at most `bits` bits.
+    """Find the hashes of `hashes` and `others` that differ in at most `bits` bits.
 
-    Each yielded item holds at most a few thousand pairs.
+    Yield two arrays of equal length at a time: indices in `hashes`, and the matching indices in `others`. Each array
+    has at most a few thousand elements.
     """
     import faiss
 
-    # On a busy machine, several faiss threads wait for each other: we measured 46 s instead of 3 s.
+    # On a busy machine, several threads of faiss wait for each other: 46 s instead of 3 s with one thread.
     faiss.omp_set_num_threads(1)
     queries, stored = (np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8) for values in (hashes, others))
     for begin in range(0, len(stored), _SLICE):
@@ -250,9 +255,10 @@ def candidates(hashes: NDArray[np.uint64], others: NDArray[np.uint64],
 
 def read_thumbnails(folders: list[Path], labels: NDArray[np.int64], sides: NDArray[np.int64], *,
                     max_megapixels: float, runtime: Runtime) -> NDArray[np.uint8]:
-    """Return grey thumbnails of the given images, with shape (images, pixels).
+    """Return grey thumbnails of the given images, in the given order, with shape (images, pixels).
 
-    `labels` holds the positions of the records in all shards of the folders, `sides` is 0 for before and 1 for after.
+    `labels` holds the position of each image's record in all shards of the folders. `sides` holds 0 for the image
+    before and 1 for the image after.
     """
     order = np.argsort(labels, kind="stable")
     parts = [(path, group, rows, sides[order][part])
@@ -263,7 +269,7 @@ def read_thumbnails(folders: list[Path], labels: NDArray[np.int64], sides: NDArr
 
 
 class _Reader:
-    """A worker that reads the thumbnails of one row group."""
+    """A worker that reads images of one row group of a shard and returns their grey thumbnails."""
 
     def __init__(self, max_megapixels: float) -> None:
         self.max_megapixels = max_megapixels

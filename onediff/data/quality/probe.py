@@ -1,4 +1,4 @@
-"""Writes the probe table: one row of facts about images and captions for every pair, good or bad.
+"""Writes the probe table: one row for every pair, good or bad, with facts about the images and captions.
 
 The probe does not judge the pairs; checks.py applies the validation rules to this table.
 """
@@ -41,15 +41,15 @@ SCHEMA = pa.schema(
     + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
     + [("has_bad_text", pa.bool_()), ("language", pa.string()), ("language_score", pa.float64())])
-# Bad text contains control characters, lone surrogates, or line or paragraph separators (Unicode Cc, Cs, Zl, Zp).
-# Bad text may also contain U+FFFD, the character that replaces bytes that are not UTF-8.
+# Text is bad if it contains control characters, lone surrogates, line separators or paragraph separators.
+# Text is also bad if it contains U+FFFD, the character that replaces bytes which are not UTF-8.
 _BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
 _LINES = str.maketrans("\n\t", "  ")
 # fewest words of a text whose language is checked, because py3langid only guesses for short texts
 MIN_LANGUAGE_WORDS = 12
 _MISSING = " is missing"
 _ROWS = 4096  # number of rows of the probe table that are written at once
-_EMBEDDED = 16  # number of pairs whose images are embedded at once
+_EMBEDDED = 16  # number of pairs whose images CLIP embeds in one batch
 # Texts are read as bytes, because pyarrow raises an error for text that is not UTF-8.
 _AS_BYTES = {field.name: pa.binary() for field in RECORD_SCHEMA if field.type == pa.string()} \
     | {"references": pa.list_(pa.binary())}
@@ -62,14 +62,14 @@ def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") 
 
     Image sizes are in pixels and 0 for images that are missing or cannot be decoded; `distance` is in grey levels and
     None unless there are two images. `listed_as` is the name of the source in params.yaml, which may differ from
-    record.source: the records of source scenes_far are generated with source scenes.
+    record.source: for example, records with the source `scenes_far` are generated for the listed source `scenes`.
     """
     return _row(record, *_open_images(record, max_megapixels), listed_as)
 
 
 def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: str | None,
                   runtime: Runtime) -> Iterator[pa.Table]:
-    """Yield the rows of every pair in the shards of all folders in order, one table per row group.
+    """Yield the rows of the probe table for every pair in the shards of all folders in order, one table per row group.
 
     `folders` maps the name of each source in params.yaml to its folder. `clip` is a CLIP model for `clip_distance`, or
     None. Raises FileNotFoundError if a folder has no shards, and ValueError if a shard is broken or has wrong columns.
@@ -86,7 +86,7 @@ def count_pairs(folder: Path) -> int:
 
 
 def write_table(tables: Iterable[pa.Table], path: Path) -> None:
-    """Write the probe table as one Parquet file, with a few thousand rows in memory at a time."""
+    """Write the parts of the probe table to one Parquet file, with a few thousand rows in memory at a time."""
     waiting = SCHEMA.empty_table()
     with new_file(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
         for table in tables:
@@ -98,7 +98,10 @@ def write_table(tables: Iterable[pa.Table], path: Path) -> None:
 
 
 class _Prober:
-    """A worker that probes row groups of shards; it holds the CLIP model if `clip` is given."""
+    """A worker that returns the rows of the probe table for one row group of a shard at a time.
+
+    If `clip` is given, the worker loads this CLIP model and also computes `clip_distance`.
+    """
 
     def __init__(self, *, max_megapixels: float, clip: str | None, device: str) -> None:
         self.max_megapixels = max_megapixels
@@ -124,7 +127,7 @@ class _Prober:
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _embed(self, waiting: list[tuple[dict[str, Any], Images]]) -> None:
-        """Add clip_distance, 1 - cosine of the embeddings of the two images, to the rows (0: equal, 2: opposite)."""
+        """Add `clip_distance` to the given rows: 1 - cosine of the two image embeddings (0: equal, 2: opposite)."""
         if self.embedder is None or not waiting:
             return
         vectors = self.embedder.images([images[side] for _, images in waiting for side in SIDES])
@@ -147,10 +150,10 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
-    """Yield (shard, row group, start, end) for every row group of the folders in order.
+    """Yield (path of the shard, number of the row group, start, end) for every row group in the folders, in order.
 
-    The records of the row group have the positions start to end - 1, counted over all shards of all folders. The same
-    positions number the rows of the probe table. Raises ValueError if a shard is broken or has wrong columns.
+    The records of the row group have the positions start to end - 1, counted over all shards of all folders. Row i of
+    the probe table is about the record at position i. Raises ValueError if a shard is broken or has wrong columns.
     """
     start = 0
     for path in itertools.chain.from_iterable(map(shards, folders)):
@@ -163,10 +166,10 @@ def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
 
 def row_groups_with(folders: Iterable[Path],
                     places: NDArray[np.int64]) -> Iterator[tuple[Path, int, NDArray[np.int64], slice]]:
-    """Yield (shard, row group, rows, part) for every row group that contains one of the given positions.
+    """Yield (path of the shard, number of the row group, rows, part) for every row group with a requested record.
 
-    `places` holds sorted positions of records, as `row_groups` counts them. `rows` are the row numbers of these records
-    inside the row group, and `places[part]` are their positions.
+    `places` holds the sorted positions of the requested records, counted over all shards of all folders. `rows` holds
+    the row numbers of the requested records inside the row group, and `places[part]` holds their positions.
     """
     for path, group, start, end in row_groups(folders):
         low, high = np.searchsorted(places, [start, end])
@@ -175,7 +178,7 @@ def row_groups_with(folders: Iterable[Path],
 
 
 def read_group(path: Path, group: int) -> Iterator[Record]:
-    """Yield the records of one row group of a shard.
+    """Yield the records of one row group of a shard, where `group` is the number of the row group.
 
     Unlike `read_records`, this function accepts text that is not UTF-8 and replaces the wrong bytes by U+FFFD. Raises
     ValueError if the shard is broken or has wrong columns.
@@ -231,7 +234,7 @@ def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> d
 
 
 def _open_images(record: Record, max_megapixels: float) -> tuple[Images, list[str]]:
-    """Return the images of the record that can be decoded, and an error message for each other image."""
+    """Return the decoded images of the record, and an error message for each image that cannot be decoded."""
     images, errors = {}, []
     missing, names = (_texts(record.provenance.get(key)) for key in ("missing", "names"))
     for number, side in enumerate(SIDES[: record.num_images]):
@@ -254,7 +257,7 @@ def _texts(value: Any) -> list[str]:
 def difference_hash(image: Image.Image) -> int:
     """Return a perceptual hash of 64 bits, in which similar images differ in only a few bits.
 
-    Each bit tells whether a cell of a coarse grid is darker than the cell to the right.
+    Each bit is 1 if a cell of a coarse grid is darker than the cell to the right of it.
     """
     cells = _cells(image.convert("L"), 9, 8)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")

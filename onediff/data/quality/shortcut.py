@@ -1,6 +1,6 @@
 """The shortcut check: whether plain pixel differences separate changed from unchanged pairs.
 
-If they do, a model can detect changes in this source without understanding the images, so its scores prove little.
+If they do, a model can detect changes without understanding the images, so good scores on these pairs prove little.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
 def difference_features(record: Record) -> NDArray[np.float64]:
-    """Return features of |after - before|, the absolute pixel difference of a pair.
+    """Return a vector of features of |after - before|, the absolute pixel difference of a pair.
 
-    The features are the mean of each channel in each cell of a GRID x GRID raster, then mean, maximum, standard
-    deviation and percentiles over the complete image.
+    The features are the mean of each color channel in each cell of a GRID x GRID grid, then the mean, the maximum, the
+    standard deviation and percentiles of the difference over the complete image.
     """
     before = open_image(record.before)
     delta = np.abs(np.asarray(open_image(record.after).resize(before.size), dtype=np.float64) - np.asarray(before))
@@ -30,10 +30,10 @@ def difference_features(record: Record) -> NDArray[np.float64]:
 
 
 def pixel_difference_auc(train: Iterable[Record], test: Iterable[Record]) -> float | None:
-    """Return how well pixel differences predict whether a pair is changed, as area under the ROC curve on `test`.
+    """Return how well pixel differences predict whether a pair is changed: the area under the ROC curve on `test`.
 
-    Two classifiers are fitted on `train` (logistic regression, gradient boosting), and the better one counts; 0.5 is
-    chance. Return None unless `train` and `test` both contain changed and unchanged pairs.
+    Two classifiers are fitted on `train` (logistic regression and gradient boosting), and the larger area is returned;
+    0.5 is chance. Return None unless `train` and `test` both contain changed and unchanged pairs.
     """
     from sklearn import ensemble, linear_model, metrics, pipeline, preprocessing
 

@@ -20,19 +20,20 @@ MAX_FILES = 5_000_000
 _CHUNK = 1 << 20
 _PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
-# An archive member: its name, a function that opens it (None for a folder), and whether it is a link or a device.
+# An archive member as (name, function that opens the file, whether the member is a link or a device).
+# For a folder, the function is None or returns None.
 Member = tuple[str, Callable[[], IO[bytes] | None] | None, bool]
 
 
 def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> list[Path]:
-    """Unpack all files of the archive into a new folder and return their paths in order.
+    """Unpack all files of the archive into a new folder and return their paths in the order of the archive.
 
-    If an error occurs, the folder is not created. Raises ValueError if the archive is broken, contains an absolute
-    path, "..", a link, a device or two files of one name, or is larger than `max_bytes` or `max_files` allow (bytes
-    are counted while writing). Raises FileExistsError if the folder exists.
+    If an error occurs, the folder is not created. Raises ValueError if the archive is broken, if it contains an
+    absolute path, "..", a link, a device or two files with one path, or if the unpacked files exceed `max_bytes` or
+    `max_files`. Raises FileExistsError if the folder already exists.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} already exists: remove it to unpack {archive} again")
+        raise FileExistsError(f"{folder} already exists: remove it, if you want to unpack {archive} again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
         target = Path(temporary) / "files"
@@ -49,9 +50,9 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> li
 
 
 def unpack_once(archive: Path, folder: Path) -> Path:
-    """Return the folder with the unpacked files of the archive; unpack the archive at the first call.
+    """Unpack the archive below `folder`, unless an earlier call did so, and return the folder of the unpacked files.
 
-    The result is folder/<digest>, where the digest depends on the archive's path, size and modification time. The
+    The returned folder is folder/<digest>; the digest depends on the archive's path, size and modification time. The
     unpacked files may have at most 20 times the archive's size plus 1 GiB, and must fit on the disk. Raises ValueError
     for the reasons that `unpack` lists.
     """
@@ -87,7 +88,8 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 file = (target / path).open("xb")
             except (FileExistsError, NotADirectoryError):
-                raise ValueError(f"{archive}: contains '{path.name}' twice; unpack the archive by hand") from None
+                raise ValueError(f"{archive}: contains the file name '{path.name}' twice in one folder; unpack the "
+                                 "archive by hand") from None
             with source, file:
                 while content := source.read(_CHUNK):
                     total += len(content)
@@ -102,15 +104,16 @@ def _members(archive: Path) -> Generator[Member, None, None]:
     """Yield each member of the archive in order. Raises ValueError if the file is not a supported archive."""
     name = archive.name.lower()
     if not name.endswith(ENDINGS):
-        raise ValueError(f"{archive}: only {', '.join(ENDINGS)} can be unpacked; unpack this archive by hand")
+        raise ValueError(f"{archive}: only archives that end in {', '.join(ENDINGS)} can be unpacked; unpack this "
+                         "archive by hand")
     if name.endswith(".zip"):
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 special = stat.S_IFMT(info.external_attr >> 16) not in _PLAIN
                 yield info.filename, None if info.is_dir() else functools.partial(packed.open, info), special
         return
-    with tarfile.open(archive, "r|*") as stream:  # The mode "r|*" reads the archive once, as a stream.
+    with tarfile.open(archive, "r|*") as stream:  # The mode "r|*" reads the archive only once, as a stream.
         for member in stream:
             yield member.name, functools.partial(stream.extractfile, member), not (member.isreg() or member.isdir())
-            # Without this line, tarfile would keep every member in memory.
+            # Clear the list in which tarfile keeps every member that was read, so that memory use does not grow.
             stream.members = []  # type: ignore[attr-defined]

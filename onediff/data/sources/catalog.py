@@ -30,9 +30,10 @@ _VG = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
 class CatalogEntry:
     """The facts about one published source.
 
-    `addresses` maps paths below data/raw/<source> to download addresses; `manual` describes the files that users must
-    download by hand. `annotations` lists the files without which nothing can be read. `expected` holds the official
-    counts (records, pairs, references) by split. `read` is the reader, by default the reader of pairs.csv.
+    `addresses` maps the path of each file below data/raw/<source> to its download address. `manual` describes the files
+    that users must download by hand. `annotations` lists the annotation files, without which no pair can be read.
+    `expected` holds the published counts (records, pairs, references) of each split. `read` is the function that reads
+    the pairs; the default function reads pairs.csv or pairs.jsonl.
     """
 
     what: str

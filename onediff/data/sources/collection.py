@@ -26,7 +26,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image of a collection with its caption; `content` is the encoded image file."""
+    """One image of a collection with its caption; `content` holds the bytes of the image file."""
 
     name: str
     content: bytes
@@ -35,9 +35,10 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Entry:
-    """The position of a captioned image: an image file, or a row in a row group of a Parquet file.
+    """One captioned image of a collection, and where it is stored: in an image file, or in a row of a Parquet file.
 
-    For an image file, `group` and `row` are -1.
+    `group` is the number of the Parquet row group and `row` the number of the row in it; for an image file, both are
+    -1.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Entry:
 
 
 def list_collection(folder: Path) -> list[Entry]:
-    """Return the position of every captioned image of the collection, in order and with unique names.
+    """List the captioned images of the collection in `folder`, in the order of its caption files, each image once.
 
-    Raises FileNotFoundError if the folder or an image does not exist. Raises ValueError if a file is broken or no image
-    has a caption.
+    Raises FileNotFoundError if the folder or an image does not exist. Raises ValueError if a file is broken, if there
+    are several kinds of caption files, or if no image has a caption.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: put images and captions.csv, or Parquet files, into this "
@@ -68,8 +69,8 @@ def list_collection(folder: Path) -> list[Entry]:
             if entry.caption:
                 entries.setdefault(entry.name, entry)
     if not entries:
-        raise ValueError(f"{folder}: contains no image with a caption; add {' or '.join(TABLES)}, COCO's JSON, or "
-                         "Parquet files (data/README.md, Collections)")
+        raise ValueError(f"{folder}: contains no image with a caption; add {' or '.join(TABLES)}, a JSON file in the "
+                         "format of COCO, or Parquet files (data/README.md, Collections)")
     missing = [entry.name for entry in entries.values() if not entry.path.is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: {len(missing)} of {len(entries)} images do not exist (first: "
@@ -78,7 +79,7 @@ def list_collection(folder: Path) -> list[Entry]:
 
 
 def load(entries: Iterable[Entry]) -> Iterator[CaptionedImage]:
-    """Yield the images of the entries with their captions, in the order of the entries."""
+    """Read the image of each entry and yield it with its caption, in the order of the entries."""
     for (path, group), rows in groupby(entries, lambda entry: (entry.path, entry.group)):
         if group < 0:
             yield from (CaptionedImage(entry.name, path.read_bytes(), entry.caption) for entry in rows)
@@ -95,7 +96,8 @@ def _of_table(folder: Path, path: Path) -> Iterator[Entry]:
     for place, row in read_csv(path) if path.suffix == ".csv" else read_lines(path):
         name = part(row, "image", str, place).strip()
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{place}: image must be a path below the folder, such as 1.jpg, got '{name}'")
+            raise ValueError(f"{place}: image must be a path below the folder of the collection, such as 1.jpg, got "
+                             f"'{name}'; correct the path")
         yield Entry(name, one_line(part(row, "caption", str, place)), folder / name)
 
 
@@ -103,7 +105,7 @@ def _of_coco(folder: Path, path: Path) -> Iterator[Entry]:
     content = read_json(path, dict)
     is_coco = {"images", "annotations"} <= content.keys()
     if not is_coco or not any("caption" in row for row in content["annotations"][:1]):
-        return  # COCO also publishes JSON files without captions, for example object boxes.
+        return  # COCO also publishes JSON files without captions, for example with object boxes.
     names = {identity(image, "id", str(path)): part(image, "file_name", str, str(path)) for image in content["images"]}
     listed = set(names.values())
     files = {file.name: file for file in folder.rglob("*") if file.name in listed}
@@ -111,8 +113,8 @@ def _of_coco(folder: Path, path: Path) -> Iterator[Entry]:
         place = f"{path} annotation {number}"
         name = names.get(identity(annotation, "image_id", place))
         if name is None:
-            raise ValueError(f"{place}: image_id {annotation['image_id']} is not in the file's list of images; use the "
-                             "file as published")
+            raise ValueError(f"{place}: image_id {annotation['image_id']} is not in the file's list of images; "
+                             "download the published file again")
         yield Entry(name, one_line(part(annotation, "caption", str, place)), files.get(name, folder / name))
 
 
@@ -135,10 +137,10 @@ def _of_parquet(folder: Path, path: Path) -> Iterator[Entry]:
 
 
 def _image_column(path: Path, schema: pa.Schema) -> str:
-    """Return the name of the first column that contains images. Raises ValueError if there is none."""
+    """Return the name of a Parquet file's first column of images. Raises ValueError if no column contains images."""
     for field in schema:
         has_bytes = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         if has_bytes or pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             return str(field.name)
-    raise ValueError(f"{path}: must have a column of images (bytes, or a struct with bytes), got "
-                     f"{', '.join(schema.names)}; write the images into the file")
+    raise ValueError(f"{path}: must have a column of images (bytes, or a struct with a field 'bytes'), got only the "
+                     f"columns {', '.join(schema.names)}; write the images into the file")

@@ -12,11 +12,11 @@ from onediff.inputs.images import open_image
 
 
 def broken_images(source: str, folder: Path, *, scratch: Path | None = None) -> list[str]:
-    """Decode every image of a source once, in the worker processes of runtime.yaml.
+    """Decode every image of a source in parallel, and return one error message for each image that cannot be decoded.
 
-    Return one message for each image that cannot be decoded, in the order of the pairs. Archives in the folder are
-    unpacked once below `scratch` (default: `scratch` of runtime.yaml). Raises ValueError or FileNotFoundError if the
-    source cannot be read.
+    The messages are in the order of the pairs. runtime.yaml sets the number of workers. Archives in `folder` are
+    unpacked once below `scratch` (default: the folder `scratch` of runtime.yaml). Raises ValueError or
+    FileNotFoundError if the annotation files of the source cannot be read.
     """
     runtime = load_runtime()
     files = open_source(source, folder, scratch or Path(runtime.scratch))
@@ -30,7 +30,7 @@ def _decoder() -> Callable[[Path], str]:
 
 
 def _decoding_problem(path: Path) -> str:
-    """Return why the image cannot be decoded, or an empty text if it can."""
+    """Return the reason why the image file cannot be decoded, or an empty string if it can be decoded."""
     try:
         open_image(path)
     except (ValueError, OSError) as error:

@@ -14,14 +14,16 @@ from typing import Any, TextIO, TypeVar
 Kind = TypeVar("Kind")
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
-_LONGEST = 1 << 26  # largest number of characters in one entry
-# matches lone surrogates, characters that JSON can encode but UTF-8 cannot
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_LONGEST = 1 << 26  # largest number of characters in one JSON entry or one CSV cell
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # lone UTF-16 surrogates, which JSON can contain but UTF-8 cannot
 _NAMES: dict[type, str] = {str: "text", int: "a number", list: "a list", dict: "an object {...}"}
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
-    """Return the content of a JSON file, which must be of type `kind`. Raises ValueError with file and line."""
+    """Return the content of a JSON file.
+
+    Raises ValueError, which names the file, if the content is not valid JSON or is not of type `kind`.
+    """
     with _opened(path) as file:
         try:
             value = json.load(file)
@@ -31,9 +33,10 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
 
 
 def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, entry) for a JSON file that holds a list of objects, with one entry in memory at a time.
+    """Yield (place, entry) for each object of a JSON file that contains a list of objects.
 
-    Raises ValueError with file, entry and line if the file is not valid.
+    `place` is file, entry number and line, for error messages. Only one entry is in memory at a time. Raises
+    ValueError, which names this place, if the file is not valid.
     """
     number, due = 0, "["
     with _opened(path) as file:
@@ -53,7 +56,10 @@ def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, entry) for a JSON Lines file; empty lines are skipped. Raises ValueError with file and line."""
+    """Yield (place, entry) for each line of a JSON Lines file that is not empty; `place` is file and line.
+
+    Raises ValueError, which names this place, if a line is not a JSON object.
+    """
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             place = f"{path} line {number}"
@@ -65,28 +71,31 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place, row) for a TSV file whose header contains the given columns; each line is one row.
+    """Yield (place, row) for each line of a TSV file; `place` is file and line, and `row` maps column names to texts.
 
-    Raises ValueError with file and line if the header or a row is not valid.
+    Raises ValueError, which names this place, if the header lacks one of `columns` or a row is not valid.
     """
     with _opened(path, newline="\n") as file:
         header = [cell.strip().strip('"') for cell in file.readline().rstrip("\r\n").split("\t")]
         absent = [name for name in columns if name not in header]
         if absent:
-            raise ValueError(f"{path} line 1: the header must contain {', '.join(absent)}, got "
-                             f"{', '.join(header)[:200]}; take the file as published")
+            raise ValueError(f"{path} line 1: the header must contain {', '.join(absent)}, got only the columns "
+                             f"{', '.join(header)[:200]}; download the published file again")
         for number, line in enumerate(file, 2):
             place, cells = f"{path} line {number}", line.rstrip("\r\n").split("\t")
             if line.strip() and len(cells) != len(header):
                 raise ValueError(f"{place}: {len(header)} columns expected, got {len(cells)}: a text contains a tab or "
-                                 "a line break, or its quotes are wrong; take the file as published")
+                                 "a line break, or its quotes are wrong; download the published file again")
             if line.strip():
                 row = zip(header, cells, strict=True)
                 yield place, {name: _unquoted(cell, f"{place}, {name}") for name, cell in row}
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place, row) for a CSV file with a header. Raises ValueError with file and line."""
+    """Yield (place, row) for each row of a CSV file; `place` is file and line, and `row` maps column names to texts.
+
+    Raises ValueError, which names this place, if the header or a row is not valid.
+    """
     with _opened(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         csv.field_size_limit(_LONGEST)
@@ -111,43 +120,47 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def expect(value: Any, kind: type[Kind], place: str) -> Kind:
-    """Return the value if it is of type `kind`, otherwise raise ValueError.
+    """Return the value if it is of type `kind`, otherwise raise ValueError, which names `place`.
 
-    `place` is the position of the value for the message. In a text, each lone surrogate is replaced by U+FFFD.
+    If the value is a string, each lone surrogate (half of a UTF-16 character) in it is replaced by U+FFFD.
     """
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{place}: {_NAMES[kind]} expected, got {json.dumps(value)[:60]}; take the file as published")
+        raise ValueError(f"{place}: {_NAMES[kind]} expected, got {json.dumps(value)[:60]}; correct the file, or "
+                         "download it again")
     return _HALF_CHARACTER.sub("\ufffd", value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 def part(entry: dict[str, Any], key: str, kind: type[Kind], place: str) -> Kind:
-    """Return the value entry[key]. Raises ValueError if the key is missing or the value is not of type `kind`."""
+    """Return entry[key]. Raises ValueError if the entry lacks this key or the value is not of type `kind`."""
     if key not in entry:
-        raise ValueError(f"{place}: '{key}' is missing, got {', '.join(sorted(entry)) or 'nothing'}; "
-                         "take the file as published")
+        raise ValueError(f"{place}: '{key}' is missing, got only {', '.join(sorted(entry)) or 'an empty entry'}; "
+                         "correct the file, or download it again")
     return expect(entry[key], kind, f"{place}, {key}")
 
 
 def identity(entry: dict[str, Any], key: str, place: str) -> str:
-    """Return entry[key], an identifier, as text, because data sets publish identifiers as "1001" or as 1001."""
+    """Return the identifier entry[key] as a string, because some files store it as "1001" and other files as 1001."""
     value = entry.get(key)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else part(entry, key, str, place)
 
 
 def one_line(text: str) -> str:
-    """Return the text with single spaces between words and no line breaks."""
+    """Return the text on one line, with single spaces between the words."""
     return " ".join(text.split())
 
 
 def sentences(values: list[Any], place: str) -> tuple[list[str], int]:
-    """Return the sentences that are not empty, with single spaces between words, and the number of empty ones."""
+    """Return the sentences in `values` that are not empty, and the number of empty sentences.
+
+    Each returned sentence is on one line. Raises ValueError, which names `place`, if a value is not a string.
+    """
     texts = [one_line(expect(value, str, place)) for value in values]
     return [text for text in texts if text], texts.count("")
 
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open the file for reading as UTF-8. Raises ValueError if the content is not UTF-8."""
+    """Open a text file for reading. Raises ValueError if its content is not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -157,9 +170,9 @@ def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def _decode(file: TextIO, buffer: str, place: str) -> tuple[Any, int, str]:
-    """Decode the JSON value at the start of the buffer, reading more of the file if necessary.
+    """Decode the JSON value at the start of `buffer`; if the buffer ends within the value, read more of the file.
 
-    Return the value, its end position in the buffer, and the buffer with the added text.
+    Return the value, the position in the buffer where it ends, and the buffer including the text that was read.
     """
     while True:
         try:
@@ -177,9 +190,9 @@ def _decode(file: TextIO, buffer: str, place: str) -> tuple[Any, int, str]:
 
 
 def _skip_blanks(file: TextIO, buffer: str, line: int) -> tuple[str, int]:
-    """Skip white space. Return the buffer from the next other character on, and the line of this character.
+    """Skip the white space at the start of `buffer`; return the rest, and the line number at which the rest starts.
 
-    If the buffer contains only white space, more text is read from the file; at the end, ("", line) is returned.
+    If the buffer contains only white space, more text is read from the file. At the end of the file, the rest is "".
     """
     while not (rest := buffer.lstrip(" \t\r\n")):
         line += buffer.count("\n")
@@ -190,7 +203,7 @@ def _skip_blanks(file: TextIO, buffer: str, line: int) -> tuple[str, int]:
 
 
 def _unquoted(cell: str, place: str) -> str:
-    """Return the text of a TSV cell without the quotes around it. Raises ValueError for a quote that is not closed."""
+    """Return the text of a TSV cell without the quotes around it. Raises ValueError if the closing quote is missing."""
     if not cell.startswith('"'):
         return cell
     try:
@@ -198,8 +211,9 @@ def _unquoted(cell: str, place: str) -> str:
         return value
     except (csv.Error, ValueError):
         if cell.count('"') % 2 == 0:
-            return cell  # A quote in the middle of a text belongs to the text, so we keep it.
-    raise ValueError(f"{place}: a quote is opened but never closed, got {cell[:40]!r}; take the file as published")
+            return cell  # Some published texts begin with a quoted word; these quotes are part of the text.
+    raise ValueError(f"{place}: a quote is opened but never closed, got {cell[:40]!r}; download the published file "
+                     "again")
 
 
 def _broken(place: str, reason: str) -> ValueError:

@@ -28,16 +28,16 @@ from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
 
-CLAIMED, DONE = ".taking.", ".done."  # prefixes of batch folders: being imported; imported, and waiting to be removed
+CLAIMED, DONE = ".taking.", ".done."  # folder name prefixes of a batch whose import has begun, and of an imported batch
 
 
 @dataclass(frozen=True)
 class Inbox:
-    """The settings of an inbox.
+    """The settings of an inbox, the folder into which users put batches of new pairs.
 
     `scratch` is the folder for unpacked archives. `sources` lists the sources that accept batches (data.raw in
-    params.yaml). A batch in which a file changed less than `settle_s` seconds ago is imported by a later run, because
-    a user may still be copying files.
+    params.yaml). A batch in which a file changed less than `settle_s` seconds ago is left for a later run, because a
+    user may still be copying files.
     """
 
     folder: Path
@@ -49,10 +49,11 @@ class Inbox:
 
 @dataclass
 class InboxReport:
-    """The result of an import.
+    """The result of an import from the inbox.
 
-    `batches` holds the source and the number of pairs of each imported batch. `problems` holds one message for each
-    batch that could not be imported and stays in the inbox. `waiting` lists the batches whose files still change.
+    `batches` holds (source, number of pairs) for each imported batch. `problems` holds one error message for each batch
+    that could not be imported and stays in the inbox. `waiting` lists the batches, by source, that stay in the inbox
+    because their files changed only recently.
     """
 
     batches: list[tuple[str, int]] = field(default_factory=list)
@@ -61,10 +62,10 @@ class InboxReport:
 
 
 def import_batches(inbox: Inbox) -> InboxReport:
-    """Move every complete and valid batch of the inbox into data/raw/<source>.
+    """Import every valid batch of the inbox into data/raw/<source>, where <source> is the name of the batch folder.
 
-    A batch with an error is reported and does not stop the other batches. Raises FileNotFoundError if the inbox does
-    not exist.
+    A batch with an error does not stop the other batches; the returned report contains the error. Raises
+    FileNotFoundError if the inbox does not exist.
     """
     if not inbox.folder.is_dir():
         raise FileNotFoundError(f"{inbox.folder} does not exist: create this folder, or set inbox in runtime.yaml to "
@@ -82,16 +83,16 @@ def import_batches(inbox: Inbox) -> InboxReport:
 
 
 def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
-    """Import one batch folder of the inbox, and add the result to `report`.
+    """Import the batch folder `entry` and add the result to `report`.
 
-    The folder is new, or it was renamed for import by an earlier run that was killed.
+    The batch is new, or an interrupted run has already claimed it by renaming its folder.
     """
     source = entry.name.removeprefix(CLAIMED)
     claimed = entry.with_name(f"{CLAIMED}{source}")
-    if entry != claimed:  # An import that renamed a folder to .taking.SOURCE has checked it already.
+    if entry != claimed:  # A claimed batch was already checked by an earlier run that did not finish the import.
         _check_name(entry, inbox.sources)
         listing = _listing(entry)
-        # We use ctime, because a copy that preserves old modification times still gets a new ctime.
+        # We use ctime, because a copied file gets a new ctime even if the copy keeps the old modification time.
         last_change = max(path.lstat().st_ctime for path in (entry, *entry.rglob("*")))
         settled = time.time() - last_change >= inbox.settle_s
         if settled:
@@ -110,27 +111,29 @@ def _import(entry: Path, inbox: Inbox, report: InboxReport) -> None:
     _merge(batch, inbox)
     tracked.add(RAW / source)
     done = claimed.with_name(f"{DONE}{source}.{os.getpid()}")
-    # Removing a folder takes several steps, so rename it first: a half-removed batch must not be imported again.
+    # Rename the batch folder before removing it, because a half-removed batch must not be imported again.
     claimed.rename(done)
     shutil.rmtree(done)
     report.batches.append((source, len(batch.pairs)))
 
 
 def _check_name(entry: Path, sources: Sequence[str]) -> None:
-    """Raise ValueError unless the entry is a folder with the name of a source for users' own pairs."""
+    """Raise ValueError unless `entry` is a folder whose name is one of `sources` and not a published data set."""
     if not entry.is_dir() or entry.is_symlink():
-        raise ValueError("not a folder: put each batch into a sub-folder that has the name of its source")
+        raise ValueError("not a folder: put each batch into a sub-folder of the inbox that has the name of its source")
     if entry.name in CATALOG:
-        raise ValueError("a published data set has this name, and no pairs can be added to it: choose another name")
+        raise ValueError("a published data set has this name, and no pairs can be added to a published data set: "
+                         "choose another folder name")
     if entry.name not in sources:
         near = difflib.get_close_matches(entry.name, sources, 1)
         raise ValueError(f"the folder must have the name of a source in params.yaml: data.raw, which lists "
                          f"{', '.join(sources) or 'none'}; "
-                         + (f"did you mean '{near[0]}'?" if near else "rename the folder, or add the source there"))
+                         + (f"did you mean '{near[0]}'?" if near else "rename the folder, or add the source to "
+                            "data.raw"))
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Return path, size and modification time of every file in the folder.
+    """Return (relative path, size, modification time) of every file in the folder.
 
     Raises ValueError if the folder contains a symbolic link, because a link may point to any file of the machine.
     """
@@ -144,7 +147,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of the inbox: the rows of its table, and the pairs that these rows describe."""
+    """A batch of new pairs from the inbox: the rows of its table, and the pairs that these rows describe."""
 
     source: str
     name: str
@@ -154,10 +157,10 @@ class Batch:
 
 
 def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
-    """Read a batch of the inbox and choose its name, <date>-<digest of its files>.
+    """Read the batch in `folder` and name the batch <date>-<digest of its files>.
 
-    A batch that was imported before, completely or in part, gets the name of the earlier import. Raises ValueError or
-    FileNotFoundError, with file and line, if the batch is not valid.
+    If an earlier run has imported the same files, completely or in part, the batch keeps the earlier name. Raises
+    ValueError or FileNotFoundError, which names the file and the line, if the batch is not valid.
     """
     files = open_files(folder, inbox.scratch)
     pairs = list(own.read(files))
@@ -171,7 +174,11 @@ def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
 
 
 def _check(batch: Batch, inbox: Inbox) -> None:
-    """Raise ValueError if an image is missing or broken, or if the source already contains this batch or a pair_id."""
+    """Raise ValueError if the batch must not be imported.
+
+    This is the case if an image is missing or broken, or if the source already contains the batch or one of its
+    pair_ids.
+    """
     target, dvc_file = RAW / batch.source, RAW / f"{batch.source}.dvc"
     if not target.is_dir() and dvc_file.exists():
         raise ValueError(f"{target} does not exist although {dvc_file} does: run 'dvc pull {dvc_file}' first")
@@ -185,30 +192,30 @@ def _check(batch: Batch, inbox: Inbox) -> None:
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
             if path is None:
-                raise ValueError(f"pair {number}: the image {name} is not in the folder; add the image")
+                raise ValueError(f"pair {number}: the image {name} is not in the folder of the batch; add the image")
             try:
                 open_image(path, max_megapixels=inbox.max_megapixels)
             except ValueError as error:
                 raise ValueError(f"pair {number}: {error}") from None
         if row.get("pair_id") and pair.official_id in known:
             raise ValueError(f"pair {number}: pair_id '{pair.official_id}' already exists in the source; choose "
-                             "another pair_id, or remove the column")
+                             "another pair_id, or remove the column pair_id")
 
 
 def _table(files: Files, target: Path) -> Path:
-    """Return the path of the source's table; if the source has no table yet, the path for a new one."""
+    """Return the path of the source's table of pairs, or the path for a new table if the source has none yet."""
     return files.named(*own.TABLES) or target / "pairs.jsonl"
 
 
 def _holds(table: Path, batch: Batch) -> bool:
-    """Return whether the table of the source in data/raw already contains the rows of the batch."""
+    """Return whether `table`, the source's table of pairs, already contains the rows of the batch."""
     return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
 
 
 def _merge(batch: Batch, inbox: Inbox) -> None:
-    """Copy the images of the batch into the source, then append the rows to the table, each as one atomic step.
+    """Copy the images of the batch into the source's folder, then append the rows to the source's table of pairs.
 
-    Steps that an interrupted run completed are not repeated.
+    Each of these two steps is atomic. A step that an interrupted run completed is not repeated.
     """
     target = RAW / batch.source
     target.mkdir(parents=True, exist_ok=True)
@@ -217,7 +224,7 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     table = _table(open_files(target, inbox.scratch), target)
     if _holds(table, batch):
         return
-    # Image files are named by their content, so that equal file names in two batches cannot be confused.
+    # Name each copied image by the digest of its content, so that equal file names in two batches do not conflict.
     names = {path: f"{sha256_of(path)[:32]}{path.suffix.lower()}"
              for pair in batch.pairs for path in pair.locate(batch.files) if path}
     if not (target / batch.name).exists():
@@ -228,19 +235,19 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
         before, after = (names[path] for path in pair.locate(batch.files) if path)
         # Each row has the columns that the reader of pairs.jsonl expects.
-        # The default group is the content of the two images, so that the same two images always get the same split.
+        # Without a group in the row, the two image digests form the group, so equal image pairs get one split.
         rows.append({"before": f"{batch.name}/{before}", "after": f"{batch.name}/{after}",
                      "references": pair.references,
                      "pair_id": pair.official_id if row.get("pair_id") else f"{batch.name}-{number:06d}",
                      "group": pair.group if row.get("group") else f"{Path(before).stem}|{Path(after).stem}",
                      "split": pair.split if row.get("split") else "" if pair.references else "train",
                      "change_type": pair.change_type, "instruction": pair.instruction})
-    with new_file(table) as path:  # The table is replaced only when all rows have been written.
+    with new_file(table) as path:  # The old table is replaced only after all rows have been written.
         _write_table(path, table, rows)
 
 
 def _write_table(path: Path, table: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of `table` (if the table exists), followed by the new rows, to `path` in the table's format."""
+    """Write the rows of the old `table`, if there is one, and then the new rows to `path`, in the format of `table`."""
     if table.suffix == ".jsonl":
         old = table.read_text(encoding="utf-8-sig") if table.exists() else ""
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]

@@ -18,21 +18,21 @@ NO_TYPE, GENERAL = "unlabelled", "general"
 OFFICIAL_SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
-_Place = tuple[int, str]  # a file: the index of its root folder in the class Files, and its path below this root folder
+_Place = tuple[int, str]  # the index of a root folder in the list of roots, and a file path below this root
 
 
 class Files:
     """An index of all files in several root folders, by file name.
 
-    Each root has a prefix: the folder in which its files appear (an unpacked archive has the folder of the archive).
-    The index needs about 200 bytes of memory per file, whatever the size of the files.
+    A root is the folder of a data set, or the folder of an unpacked archive. Each root has a prefix, the folder in
+    which its files seem to be: for an unpacked archive, this is the folder that contains the archive. The index needs
+    about 200 bytes of memory per file.
     """
 
     def __init__(self, roots: list[tuple[str, Path]]) -> None:
         self._roots = roots
-        # maps a file name without ending and leading zeros to all files with this name
-        self._images: dict[str, list[_Place]] = defaultdict(list)
-        self._others: dict[str, list[_Place]] = defaultdict(list)  # key: file name
+        self._images: dict[str, list[_Place]] = defaultdict(list)  # the key is a name without ending and leading zeros
+        self._others: dict[str, list[_Place]] = defaultdict(list)  # the key is the file name
         for number, (_, root) in enumerate(roots):
             for path in _walk(root):
                 name = PurePosixPath(path)
@@ -41,11 +41,12 @@ class Files:
                 places.append((number, path))
 
     def find(self, *names: str) -> Path | None:
-        """Return the image file for the first of the names that matches a file; None if no name matches.
+        """Try the names in order, and return the first image file that matches a name, or None if no file matches.
 
-        A file also matches with another image ending (1.jpg for 1.png) or other leading zeros (0001.png for 1.png);
-        the best match wins. Folders in a name must match ("after/1.png" never matches "before/1.png"); a name without
-        folders matches files in any folder. Raises ValueError if different files match equally well.
+        A file matches a name even if the file has another image ending (1.jpg for 1.png) or other leading zeros
+        (0001.png for 1.png); the most similar file wins. Folders in a name must match ("after/1.png" never matches
+        "before/1.png"); a name without folders matches files in any folder. Raises ValueError if files with different
+        content match equally well.
         """
         for name in names:
             published = PurePosixPath(name.replace("\\", "/"))
@@ -61,9 +62,9 @@ class Files:
         return None
 
     def at(self, name: str) -> Path | None:
-        """Return the file with exactly this path; a bare file name may be in any folder. None if no file exists.
+        """Return the image file with exactly this path, or None. A name without folders matches a file in any folder.
 
-        Raises ValueError if different files have the same bare name.
+        Raises ValueError if several files with different content have this name.
         """
         exact = next((root / name for _, root in self._roots if (root / name).is_file()), None)
         if exact or len(PurePosixPath(name).parts) > 1:
@@ -72,14 +73,14 @@ class Files:
         return _only([path for path in paths if path.name == name], name)
 
     def named(self, *names: str) -> Path | None:
-        """Return the annotation file for the first name that exists, or None.
+        """Return the annotation file with the first of `names` that exists, or None if none of them exists.
 
-        Raises ValueError if several files have this name and different content.
+        Raises ValueError if several files have this name but different content.
         """
         return next((_only(self.all_named(name), name) for name in names if name in self._others), None)
 
     def require(self, *names: str) -> Path:
-        """Return the annotation file for the first name that exists; raise FileNotFoundError if no name exists."""
+        """Return the annotation file with the first of `names` that exists. Raises FileNotFoundError if none exists."""
         path = self.named(*names)
         if path is None:
             raise FileNotFoundError(f"{self._roots[0][1]}: must contain {' or '.join(names)}, directly or in a "
@@ -87,9 +88,9 @@ class Files:
         return path
 
     def by_split(self, annotations: dict[str, tuple[str, ...]]) -> dict[str, Path]:
-        """Return the annotation file of each split that has one.
+        """Return a dict from each split that has an annotation file to the path of this file.
 
-        `annotations` lists for each split the possible file names. Raises FileNotFoundError if no split has a file.
+        `annotations` lists the possible file names of each split. Raises FileNotFoundError if no split has a file.
         """
         paths = {split: path for split, names in annotations.items() if (path := self.named(*names))}
         if not paths:
@@ -97,11 +98,11 @@ class Files:
         return paths
 
     def all_named(self, name: str) -> list[Path]:
-        """Return all files with this name, images excepted, in any folder."""
+        """Return all files, except images, that have this name, in any folder."""
         return [self._path(place) for place in self._others.get(name, [])]
 
     def ending(self, ending: str) -> list[Path]:
-        """Return all files, images excepted, whose name ends with `ending`, such as ".tsv"."""
+        """Return all files, except images, whose name ends with `ending`, such as ".tsv"."""
         return [path for name in sorted(self._others) if name.endswith(ending) for path in self.all_named(name)]
 
     def _path(self, place: _Place) -> Path:
@@ -111,8 +112,9 @@ class Files:
 def open_files(folder: Path, scratch: Path) -> Files:
     """Return an index of the files in the folder and in its archives.
 
-    Archives are unpacked once below `scratch`; their files appear in the folder that contains the archive. Raises
-    FileNotFoundError if the folder does not exist, and ValueError if an archive is broken or not safe.
+    Archives are unpacked once below `scratch`; the index treats their files as if they were in the folder that
+    contains the archive. Raises FileNotFoundError if the folder does not exist, and ValueError if an archive is broken
+    or not safe to unpack.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist or is not a folder: 'onediff data status' explains which "
@@ -126,7 +128,10 @@ def open_files(folder: Path, scratch: Path) -> Files:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Yield the relative paths of all files below `root` in order; links are followed, but each folder only once."""
+    """Yield the path of each file below `root`, relative to `root`, in order.
+
+    Symbolic links to folders are followed, but no folder is visited twice. Hidden files are skipped.
+    """
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -146,16 +151,16 @@ def _unpadded(stem: str) -> str:
 
 
 def _unlikeness(published: PurePosixPath, path: Path) -> int:
-    """Return how far a file name is from the published name.
+    """Return a number from 0 to 3 that says how much the file name of `path` differs from the published name.
 
-    0: equal; 1: another ending; 2: other leading zeros; 3: another ending and other leading zeros.
+    0: equal names; 1: another ending; 2: other leading zeros; 3: another ending and other leading zeros.
     """
     ending = published.suffix.lower() != path.suffix.lower()
     return 0 if path.name == published.name else ending + 2 * (path.stem not in (published.stem, published.name))
 
 
 def _only(paths: list[Path], name: str) -> Path | None:
-    """Return the first path, or None for an empty list. Raises ValueError if the files have different content."""
+    """Return the first of the paths, or None if there is none. Raises ValueError if the files differ in content."""
     for other in paths[1:]:
         if not filecmp.cmp(paths[0], other, shallow=False):
             raise ValueError(f"{name}: {paths[0]} and {other} both match this name but have different content: keep "
@@ -167,10 +172,11 @@ def _only(paths: list[Path], name: str) -> Path | None:
 class PublishedPair:
     """A pair (or a single image, or a text without image) that a reader found in a published data set.
 
-    `names` holds the published names of the images; `sought` holds alternative file names for each image, if the
-    files may have other names. `num_records` official entries were merged into this pair, and `num_empty` empty
-    sentences were removed. `split` is None if the split follows from `official_split`. If `exact` is true, the image
-    files must have exactly these names, without another ending or other leading zeros.
+    `names` holds the published names of the images; `sought` holds, for each image, the possible file names if they
+    differ from the published name. `num_records` is the number of published records that were merged into this pair,
+    and `num_empty` the number of empty sentences that were removed. If `split` is None, `official_split` determines
+    the split in DiffCap. If `exact` is true, the names of the image files must be equal to `names`, including the
+    ending and leading zeros.
     """
 
     official_id: str
@@ -188,22 +194,22 @@ class PublishedPair:
     exact: bool = False
 
     def locate(self, files: Files) -> list[Path | None]:
-        """Return the file of each image, or None for an image that does not exist."""
+        """Return the path of each image of the pair, or None for an image that does not exist."""
         if self.exact:
             return [files.at(name) for name in self.names]
         paths = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
         if not self.sought and len(paths) == 2 and paths[0] == paths[1] and self.names[0] != self.names[1]:
-            # A pair ("a.png", "a.jpg") of which a.png does not exist matches a.jpg twice: keep the exact match only.
+            # If a.png does not exist, the pair (a.png, a.jpg) would match a.jpg twice: keep only the exact match.
             return [path if path and path.name == Path(name).name else None
                     for path, name in zip(paths, self.names, strict=True)]
         return paths
 
 
 def split_of(source: str, pair: PublishedPair) -> str:
-    """Return the split of a pair in DiffCap.
+    """Return the split in DiffCap of a pair from a source.
 
-    This is the published split, except that the published val is divided into `val` and `gate` by a digest of the
-    group, so that pairs of one group stay together.
+    DiffCap keeps the published splits, but divides the published split val into `val` and `gate`. A digest of the
+    group name decides between these two, so pairs of one group stay together.
     """
     if pair.split is None and pair.official_split == "val":
         return ("val", "gate")[int(digest(f"{source}-{pair.group}".encode()), 16) % 2]
@@ -211,10 +217,10 @@ def split_of(source: str, pair: PublishedPair) -> str:
 
 
 def to_record(source: str, pair: PublishedPair, files: Files) -> Record:
-    """Read the images of the pair and return the record.
+    """Read the images of the pair and return the DiffCap record of the pair.
 
-    A missing image becomes empty bytes, and provenance["missing"] lists its name. A val or test pair that has only
-    empty sentences keeps one empty reference, because papers score these pairs too, and no test pair may be lost.
+    A missing image becomes empty bytes, and provenance["missing"] lists its name. A pair outside split train whose
+    sentences are all empty gets one empty reference, because papers score these pairs too.
     """
     paths = pair.locate(files)
     before, after, *_ = [*(path.read_bytes() if path else b"" for path in paths), b"", b""]

@@ -13,15 +13,16 @@ from onediff.data.sources.published import Files, PublishedPair, open_files, spl
 from onediff.data.sources.readers import folder as own
 from onediff.data.sources.tables import aligned
 
-SHOWN = 20  # number of missing images that are printed
+SHOWN = 20  # largest number of missing or broken images that are printed
 SHARED = (("test", "val"), ("train", "val"), ("train", "test"))
 COUNTS = ("records", "pairs", "references", "empty", "missing_images")
 
 
 def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[PublishedPair]]:
-    """Return the reader of the published data set with this name; otherwise the reader of users' own pairs.
+    """Return the function that yields the pairs of a source.
 
-    Raises ValueError if the source is not a published set and its folder has no table of pairs.
+    A published data set has a reader of its own; every other source needs a table of users' own pairs. Raises
+    ValueError if the source is not a published data set and `files` contains no such table.
     """
     if source in CATALOG:
         return CATALOG[source].read
@@ -34,41 +35,44 @@ def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[Published
 
 
 def open_source(source: str, folder: Path, scratch: Path) -> Files:
-    """Return the index of the source's files. Archives are unpacked below `scratch`.
+    """Return an index of all files in the folder of a source. Archives in the folder are unpacked below `scratch`.
 
     Raises FileNotFoundError, with instructions how to get the files, if the folder does not exist. Raises ValueError if
-    an archive is broken or not safe.
+    an archive is broken or not safe to unpack.
     """
     if not folder.is_dir() and source in CATALOG:
         entry = CATALOG[source]
         steps = [f"run 'onediff data fetch {source}'"] if entry.addresses else []
         steps += [f"put into this folder: {entry.manual}"] if entry.manual else []
-        raise FileNotFoundError(f"{folder} does not exist: {', then '.join(steps)} ({entry.home})")
+        raise FileNotFoundError(f"{folder} does not exist: {', then '.join(steps)} (home page: {entry.home})")
     return open_files(folder, scratch)
 
 
 def records(source: str, files: Files, split: str) -> Iterator[Record]:
-    """Return an iterator over the records of one split; the images of a record are read when it is reached."""
+    """Yield the records of one split of the source; the images of a record are read only when the record is needed."""
     return (to_record(source, pair, files) for pair in reader_of(source, files)(files)
             if split_of(source, pair) == split)
 
 
 def summarize(source: str, folder: Path, *, scratch: Path | None = None) -> dict[str, Any]:
-    """Return counts for each official split, the number of image pairs that splits share, and the first missing images.
+    """Return a dict with the counts of records, pairs, references and missing images in each published split.
 
-    Archives in the folder are unpacked once below `scratch` (default: `scratch` of runtime.yaml). Raises ValueError or
-    FileNotFoundError if a file is broken or missing.
+    The dict also contains the number of image pairs that two splits share, and the names of the first missing images.
+    Archives in `folder` are unpacked once below `scratch` (default: the folder `scratch` of runtime.yaml). Raises
+    ValueError or FileNotFoundError if an annotation file is broken or missing.
     """
     summary, _ = survey(source, open_source(source, folder, scratch or Path(load_runtime().scratch)))
     return summary | {"missing": summary["missing"][:SHOWN]}
 
 
 def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
-    """Return the result of `summarize` with the list of all missing images, and the number of pairs per split."""
+    """Return (summary, number of pairs in each DiffCap split) of a source.
+
+    The summary is the dict that `summarize` returns, but with the names of all missing images.
+    """
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     types: dict[str, Counter[str]] = defaultdict(Counter)
-    # We keep hashes of the image names, because a source may have millions of pairs.
-    names: dict[str, set[int]] = defaultdict(set)
+    names: dict[str, set[int]] = defaultdict(set)  # split -> hashes of image names, which need less memory than names
     missing: dict[str, dict[str, None]] = defaultdict(dict)
     num_pairs: Counter[str] = Counter()
     for pair in reader_of(source, files)(files):
@@ -93,7 +97,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """Return the summary as text for the terminal."""
+    """Convert the summary that `summarize` returns to text for the terminal."""
     rows = [[split, *(f"{counts[name]:,}" for name in COUNTS), _verdict(counts)]
             for split, counts in summary["splits"].items()]
     lines = [summary["source"], aligned(["split", *(name.replace("_", " ") for name in COUNTS), ""], rows)]
@@ -110,7 +114,7 @@ def as_text(summary: dict[str, Any]) -> str:
 
 
 def problems(summary: dict[str, Any]) -> list[str]:
-    """Return one line for every split that differs from the published counts or lacks images."""
+    """Return one line for every split whose counts differ from the published counts, or whose images are missing."""
     lines = []
     for split, counts in summary["splits"].items():
         wrong = [f"{counts[name]:,} {name}, but {number:,} were published" for name, number in _wrong(counts)]
@@ -123,12 +127,12 @@ def problems(summary: dict[str, Any]) -> list[str]:
 
 
 def _wrong(counts: dict[str, Any]) -> list[tuple[str, int]]:
-    """Return name and official value of each count in which the split differs from the published set."""
+    """Return (name, published value) for each count of the split that differs from the published value."""
     return [(name, number) for name, number in (counts["expected"] or {}).items() if counts[name] != number]
 
 
 def _counted(expected: dict[str, int] | None, tally: Counter[str], num_pairs: int, num_missing: int) -> dict[str, Any]:
-    # The official number of references may include empty sentences; then we count empty sentences too.
+    # If the published number of references includes empty sentences, we count empty sentences too.
     with_empty = tally["references"] + tally["empty"]
     official = expected and expected.get("references") == with_empty
     counts: dict[str, Any] = {"records": tally["records"], "pairs": num_pairs,

@@ -18,16 +18,16 @@ from onediff.files import new_file
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
-PART = 512  # images whose embeddings are stored in one file; an interrupted run loses at most one such part
-EXACT_UP_TO = 200_000  # number of images above which an approximate index (inverted file) replaces exact search
-PROBES = 32  # number of lists that the inverted file searches for each image, out of sqrt(number of images) lists
+PART = 512  # number of images whose embeddings are stored together in one file
+EXACT_UP_TO = 200_000  # largest number of images for exact search; with more images, the search is approximate
+PROBES = 32  # number of index lists that the approximate search visits for each image
 
 
 @dataclass(frozen=True)
 class SimilarPair:
-    """A pair of images, given by their positions in the collection, with their cosine similarity.
+    """The positions of two similar images in the collection, and their cosine similarity.
 
-    A digest of the two names decides which image is `before`.
+    A digest of the two image names decides which image is `before`.
     """
 
     before: int
@@ -36,10 +36,11 @@ class SimilarPair:
 
 
 def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[SimilarPair]:
-    """Return pairs of neighbours whose similarity is between min_similarity and max_similarity, most similar first.
+    """Return the pairs of images that are similar but not too similar, most similar first.
 
-    Each image is in at most max_uses pairs, and no pair occurs twice. `vectors` (n, d) must have length 1. Equal
-    vectors and names give equal pairs in equal order.
+    The cosine similarity of a pair is between `min_similarity` and `max_similarity` of `settings`. Each image is in at
+    most `max_uses` pairs, and no pair occurs twice. `vectors` (n images, d dimensions) must have length 1. Equal
+    arguments give equal pairs in equal order.
     """
     similarity, neighbour = _nearest(vectors, settings.num_neighbors + 1)
     rows, columns = np.nonzero((similarity >= settings.min_similarity) & (similarity <= settings.max_similarity))
@@ -59,7 +60,7 @@ def find_pairs(vectors: Vectors, names: list[str], settings: Retrieval) -> list[
 
 
 def pair_records(source: str, entries: list[Entry], pairs: list[SimilarPair]) -> Iterator[Record]:
-    """Yield a training record for each pair. The record has no references, because the writer adds them later."""
+    """Yield a training record for each pair of images. It has no references, because the writer adds them later."""
     for pair in pairs:
         before, after = (next(load([entries[place]])) for place in (pair.before, pair.after))
         key = digest(f"{before.name}|{after.name}".encode())[:16]
@@ -72,17 +73,17 @@ def pair_records(source: str, entries: list[Entry], pairs: list[SimilarPair]) ->
 
 
 def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
-    """Return for each vector the `count` nearest vectors: their cosines (n, count) and their positions (n, count).
+    """Return the cosines and the positions of the `count` nearest vectors of each vector, the nearest first.
 
-    The nearest vector comes first. The position is -1 if fewer than `count` vectors were reached.
+    Both arrays have the shape (n vectors, count). A position is -1 if the search found fewer than `count` vectors.
     """
     import faiss
 
-    faiss.omp_set_num_threads(1)  # Sums that are split over several threads round differently.
+    faiss.omp_set_num_threads(1)  # Use one thread, because sums over several threads round differently.
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     index: faiss.Index = faiss.IndexFlatIP(rows.shape[1])
     if len(rows) > EXACT_UP_TO:
-        lists = int(len(rows) ** 0.5)
+        lists = int(len(rows) ** 0.5)  # number of lists into which the index divides the images
         inverted = faiss.IndexIVFFlat(index, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
         inverted.train(rows)
         inverted.nprobe = min(PROBES, lists)
@@ -95,7 +96,7 @@ def _nearest(vectors: Vectors, count: int) -> tuple[Vectors, np.ndarray]:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The embeddings of all readable images in order, and the error of each unreadable image by name."""
+    """The embeddings and names of all readable images in order, and the error message of each unreadable image."""
 
     vectors: Vectors
     names: list[str]
@@ -104,10 +105,10 @@ class Embedded:
 
 def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
                      max_megapixels: float) -> Iterator[Embedded]:
-    """Yield the embeddings of the collection in order, PART images at a time.
+    """Yield the embeddings of the images in a collection in order, PART images at a time.
 
-    The embeddings are stored in scratch under a digest of model and images, so an interrupted run repeats only one
-    part.
+    The embeddings of each part are stored in the scratch folder under a digest of the model and the images, so the next
+    run after an interruption does not compute the finished parts again.
     """
     parts = [entries[start : start + PART] for start in range(0, len(entries), PART)]
     make = functools.partial(_PartEmbedder, model, runtime.device, Path(runtime.scratch) / "embeddings", max_megapixels)
@@ -115,7 +116,7 @@ def embed_collection(entries: list[Entry], model: str, runtime: Runtime, *,
 
 
 class _PartEmbedder:
-    """A worker that embeds parts of a collection; the model is loaded once in each process."""
+    """A worker that embeds parts of an image collection; each process loads the model once."""
 
     def __init__(self, model: str, device: str, folder: Path, max_megapixels: float) -> None:
         self.embedder, self.folder, self.max_megapixels = Embedder(model, device), folder, max_megapixels

@@ -22,7 +22,10 @@ _COLLECTION = CatalogEntry(what="captioned images of your own", licence="yours",
 
 
 def status(config: Config | None) -> list[dict[str, Any]]:
-    """Return a row for every published source and every source in the config; paths are relative to the project."""
+    """Return one row (a dict) for every published source and every source in the config.
+
+    The row says which files are present, which are missing, and what to do next. Paths are relative to the project.
+    """
     entries = dict(CATALOG)
     if config:
         entries |= {name: _OWN for name in config.data.raw if name not in CATALOG}
@@ -32,7 +35,7 @@ def status(config: Config | None) -> list[dict[str, Any]]:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as text: a table, then for each source a description and the next step."""
+    """Return the rows of `status` as text: a table, then the description and the next step of each source."""
     table = aligned(["source", "used", "size", "present", "missing"],
                     [[row["source"], "yes" if row["used"] else "no", row["size"] or "-", row["present"] or "nothing",
                       row["missing"] or "nothing"] for row in rows])
@@ -48,11 +51,11 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     annotated = [name for name in entry.annotations if name in names]
     needs_all = entry is not _OWN and source != "instruct_pix2pix"
     missing = []
-    if not archives:  # If there are archives, they may contain the missing files.
+    if not archives:  # If there are archives, they may contain the files that are not in the folder.
         missing += [name for name in entry.annotations if name not in names] if needs_all or not annotated else []
         missing += [] if has_images else ["images"]
     reports = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
-    if reports:  # The last run of stage read wrote a report. (The report of stage retrieve has no splits.)
+    if reports:  # The last run of stage `read` or `retrieve` wrote a report; only that of `read` contains splits.
         splits = json.loads(reports[0].read_text(encoding="utf-8")).get("splits", {})
         num_missing = sum(counts["missing_images"] for counts in splits.values())
         missing += [f"{num_missing:,} images by name ({reports[0]})"] if num_missing else []
@@ -68,9 +71,9 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
 
 
 def _listing(folder: Path) -> tuple[set[str], list[str], bool]:
-    """Return the names of the files that are not images, the archives, and whether there are images, in a folder.
+    """Return the names of files that are neither images nor archives, the archives, and whether there are images.
 
-    The search stops after _MAX_ENTRIES directory entries.
+    The search stops after about _MAX_ENTRIES directory entries.
     """
     names, archives, has_images, num_entries = set(), [], False, 0
     for path, below, files in os.walk(folder, followlinks=True):

@@ -2,7 +2,7 @@
 
 
 def aligned(head: list[str], rows: list[list[str]]) -> str:
-    """Return the table as text: numbers aligned right, words aligned left, two spaces between columns."""
+    """Return a table as text: columns of numbers are aligned right, other columns left, with two spaces between."""
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     right = [bool(rows) and all(row[column][:1].isdigit() for row in rows) for column in range(len(head))]

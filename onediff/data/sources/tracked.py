@@ -16,17 +16,17 @@ _DVC = (sys.executable, "-m", "dvc")
 
 
 def fetch(source: str) -> None:
-    """Download all files of a published source into data/raw/<source> with `dvc import-url`; existing files stay.
+    """Download the files of a published source that do not exist yet into data/raw/<source>, with `dvc import-url`.
 
-    Raises ValueError if the source is unknown, if it has no direct address (the message then explains how to get the
-    files), or if DVC fails.
+    Raises ValueError if the source is unknown, if it has no download addresses (the message then explains how to get
+    the files), or if DVC fails.
     """
     if source not in CATALOG:
         raise ValueError(f"source '{source}' is not a published set; the published sets are {', '.join(CATALOG)}")
     entry, folder = CATALOG[source], RAW / source
     if not entry.addresses:
         raise ValueError(f"{source} cannot be downloaded automatically: put into {folder}: {entry.manual} "
-                         f"({entry.home})")
+                         f"(home page: {entry.home})")
     for place, address in entry.addresses.items():
         path = folder / place
         if path.exists():
@@ -35,13 +35,13 @@ def fetch(source: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run([*_DVC, "import-url", address, str(path)], check=False).returncode:
             raise ValueError(f"{path}: dvc could not download {address} (see the error above); try again, or put the "
-                             f"file there by hand ({entry.home})")
+                             f"file there by hand (home page: {entry.home})")
     if entry.manual:
         print(f"now put by hand into {folder}: {entry.manual} ({entry.home})")
 
 
 def imported() -> list[Path]:
-    """Return in order the .dvc files of raw data that `dvc import-url` or `dvc import` downloaded.
+    """Return the .dvc files below data/raw that `dvc import-url` or `dvc import` has written, in order.
 
     Raises ValueError if a .dvc file cannot be read.
     """
@@ -49,19 +49,19 @@ def imported() -> list[Path]:
 
 
 def update(path: Path) -> bool:
-    """Run `dvc update` on one .dvc file and return whether the downloaded data changed.
+    """Run `dvc update` on one .dvc file and return whether the data that belong to this file changed.
 
-    Raises ValueError with DVC's message if the update fails, for example because the origin cannot be reached; the
-    local data are then restored.
+    If the update fails, for example because the download address cannot be reached, the local data are restored, and
+    ValueError with DVC's message is raised.
     """
     digests, content = _digests(path), path.read_bytes()
     try:
         _run("update", path)
     except ValueError as error:
         path.write_bytes(content)
-        _run("checkout", path)  # `dvc update` removes the local data before it contacts the origin.
-        raise ValueError(f"{error}; the local data are unchanged: check the connection to the origin, then try "
-                         "again") from None
+        _run("checkout", path)  # `dvc update` removes the local data before it contacts the download address.
+        raise ValueError(f"{error}; the local data are unchanged: check the connection to the download address, then "
+                         "try again") from None
     return _digests(path) != digests
 
 
@@ -71,7 +71,7 @@ def add(folder: Path) -> None:
 
 
 def state() -> str:
-    """Return one digest over all .dvc files below data/raw, which changes only when the raw data change."""
+    """Return one digest of all .dvc files below data/raw; it changes only when a file of the raw data changes."""
     contents = (f"{path.relative_to(RAW)}\0".encode() + path.read_bytes() for path in sorted(RAW.rglob("*.dvc")))
     return sha256(b"".join(contents)).hexdigest()[:32]
 
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _run(verb: str, path: Path) -> None:
-    """Run `dvc <verb> <path>`. We do not pass --quiet, because this option would hide the reason of a failure."""
+    """Run `dvc <verb> <path>`. We do not pass --quiet, because this option would hide why DVC failed."""
     done = subprocess.run([*_DVC, verb, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line.strip().removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]

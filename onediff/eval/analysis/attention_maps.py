@@ -25,20 +25,21 @@ from onediff.model.captioner import Captioner
 from onediff.model.delta import Attention, DeltaLayer, VisualDeltaModule
 
 Grid = NDArray[np.float64]
-Box = Sequence[float]  # a box as (left, top, right, bottom) in pixels
+Box = Sequence[float]  # left, top, right and bottom edge, in pixels
 SIDES = ("before", "after")
 BATCH = 32  # pairs per forward pass
-# figures that are also reported for each side and each change type
+# These figures are also reported separately for `before`, for `after` and for each change type.
 FIGURES = ("attention_share", "inside_share", "pointing_accuracy")
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention maps of one pair.
+    """The attention of the delta tokens on the P x P patches of both images of one pair.
 
-    `before`, `after` (P, P): the attention on each patch, averaged over delta tokens, heads and layers; both maps
-    together sum to 1. `levels`: the two maps (2, P, P) averaged over the layers that read one feature level of the
-    vision encoder, by level. `change` (P, P): mean absolute pixel difference of each patch, for comparison.
+    `before`, `after` (P, P): the attention on each patch of the image, averaged over delta tokens, heads and layers;
+    the two maps together sum to 1. `levels` maps each feature level of the vision encoder to the two maps (2, P, P),
+    averaged over the layers that read this level. `change` (P, P): mean absolute pixel difference between the two
+    images in each patch, for comparison.
     """
 
     before: Grid
@@ -49,7 +50,7 @@ class AttentionMaps:
 
 @torch.inference_mode()
 def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[AttentionMaps]:
-    """Return the attention maps of each pair. Raises ValueError for a model without delta tokens."""
+    """Return the attention maps of each image pair. Raises ValueError for a model without delta tokens."""
     model, delta = captioner.model, captioner.model.delta
     if delta is None:
         raise ValueError("model.delta.num_tokens is 0, but attention maps need a model with delta tokens; "
@@ -68,9 +69,10 @@ def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Imag
 
 @contextmanager
 def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
-    """Yield a list that receives the attention weights of each cross-attention layer in the next forward pass.
+    """Yield a list to which the next forward pass adds the attention weights of each cross-attention layer.
 
-    The weights are averaged over heads and delta tokens; they have shape (B, S) and sum to 1 over S.
+    The weights of a layer have shape (B pairs, S keys). They are averaged over heads and delta tokens, and sum to 1 for
+    each pair.
     """
     weights: list[Tensor] = []
 
@@ -89,9 +91,10 @@ def recorded(delta: VisualDeltaModule) -> Iterator[list[Tensor]]:
 
 
 def attention_weights(attention: Attention, queries: Tensor, context: Tensor) -> Tensor:
-    """Return the attention weights (B, heads, K, S) for queries (B, K, W) and context (B, S, W).
+    """Compute the attention weights of a cross-attention module, (B pairs, heads, K queries, S keys).
 
-    The forward pass of the module uses a fused attention function, which does not return the weights.
+    `queries` is (B, K, width), `context` is (B, S, width). The forward pass of the module uses a fused attention
+    function, which does not return the weights.
     """
     query, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
                   for part in (attention.query(queries), attention.key(context)))
@@ -99,17 +102,21 @@ def attention_weights(attention: Attention, queries: Tensor, context: Tensor) ->
 
 
 def per_image(weights: Grid, *, side: int) -> Grid:
-    """Return the attention on each image (B, X, 2, P, P) for attention weights over all keys (B, X, 2N or 3N).
+    """Return the attention on the P x P patches of both images, (B pairs, X layers, 2 images, P, P).
 
-    If the keys contain difference features, half of the attention on a difference is added to each of both images.
+    `weights` (B, X, keys) has the attention on the patches of `before`, then on the patches of `after`, and in some
+    models also on the differences between these patches. Half of the attention on a difference is added to each image.
     """
-    # Axis 2 has the map of `before`, of `after` and, if it exists, of the difference.
-    views = weights.reshape(*weights.shape[:2], -1, side, side)
+    # The views are `before`, `after` and, in some models, the difference of both images.
+    views = weights.reshape(*weights.shape[:2], -1, side, side)  # (B, X, views, P, P)
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 
 
 def pixel_change(images: Tensor, *, side: int) -> Grid:
-    """Return the mean absolute pixel difference of each patch (B, P, P) for images (B, 2, 3, H, W)."""
+    """Return the mean absolute pixel difference between the two images in each patch, (B pairs, P x P patches).
+
+    `images` is (B, 2 images, 3 colors, height, width).
+    """
     difference = (images[:, 1] - images[:, 0]).double().abs().mean(1)  # (B, H, W)
     px = difference.shape[-1] // side
     patches = difference[:, : side * px, : side * px].unflatten(2, (side, px)).unflatten(1, (side, px))
@@ -117,9 +124,10 @@ def pixel_change(images: Tensor, *, side: int) -> Grid:
 
 
 def regions(row: PairRow) -> dict[str, Box]:
-    """Return the box of the changed region in each image of a pair, by side; empty if the region is unknown.
+    """Return the box of the changed region in each image, as {"before" or "after": box}.
 
-    A crop has no changed region, because its provenance records the part of the image that was kept.
+    The result is empty if the region is unknown. A crop has no changed region, because its provenance records the part
+    of the image that was kept.
     """
     if row["change_type"] in ("none", "crop"):
         return {}
@@ -129,9 +137,10 @@ def regions(row: PairRow) -> dict[str, Box]:
 
 
 def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, ...]:
-    """Convert a box from pixels of an image to patches of the square to which the image is padded.
+    """Convert a box from pixels of an image to units of patches.
 
-    `size` is the width and height of the image, `side` the number of patches per side of the square.
+    The vision encoder pads an image to a square, so the result is relative to this square. `size` is the width and
+    height of the image, `side` is the number of patches per side of the square.
     """
     longer = max(size)
     margins = [(longer - length) / 2 for length in size]
@@ -139,7 +148,10 @@ def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, .
 
 
 def coverage(box: Sequence[float], *, side: int) -> Grid:
-    """Return which share of each patch lies inside the box, (P, P). The box is given in patches."""
+    """Return for each of the P x P patches which share of its area lies inside the box, (P, P).
+
+    The edges of the box are given in units of patches.
+    """
     left, top, right, bottom = box
     starts = np.arange(side)
     across, down = (np.clip(np.minimum(starts + 1, high) - np.maximum(starts, low), 0, 1)
@@ -148,9 +160,10 @@ def coverage(box: Sequence[float], *, side: int) -> Grid:
 
 
 def points_inside(grid: Grid, box: Sequence[float]) -> bool:
-    """Return whether the centre of the patch with the highest value lies inside the box, which is given in patches.
+    """Return whether the centre of the patch with the highest value in `grid` lies inside the box.
 
-    If several patches have the highest value, the first one is used.
+    The edges of the box are given in units of patches. If several patches have the highest value, the first one is
+    used.
     """
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     return _inside(column + 0.5, row + 0.5, box)
@@ -163,7 +176,10 @@ def _inside(x: float, y: float, box: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class RegionFigures:
-    """The attention figures of one image of a changed pair."""
+    """The attention figures of one image of a changed pair.
+
+    `group` is the group_id of the pair. `side` is "before" or "after". `attention_figures` explains the figures.
+    """
 
     group: str
     change_type: str
@@ -172,7 +188,7 @@ class RegionFigures:
 
 
 def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
-    """Return the attention figures of each image of the pair whose changed region is known.
+    """Return the attention figures of each image of a pair in which the changed region is known.
 
     Raises ValueError for an image that cannot be decoded.
     """
@@ -190,7 +206,7 @@ def region_figures(record: Record, maps: AttentionMaps) -> list[RegionFigures]:
             "pointing_accuracy": points_inside(grid, place),
             "difference_pointing_accuracy": points_inside(maps.change, place),
             "centre_pointing_accuracy": _inside(side / 2, side / 2, place),
-            # A region that is smaller than a patch may not contain the centre of any patch.
+            # A changed region that is smaller than a patch may not contain the centre of any patch.
             "pointing_ceiling": any(_inside(x, y, place) for x in middles for y in middles),
             **{f"level_{level}_inside_share": _share(each, inside) for level, each in levels.items()},
             **{f"level_{level}_pointing_accuracy": points_inside(each, place) for level, each in levels.items()}}
@@ -206,13 +222,16 @@ def _share(grid: Grid, inside: Grid) -> float:
 def attention_figures(images: Sequence[RegionFigures]) -> dict[str, Any]:
     """Return the means of the attention figures over images with a known changed region, with 95 % intervals.
 
-    attention_share: share of the attention on both images that falls on this image.
-    inside_share: share of the attention on an image that falls into the changed region. For comparison:
-    difference_inside_share, the share of the pixel differences inside the region; area_share, the share of the image
-    area that the region covers, which uniform attention would reach.
-    pointing_accuracy: share of images in which the centre of the patch with the most attention lies in the region. For
-    comparison: the same for the patch with the largest pixel difference and for the centre of the image;
-    pointing_ceiling, the share of regions that contain the centre of any patch.
+    attention_share: share of the attention on both images of a pair that falls on this image.
+
+    inside_share: share of the attention on an image that falls into the changed region. Two figures are for comparison:
+    difference_inside_share is the share of the pixel differences that lies in the region; area_share is the share of
+    the image area that the region covers, which uniform attention would reach.
+
+    pointing_accuracy: share of images in which the centre of the patch with the most attention lies in the region.
+    Three figures are for comparison: difference_pointing_accuracy uses the patch with the largest pixel difference;
+    centre_pointing_accuracy uses the centre of the image; pointing_ceiling is the share of images in which the region
+    contains the centre of any patch.
 
     The result is empty if there are no images.
     """
@@ -230,7 +249,10 @@ def _mean_figures(images: Sequence[RegionFigures], names: Sequence[str]) -> dict
 
 
 def maps_of_records(captioner: Captioner, records: Sequence[Record]) -> Iterator[tuple[Record, AttentionMaps]]:
-    """Yield each record with its attention maps. Raises ValueError for an image that cannot be decoded."""
+    """Yield each record with the attention maps of its images.
+
+    Raises ValueError for an image that cannot be decoded.
+    """
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         pairs = [(open_image(record.before), open_image(record.after)) for record in batch]

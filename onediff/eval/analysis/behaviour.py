@@ -24,7 +24,7 @@ _WORDS = {synonym: (kind, word) for kind, words in _KINDS.items() for word in wo
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-# Crop, black_and_white and blur are not in this table: the grammar cannot ask to widen, colour or sharpen an image.
+# crop, black_and_white and blur have no inverse: no sentence of the grammar asks to widen, colour or sharpen an image.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
                  "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
                  "remove": "paste"}
@@ -32,17 +32,16 @@ _EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple"
                                  "yellow": "blue"},
                   "rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
-# the group_id of a pair, and how right its caption is: from 0 (wrong) to 1 (right)
-Outcomes = Sequence[tuple[str, float]]
+Outcomes = Sequence[tuple[str, float]]  # for each pair: (group_id, outcome from 0 = wrong to 1 = right)
 
 
 @dataclass(frozen=True)
 class Change:
     """The change that a caption claims, or the change that really happened in a pair.
 
-    A change_type of None means that the caption could not be parsed. The attributes from `color` to `material` describe
-    the object that changed. `new` is the new color or material; for an edit, `new` is the position, the turn or the
-    tint.
+    A `change_type` of None means that the caption could not be parsed. `color`, `shape`, `size` and `material` describe
+    the object that changed; for an edit, the object to be pasted. `new` is the new color or material; for an edit, it
+    is the position, the turn or the tint. `direction` is the direction in which an object was moved.
     """
 
     change_type: str | None
@@ -58,7 +57,10 @@ UNREADABLE = Change(None)
 
 
 def parse(caption: str) -> Change:
-    """Return the change that a caption of a scene claims, or UNREADABLE if the grammar does not match the caption."""
+    """Parse a caption of a generated scene, and return the change that the caption claims.
+
+    Returns UNREADABLE if the grammar does not match the caption.
+    """
     text = _plain(caption)
     for change_type, _, pattern in _scene_patterns():
         match = pattern.fullmatch(text)
@@ -74,9 +76,10 @@ def parse(caption: str) -> Change:
 
 
 def parse_edit(caption: str) -> Change:
-    """Return the edit that a caption of `edits` asks for, or UNREADABLE if the grammar does not match the caption.
+    """Parse a caption of the source `edits`, and return the edit that the caption asks for.
 
-    The operation is the change_type. The attributes describe the object to be pasted, if the operation is `paste`.
+    The change_type of the result is the operation. If the operation is `paste`, the attributes describe the object to
+    be pasted. Returns UNREADABLE if the grammar does not match the caption.
     """
     text = _plain(caption)
     for operation, pattern in _edit_patterns():
@@ -88,7 +91,7 @@ def parse_edit(caption: str) -> Change:
 
 
 def matching_templates(caption: str, change_type: str) -> list[str]:
-    """Return the scene templates of a change type that can generate the caption."""
+    """Return the sentence templates for a change type of scenes that can generate the caption."""
     text = _plain(caption)
     return [template for kind, template, pattern in _scene_patterns()
             if kind == change_type and pattern.fullmatch(text)]
@@ -100,10 +103,10 @@ def _plain(caption: str) -> str:
 
 @functools.cache
 def _scene_patterns() -> list[tuple[str, str, re.Pattern[str]]]:
-    """Return (change type, template, regular expression) for each scene template.
+    """Return (change type, template, regular expression) for each sentence template of scenes.
 
-    The slot {new} matches only words that fit the change type: "became red" is a change of color, "became shiny" a
-    change of texture.
+    The slot {new} of a template matches only words that fit the change type: "became red" is a change of color, "became
+    shiny" a change of texture.
     """
     return [(kind, text, _pattern(text, new="|".join(_results(kind))))
             for kind, texts in SCENE_TEMPLATES.items() for text in texts]
@@ -111,9 +114,10 @@ def _scene_patterns() -> list[tuple[str, str, re.Pattern[str]]]:
 
 @functools.cache
 def _edit_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    """Return (operation, regular expression) for each edit template.
+    """Return (operation, regular expression) for each sentence template of edits.
 
-    Templates without a slot come first, because the slot of another template could also match their words.
+    A slot is a placeholder such as {new}. Templates without a slot come first, because the slot of another template
+    could also match their words.
     """
     flat = [(kind, text) for kind, texts in EDIT_TEMPLATES.items() for text in texts]
     flat.sort(key=lambda item: "{" in item[1])
@@ -127,7 +131,7 @@ def _pattern(template: str, *, new: str) -> re.Pattern[str]:
 
 
 def _results(change_type: str) -> dict[str, str]:
-    """Return a dict from each phrase for the result of a change to the color, material or direction that it means."""
+    """Return the phrases for the result of a change, as {phrase: color, material or direction}."""
     if change_type == "move":
         return {phrase: name for name, phrase in DIRECTIONS.items()}
     result_kind = {"color": "color", "texture": "material"}.get(change_type)
@@ -135,10 +139,10 @@ def _results(change_type: str) -> dict[str, str]:
 
 
 def _parse_noun(phrase: str) -> dict[str, str | None] | None:
-    """Return the attributes of the object that a phrase describes; None if a word is unknown or the shape is missing.
+    """Return the attributes, such as color and shape, of the object that a noun phrase describes.
 
-    A phrase may locate the object by a neighbour, as in "the cube left of the ball". The attributes of the neighbour
-    are ignored.
+    The result is None if a word is unknown or the shape is missing. A phrase may locate the object by a neighbour, as
+    in "the cube left of the ball"; the attributes of the neighbour are ignored.
     """
     first, *rest = _NEIGHBOUR.split(phrase)
     parts = [_parse_words(text.split()) for text in (first, *rest)]
@@ -156,7 +160,7 @@ def _parse_words(words: list[str]) -> dict[str, str | None] | None:
 
 
 def truth(row: PairRow) -> Change:
-    """Return the true change of a generated pair, which is recorded in the provenance of the row."""
+    """Return the true change of a generated pair, which the provenance of the row records."""
     if row["change_type"] == "none":
         return Change("none")
     thing = row["provenance"]["object"]
@@ -166,18 +170,18 @@ def truth(row: PairRow) -> Change:
 
 
 def same_object(a: Change, b: Change) -> bool:
-    """Return whether both changes name the color and the shape of an object, with equal values."""
+    """Return whether both changes name the color and the shape of the object, and these are equal."""
     return None not in (a.color, a.shape) and (a.color, a.shape) == (b.color, b.shape)
 
 
 def says_the_truth(claim: Change, true: Change) -> bool:
-    """Return whether the claimed change of a scene is correct in change type, object (color and shape) and result."""
+    """Return whether the change that a scene caption claims is correct in type, object (color and shape) and result."""
     return claim.change_type == true.change_type and (true.change_type == "none" or (
         same_object(claim, true) and (claim.new, claim.direction) == (true.new, true.direction)))
 
 
 def inverse(a: Change, b: Change) -> bool:
-    """Return whether change b is the inverse of change a: the same object, changed from `after` back to `before`."""
+    """Return whether change b undoes change a: b must change the same object back to its former state."""
     if a.change_type is None or _INVERSE.get(a.change_type) != b.change_type:
         return False
     if a.change_type == "color":
@@ -190,16 +194,19 @@ def inverse(a: Change, b: Change) -> bool:
 
 
 def says_the_edit(claim: Change, true: Change) -> bool:
-    """Return whether the claimed edit is correct in operation and in position, turn or tint.
+    """Return whether the edit that a caption asks for has the right operation and the right position, turn or tint.
 
-    For `paste`, color and shape of the pasted object must also be correct.
+    If the operation is `paste`, color and shape of the pasted object must also be correct.
     """
     return ((claim.change_type, claim.new) == (true.change_type, true.new)
             and (true.change_type != "paste" or same_object(claim, true)))
 
 
 def undone(change: Change) -> Change | None:
-    """Return the change of the swapped pair (after, before) of a scene; None if nothing changed or it is unknown."""
+    """Return the change of a scene that undoes `change`: the true change of the swapped pair (after, before).
+
+    The result is None if nothing changed or if the change is unknown.
+    """
     kind = _INVERSE.get(change.change_type or "")
     if kind is None:
         return None
@@ -211,7 +218,7 @@ def undone(change: Change) -> Change | None:
 
 
 def undone_edit(edit: Change) -> Change | None:
-    """Return the edit that undoes `edit`, or None if the grammar has no sentence for it.
+    """Return the edit that undoes `edit`, or None if the grammar has no sentence for such an edit.
 
     For example, no sentence undoes a crop, or the removal of an object from a photograph.
     """
@@ -223,9 +230,9 @@ def undone_edit(edit: Change) -> Change | None:
 
 
 def inverse_edit(a: Change, b: Change) -> bool:
-    """Return whether edit b is the inverse of edit a.
+    """Return whether edit b undoes edit a.
 
-    A caption that asks to remove an object does not name the object, so pasting any object counts as the inverse.
+    A caption that asks to remove an object does not name the object, so pasting any object undoes a removal.
     """
     kind = _EDIT_INVERSE.get(a.change_type or "")
     if kind is None or kind != b.change_type:
@@ -235,9 +242,11 @@ def inverse_edit(a: Change, b: Change) -> bool:
 
 
 def scene_checks(prediction: str, row: PairRow) -> dict[str, bool]:
-    """Return which parts of a scene caption are correct: "type", "object" and "outcome" (new color, place and so on).
+    """Return which parts of a scene caption are correct, as {part: whether it is correct}.
 
-    For an unchanged pair, the only part is "no change". The caption is correct if all parts are correct.
+    The parts are "type" (of the change), "object" (color and shape) and "outcome" (new color, material or direction, if
+    the change has one). For an unchanged pair, the only part is "no change". The caption is correct if all parts are
+    correct.
     """
     claim, true = parse(prediction), truth(row)
     if true.change_type == "none":
@@ -249,19 +258,20 @@ def scene_checks(prediction: str, row: PairRow) -> dict[str, bool]:
 
 
 def edit_checks(prediction: str, row: PairRow) -> dict[str, bool]:
-    """Return whether the caption of an edit names the right operation. Object and position are not checked."""
+    """Return {"operation": whether the caption names the right edit}. Object and position are not checked."""
     return {"operation": parse_edit(prediction).change_type == row["change_type"]}
 
 
 def scene_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """Return the behaviour figures of scenes: shares of pairs, 0 to 1, and 95 % intervals under "intervals".
+    """Return the behaviour figures of scene captions: shares from 0 to 1, and 95 % intervals under "intervals".
 
-    Over changed pairs: change_found_rate (a change is claimed), change_type_accuracy, changed_object_accuracy (color
-    and shape), change_accuracy (type, object and result). Over unchanged pairs: false_alarm_rate (the caption does not
-    say that nothing changed). Over pairs of which the swapped pair is also in `rows`: swap_consistency (the two
-    captions are inverse to each other, even if both are wrong).
+    Shares of changed pairs: change_found_rate (the caption claims a change), change_type_accuracy,
+    changed_object_accuracy (color and shape are right), change_accuracy (type, object and result are right). Share of
+    unchanged pairs: false_alarm_rate (the caption does not say that nothing changed). Share of the pairs whose swapped
+    pair is also in `rows`: swap_consistency (the captions of the pair and of the swapped pair describe inverse changes,
+    even if both captions are wrong).
 
-    A caption that cannot be parsed counts as wrong everywhere. A figure without pairs is left out.
+    A caption that cannot be parsed counts as wrong in every figure. A figure without pairs is left out.
     """
     table = [(row, parse(predictions[row["pair_id"]]), truth(row)) for row in rows]
     claims = {row["pair_id"]: claim for row, claim, _ in table}
@@ -282,7 +292,9 @@ def scene_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[s
 
 
 def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """Return operation_accuracy, the share of edits whose caption names the right operation: of all edits, and by type.
+    """Return operation_accuracy: the share of edits whose caption names the right operation.
+
+    The share is computed for all edits, and for each operation in operation_accuracy_by_operation.
     """
     table = list(rows)
     outcomes = [(row["group_id"], edit_checks(predictions[row["pair_id"]], row)["operation"]) for row in table]
@@ -290,7 +302,7 @@ def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[st
 
 
 def by_change_type(rows: Sequence[PairRow]) -> dict[str, list[int]]:
-    """Return the positions of the rows of each change type, sorted by change type."""
+    """Return {change type: positions of the rows with this change type}, sorted by change type."""
     return {kind: [place for place, row in enumerate(rows) if row["change_type"] == kind]
             for kind in sorted({row["change_type"] for row in rows})}
 
@@ -301,7 +313,7 @@ def _by_type(rows: Sequence[PairRow], outcomes: Outcomes) -> dict[str, float]:
 
 
 def rates(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """Return the mean outcome under each name, and the 95 % intervals of the means under "intervals".
+    """Return {name: mean of the outcomes under this name}, and the 95 % intervals of these means under "intervals".
 
     A name without outcomes is left out.
     """
@@ -311,7 +323,7 @@ def rates(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
 
 
 def interval(outcomes: Outcomes) -> list[float]:
-    """Return the 95 % bootstrap interval of the mean outcome.
+    """Return the 95 % bootstrap interval [low, high] of the mean outcome.
 
     The bootstrap draws groups instead of pairs, because pairs from one scene or photograph are not independent.
     """
@@ -327,10 +339,10 @@ def interval(outcomes: Outcomes) -> list[float]:
 class Grammar:
     """The functions that parse and judge the captions of a generated source.
 
-    `read`: parse a caption. `undone`: return the change of the swapped pair, None if the grammar has no sentence for
-    it. `says`: return whether a claimed change is the true change. `inverse`: return whether the second claim is the
-    inverse of the first, even if both are wrong. `checks`: return which parts of a caption are correct. `behaviour`:
-    return the behaviour figures of a set of captions.
+    `read`: parse a caption. `undone`: return the true change of the swapped pair, or None if the grammar has no
+    sentence for that change. `says`: return whether a claimed change is the true change. `inverse`: return whether the
+    second claimed change is the inverse of the first, even if both are wrong. `checks`: return which parts of a caption
+    are correct. `behaviour`: return the behaviour figures of a set of captions.
     """
 
     read: Callable[[str], Change]
@@ -341,7 +353,7 @@ class Grammar:
     behaviour: Callable[[Predictions, Iterable[PairRow]], dict[str, Any]]
 
 
-# The keys are values of Protocol.grammar. Captions of a protocol without a grammar are not parsed.
+# The keys are the values of Protocol.grammar. If a protocol has no grammar, captions are not parsed.
 GRAMMARS: dict[str | None, Grammar] = {
     "scenes": Grammar(parse, undone, says_the_truth, inverse, scene_checks, scene_behaviour),
     "edits": Grammar(parse_edit, undone_edit, says_the_edit, inverse_edit, edit_checks, edit_behaviour)}

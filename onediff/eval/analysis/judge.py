@@ -34,8 +34,9 @@ VALUES = {"states": ("yes", "partly", "no"), "invents": ("yes", "no")}
 class Verdict:
     """The judge's verdict on one caption.
 
-    `states` and `invents` are empty unless `status` is "ok"; otherwise `reason` says why there is no verdict. `key`
-    identifies the stored answer of the judge in the file ANSWERS.
+    `states` is the answer to "does the caption state the true change?", `invents` to "does it invent a change?". If
+    `status` is not "ok", there is no verdict: both answers are empty, and `reason` says why. `key` identifies the
+    stored answer of the judge in the file ANSWERS.
     """
 
     pair_id: str
@@ -55,11 +56,12 @@ class Verdict:
 
 def judge_files(predictions: Path, references: Path | None, settings: Judge, runtime: Runtime, *,
                 known: str | None = None, shards: Path = DIFFCAP) -> tuple[dict[str, Any], list[Verdict]]:
-    """Judge a JSONL file of predictions, and return the summary and the verdicts.
+    """Let the judge, a language model, judge a JSONL file of predictions, and return the summary and the verdicts.
 
-    `references` is a JSONL file. `known` is a benchmark with a grammar in the DiffCap files of the folder `shards`. If
-    it is given, the summary also contains the agreement of the judge with the grammar, and `references` may be None;
-    then the references of the benchmark are used.
+    `references` is a JSONL file with the references of the same pairs. `known` is the name of a benchmark with a
+    grammar, whose pairs are in the DiffCap files of the folder `shards`. If `known` is given, the summary also contains
+    the agreement of the judge with the grammar, and `references` may be None; then the references of this benchmark are
+    used.
 
     Raises ValueError with file and line for bad input, and all errors of `judge` and `known_truths`.
     """
@@ -73,7 +75,7 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
         rows = [row for name in splits for row in read_table(shards, f"{name}-*.parquet") if row["source"] == known]
     truths = known_truths(captions, rows, known) if known else {}
     judged_rows = [row for row in rows if row["pair_id"] in captions]
-    if references:  # The protocol of an unknown source is used, which does not check the number of pairs.
+    if references:  # The protocol of an unknown source does not check the number of pairs.
         judged_rows = read_benchmark(references, protocol_of("references"))
     elif not known:
         raise ValueError("--references is needed: a JSONL file of lines with 'pair_id' and 'references'; "
@@ -86,11 +88,11 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
 
 
 def judge(predictions: Predictions, references: References, settings: Judge, runtime: Runtime) -> list[Verdict]:
-    """Return a verdict for each pair, in the order of the references.
+    """Ask the judge about the caption of each pair, and return the verdicts in the order of the references.
 
-    The judge is only asked about captions that have no stored answer in the file ANSWERS, because each request costs
-    money. Raises ValueError if predictions and references have different keys, and all errors of `writer.asking.ask`:
-    ValueError, ConnectionError, InterruptedError and OSError.
+    Answers that are stored in the file ANSWERS are used again, because each request costs money. Raises ValueError if
+    predictions and references have different pair_ids, and all errors of `writer.asking.ask`: ValueError,
+    ConnectionError, InterruptedError and OSError.
     """
     check_keys(predictions, references)
     writer = Writer(mode="text", **settings.model_dump())
@@ -108,9 +110,10 @@ def judge(predictions: Predictions, references: References, settings: Judge, run
 
 
 def summary(verdicts: Sequence[Verdict], groups: Mapping[str, str]) -> dict[str, Any]:
-    """Return the share of captions for each answer of the judge, 0 to 1, with 95 % intervals, and the number of errors.
+    """Return how often the judge gave each answer, as a share of the captions, and the number of errors.
 
-    `groups` maps each pair_id to its group, the scene or photograph of the pair. The bootstrap draws groups.
+    Each share (0 to 1) has a 95 % interval from a bootstrap over groups of pairs. `groups` maps each pair_id to the
+    group of the pair (a scene or photograph).
     """
     judged = [verdict for verdict in verdicts if verdict.status == "ok"]
     errors = Counter(verdict.status for verdict in verdicts if verdict.status != "ok")
@@ -125,16 +128,17 @@ def summary(verdicts: Sequence[Verdict], groups: Mapping[str, str]) -> dict[str,
 
 
 def known_truths(predictions: Predictions, rows: Iterable[PairRow], benchmark: str) -> dict[str, bool]:
-    """Return whether each predicted caption is true, by pair_id, according to the grammar of generated data.
+    """Return whether each predicted caption is true according to the grammar, as {pair_id: whether it is true}.
 
-    For `edits`, a caption is true if it names the right operation. Raises ValueError if the benchmark has no grammar,
-    or if `rows` do not contain all pairs of the predictions.
+    The pairs must be generated, so that the true change is known. For `edits`, a caption is true if it names the right
+    operation. Raises ValueError if the benchmark has no grammar, or if `rows` do not contain all pairs of the
+    predictions.
     """
     grammar = PROTOCOLS[benchmark].grammar if benchmark in PROTOCOLS else None
     if grammar is None:
         known = ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.grammar)
-        raise ValueError(f"--truth {benchmark}: must be a benchmark of generated pairs with a grammar, because only "
-                         f"there the true change is known; use one of {known}")
+        raise ValueError(f"--truth {benchmark}: must be a benchmark with a grammar, because the true change is known "
+                         f"only for generated pairs; use one of {known}")
     truths = {row["pair_id"]: all(GRAMMARS[grammar].checks(predictions[row["pair_id"]], row).values())
               for row in rows if row["pair_id"] in predictions}
     lacking = [pair_id for pair_id in predictions if pair_id not in truths]
@@ -147,12 +151,12 @@ def known_truths(predictions: Predictions, rows: Iterable[PairRow], benchmark: s
 
 def agreement(verdicts: Iterable[Verdict], truths: Mapping[str, bool], groups: Mapping[str, str], *,
               resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Return accuracy and Cohen's kappa (Cohen, 1960) of the judge against the grammar, with 95 % intervals.
+    """Return how well the judge agrees with the grammar: accuracy and Cohen's kappa, with 95 % intervals.
 
-    `truths` says whether each caption is true according to the grammar. Captions without a verdict are left out;
-    accuracy_of_all counts them as wrong. "counts" has four numbers with keys such as "true_false": the judge says true,
-    the grammar says false. Kappa is None if judge and grammar both call all captions true, or both all false. The
-    bootstrap for the intervals draws groups of pairs.
+    `truths` says whether each caption is true according to the grammar. Captions without a verdict are left out; only
+    accuracy_of_all counts them as wrong. "counts" has four numbers; for example, "true_false" is the number of captions
+    that the judge calls true and the grammar calls false. Kappa (Cohen, 1960) is None if judge and grammar both call
+    all captions true, or both call all captions false. The bootstrap for the intervals draws groups of pairs.
     """
     table = list(verdicts)
     judged = [verdict for verdict in table if verdict.status == "ok"]
@@ -178,14 +182,17 @@ def agreement(verdicts: Iterable[Verdict], truths: Mapping[str, bool], groups: M
 
 
 def accuracy(counts: Numbers) -> Numbers:
-    """Return the accuracy (...) for tables of counts (..., 2, 2): the share of counts on the diagonal."""
+    """Return the accuracy of each 2 x 2 table of counts: the share of the counts that lie on the diagonal.
+
+    `counts` is (..., 2, 2), the result is (...).
+    """
     return np.asarray(np.trace(counts, axis1=-2, axis2=-1) / counts.sum((-2, -1)))
 
 
 def kappa(counts: Numbers) -> Numbers:
-    """Return Cohen's kappa (...), -1 to 1, for tables of counts (..., 2, 2).
+    """Return Cohen's kappa, -1 to 1, of each 2 x 2 table of counts.
 
-    The result is NaN if the agreement expected by chance is 1.
+    `counts` is (..., 2, 2), the result is (...). Kappa is NaN for a table if the agreement expected by chance is 1.
     """
     total = counts.sum((-2, -1))
     chance = (counts.sum(-1) * counts.sum(-2)).sum(-1) / total**2
@@ -193,7 +200,10 @@ def kappa(counts: Numbers) -> Numbers:
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """Return the result of `judge_files` as text: the table of `summary`, then `agreement` if it was measured."""
+    """Format the summary that `judge_files` returns as text: a table of the judge's answers, then the agreement.
+
+    The agreement with the grammar is left out if it was not measured.
+    """
     rows = [[f"{question}: {value}", f"{share['count']:,}", f"{100 * share['share']:.1f} %",
              "[{:.1f}, {:.1f}]".format(*(100 * bound for bound in share["interval"]))]
             for name, question in (("states", "states the change"), ("invents", "invents one"))

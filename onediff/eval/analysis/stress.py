@@ -30,22 +30,21 @@ PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
 RESAMPLES = 2000
 CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy")
-# part of a random seed, so that the two uses of random numbers are independent
-_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}
+_TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the random seed; each use has its own number
 
-Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of the trial
+Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of all pairs in this trial
 
 
 def is_stressed(benchmark: str) -> bool:
-    """Return whether the stress test measures the benchmark.
+    """Return whether the stress test includes the benchmark.
 
-    A benchmark that is a harder version of another source, as `scenes_far` is of `scenes`, is not measured.
+    A harder version of another source is not included; for example, `scenes_far` is a harder version of `scenes`.
     """
     return protocol_of(benchmark).train_source == benchmark
 
 
 def choose(rows: Sequence[PairRow], count: int, *, seed: int) -> list[str]:
-    """Return the pair_ids of `count` random rows, or of all rows if there are fewer, in the order of the rows.
+    """Return the pair_ids of `count` random rows in the order of the rows, or of all rows if there are fewer.
 
     The same rows and seed give the same pairs.
     """
@@ -55,9 +54,9 @@ def choose(rows: Sequence[PairRow], count: int, *, seed: int) -> list[str]:
 
 def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
            seed: int) -> Iterator[tuple[str, Iterator[Record]]]:
-    """Yield the name of each trial and an iterator over its altered records.
+    """Yield each trial of the stress test as (name of the trial, iterator over the altered records).
 
-    Records are made one at a time, because all trials of a large test set together do not fit into memory. An altered
+    Records are altered one at a time, because the records of all trials together do not fit into memory. An altered
     record keeps its pair_id and group_id. The trial `unrelated` is left out if all records belong to one group. Raises
     ValueError for an image that cannot be decoded.
     """
@@ -72,12 +71,15 @@ def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
 
 
 def num_trials(benchmark: str, settings: Stress) -> int:
-    """Return how many trials `trials` yields if the records belong to more than one group."""
+    """Return the number of trials of the stress test on a benchmark.
+
+    The trial `unrelated` is always counted, although `trials` leaves it out if all records belong to one group.
+    """
     return 3 + len(IDENTICAL) + len(curve_points(benchmark, settings))
 
 
 def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
-    """Return a record for each pair, with the image `before` of the pair and the image `after` of another group.
+    """Return one record for each pair, with two unrelated images: its `before`, and `after` of a pair of another group.
 
     The other pair is drawn at random. The result is empty if there is only one group.
     """
@@ -93,21 +95,21 @@ def unrelated(records: Sequence[Record], *, seed: int) -> list[Record]:
 
 
 def curve_points(benchmark: str, settings: Stress) -> list[tuple[str, float]]:
-    """Return (perturbation, strength) for each point of the curves, without strength 0, which is the trial `plain`.
+    """Return the points of the stress curves as (perturbation, strength).
 
-    In scenes, camera and light differ between the two images of every pair, so all perturbations are used. In other
-    benchmarks, a shift or another brightness may be the change to be described, so only JPEG compression and noise on
-    both images are used.
+    Strength 0 is left out, because it is the trial `plain`. In scenes, camera and light differ between the two images
+    of every pair, so all perturbations are used. In other benchmarks, a shift or another brightness may be the change
+    to be described, so only JPEG compression and noise on both images are used.
     """
     names = NUISANCES if protocol_of(benchmark).grammar == "scenes" else WEAR
     return [(name, strength) for name in names for strength in getattr(settings, name)]
 
 
 def disturbed(record: Record, nuisance: str, strength: float, *, seed: int) -> Record:
-    """Return the record with a perturbation of the given strength.
+    """Return the record with images that are altered by a perturbation of the given strength.
 
-    The random numbers depend on the pair and the perturbation but not on the strength: stronger noise is the same
-    noise pattern with a larger amplitude.
+    The random numbers depend on the pair and the perturbation but not on the strength: stronger noise is the same noise
+    pattern with a larger amplitude.
     """
     place = tuple(NUISANCES).index(nuisance)
     rng = np.random.default_rng([seed, _TAG["disturbed"], place, zlib.crc32(record.pair_id.encode())])
@@ -117,20 +119,23 @@ def disturbed(record: Record, nuisance: str, strength: float, *, seed: int) -> R
 
 
 def jpeg(image: Image.Image, quality: float, rng: Generator) -> bytes:
-    """Return the image as a JPEG file of this quality."""
+    """Return the image as a JPEG file of the given quality."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=round(quality))
     return buffer.getvalue()
 
 
 def noise(image: Image.Image, grey_levels: float, rng: Generator) -> bytes:
-    """Return the image with Gaussian noise of this standard deviation, independent for each color channel."""
+    """Return the image as a PNG file with added Gaussian noise, which is independent for each color channel.
+
+    `grey_levels` is the standard deviation of the noise.
+    """
     pixels = np.asarray(image, dtype=np.float64)
     return _png(pixels + grey_levels * rng.standard_normal(pixels.shape))
 
 
 def shift(image: Image.Image, percent: float, rng: Generator) -> bytes:
-    """Return the image shifted in a random direction by a percentage of its width and height.
+    """Return the image as a PNG file, shifted in a random direction by `percent` % of its width and height.
 
     The empty border is filled by repeating the edge pixels.
     """
@@ -143,12 +148,11 @@ def shift(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
 
 def scale(image: Image.Image, percent: float, rng: Generator) -> bytes:
-    """Return the image enlarged around its centre by this percentage, or reduced if the percentage is negative.
+    """Return the image as a PNG file, enlarged around its centre by `percent` %, or reduced if `percent` is negative.
 
-    The border of a reduced image is filled by repeating the edge pixels.
+    The empty border of a reduced image is filled by repeating the edge pixels.
     """
-    # width and height of the part of the input image that the result shows
-    width, height = (side / (1 + percent / 100) for side in image.size)
+    width, height = (side / (1 + percent / 100) for side in image.size)  # visible part of the image, in input pixels
     reach = max(0, int(np.ceil(max(width - image.width, height - image.height) / 2)))
     padded = np.pad(np.asarray(image), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     left, top = reach + (image.width - width) / 2, reach + (image.height - height) / 2
@@ -158,7 +162,7 @@ def scale(image: Image.Image, percent: float, rng: Generator) -> bytes:
 
 
 def brightness(image: Image.Image, percent: float, rng: Generator) -> bytes:
-    """Return the image with all pixel values increased by this percentage, or decreased if it is negative."""
+    """Return the image as a PNG file with all pixel values increased by `percent` %, or decreased if it is negative."""
     return _png(np.asarray(image, dtype=np.float64) * (1 + percent / 100))
 
 
@@ -172,10 +176,10 @@ NUISANCES = {**WEAR, "shift_percent": shift, "scale_percent": scale, "brightness
 
 
 def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, Any]:
-    """Return all stress-test figures of one benchmark from the captions of its trials.
+    """Return all stress-test figures of one benchmark, computed from the captions of all trials.
 
-    The figures are shares from 0 to 1. Their 95 % intervals, by a bootstrap over groups of pairs, are under
-    "intervals". A figure without pairs is left out.
+    The figures are shares from 0 to 1, except CIDEr. Their 95 % intervals, from a bootstrap over groups of pairs, are
+    under "intervals". A figure without pairs is left out.
     """
     grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
     result: dict[str, Any] = {"num_pairs": len(rows), "identical": identical_figures(grammar, captions, rows)}
@@ -186,11 +190,12 @@ def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings:
 
 
 def identical_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Return the figures for pairs in which one image is shown twice.
+    """Return the stress-test figures for pairs in which one image is shown twice.
 
-    false_alarm_rate: share of captions that do not say that nothing changed, for both sides together and for each side.
-    unreadable_rate: share of captions that cannot be parsed; these are also false alarms. same_caption_rate: share of
-    changed pairs whose caption is identical to the caption of the unaltered pair.
+    false_alarm_rate: share of captions that do not say that nothing changed. It is given for all these pairs, and
+    separately for pairs that show `before` twice and for pairs that show `after` twice. unreadable_rate: share of
+    captions that cannot be parsed; these are also false alarms. same_caption_rate: share of changed pairs whose caption
+    is identical to the caption of the unaltered pair.
     """
     outcomes = {"same_caption_rate": [outcome for trial in IDENTICAL.values()
                                       for outcome in _unmoved(captions, trial, rows)]}
@@ -205,11 +210,11 @@ def identical_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[
 
 
 def unrelated_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Return the figures for pairs of unrelated images.
+    """Return the stress-test figures for pairs of two unrelated images.
 
     no_change_rate: share of captions that say that nothing changed. unreadable_rate: share of captions that cannot be
-    parsed. same_caption_rate: share of changed pairs whose caption is identical to the caption of the unaltered pair.
-    A pair belongs to the group of its image `before`.
+    parsed. same_caption_rate: share of changed pairs whose caption is identical to the caption of the unaltered pair. A
+    pair of unrelated images belongs to the group of its image `before`.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, UNRELATED, rows)}
     if grammar is not None:
@@ -220,14 +225,15 @@ def unrelated_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[
 
 
 def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Return the figures for swapped pairs, in which the model sees (after, before).
+    """Return the stress-test figures for swapped pairs, in which the model sees (after, before).
 
     swap_accuracy: share of changed pairs whose caption describes the inverse change correctly. swap_consistency: share
-    of changed pairs whose caption is the inverse of the caption of the unaltered pair, even if both are wrong.
-    false_alarm_rate: share of unchanged pairs whose caption does not say that nothing changed.
+    of changed pairs whose caption is the inverse of the caption of the unaltered pair, even if both captions are wrong.
+    false_alarm_rate: share of unchanged pairs whose caption does not say that nothing changed. same_caption_rate: share
+    of changed pairs whose caption is identical to the caption of the unaltered pair.
 
-    `left_out` counts, by type, the changed pairs whose inverse change the grammar cannot express: crop, black and
-    white, blur, and the removal of an object from a photograph, because the object has no name.
+    `left_out` is the number of changed pairs of each type whose inverse change the grammar cannot express: crop, black
+    and white, blur, and the removal of an object from a photograph, because the object has no name.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, SWAPPED, rows)}
     if grammar is None:
@@ -249,10 +255,10 @@ def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[Pa
 
 
 def curves(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, dict[str, Any]]:
-    """Return the figures for each perturbation and strength. The strength "none" stands for the unaltered pairs.
+    """Return the figures for each perturbation and strength, as {perturbation: {strength: figures}}.
 
-    The document frequencies of CIDEr are counted on the pairs of the stress test only, so CIDEr can be compared between
-    strengths but not with metrics.json.
+    The strength "none" stands for the unaltered pairs. The document frequencies of CIDEr are counted only on the pairs
+    of the stress test, so CIDEr can be compared between strengths but not with metrics.json.
     """
     tokenize(text for texts in captions.values() for text in texts.values())  # This fills the tokenizer's cache.
     plain = _point(benchmark, captions[PLAIN], rows)
@@ -275,12 +281,12 @@ def _point(benchmark: str, predictions: Predictions, rows: Sequence[PairRow]) ->
 
 def _claimed_types(grammar: Grammar, predictions: Predictions,
                    rows: Sequence[PairRow]) -> list[tuple[str, str | None]]:
-    """Return (group_id, claimed change type) for each row; the type is None if the caption cannot be parsed."""
+    """Return (group_id, change type that the caption claims) for each row; the type is None if parsing fails."""
     return [(row["group_id"], grammar.read(predictions[row["pair_id"]]).change_type) for row in rows]
 
 
 def _unmoved(captions: Trials, trial: str, rows: Sequence[PairRow]) -> list[tuple[str, float]]:
-    """Return for each changed pair whether its caption in the trial is identical to its caption without alteration.
+    """Return for each changed pair whether its caption in the trial is identical to the caption of the unaltered pair.
 
     An identical caption shows that the model ignored the image that was replaced.
     """

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of the score files. The values range from 0 to `high`.
+    """One figure in the score files. Its values lie between 0 and `high`.
 
-    `function`: the function that computes the figure from tokenized captions, as "module:name"; several metrics may
-    share one function. None marks a behaviour figure, which is computed by parsing captions
-    (onediff/eval/analysis/behaviour.py), or a figure that does not score the captions of a model.
+    `function`: the function that computes the figure from tokenized captions, as "module:name"; some metrics share a
+    function. It is None for a behaviour figure, which is computed by parsing captions
+    (onediff/eval/analysis/behaviour.py), and for a figure that does not score the captions of a model.
 
-    `label`, `counts`: the name of the figure in the report, and the pairs that it is computed on. `headline`: the
-    figure is shown in summaries. `per_pair`: data/scored contains the value of each pair, and the corpus score is the
-    mean of these values. `slow`: the figure is computed last, because its Java program takes long to start.
-    `optional`: the figure is computed only on request.
+    `label`: name of the figure in the report. `counts`: the pairs on which the figure is computed. `headline`: whether
+    summaries show the figure. `per_pair`: whether data/scored contains the value of each pair; the corpus score is then
+    the mean of these values. `slow`: whether the figure is computed last, because its Java program takes long to start.
+    `optional`: whether the figure is computed only on request.
     """
 
     name: str
@@ -47,8 +47,8 @@ CATALOG = (
     Metric("change_type_accuracy", label="type right", counts="changed pairs", headline=True),
     Metric("changed_object_accuracy", label="object right", counts="changed pairs: color and shape", headline=True),
     Metric("change_accuracy", label="all right", counts="changed pairs: type, object and result of the change"),
-    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs not recognised as unchanged",
-           higher_is_better=False, headline=True),
+    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs whose caption does not say that nothing "
+           "changed", higher_is_better=False, headline=True),
     Metric("swap_consistency", label="swap consistency", headline=True,
            counts="pairs whose swapped pair (after, before) gets the inverse caption"),
     Metric("operation_accuracy", label="operation right", counts="all pairs", headline=True),
@@ -63,5 +63,5 @@ PAIR_METRICS = tuple(sorted(metric.name for metric in CATALOG if metric.per_pair
 CAPTION_HEADLINES = tuple(metric.name for metric in CATALOG if metric.headline and metric.function)
 BEHAVIOUR_HEADLINES = tuple(metric.name for metric in CATALOG if metric.headline and metric.label)
 HEADLINES = CAPTION_HEADLINES + BEHAVIOUR_HEADLINES
-FIGURE_RANGES = {metric.name: (0.0, metric.high) for metric in CATALOG}  # lowest and highest value of each figure
-REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the table of each benchmark must have
+FIGURE_RANGES = {metric.name: (0.0, metric.high) for metric in CATALOG}  # lowest and highest possible value per figure
+REQUIRED = ("num_pairs", "protocol", "references", *METRICS)  # keys that the score table of each benchmark must have

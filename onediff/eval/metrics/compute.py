@@ -14,16 +14,16 @@ from onediff.eval.metrics.meteor import Meteor, sums
 from onediff.eval.metrics.ngrams import Numbers, Sentences
 from onediff.eval.metrics.words import Predictions, References, check_keys, tokenized
 
-_meteor = Meteor()  # The constructor does not start Java; the first call of `start` or `score` does.
+_meteor = Meteor()  # The constructor does not start Java; the first call of `start` or `score` starts Java.
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of one system on a set of pairs, by metric.
 
-    `corpus`: one score per metric. `items`: one score per pair, in the order of the references. `statistics`: for BLEU
-    and METEOR, a row of counts per pair; the corpus score of any subset of the pairs follows from the sum of their rows
-    (see onediff/eval/resample.py).
+    `corpus` maps a metric to one score for all pairs. `items` maps a metric to the score of each pair, in the order of
+    the references. `statistics` maps each BLEU metric and METEOR to an array with one row of counts for each pair; the
+    corpus score of any subset of the pairs is computed from the sum of their rows (see onediff/eval/resample.py).
     """
 
     corpus: dict[str, float]
@@ -34,7 +34,7 @@ class Scores:
 def start(metrics: Sequence[str] = METRICS) -> None:
     """Start the Java programs that the metrics need, and return without waiting until they are ready.
 
-    `score` also starts them; calling `start` earlier only saves waiting time.
+    `score` also starts these programs; an earlier call of `start` only makes the waiting time in `score` shorter.
     """
     words.start()
     if "METEOR" in metrics:
@@ -42,15 +42,15 @@ def start(metrics: Sequence[str] = METRICS) -> None:
 
 
 def score(predictions: Predictions, references: References, *, metrics: Sequence[str] = METRICS) -> Scores:
-    """Return the scores: CIDEr-D from 0 to 10, all other metrics from 0 to 1. Papers print all scores times 100.
+    """Score predictions against references: CIDEr-D from 0 to 10, all other metrics from 0 to 1.
 
-    The first call waits some seconds for METEOR to start; the other metrics are computed during this time. SPICE takes
-    minutes, and downloads 384 MB when it is used for the first time.
+    Papers print all scores times 100. The first call waits some seconds until METEOR has started; the other metrics are
+    computed during this time. SPICE takes minutes, and downloads 384 MB when it is used for the first time.
 
-    An empty prediction scores 0. Any prediction scores 0 if the only reference of the pair is empty: Spot-the-Diff was
-    published with seven such test pairs, and papers score them too.
+    An empty prediction scores 0. If the only reference of a pair is empty, any prediction for this pair scores 0:
+    Spot-the-Diff was published with seven such test pairs, and papers include these pairs in their scores.
 
-    Raises ValueError if predictions and references have different keys, or if a Java program or a download fails.
+    Raises ValueError if predictions and references have different pair_ids, or if a Java program or a download fails.
     """
     unknown = [name for name in metrics if name not in METRICS + OPTIONAL]
     if unknown:

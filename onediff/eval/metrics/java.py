@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Java decodes file names with the locale of the environment. Folder names may contain non-ASCII letters.
+# Java decodes file names with the locale of the environment. Only a UTF-8 locale can decode all folder names.
 LOCALE = {"LC_ALL": "C.UTF-8"}
 LOCALE_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 JAVA_FLAGS = (*LOCALE_FLAGS, "-XX:+UseSerialGC", "-XX:-UsePerfData")
-MAX_PENDING = 64  # unanswered lines per copy: enough to keep the copy busy, few enough to share lines between copies
+MAX_PENDING = 64  # largest number of unanswered lines per process; other processes can take the remaining lines
 CHUNK_BYTES = 65_536  # maximum number of bytes in one read or write
-PUSH_S = 1.0  # seconds without output after which the padding line is sent again to flush the program's buffers
+PUSH_S = 1.0  # seconds without output after which a padding line is sent, so that Java flushes its output
 
-_programs: list[Program] = []  # all programs that were started in this process
+_programs: list[Program] = []  # all Java programs that this Python process has started
 
 
 def java() -> str:
@@ -39,13 +39,16 @@ def java() -> str:
 
 
 def stop() -> None:
-    """Stop all Java programs to free their memory. The next call of `Program.ask` starts the program again."""
+    """Stop all Java programs to free their memory. The next call of `Program.ask` starts its program again."""
     for program in _programs:
         program.close()
 
 
 def error_line(output: bytes) -> str:
-    """Return the first line of Java's output that contains "Exception" or "Error", or else the last line."""
+    """Return the line of Java's output that best describes an error.
+
+    This is the first line that contains "Exception" or "Error"; if there is none, the last line.
+    """
     lines = output.decode(errors="replace").strip().splitlines()
     named = [line for line in lines if "Exception" in line or "Error" in line]
     return (named or lines[-1:] or ["no message"])[0]
@@ -53,11 +56,11 @@ def error_line(output: bytes) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """How to start a Java program: its `arguments`, and the `folder` in which it runs.
+    """The command that starts a Java program: the `arguments` of Java, and the `folder` in which the program runs.
 
-    `hello`: an input line that is sent first; the answer shows that the program has loaded. `push`: a padding line for
-    a program that does not flush its output; the line is long enough to fill the output buffers, so that the program
-    prints the answers to earlier lines.
+    `hello`: an input line that is sent first; the answer shows that the program has loaded its data. `push`: a padding
+    line for a program that does not flush its output. This line is long enough to fill the output buffers, so that the
+    program prints the answers to earlier lines.
     """
 
     arguments: tuple[str, ...]
@@ -69,8 +72,9 @@ class Command:
 class Program:
     """A Java program that runs in one or more processes ("copies").
 
-    Any thread may call it; calls are served one after the other. A forked child process starts copies for itself.
-    The copies read from pipes of the Python process, so they end when the Python process ends, even if it is killed.
+    Any thread may call the methods; calls of `ask` are answered one after the other. After a fork, the child process
+    starts its own copies. The copies read from pipes of the Python process, so they end when the Python process ends,
+    even if it is killed.
     """
 
     def __init__(self, name: str, command: Callable[[], Command], *, timeout_s: float = 300.0) -> None:
@@ -79,7 +83,7 @@ class Program:
         self._copies: list[_Copy] = []
 
     def start(self, copies: int = 1) -> None:
-        """Start copies until `copies` of them run, and return without waiting until they are ready."""
+        """Start processes of the program until `copies` of them run, without waiting until they are ready."""
         with self._lock:
             if self not in _programs:
                 _programs.append(self)
@@ -92,10 +96,11 @@ class Program:
                 self._copies.append(_Copy(self._command()))
 
     def ask(self, lines: Sequence[str]) -> list[str]:
-        """Return the program's answer to each line, in the order of the lines.
+        """Send input lines to the program, and return its answers in the order of the lines.
 
-        The lines are distributed among the copies. If a copy ends, or if no copy prints anything for `timeout_s`, all
-        copies are stopped and ValueError is raised. The next call starts the program again.
+        The lines are distributed among the processes of the program. If a process ends, or if no process prints
+        anything for `timeout_s` seconds, all processes are stopped and ValueError is raised. The next call starts the
+        program again.
         """
         with self._lock:
             self.start()
@@ -104,9 +109,9 @@ class Program:
             except EOFError as end:
                 copy: _Copy = end.args[0]
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    copy.process.wait(10)  # Java closes its output shortly before it exits.
+                    copy.process.wait(10)  # Java closes its output before it ends, so we wait for the exit code.
                 ending = f"with code {copy.process.returncode} ({copy.error_message()})"
-            except BaseException:  # Unread answers to this call would otherwise be taken for answers to the next call.
+            except BaseException:  # Otherwise, the next call would read the remaining answers to this call.
                 self.close()
                 raise
             self.close()
@@ -114,22 +119,21 @@ class Program:
                              "nothing was scored; run the command again, which starts Java again")
 
     def kill(self) -> None:
-        """Kill the copies at once, even if another thread is waiting for an answer."""
+        """Kill all processes of the program at once, even if another thread is waiting for an answer."""
         for copy in list(self._copies):
             copy.process.kill()
 
     def close(self) -> None:
-        """Stop the copies and release their pipes. A later call of `ask` starts the program again."""
+        """Stop all processes of the program and close their pipes. A later call of `ask` starts the program again."""
         self.kill()
         with self._lock:
             while self._copies:
                 self._copies.pop().close()
 
     def disown(self) -> None:
-        """Close the pipes to the copies in a forked child process.
+        """In a forked child process, close the pipes to the Java processes, which belong to the parent process.
 
-        The copies belong to the parent process. A pipe that stays open in the child would keep them running after the
-        parent ends.
+        If the child kept a pipe open, the Java processes would not end when the parent ends.
         """
         self._lock = threading.RLock()
         while self._copies:
@@ -161,17 +165,17 @@ class Program:
 
 
 class _Copy:
-    """One Java process.
+    """One process ("copy") of a Java program.
 
-    `pending` has one entry for each line that was sent and not answered yet, in order: the position of the answer in
-    the result of `Program.ask`, or None for an answer that is discarded, such as the answer to a padding line.
+    `pending` has one entry, in order, for each input line that is not answered yet: the position of the answer in the
+    result of `Program.ask`, or None if the answer is not part of the result, such as the answer to a padding line.
     """
 
     def __init__(self, command: Command) -> None:
         self.command, self.ready = command, command.hello is None
         self.pending: deque[int | None] = deque()
         self.unsent, self.received = bytearray(), b""
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # A pipe for stderr would fill up, as nothing reads it.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # An unread stderr pipe would fill up and block Java.
         self.process = subprocess.Popen([java(), *JAVA_FLAGS, *command.arguments], cwd=command.folder,
                                         env=os.environ | LOCALE, bufsize=0, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.errors,
@@ -181,12 +185,13 @@ class _Copy:
         os.set_blocking(self.sink.fileno(), False)
         if command.hello is not None:
             self.put(None, command.hello)
-            self.send()  # The program loads its data for this first line, before the first call of `ask`.
+            self.send()  # This first line makes the program load its data before the first call of `ask`.
 
     def take(self, todo: deque[tuple[int, str]]) -> None:
-        """Move lines from `todo` to this copy, at most until MAX_PENDING lines are unanswered.
+        """Move input lines from `todo` to this process until MAX_PENDING of its lines are unanswered.
 
-        A copy that does not flush its output gets all lines, because it may print no answer before its buffer is full.
+        A process that does not flush its output gets all lines, because it may not print any answer until its output
+        buffer is full.
         """
         if not todo or not self.ready:
             return
@@ -203,9 +208,9 @@ class _Copy:
             self.put(None, self.command.push)
 
     def send(self) -> None:
-        """Write as much unsent input to the Java process as the pipe accepts without blocking.
+        """Write as many bytes of the waiting input lines as the pipe accepts without blocking.
 
-        Raises EOFError if the program has ended.
+        Raises EOFError if the process has ended.
         """
         try:
             del self.unsent[: os.write(self.sink.fileno(), self.unsent[:CHUNK_BYTES])]
@@ -215,9 +220,9 @@ class _Copy:
             raise EOFError(self) from None
 
     def receive(self) -> list[tuple[int | None, str]]:
-        """Return the complete answers that the program has printed, each with the entry of `pending` for it.
+        """Return each complete answer that the process has printed, as (entry of `pending`, answer).
 
-        Raises EOFError if the program has ended.
+        Raises EOFError if the process has ended.
         """
         data = os.read(self.source.fileno(), CHUNK_BYTES)
         if not data:
@@ -241,9 +246,10 @@ class _Copy:
 
 
 def _wait(copies: Sequence[_Copy], timeout_s: float) -> tuple[list[_Copy], list[_Copy]]:
-    """Return the copies whose output can be read now, and the copies that have unsent input and can accept it now.
+    """Wait at most `timeout_s` until a process has output or can accept input. Return two lists of processes.
 
-    Waits at most `timeout_s`.
+    The first list has the processes whose output can be read now. The second list has the processes that can accept
+    input now and for which input is waiting.
     """
     poll = select.poll()
     for copy in copies:

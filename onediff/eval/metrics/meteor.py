@@ -15,24 +15,24 @@ from onediff.eval.metrics.java import Command, Program
 from onediff.eval.metrics.ngrams import Numbers
 from onediff.eval.metrics.words import Pair
 
-# METEOR's parameters for English. STAGES are the weights of exact, stem, synonym and paraphrase matches.
+# METEOR's parameters for English. STAGES has the weights of exact, stem, synonym and paraphrase matches.
 ALPHA, BETA, GAMMA, DELTA, STAGES = 0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6)
-COUNTS = 23  # numbers that the Java program prints for each pair
-MAX_COPIES = 4  # Each copy of the Java program needs half a GiB of memory and six seconds of CPU time to start.
-LINES_PER_COPY = 2_500  # Below this number of lines per copy, starting another copy takes longer than it saves.
+COUNTS = 23  # how many counts METEOR's Java program prints for each pair
+MAX_COPIES = 4  # largest number of Java processes; each needs half a GiB of memory and six seconds of CPU time to start
+LINES_PER_COPY = 2_500  # With fewer lines per Java process, starting another process takes more time than it saves.
 
 
 class Meteor:
-    """Scorer that keeps METEOR's Java program running between calls, and starts more copies for many lines."""
+    """Scorer that keeps METEOR's Java program running between calls, and starts more processes for many lines."""
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
         self.program = Program("METEOR", _command, timeout_s=timeout_s)
         self._num_lines = 0
 
     def score(self, pairs: Sequence[Pair]) -> tuple[float, list[float], Numbers]:
-        """Return the corpus score, the score of each pair (both 0 to 1), and the counts of each pair, (n, 23).
+        """Return METEOR of all pairs together, METEOR of each pair, and 23 counts for each pair, (n pairs, 23).
 
-        Raises ValueError if the Java program fails.
+        The scores lie between 0 and 1. Raises ValueError if the Java program fails.
         """
         # Like pycocoevalcap, we remove the separator "|||" from the prediction, but not from the references.
         lines = [" ||| ".join(("SCORE", *references, prediction.replace("|||", "").replace("  ", " ")))
@@ -51,9 +51,10 @@ class Meteor:
 
 
 def sums(counts: Numbers) -> Numbers:
-    """Return the counts of each pair in the form that is summed for a corpus score, (n, 23).
+    """Return the counts of each pair in the form in which METEOR adds them up for a corpus score, (n pairs, 23).
 
-    If all words of a pair match in one chunk, the pair adds no chunk to the sum, as in METEOR's own code.
+    If all words of a pair match in one chunk (one run of adjacent words), the number of chunks is set to 0, as in
+    METEOR's own code.
     """
     rows = counts.copy()
     rows[(rows[:, 21:23] == rows[:, :2]).all(1) & (rows[:, 20] == 1), 20] = 0
@@ -61,8 +62,8 @@ def sums(counts: Numbers) -> Numbers:
 
 
 def meteor(sums: Numbers) -> Numbers:
-    """Return the METEOR scores (R,) for sums of counts (R, 23)."""
-    # numbers of words and of function words, each for the prediction and for the reference
+    """Return the METEOR score, 0 to 1, for each of R rows of 23 counts. A row may be a sum over several pairs."""
+    # Each array has two columns: the number in the prediction and in the reference.
     length, function = sums[:, :2], sums[:, 2:4]
     content, functional = (sums[:, 4:20].reshape(-1, 4, 2, 2)[:, :, part] for part in (0, 1))  # (R, 4 stages, 2 sides)
     stages = np.array(STAGES)[:, None]
@@ -81,7 +82,7 @@ def _ratio(over: Numbers, under: Numbers) -> Numbers:
 def _command() -> Command:
     from pycocoevalcap.meteor import meteor
 
-    # Without -a, METEOR encodes the path of its paraphrase table twice, and fails if it has a space or special letter.
-    # With -a, we give METEOR a path relative to the working directory instead.
+    # Without -a, METEOR does not find its paraphrase table if the path of METEOR has a space or a non-ASCII letter.
+    # METEOR encodes the full path of the table twice; with -a, we give a path relative to the working directory.
     return Command(("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a",
                     "data/paraphrase-en.gz"), Path(meteor.__file__).parent, hello="SCORE ||| a ||| a")

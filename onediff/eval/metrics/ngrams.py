@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from onediff.eval.metrics.words import Pair, Predictions, References, check_keys, tokenized
 
 ORDERS = 4
-SMALL, TINY = 1e-9, 1e-15  # the constants with which pycocoevalcap avoids division by 0
-BETA = 1.2  # weight of recall against precision in ROUGE-L
-SIGMA = 6.0  # CIDEr-D: standard deviation of the Gaussian penalty for a difference in length, in words
+SMALL, TINY = 1e-9, 1e-15  # constants that pycocoevalcap adds in BLEU to avoid division by 0
+BETA = 1.2  # weight of recall relative to precision in ROUGE-L
+SIGMA = 6.0  # standard deviation, in words, of CIDEr-D's Gaussian penalty for a difference in length
 
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -23,10 +23,10 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Grams:
-    """The n-grams of one order in all sentences, as a sparse table sorted by sentence.
+    """The n-grams of one order (number of words n) in all sentences, as a sparse table sorted by sentence.
 
-    Entry i says that n-gram number `gram[i]` occurs `times[i]` times in sentence `sentence[i]`, all of shape (L,).
-    `num` is the number of distinct n-grams.
+    The table has L entries. Entry i says that the n-gram with number `gram[i]` occurs `times[i]` times in the sentence
+    with number `sentence[i]`. `num` is the number of distinct n-grams.
     """
 
     sentence: Places
@@ -39,8 +39,9 @@ class Grams:
 class Sentences:
     """The sentences of all `pairs` with their n-grams. The prediction of a pair comes before its references.
 
-    `pair` (S,): number of the pair. `is_prediction` (S,): False for a reference. `length` (S,): number of words.
-    `orders`: the n-grams of 1, 2, 3 and 4 words.
+    Each array has one element for each of the S sentences. `pair`: position of the sentence's pair in `pairs`.
+    `is_prediction`: True for a prediction, False for a reference. `length`: number of words. The list `orders` has the
+    tables of the n-grams of 1, 2, 3 and 4 words.
     """
 
     pairs: Sequence[Pair]
@@ -51,9 +52,9 @@ class Sentences:
 
 
 def read(pairs: Sequence[Pair]) -> Sentences:
-    """Count the n-grams of all sentences for BLEU and CIDEr.
+    """Count the n-grams of 1 to 4 words in all predictions and references, for BLEU and CIDEr.
 
-    An n-gram of n words is numbered by the number of the n-gram of its first n-1 words and by its last word.
+    The number of an n-gram is computed from the number of its first n-1 words and the number of its last word.
     """
     texts = [text.split() for prediction, references in pairs for text in (prediction, *references)]
     sizes = np.array([1 + len(references) for _, references in pairs])
@@ -63,7 +64,7 @@ def read(pairs: Sequence[Pair]) -> Sentences:
     is_prediction = np.zeros(len(texts), dtype=bool)
     is_prediction[np.cumsum(sizes) - sizes] = True
     sentence = np.repeat(np.arange(len(length)), length)
-    # for each word, the number of words from this word to the end of the sentence
+    # `left` is the number of words from each word to the end of its sentence.
     left = np.repeat(np.cumsum(length), length) - np.arange(len(words))
     gram, start, num = words, np.arange(len(words)), len(number)
     orders = []
@@ -79,10 +80,11 @@ def read(pairs: Sequence[Pair]) -> Sentences:
 
 
 def bleu_counts(sentences: Sentences) -> Numbers:
-    """Return the counts for BLEU of each pair, (n, 10).
+    """Return ten counts of each pair for BLEU, (n pairs, 10).
 
-    The columns are: number of words of the prediction, number of words of the reference with the closest length,
-    number of n-grams in the prediction for n = 1 to 4, and number of matching n-grams for n = 1 to 4.
+    The columns are: number of words in the prediction; number of words in the reference with the closest length; number
+    of n-grams in the prediction, for n = 1 to 4; number of n-grams in the prediction that match a reference, for n = 1
+    to 4.
     """
     length, pair = sentences.length[sentences.is_prediction], sentences.pair[~sentences.is_prediction]
     reference_length = sentences.length[~sentences.is_prediction]
@@ -95,14 +97,14 @@ def bleu_counts(sentences: Sentences) -> Numbers:
 
 
 def _matching(sentences: Sentences, grams: Grams) -> Places:
-    """Return how many n-grams of each prediction occur in its references, (n,).
+    """Return for each prediction how many of its n-grams occur in the references of the pair, (n pairs,).
 
     As usual in BLEU, an n-gram is counted at most as often as it occurs in the single reference that has it most often.
     """
     entry = sentences.pair[grams.sentence] * max(1, grams.num) + grams.gram
     predicted = sentences.is_prediction[grams.sentence]
     known, place = np.unique(entry[~predicted], return_inverse=True)
-    most = np.zeros(len(known) + 1, dtype=np.int64)  # The last element stays 0, for n-grams that no reference contains.
+    most = np.zeros(len(known) + 1, dtype=np.int64)  # The last element stays 0 for n-grams that no reference contains.
     np.maximum.at(most, place, grams.times[~predicted])
     limit = most[_positions(known, entry[predicted])]
     return np.bincount(sentences.pair[grams.sentence[predicted]], np.minimum(grams.times[predicted], limit),
@@ -110,7 +112,7 @@ def _matching(sentences: Sentences, grams: Grams) -> Places:
 
 
 def _positions(known: Places, values: Places) -> Places:
-    """Return the position of each value in the sorted array `known`, or len(known) for a value not contained in it."""
+    """Return the position of each value in the sorted array `known`, or len(known) if `known` lacks the value."""
     place = np.searchsorted(known, values)
     inside = place < len(known)
     inside[inside] = known[place[inside]] == values[inside]
@@ -118,7 +120,10 @@ def _positions(known: Places, values: Places) -> Places:
 
 
 def bleu(sums: Numbers, order: int) -> Numbers:
-    """Return BLEU of one order, 0 to 1 (R,), for sums of the counts of `bleu_counts` over pairs, (R, 10)."""
+    """Return BLEU with n-grams of up to `order` words, 0 to 1, for each of R rows of counts, (R,).
+
+    A row has the ten counts that `bleu_counts` returns for a pair, or their sums over several pairs.
+    """
     predicted, matching = sums[:, 2 : 2 + order], sums[:, 6 : 6 + order]
     precision = ((matching + TINY) / (predicted + SMALL)).prod(1) ** (1 / order)
     ratio = (sums[:, 0] + TINY) / (sums[:, 1] + SMALL)
@@ -126,10 +131,10 @@ def bleu(sums: Numbers, order: int) -> Numbers:
 
 
 def rouge(pairs: Sequence[Pair]) -> Numbers:
-    """Return ROUGE-L of each pair, 0 to 1 (n,).
+    """Return ROUGE-L of each pair, 0 to 1, (n pairs,). Lin, ACL workshop 2004.
 
-    As in pycocoevalcap, the best precision and the best recall are combined, even if they belong to different
-    references. Lin, ACL workshop 2004.
+    As in pycocoevalcap, the best precision and the best recall over all references of a pair are combined, even if they
+    belong to different references.
     """
     scores = []
     for prediction, references in pairs:
@@ -145,10 +150,11 @@ def rouge(pairs: Sequence[Pair]) -> Numbers:
 
 
 def _common(places: dict[str, int], num: int, words: list[str]) -> int:
-    """Return the length of the longest common subsequence of two sentences.
+    """Return the length in words of the longest common subsequence of two sentences.
 
-    The first sentence has `num` words, and `places` maps each of its words to the bit mask of the word's positions.
-    The second sentence is `words`. Each row of the dynamic-programming table is one integer. Hyyrö, AWOCA 2004.
+    `num` is the number of words of the first sentence, and `places` maps each word of this sentence to the bit mask of
+    its positions. `words` is the second sentence. Each row of the dynamic-programming table is stored as the bits of
+    one integer. Hyyrö, AWOCA 2004.
     """
     row = full = (1 << num) - 1
     for word in words:
@@ -158,18 +164,19 @@ def _common(places: dict[str, int], num: int, words: list[str]) -> int:
 
 
 def corpus_cider(predictions: Predictions, references: References) -> float:
-    """Return CIDEr-D of the corpus, 0 to 10 (papers print it times 100).
+    """Return CIDEr-D of all pairs together, 0 to 10 (papers print it times 100). Vedantam et al., CVPR 2015.
 
-    Raises ValueError if the keys differ or if all references are empty. Vedantam et al., CVPR 2015.
+    Raises ValueError if predictions and references have different pair_ids, or if all references are empty.
     """
     check_keys(predictions, references)
     return float(cider(read(tokenized(predictions, references))).mean())
 
 
 def cider(sentences: Sentences) -> Numbers:
-    """Return CIDEr-D of each pair, 0 to 10 (n,). Document frequencies are counted on the references of all pairs given.
+    """Return CIDEr-D of each pair, 0 to 10, (n pairs,). Vedantam et al., CVPR 2015.
 
-    Raises ValueError if all references are empty. Vedantam et al., CVPR 2015.
+    The document frequencies are counted on the references of all these pairs. Raises ValueError if all references are
+    empty.
     """
     is_prediction, pair = sentences.is_prediction, sentences.pair
     num = int(is_prediction.sum())
@@ -185,9 +192,10 @@ def cider(sentences: Sentences) -> Numbers:
 
 
 def _alike(sentences: Sentences, grams: Grams, num: int) -> Numbers:
-    """Return the cosine similarity of each sentence to the prediction of its pair, by TF-IDF weights of n-grams, (S,).
+    """Return the similarity, 0 to 1, of each of the S sentences to the prediction of the sentence's pair, (S,).
 
-    As CIDEr-D requires, the weight of an n-gram in the prediction is clipped to its weight in the sentence.
+    It is the cosine similarity of the TF-IDF weights of n-grams. As CIDEr-D requires, the weight of an n-gram in the
+    prediction is reduced to its weight in the sentence if that weight is smaller.
     """
     predicted, pair = sentences.is_prediction[grams.sentence], sentences.pair[grams.sentence]
     documents = np.unique(pair[~predicted] * max(1, grams.num) + grams.gram[~predicted]) % max(1, grams.num)

@@ -24,7 +24,7 @@ from onediff.eval.metrics.words import Pair
 
 @dataclass(frozen=True)
 class Download:
-    """A file that SPICE needs: a jar, or a zip archive that contains the `jars`."""
+    """A file that is downloaded for SPICE: a jar, or a zip archive that contains the `jars`."""
 
     url: str
     megabytes: int
@@ -39,20 +39,23 @@ DOWNLOADS = (
     Download(f"{MAVEN}/org/openjdk/nashorn/nashorn-core/15.4/nashorn-core-15.4.jar", 2, ("nashorn-core-15.4.jar",)),
     *(Download(f"{MAVEN}/org/ow2/asm/{name}/7.3.1/{name}-7.3.1.jar", 1, (f"{name}-7.3.1.jar",)) for name in ASM))
 OPENED = ("java.io", "java.lang", "java.math", "java.net", "java.text", "java.util", "java.util.concurrent")
-PATIENCE_S = 60.0  # timeout of a download that receives no data
+PATIENCE_S = 60.0  # seconds without data after which a download for SPICE fails
 TIMEOUT_S = 6 * 3600.0
 
 
 def folder() -> Path:
-    """Return the folder for downloaded files: onediff/spice in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
+    """Return the folder for the downloaded files of SPICE.
+
+    The folder is onediff/spice in $XDG_CACHE_HOME, or in ~/.cache if $XDG_CACHE_HOME is not set.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onediff" / "spice"
 
 
 def fetch(*, downloads: Sequence[Download] = DOWNLOADS) -> None:
     """Download the files that SPICE needs and that exist neither in `folder()` nor in the package pycocoevalcap.
 
-    Prints the size and the target folder first. Raises ValueError if a file could not be downloaded; files that were
-    downloaded before the error are kept.
+    Prints the size of the download and the target folder first. Raises ValueError if a file could not be downloaded;
+    files that were downloaded before the error are kept.
     """
     places = (folder(), _home() / "lib")
     missing = [download for download in downloads
@@ -88,7 +91,8 @@ def spice(pairs: Sequence[Pair]) -> Numbers:
                              "so Java was stopped and nothing was scored; give fewer pairs at once") from None
         if done.returncode or not scores.exists():
             raise ValueError(f"SPICE: Java ended with code {done.returncode} without scores: "
-                             f"{error_line(done.stderr)}; if a class is missing, delete {folder()} and run again")
+                             f"{error_line(done.stderr)}; if Java did not find a class, delete {folder()} and "
+                             "run the command again")
         return _read(scores, len(pairs))
 
 
@@ -107,9 +111,9 @@ def _read(scores: Path, num: int) -> Numbers:
 
 
 def _get(download: Download, place: Path) -> None:
-    """Download a file and move its jars to the folder `place` after the download is complete.
+    """Download a file, and put its jars into the folder `place` when the download is complete.
 
-    Raises OSError for a failed download, BadZipFile for a broken archive, KeyError for a jar missing in the archive.
+    Raises OSError if the download fails, BadZipFile if the archive is broken, and KeyError if the archive lacks a jar.
     """
     import urllib.request
 

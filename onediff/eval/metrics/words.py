@@ -6,14 +6,14 @@ from pathlib import Path
 
 from onediff.eval.metrics.java import Command, Program
 
-_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))  # characters at which the tokenizer splits lines
-_PUSH = "x" * 25_000 + " x x"  # This line is longer than the tokenizer's three output buffers of 8 KiB together.
-_REMEMBERED = 50_000  # cached captions; each validation during training scores the same references again
+_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))  # maps each line separator to a space
+_PUSH = "x" * 25_000 + " x x"  # padding line, longer than the tokenizer's three output buffers of 8 KiB together
+_REMEMBERED = 50_000  # largest number of captions whose tokens are cached
 
 Predictions = dict[str, str]
 References = dict[str, list[str]]
 Pair = tuple[str, list[str]]  # the tokens of a prediction, and the tokens of each reference
-Text = tuple[str, str]  # a caption and the next caption, which is "" if it cannot change the tokens of the first
+Text = tuple[str, str]  # a caption and the next caption; the next is "" if it cannot change the tokens of the first
 
 _tokens: dict[Text, str] = {}
 
@@ -24,11 +24,11 @@ def clean(caption: str) -> str:
 
 
 def tokenize(captions: Iterable[str]) -> list[str]:
-    """Return the tokens of each caption, joined by spaces. Results are cached.
+    """Return the tokens of each caption as one string with spaces between the tokens. Results are cached.
 
-    As in pycocoevalcap, the tokenizer reads all captions as one text, so a caption can influence the caption before
-    it: whether "a." at the end of a line keeps its period depends on the first word of the next line. A line separator
-    inside a caption is treated as a space.
+    As in pycocoevalcap, the tokenizer reads all captions as one text with one caption per line. Therefore, a caption
+    can change the tokens of the previous caption: whether "a." at the end of a line keeps its period depends on the
+    first word of the next line. A line separator inside a caption is treated as a space.
     """
     lines = [caption.translate(_BREAKS) for caption in captions]
     texts = [(line, after if _needs_next(line) else "") for line, after in pairwise([*lines, ""])]
@@ -37,7 +37,7 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     computed = dict(zip(fresh, _run(fresh), strict=True))
     _tokens.update(computed)
     for text in list(_tokens)[: max(0, len(_tokens) - _REMEMBERED)]:
-        _tokens.pop(text, None)  # Another thread may have removed this entry already.
+        _tokens.pop(text, None)  # Another thread may already have removed this cached entry.
     known |= computed
     return [known[text] for text in texts]
 
@@ -54,18 +54,15 @@ def tokenized(predictions: Predictions, references: References) -> list[Pair]:
 
 
 def check_keys(predictions: Predictions, references: References) -> None:
-    """Check that predictions and references have the same pair_ids and that each pair has a reference.
-
-    Raises ValueError otherwise.
-    """
+    """Raise ValueError unless predictions and references have the same pair_ids and each pair has a reference."""
     missing = [key for key in references if key not in predictions]
     extra = [key for key in predictions if key not in references]
     if missing or extra:
         raise ValueError("predictions and references must have the same pair_ids, but "
-                         f"{_some(missing)} missing from the predictions, {_some(extra)} not among the references; "
-                         "give two files of the same pairs")
+                         f"{_some(missing)} are missing from the predictions and {_some(extra)} are not among the "
+                         "references; give two files of the same pairs")
     if not references:
-        raise ValueError("there must be at least one reference to score predictions, got none")
+        raise ValueError("there must be at least one pair with references to score predictions, got none")
     bare = [key for key, texts in references.items() if not texts]
     if bare:
         raise ValueError(f"each pair must have at least one reference, got {_some(bare)} without references; "
@@ -78,12 +75,12 @@ def _some(keys: list[str]) -> str:
 
 
 def start() -> None:
-    """Start the Java process of the tokenizer in advance, so that `tokenize` need not wait for it."""
+    """Start the Java process of the tokenizer in advance, so that `tokenize` does not have to wait for it."""
     _program.start()
 
 
 def _needs_next(line: str) -> bool:
-    """Return whether the next line can change the tokens of this line, which is the case after a final period."""
+    """Return whether the next line can change the tokens of this line: only if this line ends with a period."""
     return line.rstrip().endswith(".")
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 Interval = tuple[float, float]
 
-TEXT_CLASS = "label"  # CSS class of the labels and values in a chart
+TEXT_CLASS = "label"  # CSS class of labels and values in charts
 COLOURS = {  # name -> (colour of the light mode, colour of the dark mode)
     "ground": ("#fbfbf9", "#14171a"), "panel": ("#ffffff", "#1c2024"), "ink": ("#1d2228", "#e7e9ea"),
     "soft": ("#5d6771", "#a3adb6"), "line": ("#e2e4e0", "#343b42"), "accent": ("#1f6f78", "#5cc0c8"),
@@ -41,8 +41,8 @@ PLOT_PX, ROW_PX = 150, 34
 class Curve:
     """A curve of a line chart.
 
-    `points` are sorted by x. `intervals` is empty, or has the interval of y for each point. `kind` is the CSS class
-    that selects the colour and the dashes: a, b, c, d or faint.
+    `points` are (x, y), sorted by x. `intervals` has the (low, high) interval of y for each point, or is empty. `kind`
+    is the CSS class that selects the colour and the dashes of the curve: a, b, c, d or faint.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Bar:
     """A bar of a bar chart.
 
     `kind` is the CSS class that selects the colour: ours (this model), floor (a trivial baseline), peer (a published
-    score) or doubtful (a published score that is not clearly comparable). `note` is printed after the label in italics.
+    score) or doubtful (a published score that is not clearly comparable). `note` is printed in italics after the label.
     """
 
     label: str
@@ -67,14 +67,15 @@ class Bar:
 
 
 def page_style() -> str:
-    """Return the CSS rules of all charts, for a page that defines the COLOURS as CSS custom properties."""
+    """Return the CSS rules of all charts, for an HTML page that defines COLOURS as CSS custom properties."""
     return _STYLE.substitute({name: f"var(--{name})" for name in COLOURS}, text_class=TEXT_CLASS)
 
 
 def standalone(chart: Markup) -> str:
-    """Return the chart as the text of an SVG file: light colours on white, with literal colour values.
+    """Return the text of an SVG file of the chart, with light colours on a white background.
 
-    LaTeX and office programs do not understand CSS custom properties, so the file must not use them.
+    The file contains the colour values themselves, because LaTeX and office programs do not understand CSS custom
+    properties.
     """
     style = _STYLE.substitute({name: light for name, (light, _) in COLOURS.items()}, text_class=TEXT_CLASS)
     head, rest = chart.split(">", 1)
@@ -84,10 +85,11 @@ def standalone(chart: Markup) -> str:
 def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str,
                ticks: Sequence[tuple[float, str]] | None = None, high: float | None = None,
                marked: float | None = None) -> Markup:
-    """Return a line chart of the curves that have points.
+    """Draw a line chart of the curves that have points, and return it as SVG.
 
-    The y axis goes from 0 to `high`, by default to a round number above the largest y. `ticks` are the labels of the
-    x axis as (x, text), by default the smallest and the largest x. `marked` is the x of a vertical dotted line.
+    The y axis goes from 0 to `high`; by default, `high` is a round number not below the largest y. `ticks` are the
+    labels of the x axis as (x, text); by default, the smallest and the largest x are labelled. `marked` is the x
+    position of a vertical dotted line.
     """
     curves = [curve for curve in curves if curve.points]
     xs = [x for curve in curves for x, _ in curve.points]
@@ -123,13 +125,13 @@ def line_chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: st
 
 
 def _curves_in_words(curves: Sequence[Curve], x_label: str) -> str:
-    """Return a text for screen readers that gives the first and the last value of each curve."""
+    """Return the first and the last y value of each curve as a text for screen readers."""
     return "; ".join(f"{curve.label} from {curve.points[0][1]:.3g} to {curve.points[-1][1]:.3g}" for curve in curves
                      if curve.kind != "faint") + f", over {x_label}"
 
 
 def _legend(curves: Sequence[Curve]) -> list[str]:
-    """Return the SVG elements of the legend; an empty list for a single curve, which needs no legend."""
+    """Return the SVG elements of the legend, or an empty list for a single curve, which needs no legend."""
     parts, x = [], LEFT - 34
     for curve in curves if len(curves) > 1 else ():
         parts += _drawn(curve.kind, [(x, 34), (x + 24, 34)], [])
@@ -139,7 +141,7 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
 
 
 def _drawn(kind: str, points: Sequence[Point], bands: Sequence[Interval]) -> list[str]:
-    """Return the SVG elements of a curve whose points and bands are in pixels.
+    """Return the SVG elements of a curve. The points and the bands of intervals are given in pixels.
 
     A curve of at most 30 points also gets a dot at each point; the shape of the dot depends on `kind`.
     """
@@ -165,9 +167,10 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, high: float | None = None) -> Markup:
-    """Return a chart of horizontal bars, each with the label above the bar and the value at the end of the bar.
+    """Draw a chart of horizontal bars, and return it as SVG.
 
-    The x axis goes from 0 to `high`, by default to a round number above the largest value or interval end.
+    The label of a bar is above the bar, and the value is at the end of the bar. The x axis goes from 0 to `high`; by
+    default, `high` is a round number not below the largest value or interval end.
     """
     high = high or round_up(max(max(bar.value, *(bar.interval or (0.0,))) for bar in bars))
     left, width = 6, WIDTH_PX - 6 - 52
@@ -197,8 +200,8 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str, high: float | No
 def round_up(value: float) -> float:
     """Return the smallest round number that is not below the value, or 1.0 if the value is not positive and finite.
 
-    Round numbers are 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8 and 10 times a power of ten, because an axis has four equal
-    parts and a quarter of these numbers has few digits.
+    The round numbers are 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8 and 10 times a power of ten. An axis is divided into four
+    equal parts, and a quarter of these numbers has few digits.
     """
     if value <= 0 or not math.isfinite(value):
         return 1.0
@@ -208,7 +211,7 @@ def round_up(value: float) -> float:
 
 
 def _svg(title: str, in_words: str, height: float, parts: Sequence[str]) -> Markup:
-    """Return the SVG element with a visible title; screen readers read the title and `in_words`."""
+    """Return the SVG element of a chart with a visible title. Screen readers read the title and `in_words`."""
     name = escape(title)
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH_PX} {height:g}" '
                   f'role="img" aria-label="{name}: {escape(in_words)}"><text class="title" x="6" y="16">{name}</text>'

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from onediff.eval.report.charts import Bar, Curve, Interval, Point, bar_chart, line_chart
 from onediff.eval.report.peers import doubts, published
 
-MAX_POINTS = 240  # maximum number of points of a training curve; more points would only make the file larger
+MAX_POINTS = 240  # largest number of points that are drawn of a training curve
 TIMES_100 = "CIDEr times 100"
 NUISANCES = {  # perturbation of the stress test -> (title of the chart, label of the x axis)
     "jpeg_quality": ("JPEG compression of both images", "JPEG quality"),
@@ -36,10 +36,10 @@ POINTING = {"pointing_accuracy": ("patch with the most attention", "ours"),
 
 def figures(metrics: Mapping[str, Any], stress: Mapping[str, Any],
             curves: Mapping[str, list[dict[str, float]]]) -> dict[str, Markup]:
-    """Return all charts by name; a chart without numbers is left out.
+    """Return all charts of the report as {name: chart}; a chart without numbers is left out.
 
-    The names are cider/<benchmark>, stress/<benchmark>/<perturbation>, attention/<benchmark>/inside or pointing, and
-    train/<phase>/loss or val.
+    The names are cider/<benchmark>, stress/<benchmark>/<perturbation>, attention/<benchmark>/inside,
+    attention/<benchmark>/pointing, train/<phase>/loss and train/<phase>/val.
     """
     charts = {f"cider/{key}": cider_chart(key, result) for key, result in metrics.items()}
     for benchmark, result in stress.items():
@@ -52,7 +52,7 @@ def figures(metrics: Mapping[str, Any], stress: Mapping[str, Any],
 
 
 def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
-    """Return the bar chart of CIDEr: this model, the trivial baselines, and the scores that others published.
+    """Return the bar chart of CIDEr on one benchmark: this model, the trivial baselines, and published scores.
 
     Published scores are shown only if our test split is complete, because otherwise they are not comparable.
     """
@@ -70,9 +70,10 @@ def cider_chart(key: str, result: Mapping[str, Any]) -> Markup:
 
 
 def stress_chart(benchmark: str, nuisance: str, curve: Mapping[str, Any]) -> Markup:
-    """Return the chart of the shares in CURVES over the strength of one perturbation.
+    """Return the line chart of the stress test for one perturbation. The x axis is the strength of the perturbation.
 
-    `curve` maps a strength to figures. If no grammar can parse the captions of the benchmark, the chart shows CIDEr.
+    `curve` maps each strength to figures. The lines are the figures of CURVES, as % of pairs; if no grammar can parse
+    the captions of the benchmark, the line is CIDEr.
     """
     title, x_label = NUISANCES.get(nuisance, (nuisance, "strength"))
     none = "none" if nuisance == "jpeg_quality" else "0"
@@ -89,17 +90,20 @@ def stress_chart(benchmark: str, nuisance: str, curve: Mapping[str, Any]) -> Mar
 
 
 def _position(nuisance: str, strength: str) -> float:
-    """Return the x coordinate of a strength. Low JPEG quality is far right, because it is the strongest compression."""
+    """Return the x coordinate of a strength of a perturbation in the chart.
+
+    Low JPEG quality is far right, because it is the strongest compression.
+    """
     if strength == "none":
         return 0.0
     return 100 - float(strength) if nuisance == "jpeg_quality" else float(strength)
 
 
 def attention_charts(benchmark: str, attention: Mapping[str, Any]) -> dict[str, Markup]:
-    """Return two bar charts of the attention of the delta tokens, or none if the attention was not measured.
+    """Return two bar charts of the attention of the delta tokens, or no charts if the attention was not measured.
 
-    `inside` shows which part of the attention falls on the changed region. `pointing` shows how often the centre of
-    the patch with the most attention lies in the changed region.
+    The chart `inside` shows which share of the attention falls on the changed region. The chart `pointing` shows how
+    often the centre of the patch with the most attention lies in the changed region.
     """
     if not attention:
         return {}
@@ -135,17 +139,17 @@ def last_loss(lines: Iterable[dict[str, float]]) -> float | None:
 
 
 def series(lines: Iterable[dict[str, float]], key: str) -> list[Point]:
-    """Return the values of `key` as (step, value), sorted by step.
+    """Return the values of `key` in the lines of a curve file as (step, value), sorted by step.
 
-    A resumed run may have written a step twice; then the last line counts.
+    A resumed training run may have written a step twice; then the later line is used.
     """
     return sorted({line["step"]: line[key] for line in lines if line.get(key) is not None}.items())
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Return the moving average of the points over a window of one thirtieth of the curve.
+    """Return the moving average of the points over a window of about one thirtieth of all points.
 
-    At both ends of the curve the window is cut off.
+    At both ends of the curve, the window is shorter.
     """
     reach = len(points) // 60
     return [(x, statistics.fmean(y for _, y in points[max(0, k - reach):k + reach + 1]))
@@ -153,6 +157,6 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """Return at most about MAX_POINTS of the points, evenly spaced, with the first and the last point."""
+    """Return evenly spaced points of a curve, at most about MAX_POINTS, with the first and the last point."""
     step = max(1, math.ceil(len(points) / MAX_POINTS))
     return [*points[:-1:step], *points[-1:]]

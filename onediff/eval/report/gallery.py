@@ -14,10 +14,9 @@ from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import PairRow
 from onediff.inputs.images import open_image
 
-MAX_PX = 480  # the longer side of an image on the page
+MAX_PX = 480  # largest width or height of an image on the page, in pixels
 _MAGIC = {b"\xff\xd8": "jpeg", b"GI": "gif", b"RI": "webp"}
-# colours of the attention map, from least to most attention
-_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))
+_HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))  # colours: least to most attention
 
 Box = list[float]  # a box as (left, top, width, height) in percent of the image
 Grid = Sequence[Sequence[float]]
@@ -25,10 +24,11 @@ Grid = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two images of a pair, as the page shows it.
+    """One of the two images of a pair, as the report page shows it.
 
-    `name` is "before" or "after"; `image` is a data URI; `region` is the box that changed. `heat` is a data URI with
-    the attention of the delta tokens; the attention map covers the box `square`, which can extend beyond the image.
+    `name` is "before" or "after". `image` is a data URI. `region` is the box of the changed region. `heat` is an image
+    of the attention of the delta tokens, as a data URI. It is drawn over the box `square`, which can extend beyond the
+    image.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair of the gallery with the caption of the model.
+    """A pair in the gallery of the report, with the caption of the model.
 
-    `sides` is empty if the images of the pair would make the page too large. `checks` maps an aspect of the caption,
-    such as "type", to whether the caption is right about it. `scores` has the metrics of this pair. `lost` is how much
-    lower the CIDEr of this pair is than the CIDEr of the other model, if the report compares two models.
+    `sides` is empty if the images of this pair would make the page too large. `checks` maps a part of the caption, such
+    as "type", to whether this part is correct. `scores` has the score of this pair for each metric. If the report
+    compares two models, `lost` is how much lower the CIDEr of this pair is than with the other model.
     """
 
     pair_id: str
@@ -59,13 +59,13 @@ class Example:
 
     @property
     def right(self) -> bool:
-        """Whether all checks of the caption succeeded."""
+        """Whether all checked parts of the caption are correct."""
         return all(self.checks.values())
 
 
 @dataclass(frozen=True)
 class Album:
-    """The pairs that the page shows of one source.
+    """The pairs of one source (dataset) that the report shows.
 
     `shown` has pairs of every change type; `worst` has the pairs with the lowest CIDEr; `lost` has the pairs whose
     CIDEr is furthest below the CIDEr of the other model.
@@ -78,10 +78,10 @@ class Album:
 
 def choose(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, *, per_type: int,
            first: Collection[str] = ()) -> list[str]:
-    """Return the pair_ids of `per_type` pairs of each change type, sorted by type.
+    """Return the pair_ids of up to `per_type` pairs of each change type, sorted by change type.
 
-    Of each type, up to half of the pairs have a wrong caption, or more if there are too few right captions. Pairs with
-    a right caption come first, and pairs in `first` are preferred.
+    Up to half of the pairs of a type have a wrong caption, or more if there are too few pairs with a right caption.
+    Within a type, the pairs with a right caption come first. Pairs in `first` are preferred.
     """
     by_type: dict[str, dict[bool, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row["pair_id"] not in first):
@@ -96,7 +96,7 @@ def choose(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, *,
 
 def worst(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, scores: Mapping[str, float], *,
           count: int) -> list[str]:
-    """Return the pair_ids of the pairs with the lowest scores, lowest first.
+    """Return the pair_ids of the `count` pairs with the lowest scores, lowest first.
 
     Only pairs with a wrong caption are considered, or all pairs if no grammar can parse the captions.
     """
@@ -106,18 +106,18 @@ def worst(benchmark: str, rows: Sequence[PairRow], predictions: Predictions, sco
 
 
 def losses(ours: Mapping[str, float], theirs: Mapping[str, float], *, count: int) -> dict[str, float]:
-    """Return the pairs for which our score is below the score of the other model, as {pair_id: difference}.
+    """Return the pairs on which our model scores lower than the other model, as {pair_id: difference of the scores}.
 
-    The largest difference comes first, and at most `count` pairs are returned.
+    The pairs with the largest difference come first, and at most `count` pairs are returned.
     """
     below = {key: theirs[key] - value for key, value in ours.items() if theirs.get(key, value) > value}
     return dict(sorted(below.items(), key=lambda item: -item[1])[:count])
 
 
 def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
-    """Return the albums with at most `num_bytes` of images in total; further pairs keep only their texts.
+    """Remove images from the albums until at most `num_bytes` of images remain; the texts of all pairs are kept.
 
-    Images of `shown` pairs have priority over images of `lost` pairs, and these over images of `worst` pairs.
+    The images in the list `shown` of an album have the highest priority, then those in `lost`, then those in `worst`.
     """
     result = {source: Album() for source in albums}
     for name in ("shown", "lost", "worst"):
@@ -131,16 +131,15 @@ def fitted(albums: Mapping[str, Album], num_bytes: int) -> dict[str, Album]:
 
 def example(record: Record, prediction: str, *, scores: Mapping[str, float] | None = None,
             maps: Mapping[str, Grid] | None = None) -> Example:
-    """Return the pair with its images, ready for the page.
+    """Return the gallery entry of a pair, with its images as data URIs.
 
-    `maps` maps "before" and "after" to a grid of attention weights; the weights of both grids together sum to 1.
-
+    `maps` has for "before" and "after" a grid of attention weights; the weights of the two grids together sum to 1.
     Raises ValueError if an image cannot be decoded.
     """
     boxes = {name: record.provenance.get(f"region_{name}") or record.provenance.get("region")
              for name in ("before", "after")}
     if record.change_type == "crop":
-        boxes["after"] = None  # The second image of a crop shows only the region, so a box around it would be useless.
+        boxes["after"] = None  # The second image of a crop shows only the kept region, so it needs no box.
     peak = max(value for grid in maps.values() for row in grid for value in row) if maps else 0.0
     sides = []
     for name, box in boxes.items():
@@ -157,13 +156,13 @@ def example(record: Record, prediction: str, *, scores: Mapping[str, float] | No
 
 
 def data_uri(image: bytes) -> str:
-    """Return the encoded image as a data URI with the media type of its first bytes, PNG if they are unknown."""
+    """Return the encoded image as a data URI. The first bytes decide the media type; PNG if they are unknown."""
     kind = _MAGIC.get(image[:2], "png")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def shrunk(image: bytes) -> bytes:
-    """Return the image unchanged if its longer side is at most MAX_PX, otherwise as a smaller JPEG."""
+    """Return the image file unchanged if its longer side is at most MAX_PX, otherwise as a smaller JPEG file."""
     opened = open_image(image)
     if max(opened.size) <= MAX_PX:
         return image
@@ -174,7 +173,10 @@ def shrunk(image: bytes) -> bytes:
 
 
 def heat_map(grid: Grid, peak: float) -> str:
-    """Return attention weights as an image with one pixel per patch; the weight `peak` gets the brightest colour."""
+    """Return the attention grid as the data URI of an image with one pixel for each patch.
+
+    The attention weight `peak` gets the brightest colour.
+    """
     share = np.clip(np.asarray(grid, dtype=np.float64) / peak, 0, 1) if peak else np.zeros(np.shape(grid))
     stops = [stop for stop, _ in _HEAT]
     channels = [np.interp(share, stops, [color[k] for _, color in _HEAT]) for k in range(3)]
@@ -185,7 +187,7 @@ def heat_map(grid: Grid, peak: float) -> str:
 
 
 def _percent(box: Sequence[float] | None, width: int, height: int) -> Box | None:
-    """Convert a box (left, top, right, bottom) in pixels to (left, top, width, height) in percent of the image."""
+    """Convert a box (left, top, right, bottom) in pixels to (left, top, width, height) in percent of the image size."""
     if box is None:
         return None
     left, top, right, bottom = box

@@ -17,11 +17,10 @@ from onediff.eval.report.figures import FLOORS, last_loss
 from onediff.eval.report.gallery import Album, Example
 from onediff.eval.report.peers import doubts, published
 
-NUM_FIRST = 3  # pairs of each source that the gallery shows before the reader opens the rest
-NUM_SENTENCES = 3  # benchmarks that the opening paragraph mentions
-# metrics of the table; narrow screens show only the first one
-SCORE_COLUMNS = ("CIDEr", *(name for name in METRICS if name != "CIDEr"))
-SOURCES = {  # maps each source to a description of its pairs
+NUM_FIRST = 3  # number of pairs of each source that the gallery shows before the reader opens the rest
+NUM_SENTENCES = 3  # largest number of benchmarks that the summary of the report mentions
+SCORE_COLUMNS = ("CIDEr", *(name for name in METRICS if name != "CIDEr"))  # narrow screens show the first column only
+SOURCES = {  # source (dataset) -> description of its pairs
     "scenes": "rendered table tops; camera and light move a little in every pair, changed or not",
     "scenes_far": "rendered table tops as in scenes, but camera and light move twice as far; used for tests only",
     "edits": "a picture, and the same picture after a programmed edit"}
@@ -29,7 +28,7 @@ PHASES = {"align": "Coupled Sample Training", "tune": "multi-task instruction tu
 SPEED = (("pairs_per_s", "pairs per second", "{:.0f}"), ("tokens_per_s", "tokens per second", "{:,.0f}"),
          ("padding_share", "padding avoided", "{:.1%}"), ("loader_wait_share", "time spent waiting for data", "{:.1%}"),
          ("memory_gib", "memory, GiB", "{:.2f}"), ("tflops_per_s", "TFLOP/s", "{:.3g}"), ("mfu", "MFU", "{:.1%}"))
-STRESS = {  # section of stress.json -> (heading, {key -> (row label, what the share counts)})
+STRESS = {  # section of stress.json -> (heading, {key of a share -> (label, what the share counts)})
     "identical": ("One image is shown twice", {
         "false_alarm_rate": ("false alarms", "captions that claim a change although the two images are equal; "
                                              "lower is better"),
@@ -57,7 +56,7 @@ LANGUAGE = {  # key -> (column, format)
     "distinct_1": ("distinct-1", "{:.3f}"), "distinct_2": ("distinct-2", "{:.3f}"),
     "copied": ("copied from training", "{:.1%}"), "empty": ("empty", "{:.1%}")}
 NO_VALUE = "\N{EN DASH}"
-AUDIT = {  # maps keys of data/reports/diffcap/audit.json to row labels of the audit table
+AUDIT = {  # key of data/reports/diffcap/audit.json -> label of the row in the table
     "verdict": "verdict", "num_pairs": "test pairs",
     "equal_image": "test pairs with an image that is also a training image",
     "near_image": "test pairs with an image that is nearly equal to a training image",
@@ -70,11 +69,11 @@ AUDIT = {  # maps keys of data/reports/diffcap/audit.json to row labels of the a
 
 @dataclass(frozen=True)
 class ModelResults:
-    """The results of one model, as the earlier DVC stages wrote them.
+    """The results of one model, from the files that the earlier DVC stages wrote.
 
-    `when` and `subtitle` are shown under the title. `params` is the text of params.yaml. `metrics` and `gate` are the
-    scores of the test split and of the `gate` split. `curves` maps a training phase to the lines of its curve file.
-    `card` describes the training data. `stress` and `audit` are empty if these stages did not run.
+    `when` and `subtitle` are shown under the title of the report. `params` is the text of params.yaml. `metrics` has
+    the scores on the test split, `gate` the scores on the `gate` split. `curves` maps a training phase to the lines of
+    its curve file. `card` describes the training data. `stress` and `audit` are empty if these stages did not run.
     """
 
     when: str
@@ -89,20 +88,21 @@ class ModelResults:
 
 
 def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Mapping[str, Markup]) -> str:
-    """Return the report as HTML.
+    """Return the report as the text of an HTML file.
 
-    `albums` maps a source to the pairs of its gallery; `figures` are the charts that figures.py returns.
+    `albums` maps a source (dataset) to the pairs that the gallery shows; `figures` are the charts that
+    `figures.figures` returns.
     """
     metrics = ordered(results.metrics)
     phases = {name: _phase(lines) for name, lines in results.curves.items()}
     return _template().render(
         **vars(results) | {"metrics": metrics, "gate": ordered(results.gate), "audit": _audit_table(results.audit)},
         summary=summary(metrics, results.card, phases), albums=albums, names=SCORE_COLUMNS, trials=STRESS,
-        sources=SOURCES, phase_names=PHASES, first_pairs=first_pairs,
+        sources=SOURCES, phase_names=PHASES, first_pairs=first_pairs, ordered_sources=ordered_sources,
         behaviour={name: (metric.label, metric.counts + ("" if metric.higher_is_better else "; lower is better"))
                    for name, metric in BEHAVIOUR.items()},
         headlines={benchmark: _headlines(result) for benchmark, result in metrics.items() if benchmark != "scenes_far"},
-        # Published scores are comparable only if they use the protocol of our score and our test split is complete.
+        # Published scores are comparable only if our score uses the same protocol and our test split is complete.
         peers={key: [row | {"doubts": doubts(row)} for row in published(key)] for key, result in metrics.items()
                if "incomplete" not in result},
         phases=phases, language=_language_table(metrics), counts=_count_table(results.card),
@@ -122,19 +122,19 @@ def _template() -> Template:
 
 
 def ordered(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the results by benchmark in the order of PROTOCOLS; benchmarks that PROTOCOLS lacks come last."""
+    """Return the results of all benchmarks in the order of PROTOCOLS; benchmarks that PROTOCOLS lacks come last."""
     return {name: results[name] for name in dict.fromkeys((*PROTOCOLS, *results)) if name in results}
 
 
 def ordered_sources(sources: Iterable[str]) -> list[str]:
-    """Return the sources without repetition, in the order of PROTOCOLS; sources that PROTOCOLS lacks come last."""
+    """Return the distinct sources in the order of PROTOCOLS; sources that PROTOCOLS lacks come last."""
     present = dict.fromkeys(sources)
     known = (protocol.source for protocol in PROTOCOLS.values())
     return [source for source in dict.fromkeys((*known, *present)) if source in present]
 
 
 def summary(metrics: Mapping[str, Any], card: Mapping[str, Any], phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the sentences that open the page: what the model does, how it was trained, and how well it does."""
+    """Return the sentences that open the report: what the model does, how it was trained, and how well it performs."""
     counts = {source: sum(types.values()) for source, types in card["num_pairs"].get("train", {}).items()}
     train = sorted(counts.items(), key=lambda item: -item[1])
     sentences = ["This model reads two images and describes in one sentence what changed between them."]
@@ -147,13 +147,16 @@ def summary(metrics: Mapping[str, Any], card: Mapping[str, Any], phases: Mapping
 
 
 def _training_steps(phases: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return ", in two phases: ..." with the number of steps of each phase; an empty text if no step was recorded."""
+    """Return a text with the number of steps of each training phase, such as ", in one phase: ...".
+
+    The text is empty if no training step was recorded.
+    """
     steps = [f"{name} ({phase['steps']:,} steps)" for name, phase in phases.items() if phase["steps"]]
     return f", in {len(steps)} {'phase' if len(steps) == 1 else 'phases'}: {_listed(steps)}" if steps else ""
 
 
 def _achievement(result: Mapping[str, Any]) -> str:
-    """Return the verb phrase that tells how well the model does on one benchmark, in words that need no definition."""
+    """Return the part of a sentence that tells how well the model performs on one benchmark, in plain words."""
     if "change_type_accuracy" in result:
         alarms = f" and claims a change for {100 * result['false_alarm_rate']:.1f} % of the unchanged pairs" \
             if "false_alarm_rate" in result else ""
@@ -172,12 +175,12 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def _best_baseline(result: Mapping[str, Any]) -> float | None:
-    """Return the highest CIDEr of the trivial baselines, or None if none was scored."""
+    """Return the highest CIDEr of the trivial baselines, or None if no trivial baseline was scored."""
     return max((result["floor"][name]["CIDEr"] for name in FLOORS if name in result["floor"]), default=None)
 
 
 def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the main figures of a benchmark, each as (label, value, what the figure counts)."""
+    """Return the main figures of a benchmark, each as (label, value as text, explanation)."""
     shares = [(BEHAVIOUR[key].label, f"{100 * result[key]:.1f} %", BEHAVIOUR[key].counts)
               for key in BEHAVIOUR_HEADLINES if key in result]
     best = _best_baseline(result)
@@ -186,7 +189,10 @@ def _headlines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def first_pairs(pairs: Sequence[Example]) -> list[Example]:
-    """Return the pairs that the gallery shows first: of different change types, and one with a wrong caption if any."""
+    """Return the pairs that the gallery shows first, with different change types if possible.
+
+    At least one of them has a wrong caption, if any of the `pairs` has one.
+    """
     by_type: dict[str, Example] = {}
     for pair in pairs:
         by_type.setdefault(pair.change_type, pair)
@@ -195,25 +201,34 @@ def first_pairs(pairs: Sequence[Example]) -> list[Example]:
     return [*chosen[:NUM_FIRST - 1], wrong[0]] if wrong and all(pair.right for pair in chosen) else chosen
 
 
-def _audit_table(audit: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
-    """Return the benchmarks of the leak audit, and its rows as (label, one value per benchmark)."""
-    benchmarks = audit.get("benchmarks", {})
-    return list(benchmarks), [(label, [counts.get(key, NO_VALUE) for counts in benchmarks.values()])
+def _audit_table(audit: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return the table of the leak audit as (benchmarks, rows). A row is (label, one value for each benchmark)."""
+    benchmarks = ordered(audit.get("benchmarks", {}))
+
+    def cell(value: int | str) -> str:
+        return value if isinstance(value, str) else f"{value:,}"
+
+    return list(benchmarks), [(label, [cell(counts.get(key, NO_VALUE)) for counts in benchmarks.values()])
                               for key, label in AUDIT.items() if any(key in counts for counts in benchmarks.values())]
 
 
 def _language_table(metrics: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the columns of the language table, and its cells by source."""
-    # All protocols of a source score the same captions, so the source needs one row only.
+    """Return the table of language figures as (column headings, {source: cells of its row})."""
+    # All benchmarks of a source score the same captions, so each source has only one row.
     language = {benchmark.split("/")[0]: result["language"] for benchmark, result in metrics.items()
                 if "language" in result}
     return [column for column, _ in LANGUAGE.values()], {
-        source: [form.format(values[key]) if key in values else NO_VALUE for key, (_, form) in LANGUAGE.items()]
+        source: [_formatted(values[key], form) if key in values else NO_VALUE for key, (_, form) in LANGUAGE.items()]
         for source, values in language.items()}
 
 
+def _formatted(value: float, form: str) -> str:
+    """Format a number, with a space before a percent sign, as in all numbers of the page."""
+    return form.format(value).replace("%", " %")
+
+
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one row for each change type: the number of pairs, the share of right captions, CIDEr and ROUGE-L."""
+    """Return one table row for each change type: number of pairs, share of right captions, mean CIDEr and ROUGE-L."""
     right = result.get("change_type_accuracy_by_type") or result.get("operation_accuracy_by_operation") or {}
     if "false_alarm_rate" in result:
         right = {**right, "none": 1 - result["false_alarm_rate"]}
@@ -221,14 +236,14 @@ def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
-    """Return the number of pairs of each source as (source, {split: number of pairs})."""
+    """Return the number of pairs of each source in each split, as (source, {split: number of pairs})."""
     counts = card["num_pairs"].items()
     return [(source, {split: sum(sources[source].values()) for split, sources in counts if source in sources})
-            for source in dict.fromkeys(source for _, sources in counts for source in sources)]
+            for source in ordered_sources(source for _, sources in counts for source in sources)]
 
 
 def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
-    """Return the filters of the gallery: a dict from the name of a filter to the values that a reader can choose."""
+    """Return the filters of the gallery, as {name of the filter: values that the reader can choose}."""
     pairs: list[Example] = [pair for album in albums.values() for pair in (*album.shown, *album.worst, *album.lost)]
     return {"source": list(dict.fromkeys(pair.source for pair in pairs)),
             "type": sorted({pair.change_type for pair in pairs}),
@@ -237,9 +252,10 @@ def _choices(albums: Mapping[str, Album]) -> dict[str, list[str]]:
 
 
 def _phase(lines: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the length of a training phase in steps and seconds, its last loss, and its median speed figures."""
-    return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=0)),
+    """Return facts about one training phase: number of steps, seconds, last loss, and median speed figures."""
+    # Steps are numbered from 0, so the number of steps is one more than the number of the last step.
+    return {"steps": int(max((line["step"] for line in lines if line.get("loss") is not None), default=-1)) + 1,
             "loss": last_loss(lines),
             "seconds": max((line["seconds"] for line in lines if "seconds" in line), default=None),
-            "speed": [(label, form.format(statistics.median(values))) for key, label, form in SPEED
+            "speed": [(label, _formatted(statistics.median(values), form)) for key, label, form in SPEED
                       if (values := [line[key] for line in lines if key in line])]}

@@ -11,7 +11,7 @@ from onediff.config import Runtime
 from onediff.train.launch import nodes, ranks, slurm
 from onediff.train.status import is_finished, modified_ns, read_status, write_status
 
-PATIENCE_S = 30.0  # seconds after which shared storage shows a file that another node wrote
+PATIENCE_S = 30.0  # longest time in seconds until shared storage shows a file that another node wrote
 AGAIN = "run the same command again to continue from the last checkpoint"
 # Error messages of gloo and NCCL match this pattern if the connection to another rank was lost.
 LOST = re.compile(r"(reset|closed) by peer|timed? ?out|NCCL|Broken pipe", re.IGNORECASE)
@@ -21,12 +21,13 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
     """Start the ranks, each as `python -m onediff.stages.PHASE`, and wait until they end.
 
     Returns True when the run is finished and `folder` contains the results, and False without starting anything if this
-    process must train by itself. On several nodes, `folder` must be on storage that they share. Raises ValueError or
-    FileNotFoundError if runtime.yaml is wrong, and ValueError with the reason if the ranks failed or were stopped.
+    process must train by itself. With several nodes, `folder` must be on storage that all nodes share. Raises
+    ValueError or FileNotFoundError if runtime.yaml is wrong, and ValueError with the reason if the ranks failed or were
+    stopped.
     """
     if runtime.launcher == "local" or "LOCAL_RANK" in os.environ:
         return False
-    if is_finished(folder):  # The ranks of an earlier run may finish after the stage that started them was killed.
+    if is_finished(folder):  # Ranks may finish training after the DVC stage that started them was killed.
         return True
     folder.mkdir(parents=True, exist_ok=True)
     module, modified_before = module or f"onediff.stages.{phase}", modified_ns(folder)
@@ -54,7 +55,8 @@ def launch_ranks(phase: str, runtime: Runtime, folder: Path, *, module: str | No
 def _explanation(phase: str, folder: Path, status: dict[str, Any] | None, *, ending: str, stopped: bool) -> str:
     """Return the message that says why the ranks ended, and record the reason in status.json.
 
-    The reason is read from status.json if the ranks have written it; otherwise it is how the launcher ended.
+    The reason is read from status.json if the ranks have written it there. Otherwise, the reason is `ending`, a
+    sentence that says how the launcher ended.
     """
     if status and status["state"] in ("failed", "diverged", "preempted"):
         state, reason = status["state"], str(status["reason"])

@@ -22,7 +22,8 @@ def manifest(phase: str, runtime: Runtime, *, image: str) -> str:
     """
     if Path(runtime.scratch).is_absolute():
         raise ValueError(f"runtime.yaml: scratch must be a relative path inside the project folder, got "
-                         f"'{runtime.scratch}'; the pods share only the project folder (claim '{CLAIM}')")
+                         f"'{runtime.scratch}'; the pods share only the project folder (PersistentVolumeClaim "
+                         f"'{CLAIM}')")
     name = f"onediff-{phase}"
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
                "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": name},

@@ -41,7 +41,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def check(runtime: Runtime) -> None:
     """Check, before any rank starts, that the settings of runtime.yaml can connect the nodes.
 
-    Raises ValueError, or FileNotFoundError if the hostfile does not exist.
+    Raises ValueError if a setting is wrong, and FileNotFoundError if the hostfile does not exist.
     """
     if runtime.node_rank is not None and runtime.node_rank >= runtime.nodes:
         raise ValueError(f"runtime.yaml: node_rank {runtime.node_rank} must be less than nodes {runtime.nodes}; "
@@ -60,7 +60,7 @@ def check(runtime: Runtime) -> None:
 
 
 def _check_hostfile(path: Path, runtime: Runtime) -> None:
-    """Check that the hostfile has enough nodes and GPUs, and that master_addr is the first node."""
+    """Check that the hostfile lists enough nodes and GPUs, and that master_addr is the first node in it."""
     slots = read_hostfile(path)
     if len(slots) < runtime.nodes:
         raise ValueError(f"{path}: runtime.yaml needs {runtime.nodes} nodes, but the hostfile lists {len(slots)} "
@@ -90,7 +90,7 @@ def _check_ssh(runtime: Runtime) -> None:
 
 
 def _check_port(address: str, port: int) -> None:
-    """Check that this process, which runs on node 0, can open the port on the address."""
+    """Check that this process, which runs on node 0, can listen on the network port `port` of `address`."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -104,12 +104,12 @@ def _check_port(address: str, port: int) -> None:
 def _addresses(name: str) -> set[str]:
     try:
         return {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
-    except OSError:  # The name may be an alias that only the configuration of ssh defines.
+    except OSError:  # The host name may be an alias that only the configuration of ssh defines.
         return set()
 
 
 def command(runtime: Runtime, module: str, folder: Path) -> list[str]:
-    """Return the command line of DeepSpeed's launcher, which starts the ranks of this node or over ssh of all nodes.
+    """Return the command line of DeepSpeed's launcher, which starts the ranks of this node, or over ssh of all nodes.
 
     If the nodes are started by hand and runtime.yaml has no hostfile, a hostfile is written to `folder`.
     """

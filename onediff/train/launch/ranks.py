@@ -40,8 +40,8 @@ class Group:
     def terminate(self) -> None:
         """Send SIGTERM to each rank that has not received it, or to the launcher if no rank runs on this node.
 
-        Data loader processes get no signal, because their rank needs them until the checkpoint is written. DeepSpeed's
-        launcher gets no signal either, because it would kill the ranks after 30 seconds.
+        Data loader processes get no signal, because their rank needs them until the checkpoint is written. While ranks
+        run, DeepSpeed's launcher gets no signal either, because it would kill the ranks after 30 seconds.
         """
         ranks = {process.pid for process in self.members() if _is_rank(process)} or {self.leader}
         for pid in ranks - self.terminated:
@@ -57,7 +57,7 @@ class Group:
             time.sleep(POLL_S / 4)
 
     def stop(self, grace_s: float) -> None:
-        """Send SIGTERM to the ranks, wait up to `grace_s` seconds until they have ended, and kill the rest."""
+        """Send SIGTERM to the ranks, wait at most `grace_s` seconds for all processes to end, and kill the others."""
         end = time.monotonic() + grace_s
         while self.members() and time.monotonic() < end:
             self.terminate()
@@ -66,7 +66,7 @@ class Group:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], *, grace_s: float = GRACE_S) -> tuple[int, bool]:
-    """Run the command and return its exit code and whether a signal to this process stopped it.
+    """Run the command. Return the exit code, and True if the command was stopped because this process got a signal.
 
     Signals to this process are passed on to the ranks as SIGTERM. However this process ends, even by SIGKILL, the ranks
     are stopped too.
@@ -100,7 +100,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 @contextmanager
 def _guarded(group: Group, grace_s: float) -> Iterator[None]:
-    """Run a guard process beside the block, which stops the group if this process ends inside the block.
+    """Run a guard process during the `with` block; the guard stops the group if this process ends inside the block.
 
     The guard reads from a pipe that this process holds open. The kernel closes the pipe when this process ends.
     """

@@ -19,7 +19,7 @@ from onediff.train.status import read_status
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED", "SPECIAL_EXIT", "UNKNOWN")
-SHOWN = 20  # number of last output lines that are shown when a job fails
+SHOWN = 20  # number of lines at the end of a job's output that are shown if the job fails
 
 
 def script(runtime: Runtime, module: str, folder: Path) -> str:
@@ -39,11 +39,12 @@ def script(runtime: Runtime, module: str, folder: Path) -> str:
 
 
 def run(runtime: Runtime, module: str, folder: Path) -> tuple[str, bool]:
-    """Run the training as a Slurm job. Return a sentence that says how the job ended, and whether a signal stopped us.
+    """Run the training as a Slurm job. Return how the job ended, as text, and whether this process received a signal.
 
     If a job of this run still exists, this function watches that job instead of submitting another. If the time limit
-    or the scheduler stopped a job that made progress, the next job is submitted. After a signal to this process, the
-    job writes its checkpoint and ends. After SIGKILL the job continues, and the same command watches it again.
+    or the scheduler stopped a job that made progress, the next job is submitted to continue the training. After a
+    signal to this process, the job writes its checkpoint and ends. If SIGKILL ends this process, the job continues, and
+    the user can run the same command again to watch it.
     """
     for program in ("sbatch", "squeue", "scancel"):
         if not shutil.which(program):
@@ -79,7 +80,7 @@ def submit(runtime: Runtime, module: str, folder: Path) -> str:
 
 
 def running(folder: Path) -> str | None:
-    """Return the number of the job of this run that has not ended, or None.
+    """Return the number of a Slurm job of this run that has not ended, or None if there is no such job.
 
     The number is read from job.json. A process that was killed before it wrote job.json may have left a job too, so
     jobs are also searched by name.
@@ -122,7 +123,7 @@ def watch(job: str, runtime: Runtime, stop: Stop) -> str:
 def _state(job: str) -> str:
     """Return the state of a job as Slurm writes it, such as RUNNING.
 
-    The state is UNKNOWN if Slurm no longer knows the job, and empty while Slurm does not answer.
+    Returns UNKNOWN if Slurm no longer knows the job, and an empty string while Slurm does not answer.
     """
     squeue = _slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
     if squeue.returncode == 0 and squeue.stdout.strip():

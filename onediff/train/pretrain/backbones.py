@@ -135,9 +135,10 @@ def _disturb(rng: Generator, image: NDArray[np.uint8], labels: Labels) -> tuple[
 
 
 def patch_labels(ids: NDArray[np.int8], things: list[Thing]) -> Labels:
-    """Label each patch with the object that covers most of it: attributes (N, 4), present (N,), offsets (N, 2).
+    """Label each of the N patches with the object that covers most of it.
 
-    `ids` (P, P) is the index of the object at each pixel, or -1. Offsets are in units of patches.
+    Returns the arrays attributes (N, 4), present (N,) and offsets (N, 2, in patches) of an `Example`. `ids` (height,
+    width) is the index of the object at each pixel, or -1.
     """
     patches = ids.reshape(_SIDE, PATCH_PX, _SIDE, PATCH_PX).transpose(0, 2, 1, 3).reshape(_SIDE * _SIDE, -1)
     attributes = np.full((len(patches), 4), UNKNOWN, np.int64)
@@ -210,7 +211,7 @@ class Pretrainer(nn.Module):
         self.projector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def dense_loss(self, hidden: Tensor, batch: dict[str, Tensor], head: nn.Module) -> Tensor:
-        """Return the loss of predicting the labels of each patch from its hidden state, hidden (B, N, C)."""
+        """Return the loss of predicting patch labels from hidden states, `hidden` (B images, N patches, C channels)."""
         sizes = [*(len(options) for options in ATTRIBUTES.values()), 1, 2, 5]
         *attributes, present, offsets, light = head(hidden).split(sizes, dim=-1)
         loss = functional.binary_cross_entropy_with_logits(present.squeeze(-1), batch["present"])

@@ -64,7 +64,7 @@ def text_row(rng: Generator, captions: list[str]) -> Prompt:
 
 
 def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Return token ids (B, S) and labels (B, S), padded on the right; only answer tokens have labels."""
+    """Return token ids and labels, both (B prompts, S tokens), padded on the right; only answer tokens have labels."""
     rows = [([1, *tokenizer.encode(prompt.question, add_special_tokens=False)],
              [*tokenizer.encode(str(prompt.answer), add_special_tokens=False), 2]) for prompt in prompts]
     ids = [torch.tensor(question + answer) for question, answer in rows]
@@ -74,9 +74,9 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[T
 
 def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
           captions: list[str], seed: int) -> dict[str, float]:
-    """Train `language` in place and return the mean losses of the last 100 steps.
+    """Train `language` in place on chats and image captions, and return the mean losses of the last 100 steps.
 
-    `pixels` (M, 3, P, P) are normalized images, and `captions` has one caption for each image.
+    `pixels` (M images, 3, height, width) are normalized, and `captions` has one caption for each image.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 21])
@@ -109,7 +109,7 @@ def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrai
 
 def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor,
                  captions: list[str]) -> Tensor:
-    """Return the loss of the captions; patches (B, T, D) replace the <image> placeholder of the question."""
+    """Return the loss of the captions; `patches` (B images, T tokens, width) replace <image> in the question."""
     question = single_prompt("plain", "Describe the image.").question
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
     ids, labels = encode([Prompt("", caption, 1) for caption in captions], tokenizer)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browser import faults_of, needs_chromium
 from PIL import Image
 
 from onediff.config import Config
@@ -53,9 +52,9 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
         {"decodes": False, "width_before": 0, "height_before": 0, "hash_before": "", "error": "before image: corrupt"},
         "an image cannot be read"),
     "missing": (WITHOUT_IMAGE, "an image is missing"),
-    "images": ({"num_images": 3}, "neither two images, nor one, nor none"),
+    "images": ({"num_images": 3}, "the number of images is not 0, 1 or 2"),
     "no id": ({"pair_id": ""}, "pair_id, source, group_id or change_type is empty"),
-    "split": ({"split": "dev"}, "split is none of train, val, gate, test"),
+    "split": ({"split": "dev"}, "the split is not one of train, val, gate, test"),
     "small": ({"width_after": 31, "height_after": 31}, "an image is less than 32 px wide or high"),
     "no caption": ({"num_references": 0, "max_words": 0}, "no caption"),
     "empty": ({"num_empty_references": 1}, "an empty caption"),
@@ -87,7 +86,7 @@ def test_captions_of_raw_pairs_may_be_longer_than_captions_of_generated_pairs() 
 
 def test_only_the_two_images_of_generated_pairs_must_have_one_aspect_ratio() -> None:
     bad = [check(table(suite=suite, width_after=128)).bad for suite in SUITES]
-    assert [list(rows["reasons"]) for rows in bad] == [["before and after differ in shape"], [], []]
+    assert [list(rows["reasons"]) for rows in bad] == [["the two images differ in aspect ratio"], [], []]
     assert check(table(width_after=64, height_after=64)).bad.empty
 
 
@@ -160,7 +159,7 @@ def test_generated_data_with_an_image_in_two_splits_is_refused_even_at_tolerance
 
 def test_generated_data_with_a_group_in_two_splits_is_refused() -> None:
     lines = complaints([check(table(group_id="g7"), tolerance=1.0)])
-    assert lines == ["2 pairs: its group_id occurs in two splits (first: p5)"]
+    assert lines == ["2 pairs: the group_id occurs in two splits (first: p5)"]
 
 
 def test_data_is_refused_if_the_share_of_bad_pairs_is_above_the_tolerance() -> None:
@@ -233,19 +232,10 @@ def test_the_report_is_one_page_that_shows_the_bad_pairs_without_network_access(
     assert "num_empty_references" in pages[0].partition("Results of Great Expectations")[2]
 
 
-@needs_chromium
-def test_the_validation_page_has_no_fault_in_a_browser(tmp_path: Path) -> None:
-    write_shards([pair(k) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
-    checked = check(table(num_empty_references=1))
-    with pytest.raises(ValueError, match=r"index\.html$"):
-        write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
-    assert faults_of(tmp_path / "index.html") == []
-
-
 def test_shards_that_differ_from_the_probed_shards_are_refused(tmp_path: Path) -> None:
     write_shards([pair(k + 1) for k in range(40)], tmp_path / "one", "train", shard_pairs=50)
     checked = check(table(num_empty_references=1))
-    with pytest.raises(ValueError, match=r"train-00000\.parquet: has pair p6 where data/probe\.parquet has p5"):
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: contains pair p6 where .* lists pair p5; run"):
         write_report([checked], tmp_path, shard_folders=[tmp_path / "one"])
 
 

@@ -82,7 +82,7 @@ def test_shards_that_changed_after_the_probe_are_refused(written: tuple[list[Pat
     folders, records = written
     table = probed(records)
     table.loc[30, "pair_id"] = "another"
-    with pytest.raises(ValueError, match=r"parquet: changed since data/probe\.parquet was written; update it"):
+    with pytest.raises(ValueError, match=r"parquet: this shard changed after data/probe\.parquet was written; run"):
         list(chosen_tables(folders, table, str(table.loc[30, "split"])))
 
 

@@ -237,7 +237,7 @@ def test_each_thumbnail_is_computed_from_the_image_with_the_given_label_and_side
 def test_a_leak_is_refused_and_a_near_duplicate_that_is_only_reported_is_accepted() -> None:
     rows = table([row(0, "train", hash_after="x"), row(1, "gate", hash_before="x")])
     with pytest.raises(ValueError, match=r"1 pairs also occur in a later split \(first: web-0 in train and web-1 in "
-                                         r"gate: equal image\); remove them, or set data\.leaks\.action to drop"):
+                                         r"gate: equal image\); remove these pairs, or set data\.leaks\.action to"):
         refuse_leaks(find_leaks(rows, REPORT_ONLY, must_not_decode), report=Path("leaks.parquet"))
     near = table([row(0, "train", phash_after=1), row(1, "gate", phash_before=1)])
     leaks = find_leaks(near, REPORT_ONLY, must_not_decode)

@@ -98,7 +98,7 @@ def test_unknown_formats_duplicate_names_and_an_existing_target_folder_are_refus
     (tmp_path / "x.rar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"\.zip, \.tar, .* can be unpacked; unpack this archive by hand"):
         unpack(tmp_path / "x.rar", tmp_path / "out", **LIMITS)
-    with pytest.raises(ValueError, match="contains 'a' twice"):
+    with pytest.raises(ValueError, match="contains the file name 'a' twice"):
         unpack(tarred(tmp_path / "y.tar", {"a": b"1", "./a": b"2"}), tmp_path / "out", **LIMITS)
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="already exists: remove it"):

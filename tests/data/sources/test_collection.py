@@ -67,9 +67,9 @@ def test_images_without_a_caption_and_second_captions_of_an_image_are_ignored(tm
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    ([], r"contains no image with a caption; add captions\.csv or captions\.jsonl, COCO's JSON"),
+    ([], r"contains no image with a caption; add captions\.csv or captions\.jsonl, a JSON file"),
     (["9.jpg,gone", "0.jpg,there"], r"1 of 2 images do not exist \(first: 9\.jpg\)"),
-    (["../0.jpg,out"], r"captions\.csv line 2: image must be a path below the folder, .*, got '\.\./0\.jpg'"),
+    (["../0.jpg,out"], r"captions\.csv line 2: image must be a path below the folder .*, got '\.\./0\.jpg'"),
     (['0.jpg,"never closed'], r"captions\.csv line \d: wrong quotes"),
     (["0.jpg,a,b"], r"captions\.csv line 2: 2 columns expected, got 3"),
 ])

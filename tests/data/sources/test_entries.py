@@ -61,9 +61,9 @@ def test_the_error_for_invalid_json_contains_the_line(tmp_path: Path) -> None:
         list(read_lines(put(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a"}\n')))
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
         read_json(put(tmp_path / "a.json", "{\n3}"), dict)
-    with pytest.raises(ValueError, match=r"an object \{...\} expected, got \[1\]; take the file as published"):
+    with pytest.raises(ValueError, match=r"an object \{...\} expected, got \[1\]; correct the file, or"):
         read_json(put(tmp_path / "b.json", "[1]"), dict)
-    with pytest.raises(ValueError, match="there: 'b' is missing, got a"):
+    with pytest.raises(ValueError, match="there: 'b' is missing, got only a"):
         part({"a": 1}, "b", str, "there")
     with pytest.raises(ValueError, match="there, a: text expected, got 1"):
         part({"a": 1}, "a", str, "there")
@@ -86,7 +86,7 @@ def test_a_tsv_file_is_read_with_and_without_quotes(tmp_path: Path) -> None:
     (bird_table([bird_row(1, "train", 1, "fine"), "only\tthree\tcells"]),
      "line 3: 11 columns expected, got 3: a text contains a tab"),
     (bird_table([bird_row(1, "train", 1, "with a\ttab")]), "line 2: 11 columns expected, got 12"),
-    ("a\tb\n1\t2\n", "line 1: the header must contain img1ObservationURL, .*, got a, b"),
+    ("a\tb\n1\t2\n", "line 1: the header must contain img1ObservationURL, .*, got only the columns a, b"),
 ])
 def test_the_error_for_an_invalid_tsv_file_contains_the_line(table: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

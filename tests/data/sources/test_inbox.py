@@ -130,7 +130,7 @@ def delete_table(folder: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "message"), [
     (break_image, r"pair 2: .*2_after\.png: corrupt or truncated"),
-    (delete_image, r"pair 2: the image images/2_after\.png is not in the folder; add the image"),
+    (delete_image, r"pair 2: the image images/2_after\.png is not in the folder of the batch; add the image"),
     (write_path_outside_the_folder, r"pairs\.csv line 3: before must be a path below the folder"),
     (replace_image_by_link, r"images/2_after\.png is a symbolic link; replace the link by the file itself"),
     (delete_table, r"must contain pairs\.csv or pairs\.jsonl"),
@@ -150,7 +150,7 @@ def test_a_bad_batch_is_reported_and_stays_in_the_inbox_while_other_batches_are_
 @pytest.mark.parametrize(("name", "message"), [
     ("mnie", "a source in params.yaml: data.raw, which lists mine, other; did you mean 'mine'?"),
     ("spot_the_diff", "a published data set has this name"),
-    ("My pairs", "rename the folder, or add the source there"),
+    ("My pairs", "rename the folder, or add the source to data.raw"),
 ])
 def test_a_batch_whose_folder_name_is_not_a_source_is_reported(drop_box: Inbox, name: str, message: str) -> None:
     drop("folder", name)
@@ -160,7 +160,8 @@ def test_a_batch_whose_folder_name_is_not_a_source_is_reported(drop_box: Inbox, 
 def test_a_file_directly_in_the_inbox_is_reported(drop_box: Inbox) -> None:
     Path("inbox/pairs.csv").write_text("before,after")
     [problem] = import_batches(drop_box).problems
-    assert problem == "inbox/pairs.csv: not a folder: put each batch into a sub-folder that has the name of its source"
+    assert problem == ("inbox/pairs.csv: not a folder: put each batch into a sub-folder of the inbox that has the name "
+                       "of its source")
 
 
 def test_a_pair_id_that_already_exists_in_the_source_is_refused(drop_box: Inbox) -> None:

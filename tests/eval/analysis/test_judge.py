@@ -184,7 +184,7 @@ def test_verdicts_are_compared_with_the_grammar_of_the_source(server: ChatServer
 def test_option_truth_is_refused_for_a_source_without_grammar_and_for_unknown_pairs(
         server: ChatServer, runtime: Runtime, shards: Path) -> None:
     path = put_lines(Path("p.jsonl"), [{"pair_id": "a", "prediction": "x"}])
-    with pytest.raises(ValueError, match=r"--truth spot_the_diff: must be a benchmark of generated pairs"):
+    with pytest.raises(ValueError, match=r"--truth spot_the_diff: must be a benchmark with a grammar"):
         judge_files(path, None, SETTINGS, runtime, known="spot_the_diff", shards=shards)
     with pytest.raises(ValueError, match=r"--truth scenes: all pairs of the predictions must be in .*\(first: a\)"):
         judge_files(path, None, SETTINGS, runtime, known="scenes", shards=shards)
@@ -195,7 +195,7 @@ def test_option_truth_is_refused_for_a_source_without_grammar_and_for_unknown_pa
 def test_wrong_files_are_refused_before_the_first_request(server: ChatServer, runtime: Runtime) -> None:
     truths = put_lines(Path("r.jsonl"), [{"pair_id": key, "references": texts} for key, texts in TRUTH.items()])
     for rows, message in (([], "p.jsonl: must have one line per pair, but is empty"),
-                          ([{"pair_id": "a", "prediction": "x"}], r"2 \(b, c\) missing from the predictions"),
+                          ([{"pair_id": "a", "prediction": "x"}], r"2 \(b, c\) are missing from the predictions"),
                           ([{"pair_id": "a"}], "p.jsonl line 1: must have 'pair_id' and 'prediction'")):
         with pytest.raises(ValueError, match=message):
             judge_files(put_lines(Path("p.jsonl"), rows), truths, SETTINGS, runtime)

@@ -124,9 +124,9 @@ def test_order_of_predictions_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("predictions", "references", "message"), [
-    ({"a": "x"}, {"a": ["x"], "b": ["y"]}, r"1 \(b\) missing from the predictions, 0 not among"),
-    ({"a": "x", "c": "z"}, {"a": ["x"]}, r"0 missing from the predictions, 1 \(c\) not among"),
-    ({}, {}, "at least one reference"),
+    ({"a": "x"}, {"a": ["x"], "b": ["y"]}, r"1 \(b\) are missing from the predictions and 0 are not among"),
+    ({"a": "x", "c": "z"}, {"a": ["x"]}, r"0 are missing from the predictions and 1 \(c\) are not among"),
+    ({}, {}, "at least one pair with references"),
     ({"a": "x"}, {"a": []}, r"1 \(a\) without references"),
 ])
 def test_predictions_and_references_of_different_pairs_are_refused(
@@ -172,13 +172,13 @@ GOOD = {"pair_id": "a", "prediction": "x"}
 
 @pytest.mark.parametrize(("rows", "message"), [
     ([GOOD, "{oops"], r"p.jsonl line 2: must be valid JSON"),
-    ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', missing \['prediction'\]"),
+    ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', but lacks \['prediction'\]"),
     ([GOOD, [1]], r"p.jsonl line 2: must have 'pair_id'"),
-    ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, got 'a' again"),
-    ([{"pair_id": "a", "prediction": 3}], r"'prediction' of 'a' must be a string, got 3"),
+    ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, but .* \('a'\)"),
+    ([{"pair_id": "a", "prediction": 3}], r"'prediction' of pair 'a' must be a string, got 3"),
     ([{"pair_id": 1, "prediction": "x"}], r"line 1: 'pair_id' must be a string, got 1"),
     ([{"pair_id": f"b{i}", "prediction": "x"} for i in range(7)],
-     r"1 \(a\) missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) not among"),
+     r"1 \(a\) are missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) are not among"),
 ])
 def test_bad_prediction_files_are_refused(tmp_path: Path, rows: list[object], message: str) -> None:
     references = write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": ["x"]}])

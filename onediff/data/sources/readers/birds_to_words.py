@@ -21,9 +21,9 @@ _PHOTO = re.compile(r"/photos/(\d+)/")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield one pair for all rows about the same two photographs.
+    """Yield one pair for every two photographs; its references are the descriptions in all rows about these two.
 
-    Raises ValueError if the file is broken and FileNotFoundError if it does not exist.
+    Raises ValueError if the annotation file is broken, and FileNotFoundError if it does not exist.
     """
     tables = files.ending(".tsv")
     path = tables[0] if len(tables) == 1 else files.require(ANNOTATIONS)
@@ -31,7 +31,7 @@ def read(files: Files) -> Iterator[PublishedPair]:
     for place, row in read_tsv(path, COLUMNS):
         if row["split"] not in OFFICIAL_SPLITS:
             raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'; "
-                             "take the file as published")
+                             "download the published file again")
         key = (row["split"], row["img1ImgURL"].strip(), row["img2ImgURL"].strip())
         merged.setdefault(key, []).append(row)
     for (split, *names), rows in merged.items():
@@ -43,7 +43,7 @@ def read(files: Files) -> Iterator[PublishedPair]:
 
 
 def _file_names(url: str) -> tuple[str, ...]:
-    """Return the possible file names of the photograph with this URL."""
+    """Return the file names under which users may have stored the photograph with this URL."""
     path = PurePosixPath(urlsplit(url).path)
     photo = _PHOTO.search(str(path))
     if not photo:

@@ -13,13 +13,13 @@ from onediff.data.sources.entries import expect, part, read_json, sentences
 from onediff.data.sources.published import NO_TYPE, OFFICIAL_SPLITS, Files, PublishedPair
 
 ANNOTATIONS = ("splits.json", "change_captions.json", "no_change_captions.json", "type_mapping.json")
-TYPES = {"material": "texture"}  # Papers call this type of change "texture".
+TYPES = {"material": "texture"}  # Papers call a change of the material "texture".
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
     """Yield two pairs for each base image, one with a change and one without.
 
-    Raises ValueError if a file is broken and FileNotFoundError if one does not exist.
+    Raises ValueError if an annotation file is broken, and FileNotFoundError if an annotation file does not exist.
     """
     paths = [files.require(name) for name in ANNOTATIONS]
     splits, changed, same, mapping = (read_json(path, dict) for path in paths)
@@ -34,7 +34,7 @@ def read(files: Files) -> Iterator[PublishedPair]:
                 place = f"{path}, image {number:06d}"
                 references, empty = sentences(expect(by_number.get(number, []), list, place), place)
                 names = (f"CLEVR_default_{number:06d}.png", f"CLEVR_{kind}_{number:06d}.png")
-                # Each entry of splits.json gives two pairs, so only the changed pair counts as an official record.
+                # Each published record becomes two pairs, so only the pair with a change counts as a record.
                 yield PublishedPair(
                     f"{number:06d}-{kind}", split, names, references, f"{number:06d}",
                     types.get(number, NO_TYPE) if kind == "semantic" else "none",
@@ -42,9 +42,9 @@ def read(files: Files) -> Iterator[PublishedPair]:
 
 
 def _number(name: str, place: Path) -> int:
-    """Return the number in the name of an image. Raises ValueError if the name has none."""
+    """Return the number at the end of an image name. Raises ValueError if the name has no number."""
     digits = PurePosixPath(expect(name, str, str(place))).stem.rpartition("_")[2]
     if not digits.isdecimal():
-        raise ValueError(f"{place}: image names must be like CLEVR_default_000000.png, got '{name[:40]}'; take the "
-                         "file as published")
+        raise ValueError(f"{place}: image names must be like CLEVR_default_000000.png, got '{name[:40]}'; download "
+                         "the published file again")
     return int(digits)

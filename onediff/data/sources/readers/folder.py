@@ -18,19 +18,21 @@ from onediff.data.sources.published import NO_TYPE, Files, PublishedPair
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 TABLES = ("pairs.csv", "pairs.jsonl")
-SHARES = {"train": 80, "val": 5, "gate": 5, "test": 10}  # percent of pairs in each split, if the table has no splits
+SHARES = {"train": 80, "val": 5, "gate": 5, "test": 10}  # percent of the groups in each split, for rows without a split
 _OPTIONAL = ("split", "change_type", "instruction", "group", "pair_id")
 _REFERENCE = re.compile(r"references?|reference_\d+")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield the pairs of the table.
+    """Yield the pairs of the user's table, pairs.csv or pairs.jsonl.
 
-    Raises ValueError, with file and line, if a row is not valid. Raises FileNotFoundError if there is no table.
+    Raises ValueError, which names the file and the line, if a row is not valid. Raises FileNotFoundError if there is no
+    table.
     """
     tables = [path for path in map(files.named, TABLES) if path] or [files.require(*TABLES)]
     if len(tables) == 2:
-        raise ValueError(f"{tables[0]} and {tables[1]}: the folder must contain one table; remove one of them")
+        raise ValueError(f"{tables[0]} and {tables[1]}: the folder must contain one table of pairs; remove one of the "
+                         "two files")
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(_rows(tables[0]), 1):
         pair = _pair(row, number, place)
@@ -50,7 +52,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a CSV table. The header is checked with the first row, so that its errors name line 1."""
+    """Yield (file and line, row) for each row of pairs.csv. An error about a column name points to line 1."""
     for number, (place, row) in enumerate(read_csv(path)):
         if number == 0:
             header = f"{path} line 1"
@@ -61,7 +63,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_columns(row: dict[str, Any], place: str) -> None:
-    """Raise ValueError at `place` if the row has a column that this format does not know."""
+    """Raise ValueError, which names `place`, if the row has a column that a table of pairs must not have."""
     unknown = [key for key in row if key not in ("before", "after", *_OPTIONAL) and not _REFERENCE.fullmatch(key)]
     if unknown:
         raise ValueError(f"{place}: unknown column '{unknown[0]}'; allowed are before, after, references, reference, "
@@ -69,7 +71,10 @@ def _check_columns(row: dict[str, Any], place: str) -> None:
 
 
 def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
-    """Return the pair that a row of the table describes. Raises ValueError that names the row and the column."""
+    """Return the pair that a row of the table describes.
+
+    Raises ValueError, which names the row and the column, if a value in the row is not valid.
+    """
     _check_columns(row, place)
     before, after = (_name(row, side, place) for side in ("before", "after"))
     texts = {key: one_line(expect(row.get(key) or "", str, f"{place}, {key}")) for key in _OPTIONAL}
@@ -80,20 +85,20 @@ def _pair(row: dict[str, Any], number: int, place: str) -> PublishedPair:
     references, empty = _references(row, place)
     if split != "train" and not references:
         raise ValueError(f"{place}: a pair of split {split} must have a reference, because this split is scored; add "
-                         "one, or set split to train")
+                         "a reference, or set split to train")
     return PublishedPair(texts["pair_id"] or f"{number:06d}", split, (before, after), references, group, split=split,
                          change_type=texts["change_type"] or NO_TYPE, num_empty=empty, exact=True,
                          instruction=texts["instruction"] or DEFAULT_INSTRUCTION)
 
 
 def divided(group: str) -> str:
-    """Return the split of a group, chosen by a digest of the group, so that other pairs do not influence it."""
+    """Return the split of a group of pairs. Only a digest of the group name decides, so new pairs do not change it."""
     place = int(digest(group.encode()), 16) % 100
     return next(split for split, end in zip(SHARES, accumulate(SHARES.values()), strict=True) if place < end)
 
 
 def _name(row: dict[str, Any], side: str, place: str) -> str:
-    """Return the image path in column `side`. Raises ValueError if the path leads outside the folder."""
+    """Return the image path in column `side` of the row. Raises ValueError if the path leads outside the folder."""
     name = part(row, side, str, place).strip()
     path = PurePosixPath(name.replace("\\", "/"))
     if not name or path.is_absolute() or ".." in path.parts or Path(name).is_absolute():

@@ -13,16 +13,17 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("valid.json", "val.json"), "tes
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield one pair for each record.
+    """Yield one pair for each record of the annotation files.
 
-    Raises ValueError if a file is broken or a uid occurs twice in a file, and FileNotFoundError if no file exists.
+    Raises ValueError if a file is broken or contains a uid twice. Raises FileNotFoundError if there is no annotation
+    file.
     """
     for split, path in files.by_split(ANNOTATIONS).items():
         seen: set[str] = set()
         for place, entry in read_list(path):
             uid = identity(entry, "uid", place)
             if uid in seen:
-                raise ValueError(f"{place}: uid '{uid}' occurs a second time; take the file as published")
+                raise ValueError(f"{place}: uid '{uid}' occurs a second time; download the published file again")
             seen.add(uid)
             names = (part(entry, "img0", str, place), part(entry, "img1", str, place))
             references, empty = sentences(part(entry, "sents", list, place), place)

@@ -16,22 +16,23 @@ SIMILARITIES = ("sim_0", "sim_1", "sim_direction", "sim_image", "sim_text")
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield one pair for each sample, without references.
+    """Yield one pair, without references, for each sample (two generated images) of each prompt.
 
-    Raises ValueError if a file is broken and FileNotFoundError if there is no prompt.
+    Raises ValueError if a file is broken, and FileNotFoundError if there is no prompt.json.
     """
     prompts = sorted(files.all_named("prompt.json"), key=lambda path: path.parent.name)
     if not prompts:
         files.require("prompt.json")
     for before, after in itertools.pairwise(prompts):
         if before.parent.name == after.parent.name:
-            raise ValueError(f"{before.parent} and {after.parent} hold the same prompt; keep only one of these folders")
+            raise ValueError(f"{before.parent} and {after.parent} contain the same prompt; keep only one of these two "
+                             "folders")
     for path in prompts:
         prompt = read_json(path, dict)
         caption, edit, edited = (one_line(part(prompt, key, str, str(path))) for key in ("input", "edit", "output"))
         samples, name = path.with_name("metadata.jsonl"), path.parent.name
         if not samples.exists():
-            raise FileNotFoundError(f"{samples} does not exist: unpack the shard again")
+            raise FileNotFoundError(f"{samples} does not exist: unpack the published archive of this folder again")
         for place, sample in read_lines(samples):
             seed = part(sample, "seed", int, place)
             yield PublishedPair(

@@ -19,18 +19,19 @@ Turns = list[tuple[str, str]]
 
 
 def read_558k(files: Files) -> Iterator[PublishedPair]:
-    """Yield the single images of the 558k file; the caption is the only reference.
+    """Yield each single image of blip_laion_cc_sbu_558k.json, with its caption as the only reference.
 
-    Raises ValueError if the file is broken and FileNotFoundError if it does not exist.
+    Raises ValueError if this file is broken, and FileNotFoundError if it does not exist.
     """
     for pair, _ in _read(files, CAPTIONS):
         yield replace(pair, provenance={"captions": pair.references} if pair.references and pair.names else {})
 
 
 def read_665k(files: Files) -> Iterator[PublishedPair]:
-    """Yield the conversations of the 665k file; the first answer is the reference, provenance holds all turns.
+    """Yield each conversation of llava_v1_5_mix665k.json; the first answer is the reference.
 
-    Raises ValueError if the file is broken and FileNotFoundError if it does not exist.
+    The key "conversation" of provenance holds all turns. Raises ValueError if this file is broken, and
+    FileNotFoundError if it does not exist.
     """
     for pair, turns in _read(files, CONVERSATIONS):
         yield replace(pair, group="-".join(pair.names) or pair.group,
@@ -38,13 +39,14 @@ def read_665k(files: Files) -> Iterator[PublishedPair]:
 
 
 def _read(files: Files, annotations: str) -> Iterator[tuple[PublishedPair, Turns]]:
-    """Yield each row of the annotation file as a pair, together with all turns of the conversation.
+    """Yield (pair, all turns of the conversation) for each row of the annotation file.
 
-    Raises ValueError if the file is broken or a row is not a conversation, and FileNotFoundError if no file exists.
+    Raises ValueError if the file is broken or a row is not a conversation, and FileNotFoundError if the file does not
+    exist.
     """
     others = [path for path in files.ending(".json") if not path.stem.endswith("_meta")]
     path = files.named(annotations) or (others[0] if len(others) == 1 else files.require(annotations))
-    # Maps the hash of each id to the number of rows with this id, because ids repeat.
+    # Count how often each id has occurred, because ids repeat. The keys are hashes of the ids, to save memory.
     seen: dict[int, int] = {}
     for place, entry in read_list(path):
         name = identity(entry, "id", place)
@@ -58,16 +60,16 @@ def _read(files: Files, annotations: str) -> Iterator[tuple[PublishedPair, Turns
 
 
 def _turns(entry: dict[str, Any], place: str) -> Turns:
-    """Return the conversation as a list of (question, answer).
+    """Return the conversation of an entry as a list of (question, answer).
 
-    Consecutive turns of one speaker are joined. An answer at the start, which has no question, is removed.
+    Consecutive texts of one speaker are joined. An answer before the first question is removed.
     """
     texts: list[tuple[int, str]] = []
     for turn in part(entry, "conversations", list, place):
         name = part(expect(turn, dict, place), "from", str, place)
         if name not in _SPEAKERS:
             raise ValueError(f"{place}: a turn must be from human or gpt, got '{name[:40]}'; "
-                             "take the file as published")
+                             "download the published file again")
         speaker, text = _SPEAKERS[name], part(turn, "value", str, place).replace(IMAGE, "").strip()
         if texts and texts[-1][0] == speaker:
             text = f"{texts.pop()[1]}\n{text}".strip()

@@ -13,9 +13,9 @@ ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "tes
 
 
 def read(files: Files) -> Iterator[PublishedPair]:
-    """Yield one pair for all entries with the same img_id.
+    """Yield one pair for each img_id; the sentences of all entries with this img_id are its references.
 
-    Raises ValueError if a file is broken and FileNotFoundError if no annotation file exists.
+    Raises ValueError if an annotation file is broken, and FileNotFoundError if no annotation file exists.
     """
     for split, path in files.by_split(ANNOTATIONS).items():
         merged: dict[str, tuple[list[str], list[int]]] = {}

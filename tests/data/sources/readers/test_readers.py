@@ -62,7 +62,7 @@ def test_the_published_val_split_is_divided_into_val_and_gate_by_pair_id(tmp_pat
 
 
 @pytest.mark.parametrize(("entry", "message"), [
-    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing, got sentences"),
+    ({"sentences": ["x"]}, r"entry 1 \(line 1\): 'img_id' is missing, got only sentences"),
     ({"img_id": "1", "sentences": "x"}, "sentences: a list expected, got \"x\""),
     ({"img_id": "1", "sentences": [3]}, "text expected, got 3"),
     ({"img_id": None, "sentences": []}, "img_id: text expected, got null"),
@@ -167,7 +167,7 @@ def test_invalid_and_missing_files_of_clevr_change_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"splits\.json, train: a number expected, got \"12\""):
         summarize("clevr_change", tmp_path)
     write_clevr(tmp_path, splits={"train": []})
-    with pytest.raises(ValueError, match="'val' is missing, got train"):
+    with pytest.raises(ValueError, match="'val' is missing, got only train"):
         summarize("clevr_change", tmp_path)
     write_clevr(tmp_path, change_captions={"cube.png": []})
     with pytest.raises(ValueError, match=r"change_captions\.json: image names must be like CLEVR_default_000000\.png"):
@@ -204,13 +204,13 @@ def test_a_real_prompt_folder_of_instruct_pix2pix_with_four_edits_gives_four_pai
 
 def test_invalid_and_duplicate_prompts_of_instruct_pix2pix_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "one/0000014/prompt.json", {"input": "a", "edit": "b", "output": "c"})
-    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl does not exist: unpack the shard again"):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl does not exist: unpack the published archive"):
         summarize("instruct_pix2pix", tmp_path)
     put(tmp_path / "one/0000014/metadata.jsonl", '{"seed": 1}\n{"seed": ')
     with pytest.raises(ValueError, match=r"metadata\.jsonl line 2: not valid JSON"):
         summarize("instruct_pix2pix", tmp_path)
     put(tmp_path / "two/0000014/prompt.json", {"input": "a", "edit": "b", "output": "c"})
-    with pytest.raises(ValueError, match=r"one/0000014 and .*two/0000014 hold the same prompt"):
+    with pytest.raises(ValueError, match=r"one/0000014 and .*two/0000014 contain the same prompt"):
         summarize("instruct_pix2pix", tmp_path)
 
 
