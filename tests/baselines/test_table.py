@@ -52,7 +52,7 @@ def test_a_champion_that_repeats_the_references_is_better_than_a_constant_senten
     assert (ours[0], ours[4], peer[4]) == ("100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]", "0.0 [0.0, 0.0]")
     assert cells(lines, 'best constant, "no change was made"') == peer == cells(lines, "OneDiff, mute")
     assert cells(lines, "nearest")[:4] == ["25.0"] * 4
-    difference = cells(lines, "champion less Siamese CNN")[3]
+    difference = cells(lines, "champion minus Siamese CNN")[3]
     assert float(difference.split()[0]) > 0 and float(difference.split("p ")[1]) < 0.05
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
@@ -60,6 +60,6 @@ def test_a_champion_that_repeats_the_references_is_better_than_a_constant_senten
 def test_without_captions_the_scores_of_the_champion_come_from_metrics_json(rows: list[dict[str, Any]]) -> None:
     lines = baselines.section("scenes", rows, ["no change was made"])
     assert cells(lines, baselines.CHAMPION) == ["50.0 [40.0, 60.0]"] * 4 + ["70.0 [60.0, 80.0]"]
-    assert not [line for line in lines if "champion less" in line]
+    assert not [line for line in lines if "champion minus" in line]
     with pytest.raises(ValueError, match=r"scores of scenes must belong to the references"):
         baselines.recorded("scenes", {row["pair_id"]: row["references"] for row in rows[1:]})
