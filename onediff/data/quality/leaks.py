@@ -120,7 +120,7 @@ def _lines(rows: pd.DataFrame, pairs: NDArray[np.int64], partners: NDArray[np.in
 
 
 def _near_duplicates(rows: pd.DataFrame, settings: Leaks, thumbnails: Thumbnails) -> pd.DataFrame:
-    """Return a table of leaks for pairs with a near-duplicate image in a later split; the nearest image is the partner.
+    """Return a table of leaks for pairs with a near-duplicate in a later split. The partner has the nearest image.
 
     Two images are near-duplicates if their perceptual hashes differ in at most `settings.near_bits` bits.
     """
