@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", GX_ANALYTICS_ENABLED="false", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
                   TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts background processes with SIGINT ignored, and child processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from browser import chromium  # noqa: F401  # pytest registers the fixture through this import.
