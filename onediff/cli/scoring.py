@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from onediff.cli.output import Json, Model, path_argument, path_option, print_result, print_text
-from onediff.paths import CHAMPION, DIFFCAP, PARAMS, TRAINED
+from onediff.paths import CHAMPION, DIFFCAP, PARAMS, SCORED, TRAINED
 
 EXAMPLE = Path(".onediff/example")
 NEXT = """
@@ -288,10 +288,19 @@ def report(against: Annotated[str, typer.Option(help="The version to compare wit
 
     Example: onediff report --against models:/onediff@previous
     """
-    from onediff.files import write_text
+    from onediff.files import read_json, write_text
     from onediff.registry import scored_pairs
     from onediff.stages.report import make_page
 
-    page, _ = make_page(against=scored_pairs(against))
+    ours, theirs = read_json(SCORED / "test.json"), scored_pairs(against)
+    page, _, num_lost = make_page(against=theirs)
     write_text(out, page)
-    print_text(f"{out}: compared with {against}")
+    if num_lost:
+        print_text(f"{out}: compared with {against}")
+    elif ours == theirs:
+        print_text(f"{out}: without a comparison: the scored model is this version ({against}), so there is nothing to "
+                   "compare; choose another version with --against")
+    elif ours.keys() & theirs.keys():
+        print_text(f"{out}: without a comparison: no pair has a lower CIDEr than with {against}")
+    else:
+        print_text(f"{out}: without a comparison: {against} was scored on other benchmarks ({', '.join(theirs)})")

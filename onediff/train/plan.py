@@ -4,7 +4,6 @@ For each phase, the plan shows the trainable parameters, the mean sample, the nu
 the memory of a GPU, and the hours of training.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import get_args
 
 from onediff.config import Align, Config, Model, Phase, Runtime
 from onediff.data.sources.catalog import CATALOG
+from onediff.files import read_json
 from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE, pair_prompt, text_prompt
 from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
@@ -160,7 +160,7 @@ def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
     if task and task.targets == "each" and expected.get("references"):
         times = expected["references"] / expected["pairs"]
     if CARD.exists():
-        kinds = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]["train"].get(source, {})
+        kinds = read_json(CARD)["num_pairs"]["train"].get(source, {})
         if kinds:
             return round(sum(kinds.values()) * times), str(CARD)
     if number := _expected_pairs(source, config):
