@@ -296,7 +296,9 @@ def _phase_text(phase: PhasePlan, planned: Plan) -> Iterator[str]:
                                      ": it is frozen, but the features exceed feature_cache_gb of runtime.yaml"))
     yield f"  tower      {tower}"
     yield f"  compute    {phase.flops_per_step / 1e15:>12,.4g}  PFLOP per step"
-    yield f"  time       {phase.hours:>12,.2g}  hours, without loading data, validation and checkpoints"
+    times = ((phase.hours, "hours"), (phase.hours * 60, "minutes"), (phase.hours * 3600, "seconds"))
+    time, unit = next((item for item in times if item[0] >= 1), times[-1])
+    yield f"  time       {time:>12,.2g}  {unit}, without loading data, validation and checkpoints"
     yield (f"  memory of one GPU in GiB, of which {usable_gib(planned.gpu):.1f} can be used (CUDA and NCCL use "
            f"{OVERHEAD_GIB}, fragmentation {SPARE:.0%}); rows have {sample.longest_tokens:,} tokens")
     yield ("    ZeRO  offload    checkpoint | weights  gradients  optimizer  buffers  each row | largest micro-batch: "
