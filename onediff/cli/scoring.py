@@ -1,7 +1,7 @@
 """The commands for captions and scores: `onediff caption`, `predict`, `score`, `compare`, `judge`, `audit` and more."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ Your data: data/README.md describes how to add pairs; then 'make run' again"""
 Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protocol, such as spot_the_diff/single. It "
                                               "scores only the complete official test split, as papers do.")]
 Benchmark = Annotated[str, typer.Argument(help="The name of a benchmark in data/diffcap, such as scenes.")]
-Split = Annotated[str, typer.Option(help="The split of the benchmark: test, gate or val.")]
+Split = Annotated[Literal["train", "val", "gate", "test"], typer.Option(help="The split of the benchmark.")]
 Jsonl = Annotated[Path, path_option("--out", "-o", help="The JSON lines file to write; 'onediff score' and 'onediff "
                                     "compare' read it.")]
 
@@ -43,6 +43,8 @@ def example(as_json: Json = False) -> None:
     """Caption one pair of the test split, and show the main scores.
 
     The command saves the two images of the pair to the folder .onediff/example.
+
+    Example: onediff example
     """
     from onediff.data.record import read_records
     from onediff.ops.results import score_table
