@@ -26,6 +26,7 @@ _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is 
 # safetensors, SQLite and NumPy raise exceptions without an errno, so the message shows whether the disk is full.
 _WORDS = {errno.ENOSPC: re.compile(r"No space left on device|disk is full|os error 28|requested and \d+ written"),
           errno.EDQUOT: re.compile("quota exceeded", re.IGNORECASE), errno.EFBIG: re.compile("File too large")}
+CREATE = "run 'dvc repro' to create it"
 
 
 class NotWrittenError(OSError):
@@ -134,6 +135,34 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Write `value` to a JSON file. `options` are passed to json.dumps."""
     write_text(path, json.dumps(value, **options) + "\n")
+
+
+def read_json(path: Path, cure: str = CREATE) -> Any:
+    """Return the content of a JSON file that OneDiff wrote. `cure` is the last part of the error messages.
+
+    Raises FileNotFoundError if the file does not exist, and ValueError if it is not valid JSON.
+    """
+    return _parsed(_content(path, cure), str(path), cure)
+
+
+def read_jsonl(path: Path, cure: str = CREATE) -> list[Any]:
+    """Return the values in a JSON lines file that OneDiff wrote; raises the same errors as `read_json`."""
+    return [_parsed(line, f"{path} line {number}", cure)
+            for number, line in enumerate(_content(path, cure).split(b"\n"), 1) if line.strip()]
+
+
+def _content(path: Path, cure: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: {cure}") from None
+
+
+def _parsed(content: bytes, place: str, cure: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:  # The content is not JSON, or not UTF-8.
+        raise ValueError(f"{place}: not valid JSON ({error}): {cure}") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:

@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from onediff.files import NotWrittenError, disk_full_named, new_file, new_folder, write_json, write_text
+from onediff.files import (
+    NotWrittenError,
+    disk_full_named,
+    new_file,
+    new_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 FULL = Path("/dev/full")
@@ -106,6 +116,23 @@ def test_every_way_to_report_a_full_disk_becomes_one_line(write: Callable[[], No
     message = str(caught.value)
     assert " could not be written: the disk is full (" in message and "run the same command again" in message
     assert "MB are free" in message and "\n" not in message
+
+
+def test_json_files_are_read_back_and_errors_name_the_file_and_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for read in (read_json, read_jsonl):
+        with pytest.raises(FileNotFoundError, match=r"a\.json does not exist: run 'dvc repro' to create it$"):
+            read(path)
+    write_json(path, {"a": "\u2028\u00e9"})
+    assert read_json(path) == {"a": "\u2028\u00e9"}
+    write_jsonl(path, [{"a": "\u2028\u00e9"}, 3])
+    assert read_jsonl(path) == [{"a": "\u2028\u00e9"}, 3]
+    for damaged in (b"3\n{", b"3\n\xff"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.json: not valid JSON \(.*\): restore it$"):
+            read_json(path, "restore it")
+        with pytest.raises(ValueError, match=r"a\.json line 2: not valid JSON \(.*\): restore it$"):
+            read_jsonl(path, "restore it")
 
 
 def test_other_errors_are_not_changed(tmp_path: Path) -> None:

@@ -64,13 +64,16 @@ def read(source: Annotated[str, typer.Argument(help="The published set that the 
 
 
 @app.command("dry-run")
-def dry_run(source: Source,
+def dry_run(source: Annotated[str, typer.Argument(help="A source that data.written of params.yaml lists; with --stage "
+                                                  "instruct, a source in data.diffused.")],
             stage: Annotated[Literal["write", "instruct"], typer.Option(
                 help="The DVC stage: 'write' makes captions, 'instruct' makes edit instructions.")] = "write",
             as_json: Json = False) -> None:
     """Print the requests that a stage would send to the language model, and their cost.
 
     Nothing is sent. 'dvc repro write@SOURCE' sends the requests, or 'dvc repro instruct@SOURCE' with --stage instruct.
+    The requests need the pairs of the source in data/pairs, or the images in data/raw with --stage instruct. The
+    example needs the preset paper, which lists the source coco.
 
     Example: onediff data dry-run coco
     """
@@ -84,7 +87,7 @@ def dry_run(source: Source,
 @app.command()
 def browse(folder: Annotated[Path, path_option("--folder", help="The folder of shards to show.")] = DIFFCAP,
            per_group: Annotated[int, typer.Option(
-               help="The number of pairs of each combination of source, split and change type.")] = 12) -> None:
+               min=1, help="The number of pairs of each combination of source, split and change type.")] = 12) -> None:
     """Write a web page that shows image pairs with their captions.
 
     The page has a search field, and filters for source, split and change type. The command prints the path of the

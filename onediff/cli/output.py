@@ -6,6 +6,7 @@ from a pipe or a file, and `use_colour` switches them off where the environment 
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,15 @@ class GroupedCommands(TyperGroup):
     plain help has no headings and cuts long sentences, and Typer's rich help doubles the start time.
     """
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. The message about a wrong option names the rule and the value, without Pydantic's wording."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValueError) and hasattr(error.__cause__, "errors"):
+                error.message = "; ".join(map(_broken_rule, error.__cause__.errors()))
+            raise
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section of the help per heading, in the order in which commands with this heading first occur."""
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -37,6 +47,14 @@ class GroupedCommands(TyperGroup):
         for heading, rows in sections.items():
             with formatter.section(typer.style(heading, bold=True)):
                 formatter.write_dl(rows)
+
+
+def _broken_rule(item: Any) -> str:
+    """Convert a Pydantic error about a command-line option to text such as "must be one of 'a', 'b', got 'c'"."""
+    if choices := re.fullmatch(r"Value error, .* is not one of (.*)\.", item["msg"], re.DOTALL):
+        return f"must be one of {choices[1]}, got {item['input']!r}"
+    rule = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{rule}, got {item['input']!r}"
 
 
 def _first_paragraph(text: str) -> str:

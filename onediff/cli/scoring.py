@@ -1,12 +1,12 @@
 """The commands for captions and scores: `onediff caption`, `predict`, `score`, `compare`, `judge`, `audit` and more."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from onediff.cli.output import Json, Model, path_argument, path_option, print_result, print_text
-from onediff.paths import CHAMPION, DIFFCAP, PARAMS, TRAINED
+from onediff.paths import CHAMPION, DIFFCAP, PARAMS, SCORED, TRAINED
 
 EXAMPLE = Path(".onediff/example")
 NEXT = """
@@ -18,7 +18,7 @@ Your data: data/README.md describes how to add pairs; then 'make run' again"""
 Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protocol, such as spot_the_diff/single. It "
                                               "scores only the complete official test split, as papers do.")]
 Benchmark = Annotated[str, typer.Argument(help="The name of a benchmark in data/diffcap, such as scenes.")]
-Split = Annotated[str, typer.Option(help="The split of the benchmark: test, gate or val.")]
+Split = Annotated[Literal["train", "val", "gate", "test"], typer.Option(help="The split of the benchmark.")]
 Jsonl = Annotated[Path, path_option("--out", "-o", help="The JSON lines file to write; 'onediff score' and 'onediff "
                                     "compare' read it.")]
 
@@ -43,6 +43,8 @@ def example(as_json: Json = False) -> None:
     """Caption one pair of the test split, and show the main scores.
 
     The command saves the two images of the pair to the folder .onediff/example.
+
+    Example: onediff example
     """
     from onediff.data.record import read_records
     from onediff.ops.results import score_table
@@ -288,10 +290,19 @@ def report(against: Annotated[str, typer.Option(help="The version to compare wit
 
     Example: onediff report --against models:/onediff@previous
     """
-    from onediff.files import write_text
+    from onediff.files import read_json, write_text
     from onediff.registry import scored_pairs
     from onediff.stages.report import make_page
 
-    page, _ = make_page(against=scored_pairs(against))
+    ours, theirs = read_json(SCORED / "test.json"), scored_pairs(against)
+    page, _, num_lost = make_page(against=theirs)
     write_text(out, page)
-    print_text(f"{out}: compared with {against}")
+    if num_lost:
+        print_text(f"{out}: compared with {against}")
+    elif ours == theirs:
+        print_text(f"{out}: without a comparison: the scored model is this version ({against}), so there is nothing to "
+                   "compare; choose another version with --against")
+    elif ours.keys() & theirs.keys():
+        print_text(f"{out}: without a comparison: no pair has a lower CIDEr than with {against}")
+    else:
+        print_text(f"{out}: without a comparison: {against} was scored on other benchmarks ({', '.join(theirs)})")

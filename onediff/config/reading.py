@@ -29,22 +29,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError if the file does not exist, and ValueError if it is not valid YAML or not a mapping.
     """
     try:
-        # ruamel.yaml reads 1e-3 as a number, as DVC does, which also uses it. PyYAML would read 1e-3 as text.
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.absolute()} does not exist; run this command in the project's folder, where "
                                 "'onediff preset tiny' writes the file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if values is None:  # The YAML file contains only comments, like runtime.example.yaml.
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must map keys to values, got a {type(values).__name__}; see presets/ for an example")
     return values
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Return the value of a YAML text. Raises ValueError, which names `place` and the line, if it is not valid YAML."""
+    try:
+        # ruamel.yaml reads 1e-3 as a number, as DVC does, which also uses it. PyYAML would read 1e-3 as text.
+        return YAML(typ="safe").load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        # The mark of an error at the end of the text is one line after the last line.
+        line = f" line {min(mark.line + 1, max(1, len(text.splitlines())))}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ValueError(f"{place}{line}: not valid YAML: {problem}; check the brackets, quotes and indentation of "
+                         "this line and of the lines before it") from None
 
 
 def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from ruamel.yaml import YAML
 
-from onediff.config.reading import Count, Rate, Section, checked, read_yaml
+from onediff.config.reading import Count, Rate, Section, checked, parse_yaml, read_yaml
 from onediff.paths import RUNTIME
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -134,5 +133,5 @@ def load_runtime(path: Path = RUNTIME) -> Runtime:
     """
     values = read_yaml(path) if path.exists() else {}
     variables = {key: f"ONEDIFF_{key.upper()}" for key in Runtime.model_fields}
-    values |= {key: YAML(typ="safe").load(os.environ[name]) for key, name in variables.items() if name in os.environ}
+    values |= {key: parse_yaml(os.environ[name], name) for key, name in variables.items() if name in os.environ}
     return checked(Runtime, values, path)

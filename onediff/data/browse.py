@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from onediff.data.quality.checks_page import thumbnail
 from onediff.data.quality.probe import row_groups_with
-from onediff.data.record import read_table
+from onediff.data.record import read_row_group, read_table
 from onediff.files import new_file
 
 THUMBNAIL_PX = 192
@@ -67,7 +66,7 @@ def _cards(folder: Path, rows: list[dict[str, Any]], chosen: list[int]) -> Itera
     """
     positions = np.array(chosen, dtype=np.int64)
     for path, group, numbers, part in row_groups_with([folder], positions):
-        table = pq.ParquetFile(path).read_row_group(group, columns=["before", "after"]).take(numbers)
+        table = read_row_group(path, group, ["before", "after"]).take(numbers)
         for row, sides in zip((rows[position] for position in positions[part]), table.to_pylist(), strict=True):
             contents = [(sides[side] or {}).get("bytes") or b"" for side in ("before", "after")][: row["num_images"]]
             images = [thumbnail(content, THUMBNAIL_PX, quality=QUALITY, resample=Image.Resampling.LANCZOS,

@@ -133,14 +133,50 @@ def shards(folder: Path, pattern: str = "*.parquet") -> list[Path]:
     return paths
 
 
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard. Raises ValueError if the file is broken or does not have the columns of a record."""
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a complete Parquet file ({reason}); create it again with 'dvc repro'") from None
+    kinds = [{field.name: field.type for field in schema} for schema in (SCHEMA, file.schema_arrow)]
+    if kinds[0] != kinds[1]:
+        rule, got = (", ".join(f"{name} ({kind})" for name, kind in columns.items()) for columns in kinds)
+        raise ValueError(f"{path}: the columns must be {rule}; got {got}; create the file again with 'dvc repro'")
+    return file
+
+
+def read_row_group(path: Path, group: int, columns: list[str] | None = None) -> pa.Table:
+    """Return a row group of a shard, with all or some columns; `group` is the number of the row group.
+
+    Raises ValueError if the shard is broken or does not have the columns of a record.
+    """
+    return _row_group(open_shard(path), path, group, columns)
+
+
+def _row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    file = open_shard(path)
+    return (_row_group(file, path, group, columns) for group in range(file.num_row_groups))
+
+
+def _row_group(file: pq.ParquetFile, path: Path, group: int, columns: list[str] | None) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: row group {group} cannot be read ({reason}); create the file again with "
+                         "'dvc repro'") from None
+
+
 def read_records(folder: Path, pattern: str = "*.parquet") -> Iterator[Record]:
     """Yield every record of the folder's shards whose file name matches `pattern`, in order.
 
     Only one Parquet row group at a time is in memory.
     """
     for path in shards(folder, pattern):
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
-            for row in batch.to_pylist():
+        for table in _row_groups(path):
+            for row in table.to_pylist():
                 row |= {side: row[side]["bytes"] if row[side] else b"" for side in ("before", "after")}
                 yield Record(**row | {"provenance": json.loads(row["provenance"])})
 
@@ -149,4 +185,4 @@ def read_table(folder: Path, pattern: str = "*.parquet") -> list[dict[str, Any]]
     """Return every record of the folder's shards whose file name matches `pattern`, as a dict without the images."""
     columns = [name for name in SCHEMA.names if name not in ("before", "after")]
     return [row | {"provenance": json.loads(row["provenance"])} for path in shards(folder, pattern)
-            for row in pq.read_table(path, columns=columns).to_pylist()]
+            for table in _row_groups(path, columns) for row in table.to_pylist()]

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onediff import paths, registry, tracking
-from onediff.files import write_json
+from onediff.files import read_json, write_json
 from onediff.git import changed_files, current_branch
 from onediff.paths import CARD, DVC_LOCK, PARAMS
 from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, read_dvc_lock
@@ -44,7 +44,7 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
         shutil.copyfile(root / path, target / path.name)
     provenance = tracking.provenance(root)
     # DVC restores the files in data/runs together with the model, so they name the MLflow run that trained the model.
-    stage_runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    stage_runs = {path.stem: read_json(path)["run_id"]
                   for path in sorted((root / paths.RUNS).glob("*.json"))}
     folders = {path: md5 for stage in stages.values() for path, md5 in (stage.deps | stage.outs).items()
                if path.startswith("data/") and md5.endswith(".dir")}
@@ -55,7 +55,7 @@ def write_lineage(folder: Path, *, root: Path = Path(), evaluation_run: str | No
                  **stage_runs, "evaluation": evaluation_run},
         "stages": {name: asdict(stage) for name, stage in stages.items()},
         "files": {path: _files_in(path, md5, root) for path, md5 in sorted(folders.items())},
-        "shards": json.loads((root / CARD).read_text(encoding="utf-8"))["digests"],
+        "shards": read_json(root / CARD)["digests"],
     }, indent=1)
 
 

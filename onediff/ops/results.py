@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from onediff.files import read_json
 from onediff.git import committed
 from onediff.paths import DVC_LOCK, METRICS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
@@ -21,9 +22,7 @@ def score_table() -> str:
     brackets. They are the scores in the README, unless the user has committed other ones. The table is at most 100
     characters wide. Raises FileNotFoundError if data/metrics.json does not exist.
     """
-    if not METRICS.exists():
-        raise FileNotFoundError(f"{METRICS} does not exist: run 'dvc repro score' to create it")
-    present = json.loads(METRICS.read_text(encoding="utf-8"))
+    present = read_json(METRICS, "run 'dvc repro score' to create it")
     earlier = _committed_scores()
     note = ("in brackets those of the git commit, as in the README" if earlier else
             "the git commit has no scores with these parameters to compare with")

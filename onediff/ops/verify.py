@@ -4,7 +4,6 @@ The version's commit is checked out in a temporary clone, and the code of that c
 Nothing is written outside of the temporary folder.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onediff import paths, registry, tracking
-from onediff.files import sha256_of
+from onediff.files import read_json, read_jsonl, sha256_of
 from onediff.git import git, head
 from onediff.ops.lineage import (
     DIFFCAP,
@@ -200,7 +199,7 @@ def _score_again(uri: str, outs: Mapping[str, str], clone: Path) -> list[str]:
         return [failure]
     problems: list[str] = []
     for split, path in SCORES.items():
-        scores = tracking.flatten(json.loads((clone / path).read_text(encoding="utf-8")))
+        scores = tracking.flatten(read_json(clone / path))
         try:
             registered = registry.version_scores(uri, split)
         except ValueError as error:  # Somebody changed the score file of the version.
@@ -223,7 +222,7 @@ def _caption_again(model: Path, stages: Mapping[str, Stage], clone: Path, again:
     if problem := _run_stage("caption", again, str(model.absolute()), code=clone):
         return Check(what, problem)
     before, now = ({row["pair_id"]: row["prediction"] for path in sorted((folder / CAPTIONS / "gate").glob("*.jsonl"))
-                    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+                    for row in read_jsonl(path)}
                    for folder in (clone, again))
     changed = [pair_id for pair_id in pair_ids if now.get(pair_id) != before.get(pair_id)]
     same = 1 - len(changed) / len(pair_ids)

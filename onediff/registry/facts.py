@@ -4,7 +4,6 @@ The facts are read from dvc.lock and from the files on disk. DVC adds a stage to
 succeeded. This module does not use MLflow.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from onediff import paths
+from onediff.files import read_json
 from onediff.git import changed_files, head
 from onediff.paths import DVC_LOCK
 from onediff.repro.lock import Stage, md5_of, outs_of, read_dvc_lock
@@ -106,7 +106,7 @@ def _leaks(stages: Mapping[str, Stage], root: Path) -> str:
         return f"no: {folder / AUDIT} does not exist; 'dvc pull build' downloads it, 'dvc repro' creates it"
     if md5_of(folder) != stages["build"].outs.get(REPORTS):
         return f"no: {folder} must have the digest in dvc.lock, but has another one; run 'dvc checkout' or 'dvc repro'"
-    benchmarks = json.loads((folder / AUDIT).read_text(encoding="utf-8"))["benchmarks"]
+    benchmarks = read_json(folder / AUDIT)["benchmarks"]
     leaks = [f"{name}: {table['verdict']}" for name, table in benchmarks.items() if table["verdict"] != "clean"]
     return f"no: {'; '.join(leaks)}; see {folder / AUDIT} and data.leaks in params.yaml" if leaks else YES
 

@@ -1,6 +1,5 @@
 """Check before the first stage of a run that all inputs to which params.yaml refers exist on this machine."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from onediff.config import Config, Data
 from onediff.config.reading import did_you_mean
 from onediff.data.folders import sources_of
+from onediff.files import read_json
 from onediff.paths import CARD, DIFFCAP, DVC_LOCK, RAW
 from onediff.repro.lock import Stage, read_dvc_lock
 
@@ -45,7 +45,7 @@ def check_mixtures(config: Config) -> None:
     Raises ValueError with one line for each source without training pairs. If `tune.validate_every` is set, at least
     one source of tune.mixture must also have validation pairs.
     """
-    counts = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]
+    counts = read_json(CARD)["num_pairs"]
     lines = [f"{name}.mixture: '{source}' has no training pairs in {DIFFCAP}; add pairs to this source, or remove it "
              "from the mixture" for name, phase in (("align", config.align), ("tune", config.tune)) if phase
              for source in phase.mixture if source not in counts["train"]]

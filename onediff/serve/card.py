@@ -1,6 +1,5 @@
 """Write the model card of a registered version, in the format of Hugging Face, from the results of the pipeline."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from onediff.config import Config, load_params
 from onediff.data.folders import sources_of
 from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES, HEADLINES
-from onediff.files import write_text
+from onediff.files import read_json, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 FLOORS = {"constant": "trivial baseline: best constant sentence",
@@ -28,12 +27,12 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
     from huggingface_hub import ModelCard
 
     data = root / "data"
-    config, card = load_params(root / "params.yaml"), _read(data / "diffcap/card.json")
-    tests, gates, stress = (_read(data / f"{name}.json") for name in ("metrics", "gate", "stress"))
+    config, card = load_params(root / "params.yaml"), read_json(data / "diffcap/card.json")
+    tests, gates, stress = (read_json(data / f"{name}.json") for name in ("metrics", "gate", "stress"))
     scores = [(split, benchmark, table) for split, tables in (("test", tests), ("gate", gates))
               for benchmark, table in tables.items()]
     behaviour = [name for name in BEHAVIOUR_HEADLINES if any(name in table for _, _, table in scores)]
-    runs = {phase: _read(data / "runs" / f"{phase}.json") for phase in ("align", "tune") if getattr(config, phase)}
+    runs = {phase: read_json(data / "runs" / f"{phase}.json") for phase in ("align", "tune") if getattr(config, phase)}
     lineage = folder / "lineage/lineage.json"
     content = ModelCard.from_template(
         _card_data(scores), template_path=str(TEMPLATE), config=config, data=card, data_rows=_data_rows(card),
@@ -46,7 +45,7 @@ def write_card(folder: Path, *, root: Path = Path()) -> Path:
         incomplete=card.get("incomplete", {}),
         protocols=sorted({table["protocol"] for table in tests.values()}),
         generated_only=set(sources_of(config.data)) == set(config.data.generated),
-        lineage=_read(lineage) if lineage.exists() else None).content
+        lineage=read_json(lineage) if lineage.exists() else None).content
     write_text(folder / "README.md", content.rstrip() + "\n")
     return folder / "README.md"
 
@@ -135,10 +134,3 @@ def _weak(tests: Tables) -> Iterator[str]:
             worst = min(shares, key=lambda kind: shares[kind])
             yield (f"{benchmark}: weakest on `{worst}`; {100 * shares[worst]:.0f} % of the captions of such pairs "
                    "state the right kind of change (split test)")
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist, but the model card needs it; 'dvc repro' writes it") from None

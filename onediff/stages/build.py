@@ -28,7 +28,7 @@ from onediff.data.quality.leaks import find_leaks, near_train_images, read_thumb
 from onediff.data.quality.shortcut import pixel_difference_auc
 from onediff.data.record import SPLITS, Record, read_records, write_tables
 from onediff.data.sources.catalog import CATALOG
-from onediff.files import new_file, new_folder, write_json, write_text
+from onediff.files import new_file, new_folder, read_json, write_json, write_text
 from onediff.paths import DIFFCAP, DIFFCAP_REPORTS, PAIRS, PROBE_TABLE, QUARANTINE
 from onediff.stages.command import run
 
@@ -95,7 +95,7 @@ def _card(config: Config, folder: Path, *, probed: pd.DataFrame, rows: pd.DataFr
                             names=shared_names(probed))
     auc = {source: _auc(folder, source) for source in ("scenes", "scenes_far") if (rows["source"] == source).any()}
     paths = {source: PAIRS / source / "report.json" for source in config.data.raw}
-    reports = {source: json.loads(path.read_text(encoding="utf-8")) for source, path in paths.items() if path.exists()}
+    reports = {source: read_json(path) for source, path in paths.items() if path.exists()}
     return card(rows, folder, config.data) | {"leaks": about_leaks, "pixel_difference_auc": auc,
                                               "incomplete": incomplete_tests(probed, rows, reports)}
 

@@ -1,6 +1,5 @@
 """Stage `report`: one self-contained page about the model that was just scored, and its figures as files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from onediff.eval.report.charts import standalone
 from onediff.eval.report.figures import figures
 from onediff.eval.report.gallery import Album, Grid, choose, example, fitted, losses, worst
 from onediff.eval.report.page import ModelResults, ordered, ordered_sources, render_page
-from onediff.files import new_folder, write_text
+from onediff.files import new_folder, read_json, read_jsonl, write_text
 from onediff.paths import (
     CAPTIONS,
     CARD,
@@ -43,7 +42,7 @@ Scored = Mapping[str, Mapping[str, Any]]  # data/scored/test.json
 
 def report() -> None:
     """Write the report to data/report.html, and each chart of the report to a file data/figures/*.svg."""
-    page, charts = make_page()
+    page, charts, _ = make_page()
     with new_folder(FIGURES) as folder:
         for name, chart in charts.items():
             (folder / f"{name.replace('/', '-')}.svg").write_text(standalone(chart), encoding="utf-8")
@@ -51,11 +50,11 @@ def report() -> None:
     print(f"{REPORT}: {len(page) / 1e6:.1f} MB; {FIGURES}: {len(charts)} figures")
 
 
-def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
-    """Return the HTML of the report, and a dict from the name of each chart to the chart.
+def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any], int]:
+    """Return the HTML of the report, a dict from the name of each chart to the chart, and a number of pairs.
 
     If `against` holds the scores of another model on the same pairs, the report also shows the pairs with the largest
-    difference in favour of that model.
+    difference in favour of that model. The number is the number of these pairs.
     """
     config = load_params(PARAMS)
     model, delta = config.model, config.model.delta
@@ -63,15 +62,16 @@ def make_page(against: Scored | None = None) -> tuple[str, Mapping[str, Any]]:
         when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         subtitle=f"Vision encoder: {model.vision.path}. Language model: {model.language}. "
                  f"{delta.num_tokens} delta tokens, token layout {model.reading}. Seed {config.seed}.",
-        params=PARAMS.read_text(encoding="utf-8"), metrics=_read_json(METRICS), gate=_read_json(GATE),
-        stress=_read_json_if_there(STRESS), card=_read_json(CARD),
-        curves={phase: _read_lines(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")},
+        params=PARAMS.read_text(encoding="utf-8"), metrics=read_json(METRICS), gate=read_json(GATE),
+        stress=_read_json_if_there(STRESS), card=read_json(CARD),
+        curves={phase: read_jsonl(CURVES / f"{phase}.jsonl") for phase in ("align", "tune")},
         audit=_read_json_if_there(DIFFCAP_REPORTS / "audit.json"))
     charts = figures(ordered(results.metrics), results.stress, results.curves)
     rows, scored = read_table(DIFFCAP, "test-*.parquet"), _read_json_if_there(SCORED / "test.json")
     albums = {source: _album(source, [row for row in rows if row["source"] == source], scored, against or {})
               for source in ordered_sources(row["source"] for row in rows)}
-    return render_page(results, fitted(albums, IMAGES_BYTES), charts), charts
+    num_lost = sum(len(album.lost) for album in albums.values())
+    return render_page(results, fitted(albums, IMAGES_BYTES), charts), charts, num_lost
 
 
 def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored) -> Album:
@@ -84,7 +84,7 @@ def _album(source: str, rows: Sequence[PairRow], scored: Scored, against: Scored
     attention = STRESS_DETAILS / f"{source}.attention.jsonl"
     maps: dict[str, dict[str, Grid]] = {}
     if attention.exists():
-        maps = {line.pop("pair_id"): line for line in _read_lines(attention)}
+        maps = {line.pop("pair_id"): line for line in read_jsonl(attention)}
     shown = choose(source, rows, predictions, per_type=PER_TYPE.get(source, PER_TYPE_ELSEWHERE), first=maps)
     cider = {key: values["CIDEr"] for key, values in scores.items()}
     low = worst(source, rows, predictions, cider, count=NUM_WORST) if cider else []
@@ -112,16 +112,8 @@ def _lost(key: str, scored: Scored, against: Scored) -> dict[str, float]:
     return losses(our_scores, their_scores, count=NUM_LOST)
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _read_json_if_there(path: Path) -> Any:
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_json(path) if path.exists() else {}
 
 
 if __name__ == "__main__":

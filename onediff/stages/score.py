@@ -17,7 +17,7 @@ from onediff.eval.floors import nearest_rows
 from onediff.eval.metrics.catalog import BEHAVIOUR, METRICS
 from onediff.eval.metrics.compute import start
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of, read_predictions, rounded
-from onediff.files import new_folder, write_json
+from onediff.files import new_folder, read_json, write_json
 from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, SCORED
 from onediff.paths import METRICS as METRICS_FILE
 from onediff.stages.command import run
@@ -30,7 +30,7 @@ def score() -> None:
     """Score the captions of the splits `test` and `gate`; write the scores, and print them with those of baselines."""
     start()  # METEOR's Java program loads its tables while this process reads the dataset.
     train = read_table(DIFFCAP, "train-*.parquet")
-    card = json.loads(CARD.read_text(encoding="utf-8"))
+    card = read_json(CARD)
     auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
     scores, pairs = {}, {}
     for split, output in OUTPUTS.items():

@@ -1,7 +1,6 @@
 """The MLflow run of an evaluation: the headline scores as metrics; score files, report and pictures as artifacts."""
 
 import io
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from onediff.config import Config
 from onediff.eval.metrics.catalog import BEHAVIOUR, CAPTION_HEADLINES
-from onediff.files import key_of
+from onediff.files import key_of, read_json, read_jsonl
 from onediff.tracking.runs import find_run, log_to_parent, start_run
 
 NUM_PICTURES = 4  # number of test pairs that are drawn for each source
@@ -23,8 +22,8 @@ def log_evaluation(config: Config, *, data: Path = Path("data")) -> str:
     scores, become artifacts of the run. If a retraining is active, its MLflow run gets these metrics too. If a finished
     run already has the same scores, no run is created and the id of that run is returned.
     """
-    scores = {"test": _read_scores(data / "metrics.json"), "gate": _read_scores(data / "gate.json"),
-              "stress": _read_scores(data / "stress.json") if (data / "stress.json").exists() else {}}
+    scores = {"test": read_json(data / "metrics.json"), "gate": read_json(data / "gate.json"),
+              "stress": read_json(data / "stress.json") if (data / "stress.json").exists() else {}}
     # Missing scores of the optional stage `stress` do not change the digest, so it equals digests of older runs.
     key = key_of([tables for split, tables in scores.items() if tables or split != "stress"])
     headlines = headline_metrics(scores["test"], config)
@@ -56,13 +55,6 @@ def headline_metrics(tables: Mapping[str, Mapping[str, Any]], config: Config) ->
             if isinstance(tables[benchmark].get(name), (int, float))}
 
 
-def _read_scores(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run 'dvc repro' to create it") from None
-
-
 def _draw_samples(data: Path, folder: Path) -> None:
     """Draw the first test pairs of each source into PNG files: two images, below them the reference and prediction."""
     from PIL import Image, ImageDraw
@@ -71,7 +63,7 @@ def _draw_samples(data: Path, folder: Path) -> None:
 
     num_drawn: Counter[str] = Counter()
     predictions = {row["pair_id"]: row["prediction"] for path in sorted((data / "captions/test").glob("*.jsonl"))
-                   for row in map(json.loads, path.read_text().splitlines())}
+                   for row in read_jsonl(path)}
     for record in read_records(data / "diffcap", "test-*.parquet"):
         if num_drawn[record.source] == NUM_PICTURES:
             continue

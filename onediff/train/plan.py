@@ -4,7 +4,6 @@ For each phase, the plan shows the trainable parameters, the mean sample, the nu
 the memory of a GPU, and the hours of training.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import get_args
 
 from onediff.config import Align, Config, Model, Phase, Runtime
 from onediff.data.sources.catalog import CATALOG
+from onediff.files import read_json
 from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE, pair_prompt, text_prompt
 from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
@@ -160,7 +160,7 @@ def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
     if task and task.targets == "each" and expected.get("references"):
         times = expected["references"] / expected["pairs"]
     if CARD.exists():
-        kinds = json.loads(CARD.read_text(encoding="utf-8"))["num_pairs"]["train"].get(source, {})
+        kinds = read_json(CARD)["num_pairs"]["train"].get(source, {})
         if kinds:
             return round(sum(kinds.values()) * times), str(CARD)
     if number := _expected_pairs(source, config):
@@ -296,7 +296,9 @@ def _phase_text(phase: PhasePlan, planned: Plan) -> Iterator[str]:
                                      ": it is frozen, but the features exceed feature_cache_gb of runtime.yaml"))
     yield f"  tower      {tower}"
     yield f"  compute    {phase.flops_per_step / 1e15:>12,.4g}  PFLOP per step"
-    yield f"  time       {phase.hours:>12,.2g}  hours, without loading data, validation and checkpoints"
+    times = ((phase.hours, "hours"), (phase.hours * 60, "minutes"), (phase.hours * 3600, "seconds"))
+    time, unit = next((item for item in times if item[0] >= 1), times[-1])
+    yield f"  time       {time:>12,.2g}  {unit}, without loading data, validation and checkpoints"
     yield (f"  memory of one GPU in GiB, of which {usable_gib(planned.gpu):.1f} can be used (CUDA and NCCL use "
            f"{OVERHEAD_GIB}, fragmentation {SPARE:.0%}); rows have {sample.longest_tokens:,} tokens")
     yield ("    ZeRO  offload    checkpoint | weights  gradients  optimizer  buffers  each row | largest micro-batch: "

@@ -63,6 +63,21 @@ def test_an_error_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert message.startswith("onediff: ") and "did you mean 'spot_the_diff'?" in message and "\n" not in message
 
 
+def test_a_folder_that_does_not_exist_is_refused_with_the_page_about_own_pairs(
+        project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = str(_data(monkeypatch, "read", "mine", "nope"))
+    assert "nope does not exist or is not a folder" in message and "docs/own-pairs.md" in message
+
+
+def test_a_dry_run_of_an_unknown_source_lists_the_valid_sources(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = str(_data(monkeypatch, "dry-run", "nope"))
+    assert message.endswith("does not list 'nope'; add this source, or choose one of the listed sources: "
+                            "instruct_pix2pix, coco")
+    shutil.copy(ROOT / "presets/tiny.yaml", "params.yaml")
+    message = str(_data(monkeypatch, "dry-run", "nope"))
+    assert message.endswith("the list is empty; presets/paper.yaml has an example of a list")
+
+
 def test_a_dry_run_prints_requests_and_cost_and_sends_nothing(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("INPUT", "OUTPUT"):

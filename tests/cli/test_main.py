@@ -53,6 +53,28 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     assert completed.stderr.startswith("onediff: no.png does not exist") and completed.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("command", "message"), [
+    ("drift --days -1", "'--days': must be greater than or equal to 0, got '-1'"),
+    ("plan --gpus 0", "'--gpus': must be greater than or equal to 1, got '0'"),
+    ("plan --utilisation 3", "'--utilisation': must be less than or equal to 1, got '3'"),
+    ("manifest foo", "'phase': must be one of 'align', 'tune', got 'foo'"),
+    ("data dry-run coco --stage foo", "'--stage': must be one of 'write', 'instruct', got 'foo'"),
+    ("data browse --per-group 0", "'--per-group': must be greater than or equal to 1, got '0'"),
+    ("references scenes -o r --split foo", "'--split': must be one of 'train', 'val', 'gate', 'test', got 'foo'"),
+    ("predict scenes -o p --split foo", "'--split': must be one of 'train', 'val', 'gate', 'test', got 'foo'")])
+def test_a_wrong_option_is_refused_with_the_rule_and_the_value(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, message: str) -> None:
+    assert _onediff(monkeypatch, *command.split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: Invalid value for {message}"
+
+
+@pytest.mark.parametrize("image", ["", "a b"])
+def test_a_container_image_must_have_a_name_without_spaces(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           image: str) -> None:
+    message = str(_onediff(monkeypatch, "manifest", "tune", "--image", image))
+    assert message.startswith("onediff: --image must be") and message.endswith(f"got '{image}'")
+
+
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "preset", "paper") == 0

@@ -120,6 +120,17 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         load_params(path)
 
 
+def test_an_error_of_yaml_names_an_existing_line_and_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runtime.yaml"
+    path.write_text("seed: [\n")
+    with pytest.raises(ValueError, match=r"runtime\.yaml line 1: not valid YAML: .*; check the brackets"):
+        load_runtime(path)
+    path.unlink()
+    monkeypatch.setenv("ONEDIFF_NODES", "[")
+    with pytest.raises(ValueError, match=r"^ONEDIFF_NODES line 1: not valid YAML: .*; check the brackets"):
+        load_runtime(path)
+
+
 def test_environment_variables_override_runtime_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text("workers: 3\ngpus: 5\n")

@@ -76,6 +76,15 @@ def test_records_with_missing_or_broken_images_are_shown_and_captions_are_escape
     assert (single_image.count("<figure>"), no_image.count("<figure>")) == (1, 0)
 
 
+def test_a_damaged_shard_is_refused_with_the_path_and_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "shards/train-00000.parquet"
+    write_shards([record(k) for k in range(5)], path.parent, "train", shard_pairs=5)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"train-00000\.parquet: not a complete Parquet file \(.*create it again"):
+        browse(path.parent, tmp_path, per_group=1)
+
+
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing/\*\.parquet does not exist"):
         browse(tmp_path / "nothing", tmp_path, per_group=1)

@@ -62,3 +62,17 @@ def test_the_table_contains_all_columns_of_the_records_except_the_images(scene_p
 def test_the_error_for_missing_shards_contains_a_cure(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"create it with 'dvc repro', or see data/README\.md"):
         shards(tmp_path)
+
+
+def test_every_reader_refuses_a_damaged_shard_with_its_path_and_the_cure(scene_pairs: list[Record],
+                                                                         tmp_path: Path) -> None:
+    write_shards(scene_pairs, tmp_path, "train", shard_pairs=100)
+    path = shards(tmp_path)[0]
+    content = path.read_bytes()
+    half = len(content) // 2
+    for damaged, rule in ((content[:-100], "not a complete Parquet file"),
+                          (content[:4] + bytes(half) + content[4 + half:], "row group 0 cannot be read")):
+        path.write_bytes(damaged)
+        for read in (lambda: list(read_records(tmp_path)), lambda: read_table(tmp_path)):
+            with pytest.raises(ValueError, match=rf"^\S*train-00000\.parquet: {rule} \(.*with 'dvc repro'$"):
+                read()

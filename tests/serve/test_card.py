@@ -80,5 +80,5 @@ def test_an_incomplete_source_is_listed_with_the_number_of_test_pairs(project: P
 
 def test_a_card_without_results_is_an_error(project: Path) -> None:
     (project / "data/stress.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"stress.json does not exist, but the model card needs it"):
+    with pytest.raises(FileNotFoundError, match=r"stress.json does not exist: run 'dvc repro' to create it"):
         write_card(project / "out", root=project)

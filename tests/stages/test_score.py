@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from onediff import registry
+from onediff.cli import scoring
 from onediff.config import load_params
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.scenes.records import scene_records
@@ -69,6 +71,33 @@ def test_score_writes_metrics_with_equal_bytes_twice_and_report_writes_a_page_an
     page = Path("data/report.html").read_text(encoding="utf-8")
     assert page.count('<article class="pair"') == 8 + 3 * 2 and "scenes-test-000000c" in page
     assert {path.name for path in Path("data/figures").iterdir()} >= {"cider-scenes.svg", "train-tune-loss.svg"}
+
+
+@pytest.mark.slow
+def test_onediff_report_says_why_the_page_has_no_comparison_and_names_a_damaged_file(
+        repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    score()
+    text = Path("data/scored/test.json").read_text()
+
+    def output_for(cider: float, benchmark: str = "scenes") -> str:
+        """Return the output of the command, if the other version has this CIDEr for each pair of the benchmark."""
+        others = json.loads(text)
+        others[benchmark] = others.pop("scenes")
+        others[benchmark]["CIDEr"] = [cider for _ in others[benchmark]["CIDEr"]]
+        monkeypatch.setattr(registry, "scored_pairs", lambda against: {benchmark: others[benchmark]})
+        capsys.readouterr()
+        scoring.report(against="models:/onediff/3", out=Path("r.html"))
+        return capsys.readouterr().out
+
+    assert output_for(11) == "r.html: compared with models:/onediff/3\n"
+    assert "no pair has a lower CIDEr than with models:/onediff/3" in output_for(0)
+    assert "models:/onediff/3 was scored on other benchmarks (mine)" in output_for(11, "mine")
+    monkeypatch.setattr(registry, "scored_pairs", lambda against: json.loads(text))
+    scoring.report(against="models:/onediff/3", out=Path("r.html"))
+    assert "the scored model is this version (models:/onediff/3), so there is nothing" in capsys.readouterr().out
+    Path("data/metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data/metrics\.json: not valid JSON .*: run 'dvc repro' to create it"):
+        scoring.report(against="models:/onediff/3", out=Path("r.html"))
 
 
 def test_the_error_for_missing_captions_contains_their_pair_ids(repository: Path) -> None:

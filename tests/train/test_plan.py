@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,12 @@ def test_the_plan_command_prints_tables_or_with_the_option_json_a_json_object() 
     assert "tune\n  parameters" in tables.output and "runtime.yaml: zero_level: 0" in tables.output
     printed = json.loads(CliRunner().invoke(cli.app, ["plan", "--preset", "tiny", "--gpus", "1", "--json"]).output)
     assert [phase["name"] for phase in printed["phases"]] == ["align", "tune"]
+
+
+def test_a_short_training_has_its_time_in_seconds_or_minutes(paper: Plan) -> None:
+    for hours, shown in ((2.8e-06, "0.01  seconds"), (0.05, "3  minutes"), (4.4, "4.4  hours")):
+        phases = [replace(phase, hours=hours) for phase in paper.phases]
+        assert re.search(rf"  time +{shown}, without", text(replace(paper, phases=phases)))
 
 
 def test_an_unknown_gpu_is_refused_with_a_list_of_known_gpus() -> None:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from onediff.data.quality.probe import read_group, row_groups
-from onediff.data.record import Record
+from onediff.data.record import Record, read_row_group
 from onediff.data.sources.entries import expect, identity, part, read_lines, read_list
 from onediff.data.sources.published import split_of
 from onediff.data.sources.read import open_source, reader_of
@@ -68,7 +66,7 @@ def read_examples(path: Path, *, split: str, scratch: Path, source: str | None =
     counts: Counter[str] = Counter()  # split -> number of pairs
     if any(path.glob("*.parquet")):
         for shard, number, _, _ in row_groups([path]):
-            splits = pq.ParquetFile(shard).read_row_group(number, columns=["split"]).column("split").to_pylist()
+            splits = read_row_group(shard, number, ["split"]).column("split").to_pylist()
             counts.update(splits)
             if split in splits:
                 yield ExampleGroup(shard, number, split)

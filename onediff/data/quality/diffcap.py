@@ -6,13 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
 from onediff.config import Data
 from onediff.data.quality.leaks import nested_counts
 from onediff.data.quality.probe import row_groups_with
-from onediff.data.record import SCHEMA, SPLITS, digest
+from onediff.data.record import SCHEMA, SPLITS, digest, read_row_group
 from onediff.data.sources.catalog import CATALOG
 
 LICENCE = "Apache-2.0"  # the licence of this project and of the images that it renders
@@ -49,7 +48,7 @@ def chosen_tables(folders: list[Path], rows: pd.DataFrame, split: str) -> Iterat
     """
     rows = rows[rows["split"] == split]
     for path, group, numbers, part in row_groups_with(folders, rows.index.to_numpy()):
-        table = pq.ParquetFile(path).read_row_group(group).take(numbers)
+        table = read_row_group(path, group).take(numbers)
         if table.column("pair_id").to_pylist() != rows["pair_id"].iloc[part].to_list():
             raise ValueError(f"{path}: this shard changed after data/probe.parquet was written; run 'dvc repro' to "
                              "update data/probe.parquet")

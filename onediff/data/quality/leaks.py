@@ -12,14 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from onediff.config import Leaks, Runtime
 from onediff.data.parallel import spread
 from onediff.data.quality.probe import row_groups_with
-from onediff.data.record import SPLITS
+from onediff.data.record import SPLITS, read_row_group
 from onediff.inputs.images import open_image
 
 COLUMNS = {"pair_id": "str", "source": "str", "split": "str", "reason": "str", "partner": "str",
@@ -276,7 +275,7 @@ class _Reader:
 
     def __call__(self, part: tuple[Path, int, NDArray[np.int64], NDArray[np.int64]]) -> NDArray[np.uint8]:
         path, group, rows, sides = part
-        table = pq.ParquetFile(path).read_row_group(group, columns=["before", "after"])
+        table = read_row_group(path, group, ["before", "after"])
         images = [table.column(int(side))[int(row)].as_py()["bytes"] for row, side in zip(rows, sides, strict=True)]
         return np.stack([thumbnail(open_image(image, max_megapixels=self.max_megapixels)) for image in images])
 

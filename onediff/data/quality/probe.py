@@ -23,7 +23,7 @@ from PIL import Image
 from onediff.config import Runtime
 from onediff.data.parallel import spread
 from onediff.data.record import SCHEMA as RECORD_SCHEMA
-from onediff.data.record import Record, digest, shards
+from onediff.data.record import Record, digest, open_shard, read_row_group, shards
 from onediff.files import new_file
 from onediff.inputs.images import FORMATS, open_image
 
@@ -75,14 +75,14 @@ def probe_folders(folders: Mapping[str, Path], *, max_megapixels: float, clip: s
     None. Raises FileNotFoundError if a folder has no shards, and ValueError if a shard is broken or has wrong columns.
     """
     parts = [(source, path, group) for source, folder in folders.items()
-             for path in shards(folder) for group in range(_open(path).num_row_groups)]
+             for path in shards(folder) for group in range(open_shard(path).num_row_groups)]
     make = functools.partial(_Prober, max_megapixels=max_megapixels, clip=clip, device=runtime.device)
     yield from spread(make, parts, runtime, chunk=4, num_gpus=0.25 if clip else 0)
 
 
 def count_pairs(folder: Path) -> int:
     """Return the number of pairs in all shards of the folder."""
-    return sum(_open(path).metadata.num_rows for path in shards(folder))
+    return sum(open_shard(path).metadata.num_rows for path in shards(folder))
 
 
 def write_table(tables: Iterable[pa.Table], path: Path) -> None:
@@ -135,20 +135,6 @@ class _Prober:
             row["clip_distance"] = round(1 - float(before @ after), 5)
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    """Open a shard. Raises ValueError if the file is broken or does not have the columns of a record."""
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a complete Parquet file ({reason}); create it again with 'dvc repro'") from None
-    kinds = [{field.name: field.type for field in schema} for schema in (RECORD_SCHEMA, file.schema_arrow)]
-    if kinds[0] != kinds[1]:
-        rule, got = (", ".join(f"{name} ({kind})" for name, kind in columns.items()) for columns in kinds)
-        raise ValueError(f"{path}: the columns must be {rule}; got {got}; create the file again with 'dvc repro'")
-    return file
-
-
 def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
     """Yield (path of the shard, number of the row group, start, end) for every row group in the folders, in order.
 
@@ -157,7 +143,7 @@ def row_groups(folders: Iterable[Path]) -> Iterator[tuple[Path, int, int, int]]:
     """
     start = 0
     for path in itertools.chain.from_iterable(map(shards, folders)):
-        metadata = _open(path).metadata
+        metadata = open_shard(path).metadata
         for group in range(metadata.num_row_groups):
             end = start + metadata.row_group(group).num_rows
             yield path, group, start, end
@@ -183,13 +169,7 @@ def read_group(path: Path, group: int) -> Iterator[Record]:
     Unlike `read_records`, this function accepts text that is not UTF-8 and replaces the wrong bytes by U+FFFD. Raises
     ValueError if the shard is broken or has wrong columns.
     """
-    file = _open(path)
-    try:
-        table = file.read_row_group(group)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: row group {group} cannot be read ({reason}); create the file again with "
-                         "'dvc repro'") from None
+    table = read_row_group(path, group)
     columns = {name: table[name].cast(_AS_BYTES.get(name, table[name].type)) for name in table.column_names}
     for row in pa.table(columns).to_pylist():
         values: dict[str, Any] = {name: _text(row[name]) for name in _AS_BYTES if name != "references"}

@@ -117,8 +117,8 @@ def open_files(folder: Path, scratch: Path) -> Files:
     or not safe to unpack.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist or is not a folder: 'onediff data status' explains which "
-                                "files to put there")
+        raise FileNotFoundError(f"{folder} does not exist or is not a folder: give the folder that contains your "
+                                "images and pairs.csv; docs/own-pairs.md shows an example")
     roots = [("", folder)]
     for path in _walk(folder):
         if path.lower().endswith(ARCHIVE_ENDINGS):

@@ -1,6 +1,5 @@
 """Reports for every source which files are present, which are missing and what to do, without reading any image."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from onediff.data.sources.catalog import CATALOG, CatalogEntry
 from onediff.data.sources.published import IMAGE_ENDINGS
 from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
+from onediff.files import read_json
 from onediff.paths import PAIRS, RAW, READ_REPORTS
 
 _MAX_ENTRIES = 20_000  # largest number of directory entries that are listed per source
@@ -56,7 +56,7 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
         missing += [] if has_images else ["images"]
     reports = [path for path in (READ_REPORTS / f"{source}.json", PAIRS / source / "report.json") if path.exists()]
     if reports:  # The last run of stage `read` or `retrieve` wrote a report; only that of `read` contains splits.
-        splits = json.loads(reports[0].read_text(encoding="utf-8")).get("splits", {})
+        splits = read_json(reports[0]).get("splits", {})
         num_missing = sum(counts["missing_images"] for counts in splits.values())
         missing += [f"{num_missing:,} images by name ({reports[0]})"] if num_missing else []
     steps = []

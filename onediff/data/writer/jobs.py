@@ -25,8 +25,9 @@ def writer_of(source: str, config: Config, stage: Stage) -> Writer:
     """Return the settings of the writer; raise ValueError if params.yaml does not list the source for this stage."""
     key, names = ("written", config.data.written) if stage == "write" else ("diffused", config.data.diffused)
     if source not in names:
-        raise ValueError(f"params.yaml: data.{key}: does not list '{source}'; add this source, or choose one of the "
-                         f"listed sources: {', '.join(names) or 'none'}")
+        cure = (f"add this source, or choose one of the listed sources: {', '.join(names)}" if names else
+                "the list is empty; presets/paper.yaml has an example of a list")
+        raise ValueError(f"params.yaml: data.{key}: does not list '{source}'; {cure}")
     if config.data.writer is None:
         raise ValueError("params.yaml: data.writer: must be set, got null; see presets/paper.yaml for an example")
     return config.data.writer

@@ -1,6 +1,7 @@
 """Kubernetes manifest for training: a Job with one pod per node, and a Service by which the pods find node 0."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ def manifest(phase: str, runtime: Runtime, *, image: str) -> str:
     """Return the YAML manifest of a training phase, for `kubectl apply -f -`.
 
     The pods train and save the weights in scratch, from which a later run of the DVC stage copies them. Raises
-    ValueError if scratch is not on the volume that the pods share.
+    ValueError if `image` cannot be a name, or if scratch is not on the volume that the pods share.
     """
+    if not re.fullmatch(r"\S+", image):
+        raise ValueError("--image must be the name of a container image without spaces, such as onediff:latest, got "
+                         f"'{image}'")
     if Path(runtime.scratch).is_absolute():
         raise ValueError(f"runtime.yaml: scratch must be a relative path inside the project folder, got "
                          f"'{runtime.scratch}'; the pods share only the project folder (PersistentVolumeClaim "
