@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from onediff.files import read_text
+
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 T = TypeVar("T", bound="Section")
@@ -30,12 +32,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         # ruamel.yaml reads 1e-3 as a number, as DVC does, which also uses it. PyYAML would read 1e-3 as text.
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe").load(read_text(path, "a YAML file"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.absolute()} does not exist; run this command in the project's folder, where "
                                 "'onediff preset tiny' writes the file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

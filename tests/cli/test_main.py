@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from chat_server import serving
 from PIL import Image
 
 from onediff.cli import main as cli
+from onediff.cli.output import error_message
 from onediff.ops import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,11 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
                           capture_output=True, check=False)
     assert completed.returncode == 1 and completed.stdout == ""
     assert completed.stderr.startswith("onediff: no.png does not exist") and completed.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_operating_system_names_the_path_and_a_cure() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "secret.jsonl")
+    assert error_message(error).startswith("onediff: secret.jsonl: Permission denied: check that this path is correct")
 
 
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,
