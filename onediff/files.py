@@ -4,6 +4,8 @@
     with new_file(Path("data/probe.parquet")) as path: ...    # write to `path` with any library
     write_text(Path("data/report.html"), page)
 
+`read_text` reads a text file that a user wrote. `check_new_file` refuses a wrong output path before long work.
+
 Stages never open an existing output for writing, because this file may be a hard link to a file of DVC's cache.
 A killed process may leave a file or folder `<name>.part`. git and DVC ignore it, and the next write removes it.
 """
@@ -70,14 +72,35 @@ def _disk_full_errno(error: BaseException | None) -> int | None:
     return None
 
 
+def check_new_file(path: Path) -> None:
+    """Raise an OSError that names `path` if no file can be written there, for example because it is a folder.
+
+    Commands call this function before long work, whose result would otherwise be lost. It creates the parent folder.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise IsADirectoryError(f"{path} is {kind}, but must be a file: give the path of a file")
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # It may be a hard link to a file of DVC's cache.
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        if error.errno in _REASONS:
+            raise
+        raise NotWrittenError(f"{path} cannot be written ({os.strerror(error.errno or 0)}): give a path in a folder in "
+                              "which you may write files") from None
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary path for writing; at the end, the complete file is renamed to `path`."""
+    with disk_full_named(path):
+        check_new_file(path)
     part = path.with_name(path.name + ".part")
     try:
         with disk_full_named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.unlink(missing_ok=True)
             yield part
             _sync(part)
             part.replace(path)
@@ -124,6 +147,22 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def read_text(path: Path, form: str) -> str:
+    """Return the text of a UTF-8 file, without the byte order mark that some Windows programs write at its start.
+
+    `form` says what the file must be, such as "a YAML file". Raises FileNotFoundError if the file does not exist,
+    IsADirectoryError for a folder, and ValueError if the content is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder, but must be {form}: give the path of a file, or replace the "
+                                "folder by a file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save the file as UTF-8"
+                         ) from None
 
 
 def write_text(path: Path, text: str) -> None:

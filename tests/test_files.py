@@ -18,6 +18,7 @@ import pytest
 
 from onediff.files import (
     NotWrittenError,
+    check_new_file,
     disk_full_named,
     new_file,
     new_folder,
@@ -140,6 +141,24 @@ def test_other_errors_are_not_changed(tmp_path: Path) -> None:
         tmp_path.write_text("x")
     with pytest.raises(ValueError, match=r"^explained already: No space left on device$"), disk_full_named(tmp_path):
         raise ValueError("explained already: No space left on device")
+
+
+def test_a_folder_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "out").symlink_to("/dev/null")
+    for path, kind in ((tmp_path / "t", "a folder"), (tmp_path / "out", "a device"), (Path(), "a folder")):
+        with pytest.raises(IsADirectoryError, match=f"{path} is {kind}.*, but must be a file: give the path of a file"):
+            write_text(path, "x")
+    assert names(tmp_path) == ["out", "t"]
+
+
+def test_a_path_that_cannot_be_written_is_refused_and_the_check_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file/x", tmp_path / ("x" * 300)):
+        with pytest.raises(NotWrittenError, match=r"x cannot be written \(.*\): give a path in a folder"):
+            check_new_file(path)
+    check_new_file(tmp_path / "new/x")
+    assert names(tmp_path) == ["file", "new"] and names(tmp_path / "new") == []
 
 
 STAGE = """

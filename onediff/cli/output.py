@@ -7,6 +7,7 @@ from a pipe or a file, and `use_colour` switches them off where the environment 
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,22 +70,32 @@ def use_colour() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None
 
 
-def path_argument(help: str) -> Any:
-    """Return a Typer declaration of a positional argument that takes a path on this machine and rejects addresses."""
-    return typer.Argument(help=help, parser=local_path)
-
-
-def path_option(*names: str, help: str) -> Any:
-    """Return a Typer declaration of an option that takes a path on this machine and rejects addresses."""
-    return typer.Option(*names, help=help, parser=local_path, metavar="PATH")
-
-
-def local_path(text: str | Path) -> Path:
+def local_path(text: str | Path, cure: str = "download the file, then give its path") -> Path:
     """Convert the text of a command-line argument to a path. Raises BadParameter for an address such as https://..."""
     if "://" in str(text):
         raise typer.BadParameter(f"'{text}' is an address, but this command reads and writes only files on this "
-                                 "machine: download the file, then give its path.")
+                                 f"machine: {cure}.")
     return Path(text)
+
+
+def output_path(text: str | Path) -> Path:
+    """Convert the text of a command-line argument to the path of an output, as `local_path` does."""
+    return local_path(text, "give a path on this machine")
+
+
+def path_argument(help: str, parser: Callable[[str], Path] = local_path) -> Any:
+    """Return a Typer declaration of a positional argument that takes a path on this machine and rejects addresses."""
+    return typer.Argument(help=help, parser=parser)
+
+
+def path_option(*names: str, help: str, parser: Callable[[str], Path] = local_path) -> Any:
+    """Return a Typer declaration of an option that takes a path on this machine and rejects addresses."""
+    return typer.Option(*names, help=help, parser=parser, metavar="PATH")
+
+
+def out_option(help: str) -> Any:
+    """Return a Typer declaration of the option --out, which takes the path of an output file on this machine."""
+    return path_option("--out", "-o", help=help, parser=output_path)
 
 
 def print_text(text: object) -> None:
@@ -107,4 +118,7 @@ def error_message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (f"onediff: this command needs the package {error.name}, which an installation for scoring alone does "
                 "not include: run \"pip install 'onediff-idc[full]'\", or 'make setup' in a clone")
+    if isinstance(error, OSError) and error.errno and error.filename:  # an error of the operating system
+        return (f"onediff: {error.filename}: {error.strerror}: check that this path is correct, and that you may read "
+                "and write there")
     return f"onediff: {error}"

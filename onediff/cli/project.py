@@ -13,6 +13,7 @@ from onediff.cli.output import (
     Json,
     Model,
     error_message,
+    output_path,
     path_argument,
     path_option,
     print_result,
@@ -166,7 +167,8 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
         raise typer.Exit(1 if result.moved else CANNOT_BE_MEASURED)
 
 
-def profile(out: Annotated[Path, path_argument("The folder in which profile.json is written.")],
+def profile(out: Annotated[Path, path_argument("The folder in which profile.json is written.",
+                                               parser=output_path)],
             model: Model = CHAMPION) -> None:
     """Measure the profile with which 'onediff drift' compares recent captions.
 
@@ -175,9 +177,11 @@ def profile(out: Annotated[Path, path_argument("The folder in which profile.json
 
     Example: onediff profile .onediff/profile --model models:/onediff/3
     """
-    from onediff.ops.drift import load_settings, write_profile
+    from onediff.files import check_new_file
+    from onediff.ops.drift import PROFILE, load_settings, write_profile
     from onediff.ops.predict import folder_of
 
+    check_new_file(out / PROFILE)
     print_text(write_profile(out, folder_of(model), num_pairs=load_settings().num_pairs))
 
 

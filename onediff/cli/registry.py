@@ -10,6 +10,7 @@ from onediff.cli.output import (
     SETTINGS,
     GroupedCommands,
     Json,
+    output_path,
     path_argument,
     path_option,
     print_result,
@@ -196,7 +197,7 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
 
 
 def export(version: Annotated[str, typer.Argument(help=VERSION)],
-           folder: Annotated[Path, path_argument("A new folder.")]) -> None:
+           folder: Annotated[Path, path_argument("A new folder.", parser=output_path)]) -> None:
     """Write a model version to a folder that from_pretrained loads.
 
     The folder contains weights, processor, model card, licence and lineage (the data, code and runs of the version).

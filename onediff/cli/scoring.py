@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from onediff.cli.output import Json, Model, path_argument, path_option, print_result, print_text
+from onediff.cli.output import Json, Model, out_option, path_argument, path_option, print_result, print_text
+from onediff.files import check_new_file, read_json, write_jsonl, write_text
 from onediff.paths import CHAMPION, DIFFCAP, PARAMS, SCORED, TRAINED
 
 EXAMPLE = Path(".onediff/example")
@@ -19,8 +20,7 @@ Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protoc
                                               "scores only the complete official test split, as papers do.")]
 Benchmark = Annotated[str, typer.Argument(help="The name of a benchmark in data/diffcap, such as scenes.")]
 Split = Annotated[Literal["train", "val", "gate", "test"], typer.Option(help="The split of the benchmark.")]
-Jsonl = Annotated[Path, path_option("--out", "-o", help="The JSON lines file to write; 'onediff score' and 'onediff "
-                                    "compare' read it.")]
+Jsonl = Annotated[Path, out_option("The JSON lines file to write; 'onediff score' and 'onediff compare' read it.")]
 
 
 def caption(before: Annotated[Path, path_argument("The image before the change.")],
@@ -117,6 +117,7 @@ def predict(benchmark: Benchmark, out: Jsonl,
         raise ValueError("--prompt works only with --chat: a OneDiff model reads the instruction of each pair, and a "
                          "CNN reads no text")
     systems.check_benchmark(benchmark, split)
+    check_new_file(out)
     if chat is not None:
         system, full_prompt = systems.chat(chat, prompt=prompt, batch_size=batch_size)
         print_text(f"prompt, after both images: {full_prompt}")
@@ -214,7 +215,7 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
               help="A source whose true changes are known: scenes, scenes_far or edits. The command then also measures "
                    "how often the judge is right.")] = None,
           shards: Annotated[Path, path_option("--shards", help="The folder with the pairs for --truth.")] = DIFFCAP,
-          out: Annotated[Path | None, path_option("--out", "-o", help="A JSON lines file for every verdict.")] = None,
+          out: Annotated[Path | None, out_option("A JSON lines file for every verdict.")] = None,
           as_json: Json = False) -> None:
     """Ask a language model whether captions are correct.
 
@@ -227,7 +228,6 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
 
     from onediff.config import Judge, load_params, load_runtime
     from onediff.eval.analysis import judge as judging
-    from onediff.files import write_jsonl
 
     settings = load_params().judge if PARAMS.exists() else None
     if model is not None:
@@ -235,8 +235,9 @@ def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
     if settings is None:
         raise ValueError("params.yaml: judge: is not set, so the command does not know which language model to ask: "
                          "give --model, or copy the section judge from presets/paper.yaml")
-    runtime = load_runtime()
-    runtime = runtime.model_copy(update={"writer_url": base_url or runtime.writer_url})
+    runtime = load_runtime().model_copy(update={"writer_url": base_url} if base_url else {})
+    if out is not None:
+        check_new_file(out)
     result, verdicts = judging.judge_files(predictions, references, settings, runtime, known=truth, shards=shards)
     if out is not None:
         write_jsonl(out, map(asdict, verdicts))
@@ -256,7 +257,7 @@ def audit(train: Annotated[Path, path_argument("The training set: a folder of sh
                                                                 "the folder has another name.")] = None,
           max_distance: Annotated[float, typer.Option(
               min=0, help="Two images are near duplicates up to this mean difference in grey levels.")] = 2.0,
-          out: Annotated[Path | None, path_option("--out", "-o", help="A JSON lines file for every finding.")] = None,
+          out: Annotated[Path | None, out_option("A JSON lines file for every finding.")] = None,
           fail: Annotated[bool, typer.Option("--fail", help="Exit with code 1 if any pair leaks.")] = False,
           as_json: Json = False) -> None:
     """Check whether a training set contains test pairs of a benchmark.
@@ -269,6 +270,8 @@ def audit(train: Annotated[Path, path_argument("The training set: a folder of sh
     from onediff.data.overlap import audit as auditing
     from onediff.data.overlap.datasets import read_examples
 
+    if out is not None:
+        check_new_file(out)
     runtime = load_runtime()
     scratch = Path(runtime.scratch)
     train_examples = read_examples(train, split=train_split, scratch=scratch, source=train_source, images=images)
@@ -281,8 +284,7 @@ def audit(train: Annotated[Path, path_argument("The training set: a folder of sh
 
 def report(against: Annotated[str, typer.Option(help="The version to compare with, such as "
                                                 "models:/onediff@previous.")] = CHAMPION,
-           out: Annotated[Path, path_option("--out", "-o",
-                                            help="The HTML file to write.")] = Path(".onediff/report.html")) -> None:
+           out: Annotated[Path, out_option("The HTML file to write.")] = Path(".onediff/report.html")) -> None:
     """Write the report with a comparison to another model version.
 
     The page is data/report.html with an additional section: the pairs on which the scored model loses most against
@@ -290,10 +292,10 @@ def report(against: Annotated[str, typer.Option(help="The version to compare wit
 
     Example: onediff report --against models:/onediff@previous
     """
-    from onediff.files import read_json, write_text
     from onediff.registry import scored_pairs
     from onediff.stages.report import make_page
 
+    check_new_file(out)
     ours, theirs = read_json(SCORED / "test.json"), scored_pairs(against)
     page, _, num_lost = make_page(against=theirs)
     write_text(out, page)

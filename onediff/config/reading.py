@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from onediff.files import read_text
+
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 T = TypeVar("T", bound="Section")
@@ -29,12 +31,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError if the file does not exist, and ValueError if it is not valid YAML or not a mapping.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        values = parse_yaml(read_text(path, "a YAML file"), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.absolute()} does not exist; run this command in the project's folder, where "
                                 "'onediff preset tiny' writes the file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from None
     if values is None:  # The YAML file contains only comments, like runtime.example.yaml.
         return {}
     if not isinstance(values, dict):

@@ -13,9 +13,9 @@ from typing import Any
 
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import Scores, score
-from onediff.eval.metrics.words import Predictions, References
+from onediff.eval.metrics.words import Predictions, References, check_keys
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
-from onediff.files import key_of
+from onediff.files import key_of, read_text
 
 PairRow = Mapping[str, Any]  # one pair: pair_id, references; optional: group_id, change_type, provenance
 
@@ -128,29 +128,27 @@ def references_digest(references: References) -> str:
 def read_predictions(path: Path) -> Predictions:
     """Read a JSONL file of predictions, and return the predicted captions as {pair_id: caption}.
 
-    Raises ValueError with the file and the wrong line or pair.
+    Raises ValueError with file and line number for a wrong line, and for a file without lines.
     """
     predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
-    for key, text in predictions.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: 'prediction' of pair {key!r} must be a string, got {text!r}")
+    if not predictions:
+        raise ValueError(f"{path}: must have one line per pair, but is empty; write predictions first, for "
+                         "example with 'onediff predict'")
     return predictions
 
 
 def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
     """Read a JSONL file, and return its parsed lines as {pair_id: line}.
 
-    Each line must have `pair_id` and the key that `field` names. Blank lines are skipped. Raises ValueError with file
-    and line number for a wrong line, and FileNotFoundError if the file does not exist.
+    Each line must have `pair_id` and `field`, which is "prediction" or "references". Blank lines are skipped. Raises
+    ValueError with file and line number for a wrong line, and FileNotFoundError if the file does not exist.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a caption.
+        # splitlines() would also split at U+2028 in a caption.
+        lines = read_text(path, "a JSON Lines file").split("\n")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; give a JSONL file whose lines have 'pair_id' and '{field}'"
                                 ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save the file as UTF-8"
-                         ) from None
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -160,16 +158,40 @@ def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: must be valid JSON, but has an error at column {error.colno} "
                              f"({error.msg}); correct this line") from None
-        missing = [name for name in ("pair_id", field) if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise ValueError(f"{path} line {number}: must have 'pair_id' and '{field}', but lacks {missing}")
-        if not isinstance(row["pair_id"], str):
-            raise ValueError(f"{path} line {number}: 'pair_id' must be a string, got {row['pair_id']!r}")
+        _check_row(row, field, f"{path} line {number}")
         if row["pair_id"] in rows:
             raise ValueError(f"{path} line {number}: each pair_id must be unique, but an earlier line has the same "
                              f"pair_id ({row['pair_id']!r}); remove one of the two lines")
         rows[row["pair_id"]] = row
     return rows
+
+
+def _check_row(row: Any, field: str, where: str) -> None:
+    """Raise ValueError unless `row` is an object with a string `pair_id` and a valid `field`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object with 'pair_id' and '{field}', got {_shown(row)}; correct "
+                         "this line")
+    missing = [name for name in ("pair_id", field) if name not in row]
+    if missing:
+        raise ValueError(f"{where}: must have 'pair_id' and '{field}', but lacks {missing}; add what is missing")
+    if not isinstance(row["pair_id"], str):
+        raise ValueError(f"{where}: 'pair_id' must be a string, got {_shown(row['pair_id'])}; write it in quotes")
+    if field == "references":
+        _check_texts(row[field], "'references'", where)
+    elif not isinstance(row[field], str):
+        raise ValueError(f"{where}: '{field}' must be a string, got {_shown(row[field])}; write the caption in quotes, "
+                         'or "" for a pair without a caption')
+
+
+def _check_texts(texts: Any, name: str, where: str) -> None:
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"{where}: {name} must be a list of strings, got {_shown(texts)}; write a list such as "
+                         '["a car has left"]')
+
+
+def _shown(value: Any) -> str:
+    """Return the first 60 characters of a value as JSON text, for a message."""
+    return json.dumps(value, ensure_ascii=False)[:60]
 
 
 def rounded(value: Any) -> Any:
@@ -189,10 +211,6 @@ def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
     """
     published = protocol.id_key is not None and path.suffix == ".json"
     rows: list[PairRow] = [*(_published(path, protocol) if published else read_rows(path, "references").values())]
-    for row in rows:
-        if not (isinstance(row["references"], list) and all(isinstance(text, str) for text in row["references"])):
-            raise ValueError(f"{path}: 'references' of pair {row['pair_id']!r} must be a list of strings, "
-                             f"got {row['references']!r}")
     if not rows:
         raise ValueError(f"{path}: must have one line per pair, but is empty; the command 'onediff references' writes "
                          "such a file")
@@ -206,8 +224,9 @@ def _published(path: Path, protocol: Protocol) -> list[PairRow]:
     All entries of the file with the same id belong to one pair. A pair whose sentences are all empty keeps one empty
     reference, because papers include such pairs in their scores.
     """
+    text = read_text(path, "a JSON file")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: must be valid JSON, but has an error ({error}); download this annotation file again"
                          ) from None
@@ -216,6 +235,7 @@ def _published(path: Path, protocol: Protocol) -> list[PairRow]:
         if not isinstance(entry, dict) or {protocol.id_key, protocol.text_key} - entry.keys():
             raise ValueError(f"{path} entry {number}: must have '{protocol.id_key}' and '{protocol.text_key}', like "
                              f"the published annotations of {protocol.source}")
+        _check_texts(entry[protocol.text_key], f"'{protocol.text_key}'", f"{path} entry {number}")
         texts = merged.setdefault(str(entry[protocol.id_key]), [])
         texts += [text for text in entry[protocol.text_key] if text.strip()]
     return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
@@ -232,7 +252,7 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
 
     Lines of predictions are {"pair_id", "prediction"}; lines of references are {"pair_id", "references": [...]}.
     `read_benchmark` describes other formats of references. `key` is a key of PROTOCOLS. Raises ValueError with file and
-    line for a wrong line, and with the pair_ids that only the predictions or only the references contain.
+    line for a wrong line, and with file and pair_ids if predictions and references are not of the same pairs.
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:
@@ -268,6 +288,9 @@ def _score_all(predictions: Sequence[Path], references: Path, key: str | None,
     texts = {row["pair_id"]: texts_of(row, joined=protocol.joined) for row in rows}
     chosen = chosen_rows(protocol, rows)
     groups = [str(rows[place].get("group_id", rows[place]["pair_id"])) for place in chosen]
-    scores = [restricted(score(read_predictions(path), texts, metrics=metrics), chosen) for path in predictions]
+    captions = [read_predictions(path) for path in predictions]
+    for path, system in zip(predictions, captions, strict=True):
+        check_keys(system, texts, where=f"{path}: ")
+    scores = [restricted(score(system, texts, metrics=metrics), chosen) for system in captions]
     return scores, groups, {"num_pairs": len(chosen), "num_groups": len(set(groups)), "protocol": protocol.name,
                             "references": references_digest(texts)}

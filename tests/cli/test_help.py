@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from onediff.cli.main import COMMANDS, app
-from onediff.cli.output import local_path
+from onediff.cli.output import local_path, output_path
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS_OF_ALL = {"help", "as_json"}
@@ -76,13 +76,19 @@ def test_every_path_argument_refuses_addresses(words: tuple[str, ...], command: 
     hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True)
     for name, hint in hints.items():
         if "pathlib" in str(hint):
-            assert hint.__metadata__[0].parser is local_path, f"onediff {' '.join(words)}: {name}"
+            parser = output_path if name == "out" or words == ("export",) else local_path
+            assert hint.__metadata__[0].parser is parser, f"onediff {' '.join(words)}: {name}"
 
 
 def test_a_path_is_kept_and_an_address_is_refused() -> None:
     assert local_path("images/1.png") == Path("images/1.png")
     with pytest.raises(typer.BadParameter, match=r"'https://example\.com/a\.png' is an address"):
         local_path("https://example.com/a.png")
+
+
+def test_an_address_for_an_output_is_refused_with_another_cure() -> None:
+    with pytest.raises(typer.BadParameter, match=r"is an address.*: give a path on this machine"):
+        output_path("https://example.com/p.jsonl")
 
 
 def test_an_address_instead_of_an_image_is_shown_as_given() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from chat_server import serving
 from PIL import Image
 
 from onediff.cli import main as cli
+from onediff.cli.output import error_message
 from onediff.ops import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,11 @@ def test_a_container_image_must_have_a_name_without_spaces(project: Path, monkey
                                                            image: str) -> None:
     message = str(_onediff(monkeypatch, "manifest", "tune", "--image", image))
     assert message.startswith("onediff: --image must be") and message.endswith(f"got '{image}'")
+
+
+def test_an_error_of_the_operating_system_names_the_path_and_a_cure() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "secret.jsonl")
+    assert error_message(error).startswith("onediff: secret.jsonl: Permission denied: check that this path is correct")
 
 
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,

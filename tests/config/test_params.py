@@ -113,6 +113,17 @@ def test_the_error_for_a_missing_params_yaml_says_how_to_create_it(tmp_path: Pat
         load_params(tmp_path / "params.yaml")
 
 
+def test_a_folder_instead_of_a_yaml_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder, but must be a YAML file"):
+        load_runtime(tmp_path)
+
+
+def test_a_byte_order_mark_at_the_start_of_a_yaml_file_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + TINY.encode())
+    assert load_params(path) == load_params(ROOT / "presets/tiny.yaml")
+
+
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(b"seed: \xff")

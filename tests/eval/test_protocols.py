@@ -71,6 +71,14 @@ def test_references_of_another_split_or_of_a_part_are_refused(official: Path, tm
         score_files([official], official, key="spot_the_diff")
 
 
+def test_a_published_entry_whose_sentences_are_no_list_is_refused(official: Path) -> None:
+    entries = json.loads(official.read_text())
+    entries[2]["sentences"] = "a car"
+    official.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"test\.json entry 2: 'sentences' must be a list of strings, got .a car."):
+        read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+
+
 def test_the_protocol_of_one_half_of_clevr_change_needs_change_types(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"pair_id": str(k), "references": ["a"]} for k in range(7970)]
     with pytest.raises(ValueError, match=r"scores only changed pairs, .* but pair 0 has none"):

@@ -109,6 +109,18 @@ def test_contradictory_or_missing_options_are_refused(options: list[str], messag
     assert not Path("p.jsonl").exists()
 
 
+@pytest.mark.parametrize(("out", "message"), [
+    ("data", "onediff: data is a folder, but must be a file: give the path of a file"),
+    ("params.yaml/p.jsonl", "onediff: params.yaml/p.jsonl cannot be written (File exists): give a path in a folder"),
+    ("/proc/x/y", "onediff: /proc/x/y cannot be written (No such file or directory): give a path in a folder"),
+])
+def test_a_wrong_output_path_is_refused_before_the_model_loads(out: str, message: str, project: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "onediff", lambda _: pytest.fail("the model was loaded"))
+    for command in (("predict", "scenes", "--model", "m"), ("references", "scenes")):
+        assert str(_onediff(monkeypatch, *command, "--out", out)).startswith(message)
+
+
 def test_a_folder_without_a_model_is_not_suggested_as_the_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / predict.TRAINED).mkdir(parents=True)
     message = str(_onediff(monkeypatch, "predict", "scenes", "--model", str(predict.TRAINED), "--out", "p.jsonl"))

@@ -160,7 +160,9 @@ def sentences(values: list[Any], place: str) -> tuple[list[str], int]:
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file for reading. Raises ValueError if its content is not UTF-8."""
+    """Open a text file for reading. Raises ValueError if its content is not UTF-8, IsADirectoryError for a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, but must be a file: replace the folder by a file")
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file

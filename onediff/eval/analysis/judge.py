@@ -66,9 +66,6 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
     Raises ValueError with file and line for bad input, and all errors of `judge` and `known_truths`.
     """
     captions = read_predictions(predictions)
-    if not captions:
-        raise ValueError(f"{predictions}: must have one line per pair, but is empty; write predictions first, for "
-                         "example with 'onediff predict'")
     rows: list[PairRow] = []
     if known:
         splits = [name for name in ("test", "gate", "val") if any(shards.glob(f"{name}-*.parquet"))] or ["test"]
@@ -81,6 +78,7 @@ def judge_files(predictions: Path, references: Path | None, settings: Judge, run
         raise ValueError("--references is needed: a JSONL file of lines with 'pair_id' and 'references'; "
                          "for generated data, --truth BENCHMARK can be given instead")
     texts = {row["pair_id"]: list(row["references"]) for row in judged_rows}
+    check_keys(captions, texts, where=f"{predictions}: ")
     groups = {row["pair_id"]: str(row.get("group_id", row["pair_id"])) for row in [*judged_rows, *rows]}
     verdicts = judge(captions, texts, settings, runtime)
     result = summary(verdicts, groups)

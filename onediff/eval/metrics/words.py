@@ -53,12 +53,15 @@ def tokenized(predictions: Predictions, references: References) -> list[Pair]:
             for tokens, texts in zip(prediction_tokens, references.values(), strict=True)]
 
 
-def check_keys(predictions: Predictions, references: References) -> None:
-    """Raise ValueError unless predictions and references have the same pair_ids and each pair has a reference."""
+def check_keys(predictions: Predictions, references: References, *, where: str = "") -> None:
+    """Raise ValueError unless predictions and references have the same pair_ids and each pair has a reference.
+
+    The message starts with `where`, such as "predictions.jsonl: ".
+    """
     missing = [key for key in references if key not in predictions]
     extra = [key for key in predictions if key not in references]
     if missing or extra:
-        raise ValueError("predictions and references must have the same pair_ids, but "
+        raise ValueError(f"{where}predictions and references must have the same pair_ids, but "
                          f"{_some(missing)} are missing from the predictions and {_some(extra)} are not among the "
                          "references; give two files of the same pairs")
     if not references:

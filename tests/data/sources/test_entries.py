@@ -56,6 +56,12 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         read_json(path, list)
 
 
+def test_a_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
+    for read in (read_list, read_lines, read_csv):
+        with pytest.raises(IsADirectoryError, match="is a folder, but must be a file"):
+            list(read(tmp_path))
+
+
 def test_the_error_for_invalid_json_contains_the_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 3: not valid JSON"):
         list(read_lines(put(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a"}\n')))

@@ -168,17 +168,20 @@ def test_score_files_gives_every_metric(tmp_path: Path) -> None:
 
 
 GOOD = {"pair_id": "a", "prediction": "x"}
+REFERENCE = {"pair_id": "a", "references": ["x"]}
 
 
 @pytest.mark.parametrize(("rows", "message"), [
     ([GOOD, "{oops"], r"p.jsonl line 2: must be valid JSON"),
     ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', but lacks \['prediction'\]"),
-    ([GOOD, [1]], r"p.jsonl line 2: must have 'pair_id'"),
+    ([GOOD, [1]], r"p.jsonl line 2: must be a JSON object with 'pair_id' and 'prediction', got \[1\]"),
+    ([], r"p.jsonl: must have one line per pair, but is empty"),
     ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, but .* \('a'\)"),
-    ([{"pair_id": "a", "prediction": 3}], r"'prediction' of pair 'a' must be a string, got 3"),
+    ([{"pair_id": "a", "prediction": 3}], r"p.jsonl line 1: 'prediction' must be a string, got 3"),
+    ([{"pair_id": "a", "prediction": None}], r"line 1: 'prediction' must be a string, got null; .* or \"\" for a pair"),
     ([{"pair_id": 1, "prediction": "x"}], r"line 1: 'pair_id' must be a string, got 1"),
     ([{"pair_id": f"b{i}", "prediction": "x"} for i in range(7)],
-     r"1 \(a\) are missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) are not among"),
+     r"p.jsonl: predictions and references .* 1 \(a\) are missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) are not among"),
 ])
 def test_bad_prediction_files_are_refused(tmp_path: Path, rows: list[object], message: str) -> None:
     references = write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": ["x"]}])
@@ -188,10 +191,28 @@ def test_bad_prediction_files_are_refused(tmp_path: Path, rows: list[object], me
 
 def test_bad_reference_files_are_refused(tmp_path: Path) -> None:
     predictions = write_lines(tmp_path / "p.jsonl", [GOOD])
-    with pytest.raises(ValueError, match="must be a list of strings, got 'x'"):
+    with pytest.raises(ValueError, match=r'r.jsonl line 1: .* must be a list of strings, got "x"'):
         score_files([predictions], write_lines(tmp_path / "r.jsonl", [{"pair_id": "a", "references": "x"}]))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         score_files([predictions], tmp_path / "none.jsonl")
     (tmp_path / "l.jsonl").write_bytes(b'{"pair_id": "a", "references": ["caf\xe9"]}')
     with pytest.raises(ValueError, match=r"l\.jsonl: must be UTF-8"):
         score_files([predictions], tmp_path / "l.jsonl")
+
+
+def test_a_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    rule = "t is a folder, but must be a JSON Lines file: give the path of a file"
+    good = write_lines(tmp_path / "p.jsonl", [GOOD])
+    for predictions, references in ((good, tmp_path / "t"),
+                                    (tmp_path / "t", write_lines(tmp_path / "r.jsonl", [REFERENCE]))):
+        with pytest.raises(IsADirectoryError, match=rule):
+            score_files([predictions], references)
+
+
+def test_a_byte_order_mark_changes_no_score(tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "p.jsonl", [GOOD]), write_lines(tmp_path / "r.jsonl", [REFERENCE])
+    expected = score_files([files[0]], files[1])
+    for path in files:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert score_files([files[0]], files[1]) == expected
