@@ -142,7 +142,7 @@ def _project() -> list[Finding]:
             Finding("backbones", not missing,
                     f"no model.safetensors in {', '.join(missing)}" if missing else ", ".join(models),
                     "run 'git checkout presets/backbones', or train them with 'make backbones'"),
-            _pipeline(), _champion()]
+            _pipeline(), _mlflow() or _champion()]
 
 
 def _pipeline() -> Finding:
@@ -156,6 +156,18 @@ def _pipeline() -> Finding:
     stale = list(json.loads(done.stdout))
     message = "stages that must run again: " + ", ".join(stale) if stale else "every stage is up to date"
     return Finding("pipeline", not stale, message, "run 'make run'", needed=False)
+
+
+def _mlflow() -> Finding | None:
+    """Return a finding if the MLflow server does not answer or the SQLite database is damaged, and None otherwise."""
+    from onediff import tracking
+
+    try:
+        tracking.check()
+    except ValueError as error:
+        problem, _, cure = str(error).rpartition(": ")
+        return Finding("mlflow", False, problem, cure)
+    return None
 
 
 def _champion() -> Finding:

@@ -238,3 +238,19 @@ def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: 
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
     assert lines[-1] == "2 of 2 captions judged"
+
+
+def test_the_doctor_reports_a_damaged_database_and_other_commands_name_it_in_one_line(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "mlflow.db").write_text("junk\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
+    Image.new("RGB", (17, 13)).save("a.png")
+    finding = doctor._mlflow()
+    assert finding is not None and finding.needed and not finding.ok and "file is not a database" in finding.message
+    assert finding.cure.startswith("restore the file from a backup, or move it away")
+    for command in (("registry", "list"), ("caption", "a.png", "a.png"), ("registry", "trail")):
+        message = str(_onediff(monkeypatch, *command))
+        assert message == f"onediff: {finding.message}: {finding.cure}" and "\n" not in message
+    Path("params.yaml").write_bytes(Path("presets/tiny.yaml").read_bytes())
+    Path("runtime.yaml").write_text("usage_log: usage\n")
+    assert _onediff(monkeypatch, "drift") == 2 and "file is not a database" in capsys.readouterr().err
