@@ -117,7 +117,8 @@ def _check_sqlite(address: str) -> None:
 
 
 def _damaged(address: str, reason: str) -> ValueError:
-    return ValueError(f"MLflow's database {_sqlite_file(address) or without_password(address)} must be an undamaged SQLite database, but SQLite cannot read it "
+    name = _sqlite_file(address) or without_password(address)
+    return ValueError(f"MLflow's database {name} must be an undamaged SQLite database, but SQLite cannot read it "
                       f"({reason}): restore the file from a backup, or move it away, so that the next run creates an "
                       "empty one")
 

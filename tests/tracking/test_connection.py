@@ -124,7 +124,7 @@ def _cut_off(path: Path, good: bytes) -> None:
 
 
 def _damaged_table(path: Path, good: bytes) -> None:
-    """Overwrite the pages of two tables and their indexes, so that SQLite opens the file, but cannot read the tables."""
+    """Overwrite the pages of two tables and their indexes, so that SQLite can open only the file."""
     path.write_bytes(good)
     with closing(sqlite3.connect(path)) as database:
         pages = database.execute("select rootpage from sqlite_master where rootpage > 0 and tbl_name in "
