@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +140,8 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of the usage log to read.")] = 7,
+def drift(days: Annotated[float, typer.Option(help="The number of days of the usage log to read, greater than 0 and at "
+                                              "most 36500.")] = 7,
           model: Model = CHAMPION,
           profile: Annotated[Path | None, path_option(
               "--profile", help="A profile.json; without it, the profile that was registered with the model.")] = None,
@@ -150,7 +152,7 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
     on the `gate` split of the dataset. docs/watching.md explains each measured figure.
 
     The exit code is 0 if nothing drifted, 1 if at least one figure drifted, and 2 if drift cannot be measured, because
-    there are too few captions, or because the usage log, a setting or the profile is missing.
+    there are too few captions, because the usage log, a setting or the profile is missing, or after any other error.
 
     Example: onediff drift --days 30 --json
     """
@@ -160,6 +162,9 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
         result = examine(days=days, model=model, profile=profile)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print_warning(error_message(error))
+        raise typer.Exit(CANNOT_BE_MEASURED) from None
+    except Exception:  # noqa: BLE001 - Python would exit with 1 after an unexpected error, which means "drifted".
+        print_warning(traceback.format_exc())
         raise typer.Exit(CANNOT_BE_MEASURED) from None
     print_result(result.as_dict(), as_text(result), as_json)
     if result.moved or not result.figures:
