@@ -177,6 +177,9 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
 
     if (version is None) == (of is None):
         raise ValueError("give either a model version, or the option --of with a path or a digest")
+    if verify and version is None:
+        raise ValueError("--verify needs a model version, such as 'onediff lineage champion --verify'; it cannot check "
+                         "--of")
     if version is not None and verify:
         _verify(version, as_json)
     elif version is not None:
