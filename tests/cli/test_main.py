@@ -192,6 +192,27 @@ def test_caption_outside_of_a_project_creates_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("command", [("preset",), ("preset", "tiny"), ("plan", "--preset", "tiny"), ("plan",),
+                                     ("manifest", "tune"), ("registry", "trail"), ("gc",)])
+def test_outside_of_a_project_a_command_fails_with_the_cure_and_creates_nothing(
+        command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    message = str(_onediff(monkeypatch, *command))
+    assert message.startswith(f"onediff: {tmp_path}/") and "\n" not in message
+    assert "run this command in the folder of the project" in message or "in the project's folder" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_outside_of_a_project_the_only_cure_of_the_doctor_is_to_go_to_the_project(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    problems = [finding for finding in doctor.examine() if not finding.ok]
+    assert [(finding.name, finding.cure) for finding in problems] == [
+        ("project", "run this command in the folder of the project")]
+    assert problems[0].needed and problems[0].message == f"{tmp_path}/dvc.yaml does not exist"
+
+
 def test_an_audit_prints_a_table_and_a_verdict_and_fails_with_the_option_fail(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
