@@ -22,7 +22,7 @@ from flows.server import temporary_server
 from onediff import interrupts
 from onediff.config import load_runtime
 from onediff.git import configure_dvc
-from onediff.paths import DVC_YAML
+from onediff.paths import check_project
 
 SPARE_S = 4.0  # seconds that an interrupted flow gets to end, in addition to the `grace_s` seconds of its stage
 
@@ -38,9 +38,7 @@ def run(flow: Flow[Any, Any], *arguments: Any, lock: AbstractContextManager[None
         limit_s = load_runtime().grace_s + SPARE_S
         interrupts.raise_keyboard_interrupt(limit_s)
         _limit_the_end(limit_s)
-        if not DVC_YAML.exists():
-            raise FileNotFoundError(f"{DVC_YAML.absolute()} does not exist: run this command in the folder of the "
-                                    "project")
+        check_project()
         configure_dvc()
         with lock or nullcontext(), temporary_server():
             state: Any = flow(*arguments, return_state=True)

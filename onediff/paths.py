@@ -1,4 +1,7 @@
-"""The paths that more than one module uses, relative to the project's folder, and the MLflow URI of the champion."""
+"""The paths that more than one module uses, relative to the project's folder, and the MLflow URI of the champion.
+
+`check_project` refuses a working directory that is not a project.
+"""
 
 from pathlib import Path
 
@@ -36,3 +39,9 @@ REPORT = DATA / "report.html"
 FIGURES = DATA / "figures"
 
 CHAMPION = "models:/onediff@champion"
+
+
+def check_project() -> None:
+    """Raise FileNotFoundError if the working directory is not the folder of a project, which contains dvc.yaml."""
+    if not DVC_YAML.exists():
+        raise FileNotFoundError(f"{DVC_YAML.absolute()} does not exist: run this command in the folder of the project")

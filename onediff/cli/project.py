@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from onediff.cli.output import (
     print_text,
     print_warning,
 )
-from onediff.paths import CHAMPION, PARAMS, RUNTIME
+from onediff.paths import CHAMPION, PARAMS, RUNTIME, check_project
 
 NUM_SHOWN = 5  # largest number of items of each kind that 'onediff gc' lists by name
 CANNOT_BE_MEASURED = 2  # exit code of 'onediff drift'; diff and grep also exit with 2 after an error
@@ -39,8 +40,7 @@ def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the 
     from onediff.config import load_params, load_runtime
 
     if name is None:
-        print_text("\n".join(f"{name:<12} {_first_sentence(path)}" for name, path in _presets().items())
-                   or "There are no presets here: run this command in the folder of the project.")
+        print_text("\n".join(f"{name:<12} {_first_sentence(path)}" for name, path in _presets().items()))
         return
     path = _preset_file(name)
     load_params(path)
@@ -57,16 +57,23 @@ def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the 
 
 
 def _presets() -> dict[str, Path]:
-    """Return a dict from the name of each preset to its file in presets/, without the runtime files."""
-    return {path.stem: path for path in sorted(Path("presets").glob("*.yaml")) if not path.stem.endswith(".runtime")}
+    """Return a dict from the name of each preset to its file in presets/, without the runtime files.
+
+    Raises FileNotFoundError if there is no preset.
+    """
+    folder = Path("presets")
+    presets = {path.stem: path for path in sorted(folder.glob("*.yaml")) if not path.stem.endswith(".runtime")}
+    if not presets:
+        raise FileNotFoundError(f"{folder.absolute()} contains no presets: run this command in the folder of the "
+                                "project")
+    return presets
 
 
 def _preset_file(name: str) -> Path:
     """Return the file of a preset. If it does not exist, raise ValueError with the names of all presets."""
     presets = _presets()
     if name not in presets:
-        names = ", ".join(presets) or "none in this folder, so run the command in the folder of the project"
-        raise ValueError(f"presets/{name}.yaml does not exist; the presets are: {names}")
+        raise ValueError(f"presets/{name}.yaml does not exist; the presets are: {', '.join(presets)}")
     return presets[name]
 
 
@@ -118,6 +125,7 @@ def manifest(phase: Annotated[Literal["align", "tune"], typer.Argument(help="The
     from onediff.config import load_runtime
     from onediff.train.launch.kubernetes import manifest as kubernetes_manifest
 
+    check_project()
     print_text(kubernetes_manifest(phase, load_runtime(), image=image).removesuffix("\n"))
 
 
@@ -140,7 +148,8 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of the usage log to read.")] = 7,
+def drift(days: Annotated[float, typer.Option(help="The number of days of the usage log to read, greater than 0 and at "
+                                              "most 36500.")] = 7,
           model: Model = CHAMPION,
           profile: Annotated[Path | None, path_option(
               "--profile", help="A profile.json; without it, the profile that was registered with the model.")] = None,
@@ -151,7 +160,7 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
     on the `gate` split of the dataset. docs/watching.md explains each measured figure.
 
     The exit code is 0 if nothing drifted, 1 if at least one figure drifted, and 2 if drift cannot be measured, because
-    there are too few captions, or because the usage log, a setting or the profile is missing.
+    there are too few captions, because the usage log, a setting or the profile is missing, or after any other error.
 
     Example: onediff drift --days 30 --json
     """
@@ -161,6 +170,9 @@ def drift(days: Annotated[float, typer.Option(min=0, help="The number of days of
         result = examine(days=days, model=model, profile=profile)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print_warning(error_message(error))
+        raise typer.Exit(CANNOT_BE_MEASURED) from None
+    except Exception:  # noqa: BLE001 - Python would exit with 1 after an unexpected error, which means "drifted".
+        print_warning(traceback.format_exc())
         raise typer.Exit(CANNOT_BE_MEASURED) from None
     print_result(result.as_dict(), as_text(result), as_json)
     if result.moved or not result.figures:
@@ -196,7 +208,7 @@ def gc(yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the listed 
 
     Example: onediff gc --days 90 --yes
     """
-    from onediff.ops.housekeeping import KINDS, check_project, survey, sweep
+    from onediff.ops.housekeeping import KINDS, survey, sweep
 
     check_project()
     from flows.processes import pipeline_lock  # The import of flows creates .onediff, so check_project() runs first.

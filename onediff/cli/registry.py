@@ -17,7 +17,7 @@ from onediff.cli.output import (
     print_text,
     print_warning,
 )
-from onediff.paths import TRAINED
+from onediff.paths import TRAINED, check_project
 
 app = typer.Typer(cls=GroupedCommands, help="List, register, promote and roll back versions of the model.",
                   no_args_is_help=True, context_settings=SETTINGS)
@@ -114,8 +114,10 @@ def trail(as_json: Json = False) -> None:
 
     Example: onediff registry trail --json
     """
-    from onediff import registry
+    from onediff import registry, tracking
 
+    if not tracking.exists():
+        check_project()
     changes = registry.trail()
     print_result([change.as_dict() for change in changes],
                  "\n".join(map(str, changes)) or "No alias has changed yet.", as_json)
@@ -178,6 +180,9 @@ def lineage(version: Annotated[str | None, typer.Argument(help=VERSION)] = None,
 
     if (version is None) == (of is None):
         raise ValueError("give either a model version, or the option --of with a path or a digest")
+    if verify and version is None:
+        raise ValueError("--verify needs a model version, such as 'onediff lineage champion --verify'; it cannot check "
+                         "--of")
     if version is not None and verify:
         _verify(version, as_json)
     elif version is not None:

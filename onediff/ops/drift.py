@@ -8,6 +8,7 @@ profile.json, and recent rows of the usage log are compared with that profile.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 PROFILE = "profile.json"
 COPY_JPEG_QUALITY = 90  # JPEG quality of the image copies for `false_alarms_worn`; people see no difference
 _BATCH_SIZE = 32
-_CURE = "run 'onediff profile .onediff/profile', then 'onediff drift --profile .onediff/profile/profile.json'"
+MAX_DAYS = 36500  # largest number of days for which the usage log can be read
 _ALARMS = ("false_alarms", "false_alarms_worn")
 # For each figure whose distribution is compared: the function that reads its value from a row of the usage log.
 DISTRIBUTIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -175,16 +176,19 @@ def _no_change(rows: Sequence[UsageRow]) -> Rate:
 def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
     """Read the profile from the file `path`, or by default from the registered version or model folder `model`.
 
-    Raises FileNotFoundError if there is no profile, ValueError if the profile is damaged or lacks a figure that this
-    code compares.
+    Raises FileNotFoundError if there is no profile or no such model, ValueError if the profile is damaged or lacks a
+    figure that this code compares.
     """
     is_registered = path is None and model.startswith("models:/")
-    where = f"{model}, {PROFILE}" if is_registered else str(path or Path(model) / PROFILE)
+    where = f"{model}, {PROFILE}" if is_registered else str(path or folder_of(model) / PROFILE)
     try:
         text = version_text(model, PROFILE) if is_registered else Path(where).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except IsADirectoryError:
+        raise ValueError(f"{where} is a folder, but the profile must be a file: " + (
+            f"give {where}/{PROFILE}" if (Path(where) / PROFILE).is_file() else _cure(model))) from None
+    except (FileNotFoundError, NotADirectoryError):
         problem = f"{model} was registered without {PROFILE}" if is_registered else f"{where} does not exist"
-        raise FileNotFoundError(f"{problem}: {_CURE}") from None
+        raise FileNotFoundError(f"{problem}: {_cure(model)}") from None
     try:
         profile = json.loads(text)
         complete = (set(profile["distributions"]) >= set(DISTRIBUTIONS) and "weights" in profile
@@ -192,8 +196,15 @@ def read_profile(model: str, path: Path | None = None) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise ValueError(f"{where}: the profile is damaged or incomplete: {_CURE}")
+        raise ValueError(f"{where}: the profile is damaged or incomplete: {_cure(model)}")
     return dict(profile)
+
+
+def _cure(model: str) -> str:
+    """Return the two commands that measure a profile of the model and compare the usage log with it."""
+    option = "" if model == CHAMPION else f" --model {shlex.quote(model)}"
+    return (f"run 'onediff profile .onediff/profile{option}', then "
+            f"'onediff drift{option} --profile .onediff/profile/{PROFILE}'")
 
 
 def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = None) -> Drift:
@@ -206,8 +217,8 @@ def examine(*, days: float = 7, model: str = CHAMPION, profile: Path | None = No
     if runtime.usage_log is None:
         raise ValueError("runtime.yaml: usage_log must be a folder, and it is not set, so no captions were logged: see "
                          "docs/watching.md")
-    if days <= 0:
-        raise ValueError(f"days must be greater than 0, got {days:g}")
+    if not 0 < days <= MAX_DAYS:
+        raise ValueError(f"days must be greater than 0 and at most {MAX_DAYS}, got {days:g}")
     expected, log = read_profile(model, profile), Path(runtime.usage_log)
     all_rows, num_broken = read_usage(log, datetime.now(UTC) - timedelta(days=days))
     rows = [row for row in all_rows if row["weights"] == expected["weights"]]

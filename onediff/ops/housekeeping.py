@@ -58,13 +58,6 @@ class Survey:
         return [item.name for item in self.items if item.kind in kinds]
 
 
-def check_project() -> None:
-    """Raise FileNotFoundError if the working directory is not a project that DVC manages."""
-    if not Path(".dvc").is_dir():
-        raise FileNotFoundError(f"{Path('.dvc').absolute()} does not exist: run this command in the folder of the "
-                                "project")
-
-
 def survey(days: float) -> Survey:
     """List what can be removed: items older than `days`, and objects in the DVC cache that nothing needs.
 

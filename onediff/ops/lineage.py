@@ -25,6 +25,7 @@ from onediff.repro.lock import Stage, cache_of, files_of, md5_of, md5_of_files, 
 FOLDER = "lineage"  # name of the folder with the lineage, among the files of a registered model version
 WEIGHTS, DIFFCAP = paths.TRAINED.as_posix(), paths.DIFFCAP.as_posix()  # paths of the weights and data in dvc.lock
 TRAINING, SCORING = ("align", "tune"), ("score",)
+_DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}")
 _ONE_PER_SOURCE = ("raw", "pairs", "synthetic", "written")  # folders of data/ that have one sub-folder for each source
 
 
@@ -163,7 +164,8 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
     """Return every registered version whose lineage contains `item`, and the numbers of the versions without a lineage.
 
     `item` is a path in dvc.yaml, a file below such a path, an md5 or a SHA-256. The newest version comes first.
-    Raises ValueError if nothing is registered.
+    Raises ValueError if nothing is registered, or if `item` is in no lineage, does not exist, is not in dvc.lock and is
+    no digest, because then it is probably misspelt.
     """
     uses, without_lineage = [], []
     for row in registry.list_versions():
@@ -175,7 +177,22 @@ def versions_of(item: str) -> tuple[list[Use], list[str]]:
         for path, digest in _digests_of(item, lineage).items():
             here = md5_of(Path(path)) == digest if Path(path).exists() else None
             uses.append(Use(row["version"], row["aliases"], path, digest, _role(path, lineage), here))
+    if not uses and not _DIGEST.fullmatch(item) and not Path(item).exists() and _name_of(item) not in _locked_paths():
+        raise ValueError(f"{item} must be a path in this project, a path in {DVC_LOCK}, an md5 or a SHA-256, but it is "
+                         "none of these: correct the path, or give all 32 or 64 digits of the digest")
     return uses, without_lineage
+
+
+def _locked_paths() -> set[str]:
+    """Return the paths of all dependencies and outputs in dvc.lock, or an empty set if there is no dvc.lock."""
+    stages = read_dvc_lock().values() if DVC_LOCK.exists() else ()
+    return {path for stage in stages for path in stage.deps | stage.outs}
+
+
+def _name_of(item: str) -> str:
+    """Return the path of a file or folder as dvc.lock writes it, relative to the project's folder."""
+    path = Path(os.path.normpath(Path.cwd() / item))
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else item
 
 
 def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
@@ -190,13 +207,12 @@ def _digests_of(item: str, lineage: Mapping[str, Any]) -> dict[str, str]:
         digests |= {f"{folder}/{name}": md5 for name, md5 in (files or {}).items()}
     digests |= {f"{WEIGHTS}/*.safetensors": lineage["weights_digest"], f"{DVC_LOCK} (SHA-256)": lineage["dvc_lock"],
                 f"{CARD} (SHA-256)": lineage["data_card"]}
-    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?|[0-9a-f]{64}", item):
+    if _DIGEST.fullmatch(item):
         # The data card identifies a shard by the first half of its SHA-256.
         shards = {f"{DIFFCAP}/{shard}" for shard, half in lineage["shards"].items() if item[:32] == half}
         return {path: digest for path, digest in digests.items()
                 if item.removesuffix(".dir") == digest.removesuffix(".dir") or path in shards}
-    path = Path(os.path.normpath(Path.cwd() / item))
-    name = path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else item
+    name = _name_of(item)
     if name in digests:
         return {name: digests[name]}
     return {path: digest for path, digest in digests.items()

@@ -11,11 +11,12 @@ import configparser
 import logging
 import os
 import re
+import sqlite3
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ KIND = ("mlflow.experimentKind", "custom_model_development")
 HOME = Path(".onediff")
 SERVER = ("http://", "https://")
 _DENIED = (401, 403)
+_DAMAGE = re.compile("database disk image is malformed|file is not a database")  # messages of SQLite
 _OTHER_CREDENTIALS = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
           "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -60,8 +62,13 @@ def exists() -> bool:
 
     Call this before a read, because MLflow's client would create the missing file.
     """
-    address = uri()
-    return not address.startswith("sqlite:///") or Path(address.removeprefix("sqlite:///").partition("?")[0]).exists()
+    file = _sqlite_file(uri())
+    return file is None or file.exists()
+
+
+def _sqlite_file(address: str) -> Path | None:
+    """Return the file of a SQLite database, or None if the address is that of a server or of another database."""
+    return Path(address.removeprefix("sqlite:///").partition("?")[0]) if address.startswith("sqlite:///") else None
 
 
 def where() -> str:
@@ -70,13 +77,14 @@ def where() -> str:
 
 
 def check() -> None:
-    """Check quickly that the configured MLflow server answers and accepts the user and password.
+    """Check quickly that the configured MLflow server answers, or that the configured SQLite database can be read.
 
-    Raises ValueError if it does not. If MLflow uses a database and no server, nothing is checked. This function does
-    not import MLflow, because the import takes seconds.
+    Raises ValueError if not, or if the server rejects user and password. Other databases are not checked. This function
+    does not import MLflow, because the import takes seconds.
     """
     address = uri()
     if not address.startswith(SERVER):
+        _check_sqlite(address)
         return
     # This request fails if user or password is wrong; a request to MLflow's page /health would not.
     request = urllib.request.Request(
@@ -93,6 +101,26 @@ def check() -> None:
             raise _unreachable(address, f"the server answers with HTTP status {error.code}") from None
     except (OSError, ValueError) as error:
         raise _unreachable(address, str(getattr(error, "reason", error))) from None
+
+
+def _check_sqlite(address: str) -> None:
+    """Raise ValueError if the address is that of an existing file which is not a SQLite database or is damaged."""
+    file = _sqlite_file(address)
+    if file is None or not file.exists():
+        return
+    try:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("select count(*) from sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        if "locked" not in str(error):  # MLflow waits for a database that another process has locked.
+            raise _damaged(address, str(error)) from None
+
+
+def _damaged(address: str, reason: str) -> ValueError:
+    name = _sqlite_file(address) or without_password(address)
+    return ValueError(f"MLflow's database {name} must be an undamaged SQLite database, but SQLite cannot read it "
+                      f"({reason}): restore the file from a backup, or move it away, so that the next run creates an "
+                      "empty one")
 
 
 def _credentials(address: str) -> dict[str, str]:
@@ -143,6 +171,8 @@ def plain_errors() -> Iterator[None]:
         status = http_status(error)
         if status in _DENIED and uri().startswith(SERVER):
             raise _denied(status) from None
+        if damage := _DAMAGE.search(str(error)):
+            raise _damaged(uri(), damage[0]) from None
         kind = ConnectionError if status >= 500 else ValueError
         raise kind(f"MLflow at {where()}: {without_password(' '.join(str(error).split()))[:300]}") from None
 

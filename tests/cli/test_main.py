@@ -221,6 +221,27 @@ def test_caption_outside_of_a_project_creates_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("command", [("preset",), ("preset", "tiny"), ("plan", "--preset", "tiny"), ("plan",),
+                                     ("manifest", "tune"), ("registry", "trail"), ("gc",)])
+def test_outside_of_a_project_a_command_fails_with_the_cure_and_creates_nothing(
+        command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    message = str(_onediff(monkeypatch, *command))
+    assert message.startswith(f"onediff: {tmp_path}/") and "\n" not in message
+    assert "run this command in the folder of the project" in message or "in the project's folder" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_outside_of_a_project_the_only_cure_of_the_doctor_is_to_go_to_the_project(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    problems = [finding for finding in doctor.examine() if not finding.ok]
+    assert [(finding.name, finding.cure) for finding in problems] == [
+        ("project", "run this command in the folder of the project")]
+    assert problems[0].needed and problems[0].message == f"{tmp_path}/dvc.yaml does not exist"
+
+
 def test_an_audit_prints_a_table_and_a_verdict_and_fails_with_the_option_fail(
         project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ONEDIFF_WORKERS", "1")
@@ -267,3 +288,19 @@ def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: 
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
     assert lines[-1] == "2 of 2 captions judged"
+
+
+def test_the_doctor_reports_a_damaged_database_and_other_commands_name_it_in_one_line(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "mlflow.db").write_text("junk\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
+    Image.new("RGB", (17, 13)).save("a.png")
+    finding = doctor._mlflow()
+    assert finding is not None and finding.needed and not finding.ok and "file is not a database" in finding.message
+    assert finding.cure.startswith("restore the file from a backup, or move it away")
+    for command in (("registry", "list"), ("caption", "a.png", "a.png"), ("registry", "trail")):
+        message = str(_onediff(monkeypatch, *command))
+        assert message == f"onediff: {finding.message}: {finding.cure}" and "\n" not in message
+    Path("params.yaml").write_bytes(Path("presets/tiny.yaml").read_bytes())
+    Path("runtime.yaml").write_text("usage_log: usage\n")
+    assert _onediff(monkeypatch, "drift") == 2 and "file is not a database" in capsys.readouterr().err

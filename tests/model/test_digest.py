@@ -44,5 +44,6 @@ def test_the_digest_depends_on_names_and_contents_but_not_on_the_path_of_the_fol
 def test_a_folder_without_weights_has_no_digest(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist: give the folder of a trained "
+                                                r"model, such as data/models/tune"):
         model_digests(folder)

@@ -180,12 +180,21 @@ def test_a_missing_log_or_profile_is_an_error_with_a_cure(project: Path, tmp_pat
     with pytest.raises(ValueError, match=r"runtime\.yaml: usage_log must be a folder, and it is not set"):
         drift.examine(model="model")
     (tmp_path / "runtime.yaml").write_text("usage_log: usage\n")
-    (tmp_path / "model").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"model/profile\.json does not exist: run 'onediff profile"):
+    with pytest.raises(FileNotFoundError, match=r"^model is not a model folder \(it has no config\.json\): "):
         drift.examine(model="model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    cure = (r"run 'onediff profile \.onediff/profile --model model', then 'onediff drift --model model --profile "
+            r"\.onediff/profile/profile\.json'$")
+    with pytest.raises(FileNotFoundError, match=rf"^model/profile\.json does not exist: {cure}"):
+        drift.examine(model="model")
+    with pytest.raises(ValueError, match=rf"^model is a folder, but the profile must be a file: {cure}"):
+        drift.examine(model="model", profile=Path("model"))
     (tmp_path / "model/profile.json").write_text('{"distributions": {}}')
     with pytest.raises(ValueError, match="the profile is damaged or incomplete"):
         drift.examine(model="model")
+    with pytest.raises(ValueError, match=r"^model is a folder, but .* a file: give model/profile\.json$"):
+        drift.examine(profile=Path("model"))
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
@@ -209,6 +218,30 @@ def test_exit_codes_tell_steady_from_drifted_from_not_measurable(project: Path, 
         monkeypatch.setattr(drift, "examine", lambda result=result, **_: result)
         assert run_command(monkeypatch, "--json") == exit_code
         assert json.loads(capsys.readouterr().out)["verdict"] == result.verdict
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "nan", "inf", "1e12", "36501"])
+def test_a_number_of_days_without_a_meaning_is_refused_with_exit_code_2(
+        days: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(project)
+    assert run_command(monkeypatch, "--days", days) == 2
+    message = capsys.readouterr().err
+    assert message == f"onediff: days must be greater than 0 and at most 36500, got {float(days):g}\n"
+
+
+def test_an_unexpected_error_does_not_have_the_exit_code_of_drift(monkeypatch: pytest.MonkeyPatch,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(**_: object) -> None:
+        raise OverflowError("date value out of range")
+
+    monkeypatch.setattr(drift, "examine", fail)
+    assert run_command(monkeypatch) == 2 and "OverflowError: date value out of range" in capsys.readouterr().err
+
+
+def test_the_help_names_the_largest_number_of_days(capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_command(monkeypatch, "--help") == 0
+    assert f"greater than 0 and at most {drift.MAX_DAYS}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bytes) ->
     git("init", "-q", "-b", "main")
     dvc("init", "-q")
     (tmp_path / ".gitignore").write_text("/mlflow*\n/.onediff/\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     commit("begin")
     return tmp_path
 
@@ -239,7 +240,7 @@ def onediff(*arguments: str) -> str:
 def test_outside_of_a_project_the_command_refuses_and_creates_nothing(tmp_path: Path) -> None:
     completed = subprocess.run([sys.executable, "-m", "onediff", "gc"], cwd=tmp_path, capture_output=True, text=True,
                                check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
-    assert completed.returncode == 1 and ".dvc does not exist" in completed.stderr
+    assert completed.returncode == 1 and "dvc.yaml does not exist" in completed.stderr
     assert not list(tmp_path.iterdir())
 
 

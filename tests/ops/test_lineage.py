@@ -86,7 +86,20 @@ def test_versions_are_listed_for_a_digest(project: Path) -> None:
     assert uses_of(shard) == [(f"{DIFFCAP}/train-00000.parquet", "was trained on it", True)]
     weights = lineage.lineage_of("1")["weights_digest"]
     assert uses_of(weights) == [("data/models/tune/*.safetensors", "consists of it", None)]
-    assert uses_of("f" * 32) == [] and uses_of("data/raw/other") == []
+    assert uses_of("f" * 32) == []
+
+
+@pytest.mark.parametrize("item", ["nope", "data/diffcap/train-00099.parquet", "0123456789abcdef"])
+def test_a_misspelt_path_or_digest_is_refused(item: str) -> None:
+    with pytest.raises(ValueError, match=f"^{item} must be a path in this project, a path in dvc.lock, an md5"):
+        lineage.versions_of(item)
+
+
+def test_an_output_of_dvc_lock_that_no_version_used_may_be_missing_in_the_workspace(
+        project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dvc.lock").write_text((project / "dvc.lock").read_text().replace(DIFFCAP, "data/other"))
+    monkeypatch.chdir(tmp_path)
+    assert uses_of("./data/other") == []
 
 
 def test_different_bytes_under_the_same_path_are_reported(project: Path) -> None:
@@ -118,11 +131,14 @@ def test_the_command_prints_lineage_and_uses(monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in ((["1", "--json"], '"version": "1"'),
                                 (["--of", DIFFCAP], f"was trained on it: {DIFFCAP} "),
-                                (["--of", "README.md"], "no version has README.md in its lineage")):
+                                (["--of", "dvc.yaml"], "no version has dvc.yaml in its lineage")):
         monkeypatch.setattr(sys, "argv", ["onediff", "lineage", *arguments])
         with pytest.raises(SystemExit):
             cli.main()
         assert expected in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["onediff", "lineage", "--of", DIFFCAP, "--verify"])
+    with pytest.raises(SystemExit, match="--verify needs a model version"):
+        cli.main()
     monkeypatch.setattr(sys, "argv", ["onediff", "lineage"])
     with pytest.raises(SystemExit, match="give either a model version, or the option --of"):
         cli.main()

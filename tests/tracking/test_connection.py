@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from onediff import tracking
+from onediff import registry, tracking
 from onediff.config import Config
 
 REPO = Path(__file__).parents[2]
@@ -107,3 +109,52 @@ def test_credentials_are_read_from_the_address_the_environment_or_a_file(guarded
         tracking.check()
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
     tracking.check()
+
+
+def _junk(path: Path, good: bytes) -> None:
+    path.write_text("junk\n")
+
+
+def _folder(path: Path, good: bytes) -> None:
+    path.mkdir()
+
+
+def _cut_off(path: Path, good: bytes) -> None:
+    path.write_bytes(good[:len(good) // 3])
+
+
+def _damaged_table(path: Path, good: bytes) -> None:
+    """Overwrite the pages of two tables and their indexes, so that SQLite can open only the file."""
+    path.write_bytes(good)
+    with closing(sqlite3.connect(path)) as database:
+        pages = database.execute("select rootpage from sqlite_master where rootpage > 0 and tbl_name in "
+                                 "('registered_models', 'model_versions')").fetchall()
+        [[size]] = database.execute("pragma page_size")
+    with path.open("r+b") as file:
+        for [page] in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
+
+
+@pytest.mark.parametrize("damage", [_junk, _folder, _cut_off, _damaged_table])
+def test_a_damaged_database_is_one_line_with_its_path_and_a_cure(damage: Callable[[Path, bytes], None],
+                                                                 empty_store: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "damaged.db"
+    damage(path, empty_store.read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    for call in (registry.list_versions, registry.trail):
+        with pytest.raises(ValueError, match=rf"^MLflow's database {path} must be an undamaged SQLite database, but "
+                                             r"SQLite cannot read it \([a-z ]+\): restore the file from a backup, or "
+                                             r"move it away[^\n]*$"):
+            call()
+
+
+def test_a_database_that_another_process_has_locked_is_not_called_damaged(empty_store: Path, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "locked.db"
+    path.write_bytes(empty_store.read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("begin exclusive")
+        tracking.check()

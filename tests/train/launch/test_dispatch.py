@@ -297,6 +297,7 @@ def test_pods_for_cpus_request_no_gpu() -> None:
 
 def test_the_manifest_command_prints_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").touch()  # The command refuses a folder without this file.
     monkeypatch.setenv("ONEDIFF_NODES", "2")
     stdout = CliRunner().invoke(app, ["manifest", "tune", "--image", "mine:1"]).stdout
     assert stdout == manifest("tune", Runtime(nodes=2), image="mine:1")
