@@ -14,7 +14,7 @@ NEXT = """
 Report:    data/report.html; 'make report' opens it
 MLflow:    'make ui' shows runs, scores and versions
 Your pair: source .venv/bin/activate && onediff caption BEFORE AFTER
-Your data: data/README.md describes how to add pairs; then 'make run' again"""
+Your data: docs/own-pairs.md explains how to train on your own pairs"""
 
 Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protocol, such as spot_the_diff/single. It "
                                               "scores only the complete official test split, as papers do.")]
