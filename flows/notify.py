@@ -1,6 +1,5 @@
 """Report events and scores of the flows as Prefect artifacts, and through the notification blocks of runtime.yaml."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from onediff.config import load_runtime
 from onediff.eval.metrics.catalog import BEHAVIOUR, BEHAVIOUR_HEADLINES, CAPTION_HEADLINES
+from onediff.files import read_json
 
 Event = Literal["failure", "refusal", "promotion", "rollback", "drift", "data"]
 
@@ -47,7 +47,7 @@ def without_secrets(text: str) -> str:
 @task(cache_policy=NO_CACHE)
 def publish_scores(scores: Path, key: str) -> str:
     """Publish the scores in the JSON file `scores` as a Prefect artifact, and return them as a Markdown table."""
-    table = score_table(json.loads(scores.read_text()))
+    table = score_table(read_json(scores))
     create_markdown_artifact(table, key=key, description=f"Scores in {scores}")
     return table
 
