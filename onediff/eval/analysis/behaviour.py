@@ -26,12 +26,11 @@ _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add"
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
 # What undoes `remove` is `restore` instead of `paste` if the removed object has no name.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
-                 "less_contrast": "more_contrast", "color_cast": "color_cast", "black_and_white": "colorize",
-                 "colorize": "black_and_white", "blur": "sharpen", "sharpen": "blur", "crop": "zoom_out",
-                 "zoom_out": "crop", "rotate": "rotate", "paste": "remove", "restore": "remove", "remove": "paste"}
-_EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple", "purple": "green", "blue": "yellow",
-                                 "yellow": "blue"},
-                  "rotate": {"to the left": "to the right", "to the right": "to the left"}}
+                 "less_contrast": "more_contrast", "color_cast": "remove_cast", "remove_cast": "color_cast",
+                 "black_and_white": "colorize", "colorize": "black_and_white", "blur": "sharpen", "sharpen": "blur",
+                 "crop": "zoom_out", "zoom_out": "crop", "rotate": "rotate", "paste": "remove", "restore": "remove",
+                 "remove": "paste"}
+_EDIT_OPPOSITE = {"rotate": {"to the left": "to the right", "to the right": "to the left"}}
 
 Outcomes = Sequence[tuple[str, float]]  # for each pair: (group_id, outcome from 0 = wrong to 1 = right)
 
