@@ -232,8 +232,7 @@ def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[Pa
     false_alarm_rate: share of unchanged pairs whose caption does not say that nothing changed. same_caption_rate: share
     of changed pairs whose caption is identical to the caption of the unaltered pair.
 
-    `left_out` is the number of changed pairs of each type whose inverse change the grammar cannot express: crop, black
-    and white, blur, and the removal of an object from a photograph, because the object has no name.
+    `left_out` is the number of changed pairs of each type whose inverse change the grammar cannot express.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, SWAPPED, rows)}
     if grammar is None:
