@@ -10,8 +10,7 @@ from onediff.data.record import Record, read_records, read_table
 from onediff.eval.questions import GENERATED, PARAPHRASES, sample
 from onediff.files import new_folder
 from onediff.library_logs import silence_libraries
-from onediff.paths import CAPTIONS, DIFFCAP, OWN_QUESTION
-from onediff.paths import PARAPHRASES as PARAPHRASED
+from onediff.paths import CAPTIONS, DIFFCAP, OWN_QUESTION, PARAPHRASED
 from onediff.stages.command import run
 
 TESTS = "test-*.parquet"

@@ -21,7 +21,7 @@ from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of, read_predictions, rounded
 from onediff.eval.questions import GENERATED
 from onediff.files import new_folder, read_json, read_jsonl, write_json
-from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, OWN_QUESTION, PARAPHRASES, SCORED
+from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, OWN_QUESTION, PARAPHRASED, SCORED
 from onediff.paths import METRICS as METRICS_FILE
 from onediff.stages.command import run
 
@@ -88,7 +88,7 @@ def _other_questions(source: str, predictions: Predictions, rows: list[dict[str,
     `predictions` are the captions that answer the default question.
     """
     own = read_predictions(OWN_QUESTION / f"{source}.jsonl")
-    paraphrased = PARAPHRASES / f"{source}.jsonl"
+    paraphrased = PARAPHRASED / f"{source}.jsonl"
     lines = read_jsonl(paraphrased) if paraphrased.exists() else []  # absent if caption.num_paraphrased is 0
     return {"own_question": own_question_scores(source, own, rows),
             "paraphrases": paraphrase_spread(source, lines, predictions, rows)}
