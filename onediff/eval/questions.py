@@ -18,7 +18,7 @@ PARAPHRASES = (
     "How do these two pictures differ from each other?",
     "Tell me what happened between the first photo and the second one.",
     "Compare the pictures and name the difference.",
-    "Which change was made here?",
+    "I have two versions of a picture. What sets them apart?",
     "What is not the same any more in the later picture?",
     "Please say in one sentence what has changed.",
     "Look at both photos. What do you notice that is new or different?",

@@ -91,8 +91,7 @@ def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[st
     sentence can say: place, turn, tint, object). An unreadable caption is not right and is no false alarm.
 
     operation_accuracy_by_operation has the share of right operations for each operation. by_picture has the number of
-    pairs and operation_accuracy for each kind of picture (the first part of the pair's group, such as "photo" for
-    photographs). swapped_accuracy_by_operation has the number of swapped pairs and swapped_accuracy for each operation
+    pairs and operation_accuracy for each kind of picture: photographs of packages, generated pictures and canvases. swapped_accuracy_by_operation has the number of swapped pairs and swapped_accuracy for each operation
     that leads back. A figure without pairs is left out.
     """
     table = [(row, read_edit(predictions[row["pair_id"]])) for row in rows]
@@ -101,9 +100,11 @@ def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[st
     ways_back = [(row["group_id"], right) for row, right in swapped]
     result = rates({"operation_accuracy": outcomes, **_unchanged_and_unreadable(table), "swapped_accuracy": ways_back})
     all_rows, swapped_rows = [row for row, _ in table], [row for row, _ in swapped]
-    pictures = [row["group_id"].split("/")[0] for row in all_rows]
+    pictured = [(row["provenance"]["kind"], outcome) for row, outcome in zip(all_rows, outcomes, strict=True)
+                if "kind" in row["provenance"]]
     return {**result, "operation_accuracy_by_operation": _by_type(all_rows, outcomes),
-            "by_picture": rates_by(pictures, {"operation_accuracy": outcomes}),
+            "by_picture": rates_by([kind for kind, _ in pictured],
+                                   {"operation_accuracy": [outcome for _, outcome in pictured]}),
             "swapped_accuracy_by_operation": rates_by([row["change_type"] for row in swapped_rows],
                                                       {"swapped_accuracy": ways_back})}
 

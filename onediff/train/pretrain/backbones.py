@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from onediff.config import load_params, load_runtime
-from onediff.data.synthesis.edits.pictures import photo_paths
+from onediff.data.synthesis.edits.photographs import photo_paths
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES, Thing, render, visible
 from onediff.data.synthesis.scenes.captions import name_objects
