@@ -24,7 +24,7 @@ PARAPHRASES = (
     "Look at both photos. What do you notice that is new or different?",
     "Explain how the first image became the second image.",
     "Spot the difference.",
-    "Has anything changed, and if so, what?",
+    "Do you see a difference? Describe it.",
 )
 
 

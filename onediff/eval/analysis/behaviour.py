@@ -91,8 +91,9 @@ def edit_behaviour(predictions: Predictions, rows: Iterable[PairRow]) -> dict[st
     sentence can say: place, turn, tint, object). An unreadable caption is not right and is no false alarm.
 
     operation_accuracy_by_operation has the share of right operations for each operation. by_picture has the number of
-    pairs and operation_accuracy for each kind of picture: photographs of packages, generated pictures and canvases. swapped_accuracy_by_operation has the number of swapped pairs and swapped_accuracy for each operation
-    that leads back. A figure without pairs is left out.
+    pairs and operation_accuracy for each kind of picture: photographs of packages, generated pictures and canvases.
+    swapped_accuracy_by_operation has the number of swapped pairs and swapped_accuracy for each operation that leads
+    back. A figure without pairs is left out.
     """
     table = [(row, read_edit(predictions[row["pair_id"]])) for row in rows]
     outcomes = [(row["group_id"], claim.change_type == row["change_type"]) for row, claim in table]

@@ -8,8 +8,8 @@ import pytest
 
 from onediff.config import Config, load_params
 from onediff.data.record import Record
-from onediff.data.synthesis.edits.operations import CASTS, OPERATIONS
-from onediff.data.synthesis.edits.records import edit_record
+from onediff.data.synthesis.edits.operations import CASTS
+from onediff.data.synthesis.edits.records import edit_records
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
 from onediff.data.synthesis.scenes.records import scene_records
@@ -33,7 +33,7 @@ from onediff.eval.floors import oracle
 
 @pytest.fixture(scope="module")
 def edits(micro: Config) -> list[Record]:
-    return [edit_record(micro, "train", index) for index in range(60)]
+    return [record for index in range(60) for record in edit_records(micro, "test", index)]
 
 
 NEAR = ("", " left of the blue sphere", " right of the red block", " in front of the small cyan ball",
@@ -162,13 +162,21 @@ def test_the_inverse_of_a_scene_change_is_the_change_of_the_swapped_pair(micro: 
 
 def test_every_edit_has_a_way_back_and_the_way_back_of_the_way_back_is_the_edit(edits: list[Record]) -> None:
     edit_of = {record.change_type: truth(vars(record)) for record in edits}
-    assert set(edit_of) == set(OPERATIONS)
+    assert set(edit_of) == set(EDIT_TEMPLATES)
     assert [kind for kind, edit in edit_of.items() if undone_edit(edit) is None] == ["none"]
     for edit in edit_of.values():
         back = undone_edit(edit)
         if back is not None:
             assert back != edit and undone_edit(back) == edit
             assert inverse_edit(edit, back) and inverse_edit(back, edit) and not inverse_edit(edit, edit)
+
+
+def test_the_true_edit_of_a_swapped_pair_is_the_way_back_of_the_pair(edits: list[Record]) -> None:
+    truth_of = {record.pair_id: truth(vars(record)) for record in edits}
+    swapped = [record for record in edits if record.provenance["swap_of"]]
+    assert {record.change_type for record in swapped} == set(EDIT_TEMPLATES) - {"none"}
+    for record in swapped:
+        assert undone_edit(truth_of[record.provenance["swap_of"]]) == truth_of[record.pair_id], record.pair_id
 
 
 @pytest.mark.parametrize(("forth", "back"), [
