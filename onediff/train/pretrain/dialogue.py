@@ -22,7 +22,7 @@ from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt
 
 STEPS, ROWS, IMAGES, RATE = 1500, 48, 16, 1e-3
-_NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
+_NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
 def sentence(rng: Generator) -> tuple[str, str]:
