@@ -107,8 +107,8 @@ def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Map
                if "incomplete" not in result},
         phases=phases, language=_language_table(metrics), counts=_count_table(results.card),
         types={name: _type_table(result) for name, result in metrics.items()}, floors=FLOORS,
-        questions={name: rows for name, result in metrics.items() if (rows := _question_table(result))},
-        parts={name: rows for name, result in metrics.items() if (rows := _part_table(result))},
+        questions={name: table for name, result in metrics.items() if (table := _question_table(result))},
+        parts={name: parts for name, result in metrics.items() if (parts := _part_table(result))},
         choices=_choices(albums), colours=COLOURS, chart_style=Markup(page_style()),
         figures_of=lambda start: [chart for name, chart in figures.items() if name.startswith(start)])
 
