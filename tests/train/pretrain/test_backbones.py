@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from onediff.data.synthesis.render import COLORS, SHAPES, render
 from onediff.data.synthesis.scenes.drawing import draw_things, draw_view
-from onediff.eval.analysis.behaviour import parse, parse_edit
+from onediff.eval.analysis.grammar import parse, parse_edit
 from onediff.train.pretrain import dialogue as chat
 from onediff.train.pretrain.backbones import (
     ATTRIBUTES,
