@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
-IMAGES_NEEDED = "two parts of type image_url, the image before and the image after"
-_DATA = "data:"
+from onediff.serve.http.errors import ApiError
+from onediff.serve.http.pictures import image_bytes
+from onediff.serve.http.uploads import Question
 
 
 class Lenient(BaseModel):
@@ -39,9 +39,9 @@ class Message(Lenient):
     content: str | list[Part] | None = None
 
     @property
-    def images(self) -> list[str]:
-        """The addresses of the images, in order."""
-        return [part.image_url.url for part in self.parts if isinstance(part, ImagePart)]
+    def images(self) -> list[tuple[int, str]]:
+        """The addresses of the images, each with the number of the part."""
+        return [(number, part.image_url.url) for number, part in enumerate(self.parts) if isinstance(part, ImagePart)]
 
     @property
     def text(self) -> str:
@@ -71,46 +71,31 @@ class ChatRequest(Lenient):
     n: Literal[1] | None = 1
 
 
-@dataclass(frozen=True)
-class ChatPair:
-    """The pair of a chat request: two data URIs, the instruction or None for the default, and warnings for the user."""
+def chat_question(request: ChatRequest) -> tuple[Question, list[str]]:
+    """Return the pair and the instruction of a chat request, and warnings about what of the request is ignored.
 
-    before: str
-    after: str
-    instruction: str | None
-    warnings: list[str]
-
-
-class ChatError(ValueError):
-    """A chat request without a usable pair. `param` is the place in the request."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-def chat_pair(request: ChatRequest) -> ChatPair:
-    """Return the pair of the last message of the user that has images.
-
-    The instruction is the text of the last message of the user that has text, from that message on. Of more than two
-    images, the first and the last are the pair, with a warning. Raises ChatError for fewer than two images and for
-    addresses other than data URIs.
+    The pair is that of the last message of the user that has images: the first and the last image. The instruction is
+    the text of the last message of the user that has text, from that message on. Raises ApiError for fewer than two
+    images, and for images that are no data URIs.
     """
     users = [(place, message) for place, message in enumerate(request.messages) if message.role == "user"]
     place, chosen = next((item for item in reversed(users) if item[1].images), (len(request.messages) - 1, None))
-    count = len(chosen.images) if chosen else 0
-    if chosen is None or count < 2:
-        raise ChatError(f"messages[{place}].content", f"a message of the role user must contain {IMAGES_NEEDED}, "
-                                                      f"got {count}: send both images in one message")
-    for number, part in enumerate(chosen.parts):
-        if isinstance(part, ImagePart) and not part.image_url.url.startswith(_DATA):
-            raise ChatError(f"messages[{place}].content[{number}].image_url.url",
-                            "must be a data URI with base64, such as data:image/png;base64,..., got another address: "
-                            "the server opens no address and no file, so send the content of the image")
+    images = chosen.images if chosen else []
+    if len(images) < 2:
+        param = f"messages.{place}.content"
+        raise ApiError(422, f"{param}: a message of the role user must contain two parts of type image_url, the image "
+                            f"before and the image after, got {len(images)}; send both images in one message",
+                       code="invalid_value", param=param)
+    params = [(url, f"messages.{place}.content.{number}.image_url.url") for number, url in images]
+    for url, param in params:
+        if url[:5].lower() != "data:":
+            raise ApiError(422, f"{param}: must be a data URI such as data:image/png;base64,..., because this server "
+                                "opens no address and no file; send the content of the image", code="address_refused",
+                           param=param)
     texts = [(number, message.text) for number, message in users if number >= place and message.text]
     source, instruction = texts[-1] if texts else (place, None)
-    return ChatPair(chosen.images[0], chosen.images[-1], instruction,
-                    _warnings(count, unused=len(request.messages) - len({place, source})))
+    warnings = _warnings(len(images), unused=len(request.messages) - len({place, source}))
+    return Question(image_bytes(*params[0]), image_bytes(*params[-1]), instruction), warnings
 
 
 def _warnings(count: int, unused: int) -> list[str]:

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from onediff.serve.http.chat_request import ChatError, ChatPair, ChatRequest, chat_pair
+from onediff.serve.http.chat_request import ChatRequest, chat_question
+from onediff.serve.http.errors import ApiError
+from onediff.serve.http.uploads import Question
 
-RED, GREEN, BLUE = (f"data:image/png;base64,{name}" for name in ("cmVk", "Z3JlZW4", "Ymx1ZQ"))
+RED, GREEN, BLUE = (f"data:image/png;base64,{name}" for name in ("cmVk", "Z3JlZW4=", "Ymx1ZQ=="))
 
 
 def image(url: str) -> dict[str, Any]:
@@ -22,47 +24,47 @@ def user(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-def pair_of(*messages: dict[str, Any]) -> ChatPair:
-    return chat_pair(ChatRequest.model_validate({"model": "onediff", "messages": messages, "temperature": 0.7}))
+def asked(*messages: dict[str, Any]) -> tuple[Question, list[str]]:
+    return chat_question(ChatRequest.model_validate({"model": "onediff", "messages": messages, "temperature": 0.7}))
 
 
 def test_two_images_and_the_texts_of_a_message_are_the_pair_and_the_instruction() -> None:
-    assert pair_of(user(image(RED), image(GREEN))) == ChatPair(RED, GREEN, None, [])
-    assert pair_of(user(text("Before: "), image(RED), text("after:"), image(GREEN))) == ChatPair(
-        RED, GREEN, "Before: after:", [])
+    assert asked(user(image(RED), image(GREEN))) == (Question(b"red", b"green"), [])
+    assert asked(user(text("Before: "), image(RED), text("after:"), image(GREEN))) == (
+        Question(b"red", b"green", "Before: after:"), [])
 
 
 def test_of_three_images_the_first_and_the_last_are_compared_with_a_warning() -> None:
-    assert pair_of(user(image(RED), image(BLUE), image(GREEN), text("What moved?"))) == ChatPair(
-        RED, GREEN, "What moved?", ["of 3 images, only the first and the last were compared"])
+    assert asked(user(image(RED), image(BLUE), image(GREEN), text("What moved?"))) == (
+        Question(b"red", b"green", "What moved?"), ["of 3 images, only the first and the last were compared"])
 
 
 def test_a_conversation_gives_its_last_pair_and_its_last_question_with_a_warning() -> None:
-    pair = pair_of({"role": "system", "content": "Be brief."}, user(image(BLUE), image(BLUE)),
+    question, warnings = asked({"role": "system", "content": "Be brief."}, user(image(BLUE), image(BLUE)),
                    user(image(RED), image(GREEN), text("What changed?")),
                    {"role": "assistant", "content": "the cube turned green"},
                    {"role": "user", "content": "What else?"})
-    assert (pair.before, pair.after, pair.instruction) == (RED, GREEN, "What else?")
-    assert pair.warnings == ["3 other messages were ignored: the model reads one pair of images and one instruction"]
+    assert question == Question(b"red", b"green", "What else?")
+    assert warnings == ["3 other messages were ignored: the model reads one pair of images and one instruction"]
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1/a.png", "https://example.org/a.png", "file:///etc/passwd",
-                                     "/etc/passwd", "DATA:image/png;base64,cmVk", "", "ftp://x", " data:,"])
+                                     "/etc/passwd", "", "ftp://x", " data:,"])
 def test_an_address_that_is_no_data_uri_is_refused(address: str) -> None:
-    with pytest.raises(ChatError, match="must be a data URI with base64") as failure:
-        pair_of(user(image(RED), text("What changed?"), image(address)))
-    assert failure.value.param == "messages[0].content[2].image_url.url"
+    with pytest.raises(ApiError, match="must be a data URI") as failure:
+        asked(user(image(RED), text("What changed?"), image(address)))
+    assert failure.value.param == "messages.0.content.2.image_url.url"
 
 
 @pytest.mark.parametrize(("messages", "param", "count"), [
-    ([user(image(RED))], "messages[0].content", 1),
-    ([user(image(RED), image(GREEN)), user(image(RED))], "messages[1].content", 1),
-    ([{"role": "user", "content": "hello"}], "messages[0].content", 0),
-    ([{"role": "assistant", "content": None}, {"role": "system", "content": []}], "messages[1].content", 0),
-    ([{"role": "system", "content": [image(RED), image(GREEN)]}], "messages[0].content", 0)])
+    ([user(image(RED))], "messages.0.content", 1),
+    ([user(image(RED), image(GREEN)), user(image(RED))], "messages.1.content", 1),
+    ([{"role": "user", "content": "hello"}], "messages.0.content", 0),
+    ([{"role": "assistant", "content": None}, {"role": "system", "content": []}], "messages.1.content", 0),
+    ([{"role": "system", "content": [image(RED), image(GREEN)]}], "messages.0.content", 0)])
 def test_a_message_of_the_user_needs_two_images(messages: list[dict[str, Any]], param: str, count: int) -> None:
-    with pytest.raises(ChatError, match=f"must contain two parts .*, got {count}: send both images") as failure:
-        pair_of(*messages)
+    with pytest.raises(ApiError, match=f"must contain two parts .*, got {count}; send both images") as failure:
+        asked(*messages)
     assert failure.value.param == param
 
 
