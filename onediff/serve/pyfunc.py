@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from onediff.config import Serve, load_runtime
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
-from onediff.model.digest import DIGEST_FILE, model_digests
+from onediff.model.digest import checked_digests
 from onediff.serve.http.errors import ApiError
 from onediff.serve.http.pictures import image_bytes, open_picture
 from onediff.serve.usage_log import CaptionFiles, caption_and_log, usage_log
@@ -139,15 +139,10 @@ def _load_pyfunc(data_path: str) -> PairCaptioner:
     releases of OneDiff registered have no digest and are not checked.
     """
     folder = Path(data_path)
-    for parent in folder.parents[:2]:
-        if (parent / "reference.json").exists():
-            raise ValueError(f"{data_path}: this version is registered by reference, so MLflow does not store its "
-                             "weights: 'onediff export VERSION DIR' fetches them")
-        if (parent / DIGEST_FILE).exists():
-            registered, got = (parent / DIGEST_FILE).read_text(encoding="utf-8").strip(), model_digests(folder).folder
-            if got != registered:
-                raise ValueError(f"{folder}: the files must have the registered digest {registered[:12]}, got "
-                                 f"{got[:12]}; they were changed after registration: register the model again")
+    if any((parent / "reference.json").exists() for parent in folder.parents[:2]):
+        raise ValueError(f"{data_path}: this version is registered by reference, so MLflow does not store its weights: "
+                         "'onediff export VERSION DIR' fetches them")
+    checked_digests(folder)
     runtime = load_runtime()
     log = usage_log(runtime, data_path, folder)
     from onediff.model.captioner import Captioner

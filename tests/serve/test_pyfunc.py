@@ -4,7 +4,13 @@ import base64
 import io
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -247,26 +253,79 @@ def test_an_image_folder_that_does_not_exist_stops_the_loading(trained: Path, mo
         _load_pyfunc(str(trained))
 
 
-@pytest.mark.slow
-def test_a_registered_version_can_be_loaded_as_an_mlflow_model(trained: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def champion(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder whose registry, in .onediff/mlflow.db, has the model as champion. The test runs there."""
     from onediff import registry
-    from onediff.model.captioner import Captioner
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (tmp_path / ".onediff").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / '.onediff/mlflow.db'}")
     write_results()
     write_lock(trained)
     Path("rules.yaml").write_text("minima: {scenes.CIDEr: 0.5}\nmaxima: {}\nbetter_than_champion: null\n")
     register(trained)
     assert registry.promote(rules=Path("rules.yaml")).promoted
+    return tmp_path
 
+
+@pytest.mark.slow
+def test_a_registered_version_can_be_loaded_as_an_mlflow_model(champion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.pyfunc import load_model
 
-    monkeypatch.setenv("ONEDIFF_IMAGE_ROOT", str(tmp_path))
+    from onediff import registry
+    from onediff.model.captioner import Captioner
+
+    monkeypatch.setenv("ONEDIFF_IMAGE_ROOT", str(champion))
     served = load_model(CHAMPION)
-    rows = [{"before": file(tmp_path, RED), "after": encoded(GREEN)}]
+    rows = [{"before": file(champion, RED), "after": encoded(GREEN)}]
     direct = Captioner.load(registry.model_folder(), device="cpu")
     pair = (Image.new("RGB", (11, 7), RED), Image.new("RGB", (11, 7), GREEN))
     assert served.predict(rows) == served.predict(pd.DataFrame(rows)) == direct.caption([pair])
     with pytest.raises(MlflowException, match=r"row 0: before: 'nowhere\.png' is no readable file"):
         served.predict([{**rows[0], "before": "nowhere.png"}])
+
+
+@pytest.mark.slow
+def test_mlflow_models_serve_works_as_the_page_documents_it(champion: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page.split("## The MLflow model")[1], re.MULTILINE | re.DOTALL)
+    (_, start), (_, request), (_, script) = blocks
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    (champion / file(champion, RED)).rename("before.png")
+    (champion / file(champion, GREEN)).rename("after.png")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_TRACKING")} | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "NO_PROXY": "127.0.0.1"}
+    with subprocess.Popen(["bash", "-c", start.replace("5001", port)], env=environment, start_new_session=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for_port(int(port), server)
+            answer = run_in_shell(request.replace("5001", port), environment)
+            assert list(json.loads(answer)) == ["predictions"]
+            done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+                                  check=True)
+            assert done.stdout.splitlines()[-1] == str(json.loads(answer)["predictions"])
+            refused = run_in_shell(request.replace("5001", port).replace("--fail-with-body", "").replace(
+                "$(base64 -w0 before.png)", "before.png"), environment)
+            assert "paths are refused" in refused and not re.search(r"Traceback|stack_trace|/onediff", refused)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until the server accepts connections, and fail if it ends before or after two minutes."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline and server.poll() is None, "mlflow models serve did not start"
+            time.sleep(0.2)
+
+
+def run_in_shell(code: str, environment: dict[str, str]) -> str:
+    """Run Bash code and return its output; fail if a command fails."""
+    return subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", code], env=environment, stdout=subprocess.PIPE,
+                          text=True, check=True).stdout
