@@ -41,6 +41,12 @@ class _StopServer(Stop):
         self.server.should_exit = True
 
 
+def server_of(app: FastAPI) -> Server:
+    """Return the server of an application. Its method `run` gets the open sockets."""
+    return Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on",
+                                 ws="none", timeout_graceful_shutdown=DRAIN_S))
+
+
 def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then let the requests in progress end. `report` gets the address of the server.
 
@@ -48,9 +54,7 @@ def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callabl
     """
     with listener(host, port) as opened:
         report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
-        server = Server(uvicorn.Config(
-            app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on", ws="none",
-            timeout_graceful_shutdown=DRAIN_S))
+        server = server_of(app)
 
         def stop() -> None:
             server.should_exit = True
