@@ -133,7 +133,7 @@ def test_without_an_image_folder_no_path_is_opened(tmp_path: Path, monkeypatch: 
     long = tmp_path / ("a" * 90)
     long.mkdir()
     for path in (file(tmp_path, RED), f"{long}/{file(long, RED)}", "nothing.png"):
-        with pytest.raises(MlflowException, match="row 0: before: .*(paths are refused, unless|not base64 text)"):
+        with pytest.raises(MlflowException, match=r"row 0: before: .*(paths are refused, unless|not base64 text)"):
             model.predict([{"before": path, "after": encoded(RED)}])
 
 
