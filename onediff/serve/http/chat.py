@@ -12,18 +12,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
-from onediff.serve.http.chat_request import ChatRequest, chat_question
-from onediff.serve.http.errors import ApiError, wrong_value
+from onediff.serve.http.chat_request import MODEL, ChatRequest, body_schema, chat_question
+from onediff.serve.http.errors import ApiError, ErrorBody, wrong_value
 from onediff.serve.http.schemas import CaptionAnswer
 from onediff.serve.http.service import Service
 from onediff.serve.http.uploads import Body, Question
 
-MODEL = "onediff"
+NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "The name of the model is unknown."}}
 
 
 class ServedName(BaseModel):
-    """The name under which clients ask for the model. It stays the same when a new version takes over."""
-
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -74,15 +73,15 @@ def chat_router(service: Service) -> APIRouter:
         """List the names of models that a chat completion accepts."""
         return ServedNames(data=[name])
 
-    @router.get("/v1/models/{model}", response_model=ServedName)
+    @router.get("/v1/models/{model}", response_model=ServedName, responses=NOT_FOUND)
     async def model(model: str) -> ServedName:
         """Describe the model with this name."""
         _check_name(model)
         return name
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, openapi_extra={"requestBody": {
-        "required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}},
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+        "required": True, "content": {"application/json": {"schema": body_schema()}}}},
+        responses=NOT_FOUND | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
     async def chat_completions(request: Request) -> Response:
         """Describe what changed between two images of one message, which are sent as data URIs."""
         asked: list[tuple[ChatRequest, list[str]]] = []

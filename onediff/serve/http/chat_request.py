@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 
 from onediff.serve.http.errors import ApiError
 from onediff.serve.http.pictures import image_bytes
 from onediff.serve.http.uploads import Question
+
+MODEL = "onediff"  # the name under which clients ask for the model; it stays the same when a new version takes over
 
 
 class Lenient(BaseModel):
@@ -34,9 +36,15 @@ class TextPart(Lenient):
 Part = Annotated[ImagePart | TextPart, Discriminator("type")]
 
 
+def _as_parts(content: Any) -> Any:
+    """Return a content that is only text, or null, as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else [] if content is None else content
+
+
 class Message(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    parts: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
+                     Field(alias="content")] = []
 
     @property
     def images(self) -> list[tuple[int, str]]:
@@ -47,11 +55,6 @@ class Message(Lenient):
     def text(self) -> str:
         """All text parts, joined by spaces."""
         return " ".join(part.text.strip() for part in self.parts if isinstance(part, TextPart)).strip()
-
-    @property
-    def parts(self) -> list[ImagePart | TextPart]:
-        """The content as a list of parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
 
 
 class ResponseFormat(Lenient):
@@ -64,11 +67,27 @@ class ChatRequest(Lenient):
     Fields that OneDiff has no use for are ignored, because captions are decoded greedily and end by themselves.
     """
 
-    model: Annotated[str, Field(examples=["onediff"])]
+    model: Annotated[str, Field(json_schema_extra={"enum": [MODEL]})]
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool | None = False
     response_format: ResponseFormat | None = None
     n: Literal[1] | None = 1
+
+
+def body_schema() -> dict[str, Any]:
+    """Return the JSON schema of ChatRequest without references, because OpenAPI resolves references elsewhere."""
+    schema = ChatRequest.model_json_schema()
+    return dict(_inlined(schema, schema["$defs"]))
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items() if key not in ("$defs", "discriminator")}
 
 
 def chat_question(request: ChatRequest) -> tuple[Question, list[str]]:
