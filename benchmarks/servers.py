@@ -1,7 +1,7 @@
 """The servers that benchmarks/serving.py measures, each in a separate process.
 
-    python -m benchmarks.servers plain --model FOLDER --port 8001        # a plain FastAPI handler, one pair at a time
-    python -m benchmarks.servers following --names FILE --port 8002      # serves the model folder that the file names
+    python -m benchmarks.servers plain FOLDER --port 8001        # a plain FastAPI handler, one pair at a time
+    python -m benchmarks.servers following FILE --port 8002      # serves the model folder that the file names
 """
 
 import os
@@ -13,22 +13,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, UploadFile
-from typer import Typer
+from typer import Option, Typer
 
 from onediff.config import Serve
 from onediff.serve.http.server import listener
 
 START_S = 180.0  # longest time until a server is ready
 HOST = "127.0.0.1"
+Port = Annotated[int, Option()]
 app = Typer()
 
 
 @app.command()
-def plain(model: Path, port: int) -> None:
+def plain(model: Path, port: Port) -> None:
     """Serve a handler of a few lines: it decodes two images and captions them, one request at a time."""
     from onediff.inputs.images import open_image
     from onediff.model.captioner import Captioner
@@ -48,7 +50,7 @@ def plain(model: Path, port: int) -> None:
 
 
 @app.command()
-def following(names: Path, port: int, poll_s: float = 0.5) -> None:
+def following(names: Path, port: Port, poll_s: float = 0.5) -> None:
     """Serve the model folder whose path is in the file `names`, and follow changes of the file."""
     from onediff.config import load_runtime
     from onediff.ops.serving import load_version
