@@ -22,10 +22,13 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.model.digest import checked_digests
 from onediff.serve.http.errors import ApiError
 from onediff.serve.http.pictures import image_bytes, open_picture
-from onediff.serve.usage_log import CaptionFiles, caption_and_log, usage_log
+from onediff.serve.http.service import wrong_instruction
+from onediff.serve.usage_log import CaptionFiles, Files, UsageLog, caption_and_log, usage_log
 
 if TYPE_CHECKING:
     from mlflow.exceptions import MlflowException
+
+    from onediff.model.captioner import Captioner, Pair
 
 COLUMNS = ("before", "after", "instruction")
 IMAGE_ROOT = "ONEDIFF_IMAGE_ROOT"
@@ -147,7 +150,16 @@ def _load_pyfunc(data_path: str) -> PairCaptioner:
     log = usage_log(runtime, data_path, folder)
     from onediff.model.captioner import Captioner
 
-    return PairCaptioner(partial(caption_and_log, Captioner.load(folder), log), runtime.serve, _image_root())
+    return PairCaptioner(partial(_caption, Captioner.load(folder), log), runtime.serve, _image_root())
+
+
+def _caption(captioner: Captioner, log: UsageLog | None, files: list[Files], pairs: list[Pair],
+             instructions: list[str]) -> list[str]:
+    """Caption pairs as `caption_and_log` does. Raises ApiError for an instruction that the model cannot take."""
+    for number, instruction in enumerate(instructions):
+        if problem := wrong_instruction(captioner, instruction, f"row {number}: instruction"):
+            raise problem
+    return caption_and_log(captioner, log, files, pairs, instructions)
 
 
 def _image_root() -> Path | None:

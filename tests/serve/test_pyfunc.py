@@ -247,6 +247,16 @@ def test_a_registered_version_with_changed_files_is_not_loaded(tmp_path: Path) -
         _load_pyfunc(str(folder))
 
 
+@pytest.mark.parametrize(("instruction", "message"), [
+    ("<image> what?", "row 1: instruction: must not contain <image>"),
+    ("word " * 5000, "row 1: instruction: too long for this model")])
+def test_an_instruction_that_the_model_cannot_take_is_refused(trained: Path, instruction: str, message: str) -> None:
+    pair = {"before": encoded(RED), "after": encoded(GREEN)}
+    with pytest.raises(MlflowException, match=message) as failure:
+        _load_pyfunc(str(trained)).predict([pair, {**pair, "instruction": instruction}])
+    assert failure.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
 def test_an_image_folder_that_does_not_exist_stops_the_loading(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDIFF_IMAGE_ROOT", "/nowhere")
     with pytest.raises(ValueError, match="ONEDIFF_IMAGE_ROOT must name a folder, got '/nowhere'"):
