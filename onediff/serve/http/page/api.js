@@ -1,17 +1,19 @@
 /** Requests to the server that this page comes from. */
 import { PlainError } from "./errors.js";
 
-const TITLES = {
-  400: "The server cannot use these pictures.",
-  413: "The pictures are too large for this server.",
-  415: "The server cannot use these pictures.",
-  422: "The server cannot use these pictures.",
-  429: "The server is busy.",
-  503: "The server is not ready.",
-  504: "The server took too long.",
+// What the page says for the status of an error response. After a title without a detail, it says what the server says.
+const UNUSABLE = ["The server cannot use these pictures."];
+const WAIT = "Wait a few seconds, then try again.";
+const TEXTS = {
+  400: UNUSABLE,
+  408: ["The pictures arrived too slowly.", "Check your connection, then try again."],
+  413: ["The pictures are too large for this server."],
+  415: UNUSABLE,
+  422: UNUSABLE,
+  429: ["The server is busy.", WAIT],
+  503: ["The server is not ready.", `It may still load the model. ${WAIT}`],
+  504: ["The server took too long.", WAIT],
 };
-const BUSY = "Wait a few seconds, then try again.";
-const DETAILS = { 429: BUSY, 503: BUSY, 504: BUSY };
 
 /**
  * Ask for the caption of a pair, and return the answer of `POST v1/captions`.
@@ -30,20 +32,15 @@ export async function requestCaption([before, after], { key, signal }) {
     return await response.json();
   } catch (error) {
     if (error instanceof PlainError || error.name === "AbortError") throw error;
-    throw new PlainError("The server does not answer.", "Check that it is running and that you are online, then try again.");
+    throw new PlainError("The server does not answer.", "Check that it is running, then try again.");
   }
 }
 
 /** Return the picture of an example as a Blob. */
 export async function fetchExample(name) {
-  let response;
-  try {
-    response = await fetch(`page/examples/${name}.jpg`);
-  } catch {
-    throw new PlainError("The example cannot be loaded.", "Check that the server is running, then try again.");
-  }
-  if (!response.ok) throw new PlainError("The example cannot be loaded.", "Choose two pictures of your own.");
-  return response.blob();
+  const response = await fetch(`page/examples/${name}.jpg`).catch(() => null);
+  if (response?.ok) return response.blob();
+  throw new PlainError("The example cannot be loaded.", "Check that the server is running.", { canRetry: false });
 }
 
 /** Turn an error response into a PlainError. */
@@ -51,11 +48,11 @@ async function refusal(response, key) {
   const { status } = response;
   if (status === 401 || status === 403) {
     const title = key ? "The server does not accept this API key." : "The server asks for an API key.";
-    return new PlainError(title, "Enter the key above.", { needsKey: true });
+    return new PlainError(title, "Enter the key above.", { canRetry: false, needsKey: true });
   }
-  if (DETAILS[status]) return new PlainError(TITLES[status], DETAILS[status]);
-  if (TITLES[status]) return new PlainError(TITLES[status], await serverMessage(response));
-  return new PlainError("The server failed.", `Its log says why (status ${status}).`);
+  const [title, detail] = TEXTS[status] ?? ["The server failed.", `Its log says why (status ${status}).`];
+  if (detail) return new PlainError(title, detail);
+  return new PlainError(title, await serverMessage(response), { canRetry: false });
 }
 
 /** Return the message of an error response as a sentence. The text is empty if there is no message. */

@@ -23,7 +23,8 @@ export function drawOverlay(canvas, { width, height }, { grid = null, boxes = []
   }
   const shrinking = canvas.width / (canvas.parentElement.clientWidth || canvas.width);
   for (const [left, top, right, bottom] of boxes) {
-    const box = [left * canvas.width, top * canvas.height, (right - left) * canvas.width, (bottom - top) * canvas.height];
+    const { width: across, height: down } = canvas;
+    const box = [left * across, top * down, (right - left) * across, (bottom - top) * down];
     for (const [color, linePx] of [["#000a", 5], ["#ffcf33", 2.5]]) {
       Object.assign(context, { strokeStyle: color, lineWidth: linePx * shrinking, lineJoin: "round" });
       context.strokeRect(...box);

@@ -36,7 +36,7 @@ async function place(loads, { answer = null, note = "" } = {}) {
     else present(null);
     if (note && isLast()) showNote(note);
   } catch (error) {
-    if (isLast()) report(error, { again: false });
+    if (isLast()) report(error);
   }
 }
 
@@ -60,7 +60,7 @@ async function compare() {
     present(answer);
     await remember(pair, answer);
   } catch (error) {
-    if (mine === request) report(error, { again: true });
+    if (mine === request) report(error);
   }
 }
 
@@ -71,9 +71,9 @@ function stop() {
 }
 
 /** Show an error that has a text for the user, and throw every other error. */
-function report(error, { again }) {
+function report(error) {
   if (!(error instanceof PlainError)) throw error;
-  showError(error, { again });
+  showError(error);
   if (error.needsKey) askForKey();
 }
 
@@ -132,7 +132,7 @@ function startButtons() {
   part("again").addEventListener("click", compare);
   part("cancel").addEventListener("click", () => {
     stop();
-    showError(new PlainError("You stopped waiting.", "There is no caption for this pair."), { again: true });
+    showError(new PlainError("You stopped waiting.", "There is no caption for this pair."));
     part("again").focus();
   });
   part("examples").addEventListener("click", event => {

@@ -10,7 +10,7 @@ export async function openPicture(blob, name) {
   try {
     bitmap = await createImageBitmap(blob);
   } catch {
-    throw new PlainError(`“${name}” cannot be opened.`, "Use a PNG, JPEG, WebP or GIF file.");
+    throw new PlainError(`“${name}” cannot be opened.`, "Use a PNG, JPEG, WebP or GIF file.", { canRetry: false });
   }
   const { width, height } = bitmap;
   bitmap.close();

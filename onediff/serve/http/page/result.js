@@ -2,13 +2,14 @@
 
 const SLOW_MS = 4000; // After this time, the page says that it still waits, and offers to stop.
 const part = id => document.getElementById(id);
+const PARTS = ["caption", "waiting", "warning", "note", "progress", "cancel", "error", "facts"];
 let slow;
 
 /** Hide everything, for example when a picture is missing. */
 export function clearResult() {
   clearTimeout(slow);
   if (part("result").contains(document.activeElement)) part("result").focus(); // A hidden button would lose the focus.
-  for (const id of ["caption", "waiting", "warning", "note", "progress", "cancel", "error", "facts"]) part(id).hidden = true;
+  for (const id of PARTS) part(id).hidden = true;
 }
 
 /** Show that a caption is on the way. */
@@ -36,12 +37,12 @@ export function showAnswer({ caption, changed, confidence, familiar, model, mill
   part("facts").hidden = false;
 }
 
-/** Show an error. `again` says whether to offer another try. */
-export function showError({ title, detail }, { again }) {
+/** Show a PlainError, and offer another try if that can help. */
+export function showError({ title, detail, canRetry }) {
   clearResult();
   part("error-title").textContent = title;
   part("error-detail").textContent = detail;
-  part("again").hidden = !again;
+  part("again").hidden = !canRetry;
   part("error").hidden = false;
 }
 

@@ -1,4 +1,4 @@
-"""The web page of `onediff serve`: static files that this package contains, so the page works without internet."""
+"""The web page of `onediff serve`: static files that onediff contains, so the page works without internet."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Scope
 
-FOLDER = Path(__file__).parent
-# The browser runs and shows only files of this server, and the pictures that the user opens (blob:) or opened before (data:).
+FOLDER = Path(__file__).with_name("page")
+# The browser runs and shows only files of this server, the pictures that the user opens (blob:), and copies of earlier
+# pictures (data:).
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
                                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
