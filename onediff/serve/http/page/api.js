@@ -52,7 +52,7 @@ async function refusal(response, key) {
   }
   const [title, detail] = TEXTS[status] ?? ["The server failed.", `Its log says why (status ${status}).`];
   if (detail) return new PlainError(title, detail);
-  return new PlainError(title, await serverMessage(response), { canRetry: false });
+  return new PlainError(title, await serverMessage(response), { canRetry: false, isTooLarge: status === 413 });
 }
 
 /** Return the message of an error response as a sentence. The text is empty if there is no message. */

@@ -3,6 +3,7 @@ import { SIDES, blobOf, smallCopy } from "./pictures.js";
 
 const STORE = "onediff.history";
 const MAX_ENTRIES = 12;
+const STORED_PX = 640; // largest width or height of a stored picture
 const section = document.getElementById("history");
 const list = document.getElementById("entries");
 const entries = JSON.parse(sessionStorage.getItem(STORE) ?? "[]"); // each {names, copies, answer}; the newest first
@@ -24,7 +25,8 @@ export function startHistory(open) {
 
 /** Add a pair with its answer. Copies of the pictures are stored, because originals can be too large for the store. */
 export async function remember(pair, answer) {
-  const entry = { names: pair.map(picture => picture.name), copies: await Promise.all(pair.map(smallCopy)), answer };
+  const copies = await Promise.all(pair.map(picture => smallCopy(picture, STORED_PX)));
+  const entry = { names: pair.map(picture => picture.name), copies, answer };
   entries.unshift(entry);
   list.prepend(entryItem(entry));
   save();

@@ -2,11 +2,12 @@
 import { fetchExample, requestCaption } from "./api.js";
 import { PlainError } from "./errors.js";
 import { remember, startHistory } from "./history.js";
-import { SIDES, closePicture, inOrder, openPicture } from "./pictures.js";
+import { SIDES, blobOf, closePicture, inOrder, openPicture, smallCopy } from "./pictures.js";
 import { clearResult, showAnswer, showError, showNote, showWaiting } from "./result.js";
 import { showPictures, startStage } from "./stage.js";
 
 const KEY = "onediff.key";
+const SENT_PX = 1024; // largest width or height of the copies that are sent if the originals are too large
 const part = id => document.getElementById(id);
 let pictures = [null, null];
 const turns = [0, 0]; // how often a picture was chosen for each slot; only the last choice counts
@@ -55,12 +56,25 @@ async function compare() {
   showPictures(pair, null);
   showWaiting();
   try {
-    const answer = await requestCaption(pair, { key: sessionStorage.getItem(KEY), signal: mine.signal });
+    const { answer, note } = await ask(pair, { key: sessionStorage.getItem(KEY), signal: mine.signal });
     if (mine !== request) return;
     present(answer);
+    if (note) showNote(note);
     await remember(pair, answer);
   } catch (error) {
     if (mine === request) report(error);
+  }
+}
+
+/** Request the caption of a pair, and a second time with smaller copies if the pictures are too large for the server. */
+async function ask(pair, options) {
+  try {
+    return { answer: await requestCaption(pair, options) };
+  } catch (error) {
+    if (!error.isTooLarge) throw error;
+    const copies = pair.map(async picture => ({ name: picture.name, blob: blobOf(await smallCopy(picture, SENT_PX)) }));
+    const answer = await requestCaption(await Promise.all(copies), options);
+    return { answer, note: "The pictures are too large for this server, so it got smaller copies." };
   }
 }
 

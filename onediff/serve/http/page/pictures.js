@@ -2,7 +2,6 @@
 import { PlainError } from "./errors.js";
 
 export const SIDES = ["before", "after"];
-const STORED_PX = 640; // largest width or height of a picture in the history
 
 /** Open a file as a picture. Throws PlainError if the browser cannot show it. */
 export async function openPicture(blob, name) {
@@ -29,9 +28,13 @@ export function inOrder(files) {
     isLater(a) - isLater(b) || a.name.localeCompare(b.name, undefined, { numeric: true }));
 }
 
-/** Return a small JPEG copy of a picture as a data URI. Transparent parts become white, as for the model. */
-export async function smallCopy(picture) {
-  const scale = Math.min(1, STORED_PX / Math.max(picture.width, picture.height));
+/**
+ * Return a JPEG copy of a picture as a data URI, whose longer side has at most `longest` pixels.
+ *
+ * Transparent parts become white, as for the model.
+ */
+export async function smallCopy(picture, longest) {
+  const scale = Math.min(1, longest / Math.max(picture.width, picture.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(picture.width * scale));
   canvas.height = Math.max(1, Math.round(picture.height * scale));
@@ -41,7 +44,7 @@ export async function smallCopy(picture) {
   const bitmap = await createImageBitmap(picture.blob);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return canvas.toDataURL("image/jpeg", 0.85);
+  return canvas.toDataURL("image/jpeg", 0.9);
 }
 
 /** Return the bytes of a JPEG data URI as a Blob. */
