@@ -5,4 +5,5 @@
     uploads.py   reads bodies of requests   limits.py    counts what the requests in progress hold
     pictures.py  bytes become images        errors.py    one shape for all errors
     metrics.py   figures for Prometheus     server.py    uvicorn: the socket, the start and the end
+    page/        the web page                web_page.py  the address of the page
 """

@@ -6,26 +6,18 @@ import base64
 import io
 import json
 import runpy
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from browser import VIEWS, axe_violations, opened, too_wide
 from PIL import Image
+from serving import RunningServer, running_server
 
-from onediff.config import Config, Serve
-from onediff.model.assemble import build
+from onediff.config import Serve
 from onediff.model.captioner import Captioner
-from onediff.serve.http.app import create_app
-from onediff.serve.http.server import listener
-from onediff.serve.http.service import Service, Version
 from onediff.serve.http.web_page import FOLDER
 
 if TYPE_CHECKING:
@@ -50,31 +42,9 @@ PAINTED = """canvas => canvas.hidden ? 0 : canvas.getContext("2d").getImageData(
   .data.filter((value, k) => k % 4 === 3 && value).length"""
 
 
-@contextmanager
-def serving(config: Config, *, api_key: str | None = None) -> Iterator[str]:
-    """Run the server with an untrained model in a thread, and yield the URL of the page."""
-    version = Version("3", 64 * "b", Captioner(*build(config.model, seed=5)), claims_change=lambda _: True)
-    service = Service(Serve(max_new_tokens=8), current=lambda: "3", load=lambda _: version)
-    with listener("127.0.0.1", 0) as port:
-        server = uvicorn.Server(uvicorn.Config(create_app(service, api_key=api_key), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
-        thread.start()
-        url = f"http://127.0.0.1:{port.getsockname()[1]}/"
-        try:
-            deadline = time.monotonic() + 60
-            while httpx.get(f"{url}readyz").status_code != 200:
-                assert time.monotonic() < deadline, "the server is not ready after a minute"
-                time.sleep(0.02)
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@pytest.fixture(scope="module")
-def url(micro: Config) -> Iterator[str]:
-    with serving(micro) as address:
-        yield address
+@pytest.fixture
+def url(server: RunningServer) -> str:
+    return f"{server.url}/"
 
 
 def picture(color: str, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -136,7 +106,7 @@ def test_dropped_pictures_get_the_caption_of_the_server_and_a_heat_map(chromium:
         assert caption.inner_text().lower() == answer["caption"].lower() != ""
         assert shown(page) == ["before: 1.png", "after: 2.png"]
         assert page.locator("#confidence").inner_text() == f"{round(100 * answer['confidence'])}%"
-        assert page.locator("#model").inner_text() == "version 3, bbbbbbbb"
+        assert page.locator("#model").inner_text() == "version 1, 11111111"
         assert not page.locator("#warning").is_visible()  # This model cannot say whether a pair is unfamiliar.
         assert not page.get_by_label("Boxes").is_visible()  # This model marks no regions.
         assert min(painted(page)) > 0
@@ -313,9 +283,9 @@ def test_a_slow_server_can_be_given_up(chromium: Browser, url: str) -> None:
         page.locator("#caption").wait_for()
 
 
-def test_the_page_asks_for_the_api_key(chromium: Browser, micro: Config) -> None:
-    with serving(micro, api_key=KEY) as url, \
-            opened(chromium, url, expected_faults="console: Failed to load resource.*401.*") as page:
+def test_the_page_asks_for_the_api_key(chromium: Browser, served_captioner: Captioner) -> None:
+    with running_server(served_captioner, Serve(), api_key=KEY) as server, \
+            opened(chromium, f"{server.url}/", expected_faults="console: Failed to load resource.* 401 .*") as page:
         field = page.get_by_label("API key")
         send_pair(page)
         page.get_by_text("The server asks for an API key.").wait_for()
@@ -339,7 +309,7 @@ def test_every_answer_of_the_page_forbids_foreign_content(url: str) -> None:
 
 
 def test_the_examples_are_what_the_generator_renders() -> None:
-    script = runpy.run_path(str(Path(__file__).parents[2] / "docs/page_examples.py"))
+    script = runpy.run_path(str(Path(__file__).parents[3] / "docs/page_examples.py"))
     files = sorted(path.name for path in (FOLDER / "examples").glob("*.jpg"))
     assert files == sorted(f"{name}_{side}.jpg" for name in script["PAIRS"] for side in ("before", "after"))
     rendered = dict(zip(("before", "after"), script["example"](script["PAIRS"]["added"]), strict=True))
