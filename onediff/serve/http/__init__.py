@@ -6,4 +6,5 @@
     pictures.py  bytes become images        errors.py    one shape for all errors
     chat.py      OpenAI's protocol          chat_request.py   the bodies of this protocol
     metrics.py   figures for Prometheus     server.py    uvicorn: the socket, the start and the end
+    page/        the web page                web_page.py  the address of the page
 """

@@ -17,6 +17,7 @@ from onediff.serve.http.metrics import MeasuredRequests
 from onediff.serve.http.schemas import CaptionAnswer, PairRequest
 from onediff.serve.http.service import Service
 from onediff.serve.http.uploads import Body, Question, form_question, json_questions
+from onediff.serve.http.web_page import add_page
 
 REFUSALS = {401: "The API key is wrong or missing.", 408: "The body arrives too slowly.",
             413: "The body, an image or the list of pairs is too large.",
@@ -44,6 +45,7 @@ def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     allowed = [Depends(_key_check(api_key))] if api_key else []
     for router in (_captions(service), chat_router(service)):
         app.include_router(router, dependencies=allowed, responses=refusals())
+    add_page(app, needs_key=api_key is not None)
     return app
 
 
