@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from onediff.cli import data, project, registry, scoring
+from onediff.cli import data, project, registry, scoring, serve
 from onediff.cli.output import SETTINGS, GroupedCommands, error_message, print_text, use_colour
 from onediff.network import exempt_loopback_from_proxies
 
 COMMANDS: dict[str, tuple[Callable[..., None] | tuple[str, typer.Typer], ...]] = {
-    "Use": (scoring.caption, scoring.example),
+    "Use": (scoring.caption, scoring.example, serve.serve),
     "Data": (("data", data.app), scoring.audit),
     "Training": (project.preset, project.plan, project.manifest),
     "Evaluation": (scoring.predict, scoring.references, scoring.score, scoring.compare, scoring.judge, scoring.report),

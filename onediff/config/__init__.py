@@ -25,10 +25,10 @@ from onediff.config.params import (
     load_params,
 )
 from onediff.config.reading import Section
-from onediff.config.runtime import Pools, Runtime, Services, Slurm, load_runtime
+from onediff.config.runtime import Pools, Runtime, Serve, Services, Slurm, load_runtime
 
 __all__ = [
     "Align", "Caption", "Config", "Data", "Delta", "Diffusion", "Drift", "Edits", "Judge", "Leaks", "Lora",
-    "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services", "Slurm", "Stress",
-    "Task", "Tune", "Vision", "Writer", "load_params", "load_runtime",
+    "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Serve", "Services", "Slurm",
+    "Stress", "Task", "Tune", "Vision", "Writer", "load_params", "load_runtime",
 ]

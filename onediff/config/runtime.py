@@ -51,6 +51,29 @@ class Services(Section):
     start_s: Annotated[float, Field(gt=0)] = 180.0
 
 
+class Serve(Section):
+    """The limits of the server that `onediff serve` starts.
+
+    `body_mb` limits the body of a request, `megapixels` the pixels that must be decoded of one image, and `pairs` the
+    number of pairs in one request. At most `waiting_pairs` pairs of all clients wait at a time. A request is refused
+    after `timeout_s` seconds. The server captions up to `batch_pairs` pairs with up to `batch_megapixels` megapixels
+    at once, and waits up to `batch_wait_ms` milliseconds for a batch to fill. Larger images are shrunk to `image_px`
+    pixels. The server asks every `poll_s` seconds which version is the champion.
+    """
+
+    body_mb: Annotated[float, Field(gt=0)] = 24.0
+    megapixels: Annotated[float, Field(gt=0)] = 16.0
+    pairs: Count = 16
+    waiting_pairs: Count = 128
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    batch_pairs: Count = 16
+    batch_megapixels: Annotated[float, Field(gt=0)] = 16.0
+    batch_wait_ms: Rate = 5.0
+    image_px: Annotated[int, Field(ge=64)] = 1024
+    max_new_tokens: Count = 64
+    poll_s: Annotated[float, Field(gt=0)] = 10.0
+
+
 class Runtime(Section):
     """All settings of runtime.yaml. A key that neither the file nor the environment sets has the default value here.
 
@@ -90,6 +113,9 @@ class Runtime(Section):
     register_by_reference_gb: Rate = 2.0
     services: Services = Services()
     notify: list[str] = Field(default=[])
+
+    # Serving
+    serve: Serve = Serve()
 
     # Data from users
     usage_log: str | None = None

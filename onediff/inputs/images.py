@@ -11,15 +11,22 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # EPS is not allowed, because Pillow opens EPS files by running another program, Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
-def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Image.Image:
+class TooManyPixelsError(ValueError):
+    """An image has more pixels than the caller allows. It was refused before any pixel was decoded."""
+
+
+def open_image(source: bytes | str | Path, *, max_megapixels: float = 64, draft_px: int | None = None) -> Image.Image:
     """Decode an image, given as file content or path, to RGB.
 
     The first frame of an animation is used, the EXIF orientation is applied, transparency is composited on white, and
     16-bit values are scaled to 8 bits. An image of more than `max_megapixels` is refused before any pixel is decoded.
-    Raises FileNotFoundError, or ValueError for a file that is corrupt, truncated, too large or of an unknown format.
+    If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its shorter
+    side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
+    Raises FileNotFoundError, TooManyPixelsError, or ValueError for a file that is corrupt, truncated or of an unknown
+    format.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
@@ -30,21 +37,23 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=FORMATS)
         with image:
+            if draft_px and not image.info.get("progressive"):  # A progressive JPEG is always decoded at full size.
+                image.draft(image.mode, (draft_px, draft_px))
             megapixels = image.width * image.height / 1e6
             if megapixels <= max_megapixels:
                 image.load()
                 is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
                 return _rgb(image if is_upright else ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:  # Pillow itself refuses images above 178 megapixels.
-        raise ValueError(f"{name}: more than 178 megapixels, at most {max_megapixels:g} allowed; reduce the size of "
-                         "the image") from None
+        raise TooManyPixelsError(f"{name}: more than 178 megapixels, at most {max_megapixels:g} allowed; reduce the "
+                                 "size of the image") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not an image, or not in a supported format; use {', '.join(FORMATS)}") from None
-    except _BROKEN as error:
+    except BROKEN as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: corrupt or truncated image ({reason}); replace the file") from None
-    raise ValueError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; reduce the size of the "
-                     "image")
+    raise TooManyPixelsError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; reduce the "
+                             "size of the image")
 
 
 def png(image: Image.Image, *, compress_level: int = 1) -> bytes:

@@ -34,6 +34,23 @@ def model_digests(folder: Path) -> ModelDigests:
     return ModelDigests(hashlib.sha256(json.dumps(listing).encode()).hexdigest(), weights)
 
 
+def checked_digests(folder: Path) -> ModelDigests:
+    """Compute both digests of a model folder, and compare them with the registered digest if there is one.
+
+    A registered version has the file DIGEST_FILE in one of the two folders above the model folder. Raises ValueError
+    if the files differ from the registered digest, and FileNotFoundError if the folder has no safetensors file.
+    """
+    digests = model_digests(folder)
+    for parent in folder.parents[:2]:
+        if (parent / DIGEST_FILE).exists():
+            registered = (parent / DIGEST_FILE).read_text(encoding="utf-8").strip()
+            if digests.folder != registered:
+                raise ValueError(f"{folder}: the files must have the registered digest {registered[:12]}, got "
+                                 f"{digests.folder[:12]}; they were changed after registration: register the model "
+                                 "again")
+    return digests
+
+
 def weights_digest(folder: Path) -> str:
     """Compute the SHA-256 digest of the bytes of all safetensors files in a folder, in alphabetical order.
 

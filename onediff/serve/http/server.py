@@ -1,0 +1,82 @@
+"""Run the application with uvicorn: open the port, load the model while the port is open, end cleanly on Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from onediff.interrupts import Stop, postponed
+from onediff.serve.http.service import Service
+
+DRAIN_S = 30  # seconds in which requests in progress may end after the signal to stop
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that ends without a stack trace on SIGINT, SIGTERM and SIGHUP."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop the server at the first signal. uvicorn's own method sends the signal again after the server's end."""
+        with postponed(_StopServer(server=self)):
+            yield
+
+
+@dataclass(kw_only=True)
+class _StopServer(Stop):
+    server: uvicorn.Server
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Let the server end its requests at the first signal. A second signal ends the process at once."""
+        if self.reason:
+            os._exit(128 + number)
+        super().ask(number, frame)
+        self.server.should_exit = True
+
+
+def server_of(app: FastAPI) -> Server:
+    """Return the server of an application. Its method `run` gets the open sockets."""
+    return Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on",
+                                 ws="none", timeout_graceful_shutdown=DRAIN_S))
+
+
+def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let the requests in progress end. `report` gets the address of the server.
+
+    Raises OSError if the port cannot be opened, and the error of the first version if it cannot be loaded.
+    """
+    with listener(host, port) as opened:
+        report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
+        server = server_of(app)
+
+        def stop() -> None:
+            server.should_exit = True
+
+        service.give_up = stop
+        server.run(sockets=[opened])
+    if service.failure is not None:
+        raise service.failure
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """Open a port. Port 0 chooses a free one. Raises OSError, whose message names the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches TCP_NODELAY on only for sockets with this protocol number. Without it, the kernel holds back the
+    # end of an answer for 40 ms.
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+        opened.listen(1024)
+    except OSError as error:
+        opened.close()
+        raise OSError(f"the server cannot listen on {host} port {port}: {error.strerror or error}; choose another "
+                      "--port or --host") from None
+    return opened

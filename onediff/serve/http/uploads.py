@@ -1,0 +1,132 @@
+"""Read the body of a request within the server's limits, and take the pairs of images out of it."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from fastapi import Request
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from onediff.config import Serve
+from onediff.serve.http.errors import ApiError, wrong_value
+from onediff.serve.http.limits import Intake, Share
+from onediff.serve.http.pictures import image_bytes
+from onediff.serve.http.schemas import PairRequest
+
+_FIELDS = {"before", "after", "instruction", "heat_map"}
+_LIST = TypeAdapter(list[PairRequest])
+_TRUTH = {"true": True, "1": True, "on": True, "false": False, "0": False, "": False}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair of image files from a client, the instruction or None, and whether a heat map is wanted.
+
+    `place` is the position of the pair in the body of the request, for error messages.
+    """
+
+    before: bytes
+    after: bytes
+    instruction: str | None = None
+    heat_map: bool = False
+    place: str = ""
+
+
+class Body:
+    """The body of a request, which is read once, in pieces, within the limits of the server."""
+
+    def __init__(self, request: Request, limits: Serve, intake: Intake, share: Share) -> None:
+        self._request, self._limits, self._intake, self._share = request, limits, intake, share
+        self.headers = request.headers
+
+    async def read(self) -> bytes:
+        """Return the body. Raises the errors of the method `pieces`."""
+        return b"".join([piece async for piece in self.pieces()])
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body in pieces.
+
+        Raises ApiError for a body that is too large (413), that arrives too slowly (408), or for which the server has
+        no memory (429), before the limit is exceeded.
+        """
+        limits = self._limits
+        most, announced = int(limits.body_mb * 1e6), self.headers.get("content-length", "0")
+        too_large = ApiError(413, f"the body may have at most {limits.body_mb:g} MB; send smaller images or fewer "
+                             "pairs", code="body_too_large", headers={"connection": "close"})
+        if announced.isdecimal() and int(announced) > most:
+            raise too_large
+        deadline, pieces = asyncio.get_running_loop().time() + limits.timeout_s, self._request.stream()
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    piece = await anext(pieces, None)
+            except TimeoutError:
+                raise ApiError(408, f"the body must arrive within {limits.timeout_s:g} s; send it again",
+                               code="body_too_slow", headers={"connection": "close"}) from None
+            if piece is None:
+                return
+            if self._share.num_bytes + len(piece) > most:
+                raise too_large
+            self._intake.add_bytes(self._share, len(piece))
+            yield piece
+
+
+def json_questions(body: bytes, limits: Serve) -> tuple[list[Question], bool]:
+    """Return the pairs in a JSON body, and whether the body is a list. Raises ApiError for an invalid body."""
+    is_list = body.lstrip()[:1] == b"["
+    try:
+        pairs = _LIST.validate_json(body) if is_list else [PairRequest.model_validate_json(body)]
+    except ValidationError as error:
+        raise wrong_value(error) from None
+    check_number(len(pairs), limits)
+    questions = []
+    for number, pair in enumerate(pairs):
+        place = f"{number}." if is_list else ""
+        questions.append(Question(image_bytes(pair.before, f"{place}before"), image_bytes(pair.after, f"{place}after"),
+                                  pair.instruction, pair.heat_map, place))
+    return questions, is_list
+
+
+def check_number(pairs: int, limits: Serve) -> None:
+    """Raise ApiError if a request has no pair or too many pairs."""
+    if not pairs:
+        raise ApiError(422, "the list must have at least one pair, got none", code="no_pairs")
+    if pairs > limits.pairs:
+        raise ApiError(413, f"a request may have at most {limits.pairs} pairs, got {pairs}; send several requests",
+                       code="too_many_pairs")
+
+
+async def form_question(body: Body, limits: Serve) -> Question:
+    """Return the pair in a multipart body with the files `before` and `after`. Raises ApiError for an invalid body."""
+    parser = MultiPartParser(body.headers, body.pieces(), max_files=2, max_fields=2, max_part_size=8192)
+    parser.spool_max_size = int(limits.body_mb * 1e6)  # Nothing is written to the disk.
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(422, f"the multipart body is not valid: {error.message}", code="invalid_form") from None
+    try:
+        return await _question(form)
+    finally:
+        await form.close()
+
+
+async def _question(form: FormData) -> Question:
+    for name in form:
+        if name not in _FIELDS:
+            raise ApiError(422, f"{name}: unknown field; the fields are before, after, instruction and heat_map",
+                           code="invalid_value", param=name)
+    files = []
+    for side in ("before", "after"):
+        file = form.get(side)
+        if not isinstance(file, UploadFile):
+            raise ApiError(422, f"{side}: must be an image file, but is {'text' if file else 'missing'}",
+                           code="invalid_value", param=side)
+        files.append(await file.read())
+    instruction, wanted = form.get("instruction", ""), form.get("heat_map", "")
+    if not isinstance(instruction, str):
+        raise ApiError(422, "instruction: must be text, but is a file", code="invalid_value", param="instruction")
+    if not isinstance(wanted, str) or wanted.lower() not in _TRUTH:
+        raise ApiError(422, "heat_map: must be true or false", code="invalid_value", param="heat_map")
+    return Question(files[0], files[1], instruction or None, _TRUTH[wanted.lower()])

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from serving import base64_text, image_file
+
+from onediff.config import Serve
+from onediff.inputs.images import open_image
+from onediff.serve.http.errors import ApiError
+from onediff.serve.http.pictures import MOST_SCANS, image_bytes, is_large, num_scans, open_picture
+
+LIMITS = Serve(megapixels=1.0, image_px=128)
+
+
+def jpeg(size: tuple[int, int], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def one_bit_png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_base64_text_and_data_uris_give_the_bytes() -> None:
+    content = image_file()
+    text = base64_text(content)
+    for form in (text, f"data:image/png;base64,{text}", f"DATA:;BASE64,{text}", f"{text[:40]}\n {text[40:]}"):
+        assert image_bytes(form, "before") == content
+
+
+def test_a_small_image_is_opened_without_a_change() -> None:
+    assert open_picture(image_file(), LIMITS, "before").tobytes() == open_image(image_file()).tobytes()
+
+
+def test_a_large_image_is_shrunk_and_keeps_its_shape() -> None:
+    assert open_picture(image_file(size=(900, 600)), LIMITS, "before").size == (128, 85)
+
+
+def test_of_a_large_jpeg_only_a_part_is_decoded() -> None:
+    """Three megapixels exceed the limit, but the draft at an eighth of the size does not."""
+    assert open_picture(jpeg((2000, 1500)), LIMITS, "before").size == (128, 96)
+
+
+@pytest.mark.parametrize("content", [jpeg((2000, 1500), progressive=True), one_bit_png(8000, 8000),
+                                     one_bit_png(16_000, 16_000), image_file(size=(1200, 900))])
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(content: bytes) -> None:
+    with pytest.raises(ApiError, match=r"after: .*megapixels, at most 1 allowed") as refusal:
+        open_picture(content, LIMITS, "after")
+    assert (refusal.value.status, refusal.value.code, refusal.value.param) == (413, "image_too_large", "after")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"\xff\xd8\xff\xff\xff\xff", image_file()[:200], b"GIF89a",
+                                     b"II*\x00" + bytes(40)])
+def test_a_corrupt_image_is_refused(content: bytes) -> None:
+    with pytest.raises(ApiError) as refusal:
+        open_picture(content, LIMITS, "before")
+    assert (refusal.value.status, refusal.value.code) == (422, "corrupt_image")
+
+
+def test_the_scans_of_a_jpeg_are_counted_without_its_preview() -> None:
+    preview = Image.Exif()
+    preview[0x010E] = jpeg((64, 64)).decode("latin-1")
+    assert num_scans(jpeg((64, 64))) == 1
+    assert num_scans(jpeg((64, 64), exif=preview)) == 1
+    assert num_scans(jpeg((64, 64), progressive=True)) > 1
+    assert num_scans(image_file()) == 0
+
+
+def test_a_jpeg_with_thousands_of_scans_is_refused() -> None:
+    content = jpeg((64, 64))
+    start = content.index(b"\xff\xda")
+    scan = content[start:-2]
+    with pytest.raises(ApiError, match=f"at most {MOST_SCANS} scans, got 3000"):
+        open_picture(content[:start] + scan * 3000 + b"\xff\xd9", LIMITS, "before")
+
+
+def test_only_images_with_many_pixels_are_large() -> None:
+    assert is_large(one_bit_png(2000, 1500))
+    assert not is_large(image_file())
+    assert not is_large(b"no image")

@@ -1,0 +1,102 @@
+"""A running server with a small model, and image files and request bodies for tests of the server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from onediff.config import Config, Serve
+from onediff.model.assemble import build
+from onediff.model.captioner import Captioner
+from onediff.ops.serving import claims_change
+from onediff.serve.http.app import create_app
+from onediff.serve.http.server import listener, server_of
+from onediff.serve.http.service import Service, Version
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """The address of a server that runs in a thread of the test, and its service."""
+
+    url: str
+    service: Service
+
+
+@contextmanager
+def running_server(captioner: Captioner, limits: Serve, *, api_key: str | None = None,
+                   current: Callable[[], str] = lambda: "1",
+                   load: Callable[[str], Version] | None = None) -> Iterator[RunningServer]:
+    """Run a server on a free port during the `with` block, and wait until its model is loaded."""
+    service = Service(limits, current=current, load=load or (lambda name: version(captioner, name)))
+    server = server_of(create_app(service, api_key=api_key))
+    with listener("127.0.0.1", 0) as opened:
+        url = f"http://127.0.0.1:{opened.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        thread.start()
+        try:
+            wait_until(lambda: service.version is not None)
+            yield RunningServer(url, service)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def version(captioner: Captioner, name: str = "1") -> Version:
+    """Return a loaded version with this name."""
+    return Version(name, name[:1] * 64, captioner, claims_change)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until the condition is true, and fail after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def served_captioner(micro: Config) -> Captioner:
+    """A captioner with random weights between the committed backbones."""
+    return Captioner(*build(micro.model, seed=5))
+
+
+@pytest.fixture(scope="session")
+def server(served_captioner: Captioner) -> Iterator[RunningServer]:
+    """A server that all tests share. Do not change its service."""
+    with running_server(served_captioner, Serve()) as started:
+        yield started
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    """An HTTP client of the shared server."""
+    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as opened:
+        yield opened
+
+
+def image_file(seed: int = 0, *, size: tuple[int, int] = (96, 72), form: str = "PNG") -> bytes:
+    """Return an image file of coloured rectangles."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    small.resize(size, Image.Resampling.NEAREST).save(buffer, form)
+    return buffer.getvalue()
+
+
+def base64_text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def pair_body(first: int = 0, second: int = 1) -> dict[str, str]:
+    """Return the JSON body of a request with two images that `image_file` makes from these seeds."""
+    return {"before": base64_text(image_file(first)), "after": base64_text(image_file(second))}
