@@ -52,6 +52,8 @@ def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callabl
 
     Raises OSError if the port cannot be opened, and the error of the first version if it cannot be loaded.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("onediff.serve").setLevel(logging.INFO)
     with listener(host, port) as opened:
         report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
         server = server_of(app)
