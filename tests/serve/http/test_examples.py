@@ -14,6 +14,7 @@ import pytest
 from serving import RunningServer, image_file
 
 from onediff.config import Serve
+from onediff.model.captioner import Captioner
 from onediff.serve.http.app import REFUSALS
 
 PAGE = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
@@ -58,6 +59,20 @@ def test_an_example_prints_the_caption(server: RunningServer, client: httpx.Clie
     assert done.returncode == 0, done.stderr
     caption = client.post("/v1/captions", files=files).json()["caption"]
     assert caption and caption in done.stdout
+
+
+def test_the_example_without_a_server_prints_the_caption(
+        served_captioner: Captioner, client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    served_captioner.model.save_pretrained("data/models/tune")
+    served_captioner.processor.save_pretrained("data/models/tune")
+    files = {name: image_file(seed) for name, seed in (("before", 3), ("after", 5))}
+    for name, content in files.items():
+        Path(f"{name}.png").write_bytes(content)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section("In Python"), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/serving.md", "exec"), {})  # A new process would load torch again, which takes seconds.
+    assert capsys.readouterr().out.strip() == str([client.post("/v1/captions", files=files).json()["caption"]])
 
 
 def test_the_table_of_limits_has_each_setting_with_its_default() -> None:
