@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = ROOT / "presets/backbones/tiny"
 OWNERS = {
-    "mlflow": {*(f"onediff/tracking/{name}.py" for name in ("connection", "runs")), *(
+    "mlflow": {"onediff/serve/pyfunc.py", *(f"onediff/tracking/{name}.py" for name in ("connection", "runs")), *(
         f"onediff/registry/{name}.py" for name in ("artifacts", "audit_trail", "retention", "store", "versions"))},
     "great_expectations": {"onediff/data/quality/checks.py"},
     "deepspeed": {"onediff/train/engine.py"},

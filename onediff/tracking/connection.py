@@ -1,7 +1,7 @@
 """The connection to MLflow: the address of the store, the client, and one-line errors for failed requests.
 
-Only onediff/tracking and onediff/registry import MLflow. They import it inside functions, because the import takes
-seconds.
+Only onediff/tracking, onediff/registry and the MLflow model in onediff/serve/pyfunc.py import MLflow. They import it
+inside functions, because the import takes seconds.
 """
 
 from __future__ import annotations

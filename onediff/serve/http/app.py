@@ -11,6 +11,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
+from onediff.serve.http.chat import chat_router
 from onediff.serve.http.errors import ApiError, ErrorBody, add_error_handlers
 from onediff.serve.http.metrics import MeasuredRequests
 from onediff.serve.http.schemas import CaptionAnswer, PairRequest
@@ -42,7 +43,8 @@ def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     app.add_middleware(MeasuredRequests, metrics=service.metrics)
     app.include_router(_operation(service))
     allowed = [Depends(_key_check(api_key))] if api_key else []
-    app.include_router(_captions(service), dependencies=allowed, responses=refusals())
+    for router in (_captions(service), chat_router(service)):
+        app.include_router(router, dependencies=allowed, responses=refusals())
     add_page(app, needs_key=api_key is not None)
     return app
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Grid = list[list[float]]
+LONGEST_INSTRUCTION = 2000  # characters; a model usually takes fewer, because it counts tokens
 
 
 class PairRequest(BaseModel):
@@ -12,9 +13,12 @@ class PairRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    before: Annotated[str, Field(description="The image before the change: base64 text or a data URI.")]
-    after: Annotated[str, Field(description="The image after the change: base64 text or a data URI.")]
-    instruction: Annotated[str | None, Field(description="The question to the model; null asks what changed.")] = None
+    before: Annotated[str, Field(description="The image before the change: base64 text or a data URI.",
+                                json_schema_extra={"format": "byte"})]
+    after: Annotated[str, Field(description="The image after the change: base64 text or a data URI.",
+                                json_schema_extra={"format": "byte"})]
+    instruction: Annotated[str | None, Field(description="The question to the model; null asks what changed.",
+                                             max_length=LONGEST_INSTRUCTION)] = None
     heat_map: Annotated[bool, Field(description="Also answer where the delta tokens of the model look.")] = False
 
 

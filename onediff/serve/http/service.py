@@ -247,7 +247,7 @@ class Service:
 
 def caption(version: Version, batch: list[Job], limits: Serve) -> list[Captioned | ApiError]:
     """Caption the pairs of a batch, and return the outcome of each job, which is an error for a wrong instruction."""
-    problems = [_wrong_instruction(version.captioner, job) for job in batch]
+    problems = [wrong_instruction(version.captioner, job.instruction, f"{job.place}instruction") for job in batch]
     good = [job for job, problem in zip(batch, problems, strict=True) if problem is None]
     texts = iter(version.captioner.caption_with_confidence(
         [job.images for job in good], instructions=[job.instruction for job in good],
@@ -265,16 +265,15 @@ def _captioned(version: Version, job: Job, text: str, confidence: float) -> Capt
     return Captioned(text, confidence, version.claims_change(text), maps, version.name, version.digest)
 
 
-def _wrong_instruction(captioner: Captioner, job: Job) -> ApiError | None:
-    """Return why the model cannot take the instruction of a job, or None if it can."""
-    param = f"{job.place}instruction"
-    if job.instruction == DEFAULT_INSTRUCTION:
+def wrong_instruction(captioner: Captioner, instruction: str, param: str) -> ApiError | None:
+    """Return why the model cannot take an instruction, which the error calls `param`, or None if it can."""
+    if instruction == DEFAULT_INSTRUCTION:
         return None
-    if IMAGE in job.instruction or DELTA in job.instruction:
+    if IMAGE in instruction or DELTA in instruction:
         return ApiError(422, f"{param}: must not contain {IMAGE} or {DELTA}, which stand for the images",
                         code="invalid_value", param=param)
     try:
-        captioner.processor.encode_question(pair_prompt(captioner.processor.template, job.instruction))
+        captioner.processor.encode_question(pair_prompt(captioner.processor.template, instruction))
     except ValueError:
         return ApiError(422, f"{param}: too long for this model; use fewer words", code="instruction_too_long",
                         param=param)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from registered import register, write_lock, write_results
+from serving import served_captioner  # noqa: F401  # pytest registers the fixture through this import.
+
+from onediff import registry
+from onediff.config import Runtime
+from onediff.model.captioner import Captioner
+from onediff.ops.serving import claims_change, current_version, load_version, read_key
+from onediff.paths import CHAMPION
+
+
+@pytest.fixture
+def model(served_captioner: Captioner, tmp_path: Path) -> Path:  # noqa: F811
+    folder = tmp_path / "models/first"
+    served_captioner.model.save_pretrained(folder)
+    served_captioner.processor.save_pretrained(folder)
+    return folder
+
+
+def promoted(folder: Path, cider: float) -> str:
+    """Register a model folder with this score, make it the champion, and return the number of the version."""
+    write_results(CIDEr=cider)
+    write_lock(folder)
+    version = register(folder)
+    assert registry.promote(version).promoted
+    return version
+
+
+def test_the_server_follows_the_champion_and_checks_its_files(model: Path, local_registry: Path) -> None:
+    assert promoted(model, 3.0) == current_version(CHAMPION) == "1"
+    other = Path(shutil.copytree(model, model.with_name("second")))
+    (other / "note.txt").write_text("other files")
+    assert promoted(other, 4.0) == current_version(CHAMPION) == "2"
+    loaded = load_version(CHAMPION, "1", Runtime(device="cpu", usage_log=str(local_registry / "usage")))
+    assert (loaded.name, loaded.digest) == ("1", registry.version_tags("models:/onediff/1")["model_digest"])
+    assert loaded.usage_log is not None and loaded.usage_log.model == "models:/onediff/1"
+    weights = registry.model_folder("models:/onediff/2") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="must have the registered digest"):
+        load_version(CHAMPION, "2", Runtime())
+
+
+def test_a_folder_is_served_under_its_name_and_no_code_in_it_is_run(model: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    (model / "MLmodel").write_text("flavors: {python_function: {loader_module: evil, code: .}}")
+    (model / "evil.py").write_text(f"open({str(proof)!r}, 'w')")
+    assert current_version(str(model)) == "first"
+    loaded = load_version(str(model), "first", Runtime(device="cpu"))
+    assert (loaded.name, len(loaded.digest), loaded.usage_log) == ("first", 64, None)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(("caption", "changed"), [
+    ("nothing has changed", False), ("the small red metal cube was removed", True), ("hello", None)])
+def test_a_caption_claims_a_change_or_none_or_cannot_be_read(caption: str, changed: bool | None) -> None:
+    assert claims_change(caption) is changed
+
+
+def test_the_key_is_read_from_the_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "key"
+    monkeypatch.delenv("ONEDIFF_API_KEY", raising=False)
+    assert read_key(None) is None
+    monkeypatch.setenv("ONEDIFF_API_KEY", "sesame")
+    assert read_key(None) == "sesame"
+    path.write_text("open\n")
+    assert read_key(path) == "open"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="must contain the API key, but is empty"):
+        read_key(path)
+    with pytest.raises(FileNotFoundError):
+        read_key(tmp_path / "nothing")
