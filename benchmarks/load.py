@@ -51,6 +51,8 @@ class Client:
     async def send(self, message: Message) -> Reply:
         """Send a request and return the answer. Raises ConnectionError if the server closes the connection."""
         start = time.perf_counter()
+        if self._streams and self._streams[0].at_eof():  # The server closes a connection that is idle for a long time.
+            self.close()
         reader, writer = self._streams or await asyncio.open_connection(HOST, self._port, limit=2**24)
         self._streams = (reader, writer)
         if message.cut:

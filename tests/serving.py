@@ -20,8 +20,9 @@ from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.ops.serving import claims_change
 from onediff.serve.http.app import create_app
+from onediff.serve.http.captioning import Version
 from onediff.serve.http.server import listener, server_of
-from onediff.serve.http.service import Service, Version
+from onediff.serve.http.service import Service
 
 
 @dataclass(frozen=True)

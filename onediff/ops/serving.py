@@ -18,7 +18,7 @@ from onediff.registry import NAME, version_tags
 from onediff.serve.usage_log import usage_log
 
 if TYPE_CHECKING:
-    from onediff.serve.http.service import Version
+    from onediff.serve.http.captioning import Version
 
 KEY_VARIABLE = "ONEDIFF_API_KEY"
 
@@ -66,7 +66,7 @@ def load_version(model: str, name: str, runtime: Runtime) -> Version:
     Raises the errors of `Captioner.load`, and ValueError if the files were changed.
     """
     from onediff.model.captioner import Captioner
-    from onediff.serve.http.service import Version
+    from onediff.serve.http.captioning import Version
 
     address = f"models:/{NAME}/{name}" if model.startswith("models:/") else model
     folder = folder_of(address)

@@ -54,8 +54,9 @@ FILES = {
     "onediff.stages.write": ["../data/writer/prompts/v1/differences_text.md",
                              "../data/writer/prompts/v1/differences_vision.md"],
 }
-# Templates and prompts that no DVC stage uses. A test checks that each template is listed here or in FILES.
-FILES_OF_NO_STAGE = {"py.typed", "data/browse.html.j2", "data/writer/prompts/v1/judgement.md", "serve/card.md.j2",
+# Templates and prompts that no DVC stage uses. A test checks that each template is listed here or in FILES. The files
+# in onediff/serve are not listed, because no stage imports this package.
+FILES_OF_NO_STAGE = {"py.typed", "data/browse.html.j2", "data/writer/prompts/v1/judgement.md",
                      "train/launch/slurm.sh.j2"}
 
 # ITEMS maps a matrix stage of dvc.yaml to the folder that contains one Python package for each item of the matrix.

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from onediff.config import Serve, load_runtime
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.model.digest import checked_digests
+from onediff.serve.http.captioning import wrong_instruction
 from onediff.serve.http.errors import ApiError
 from onediff.serve.http.pictures import image_bytes, open_picture
-from onediff.serve.http.service import wrong_instruction
 from onediff.serve.usage_log import CaptionFiles, Files, UsageLog, caption_and_log, usage_log
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
+from onediff.serve.http.api_docs import add_docs
 from onediff.serve.http.chat import chat_router
 from onediff.serve.http.errors import ApiError, ErrorBody, add_error_handlers
 from onediff.serve.http.metrics import MeasuredRequests
@@ -38,7 +39,7 @@ class Readiness(BaseModel):
 def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     """Return the application. With an `api_key`, the addresses below /v1 need the header Authorization: Bearer KEY."""
     app = FastAPI(title="OneDiff", summary="Describes in one sentence what changed between two images.",
-                  lifespan=service.running, redoc_url=None)
+                  lifespan=service.running, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     app.add_middleware(MeasuredRequests, metrics=service.metrics)
     app.include_router(_operation(service))
@@ -46,6 +47,7 @@ def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     for router in (_captions(service), chat_router(service)):
         app.include_router(router, dependencies=allowed, responses=refusals())
     add_page(app, needs_key=api_key is not None)
+    add_docs(app)
     return app
 
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from onediff.interrupts import Stop, postponed
 from onediff.serve.http.service import Service
 
+KEEP_ALIVE_S = 75  # seconds for which an idle connection stays open, so that clients rarely meet a closed one
 DRAIN_S = 30  # seconds in which requests in progress may end after the signal to stop
 
 
@@ -44,7 +45,7 @@ class _StopServer(Stop):
 def server_of(app: FastAPI) -> Server:
     """Return the server of an application. Its method `run` gets the open sockets."""
     return Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on",
-                                 ws="none", timeout_graceful_shutdown=DRAIN_S))
+                                 ws="none", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S))
 
 
 def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callable[[str], None]) -> None:
@@ -52,6 +53,8 @@ def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callabl
 
     Raises OSError if the port cannot be opened, and the error of the first version if it cannot be loaded.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("onediff.serve").setLevel(logging.INFO)
     with listener(host, port) as opened:
         report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
         server = server_of(app)

@@ -15,42 +15,28 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
 from onediff.config import Serve
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, pair_prompt
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.serve.http.batching import Captioned, Job, Queue
+from onediff.serve.http.captioning import Version, caption
 from onediff.serve.http.errors import ApiError, ClientGoneError
 from onediff.serve.http.limits import Intake
 from onediff.serve.http.metrics import Metrics
 from onediff.serve.http.pictures import is_large, open_picture
 from onediff.serve.http.schemas import CaptionAnswer, HeatMap, ServedModel
 from onediff.serve.http.uploads import Body, Question
-from onediff.serve.usage_log import UsageLog, Use
+from onediff.serve.usage_log import Use
 
 if TYPE_CHECKING:
-    from onediff.model.captioner import Captioner, Pair
+    from onediff.model.captioner import Pair
 
 RETRY_S = 60.0  # seconds after which a version that could not be loaded is tried again
 _log = logging.getLogger("onediff.serve")
-
-
-@dataclass(frozen=True)
-class Version:
-    """A loaded model version: its name, the SHA-256 of its files, the model, and the usage log if there is one.
-
-    `claims_change` returns whether a caption says that something changed, or None if it cannot tell.
-    """
-
-    name: str
-    digest: str
-    captioner: Captioner
-    claims_change: Callable[[str], bool | None]
-    usage_log: UsageLog | None = None
 
 
 class Service:
@@ -243,41 +229,6 @@ class Service:
         if public != self.problem:
             _log.error("%s, so version %s continues to serve: %s", problem, self.version.name, error)
         self.problem = public
-
-
-def caption(version: Version, batch: list[Job], limits: Serve) -> list[Captioned | ApiError]:
-    """Caption the pairs of a batch, and return the outcome of each job, which is an error for a wrong instruction."""
-    problems = [wrong_instruction(version.captioner, job.instruction, f"{job.place}instruction") for job in batch]
-    good = [job for job, problem in zip(batch, problems, strict=True) if problem is None]
-    texts = iter(version.captioner.caption_with_confidence(
-        [job.images for job in good], instructions=[job.instruction for job in good],
-        max_new_tokens=limits.max_new_tokens) if good else [])
-    return [problem or _captioned(version, job, *next(texts)) for job, problem in zip(batch, problems, strict=True)]
-
-
-def _captioned(version: Version, job: Job, text: str, confidence: float) -> Captioned:
-    maps = None
-    if job.heat_map and version.captioner.model.delta is not None:
-        from onediff.model.attention import heat_maps
-
-        before, after = heat_maps(version.captioner, *job.images)
-        maps = before.round(4).tolist(), after.round(4).tolist()
-    return Captioned(text, confidence, version.claims_change(text), maps, version.name, version.digest)
-
-
-def wrong_instruction(captioner: Captioner, instruction: str, param: str) -> ApiError | None:
-    """Return why the model cannot take an instruction, which the error calls `param`, or None if it can."""
-    if instruction == DEFAULT_INSTRUCTION:
-        return None
-    if IMAGE in instruction or DELTA in instruction:
-        return ApiError(422, f"{param}: must not contain {IMAGE} or {DELTA}, which stand for the images",
-                        code="invalid_value", param=param)
-    try:
-        captioner.processor.encode_question(pair_prompt(captioner.processor.template, instruction))
-    except ValueError:
-        return ApiError(422, f"{param}: too long for this model; use fewer words", code="instruction_too_long",
-                        param=param)
-    return None
 
 
 def _answer(question: Question, one: Captioned, milliseconds: float) -> CaptionAnswer:

@@ -17,7 +17,7 @@ from onediff.serve.http.schemas import PairRequest
 
 _FIELDS = {"before", "after", "instruction", "heat_map"}
 _LIST = TypeAdapter(list[PairRequest])
-_TRUTH = {"true": True, "1": True, "on": True, "false": False, "0": False, "": False}
+_TRUTH = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ async def _question(form: FormData) -> Question:
             raise ApiError(422, f"{side}: must be an image file, but is {'text' if file else 'missing'}",
                            code="invalid_value", param=side)
         files.append(await file.read())
-    instruction, wanted = form.get("instruction", ""), form.get("heat_map", "")
+    instruction, wanted = form.get("instruction", ""), form.get("heat_map", "false")
     if not isinstance(instruction, str):
         raise ApiError(422, "instruction: must be text, but is a file", code="invalid_value", param="instruction")
-    if not isinstance(wanted, str) or wanted.lower() not in _TRUTH:
+    if not isinstance(wanted, str) or wanted not in _TRUTH:
         raise ApiError(422, "heat_map: must be true or false", code="invalid_value", param="heat_map")
-    return Question(files[0], files[1], instruction or None, _TRUTH[wanted.lower()])
+    return Question(files[0], files[1], instruction or None, _TRUTH[wanted])

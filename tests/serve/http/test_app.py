@@ -57,7 +57,7 @@ def test_an_instruction_reaches_the_model(client: httpx.Client, served_captioner
     (pair_body() | {"before": "data:image/png,raw"}, "before", "invalid_image"),
     (pair_body() | {"after": base64_text(b"no image")}, "after", "corrupt_image"),
     (pair_body() | {"instruction": "<image> what?"}, "instruction", "invalid_value"),
-    (pair_body() | {"instruction": "word " * 900}, "instruction", "instruction_too_long"),
+    (pair_body() | {"instruction": "word " * 300}, "instruction", "instruction_too_long"),
     ([pair_body(), pair_body() | {"after": ""}], "1.after", "corrupt_image"),
     ([], None, "no_pairs"),
     ("text", None, "invalid_value"),
@@ -125,3 +125,11 @@ def test_metrics_count_requests_batches_and_captions(client: httpx.Client, serve
                  'onediff_requests_total{path="other",status="404"}',
                  'onediff_captions_total{changed="', 'onediff_model_info{digest="'):
         assert line in lines
+
+
+def test_the_docs_name_every_address_and_need_no_other_server(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    for path, methods in client.get("/openapi.json").json()["paths"].items():
+        for method in methods:
+            assert f"{method.upper()} {path}" in page.text
+    assert "http://" not in page.text and "https://" not in page.text and "<script" not in page.text

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from schemathesis import GenerationMode
-from serving import RunningServer, base64_text, image_file
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import base64_text, image_file, running_server
+
+from onediff.config import Serve
+from onediff.model.captioner import Captioner
 
 NUM_CASES = 10  # requests to each address, of each kind
 FILES = [image_file(seed, size=(24, 18), form=form) for seed, form in enumerate(("PNG", "JPEG", "GIF"))]
@@ -15,19 +21,32 @@ schemathesis.openapi.format("byte", strategies.sampled_from(
     [*map(base64_text, FILES), f"data:image/png;base64,{base64_text(FILES[0])}"]))
 
 
+@pytest.fixture(scope="module")
+def address(served_captioner: Captioner) -> Iterator[str]:
+    """The address of a server that writes short captions, so that many requests take little time."""
+    with running_server(served_captioner, Serve(pairs=2, max_new_tokens=2)) as server:
+        yield server.url
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_every_answer_is_as_the_openapi_description_says(server: RunningServer, mode: GenerationMode) -> None:
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+def test_every_answer_is_as_the_openapi_description_says(address: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert {operation.path for operation in operations} >= {"/v1/captions", "/healthz", "/readyz", "/metrics"}
     for operation in operations:
-        if mode.is_negative and not operation.body:
-            continue  # A request without a body, a query and headers cannot be invalid.
+        if operation.body or mode.is_positive:  # A request without a body, a query and headers cannot be invalid.
+            check_operation(operation, mode, address)
 
-        @settings(max_examples=NUM_CASES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def check(case: schemathesis.Case) -> None:
-            case.call_and_validate(base_url=server.url)
 
-        check()
+def check_operation(operation: schemathesis.schemas.APIOperation, mode: GenerationMode, address: str) -> None:
+    """Send valid or invalid requests to one address, and check each answer."""
+    # The schema of a chat cannot say that a message must have two images, so the server refuses many valid bodies.
+    excluded = [positive_data_acceptance] if "chat" in operation.path else []
+
+    @settings(max_examples=NUM_CASES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=address, excluded_checks=excluded)
+
+    check()

@@ -16,7 +16,7 @@ from serving import RunningServer, image_file, pair_body, running_server, versio
 
 from onediff.config import Serve
 from onediff.model.captioner import Captioner
-from onediff.serve.http.service import Version
+from onediff.serve.http.captioning import Version
 from onediff.serve.usage_log import UsageLog
 
 POISON_PX = 61  # An image of this width makes a PickyCaptioner fail.

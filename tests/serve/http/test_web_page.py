@@ -85,6 +85,7 @@ def answer_with(page: Page, status: int, body: Any) -> None:
 def test_the_page_is_accessible_and_fits_into_the_window(chromium: Browser, url: str, view: str) -> None:
     with opened(chromium, url, VIEWS[view]) as page:
         assert axe_violations(page) == [] and too_wide(page) == []
+        assert not page.get_by_label("API key").is_visible()
         answer_with(page, 200, CHANGED | {"caption": "the " + "very " * 30 + "long" * 30 + " caption"})
         send_pair(page)
         page.locator("#caption").wait_for()
@@ -289,6 +290,7 @@ def test_the_page_asks_for_the_api_key(chromium: Browser, served_captioner: Capt
     with running_server(served_captioner, Serve(), api_key=KEY) as server, \
             opened(chromium, f"{server.url}/", expected_faults="console: Failed to load resource.* 401 .*") as page:
         field = page.get_by_label("API key")
+        assert field.is_visible()
         send_pair(page)
         page.get_by_text("The server asks for an API key.").wait_for()
         for key in ("wrong", KEY):
