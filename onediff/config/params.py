@@ -299,6 +299,9 @@ class Model(Section):
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")
         fusion = self.delta.fusion
+        if fusion and self.reading == "B":
+            raise ValueError("in token layout B (reading: B) the language model reads no delta tokens, but those of "
+                             "delta.fusion must be read; set delta.fusion to null, or reading to A or C")
         if fusion and (self.vision.image_px % 4 or self.vision.image_px // 4 % fusion.places):
             raise ValueError(f"delta.fusion.places must divide the {self.vision.image_px} / 4 cells per side of the "
                              f"stem's map, got {fusion.places}")

@@ -2,7 +2,7 @@
 
 The auxiliary losses of training compare this description with what the generator of a pair recorded.
 
-Shapes:  P pairs, Q places per image, E channels of the features of a place, W width of the joined map, D width of the
+Shapes:  P pairs, Q places per image, E channels of the features of an image, W width of the joined map, D width of the
          delta tokens, A attributes.
 """
 
@@ -38,8 +38,9 @@ class ChangedObject(nn.Module):
 
     def __init__(self, features: int, joined: int, width: int, classes: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
-        # Two sides with features, joined features, a middle and a logit; the summary of the map; two camera motions.
-        inputs = 2 * (features + joined + 3) + 2 * joined + 2 * CAMERA
+        # Two sides with features, joined features, a middle and a logit; the summary of the map; the probability of a
+        # change; two camera motions.
+        inputs = 2 * (features + joined + 3) + 2 * joined + 1 + 2 * CAMERA
         self.describe = nn.Sequential(nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.changed = nn.Linear(2 * joined, 1)
         self.camera = nn.Linear(2 * CAMERA, width)
@@ -51,20 +52,21 @@ class ChangedObject(nn.Module):
                 camera: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return tokens (P, 2 + A, D), the logit of "something changed" (P,), and logits (P, classes) per attribute.
 
-        The tokens are the object, the camera motion, and the attributes. `features` is (P, 2 images, Q, E), `joined`
+        The tokens are the object, the camera motion, and the attributes. `features` (P, 2 images, E) are the mean
+        features of each image under the mask that the place logits give, which is their softmax. `joined`
         is the map of Fusion (P, Q, W), `places` has the logits of the changed places (P, 2, Q), `positions` is (Q, 2)
         and `camera` is (P, 2 * CAMERA).
         """
         mask = places.softmax(-1)  # (P, 2, Q)
-        seen = (mask[:, :, None] @ features)[:, :, 0]  # (P, 2, E)
         middle, strength = mask @ positions.to(mask.dtype), places.amax(-1, keepdim=True)
         summary = torch.cat([joined.mean(1), joined.amax(1)], -1)  # (P, 2W)
-        sides = torch.cat([seen, mask @ joined, middle, strength], -1).flatten(1)
-        thing = self.describe(torch.cat([sides, summary, camera], -1))
+        sides = torch.cat([features, mask @ joined, middle, strength], -1).flatten(1)
+        changed = self.changed(summary)  # (P, 1)
+        thing = self.describe(torch.cat([sides, summary, changed.sigmoid(), camera], -1))
         read = [attribute(thing) for attribute in self.attributes.values()]
         named = self.copy(torch.stack([token for _, token in read], 1))
         tokens = torch.cat([torch.stack([thing, self.camera(camera)], 1), named], 1) + self.marks
-        return tokens, self.changed(summary)[:, 0], [logits for logits, _ in read]
+        return tokens, changed[:, 0], [logits for logits, _ in read]
 
 
 def place_loss(logits: Tensor, shares: Tensor) -> Tensor:

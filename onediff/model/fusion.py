@@ -21,6 +21,7 @@ from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import SPREAD, PatchMatch
 from onediff.model.motion import CAMERA, FLOW, Motion
 
+CELL_PX = 4  # width of a cell of the stem's map, which has two convolutions of stride 2
 GROUPS = 8  # number of groups of channels that GroupNorm normalizes apart
 COLORS = 6  # mean and standard deviation of red, green and blue in a place
 
@@ -53,11 +54,10 @@ class Stem(nn.Module):
         super().__init__()
         low = (channels + 1) // 2
         self.first, self.second = convolution(3, low, 5, stride=2), convolution(low, channels, 3, stride=2)
-        self.third = Residual(channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the maps (M images, F, S, S) of images (M, 3, height, width)."""
-        return self.third(self.second(self.first(images)))
+        return self.second(self.first(images))
 
 
 class Residual(nn.Module):
@@ -95,8 +95,22 @@ class Comparison(nn.Module):
         return torch.stack([before, after], 1), torch.cat(views, -1)
 
 
+def under(mask: Tensor, features: Tensor) -> Tensor:
+    """Return the mean features of each image (P, 2, E), weighted by the mask (P, 2, places) of this image.
+
+    The features are (P, 2, places, E).
+    """
+    return (mask[:, :, None] @ features)[:, :, 0]
+
+
 class Fusion(nn.Module):
-    """The stem, the comparison of both images, the joined map, and what is read from this map."""
+    """The stem, the comparison of both images, the joined map, and what is read from this map.
+
+    `to_patches` (N, Q) averages places to patches, and `to_places` (Q, N) interpolates patches to places.
+    """
+
+    to_patches: Tensor
+    to_places: Tensor
 
     def __init__(self, config: OneDiffConfig) -> None:
         super().__init__()
@@ -105,7 +119,10 @@ class Fusion(nn.Module):
         tower, delta, self.patches = config.vision_config.hidden_size, config.delta_width, config.patches_per_side
         levels = sorted(set(config.delta_levels))
         self.levels = [config.read_levels.index(level) for level in levels]
-        self.stem, self.coarser = Stem(channels), convolution(channels, channels, 3, stride=1)
+        self.stem = Stem(channels)
+        self.coarser = nn.Sequential(
+            convolution(channels, channels, 3, stride=config.vision_config.image_size // CELL_PX // self.side),
+            Residual(channels))
         self.compare_stem = Comparison(channels, self.side, spacing=self.patches / self.side)
         self.compare_tower = nn.ModuleList([Comparison(tower, self.patches) for _ in levels])
         self.motion = Motion(self.side)
@@ -117,6 +134,12 @@ class Fusion(nn.Module):
         self.places = nn.Conv2d(width, 2, 1)
         self.object = ChangedObject(channels + tower * len(levels), width, delta, config.delta_classes)
         self.keys = nn.Linear(width, delta)
+        # A product with a matrix is faster than the resampling functions of PyTorch, and gives equal values.
+        places, patches = (torch.eye(side**2).unflatten(0, (1, -1)).unflatten(2, (side, side))
+                           for side in (self.side, self.patches))
+        self.register_buffer("to_patches", functional.adaptive_avg_pool2d(places, self.patches)[0].flatten(1).T)
+        self.register_buffer("to_places", functional.interpolate(
+            patches, size=(self.side, self.side), mode="bilinear", align_corners=False)[0].flatten(1).T)
 
     def forward(self, images: Tensor, before: Tensor, after: Tensor) -> Fused:
         """Compare the images (P, 2, 3, height, width), whose hidden states in the tower are (P, L, N, C) each."""
@@ -124,15 +147,14 @@ class Fusion(nn.Module):
         seen, views, camera = self.compare_pixels(images, cells)
         seen_tower, views_tower = zip(*(compare(before[:, level], after[:, level]) for level, compare in
                                         zip(self.levels, self.compare_tower, strict=True)), strict=True)
-        tower = self.on_places(self.join_tower(torch.cat(views_tower, -1)))  # (P, W, G, G)
-        stem = self.join_stem(views).transpose(1, 2).unflatten(2, (self.side, self.side))
-        joined = self.norm(self.mix(functional.gelu(stem + tower + self.positions)))
-        patches = functional.adaptive_avg_pool2d(joined, self.patches).flatten(2).transpose(1, 2)  # (P, N, W)
-        places = self.places(joined)
-        both = torch.cat([self.on_places(states.flatten(0, 1)).flatten(2).transpose(1, 2)
-                          for states in seen_tower], -1).unflatten(0, (-1, 2))  # (P, 2, Q, C * levels)
-        tokens, changed, attributes = self.object(torch.cat([seen, both], -1), joined.flatten(2).transpose(1, 2),
-                                                  places.flatten(2), self.motion.positions, camera)
+        tower = self.to_places @ self.join_tower(torch.cat(views_tower, -1))  # (P, Q, W)
+        mixed = (self.join_stem(views) + tower).transpose(1, 2).unflatten(2, (self.side, self.side))
+        joined = self.norm(self.mix(functional.gelu(mixed + self.positions)))
+        by_place = joined.flatten(2).transpose(1, 2)  # (P, Q, W)
+        patches, places = self.to_patches @ by_place, self.places(joined)
+        mask = places.flatten(2).softmax(-1)  # (P, 2, Q)
+        features = torch.cat([under(mask, seen), under(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
+        tokens, changed, attributes = self.object(features, by_place, places.flatten(2), self.motion.positions, camera)
         return Fused(cells, joined, self.keys(patches), patches, tokens, places, changed, attributes)
 
     def compare_pixels(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +162,7 @@ class Fusion(nn.Module):
 
         The shapes are (P, 2, Q, F), (P, Q, inputs of `join_stem`) and (P, 2 * CAMERA).
         """
-        coarse = self.coarser(functional.adaptive_avg_pool2d(cells.flatten(0, 1), self.side)).flatten(2)  # (2P, F, Q)
+        coarse = self.coarser(cells.flatten(0, 1)).flatten(2)  # (2P, F, Q)
         before, after = coarse.transpose(1, 2).unflatten(0, (-1, 2)).unbind(1)
         seen, views = self.compare_stem(before, after)
         flow, camera = self.motion(seen[:, 0], seen[:, 1])
@@ -158,7 +180,3 @@ class Fusion(nn.Module):
         spread = (square - mean.square()).clamp(min=0).add(1e-6).sqrt()
         return torch.cat([mean, spread], 1).flatten(2).transpose(1, 2).unflatten(0, (-1, 2))
 
-    def on_places(self, patches: Tensor) -> Tensor:
-        """Resample features of patches (M, N, channels) to the places, (M, channels, G, G)."""
-        grid = patches.transpose(1, 2).unflatten(2, (self.patches, self.patches))
-        return functional.interpolate(grid, size=(self.side, self.side), mode="bilinear", align_corners=False)

@@ -36,19 +36,25 @@ class Motion(nn.Module):
 
         Both hold first the motion from `before` to `after` and then the motion back. `before` and `after` are
         normalized features (P, Q, C). The flow of a place is its displacement (x, y), the part of the displacement
-        that the camera does not explain (x, y), and the confidence of the match from 0 to 1. A camera motion is
-        (a_x - 1, a_y, b_x, b_y), so that a resting camera gives zeros.
+        that the camera does not explain (x, y), and the confidence: the probability, from 0 to 1, that the match of
+        the match is this place again. A camera motion is (a_x - 1, a_y, b_x, b_y), so that a resting camera gives
+        zeros.
         """
-        similarity = self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5
-        (flow, camera), (flow_back, camera_back) = self.track(similarity), self.track(similarity.transpose(1, 2))
+        similarity = (self.sharpness * before @ after.transpose(1, 2) / before.shape[-1] ** 0.5).float()
+        there, back = similarity.softmax(-1), similarity.softmax(1)  # (P, Q before, Q after)
+        both = there * back
+        flow, camera = self.track(there, both.sum(2))
+        flow_back, camera_back = self.track(back.transpose(1, 2), both.sum(1))
         return (torch.cat([flow, flow_back], -1).to(before.dtype),
                 torch.cat([camera, camera_back], -1).to(before.dtype))
 
-    def track(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Return flow (P, Q, FLOW) and camera motion (P, CAMERA) from the similarity (P, Q places, Q places)."""
-        weights, positions = similarity.float().softmax(-1), self.positions.float()
+    def track(self, weights: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Return flow (P, Q, FLOW) and camera motion (P, CAMERA).
+
+        `weights` (P, Q, Q) are the probabilities of the matches of each place, and `confidence` is (P, Q).
+        """
+        positions = self.positions.float()
         found = weights @ positions  # (P, Q, 2): the mean position of the match
-        confidence = weights.square().sum(-1)  # (P, Q): 1 if all weight is on one place
         camera = fit_camera(positions, found, confidence)
         moved = found - positions
         unexplained = found - positions_after(camera, positions)

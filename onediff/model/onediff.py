@@ -242,8 +242,10 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         return None if images is None else functional.pad(images, (0, 0) * 3 + (0, 2)), states, counts
 
     def project_visual_tokens(self, states: Tensor, image_counts: Tensor,
-                              fused: Fused | None) -> tuple[Tensor, Tensor | None]:
+                              fused: Fused | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the patch tokens and the delta tokens for the language model, from hidden states of the vision tower.
+
+        `fused` is the output of Fusion, or None for a model without it or a batch without pairs.
 
         Patch tokens are (images, tokens, width), or (rows with images, tokens, width) in token layout C. Delta tokens
         are (pairs, tokens, width), or None if there is no pair, if the model has no delta module, and in token
