@@ -193,8 +193,8 @@ def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cache
 def _views(model: OneDiffForConditionalGeneration, images: Tensor, states: Tensor, first: Tensor) -> list[Tensor]:
     """Return the visual tokens like the model's `project_visual_tokens`, but without reading any tensor's data.
 
-    `images` are the pixels (2P images, 3, height, width), `states` are the vision features of P pairs (2P images, L levels, N patches, C channels), and `first` (P,) is the
-    index of the first image of each pair.
+    `images` are the pixels (2P images, 3, height, width), `states` are the vision features of P pairs (2P images, L
+    levels, N patches, C channels), and `first` (P,) is the index of the first image of each pair.
     """
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
     before, after = states[first], states[first + 1]
