@@ -44,8 +44,8 @@ def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str,
             targets = {"place_targets": torch.rand(pairs, 2, 9, generator=generator),
                        "changed_targets": torch.ones(pairs),
                        "object_targets": torch.randint(3, (pairs, 2), generator=generator)}
-        rows.append({**targets, "input_ids": ids[None], "labels": labels[None], "attention_mask": torch.ones_like(ids)[None],
-                     "image_counts": torch.tensor([count]),
+        rows.append({**targets, "input_ids": ids[None], "labels": labels[None],
+                     "attention_mask": torch.ones_like(ids)[None], "image_counts": torch.tensor([count]),
                      "images": torch.randn(count, 3, 12, 12, generator=generator)})
     return rows
 
