@@ -298,6 +298,14 @@ class Model(Section):
         side = self.vision.image_px // self.vision.patch_px
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")
+        if self.reading == "B" and (self.patch_pool != 1 or not self.delta.num_tokens):
+            raise ValueError("in token layout B (reading: B) every patch attends to the delta tokens, so patch_pool "
+                             "must be 1 and delta.num_tokens must be above 0, got patch_pool "
+                             f"{self.patch_pool} and delta.num_tokens {self.delta.num_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_fusion(self) -> Self:
         fusion = self.delta.fusion
         if fusion and self.reading == "B":
             raise ValueError("in token layout B (reading: B) the language model reads no delta tokens, but those of "
@@ -305,10 +313,6 @@ class Model(Section):
         if fusion and (self.vision.image_px % 4 or self.vision.image_px // 4 % fusion.places):
             raise ValueError(f"delta.fusion.places must divide the {self.vision.image_px} / 4 cells per side of the "
                              f"stem's map, got {fusion.places}")
-        if self.reading == "B" and (self.patch_pool != 1 or not self.delta.num_tokens):
-            raise ValueError("in token layout B (reading: B) every patch attends to the delta tokens, so patch_pool "
-                             "must be 1 and delta.num_tokens must be above 0, got patch_pool "
-                             f"{self.patch_pool} and delta.num_tokens {self.delta.num_tokens}")
         return self
 
 

@@ -67,7 +67,7 @@ ONE_PROCESS += [FUSED | {"folder": "fused", "runtime": {}}]
 TWO_PROCESSES = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((2, 1), (3, 2))] + [
-    FUSED | {"folder": "fused3", "runtime": {"zero_level": 3}, "num_micro": 2, "expected": "fused"}]
+    FUSED | {"folder": "fused2", "runtime": {"zero_level": 2}, "num_micro": 2, "expected": "fused"}]
 TWO_PROCESSES_SLOW = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((0, 2), (1, 1), (1, 2), (2, 2), (3, 1))]
