@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from onediff.config import Phase
+from onediff.config import Auxiliary, Phase, Tune
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
 IMAGE_ID, DELTA_ID, VOCAB = 101, 102, 97
 SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # 3 patches per side: N = 9
+
+
+# Changes of the OneDiffConfig of the small model that add the module Fusion: 3 cells, 3 places, 2 attributes.
+FUSION: dict[str, Any] = {
+    "delta_fusion": {"channels": 5, "width": 7, "places": 3, "blocks": 2},
+    "delta_classes": {"color": ["red", "green", "blue", "gray", "brown"], "shape": ["cube", "sphere", "cylinder"]}}
 
 
 def small(**changes: Any) -> OneDiffForConditionalGeneration:
@@ -48,7 +54,12 @@ RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language"
 
 
 def phase(**changes: Any) -> Phase:
-    """Return the settings of a training phase; `changes` replace single keys."""
+    """Return the settings of a training phase; `changes` replace single keys.
+
+    With the key `auxiliary`, which holds the weights of the auxiliary losses, it is the phase `tune`.
+    """
     settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
                 "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
+    if weights := changes.pop("auxiliary", None):
+        return Tune(**settings | RATES | changes, auxiliary=Auxiliary(**weights))
     return Phase(**settings | RATES | changes)

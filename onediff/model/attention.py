@@ -3,7 +3,8 @@
 A map shows the cross-attention of the Visual Delta Module, averaged over delta tokens and heads.
 
 Shapes:  B pairs, X cross-attention layers, P patches per image side, N = P * P patches per image, K delta tokens,
-         W width of the module, S keys: 2N (before, after) or 3N (before, after, difference).
+         W width of the module, S keys: N for each view (before, after, and, in some models, the difference or the
+         joined map of both images).
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,9 +47,11 @@ def attention_maps(captioner: Captioner, pairs: Sequence[tuple[Image.Image, Imag
         raise ValueError("model.delta.num_tokens is 0, but attention maps need a model with delta tokens; "
                          "choose a model with num_tokens greater than 0")
     images = captioner.processor.pixels([image for pair in pairs for image in pair])  # (2B, 3, H, W)
-    states = model.vision(images.to(model.device)).to(delta.tokens.dtype).unflatten(0, (-1, 2))
+    pixels = images.to(model.device)
+    states = model.vision(pixels).to(delta.tokens.dtype)
+    fused = model.fuse(pixels, states, torch.full((len(pairs),), 2, device=model.device))
     with recorded(delta) as weights:
-        delta(states[:, 0], states[:, 1])
+        delta(states[::2], states[1::2], fused and fused.keys)
     side, read = model.config.patches_per_side, np.array(model.config.delta_levels)
     by_image = per_image(torch.stack(weights, 1).double().cpu().numpy(), side=side)  # (B, X, 2, P, P)
     change = pixel_change(images.unflatten(0, (-1, 2)), side=side)
@@ -106,9 +109,9 @@ def per_image(weights: Grid, *, side: int) -> Grid:
     """Return the attention on the P x P patches of both images, (B pairs, X layers, 2 images, P, P).
 
     `weights` (B, X, keys) has the attention on the patches of `before`, then on the patches of `after`, and in some
-    models also on the differences between these patches. Half of the attention on a difference is added to each image.
+    models also on the differences between these patches or on the joined map of Fusion. Half of the attention on a
+    place of a view that both images share is added to each image.
     """
-    # The views are `before`, `after` and, in some models, the difference of both images.
     views = weights.reshape(*weights.shape[:2], -1, side, side)  # (B, X, views, P, P)
     return views[:, :, :2] + views[:, :, 2:].sum(2, keepdims=True) / 2
 

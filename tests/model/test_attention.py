@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parts import CHANNELS, SIDE, small
+from parts import CHANNELS, FUSION, SIDE, WIDTH, small
 from PIL import Image
 
 from onediff.config import Config
@@ -18,7 +18,7 @@ from onediff.model.delta import Attention
 
 B, N = 3, SIDE**2
 VARIANTS = [{}, {"delta_inputs": "pair_and_difference"}, {"delta_inputs": "pair_and_matched_difference"},
-            {"delta_cross_attention_every": 2}, {"delta_image_ids": False}, {"delta_num_tokens": 1}]
+            {"delta_cross_attention_every": 2}, {"delta_image_ids": False}, {"delta_num_tokens": 1}, FUSION]
 
 
 def captioner(micro: Config, *, reading: str = "C", pool: int = 2, **delta: Any) -> Captioner:
@@ -49,10 +49,11 @@ def test_recomputed_attention_weights_give_the_output_of_the_module(num_queries:
 def test_every_cross_attention_is_recorded_and_the_output_stays_equal(variant: dict[str, Any]) -> None:
     delta = small(**variant).delta
     before, after = torch.randn(2, B, 4, N, CHANNELS, generator=torch.Generator().manual_seed(2))
-    plain = delta(before, after)
+    fused = torch.randn(B, N, WIDTH) if variant is FUSION else None
+    plain = delta(before, after, fused)
     with recorded(delta) as weights:
-        while_recorded = delta(before, after)
-    views = 3 if variant.get("delta_inputs") == "pair_and_difference" else 2
+        while_recorded = delta(before, after, fused)
+    views = 3 if variant.get("delta_inputs") == "pair_and_difference" or variant is FUSION else 2
     assert torch.equal(plain, while_recorded)
     assert [each.shape for each in weights] == [(B, views * N)] * 3
     assert all(torch.allclose(each.sum(-1), torch.ones(B), atol=1e-5) for each in weights)
@@ -60,11 +61,12 @@ def test_every_cross_attention_is_recorded_and_the_output_stays_equal(variant: d
     assert len(weights) == 3  # Recording ended with the `with` block.
 
 
-@pytest.mark.parametrize(("reading", "pool"), [("A", 2), ("B", 1), ("C", 2)])
+@pytest.mark.parametrize(("reading", "pool", "changes"), [
+    ("A", 2, {"fusion": None}), ("B", 1, {"fusion": None}), ("C", 2, {"fusion": None}), ("A", 2, {}), ("C", 2, {})])
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_difference", "pair_and_matched_difference"])
 def test_both_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Image.Image], reading: str, pool: int,
-                                      inputs: str) -> None:
-    maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs), [pair])[0]
+                                      changes: dict[str, Any], inputs: str) -> None:
+    maps = attention_maps(captioner(micro, reading=reading, pool=pool, inputs=inputs, **changes), [pair])[0]
     assert maps.before.shape == maps.after.shape == maps.change.shape == (8, 8)
     assert maps.before.sum() + maps.after.sum() == pytest.approx(1, abs=1e-5)
     assert set(maps.levels) == {2, 4}
@@ -75,7 +77,7 @@ def test_both_maps_of_a_pair_sum_to_1(micro: Config, pair: tuple[Image.Image, Im
 @pytest.mark.parametrize("inputs", ["pair", "pair_and_matched_difference"])
 def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inputs: str,
                                                               pair: tuple[Image.Image, Image.Image]) -> None:
-    without_ids = captioner(micro, inputs=inputs, image_ids=False)
+    without_ids = captioner(micro, inputs=inputs, image_ids=False, fusion=None)
     maps, swapped = attention_maps(without_ids, [pair])[0], attention_maps(without_ids, [pair[::-1]])[0]
     assert np.allclose(maps.before, swapped.after, atol=1e-6) and np.allclose(maps.after, swapped.before, atol=1e-6)
     plain = attention_maps(captioner(micro, inputs=inputs), [pair])[0]
@@ -86,7 +88,7 @@ def test_without_image_ids_swapping_the_images_swaps_the_maps(micro: Config, inp
 
 def test_maps_of_a_model_without_delta_tokens_are_refused(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:
     with pytest.raises(ValueError, match=r"num_tokens is 0, but attention maps need"):
-        attention_maps(captioner(micro, reading="A", num_tokens=0), [pair])
+        attention_maps(captioner(micro, reading="A", num_tokens=0, fusion=None), [pair])
 
 
 def test_the_heat_maps_share_one_scale_from_0_to_1(micro: Config, pair: tuple[Image.Image, Image.Image]) -> None:

@@ -39,8 +39,13 @@ def rows_of(model: OneDiffForConditionalGeneration, step: int) -> list[dict[str,
         ids = torch.cat([head, words])
         labels = ids.clone()
         labels[: -length] = IGNORED
-        rows.append({"input_ids": ids[None], "labels": labels[None], "attention_mask": torch.ones_like(ids)[None],
-                     "image_counts": torch.tensor([count]),
+        pairs, targets = int(count == 2), {}
+        if model.fusion is not None:
+            targets = {"place_targets": torch.rand(pairs, 2, 9, generator=generator),
+                       "changed_targets": torch.ones(pairs),
+                       "object_targets": torch.randint(3, (pairs, 2), generator=generator)}
+        rows.append({**targets, "input_ids": ids[None], "labels": labels[None],
+                     "attention_mask": torch.ones_like(ids)[None], "image_counts": torch.tensor([count]),
                      "images": torch.randn(count, 3, 12, 12, generator=generator)})
     return rows
 
@@ -51,14 +56,14 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
     batch = {key: torch.cat([torch.nn.functional.pad(row[key], (0, longest - row[key].shape[1]), value=value)
                              for row in rows]) for key, value in fill.items()}
-    return batch | {key: torch.cat([row[key] for row in rows]) for key in ("image_counts", "images")}
+    return batch | {key: torch.cat([row[key] for row in rows]) for key in rows[0].keys() - batch.keys()}
 
 
 def run(case: dict[str, Any]) -> None:
     """Train a small model with the settings of the case and save the weights in the folder of the case."""
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    model = small().to(getattr(torch, case.get("precision", "float32")))
+    model = small(**case.get("model", {})).to(getattr(torch, case.get("precision", "float32")))
     num_micro = case.get("num_micro", 1)
     world = int(os.environ["WORLD_SIZE"])
     runtime = Runtime(launcher="deepspeed" if world > 1 else "local", gpus=world,

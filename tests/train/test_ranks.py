@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from parts import FUSION
 from safetensors import safe_open
 
 PROGRAM = Path(__file__).with_name("ranks.py")
@@ -47,7 +48,9 @@ def launch(folder: Path, cases: list[dict[str, Any]], world: int, *, dies: bool 
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text().splitlines()]
+    """Return the loss of each step or, if the run has auxiliary losses, the sum of all losses of each step."""
+    lines = map(json.loads, (folder / "curve.jsonl").read_text().splitlines())
+    return [sum(line.get(name, 0) for name in ("loss", "place", "changed", "object")) for line in lines]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,9 +62,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 ONE_PROCESS = [{"folder": "float32", "runtime": {}}, {"folder": "lora", "runtime": {}, "phase": LORA},
                {"folder": "checkpointed", "runtime": {"checkpoint_activations": True}},
                {"folder": "bfloat16", "runtime": {}, "precision": "bfloat16"}]
+FUSED = {"model": FUSION, "phase": {"auxiliary": {"place": 2.0, "changed": 0.1, "object": 0.6}}}
+ONE_PROCESS += [FUSED | {"folder": "fused", "runtime": {}}]
 TWO_PROCESSES = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
-    for level, num in ((2, 1), (3, 2))]
+    for level, num in ((2, 1), (3, 2))] + [
+    FUSED | {"folder": "fused2", "runtime": {"zero_level": 2}, "num_micro": 2, "expected": "fused"}]
 TWO_PROCESSES_SLOW = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((0, 2), (1, 1), (1, 2), (2, 2), (3, 1))]

@@ -9,6 +9,7 @@ import numpy as np
 from onediff.data.record import Record
 from onediff.eval.analysis.behaviour import rates
 from onediff.eval.protocols import PairRow
+from onediff.inputs.boxes import coverage, on_the_grid
 from onediff.inputs.images import open_image
 from onediff.model.attention import AttentionMaps, Grid, attention_maps
 from onediff.model.captioner import Captioner
@@ -31,29 +32,6 @@ def regions(row: PairRow) -> dict[str, Box]:
     provenance = row["provenance"]
     boxes = {side: provenance.get(f"region_{side}") or provenance.get("region") for side in SIDES}
     return {side: box for side, box in boxes.items() if box}
-
-
-def on_the_grid(box: Box, size: tuple[int, int], *, side: int) -> tuple[float, ...]:
-    """Convert a box from pixels of an image to units of patches.
-
-    The vision encoder pads an image to a square, so the result is relative to this square. `size` is the width and
-    height of the image, `side` is the number of patches per side of the square.
-    """
-    longer = max(size)
-    margins = [(longer - length) / 2 for length in size]
-    return tuple((value + margins[axis % 2]) * side / longer for axis, value in enumerate(box))
-
-
-def coverage(box: Sequence[float], *, side: int) -> Grid:
-    """Return for each of the P x P patches which share of its area lies inside the box, (P, P).
-
-    The edges of the box are given in units of patches.
-    """
-    left, top, right, bottom = box
-    starts = np.arange(side)
-    across, down = (np.clip(np.minimum(starts + 1, high) - np.maximum(starts, low), 0, 1)
-                    for low, high in ((left, right), (top, bottom)))
-    return down[:, None] * across[None, :]
 
 
 def points_inside(grid: Grid, box: Sequence[float]) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from onediff.config import Config
 from onediff.data.batches.corpus import Corpus
 from onediff.data.batches.loader import FeatureStore, collate, decode, shared_out, stream
 from onediff.data.batches.sampling import BatchRow, Sampling, tune_entries, tune_rows
+from onediff.data.batches.targets import targets_of
+from onediff.inputs.attributes import CLASSES
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.inputs.prompt import text_prompt
 from onediff.model.assemble import build
@@ -43,6 +46,24 @@ def test_stored_features_equal_the_output_of_the_vision_tower(corpus: Corpus, pr
         assert torch.allclose(cached["states"], model.vision(live["images"]), atol=1e-4)
     again = FeatureStore.prepare(corpus, processor, None, tower_digest="x", scratch=tmp_path)  # type: ignore[arg-type]
     assert again.arrays["scenes"].shape == store.arrays["scenes"].shape
+
+
+def test_stored_pixels_equal_decoded_images_and_the_pairs_have_targets(corpus: Corpus, processor: OneDiffProcessor,
+                                                                      micro: Config, tmp_path: Path) -> None:
+    tower = build(micro.model, seed=0)[0].eval().vision
+    store = FeatureStore.prepare(corpus, processor, tower, tower_digest="x", scratch=tmp_path)
+    assert store([]).keys() == {"states"}
+    store = FeatureStore.prepare(corpus, processor, tower, tower_digest="x", scratch=tmp_path, with_pixels=True)
+    sampling = Sampling({"scenes": 3, "edits": 1}, "plain", seed=3, batch_size=6)
+    rows = tune_rows(tune_entries(corpus, sampling), sampling)(0)
+    targets = partial(targets_of, classes=CLASSES, places=12)
+    cached, live = collate(rows, processor, store, targets), collate(rows, processor, decode(corpus, processor))
+    assert torch.equal(cached["images"], live["images"])
+    assert cached["place_targets"].shape == (6, 2, 144) and cached["object_targets"].shape == (6, len(CLASSES))
+    assert cached["changed_targets"].tolist() == [row.facts["attributes"]["change_type"] != "none" for row in rows]
+    assert not {"place_targets", "object_targets"} & live.keys()
+    empty = collate([BatchRow((), text_prompt("plain", "hi", "there"))], processor, store, targets)
+    assert empty["images"].shape == (0, 3, 96, 96) and empty["place_targets"].shape == (0, 2, 144)
 
 
 def test_a_batch_may_contain_only_rows_without_images(corpus: Corpus, processor: OneDiffProcessor) -> None:
