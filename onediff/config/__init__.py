@@ -13,6 +13,7 @@ from onediff.config.params import (
     Leaks,
     Lora,
     Model,
+    Nuisance,
     Phase,
     Retrieval,
     Scenes,
@@ -27,6 +28,6 @@ from onediff.config.runtime import Pools, Runtime, Services, Slurm, load_runtime
 
 __all__ = [
     "Align", "Caption", "Config", "Data", "Delta", "Diffusion", "Drift", "Edits", "Judge", "Leaks", "Lora",
-    "Model", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services", "Slurm", "Stress", "Task",
-    "Vision", "Writer", "load_params", "load_runtime",
+    "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services", "Slurm", "Stress",
+    "Task", "Vision", "Writer", "load_params", "load_runtime",
 ]

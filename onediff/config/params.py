@@ -19,6 +19,7 @@ from onediff.paths import PARAMS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+Gains = Annotated[list[Rate], Field(min_length=2, max_length=2)]  # the lowest and the highest gain
 SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
@@ -34,14 +35,15 @@ class SplitCounts(Section):
 class Scenes(Section):
     """The settings of the source `scenes`: rendered images of objects on a table, with several pairs per scene.
 
-    `jitter` scales the random distance of camera and light from their default positions. The benchmark scenes_far has
-    `num_far` test scenes with `far_jitter` instead. `min_visible` is the share of the image that each object must
-    cover.
+    `jitter` scales the random distance of camera and light from their default positions. In the split `train`, it is
+    drawn for each scene, up to `train_jitter`. The benchmark scenes_far has `num_far` test scenes with `far_jitter`
+    instead. `min_visible` is the share of the image that each object must cover.
     """
 
     renderer: Literal["raytracer", "blender"]
     num_scenes: SplitCounts
     num_far: Count
+    train_jitter: Rate
     jitter: Rate
     far_jitter: Rate
     min_objects: Annotated[int, Field(ge=2)]
@@ -55,16 +57,59 @@ class Scenes(Section):
         return self
 
 
+class Shares(Section):
+    """The shares of the pairs of `edits` that are made from photographs, generated pictures and canvases."""
+
+    photograph: Share
+    generated: Share
+    canvas: Share
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        total = self.photograph + self.generated + self.canvas
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of photograph, generated and canvas must add up to 1, got {total:g}")
+        return self
+
+
 class Edits(Section):
     """The settings of the source `edits`: images that a program edits.
 
-    `canvas_share` is the share of pairs made from a rendered table (a canvas); all others are made from photographs.
-    `photos` is a folder of photographs; null selects the photographs that scikit-image and scikit-learn contain.
+    In the splits other than `train`, each of the `num_pairs` pairs is followed by its swapped pair. `photos` is a
+    folder of photographs; null selects the photographs that Python packages contain.
     """
 
     num_pairs: SplitCounts
-    canvas_share: Share
+    shares: Shares
     photos: str | None
+
+
+class Nuisance(Section):
+    """The disturbances of images that are no change, and the limits from which light and blur are edits.
+
+    `share` is the share of pairs that are disturbed, and `heldout_strength` is the strength in val, gate and test,
+    relative to train. `noise` is a standard deviation in grey levels. `light` and `edit_light` are the darkest and the
+    brightest gain. Lengths are in pixels of the stored images.
+    """
+
+    share: Share
+    heldout_strength: Share
+    light: Gains
+    blur_px: Rate
+    shift_px: Rate
+    resampling: Annotated[float, Field(gt=0, le=1)]
+    noise: Rate
+    jpeg_quality: Annotated[int, Field(ge=1, le=95)]
+    edit_light: Gains
+    edit_blur_px: Rate
+
+    @model_validator(mode="after")
+    def _check_margins(self) -> Self:
+        if not self.edit_light[0] < self.light[0] <= 1 <= self.light[1] < self.edit_light[1]:
+            raise ValueError(f"light {self.light} must contain 1 and be inside edit_light {self.edit_light}")
+        if self.blur_px >= self.edit_blur_px:
+            raise ValueError(f"blur_px {self.blur_px} must be below edit_blur_px {self.edit_blur_px}")
+        return self
 
 
 class Writer(Section):
@@ -164,6 +209,7 @@ class Data(Section):
     image_px: Annotated[int, Field(ge=32)]
     scenes: Scenes
     edits: Edits
+    nuisance: Nuisance
     retrieval: Retrieval | None
     diffusion: Diffusion | None
     writer: Writer | None

@@ -79,8 +79,8 @@ USED_BY_PACKAGES = {
     "scikit-learn": ["scipy"],
     "transformers": ["safetensors", "tokenizers"],
 }
-# Maps a module to the packages whose files it reads without an import; scikit-learn contains two photographs.
-USED_BY_MODULES = {"onediff.data.synthesis.edits.pictures": ["scikit-learn"]}
+# Maps a module to the packages whose files it reads without an import: these packages contain photographs.
+USED_BY_MODULES = {"onediff.data.synthesis.edits.photographs": ["matplotlib", "scikit-image", "scikit-learn"]}
 
 
 def write(root: Path = ROOT) -> None:

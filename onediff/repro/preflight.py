@@ -83,10 +83,10 @@ def _raw_folders(data: Data, stages: dict[str, Stage]) -> Iterator[str]:
 def _photographs(data: Data, used: set[str]) -> Iterator[str]:
     """Yield an error line for each split for which the folder data.edits.photos contains no photograph."""
     folder = data.edits.photos
-    if folder is None or folder in used or "edits" not in data.generated or data.edits.canvas_share == 1:
+    if folder is None or folder in used or "edits" not in data.generated or data.edits.shares.photograph == 0:
         return
     from onediff.data.record import SPLITS
-    from onediff.data.synthesis.edits.pictures import photo_paths
+    from onediff.data.synthesis.edits.photographs import photo_paths
 
     for split in SPLITS:
         try:

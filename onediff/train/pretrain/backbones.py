@@ -80,7 +80,9 @@ def main(steps: Annotated[int, typer.Option(help="Number of training steps of th
     seed = load_params().seed
     draw_shards(work, images, workers=load_runtime().num_workers)
     examples = read_shards(work, images)
-    tokenizer = train_tokenizer([str(text) for text in examples.caption if text])
+    if not (work / "tokenizer").exists():
+        train_tokenizer([str(text) for text in examples.caption if text]).save_pretrained(work / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     torch.manual_seed(seed)
     model = Pretrainer(len(tokenizer))
     run = Run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98)), steps)

@@ -10,7 +10,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from onediff.data.synthesis.edits.pictures import PLACES, Picture, Pixels, draw_thing, draw_uniform
+from onediff.data.synthesis.edits.canvases import draw_thing
+from onediff.data.synthesis.edits.pictures import PLACES, Picture, Pixels, draw_uniform
 from onediff.data.synthesis.phrases import pick
 from onediff.data.synthesis.render import Thing, View, bounding_box, render
 

@@ -12,8 +12,10 @@ from PIL import Image
 
 from onediff.config import Config
 from onediff.data.record import SPLITS, Record
+from onediff.data.synthesis.edits.canvases import draw_canvas
 from onediff.data.synthesis.edits.operations import OPERATIONS
-from onediff.data.synthesis.edits.pictures import Pixels, draw_canvas, draw_window
+from onediff.data.synthesis.edits.photographs import draw_window
+from onediff.data.synthesis.edits.pictures import Pixels
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, phrasings, pick, say
 from onediff.inputs.images import png
 
@@ -31,10 +33,11 @@ def edit_record(config: Config, split: str, index: int) -> Record:
     seed = [config.seed, SEED_TAG, SPLITS.index(split), index]
     rng = np.random.default_rng(seed)
     operation = pick(rng, tuple(EDIT_TEMPLATES))
-    on_canvas = rng.random() < config.data.edits.canvas_share
+    on_canvas = rng.random() < config.data.edits.shares.canvas
     image_px, folder = config.data.image_px, config.data.edits.photos
     for _ in range(100):  # If the edit is invisible, such as a blur of a clear sky, try another picture.
-        picture = draw_canvas(rng, image_px) if on_canvas else draw_window(rng, split, folder, image_px=image_px)
+        size = (image_px, image_px)
+        picture = draw_canvas(rng, size) if on_canvas else draw_window(rng, split, folder, size=size)
         edit = OPERATIONS[operation](rng, picture)
         difference = np.abs(picture.pixels.astype(np.int16) - edit.after).max(axis=2)
         if float((difference > STEP).mean()) >= MIN_CHANGED.get(operation, MIN_CHANGED_ELSEWHERE):
