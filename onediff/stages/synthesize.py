@@ -9,7 +9,7 @@ from tqdm import tqdm
 from onediff.config import Config, load_params, load_runtime
 from onediff.data.parallel import spread
 from onediff.data.record import SPLITS, Record, write_shards
-from onediff.data.synthesis.edits.records import edit_record
+from onediff.data.synthesis.edits.records import edit_records
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.files import new_folder
 from onediff.paths import SYNTHETIC
@@ -59,7 +59,7 @@ def _start(config: Config, source: str, blender_device: str | None) -> Callable[
     def make_records(group: Group) -> list[Record]:
         prefix, split, index = group
         if source == "edits":
-            return [edit_record(config, split, index)]
+            return edit_records(config, split, index)
         return scene_records(config, split, index, source="scenes_far" if prefix == "far" else "scenes")
 
     return make_records

@@ -34,22 +34,35 @@ EDIT_TEMPLATES: dict[str, tuple[str, ...]] = {
                    "tint the whole picture {new}"),
     "black_and_white": ("make the image black and white", "convert the photo to black and white",
                         "remove all the colors", "turn the picture into grayscale"),
+    "colorize": ("make the colors come back", "bring back the colors of the photo", "turn the gray picture into color",
+                 "add the missing colors to the image"),
     "blur": ("blur the image", "make the photo blurry", "apply a blur to the picture", "make the image less sharp"),
-    "crop": ("crop the image", "crop the photo to its {new}", "keep only the {new} of the picture",
-             "zoom into the {new} of the image"),
+    "sharpen": ("sharpen the image", "make the photo sharper", "remove the blur from the picture",
+                "bring the image back into focus"),
+    "crop": ("crop the photo to its {new}", "keep only the {new} of the picture", "zoom into the {new} of the image",
+             "cut out the {new} of the picture"),
+    "zoom_out": ("zoom out from the {new}", "show more of the picture around the {new}",
+                 "widen the view beyond the {new}", "show the whole photo and not only its {new}"),
     "rotate": ("rotate the image {new}", "turn the photo {new}", "rotate the picture by 90 degrees {new}"),
     "remove": ("remove the object at the {new}", "erase the thing at the {new}", "take out the object at the {new}",
                "delete what is at the {new}"),
+    "restore": ("put the missing part at the {new} back", "restore what was at the {new}",
+                "bring back what was erased at the {new}", "fill in the missing part at the {new}"),
     "paste": ("add a {old} at the {new}", "paste a {old} at the {new}", "put a {old} at the {new}",
               "insert a {old} at the {new}"),
     "none": ("leave the image as it is", "nothing was edited", "no edit was made", "keep the photo unchanged"),
 }
 
+# The instructions in training, nine for each source. The first of each source is the one that users read first.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "scenes": ("What changed between the two images?", "Describe the change between the scenes.",
-               "What is different in the second image?"),
+               "What is different in the second image?", "How does the second scene differ from the first?",
+               "Which object changed?", "Compare the two scenes.", "Say what happened between the two images.",
+               "Name the difference between the two scenes.", "What happened on the table?"),
     "edits": ("What edit turns the first image into the second?", "Describe the edit as an instruction.",
-              "How was the image edited?"),
+              "How was the image edited?", "What was done to the photo?", "Which edit was made?",
+              "Tell me how to get the second picture from the first.", "Write the instruction for this edit.",
+              "How must the first image be edited to get the second?", "Which change was made to the picture?"),
 }
 
 

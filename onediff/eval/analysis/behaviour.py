@@ -24,10 +24,11 @@ _WORDS = {synonym: (kind, word) for kind, words in _KINDS.items() for word in wo
 _NEIGHBOUR = re.compile(r" (?:left of|right of|in front of|behind) the ")
 _INVERSE = {"color": "color", "texture": "texture", "add": "drop", "drop": "add", "move": "move"}
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
-# crop, black_and_white and blur have no inverse: no sentence of the grammar asks to widen, colour or sharpen an image.
+# What undoes `remove` is `restore` instead of `paste` if the removed object has no name.
 _EDIT_INVERSE = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
-                 "less_contrast": "more_contrast", "color_cast": "color_cast", "rotate": "rotate", "paste": "remove",
-                 "remove": "paste"}
+                 "less_contrast": "more_contrast", "color_cast": "color_cast", "black_and_white": "colorize",
+                 "colorize": "black_and_white", "blur": "sharpen", "sharpen": "blur", "crop": "zoom_out",
+                 "zoom_out": "crop", "rotate": "rotate", "paste": "remove", "restore": "remove", "remove": "paste"}
 _EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple", "purple": "green", "blue": "yellow",
                                  "yellow": "blue"},
                   "rotate": {"to the left": "to the right", "to the right": "to the left"}}
@@ -218,13 +219,12 @@ def undone(change: Change) -> Change | None:
 
 
 def undone_edit(edit: Change) -> Change | None:
-    """Return the edit that undoes `edit`, or None if the grammar has no sentence for such an edit.
-
-    For example, no sentence undoes a crop, or the removal of an object from a photograph.
-    """
+    """Return the edit that undoes `edit`, or None if nothing was edited or the edit is unknown."""
     kind = _EDIT_INVERSE.get(edit.change_type or "")
-    if kind is None or (kind == "paste" and edit.shape is None):
+    if kind is None:
         return None
+    if kind == "paste" and edit.shape is None:
+        kind = "restore"
     opposite = _EDIT_OPPOSITE.get(kind)
     return replace(edit, change_type=kind, new=opposite.get(edit.new or "") if opposite else edit.new)
 
@@ -232,10 +232,11 @@ def undone_edit(edit: Change) -> Change | None:
 def inverse_edit(a: Change, b: Change) -> bool:
     """Return whether edit b undoes edit a.
 
-    A caption that asks to remove an object does not name the object, so pasting any object undoes a removal.
+    A caption that asks to remove an object does not name the object, so pasting any object and restoring what was
+    there undo a removal.
     """
     kind = _EDIT_INVERSE.get(a.change_type or "")
-    if kind is None or kind != b.change_type:
+    if kind is None or b.change_type not in ({"paste", "restore"} if kind == "paste" else {kind}):
         return False
     opposite = _EDIT_OPPOSITE.get(kind)
     return a.new == b.new if opposite is None else opposite.get(a.new or "") == b.new

@@ -2,7 +2,7 @@
 
 Camera and light move in every pair, and at most one object changes. Each base scene gives four images: before and after
 the change, each from two cameras. They are combined to changed pairs, reversed pairs with the inverse caption, and
-distractors, in which only camera and light moved.
+distractors, in which only camera and light moved. The images of a part of the scenes are disturbed (module `nuisance`).
 """
 
 import math
@@ -15,8 +15,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from onediff.config import Config, Data
+from onediff.config import Config, Data, Nuisance, Scenes
 from onediff.data.record import SPLITS, Record
+from onediff.data.synthesis import nuisance
 from onediff.data.synthesis.phrases import INSTRUCTIONS, pick
 from onediff.data.synthesis.render import Camera, Thing, View, bounding_box, render, visible
 from onediff.data.synthesis.scenes.captions import caption, name_objects
@@ -36,18 +37,19 @@ class Shot:
     things: list[Thing]
     view: View
     data: Data
+    disturbance: nuisance.Disturbance
+    noise: Generator
 
     @cached_property
     def frame(self) -> tuple[bytes, NDArray[np.int8]]:
-        """The PNG bytes of the image, and an array with the index of the object that each pixel shows (-1: the table).
-        """
+        """The PNG bytes of the disturbed image, and the index of the object that each pixel shows (-1: the table)."""
         if self.data.scenes.renderer == "blender":
             from onediff.data.synthesis.scenes import blender  # optional and slow to import
 
             image, ids = blender.render(self.things, self.view, self.data.image_px)
         else:
             image, ids = render(self.things, self.view, self.data.image_px)
-        return png(Image.fromarray(image)), ids
+        return png(Image.fromarray(nuisance.apply(self.noise, image, self.disturbance))), ids
 
     def region(self, thing: Thing | None) -> list[int] | None:
         """Return the bounding box [left, top, right, bottom] of the object in pixels; None if no pixel shows it."""
@@ -65,10 +67,10 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
     another camera and light). In other splits, it gives four pairs: changed, the two images of this pair swapped, and
     two distractors. Raises ValueError if random drawing gives no scene with a clearly visible change.
     """
-    jitter = config.data.scenes.far_jitter if source == "scenes_far" else config.data.scenes.jitter
     for attempt in range(MAX_TRIES):
         seed = [config.seed, SEED_TAGS[source], SPLITS.index(split), index, attempt]
         rng = np.random.default_rng(seed)
+        jitter = _draw_jitter(rng, config.data.scenes, split, source)
         pairs = _draw_pairs(rng, config.data, split, CHANGE_TYPES[index % len(CHANGE_TYPES)], jitter)
         if pairs:
             break
@@ -88,6 +90,21 @@ def scene_records(config: Config, split: str, index: int, *, source: str = "scen
             for letter, change, left, right, references in pairs]
 
 
+def _draw_jitter(rng: Generator, scenes: Scenes, split: str, source: str) -> float:
+    """Return the jitter of a scene; in `train`, it is drawn up to `train_jitter`, and its mean is 2/3 of the limit."""
+    if source == "scenes_far":
+        return scenes.far_jitter
+    return scenes.train_jitter * math.sqrt(float(rng.random())) if split == "train" else scenes.jitter
+
+
+def _draw_disturbances(rng: Generator, limits: Nuisance,
+                       split: str) -> tuple[nuisance.Disturbance, nuisance.Disturbance]:
+    """Draw the disturbances of the images of both cameras, of which every pair has one image each."""
+    if rng.random() >= limits.share:
+        return nuisance.Disturbance(), nuisance.Disturbance()
+    return nuisance.draw_pair(rng, limits, strength=1.0 if split == "train" else limits.heldout_strength)
+
+
 def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter: float) -> list[Pair] | None:
     """Draw a scene and a change, and return the pairs; None if the change would be hard to see in one of the pairs."""
     scenes = data.scenes
@@ -96,7 +113,9 @@ def _draw_pairs(rng: Generator, data: Data, split: str, change_type: str, jitter
     if before is None or change is None:
         return None
     after = [thing for thing in before if thing is not change.before] + ([change.after] if change.after else [])
-    shots = [Shot(things, draw_view(rng, jitter), data) for things in (before, before, after, after)]
+    cameras = _draw_disturbances(rng, data.nuisance, split) * 2
+    shots = [Shot(things, draw_view(rng, jitter), data, disturbance, noise) for things, disturbance, noise
+             in zip((before, before, after, after), cameras, rng.spawn(4), strict=True)]
     if any(visible(shot.things, shot.view).min() < scenes.min_visible for shot in shots):
         return None
     b0, b1, a0, a1 = shots
