@@ -24,7 +24,7 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, s
 from onediff.train.pretrain.pretrainer import normalized, pooled
 
 ROWS, IMAGES, RATE = 48, 16, 1e-3
-_NEW = {"color_cast": tuple(CASTS), "rotate": tuple(TURNS)}
+_NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
 def sentence(rng: Generator) -> tuple[str, str]:
