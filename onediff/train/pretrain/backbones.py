@@ -23,7 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from onediff.config import load_params, load_runtime
-from onediff.data.synthesis.phrases import EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
+from onediff.data.synthesis.edits.operations import TURNS
+from onediff.data.synthesis.edits.pictures import PLACES
+from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, SYNONYMS
 from onediff.data.synthesis.render import COLORS
 from onediff.files import write_json
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
@@ -155,6 +157,7 @@ def train_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     sentences = [s for table in (SCENE_TEMPLATES, EDIT_TEMPLATES, INSTRUCTIONS)
                  for options in table.values() for s in options]
     words = [w for options in SYNONYMS.values() for w in options] + [w + end for w in COLORS for end in ("", ",", ".")]
+    words += [*PLACES, *TURNS, *DIRECTIONS.values()]
     text = captions[:5000] + 50 * [s.format(old="red cube", new="blue") for s in sentences] + 50 * words
     text += 50 * [DEFAULT_INSTRUCTION, "USER: ASSISTANT: First image: Second image: Describe the images in order. "
                   "left of right of in front of behind the"]
