@@ -30,6 +30,8 @@ TRAINED = MODELS / "tune"
 CURVES = DATA / "curves"
 RUNS = DATA / "runs"
 CAPTIONS = DATA / "captions"
+OWN_QUESTION = CAPTIONS / "own_question"  # captions that answer the question in each record
+PARAPHRASED = CAPTIONS / "paraphrases"  # captions that answer paraphrases of the default question
 SCORED = DATA / "scored"
 METRICS = DATA / "metrics.json"
 GATE = DATA / "gate.json"
@@ -37,6 +39,7 @@ STRESS = DATA / "stress.json"
 STRESS_DETAILS = DATA / "stress"
 REPORT = DATA / "report.html"
 FIGURES = DATA / "figures"
+SEEDS = Path("docs/seeds.json")  # mean and range of each figure over several seeds; in git
 
 CHAMPION = "models:/onediff@champion"
 

@@ -54,7 +54,7 @@ def stress() -> dict[str, Any]:
                                                                        "CIDEr": [0.9, 1.1]}}
     keys = (*INSIDE, *POINTING)
     attention = {"num_images": 5, **dict.fromkeys(keys, 0.375), "intervals": {key: [0.3, 0.45] for key in keys}}
-    return {"num_pairs": 3, "identical": rates, "swapped": {**rates, "left_out": {"crop": 17}},
+    return {"num_pairs": 3, "identical": rates, "swapped": {**rates},
             "curves": {"noise": {"none": point, "5": point}},
             "attention": {**attention, "by_change_type": {"add": attention}}}
 

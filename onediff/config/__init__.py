@@ -19,6 +19,7 @@ from onediff.config.params import (
     Scenes,
     Stress,
     Task,
+    Tune,
     Vision,
     Writer,
     load_params,
@@ -29,5 +30,5 @@ from onediff.config.runtime import Pools, Runtime, Services, Slurm, load_runtime
 __all__ = [
     "Align", "Caption", "Config", "Data", "Delta", "Diffusion", "Drift", "Edits", "Judge", "Leaks", "Lora",
     "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services", "Slurm", "Stress",
-    "Task", "Vision", "Writer", "load_params", "load_runtime",
+    "Task", "Tune", "Vision", "Writer", "load_params", "load_runtime",
 ]

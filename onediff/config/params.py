@@ -386,12 +386,23 @@ class Align(Phase):
     samples: Literal["coupled", "single"]
 
 
+class Tune(Phase):
+    """The settings of the second training phase, multi-task instruction tuning.
+
+    `default_question` is the share of image pairs that are trained with the default question of `onediff caption`. The
+    other pairs are trained with the instruction of their source or record. Conversations keep their own questions.
+    """
+
+    default_question: Share
+
+
 class Task(Section):
     """The instruction and the answer format of one source, in training and in evaluation.
 
-    If `instruction` is null, each record's own instruction is used; if another key is null, the section `caption`
-    gives the value. `targets` decides on which references of a pair the model is trained: "drawn" draws one reference
-    each time, "each" makes one sample per reference, and "joined" joins all references into one answer.
+    If `instruction` is null, training also uses each record's own instruction, and evaluation asks the default question
+    of `onediff caption`; if another key is null, the section `caption` gives the value. `targets` decides on which
+    references of a pair the model is trained: "drawn" draws one reference each time, "each" makes one sample per
+    reference, and "joined" joins all references into one answer.
     """
 
     instruction: str | None
@@ -401,11 +412,16 @@ class Task(Section):
 
 
 class Caption(Section):
-    """The settings of caption generation: greedy decoding if `num_beams` is 1, and beam search otherwise."""
+    """The settings of caption generation: greedy decoding if `num_beams` is 1, and beam search otherwise.
+
+    `num_paraphrased` is the number of test pairs of each generated benchmark that are also captioned with every
+    paraphrase of the default question; with 0, this is not measured.
+    """
 
     max_new_tokens: Count
     num_beams: Count
     batch_size: Count
+    num_paraphrased: Annotated[int, Field(ge=0)]
 
 
 class Stress(Section):
@@ -456,7 +472,7 @@ class Config(Section):
     model: Model
     tasks: dict[SourceName, Task]
     align: Align | None  # If this section is null, the phase `tune` starts from the pretrained models.
-    tune: Phase
+    tune: Tune
     caption: Caption
     stress: Stress
     drift: Drift | None = None  # If this section is missing, `onediff drift` stops, because it has no thresholds.

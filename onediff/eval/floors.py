@@ -18,7 +18,7 @@ from onediff.data.record import Record
 from onediff.data.synthesis.phrases import DIRECTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes.captions import describe, noun
-from onediff.eval.analysis.behaviour import matching_templates
+from onediff.eval.analysis.grammar import matching_templates
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import score
 from onediff.eval.metrics.ngrams import corpus_cider

@@ -54,7 +54,7 @@ def caption_ms(folder: Path, data: Path, *, num_pairs: int = 20, device: str = "
     for record in islice(read_records(data, "gate-*.parquet"), num_pairs + 1):
         pair = (open_image(record.before), open_image(record.after))
         start = time.perf_counter()
-        captioner.caption([pair], instructions=[record.instruction])
+        captioner.caption([pair])
         times.append((time.perf_counter() - start) * 1000)
     if len(times) < 2:
         raise FileNotFoundError(f"{data}: the `gate` split has too few pairs to measure the time of a caption: run "

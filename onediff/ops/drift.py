@@ -19,7 +19,7 @@ import numpy as np
 
 from onediff import config
 from onediff.data.record import Record, read_records, read_table
-from onediff.eval.analysis.behaviour import GRAMMARS
+from onediff.eval.analysis.grammar import read_scene
 from onediff.eval.analysis.stress import choose, jpeg
 from onediff.files import write_json
 from onediff.inputs.images import open_image
@@ -139,7 +139,7 @@ def write_profile(folder: Path, model: Path, data: Path = DIFFCAP, num_pairs: in
 
 def _usage_rows(captioner: Captioner, records: Sequence[Record]) -> list[UsageRow]:
     pairs = [(open_image(record.before), open_image(record.after)) for record in records]
-    captions = captioner.caption_with_confidence(pairs, instructions=[record.instruction for record in records])
+    captions = captioner.caption_with_confidence(pairs)
     return [{"caption": caption, "confidence": round(confidence, 5), **pair_facts((record.before, record.after), pair)}
             for record, pair, (caption, confidence) in zip(records, pairs, captions, strict=True)]
 
@@ -162,7 +162,7 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
 
 def says_no_change(caption: str) -> bool:
     """Return whether a caption says that nothing changed, in a sentence that the sources `scenes` or `edits` use."""
-    return any(grammar.read(caption).change_type == "none" for grammar in GRAMMARS.values())
+    return read_scene(caption).change_type == "none"
 
 
 def _distributions(rows: Sequence[UsageRow]) -> dict[str, list[float]]:

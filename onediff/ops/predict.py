@@ -51,7 +51,7 @@ def check_benchmark(benchmark: str, split: str) -> None:
 def onediff(folder: Path) -> System:
     """Load a trained OneDiff model, and return a function that captions records with the model.
 
-    Instructions and decoding settings are those of the DVC stage `caption`.
+    Questions and decoding settings are those of the DVC stage `caption`.
     """
     config = load_params()
     silence_libraries()
@@ -65,19 +65,18 @@ def onediff(folder: Path) -> System:
 def chat(name: str, *, prompt: str | None = None, batch_size: int = 8) -> tuple[System, str]:
     """Load a chat model of transformers; return a function that captions records with it, and the complete prompt.
 
-    The placeholder {question} in the prompt is replaced by the instruction that OneDiff gets for the pair.
+    The placeholder {question} in the prompt is replaced by the question that OneDiff is asked about the pair.
     """
     config = load_params()
     silence_libraries()
     from onediff.baselines.chat import PROMPT, ChatCaptioner
-    from onediff.eval.caption import decoding
+    from onediff.eval.caption import benchmark_question, decoding
 
     captioner = ChatCaptioner.load(name, prompt=prompt or PROMPT, device=load_runtime().device)
 
     def caption(records: list[Record], pairs: list[Pair]) -> list[str]:
         longest = max(decoding(record, config.caption, config.tasks)[0] for record in records)
-        questions = [(record.source in config.tasks and config.tasks[record.source].instruction) or record.instruction
-                     for record in records]
+        questions = [benchmark_question(record, config.tasks) for record in records]
         return captioner.caption(pairs, questions, max_new_tokens=longest)
 
     return lambda records: _caption_batches(records, caption, batch_size), captioner.prompt

@@ -1,4 +1,4 @@
-"""The main scores of the last pipeline run as a table for a terminal, beside the scores in the git commit."""
+"""The main scores of the last pipeline run as a table for a terminal, beside the range over several seeds."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from onediff.files import read_json
 from onediff.git import committed
-from onediff.paths import DVC_LOCK, METRICS
+from onediff.paths import DVC_LOCK, METRICS, SEEDS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
 
 # For each column title of the table: metrics, of which a cell shows the first one that the benchmark has.
@@ -18,17 +18,22 @@ COLUMNS = {"CIDEr": ("CIDEr",), "METEOR": ("METEOR",),
 def score_table() -> str:
     """Return the scores in data/metrics.json as a text table with one row for each benchmark of the test split.
 
-    If the checked-out git commit contains scores that were produced with equal parameters, these scores follow in
-    brackets. They are the scores in the README, unless the user has committed other ones. The table is at most 100
-    characters wide. Raises FileNotFoundError if data/metrics.json does not exist.
+    If the checked-out git commit contains scores that were produced with equal parameters, brackets compare with it:
+    they show the lowest and the highest score of several seeds if docs/seeds.json has them, as in the README, and
+    otherwise the committed score. The table is at most 100 characters wide. Raises FileNotFoundError if
+    data/metrics.json does not exist.
     """
     present = read_json(METRICS, "run 'dvc repro score' to create it")
     earlier = _committed_scores()
-    note = ("in brackets those of the git commit, as in the README" if earlier else
+    ranges = read_json(SEEDS)["figures"] if earlier and SEEDS.exists() else {}
+    note = ("in brackets the range over seeds, as in the README" if ranges else
+            "in brackets those of the git commit" if earlier else
             "the git commit has no scores with these parameters to compare with")
     rows = [["", *COLUMNS]]
     for benchmark, scores in present.items():
-        rows.append([benchmark, *(_cell(scores, earlier.get(benchmark, {}), names) for names in COLUMNS.values())])
+        committed_scores = earlier.get(benchmark, {})
+        rows.append([benchmark, *(_cell(benchmark, scores, committed_scores, ranges, names)
+                                  for names in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n  ".join([f"Scores of the test split, times 100; {note}:", *lines])
@@ -44,8 +49,13 @@ def _committed_scores() -> dict[str, Any]:
     return json.loads(metrics) if parameters[0] == parameters[1] else {}
 
 
-def _cell(scores: Mapping[str, Any], earlier: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _cell(benchmark: str, scores: Mapping[str, Any], earlier: Mapping[str, Any], ranges: Mapping[str, Any],
+          names: tuple[str, ...]) -> str:
+    """Return the first of the figures `names` that the benchmark has, and in brackets what it is compared with."""
     name = next((name for name in names if name in scores), None)
     if name is None:
         return "-"
-    return f"{100 * scores[name]:.1f}" + (f" ({100 * earlier[name]:.1f})" if name in earlier else "")
+    spread = ranges.get(f"{benchmark}.{name}")
+    compared = [spread["low"], spread["high"]] if spread else [earlier[name]] if name in earlier else []
+    brackets = "-".join(f"{100 * value:.1f}" for value in compared)
+    return f"{100 * scores[name]:.1f}" + (f" ({brackets})" if brackets else "")

@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
+from onediff.eval.analysis.wording import own_question_scores, paraphrase_spread
 from onediff.eval.evaluation import evaluate
 from onediff.eval.floors import nearest_rows
 from onediff.eval.metrics.catalog import BEHAVIOUR, METRICS
 from onediff.eval.metrics.compute import start
+from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import check_counts, protocol_of, protocols_of, read_predictions, rounded
-from onediff.files import new_folder, read_json, write_json
-from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, SCORED
+from onediff.eval.questions import GENERATED
+from onediff.files import new_folder, read_json, read_jsonl, write_json
+from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, OWN_QUESTION, PARAPHRASED, SCORED
 from onediff.paths import METRICS as METRICS_FILE
 from onediff.stages.command import run
 
@@ -72,8 +75,23 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
         train_rows = [row for row in train if row["source"] == floor_source]
         nearest = (nearest_rows(train_rows, _records("train", floor_source), _records(split, source))
                    if train_rows else None)
-        results |= evaluate(source, predictions, chosen, train=train_rows, nearest=nearest)
+        tables = evaluate(source, predictions, chosen, train=train_rows, nearest=nearest)
+        question = read_jsonl(CAPTIONS / f"{split}/{source}.jsonl")[0]["question"]
+        extra = _other_questions(source, predictions, chosen) if split == "test" and source in GENERATED else {}
+        results |= {name: {**table, "question": question, **extra} for name, table in tables.items()}
     return results
+
+
+def _other_questions(source: str, predictions: Predictions, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores for the own question of each record, and the spread of the figures over the paraphrases.
+
+    `predictions` are the captions that answer the default question.
+    """
+    own = read_predictions(OWN_QUESTION / f"{source}.jsonl")
+    paraphrased = PARAPHRASED / f"{source}.jsonl"
+    lines = read_jsonl(paraphrased) if paraphrased.exists() else []  # absent if caption.num_paraphrased is 0
+    return {"own_question": own_question_scores(source, own, rows),
+            "paraphrases": paraphrase_spread(source, lines, predictions, rows)}
 
 
 def _records(split: str, source: str) -> Iterator[Record]:
@@ -107,6 +125,18 @@ def _show(title: str, results: dict[str, Any]) -> None:
         if "pixel_difference_auc" in result:
             shown.append(f"pixel_difference_auc {result['pixel_difference_auc']:.3f}")
         console.print(f"{name}: " + " · ".join(shown), highlight=False, markup=False)
+        _show_questions(console, name, result)
+
+
+def _show_questions(console: Console, name: str, result: dict[str, Any]) -> None:
+    """Print the figures for the own question of each record, and their range over the paraphrases of the question."""
+    own, spread = result.get("own_question", {}), result.get("paraphrases", {})
+    lines = {"own question": [f"{key} {own[key]:.3f}" for key in BEHAVIOUR if key in own],
+             "paraphrases": [f"{key} {spread[key]['mean']:.3f} [{spread[key]['low']:.3f}, {spread[key]['high']:.3f}]"
+                             for key in BEHAVIOUR if key in spread]}
+    for label, shown in lines.items():
+        if shown:
+            console.print(f"{name}, {label}: " + " · ".join(shown), highlight=False, markup=False)
 
 
 def _times_100(scores: dict[str, Any]) -> list[str]:

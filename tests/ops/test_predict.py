@@ -15,6 +15,7 @@ from onediff.cli import main as cli
 from onediff.config import Config
 from onediff.data.record import Record, write_shards
 from onediff.eval.protocols import read_predictions, read_rows
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.ops import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +70,7 @@ def test_a_chat_model_gets_the_instruction_of_each_pair_and_the_prompt_is_printe
                     "p.jsonl", "--batch-size", "2") == 0
     assert f"prompt, after both images: {prompt}\n" in capsys.readouterr().out
     captioner = ChatCaptioner.load(str(folder), prompt=prompt)
-    expected = [captioner.caption([(open_image(r.before), open_image(r.after))], [r.instruction],
+    expected = [captioner.caption([(open_image(r.before), open_image(r.after))], [DEFAULT_INSTRUCTION],
                                   max_new_tokens=predict.load_params().caption.max_new_tokens)[0]
                 for r in scene_pairs[5:8]]
     assert list(read_predictions(Path("p.jsonl")).values()) == expected

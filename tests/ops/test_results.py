@@ -41,6 +41,18 @@ def test_scores_of_other_parameters_are_not_compared() -> None:
 
 
 @pytest.mark.usefixtures("project")
+def test_the_range_over_seeds_takes_the_place_of_the_committed_scores() -> None:
+    Path("docs").mkdir()
+    write_json(Path("docs/seeds.json"), {"figures": {"scenes.CIDEr": {"mean": 2.1, "low": 1.9, "high": 2.25},
+                                                     "scenes.false_alarm_rate": {"mean": 0, "low": 0, "high": 0.01}}})
+    title, _, row = score_table().splitlines()
+    assert "range over seeds" in title
+    assert row.split() == ["scenes", "250.0", "(190.0-225.0)", "50.0", "(40.0)", "-", "0.0", "(0.0-1.0)"]
+    write_json(Path("dvc.lock"), json.loads(json.dumps(LOCK).replace("7", "9")))
+    assert "(" not in score_table().splitlines()[2]
+
+
+@pytest.mark.usefixtures("project")
 def test_without_git_there_is_nothing_to_compare_with() -> None:
     shutil.rmtree(".git")
     assert "(" not in score_table().splitlines()[2]

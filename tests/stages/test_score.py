@@ -12,6 +12,7 @@ from onediff.cli import scoring
 from onediff.config import load_params
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.scenes.records import scene_records
+from onediff.paths import OWN_QUESTION, PARAPHRASED
 from onediff.stages.report import report
 from onediff.stages.score import score
 
@@ -25,6 +26,13 @@ def edit(split: str, number: int) -> Record:
     where = {"new": None, "object": None, "region": [1, 2, 30, 20]}
     return Record(f"edits-{split}-{number}", "edits", split, f"photo/{number}", buffer.getvalue(), buffer.getvalue(),
                   [text], "What?", text.split()[0], where)
+
+
+def _write_captions(path: Path, records: list[Record], question: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({"pair_id": record.pair_id, "question": question,
+                                    "prediction": record.references[-1]}) + "\n" for record in records)
 
 
 @pytest.fixture
@@ -42,10 +50,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         records += [edit(split, i) for i in range(6)]
         write_shards(records, folder, split, shard_pairs=100)
         for source in [*sources, "edits"] if split != "train" else []:
-            path = Path(f"data/captions/{split}/{source}.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps({"pair_id": record.pair_id, "prediction": record.references[-1]}) + "\n"
-                                    for record in records if record.source == source))
+            chosen = [record for record in records if record.source == source]
+            _write_captions(Path(f"data/captions/{split}/{source}.jsonl"), chosen, "What changed?")
+            if split == "test":
+                _write_captions(OWN_QUESTION / f"{source}.jsonl", chosen, "What is new?")
+                for question in ("Q1?", "Q2?"):
+                    _write_captions(PARAPHRASED / f"{source}.jsonl", chosen[:3], question)
     card = {"num_pairs": {}, "num_quarantined": 0, "pixel_difference_auc": {"scenes": 0.5, "scenes_far": None},
             "leaks": {"images": 0, "groups": 0, "near_train_images": {}, "near_bits": 3}}
     (folder / "card.json").write_text(json.dumps(card))
@@ -65,6 +75,13 @@ def test_score_writes_metrics_with_equal_bytes_twice_and_report_writes_a_page_an
     assert metrics["scenes"]["change_type_accuracy"] == metrics["scenes"]["swap_consistency"] == 1
     assert metrics["scenes"]["pixel_difference_auc"] == 0.5 and "pixel_difference_auc" not in metrics["scenes_far"]
     assert metrics["edits"]["BLEU-1"] == pytest.approx(1) and 0 < metrics["edits"]["floor"]["constant"]["BLEU-1"] < 1
+    for name, table in metrics.items():
+        assert table["question"] == "What changed?" == gate.get(name, table)["question"]
+        assert table["own_question"]["CIDEr"] == table["CIDEr"] and table["own_question"]["BLEU-1"] == table["BLEU-1"]
+        assert (table["paraphrases"]["num_pairs"], table["paraphrases"]["num_questions"]) == (3, 2)
+    right = {"default": 1, "mean": 1, "low": 1, "high": 1}
+    assert metrics["scenes"]["paraphrases"]["change_accuracy"] == right
+    assert "own_question" not in gate["scenes"] and "paraphrases" not in gate["scenes"]
     score()
     assert [path.read_bytes() for path in outputs] == first
     report()

@@ -16,10 +16,17 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from onediff.config import Config, Phase, Task
+from onediff.config import Config, Phase, Task, Tune
 from onediff.data.batches.corpus import Corpus, Sample
 from onediff.data.record import digest
-from onediff.inputs.prompt import Prompt, conversation_prompt, coupled_prompt, pair_prompt, single_prompt
+from onediff.inputs.prompt import (
+    DEFAULT_INSTRUCTION,
+    Prompt,
+    conversation_prompt,
+    coupled_prompt,
+    pair_prompt,
+    single_prompt,
+)
 
 CANDIDATES = 4  # number of random images; Coupled Sample Training pairs an image with the least similar of these
 SINGLE_INSTRUCTION = "Describe the image."
@@ -50,7 +57,8 @@ class Sampling:
     """The settings that decide which rows of the corpus each training step draws.
 
     `weights` is the mixture (source -> sampling weight), `template` the name of the language model's prompt template,
-    and `mask_patches` the fraction of pairs whose patch tokens are hidden from the language model.
+    `mask_patches` the fraction of pairs whose patch tokens are hidden from the language model, and `default_question`
+    the fraction of pairs that are trained with the default question instead of the question of their source or record.
     """
 
     weights: dict[str, float]
@@ -59,12 +67,13 @@ class Sampling:
     batch_size: int
     mask_patches: float = 0.0
     tasks: dict[str, Task] = field(default_factory=dict)
+    default_question: float = 0.0
 
     @classmethod
     def of(cls, config: Config, phase: Phase) -> Sampling:
         """Collect the sampling settings of one training phase from params.yaml."""
         return cls(phase.mixture, config.model.template, config.seed, phase.batch_size, phase.mask_patches,
-                   config.tasks)
+                   config.tasks, phase.default_question if isinstance(phase, Tune) else 0.0)
 
 
 def tune_entries(corpus: Corpus, sampling: Sampling) -> list[Entry]:
@@ -83,7 +92,9 @@ def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
     """Return a function (step number -> list of rows) that draws the rows of multi-task instruction tuning.
 
     The function draws the sources by weight, and visits each entry of a source once before any entry is visited again.
-    A conversation keeps all its turns in order.
+    A share of the pairs, `default_question` of the sampling settings, gets the default question, whatever the source:
+    the model then cannot conclude from the question which source a pair comes from. A conversation keeps all its turns
+    in order.
     """
     by_source: dict[str, list[int]] = {name: [] for name in sorted(sampling.weights)}
     for index, (sample, _) in enumerate(entries):
@@ -94,6 +105,8 @@ def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
         instruction = sampling.tasks.get(sample.source, AS_RECORDED).instruction or sample.instruction
         name = f"{sample.source}/{sample.pair_id}"
         if len(sample.images) == 2:
+            if rng.random() < sampling.default_question:
+                instruction = DEFAULT_INSTRUCTION
             prompt = pair_prompt(sampling.template, instruction, answer or choose(rng, sample.references))
             return BatchRow(sample.images, prompt, bool(rng.random() < sampling.mask_patches), name)
         turns = list(sample.turns) or [(instruction, answer or choose(rng, sample.references))]

@@ -7,7 +7,6 @@ Each way to alter the pairs is a trial with a name. The trials are: `plain` (una
 
 import io
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,8 @@ from PIL import Image
 
 from onediff.config import Stress
 from onediff.data.record import Record
-from onediff.eval.analysis.behaviour import GRAMMARS, Grammar, Outcomes, by_change_type, rates, truth
+from onediff.eval.analysis.behaviour import GRAMMARS, Grammar, claims_change, rates, rates_by
+from onediff.eval.analysis.grammar import Change, truth
 from onediff.eval.metrics.compute import score
 from onediff.eval.metrics.words import Predictions, tokenize
 from onediff.eval.protocols import PairRow, protocol_of
@@ -29,7 +29,8 @@ from onediff.inputs.images import open_image, png
 PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
 RESAMPLES = 2000
-CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy")
+CURVE_FIGURES = ("change_type_accuracy", "changed_object_accuracy", "false_alarm_rate", "operation_accuracy",
+                 "unreadable_rate")
 _TAG = {"chosen": 11, "unrelated": 12, "disturbed": 13}  # part of the random seed; each use has its own number
 
 Trials = Mapping[str, Predictions]  # maps the name of each trial to the captions of all pairs in this trial
@@ -192,66 +193,64 @@ def figures(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings:
 def identical_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
     """Return the stress-test figures for pairs in which one image is shown twice.
 
-    false_alarm_rate: share of captions that do not say that nothing changed. It is given for all these pairs, and
-    separately for pairs that show `before` twice and for pairs that show `after` twice. unreadable_rate: share of
-    captions that cannot be parsed; these are also false alarms. same_caption_rate: share of changed pairs whose caption
-    is identical to the caption of the unaltered pair.
+    false_alarm_rate: share of captions that claim a change. It is given for all these pairs, and separately for pairs
+    that show `before` twice and for pairs that show `after` twice. unreadable_rate: share of captions that no grammar
+    can read; these are no false alarms, but they are not right either. same_caption_rate: share of changed pairs
+    whose caption is identical to the caption of the unaltered pair.
     """
     outcomes = {"same_caption_rate": [outcome for trial in IDENTICAL.values()
                                       for outcome in _unmoved(captions, trial, rows)]}
     if grammar is None:
         return rates(outcomes)
-    before, after = (_claimed_types(grammar, captions[trial], rows) for trial in IDENTICAL.values())
+    before, after = (_claims(grammar, captions[trial], rows) for trial in IDENTICAL.values())
     for name, claims in {"": before + after, "_before": before, "_after": after}.items():
-        outcomes[f"false_alarm_rate{name}"] = [(group, kind != "none") for group, kind in claims]
-    outcomes["unreadable_rate"] = [(group, kind is None) for group, kind in before + after]
-    by_type = _by_type([*rows, *rows], {"false_alarm_rate": outcomes["false_alarm_rate"]})
+        outcomes[f"false_alarm_rate{name}"] = [(group, claims_change(claim)) for group, claim in claims]
+    outcomes["unreadable_rate"] = [(group, claim.change_type is None) for group, claim in before + after]
+    kinds = [row["change_type"] for row in rows]
+    by_type = rates_by(kinds + kinds, {"false_alarm_rate": outcomes["false_alarm_rate"]})
     return {**rates(outcomes), "by_change_type": by_type}
 
 
 def unrelated_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
     """Return the stress-test figures for pairs of two unrelated images.
 
-    no_change_rate: share of captions that say that nothing changed. unreadable_rate: share of captions that cannot be
-    parsed. same_caption_rate: share of changed pairs whose caption is identical to the caption of the unaltered pair. A
-    pair of unrelated images belongs to the group of its image `before`.
+    no_change_rate: share of captions that say that nothing changed. unreadable_rate: share of captions that no grammar
+    can read. same_caption_rate: share of changed pairs whose caption is identical to the caption of the unaltered pair.
+    A pair of unrelated images belongs to the group of its image `before`.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, UNRELATED, rows)}
     if grammar is not None:
-        claims = _claimed_types(grammar, captions[UNRELATED], rows)
-        outcomes |= {"no_change_rate": [(group, kind == "none") for group, kind in claims],
-                     "unreadable_rate": [(group, kind is None) for group, kind in claims]}
+        claims = _claims(grammar, captions[UNRELATED], rows)
+        outcomes |= {"no_change_rate": [(group, claim.change_type == "none") for group, claim in claims],
+                     "unreadable_rate": [(group, claim.change_type is None) for group, claim in claims]}
     return rates(outcomes)
 
 
 def swapped_figures(grammar: Grammar | None, captions: Trials, rows: Sequence[PairRow]) -> dict[str, Any]:
     """Return the stress-test figures for swapped pairs, in which the model sees (after, before).
 
-    swap_accuracy: share of changed pairs whose caption describes the inverse change correctly. swap_consistency: share
-    of changed pairs whose caption is the inverse of the caption of the unaltered pair, even if both captions are wrong.
-    false_alarm_rate: share of unchanged pairs whose caption does not say that nothing changed. same_caption_rate: share
-    of changed pairs whose caption is identical to the caption of the unaltered pair.
+    swap_accuracy: share of changed pairs whose caption describes the inverse change correctly: for edits the operation
+    that leads back, with place, turn, tint and object as far as its sentence says them. swap_consistency: share of
+    changed pairs whose caption is the inverse of the caption of the unaltered pair, even if both captions are wrong.
+    false_alarm_rate: share of unchanged pairs whose caption claims a change. same_caption_rate: share of changed pairs
+    whose caption is identical to the caption of the unaltered pair.
 
-    `left_out` is the number of changed pairs of each type whose inverse change the grammar cannot express: crop, black
-    and white, blur, and the removal of an object from a photograph, because the object has no name.
+    by_change_type has the number of pairs and both swap figures for each type of the unaltered pair.
     """
     outcomes = {"same_caption_rate": _unmoved(captions, SWAPPED, rows)}
     if grammar is None:
         return rates(outcomes)
-    truths = [(row, truth(row)) for row in rows]
-    ways_back = [(row, grammar.undone(true)) for row, true in truths if true.change_type != "none"]
-    reversible = [(row, back) for row, back in ways_back if back is not None]
+    reversible = [(row, back) for row in rows if (back := grammar.undone(truth(row))) is not None]
     plain, swapped = ([grammar.read(captions[trial][row["pair_id"]]) for row, _ in reversible]
                       for trial in (PLAIN, SWAPPED))
     swaps = {"swap_accuracy": [(row["group_id"], grammar.says(claim, back))
                                for claim, (row, back) in zip(swapped, reversible, strict=True)],
              "swap_consistency": [(row["group_id"], grammar.inverse(first, second))
                                   for first, second, (row, _) in zip(plain, swapped, reversible, strict=True)]}
-    unchanged = [row for row, true in truths if true.change_type == "none"]
-    alarms = [(group, kind != "none") for group, kind in _claimed_types(grammar, captions[SWAPPED], unchanged)]
-    left_out = Counter(sorted(row["change_type"] for row, back in ways_back if back is None))
+    unchanged = [row for row in rows if row["change_type"] == "none"]
+    alarms = [(group, claims_change(claim)) for group, claim in _claims(grammar, captions[SWAPPED], unchanged)]
     return {"num_pairs": len(reversible), **rates({**outcomes, **swaps, "false_alarm_rate": alarms}),
-            "by_change_type": _by_type([row for row, _ in reversible], swaps), "left_out": dict(left_out)}
+            "by_change_type": rates_by([row["change_type"] for row, _ in reversible], swaps)}
 
 
 def curves(benchmark: str, captions: Trials, rows: Sequence[PairRow], settings: Stress) -> dict[str, dict[str, Any]]:
@@ -279,10 +278,9 @@ def _point(benchmark: str, predictions: Predictions, rows: Sequence[PairRow]) ->
             "intervals": {**{name: behaviour["intervals"][name] for name in names}, "CIDEr": bounds["CIDEr"]}}
 
 
-def _claimed_types(grammar: Grammar, predictions: Predictions,
-                   rows: Sequence[PairRow]) -> list[tuple[str, str | None]]:
-    """Return (group_id, change type that the caption claims) for each row; the type is None if parsing fails."""
-    return [(row["group_id"], grammar.read(predictions[row["pair_id"]]).change_type) for row in rows]
+def _claims(grammar: Grammar, predictions: Predictions, rows: Sequence[PairRow]) -> list[tuple[str, Change]]:
+    """Return (group_id, change that the caption claims) for each row."""
+    return [(row["group_id"], grammar.read(predictions[row["pair_id"]])) for row in rows]
 
 
 def _unmoved(captions: Trials, trial: str, rows: Sequence[PairRow]) -> list[tuple[str, float]]:
@@ -292,10 +290,3 @@ def _unmoved(captions: Trials, trial: str, rows: Sequence[PairRow]) -> list[tupl
     """
     return [(row["group_id"], captions[PLAIN][row["pair_id"]] == captions[trial][row["pair_id"]]) for row in rows
             if row["change_type"] != "none"]
-
-
-def _by_type(rows: Sequence[PairRow], outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """Return, for each change type, the number of rows of the type and the mean outcomes of these rows."""
-    return {kind: {"num_pairs": len(places),
-                   **rates({name: [each[place] for place in places] for name, each in outcomes.items()})}
-            for kind, places in by_change_type(rows).items()}

@@ -47,11 +47,17 @@ CATALOG = (
     Metric("change_type_accuracy", label="type right", counts="changed pairs", headline=True),
     Metric("changed_object_accuracy", label="object right", counts="changed pairs: color and shape", headline=True),
     Metric("change_accuracy", label="all right", counts="changed pairs: type, object and result of the change"),
-    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs whose caption does not say that nothing "
-           "changed", higher_is_better=False, headline=True),
+    Metric("no_change_accuracy", label="no change right", counts="unchanged pairs whose caption says that nothing "
+           "changed"),
+    Metric("false_alarm_rate", label="false alarms", counts="unchanged pairs whose caption claims a change",
+           higher_is_better=False, headline=True),
+    Metric("unreadable_rate", label="unreadable", counts="all pairs: captions that no grammar can read, which are "
+           "right in no figure", higher_is_better=False),
     Metric("swap_consistency", label="swap consistency", headline=True,
            counts="pairs whose swapped pair (after, before) gets the inverse caption"),
     Metric("operation_accuracy", label="operation right", counts="all pairs", headline=True),
+    Metric("swapped_accuracy", label="way back right", counts="swapped pairs of edits: the operation that leads back, "
+           "with place, turn, tint and object"),
     Metric("pixel_difference_auc"),
     Metric("oracle_CIDEr", high=10.0),
 )

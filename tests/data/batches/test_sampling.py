@@ -17,6 +17,7 @@ from onediff.data.batches.sampling import (
     tune_entries,
     tune_rows,
 )
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 INDICES = {"a": list(range(0, 13)), "b": list(range(100, 107)), "c": list(range(200, 231))}
 
@@ -44,6 +45,37 @@ def test_rows_of_instruction_tuning_are_pairs_with_one_of_their_references(corpu
         [pair] = [p for p in corpus.samples
                   if p.images == row.images and row.prompt.answer in p.references and p.source == "scenes"]
         assert pair.instruction in row.prompt.question
+
+
+def test_half_of_the_pairs_of_every_source_get_the_default_question(corpus: Corpus) -> None:
+    task = Task(instruction="What edit is it?", targets="drawn", max_new_tokens=None, num_beams=None)
+    sampling = Sampling({"scenes": 1, "edits": 1}, "plain", seed=3, batch_size=1000, tasks={"edits": task},
+                        default_question=0.5)
+    rows = tuned_rows(corpus, sampling)(0)
+    own = {pair.pair_id: task.instruction if pair.source == "edits" else pair.instruction for pair in corpus.samples}
+    for source in ("scenes", "edits"):
+        names = [row.name.partition("/") for row in rows]
+        asked = [(own[key], row.prompt.question) for (name, _, key), row in zip(names, rows, strict=True)
+                 if name == source]
+        assert all(text in question or DEFAULT_INSTRUCTION in question for text, question in asked)
+        others = [DEFAULT_INSTRUCTION in question for text, question in asked if text != DEFAULT_INSTRUCTION]
+        assert len(others) > 300 and abs(sum(others) / len(others) - 0.5) < 0.09
+    assert tuned_rows(corpus, sampling)(0) == rows
+
+
+def test_with_the_share_0_no_pair_and_with_the_share_1_every_pair_gets_the_default_question(corpus: Corpus) -> None:
+    task = Task(instruction="What edit is it?", targets="drawn", max_new_tokens=None, num_beams=None)
+    for share, expected in ((0.0, {False}), (1.0, {True})):
+        rows = tuned_rows(corpus, Sampling({"edits": 1}, "plain", seed=1, batch_size=50, tasks={"edits": task},
+                                           default_question=share))(0)
+        assert {DEFAULT_INSTRUCTION in row.prompt.question for row in rows} == expected
+
+
+def test_conversations_keep_their_questions(general: Corpus) -> None:
+    sampling = Sampling({"llava_665k": 1}, "plain", seed=1, batch_size=8)
+    always = Sampling({"llava_665k": 1}, "plain", seed=1, batch_size=8, default_question=1.0)
+    assert [row.prompt.question for row in tuned_rows(general, always)(0)] == [
+        row.prompt.question for row in tuned_rows(general, sampling)(0)]
 
 
 def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus) -> None:

@@ -21,7 +21,7 @@ from sklearn.metrics import cohen_kappa_score
 from onediff.config import Judge, Runtime
 from onediff.data.record import Record, read_table, write_shards
 from onediff.data.writer import endpoint
-from onediff.eval.analysis.behaviour import parse, says_the_truth, truth
+from onediff.eval.analysis.grammar import parse, says_the_truth, truth
 from onediff.eval.analysis.judge import (
     ANSWERS,
     Verdict,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onediff.eval.analysis.behaviour import parse, parse_edit
+from onediff.eval.analysis.grammar import parse, parse_edit
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.train.pretrain import dialogue as chat
 
