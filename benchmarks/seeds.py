@@ -13,6 +13,7 @@ docs/results.md, and the largest share of false alarms that mlflow/promotion.yam
 
 import math
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ import typer
 from benchmarks import script, seed_tables
 from onediff.files import new_folder, read_json, refusing_lock, write_json, write_text
 from onediff.git import git, git_paths, head
-from onediff.paths import GATE, METRICS, PARAMS, SEEDS, STRESS
+from onediff.model.digest import weights_digest
+from onediff.paths import GATE, METRICS, PARAMS, SEEDS, STRESS, TRAINED
 
 HOME, FIRST_SEED = Path(".onediff/seeds"), 7
 PRESET, PAGES, PROMOTION = "tiny", (Path("README.md"), Path("docs/results.md")), Path("mlflow/promotion.yaml")
@@ -41,8 +43,10 @@ def run(seeds: int = 3) -> None:
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = HOME / str(seed)
             prepare(folder, seed)
+            minutes = train(folder, seed)
             repro(folder, seed)
-            write_json(HOME / f"{seed}.json", {"commit": head(folder), "figures": figures_of(folder)}, indent=1)
+            write_json(HOME / f"{seed}.json", {"commit": head(folder), "cpu_minutes": minutes,
+                                               "figures": figures_of(folder)}, indent=1)
     table()
 
 
@@ -85,10 +89,38 @@ def prepare(folder: Path, seed: int) -> None:
     write_text(folder / PARAMS, re.sub(r"^seed: \d+$", f"seed: {seed}", preset, count=1, flags=re.MULTILINE))
 
 
-def repro(folder: Path, seed: int) -> None:
-    """Run the stale stages of the pipeline in a clone. Raises ValueError if a stage fails."""
+def train(folder: Path, seed: int) -> float:
+    """Train the model in a clone, and return the minutes of processor time of both training phases.
+
+    The minutes of interrupted runs are added. They are kept as long as the trained weights stay the same.
+    """
     print(f"== seed {seed}", flush=True)
-    done = subprocess.run([sys.executable, "-P", "-m", "dvc", "repro"], cwd=folder, check=False,
+    repro(folder, seed, "build")
+    path = HOME / f"{seed}.cpu"
+    state = read_json(path) if path.exists() else {"weights": None, "minutes": 0.0, "pending": 0.0}
+    start = _children_minutes()
+    try:
+        repro(folder, seed, "tune")
+    finally:
+        state["pending"] += _children_minutes() - start
+        write_json(path, state)
+    if (weights := weights_digest(folder / TRAINED)) != state["weights"]:
+        state |= {"weights": weights, "minutes": state["pending"]}
+    write_json(path, state | {"pending": 0.0})
+    return float(state["minutes"])
+
+
+def _children_minutes() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) / 60
+
+
+def repro(folder: Path, seed: int, *stages: str) -> None:
+    """Run the stale ones of these stages of the pipeline in a clone, or of all stages, and what they need.
+
+    Raises ValueError if a stage fails.
+    """
+    done = subprocess.run([sys.executable, "-P", "-m", "dvc", "repro", *stages], cwd=folder, check=False,
                           env=script.project_environment(folder.absolute()))
     if done.returncode:
         raise ValueError(f"seed {seed}: 'dvc repro' failed in {folder}; see its message above; "
