@@ -110,7 +110,8 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
     scores: dict[str, Any] = {}
     for test in TESTS:
         records = read_records(HOME / "diffcap", f"{test}-*.parquet")
-        captions = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
+        answers = caption_records(captioner, records, config.caption, {}, question=lambda record: record.instruction)
+        captions = {record.pair_id: text for record, text in answers}
         shares = scene_behaviour(captions, read_table(HOME / "diffcap", f"{test}-*.parquet"))
         scores[test] = {key: shares[key] for key in MEASURED if key in shares}
     write_json(result_file(name, seed), {"variant": name, "seed": seed, "gflops_per_pair": gflops, "scores": scores})

@@ -9,7 +9,7 @@ import io
 import json
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from onediff.data.record import Record, read_records
 
@@ -21,7 +21,7 @@ WANTED = ("color", "texture", "add", "drop", "move", "none",
 def tile(record: Record, prediction: str) -> Image.Image:
     page = Image.new("RGB", (2 * SIDE + 16, SIDE + TEXT), "white")
     for column, content in enumerate((record.before, record.after)):
-        page.paste(Image.open(io.BytesIO(content)).resize((SIDE, SIDE)), (column * (SIDE + 4), 0))
+        page.paste(ImageOps.contain(Image.open(io.BytesIO(content)), (SIDE, SIDE)), (column * (SIDE + 4), 0))
     draw = ImageDraw.Draw(page)
     draw.text((2, SIDE + 6), prediction, fill="black", font_size=15)
     draw.text((2, SIDE + 28), f"reference: {record.references[0]}", fill="gray", font_size=12)

@@ -20,7 +20,8 @@ from onediff.files import write_text
 
 MIN_PX = 32
 MAX_WORDS = {"generated": 100, "raw": 500}  # Captions of the published source Birds-to-Words are paragraphs.
-# The aspect ratios of the two images of a pair may differ by 2 %, because resizing rounds sizes to whole pixels.
+# The aspect ratios of the two images of a pair may differ by 2 %, because resizing rounds sizes to whole pixels. Width
+# and height may be exchanged, because a picture may be rotated by a quarter turn.
 ASPECT = 1.02
 NUM_SHOWN = 4  # number of bad pairs per rule whose images the validation page shows
 
@@ -110,11 +111,13 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     images = table["decodes"] & (table["num_images"] > 0)
     sizes = table[["width_before", "height_before", "width_after", "height_after"]].astype("float64")
     sizes = sizes.where(images).replace(0, np.nan)
+    before, after = (sizes[f"width_{side}"] / sizes[f"height_{side}"] for side in ("before", "after"))
+    straight, turned = before / after, before * after
     texts = table[["pair_id", "source", "group_id", "change_type"]]
     return table.assign(
         readable=table["decodes"] | (table["num_missing_images"] > 0),
         smallest_px=sizes.min(axis=1),
-        aspect_ratio=sizes["width_before"] * sizes["height_after"] / (sizes["height_before"] * sizes["width_after"]),
+        aspect_ratio=straight.where(np.log(straight).abs() <= np.log(turned).abs(), turned),
         num_words=table["max_words"].where(table["num_images"] > 1),
         num_missing=(texts == "").sum(axis=1),
         num_same_id=table["pair_id"].map(table["pair_id"].value_counts()).astype("int64"),

@@ -106,8 +106,8 @@ def origin(source: str, data: Data) -> dict[str, str]:
         editor = data.diffusion.pipeline if data.diffusion else "a diffusion model"
         what, licence, home = f"images edited by {editor}", f"{images} and of the pipeline", raw
     elif source == "edits":
-        what, home = "photographs and drawn canvases edited by program, from a seed", generators
-        licence = f"{LICENCE}; each photograph its own (scikit-image, scikit-learn, or data.edits.photos)"
+        what, home = "photographs, generated pictures and canvases edited by program, from a seed", generators
+        licence = f"{LICENCE}; each photograph its own (scikit-image, scikit-learn, Matplotlib, or data.edits.photos)"
     else:
         what, licence, home = "rendered from a seed", LICENCE, generators
     facts = {"what": what, "licence": licence, "home": home}

@@ -32,6 +32,8 @@ EDIT_TEMPLATES: dict[str, tuple[str, ...]] = {
                       "decrease the contrast of the photo"),
     "color_cast": ("add a {new} tint", "make the image more {new}", "give the photo a {new} cast",
                    "tint the whole picture {new}"),
+    "remove_cast": ("remove the {new} tint", "take the {new} cast out of the photo",
+                    "correct the {new} tint of the image", "undo the {new} tint of the picture"),
     "black_and_white": ("make the image black and white", "convert the photo to black and white",
                         "remove all the colors", "turn the picture into grayscale"),
     "colorize": ("make the colors come back", "bring back the colors of the photo", "turn the gray picture into color",
@@ -57,7 +59,7 @@ EDIT_TEMPLATES: dict[str, tuple[str, ...]] = {
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "scenes": ("What changed between the two images?", "Describe the change between the scenes.",
                "What is different in the second image?", "How does the second scene differ from the first?",
-               "Which object changed?", "Compare the two scenes.", "Say what happened between the two images.",
+               "Has anything changed?", "Compare the two scenes.", "Say what happened between the two images.",
                "Name the difference between the two scenes.", "What happened on the table?"),
     "edits": ("What edit turns the first image into the second?", "Describe the edit as an instruction.",
               "How was the image edited?", "What was done to the photo?", "Which edit was made?",

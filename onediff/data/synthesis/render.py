@@ -253,7 +253,9 @@ def render(things: list[Thing], view: View, image_px: int, *,
         if where.any():
             image[:, where] = _shade(thing, view, light, tuple(a[where] for a in p), tuple(a[where] for a in d),
                                      lit[where])
-    mean = image.reshape(3, image_px, samples, image_px, samples).mean(axis=(2, 4))
+    # Adding the slices is much faster than a mean over two axes.
+    first, *others = [image[:, row::samples, column::samples] for row in range(samples) for column in range(samples)]
+    mean = sum(others, first) / samples**2
     pixels = np.floor(np.sqrt(np.clip(mean, 0.0, 1.0)) * 255.0 + 0.5).astype(np.uint8)  # gamma 2
     return np.ascontiguousarray(pixels.transpose(1, 2, 0)), np.ascontiguousarray(ids[::samples, ::samples])
 

@@ -23,13 +23,11 @@ _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
 # The operations that lead back from an edited picture to the original one. Only the sentence for a pasted object names
 # the object; `restore` asks to put back what a photograph showed at a place.
 _EDIT_INVERSES = {"brighten": ("darken",), "darken": ("brighten",), "more_contrast": ("less_contrast",),
-                  "less_contrast": ("more_contrast",), "color_cast": ("color_cast",), "rotate": ("rotate",),
+                  "less_contrast": ("more_contrast",), "color_cast": ("remove_cast",), "remove_cast": ("color_cast",),
                   "black_and_white": ("colorize",), "colorize": ("black_and_white",), "blur": ("sharpen",),
-                  "sharpen": ("blur",), "crop": ("zoom_out",), "zoom_out": ("crop",), "paste": ("remove",),
-                  "restore": ("remove",), "remove": ("paste", "restore")}
-_EDIT_OPPOSITE = {"color_cast": {"red": "cyan", "cyan": "red", "green": "purple", "purple": "green", "blue": "yellow",
-                                 "yellow": "blue"},
-                  "rotate": {"to the left": "to the right", "to the right": "to the left"}}
+                  "sharpen": ("blur",), "crop": ("zoom_out",), "zoom_out": ("crop",), "rotate": ("rotate",),
+                  "paste": ("remove",), "restore": ("remove",), "remove": ("paste", "restore")}
+_OPPOSITE_TURN = {"to the left": "to the right", "to the right": "to the left"}
 # The same change in the words of the other source.
 _EDIT_AS_SCENE = {"paste": "add", "restore": "add", "remove": "drop"}
 _SCENE_AS_EDIT = {"add": "paste", "drop": "remove"}
@@ -257,8 +255,7 @@ def undone_edit(edit: Change) -> Change | None:
     if kinds is None:
         return None
     kind = kinds[0] if edit.shape else kinds[-1]
-    opposite = _EDIT_OPPOSITE.get(kind)
-    return replace(edit, change_type=kind, new=opposite.get(edit.new or "") if opposite else edit.new)
+    return replace(edit, change_type=kind, new=_OPPOSITE_TURN.get(edit.new or "") if kind == "rotate" else edit.new)
 
 
 def inverse_edit(a: Change, b: Change) -> bool:
@@ -267,8 +264,6 @@ def inverse_edit(a: Change, b: Change) -> bool:
     A caption that asks to remove an object does not name the object, so pasting any object at the same place, or
     restoring what was there, undoes a removal.
     """
-    kind = b.change_type or ""
-    if kind not in _EDIT_INVERSES.get(a.change_type or "", ()):
+    if b.change_type not in _EDIT_INVERSES.get(a.change_type or "", ()):
         return False
-    opposite = _EDIT_OPPOSITE.get(kind)
-    return a.new == b.new if opposite is None else opposite.get(a.new or "") == b.new
+    return (_OPPOSITE_TURN.get(a.new or "") if b.change_type == "rotate" else a.new) == b.new

@@ -107,6 +107,8 @@ def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Map
                if "incomplete" not in result},
         phases=phases, language=_language_table(metrics), counts=_count_table(results.card),
         types={name: _type_table(result) for name, result in metrics.items()}, floors=FLOORS,
+        questions={name: table for name, result in metrics.items() if (table := _question_table(result))},
+        parts={name: parts for name, result in metrics.items() if (parts := _part_table(result))},
         choices=_choices(albums), colours=COLOURS, chart_style=Markup(page_style()),
         figures_of=lambda start: [chart for name, chart in figures.items() if name.startswith(start)])
 
@@ -230,9 +232,32 @@ def _formatted(value: float, form: str) -> str:
 def _type_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one table row for each change type: number of pairs, share of right captions, mean CIDEr and ROUGE-L."""
     right = result.get("change_type_accuracy_by_type") or result.get("operation_accuracy_by_operation") or {}
-    if "false_alarm_rate" in result:
-        right = {**right, "none": 1 - result["false_alarm_rate"]}
+    if "no_change_accuracy" in result:
+        right = {**right, "none": result["no_change_accuracy"]}
     return [{"type": kind, "right": right.get(kind), **values} for kind, values in result["by_change_type"].items()]
+
+
+def _question_table(result: Mapping[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """Return one table row for each behaviour figure that was measured with several questions: (label, values).
+
+    The values are those of the default question and of the own question of each record, on all pairs; then, on a sample
+    of pairs, that of the default question, and mean, lowest and highest value of the paraphrases.
+    """
+    own, spread = result.get("own_question", {}), result.get("paraphrases", {})
+    return [(metric.label, [result.get(name), own[name],
+                            *(spread.get(name, {}).get(key) for key in ("default", "mean", "low", "high"))])
+            for name, metric in BEHAVIOUR.items() if name in own]
+
+
+def _part_table(result: Mapping[str, Any]) -> list[tuple[str, str, int, float]]:
+    """Return one table row for each kind of picture and each operation that leads back, which only edits have.
+
+    A row is (group of rows, label, number of pairs, share of right captions).
+    """
+    return [(group, label, part["num_pairs"], part[figure])
+            for group, key, figure in (("picture", "by_picture", "operation_accuracy"),
+                                       ("way back", "swapped_accuracy_by_operation", "swapped_accuracy"))
+            for label, part in result.get(key, {}).items()]
 
 
 def _count_table(card: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:

@@ -40,7 +40,7 @@ def scenes(micro: Config) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def edits(micro: Config) -> list[Record]:
-    return [edit_record(micro, "train", index) for index in range(60)]
+    return [edit_record(micro, "train", index) for index in range(90)]
 
 
 def pixels(image: bytes) -> np.ndarray:

@@ -12,15 +12,15 @@ from onediff.data.synthesis.render import Thing
 
 # The operation that leads back. What leads back from `remove` is `paste` if the removed object has a name.
 WAY_BACK = {"brighten": "darken", "darken": "brighten", "more_contrast": "less_contrast",
-            "less_contrast": "more_contrast", "color_cast": "color_cast", "black_and_white": "colorize",
-            "colorize": "black_and_white", "blur": "sharpen", "sharpen": "blur", "crop": "zoom_out", "zoom_out": "crop",
-            "rotate": "rotate", "remove": "restore", "restore": "remove", "paste": "remove", "none": "none"}
-OPPOSITE = {"red": "cyan", "cyan": "red", "green": "purple", "purple": "green", "blue": "yellow", "yellow": "blue",
-            "to the left": "to the right", "to the right": "to the left"}
+            "less_contrast": "more_contrast", "color_cast": "remove_cast", "remove_cast": "color_cast",
+            "black_and_white": "colorize", "colorize": "black_and_white", "blur": "sharpen", "sharpen": "blur",
+            "crop": "zoom_out", "zoom_out": "crop", "rotate": "rotate", "remove": "restore", "restore": "remove",
+            "paste": "remove", "none": "none"}
+OPPOSITE_TURNS = {"to the left": "to the right", "to the right": "to the left"}
 
 STEP = 20  # A pixel counts as changed if one of its color values (0 to 255) changed by more than this.
 # An edit is visible if at least this share of the pixels changed. Each operation has its own value.
-MIN_CHANGED = {"none": 0.0, "remove": 0.02, "paste": 0.02, "black_and_white": 0.05, "blur": 0.03,
+MIN_CHANGED = {"none": 0.0, "remove": 0.03, "paste": 0.02, "black_and_white": 0.08, "blur": 0.03,
                "more_contrast": 0.06, "less_contrast": 0.06}
 MIN_CHANGED_ELSEWHERE = 0.2
 
@@ -29,8 +29,8 @@ MIN_CHANGED_ELSEWHERE = 0.2
 class Change:
     """A change from one picture to another, and the words for its caption.
 
-    `new` is the position, the turn or the tint. The regions are the rectangles [left, top, right, bottom], in pixels,
-    of an object that is only in the picture before or only in the picture after.
+    `new` is the position, the turn or the tint of the edit. The regions are the rectangles [left, top, right, bottom],
+    in pixels, of an object that is only in the picture before or only in the picture after.
     """
 
     operation: str
@@ -45,7 +45,7 @@ class Change:
     def inverse(self) -> "Change":
         """The change that leads back from `after` to `before`."""
         back = "paste" if self.operation == "remove" and self.thing else WAY_BACK[self.operation]
-        new = OPPOSITE[self.new or ""] if back in ("color_cast", "rotate") else self.new
+        new = OPPOSITE_TURNS[self.new or ""] if back == "rotate" else self.new
         return Change(back, self.after, self.before, new, self.thing, self.region_after, self.region_before)
 
 

@@ -45,8 +45,7 @@ def edit_records(config: Config, split: str, index: int) -> list[Record]:
     if split == "train" or change.operation == "none":
         return [record]
     rng = np.random.default_rng([*record.provenance["seed"], 1])
-    name = record.pair_id.removesuffix("c")
-    swapped = replace(record, pair_id=f"{name}s", before=record.after, after=record.before,
+    swapped = replace(record, pair_id=f"{record.pair_id}s", before=record.after, after=record.before,
                       **_words(rng, change.inverse),
                       provenance=record.provenance | _facts(change.inverse) | {"swap_of": record.pair_id})
     return [record, swapped]
@@ -75,7 +74,7 @@ def _draw_record(config: Config, split: str, index: int) -> tuple[Record, Change
     before, after = _disturbed(rng, config, split, change)
     group = f"photo/{SCENE_OF.get(picture.name, picture.name)}" if kind == "photograph" else f"{kind}/{split}/{index}"
     return Record(
-        pair_id=f"edits-{split}-{index:06d}c", source="edits", split=split, group_id=group, before=before, after=after,
+        pair_id=f"edits-{split}-{index:06d}", source="edits", split=split, group_id=group, before=before, after=after,
         **_words(rng, change),
         provenance={"seed": seed, "kind": kind, "photo": picture.name, **_facts(change), "swap_of": None}), change
 

@@ -11,7 +11,7 @@ from onediff.data.synthesis.phrases import SYNONYMS
 from onediff.data.synthesis.render import Thing
 from onediff.data.synthesis.scenes.captions import describe, name_objects
 from onediff.data.synthesis.scenes.drawing import Change, draw_view
-from onediff.data.synthesis.scenes.records import CHANGE_TYPES, scene_records
+from onediff.data.synthesis.scenes.records import CHANGE_TYPES, _draw_jitter, scene_records
 
 RED = Thing("cube", "red", "big", "matte", -1.0, 0.0, 0.0)
 
@@ -118,3 +118,34 @@ def test_settings_that_allow_no_clear_scene_are_an_error(micro: Config) -> None:
     message = r"data.scenes: \d+ random scenes have no clearly visible change; lower max_objects or min_visible"
     with pytest.raises(ValueError, match=message):
         scene_records(config, "train", 0)
+
+
+def test_training_scenes_draw_their_jitter_and_other_splits_have_one_jitter(micro: Config) -> None:
+    def drawn(split: str, source: str) -> list[float]:
+        return [_draw_jitter(np.random.default_rng(seed), micro.data.scenes, split, source) for seed in range(500)]
+
+    training = drawn("train", "scenes")
+    assert 0 < min(training) < 0.2
+    assert 1.4 < max(training) <= micro.data.scenes.train_jitter < micro.data.scenes.far_jitter
+    assert np.mean(training) == pytest.approx(1.0, abs=0.05)
+    assert {*drawn("test", "scenes")} == {micro.data.scenes.jitter}
+    assert {*drawn("test", "scenes_far")} == {micro.data.scenes.far_jitter}
+
+
+def test_a_part_of_the_scenes_is_disturbed_and_the_captions_stay(micro: Config) -> None:
+    def with_share(share: float) -> Config:
+        limits = micro.data.nuisance.model_copy(update={"share": share})
+        return micro.model_copy(update={"data": micro.data.model_copy(update={"nuisance": limits})})
+
+    clean, noisy = (scene_records(with_share(share), "train", 3) for share in (0.0, 1.0))
+    for first, second in zip(clean, noisy, strict=True):
+        assert pixels(first.before).shape == pixels(second.before).shape == (96, 96, 3)
+    repeated = scene_records(with_share(1.0), "test", 3)
+    assert (repeated[1].before, repeated[1].after) == (repeated[0].after, repeated[0].before)
+    table = [pixels(record.before)[:8, :8].astype(float) for record in noisy]
+    smooth = [pixels(record.before)[:8, :8].astype(float) for record in clean]
+    assert max(each.std() for each in table) > max(each.std() for each in smooth)
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))
