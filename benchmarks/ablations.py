@@ -49,8 +49,8 @@ MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy"
 # The three test sets: scenes like in training, unseen combinations of color and shape, and an unseen instruction.
 TESTS = ("test", "unseen", "asked")
 
-# All variants use token layout A, because it was the default of presets/tiny.yaml when the ablations were run.
-BASE = {"reading": "A"}
+# All variants use token layout A and no fusion, as presets/tiny.yaml did when the ablations were run.
+BASE = {"reading": "A", "fusion": None}
 # Maps the name of each variant to the values that the variant changes in section `model` of params.yaml.
 # The key `align` of a variant is the kind of samples of the phase `align`, or None to skip this phase.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,7 +157,8 @@ def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) 
             (model if key in model else model["delta"])[key] = value
     if values["align"]:
         values["align"]["steps"] = max(1, round(scale * ALIGN_STEPS))
-    values["tune"] |= {"steps": max(2, round(scale * TUNE_STEPS)), "mixture": {"scenes": 1.0}, "validate_every": None}
+    values["tune"] |= {"steps": max(2, round(scale * TUNE_STEPS)), "mixture": {"scenes": 1.0}, "validate_every": None,
+                       "auxiliary": None}
     return Config.model_validate(values)
 
 

@@ -60,6 +60,8 @@ def settings(preset: str, **model: Any) -> Config:
         section["vision"]["path"] = str(ARCHITECTURES / section["vision"]["path"])
         section["language"] = str(ARCHITECTURES / section["language"])
         section["delta"]["init"] = "random"
+    # The benchmarks measure the form of the paper, whose Visual Delta Module reads only patches of the tower.
+    section["delta"]["fusion"] = values["tune"]["auxiliary"] = None
     section["delta"]["num_tokens"] = model.pop("num_tokens", section["delta"]["num_tokens"])
     section |= {"max_length": 2048} | model
     return Config.model_validate(values)

@@ -89,7 +89,7 @@ def settings(micro: Config, vision: str, language: str, *, delta: dict[str, Any]
     `delta` changes keys of the section `model.delta`, and `changes` are further changes of the section `model`.
     """
     tower = micro.model.vision.model_copy(update={"path": vision, "image_px": 12, "patch_px": 4, "layers": 3})
-    module = {"levels": [1, 3], "width": 13, "heads": 1, "num_tokens": 7} | (delta or {})
+    module = {"levels": [1, 3], "width": 13, "heads": 1, "num_tokens": 7, "fusion": None} | (delta or {})
     return micro.model.model_copy(update={
         "vision": tower, "language": language, "reading": "A", "patch_pool": 1, "max_length": 512,
         "delta": micro.model.delta.model_copy(update=module)} | changes)

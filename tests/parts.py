@@ -15,6 +15,12 @@ IMAGE_ID, DELTA_ID, VOCAB = 101, 102, 97
 SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # 3 patches per side: N = 9
 
 
+# Changes of the OneDiffConfig of the small model that add the module Fusion: 3 cells, 3 places, 2 attributes.
+FUSION: dict[str, Any] = {
+    "delta_fusion": {"channels": 5, "width": 7, "places": 3, "blocks": 2},
+    "delta_classes": {"color": ["red", "green", "blue", "gray", "brown"], "shape": ["cube", "sphere", "cylinder"]}}
+
+
 def small(**changes: Any) -> OneDiffForConditionalGeneration:
     """Return a small model with fixed random weights; `changes` replace keys of its OneDiffConfig."""
     vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1,

@@ -2,6 +2,7 @@
 
 from onediff.config.params import (
     Align,
+    Auxiliary,
     Caption,
     Config,
     Data,
@@ -9,6 +10,7 @@ from onediff.config.params import (
     Diffusion,
     Drift,
     Edits,
+    Fusion,
     Judge,
     Leaks,
     Lora,
@@ -28,7 +30,7 @@ from onediff.config.reading import Section
 from onediff.config.runtime import Pools, Runtime, Services, Slurm, load_runtime
 
 __all__ = [
-    "Align", "Caption", "Config", "Data", "Delta", "Diffusion", "Drift", "Edits", "Judge", "Leaks", "Lora",
-    "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services", "Slurm", "Stress",
-    "Task", "Tune", "Vision", "Writer", "load_params", "load_runtime",
+    "Align", "Auxiliary", "Caption", "Config", "Data", "Delta", "Diffusion", "Drift", "Edits", "Fusion", "Judge",
+    "Leaks", "Lora", "Model", "Nuisance", "Phase", "Pools", "Retrieval", "Runtime", "Scenes", "Section", "Services",
+    "Slurm", "Stress", "Task", "Tune", "Vision", "Writer", "load_params", "load_runtime",
 ]

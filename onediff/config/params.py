@@ -270,10 +270,25 @@ class Vision(Section):
         return self
 
 
+class Fusion(Section):
+    """The sizes of the module Fusion, which compares the pixels of both images.
+
+    `channels` is the width of the trainable stem, whose map has one cell for 4 x 4 pixels. `places` is the number of
+    places per side on which the images are compared, and `width` is the width of the joined map, on which `blocks`
+    convolutions run.
+    """
+
+    channels: Count
+    width: Count
+    places: Count
+    blocks: Count
+
+
 class Delta(Section):
     """The settings of the Visual Delta Module. If `num_tokens` is 0, the model is built without this module.
 
     `levels` has one entry for each cross-attention: the index of the hidden state of the vision tower that it reads.
+    If `fusion` is null, the module reads only patches of the vision tower, as in the paper.
     """
 
     num_tokens: Annotated[int, Field(ge=0)]
@@ -283,6 +298,7 @@ class Delta(Section):
     cross_attention_every: Literal[1, 2]
     inputs: Literal["pair", "pair_and_difference", "pair_and_matched_difference"]
     image_ids: bool
+    fusion: Fusion | None
     init: str
 
     @model_validator(mode="after")
@@ -293,6 +309,9 @@ class Delta(Section):
             raise ValueError(f"levels {self.levels} must be sorted in ascending order")
         if self.cross_attention_every == 2 and len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels {self.levels} must not repeat a level if cross_attention_every is 2")
+        if self.fusion and not self.num_tokens:
+            raise ValueError("fusion needs delta tokens, so num_tokens must be above 0, got 0; set fusion to null, or "
+                             "num_tokens above 0")
         return self
 
 
@@ -325,6 +344,13 @@ class Model(Section):
         side = self.vision.image_px // self.vision.patch_px
         if side % self.patch_pool:
             raise ValueError(f"patch_pool {self.patch_pool} must divide the number of patches per row, which is {side}")
+        fusion = self.delta.fusion
+        if fusion and self.reading == "B":
+            raise ValueError("in token layout B (reading: B) the language model reads no delta tokens, but those of "
+                             "delta.fusion must be read; set delta.fusion to null, or reading to A or C")
+        if fusion and (self.vision.image_px % 4 or self.vision.image_px // 4 % fusion.places):
+            raise ValueError(f"delta.fusion.places must divide the {self.vision.image_px} / 4 cells per side of the "
+                             f"stem's map, got {fusion.places}")
         if self.reading == "B" and (self.patch_pool != 1 or not self.delta.num_tokens):
             raise ValueError("in token layout B (reading: B) every patch attends to the delta tokens, so patch_pool "
                              "must be 1 and delta.num_tokens must be above 0, got patch_pool "
@@ -386,14 +412,28 @@ class Align(Phase):
     samples: Literal["coupled", "single"]
 
 
+class Auxiliary(Section):
+    """The weights of the auxiliary losses of Fusion beside the loss of the caption.
+
+    `place` trains where the change is, `changed` whether something changed, and `object` the attributes of the changed
+    object. Only pairs whose records state these facts count.
+    """
+
+    place: Rate
+    changed: Rate
+    object: Rate
+
+
 class Tune(Phase):
     """The settings of the second training phase, multi-task instruction tuning.
 
     `default_question` is the share of image pairs that are trained with the default question of `onediff caption`. The
-    other pairs are trained with the instruction of their source or record. Conversations keep their own questions.
+    other pairs are trained with the instruction of their source or record. Conversations keep their own questions. If
+    `auxiliary` is null, only the loss of the caption is used.
     """
 
     default_question: Share
+    auxiliary: Auxiliary | None
 
 
 class Task(Section):
@@ -477,6 +517,13 @@ class Config(Section):
     stress: Stress
     drift: Drift | None = None  # If this section is missing, `onediff drift` stops, because it has no thresholds.
     judge: Judge | None = None  # If this section is missing, `onediff judge` needs the option --model.
+
+    @model_validator(mode="after")
+    def _check_auxiliary_losses(self) -> Self:
+        if self.tune.auxiliary and not self.model.delta.fusion:
+            raise ValueError("tune.auxiliary: the auxiliary losses train the module Fusion, but model.delta.fusion is "
+                             "null; set tune.auxiliary to null, or configure model.delta.fusion")
+        return self
 
     @model_validator(mode="after")
     def _check_names_of_sources(self) -> Self:

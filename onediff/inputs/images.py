@@ -47,6 +47,13 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64) -> Ima
                      "image")
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return width and height of an image that `open_image` can decode, without decoding its pixels."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        is_lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # rotated by a quarter turn
+        return (image.height, image.width) if is_lying else image.size
+
+
 def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
     """Encode an image as PNG and return the content of the file."""
     buffer = io.BytesIO()

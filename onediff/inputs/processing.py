@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -72,13 +73,24 @@ class OneDiffProcessor(ProcessorMixin):
 
         The result equals that of the image processor of transformers, but is computed faster.
         """
+        return self.normalized(self.squares(images))
+
+    def squares(self, images: list[Image.Image]) -> NDArray[np.uint8]:
+        """Resize images of any size and pad them to squares, (M images, height, width, 3)."""
         side, settings = self.image_px, self.image_processor
+        color = tuple(round(value / settings.rescale_factor) for value in settings.image_mean)
+        batch = np.empty((len(images), side, side, 3), dtype=np.uint8)
+        for image, pixels in zip(images, batch, strict=True):
+            pixels[:] = np.asarray(_squared(image, side, settings.resample, color=color))
+        return batch
+
+    def normalized(self, squares: NDArray[np.uint8]) -> Tensor:
+        """Normalize the result of `squares`, and return a tensor (M images, 3, height, width)."""
+        settings = self.image_processor
         mean, std = (np.array(values, dtype=np.float64) for values in (settings.image_mean, settings.image_std))
         scale, shift = (settings.rescale_factor / std).astype(np.float32), (mean / std).astype(np.float32)
-        color = tuple(round(value) for value in mean / settings.rescale_factor)
-        batch = np.empty((len(images), 3, side, side), dtype=np.float32)
-        for image, pixels in zip(images, batch, strict=True):
-            square = np.asarray(_squared(image, side, settings.resample, color=color))
+        batch = np.empty((len(squares), 3, *squares.shape[1:3]), dtype=np.float32)
+        for square, pixels in zip(squares, batch, strict=True):
             for channel in range(3):
                 np.multiply(square[..., channel], scale[channel], out=pixels[channel])
                 pixels[channel] -= shift[channel]

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from onediff import config as params
+from onediff.inputs.attributes import CLASSES
 from onediff.inputs.processing import OneDiffProcessor, load_image_processor
 from onediff.inputs.prompt import IMAGE
 from onediff.model.configuration import OneDiffConfig
@@ -91,7 +92,10 @@ def configure(model: params.Model) -> OneDiffConfig:
         patch_pool=model.patch_pool, delta_num_tokens=model.delta.num_tokens, delta_width=model.delta.width,
         delta_heads=model.delta.heads, delta_levels=list(model.delta.levels),
         delta_cross_attention_every=model.delta.cross_attention_every, delta_inputs=model.delta.inputs,
-        delta_image_ids=model.delta.image_ids, template=model.template)
+        delta_image_ids=model.delta.image_ids,
+        delta_fusion=model.delta.fusion.model_dump() if model.delta.fusion else None,
+        delta_classes={name: list(options) for name, options in CLASSES.items()} if model.delta.fusion else {},
+        template=model.template)
 
 
 def check_language(model: params.Model, vision: PreTrainedConfig, language: PreTrainedConfig) -> None:
@@ -165,10 +169,12 @@ def copy_projector(llava: LlavaForConditionalGeneration, target: Projector, *, r
 
     In the token layouts B and C, the first layer of OneDiff's projector has twice as many inputs as LLaVA's. B reads
     [patch; enhanced patch]: the weights for the enhanced patch start at 0. C reads [before patch; after patch]: the
-    weights for both patches are LLaVA's weights divided by 2, so the projector reads the mean of both patches.
+    weights for both patches are LLaVA's weights divided by 2, so the projector reads the mean of both patches. The
+    weights for the map of Fusion, which C reads too, start at 0.
     """
     state = llava.model.multi_modal_projector.state_dict()
     first = state["linear_1.weight"]
     parts = {"A": [first], "B": [first, torch.zeros_like(first)], "C": [first / 2, first / 2]}[reading]
-    target.load_state_dict({"0.weight": torch.cat(parts, dim=1), "0.bias": state["linear_1.bias"],
+    fused = first.new_zeros(len(first), target.state_dict()["0.weight"].shape[1] - sum(part.shape[1] for part in parts))
+    target.load_state_dict({"0.weight": torch.cat([*parts, fused], dim=1), "0.bias": state["linear_1.bias"],
                             "2.weight": state["linear_2.weight"], "2.bias": state["linear_2.bias"]})

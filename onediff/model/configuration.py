@@ -15,6 +15,8 @@ class OneDiffConfig(PreTrainedConfig):
     `patch_pool` is the side, in patches, of the squares of patches that are averaged into one patch token.
     `delta_levels` lists, for each cross-attention of the Visual Delta Module, the index of the hidden state that it
     reads (0 = the patch embeddings). If `delta_num_tokens` is 0, the model has no Visual Delta Module.
+    `delta_fusion` holds the sizes of the module Fusion (channels, width, places, blocks), or is None for a model
+    without it, as in the paper. `delta_classes` maps each attribute that Fusion reads to its classes.
     """
 
     model_type = "onediff"
@@ -36,6 +38,8 @@ class OneDiffConfig(PreTrainedConfig):
     delta_cross_attention_every: int = 1
     delta_inputs: str = "pair"
     delta_image_ids: bool = True
+    delta_fusion: dict[str, int] | None = None
+    delta_classes: dict[str, list[str]] = field(default_factory=dict)
     template: str = "vicuna_v1"
     image_token_id: int = -1
     delta_token_id: int = -1
@@ -63,8 +67,16 @@ class OneDiffConfig(PreTrainedConfig):
 
     @property
     def delta_tokens_read(self) -> int:
-        """Return the number of delta tokens in the prompt of a pair. In token layout B it is 0."""
-        return 0 if self.reading == "B" else self.delta_num_tokens
+        """Return the number of delta tokens in the prompt of a pair, including those of Fusion.
+
+        In token layout B it is 0.
+        """
+        return 0 if self.reading == "B" else self.delta_num_tokens + self.num_fused_tokens
+
+    @property
+    def num_fused_tokens(self) -> int:
+        """Return the number of tokens of Fusion: the changed object, the camera motion, and each attribute."""
+        return 2 + len(self.delta_classes) if self.delta_fusion else 0
 
     @property
     def patch_state(self) -> int:

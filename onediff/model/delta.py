@@ -90,16 +90,17 @@ class PatchMatch(nn.Module):
 
     The match is a weighted mean of all patches of the other image. A softmax gives high weights to patches that have
     similar features and a near position. The learned scalar `sharpness` scales the similarity of the features, and
-    the learned scalar `nearness` scales the distance of the positions.
+    the learned scalar `nearness` scales the distance of the positions. `spacing` is the distance of neighbouring
+    positions, in patches of the vision tower, so that `nearness` has one meaning on grids of any size.
     """
 
     distances: Tensor
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, *, spacing: float = 1.0) -> None:
         super().__init__()
         self.sharpness, self.nearness = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([0.3]))
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        positions = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+        positions = spacing * torch.stack([rows.flatten(), columns.flatten()], 1).float()
         self.register_buffer("distances", torch.cdist(positions, positions).square())  # (N, N), patches^2
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,12 +145,15 @@ class VisualDeltaModule(nn.Module):
                                      for i in range(len(self.levels) * self.every)])
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+    def forward(self, before: Tensor, after: Tensor, fused: Tensor | None = None) -> Tensor:
         """Return delta tokens (B pairs, K tokens, width), computed from the hidden states of both images.
 
-        `before` and `after` are hidden states of the vision tower (B pairs, L levels, N patches, C channels).
+        `before` and `after` are hidden states of the vision tower (B pairs, L levels, N patches, C channels). `fused`
+        are the keys of Fusion (B pairs, N patches, width), which every cross-attention reads beside the patches.
         """
         contexts = {level: self.read(before[:, level], after[:, level], level) for level in sorted(set(self.levels))}
+        if fused is not None:
+            contexts = {level: torch.cat([context, fused], 1) for level, context in contexts.items()}
         delta = self.query_norm(self.tokens).expand(len(before), -1, -1)
         for i, layer in enumerate(self.layers):
             delta = layer(delta, contexts[self.levels[i // self.every]])

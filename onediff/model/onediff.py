@@ -1,16 +1,20 @@
 """OneDiff: a before image and an after image go in, and a caption of the difference comes out. Read this file first.
 
 1. `SiameseEncoder` encodes every image with the same vision tower.
-2. `VisualDeltaModule` (delta.py) turns the two encoded images of a pair into K delta tokens.
+2. `VisualDeltaModule` (delta.py) turns the two encoded images of a pair into K delta tokens. If the model has the
+   module `Fusion` (fusion.py), it first compares the pixels of both images place by place, and the delta tokens read
+   the result.
 3. Projectors map patch tokens and delta tokens to the embedding width of the language model.
 4. `embed` inserts the projected tokens at the placeholders of the prompt, and the language model continues the text.
 
 Shapes:  B rows of the batch, M images of the batch (each row has 0, 1 or 2), P rows that have two images (pairs),
          L levels of the vision tower, N patches per image, C width of the vision tower, W width of the delta module,
          T patch tokens per image and K delta tokens per pair that the language model reads, D width of the language
-         model, S length of the token sequence.
+         model, S length of the token sequence, F channels of the joined map of Fusion, G places along one side of it,
+         A attributes that Fusion reads.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +24,26 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from onediff.inputs.processing import IGNORED
+from onediff.model.changed_object import changed_loss, object_loss, place_loss
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import Attention, VisualDeltaModule
+from onediff.model.fusion import Fused, Fusion
 from onediff.model.packing import no_mask, use_packing
 
 PARTS = ("vision", "delta", "projector", "language")
+
+
+@dataclass
+class OneDiffOutput(CausalLMOutput):
+    """The output of the model: the loss or the logits, and the auxiliary losses of Fusion if their targets are given.
+
+    `place`: whether Fusion points at the changed places. `changed`: whether it sees that something changed. `object`:
+    whether it names the attributes of the changed object. Each is a sum over pairs, divided by the number of rows.
+    """
+
+    place: Tensor | None = None
+    changed: Tensor | None = None
+    object: Tensor | None = None
 
 
 class SiameseEncoder(nn.Module):
@@ -73,7 +92,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
     `config.reading` chooses the token layout, which is the order and the content of the visual tokens in the prompt:
     A: [before patches][after patches][delta tokens]. Each patch token is one projected patch.
     B: [before patches][after patches]. Each patch is concatenated with its enhanced version along the channel axis.
-    C: [patches][delta tokens]. The before and the after patch of each position are concatenated along the channel axis.
+    C: [patches][delta tokens]. The before and the after patch of each position, and the joined map of Fusion if the
+    model has it, are concatenated along the channel axis.
+    In A and C, the tokens of Fusion follow the delta tokens and count as delta tokens.
     """
 
     config_class = OneDiffConfig
@@ -92,9 +113,12 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         language_width = config.text_config.hidden_size
         self.vision = SiameseEncoder(config)
         self.delta = VisualDeltaModule(config) if config.delta_num_tokens else None
+        self.fusion = Fusion(config) if config.delta_fusion else None
         self.language = pretrained or AutoModelForCausalLM.from_config(config.text_config)
         use_packing(self.language)
-        self.projector = Projector(tower_width if config.reading == "A" else 2 * tower_width, language_width)
+        fused_width = config.delta_fusion["width"] if config.delta_fusion else 0
+        self.projector = Projector({"A": tower_width, "B": 2 * tower_width,
+                                    "C": 2 * tower_width + fused_width}[config.reading], language_width)
         if config.reading == "B":
             self.enhance = Enhance(tower_width, delta_width, config.delta_heads)
         elif self.delta is not None:
@@ -107,24 +131,29 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
                 states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
-                patch_mask: Tensor | None = None) -> CausalLMOutput:
+                patch_mask: Tensor | None = None, place_targets: Tensor | None = None,
+                changed_targets: Tensor | None = None, object_targets: Tensor | None = None,
+                num_rows: Tensor | None = None) -> OneDiffOutput:
         """Return the loss if `labels` are given, and otherwise the logits (B, S, vocabulary).
 
         input_ids, attention_mask and labels are (B rows, S tokens), and image_counts is (B,).
         The images are given as pixels `images` (M, 3, height, width), or as hidden states `states` (M images,
-        L levels, N patches, C channels) that the vision tower computed earlier.
+        L levels, N patches, C channels) that the vision tower computed earlier. A model with Fusion needs `images` of
+        all pairs in any case.
         patch_mask (B,) is True for each row whose patch tokens the language model must not attend to.
+        place_targets (P, 2 images, G * G), changed_targets (P,) and object_targets (P, A) are the targets of the
+        auxiliary losses, which the functions of changed_object.py explain. They are given together or not at all.
 
         The loss is the sum over answer tokens, divided by `num_answer_tokens`, or by the number of answer tokens of
         this batch if it is None. If all ranks and micro-batches of a training step pass the total number of the step,
         their losses add up to the exact mean. At least one row must have an answer token, and no answer token may
-        directly follow a masked placeholder.
+        directly follow a masked placeholder. The auxiliary losses are divided by `num_rows` in the same way.
         """
-        embeds = self.embed(input_ids, image_counts, images=images, states=states)
+        embeds, fused = self.embed(input_ids, image_counts, images=images, states=states)
         if patch_mask is not None:
             attention_mask = attention_mask * ~(patch_mask[:, None] & (input_ids == self.config.image_token_id))
         if labels is None:
-            return CausalLMOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
+            return OneDiffOutput(logits=self.language(inputs_embeds=embeds, attention_mask=attention_mask).logits)
         is_kept = attention_mask.bool()  # False for padding and for masked patch tokens
         # One target per kept token: the id of the next token, or IGNORED if the next token is not part of an answer.
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]
@@ -134,7 +163,14 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
                                attention_mask=no_mask(embeds), lengths=is_kept.sum(1).tolist(),
                                logits_to_keep=is_answer, use_cache=False).logits[0]
         total = functional.cross_entropy(logits.float(), targets[is_answer], reduction="sum")
-        return CausalLMOutput(loss=total / (len(is_answer) if num_answer_tokens is None else num_answer_tokens))
+        output = OneDiffOutput(loss=total / (len(is_answer) if num_answer_tokens is None else num_answer_tokens))
+        if place_targets is not None and changed_targets is not None and object_targets is not None:
+            assert fused is not None, "targets of the auxiliary losses need a model with Fusion"
+            rows, pairs = len(input_ids) if num_rows is None else num_rows, len(changed_targets)  # without blank pairs
+            output.place = place_loss(fused.places[:pairs].flatten(2), place_targets) / rows
+            output.changed = changed_loss(fused.changed[:pairs], changed_targets) / rows
+            output.object = object_loss([logits[:pairs] for logits in fused.attributes], object_targets) / rows
+        return output
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
@@ -144,17 +180,18 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         The inputs are those of `forward`, but prompts must be padded on the left. `options` are passed to the
         `generate` method of the language model.
         """
-        embeds = self.embed(input_ids, image_counts, images=images, states=states)
+        embeds, _ = self.embed(input_ids, image_counts, images=images, states=states)
         # Under ZeRO level 3 a forward pass needs all ranks, so each rank generates until the last rank has finished.
         is_sharded = hasattr(next(self.parameters()), "ds_id")
         return self.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, synced_gpus=is_sharded,
                                       **options)
 
     def embed(self, input_ids: Tensor, image_counts: Tensor, *, images: Tensor | None = None,
-              states: Tensor | None = None) -> Tensor:
+              states: Tensor | None = None) -> tuple[Tensor, Fused | None]:
         """Return input embeddings (rows, tokens, width), with visual tokens inserted at the placeholders of the prompt.
 
-        Raises ValueError if a row has more or fewer placeholders than its images need.
+        The second value is the output of Fusion, or None if there is no pair or the model has no Fusion. Raises
+        ValueError if a row has more or fewer placeholders than its images need.
         """
         self.check_placeholders(input_ids, image_counts)
         is_image, is_delta = input_ids == self.config.image_token_id, input_ids == self.config.delta_token_id
@@ -165,10 +202,28 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         if states is None and images is not None and len(images):
             states = self.vision(images)
         if states is None or not len(states):
-            return embeds
-        patches, delta = self.project_visual_tokens(states.to(embeds.dtype), image_counts)
+            return embeds, None
+        states = states.to(embeds.dtype)
+        fused = self.fuse(images, states, image_counts)
+        patches, delta = self.project_visual_tokens(states, image_counts, fused)
         embeds = embeds.masked_scatter(is_image[..., None], patches.to(embeds.dtype))
-        return embeds if delta is None else embeds.masked_scatter(is_delta[..., None], delta.to(embeds.dtype))
+        if delta is not None:
+            embeds = embeds.masked_scatter(is_delta[..., None], delta.to(embeds.dtype))
+        return embeds, fused
+
+    def fuse(self, images: Tensor | None, states: Tensor, image_counts: Tensor) -> Fused | None:
+        """Return the output of Fusion for all pairs, or None if there is no pair or the model has no Fusion.
+
+        Raises ValueError if the pixels are missing.
+        """
+        first = first_images(image_counts)
+        if self.fusion is None or not len(first):
+            return None
+        if images is None:
+            raise ValueError("a model with model.delta.fusion compares pixels, so it needs `images` besides `states`, "
+                             "got none; pass the images of all rows")
+        pixels = images.to(states.dtype)
+        return self.fusion(torch.stack([pixels[first], pixels[first + 1]], 1), states[first], states[first + 1])
 
     def with_blank_pair(self, images: Tensor | None, states: Tensor | None,
                         image_counts: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -180,33 +235,49 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         """
         counts = functional.pad(image_counts, (0, 1), value=2)
         if states is not None:
-            return None, functional.pad(states, (0, 0) * 3 + (0, 2)), counts
-        if images is None:
+            states = functional.pad(states, (0, 0) * 3 + (0, 2))
+        elif images is None:
             side = self.config.vision_config.image_size
             images = next(self.projector.parameters()).new_zeros(0, 3, side, side)
-        return functional.pad(images, (0, 0) * 3 + (0, 2)), None, counts
+        return None if images is None else functional.pad(images, (0, 0) * 3 + (0, 2)), states, counts
 
-    def project_visual_tokens(self, states: Tensor, image_counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project_visual_tokens(self, states: Tensor, image_counts: Tensor,
+                              fused: Fused | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the patch tokens and the delta tokens for the language model, from hidden states of the vision tower.
+
+        `fused` is the output of Fusion, or None for a model without it or a batch without pairs.
 
         Patch tokens are (images, tokens, width), or (rows with images, tokens, width) in token layout C. Delta tokens
         are (pairs, tokens, width), or None if there is no pair, if the model has no delta module, and in token
         layout B, where the delta tokens only change the patches.
         """
         patches = states[:, self.config.read_levels.index(self.config.patch_state)]  # (M, N, C)
-        starts = image_counts.cumsum(0) - image_counts  # index of the first image of each row among all images
-        first = starts[image_counts == 2]  # index of the before image of each pair among all images
-        delta = (self.delta(states[first], states[first + 1])  # (P, K, W)
+        first = first_images(image_counts)
+        delta = (self.delta(states[first], states[first + 1], fused and fused.keys)  # (P, K, W)
                  if self.delta is not None and len(first) else None)
         if self.config.reading == "B":
             return self.projector(torch.cat([patches, self.enhance_pairs(patches, delta, first)], -1)), None
         patches = self.pool(patches)
         if self.config.reading == "C":
-            has_images = image_counts > 0
-            # In token layout C, a row with a single image joins this image with itself.
-            last = starts + image_counts - 1
-            patches = torch.cat([patches[starts[has_images]], patches[last[has_images]]], -1)
+            patches = self.join(patches, image_counts, fused)
+        if delta is not None and fused is not None:
+            delta = torch.cat([delta, fused.tokens], 1)
         return self.projector(patches), None if delta is None else self.delta_projector(delta)
+
+    def join(self, patches: Tensor, image_counts: Tensor, fused: Fused | None) -> Tensor:
+        """Return the channels of token layout C, (rows with images, T, channels), from the patches of all images.
+
+        A row with a single image joins this image with itself, and has zeros instead of the map of Fusion.
+        """
+        with_images = image_counts[image_counts > 0]
+        starts = with_images.cumsum(0) - with_images
+        parts = [patches[starts], patches[starts + with_images - 1]]
+        if self.config.delta_fusion:
+            joined = patches.new_zeros(*parts[0].shape[:2], self.config.delta_fusion["width"])
+            if fused is not None:
+                joined = joined.index_copy(0, (with_images == 2).nonzero()[:, 0], self.pool(fused.patches))
+            parts.append(joined)
+        return torch.cat(parts, -1)
 
     def enhance_pairs(self, patches: Tensor, delta: Tensor | None, first: Tensor) -> Tensor:
         """Return the enhanced patches of all images, computed from their patches and the delta tokens of their pairs.
@@ -247,4 +318,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         """Return the part of the model, one of `PARTS`, whose learning rate applies to the parameter `name`."""
         module = name.split(".")[0]
         return {"vision": "vision", "language": "language", "delta": "delta",
-                "enhance": "delta"}.get(module, "projector")
+                "enhance": "delta", "fusion": "delta"}.get(module, "projector")
+
+
+def first_images(image_counts: Tensor) -> Tensor:
+    """Return the index, among all images of a batch, of the before image of each pair (P,); the after image follows."""
+    return (image_counts.cumsum(0) - image_counts)[image_counts == 2]

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from onediff.config import Phase
+from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import Attention, DeltaLayer
+from onediff.model.fusion import Fusion
 from onediff.model.onediff import PARTS, OneDiffForConditionalGeneration
 from onediff.train.engine import learning_rates
 
@@ -118,7 +120,7 @@ class Flops:
                    view=_factor(rates, "projector") * _weights(model.projector) * config.tokens_per_image,
                    pair=(_factor(rates, "delta") * _delta_products(model)
                          + after_delta * _weights(getattr(model, "delta_projector", nn.Identity()))
-                         * config.delta_num_tokens),
+                         * (config.delta_num_tokens + config.num_fused_tokens)),
                    token=language * sum(map(_weights, blocks)) + LEARNS * adapters,
                    answer_token=language * _weights(model.language.get_output_embeddings()),
                    views_joined=config.reading == "C")
@@ -149,26 +151,32 @@ def _weights(module: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
+def _filters(module: nn.Module) -> int:
+    """Count the weights of all convolutions in the module, by their attributes as in `_weights`."""
+    return sum(m.in_channels * m.out_channels * m.kernel_size[0] * m.kernel_size[1]
+               for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
 def _tower_products(tower: nn.Module, num_patches: int) -> int:
     """Count the multiplications of the vision tower for one image.
 
     Linear layers process every token, including the class token; the patch embedding processes each patch.
     """
-    patches = sum(m.in_channels * m.out_channels * m.kernel_size[0] * m.kernel_size[1]
-                  for m in tower.modules() if isinstance(m, nn.Conv2d))
     classes = sum(name.endswith("class_embedding") for name, _ in tower.named_parameters())
-    return patches * num_patches + _weights(tower) * (num_patches + classes)
+    return _filters(tower) * num_patches + _weights(tower) * (num_patches + classes)
 
 
 def _delta_products(model: OneDiffForConditionalGeneration) -> int:
     """Count the multiplications of the Visual Delta Module for one pair.
 
-    In token layout B, this includes the `enhance` module, which adds the delta tokens to the patches.
+    In token layout B, this includes the `enhance` module, which adds the delta tokens to the patches. The
+    multiplications of Fusion are included if the model has it.
     """
     if model.delta is None:
         return 0
     delta, num_patches, num_tokens = model.delta, model.config.num_patches, model.config.delta_num_tokens
     num_states = (3 if delta.inputs == "pair_and_difference" else 2) * num_patches
+    num_keys = num_states + (num_patches if model.fusion else 0)
     reduced = _weights(delta.reduce)
     if delta.inputs == "pair_and_matched_difference":
         reduced += _weights(delta.contrast)
@@ -177,14 +185,27 @@ def _delta_products(model: OneDiffForConditionalGeneration) -> int:
         assert isinstance(layer, DeltaLayer), "every layer of the Visual Delta Module must be a DeltaLayer"
         total += _attention_products(layer.self_attention, num_tokens, num_tokens)
         if layer.cross_attention is not None:
-            total += _attention_products(layer.cross_attention, num_tokens, num_states)
+            total += _attention_products(layer.cross_attention, num_tokens, num_keys)
         total += num_tokens * (_weights(layer.up) + _weights(layer.down))
     if model.config.reading == "B":
         enhance, patches = model.enhance, 2 * num_patches
         total += patches * (_weights(enhance.reduce) + _weights(enhance.expand))
         # The delta tokens are attended to twice, once by the patches of each image.
         total += _attention_products(enhance.attention, patches, 2 * num_tokens)
-    return total
+    return total + (_fusion_products(model.fusion, model.config) if model.fusion else 0)
+
+
+def _fusion_products(fusion: Fusion, config: OneDiffConfig) -> int:
+    """Count the multiplications of the linear layers and convolutions of Fusion for one pair."""
+    px, places, thing = config.vision_config.image_size, fusion.side**2, fusion.object
+    stem = [(fusion.stem.first, (px // 2) ** 2), (fusion.stem.second, (px // 4) ** 2),
+            (fusion.coarser, places)]
+    joined = _filters(fusion.mix) + _filters(fusion.places) + _weights(fusion.join_stem)
+    attributes = sum(attribute.classes.numel() for attribute in thing.attributes.values())
+    return (2 * sum(_filters(part) * positions for part, positions in stem) + joined * places
+            + (_weights(fusion.join_tower) + _weights(fusion.keys)) * config.num_patches
+            + _weights(thing.describe) + _weights(thing.changed) + _weights(thing.camera)
+            + _weights(thing.copy) * len(thing.attributes) + attributes)
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onediff.config import Phase, Runtime
+from onediff.config import Phase, Runtime, Tune
 from onediff.model.onediff import PARTS, OneDiffForConditionalGeneration
 from onediff.train import lora
 
@@ -54,6 +54,11 @@ def limit_waits() -> None:
 def learning_rates(phase: Phase) -> dict[str, float]:
     """Return the peak learning rate of each part of the model, in the order of the optimizer's parameter groups."""
     return {part: getattr(phase, f"lr_{part}") for part in PARTS}
+
+
+def auxiliary_weights(phase: Phase) -> dict[str, float]:
+    """Return the weight of each auxiliary loss of a phase; the dictionary is empty if the phase has none."""
+    return phase.auxiliary.model_dump() if isinstance(phase, Tune) and phase.auxiliary else {}
 
 
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
@@ -110,6 +115,7 @@ class Engine:
             raise ValueError(f"runtime.yaml: nodes x gpus must equal the number of processes, but nodes x gpus is "
                              f"{runtime.num_ranks} and {self.world} processes were started; correct nodes or gpus")
         self.model, self.num_micro, self.zero_level = model, num_micro(phase, runtime), runtime.zero_level
+        self.weights = auxiliary_weights(phase)
         self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,
                                            fused=runtime.offload == "none")
         if runtime.checkpoint_activations:
@@ -145,17 +151,23 @@ class Engine:
         """Return for each flag whether at least one rank has set it, so that all ranks can take equal decisions."""
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
-    def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-        """Run the forward and the backward pass on one micro-batch, and return what it adds to the loss of the step."""
+    def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor, num_rows: Tensor) -> Tensor:
+        """Run the forward and the backward pass on one micro-batch, and return what it adds to the losses of the step.
+
+        The result holds the loss of the caption and then the auxiliary losses in the order of `self.weights`, without
+        their weights. The counts are those of the step, on all ranks together.
+        """
         if self._pending:
             # DeepSpeed counts micro-batches by calls of step(); the call after the last micro-batch updates weights.
             self._engine.step()
         self._pending = True
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        loss = self._engine(**on_device, num_answer_tokens=num_answer_tokens).loss
+        output = self._engine(**on_device, num_answer_tokens=num_answer_tokens, num_rows=num_rows)
+        losses = torch.stack([output.loss, *(output[name] for name in self.weights)])
+        loss = losses @ losses.new_tensor([1.0, *self.weights.values()])
         # DeepSpeed averages gradients over ranks and micro-batches. The two factors turn this average into a sum.
         self._engine.backward(loss * self.world * self.num_micro)
-        return loss.detach()
+        return losses.detach()
 
     def step(self) -> None:
         """Update the weights. Call this after `backward` was called for all micro-batches of the step."""

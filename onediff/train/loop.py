@@ -105,24 +105,24 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
 
             # Each loss is divided by the answer tokens of all ranks, so the number of GPUs does not change the result.
             counts = engine.sums(counts_of(micro_batches))
-            num_answer_tokens = counts[COUNTED.index("answer_tokens")]
+            num_answer_tokens, num_rows = (counts[COUNTED.index(name)] for name in ("answer_tokens", "rows"))
             lr_factor = rate_factor(step, run.num_steps, run.phase.warmup)
             engine.set_rate(lr_factor)
-            rank_loss = torch.zeros((), device=engine.device)
+            rank_losses = torch.zeros(1 + len(engine.weights), device=engine.device)
             with explain_out_of_memory(run.name, run.phase, run.runtime):
                 for batch in micro_batches:
-                    rank_loss += engine.backward(batch, num_answer_tokens)
-            loss = float(engine.sums([rank_loss]))
-            if not math.isfinite(loss):
-                raise diverged(run, step, loss)
+                    rank_losses += engine.backward(batch, num_answer_tokens, num_rows)
+            losses = dict(zip(("loss", *engine.weights), engine.sums(rank_losses.tolist()).tolist(), strict=True))
+            if not math.isfinite(sum(losses.values())):
+                raise diverged(run, step, sum(losses.values()))
             with explain_out_of_memory(run.name, run.phase, run.runtime):  # The first step allocates optimizer states.
                 engine.step()
 
             meter.add(counts, loader_wait_s)
             if curve:
-                curve.write(step, {"loss": loss, "lr": lr_factor, "grad_norm": engine.grad_norm, **meter.line(),
+                curve.write(step, {**losses, "lr": lr_factor, "grad_norm": engine.grad_norm, **meter.line(),
                                    "seconds": meter.seconds})
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
             bar.update()
 
             num_done = step + 1

@@ -175,12 +175,10 @@ def _storage(tensor: Tensor) -> int:
 def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cached_tower: bool) -> Tensor:
     """Compute the loss like the model's `forward`, but without checks of token ids, as fake tensors have no data."""
     config, pairs = model.config, batch.num_pairs
-    if cached_tower:
-        states = torch.empty(2 * pairs, len(config.read_levels), config.num_patches, config.vision_config.hidden_size)
-    else:
-        side = config.vision_config.image_size
-        states = model.vision(torch.empty(2 * pairs, 3, side, side))
-    views = _views(model, states, torch.arange(0, 2 * pairs, 2))
+    images = torch.empty(2 * pairs, 3, *[config.vision_config.image_size] * 2)
+    states = (torch.empty(2 * pairs, len(config.read_levels), config.num_patches, config.vision_config.hidden_size)
+              if cached_tower else model.vision(images))
+    views = _views(model, images, states, torch.arange(0, 2 * pairs, 2))
     lengths = [batch.row_tokens] * pairs
     embeds = torch.empty(1, sum(lengths), config.text_config.hidden_size)  # (1, T, D)
     if any(view.requires_grad for view in views) or model.language.get_input_embeddings().weight.requires_grad:
@@ -192,17 +190,21 @@ def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cache
     return functional.cross_entropy(logits.float(), torch.empty_like(answers), reduction="sum")
 
 
-def _views(model: OneDiffForConditionalGeneration, states: Tensor, first: Tensor) -> list[Tensor]:
+def _views(model: OneDiffForConditionalGeneration, images: Tensor, states: Tensor, first: Tensor) -> list[Tensor]:
     """Return the visual tokens like the model's `project_visual_tokens`, but without reading any tensor's data.
 
-    `states` are the vision features of P pairs (2P images, L levels, N patches, C channels), and `first` (P,) is the
+    `images` are the pixels (2P images, 3, height, width), `states` are the vision features of P pairs (2P images, L levels, N patches, C channels), and `first` (P,) is the
     index of the first image of each pair.
     """
     patches = states[:, model.config.read_levels.index(model.config.patch_state)]
-    delta = None if model.delta is None else model.delta(states[first], states[first + 1])
+    before, after = states[first], states[first + 1]
+    fused = model.fusion and model.fusion(torch.stack([images[first], images[first + 1]], 1), before, after)
+    delta = None if model.delta is None else model.delta(before, after, fused and fused.keys)
     if model.config.reading == "B":
         return [model.projector(torch.cat([patches, model.enhance_pairs(patches, delta, first)], -1))]
     patches = model.pool(patches)
     if model.config.reading == "C":
-        patches = torch.cat([patches[first], patches[first + 1]], -1)
-    return [model.projector(patches), *([] if delta is None else [model.delta_projector(delta)])]
+        patches = torch.cat([patches[first], patches[first + 1], *([model.pool(fused.patches)] if fused else [])], -1)
+    if delta is None:
+        return [model.projector(patches)]
+    return [model.projector(patches), model.delta_projector(torch.cat([delta, fused.tokens], 1) if fused else delta)]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from onediff.config import Config, Phase, Runtime
 from onediff.data.batches.corpus import Corpus
 from onediff.data.batches.loader import Batch, FeatureStore, Pixels, collate, decode, shared_out, stream
 from onediff.data.batches.sampling import Sampling, coupled_rows, single_rows, tune_entries, tune_rows
+from onediff.data.batches.targets import targets_of
 from onediff.files import key_of
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.assemble import build
@@ -21,7 +23,7 @@ from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.model.weights import load_trained
 from onediff.paths import ALIGNED, CARD
 from onediff.train.cost import Flops, peak_tflops
-from onediff.train.engine import num_micro
+from onediff.train.engine import auxiliary_weights, num_micro
 from onediff.train.loop import Log, Trained, TrainingRun, fit
 from onediff.train.speed import Meter
 from onediff.train.status import FINAL, recorded_errors, write_status
@@ -88,12 +90,14 @@ def train(run: TrainingRun, log: Log) -> None:
         peak = peak or peak_tflops(torch.cuda.get_device_name(device))
 
     with recorded_errors(run.folder):
-        pixels_of = _pixels_of(run)
+        pixels_of, config = _pixels_of(run), run.model.config
+        targets = (partial(targets_of, classes=config.delta_classes, places=config.delta_fusion["places"])
+                   if auxiliary_weights(run.phase) and config.delta_fusion else None)
 
         def micro_batches(step: int, rank: int) -> list[Batch]:
             parts = shared_out(run.rows(step), runtime.num_ranks * num_micro(run.phase, runtime),
                                tokens_per_image=run.processor.tokens_per_image)
-            return [collate(part, run.processor, pixels_of) for part in parts[rank :: runtime.num_ranks]]
+            return [collate(part, run.processor, pixels_of, targets) for part in parts[rank :: runtime.num_ranks]]
 
         def batches(first: int, rank: int) -> Iterator[list[Batch]]:
             return stream(lambda step: micro_batches(step, rank), range(first, run.num_steps), workers=workers,
@@ -126,9 +130,15 @@ def _pixels_of(run: TrainingRun) -> Pixels:
     device = next(model.parameters()).device
     tower_digest = f"{sum(p.double().abs().sum().item() for p in model.vision.parameters())} {model.config.read_levels}"
     return FeatureStore.prepare(run.corpus, run.processor, lambda images: model.eval().vision(images.to(device)),
-                                tower_digest=tower_digest, scratch=Path(run.runtime.scratch))
+                                tower_digest=tower_digest, scratch=Path(run.runtime.scratch),
+                                with_pixels=model.fusion is not None)
 
 
 def feature_gb(config: OneDiffConfig, num_images: float) -> float:
-    """Return the size on disk, in GB, of the vision tower's features of `num_images` images."""
-    return num_images * len(config.read_levels) * config.num_patches * config.vision_config.hidden_size * 4 / 1e9
+    """Return the size on disk, in GB, of the vision tower's features of `num_images` images.
+
+    A model with Fusion also needs their pixels.
+    """
+    pixels = 3 * config.vision_config.image_size**2 if config.delta_fusion else 0
+    return num_images * (len(config.read_levels) * config.num_patches * config.vision_config.hidden_size * 4
+                         + pixels) / 1e9

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import CHANNELS, DELTA_ID, IMAGE_ID, SIDE, VOCAB, batch_of, small
+from parts import CHANNELS, DELTA_ID, FUSION, IMAGE_ID, SIDE, VOCAB, batch_of, small
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -25,7 +25,7 @@ VARIANTS: list[dict[str, Any]] = [  # changes of the OneDiffConfig of the small 
     {}, {"reading": "B"}, {"reading": "C"}, {"reading": "C", "patch_pool": 3}, {"patch_pool": 3},
     {"delta_inputs": "pair_and_difference"}, {"delta_inputs": "pair_and_matched_difference"},
     {"delta_cross_attention_every": 2}, {"delta_levels": [0, 2, 2, 5]}, {"delta_image_ids": False},
-    {"delta_num_tokens": 1}, {"delta_num_tokens": 0}]
+    {"delta_num_tokens": 1}, {"delta_num_tokens": 0}, FUSION, FUSION | {"reading": "C", "patch_pool": 3}]
 
 
 @pytest.fixture
@@ -67,6 +67,15 @@ def test_the_logits_of_a_row_do_not_depend_on_the_other_rows_of_the_batch(varian
     for row in range(len(IMAGE_COUNTS)):
         row_logits = model(**one_row(batch, row)).logits[0]
         assert_close(batch_logits[row, : len(row_logits)], row_logits)
+
+
+def test_a_model_with_fusion_needs_pixels_besides_states_and_gives_equal_logits() -> None:
+    model = small(**FUSION)
+    batch = batch_of(model, IMAGE_COUNTS)
+    states = model.vision(batch["images"])
+    assert torch.equal(model(**batch, states=states).logits, model(**batch).logits)
+    with pytest.raises(ValueError, match=r"delta\.fusion compares pixels, so it needs `images` besides `states`"):
+        model(**batch | {"images": None, "states": states})
 
 
 def test_states_of_the_vision_tower_may_replace_the_images(model: OneDiffForConditionalGeneration) -> None:
@@ -132,7 +141,8 @@ def test_a_saved_and_loaded_model_gives_equal_logits(variant: dict[str, Any], tm
     model.save_pretrained(tmp_path)
     assert [path.suffix for path in tmp_path.glob("model*")] == [".safetensors"]
     loaded = OneDiffForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert_close(loaded(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_images", [1, 0])
@@ -167,7 +177,7 @@ def test_masked_patches_do_not_influence_the_next_token_but_delta_tokens_do(
         model: OneDiffForConditionalGeneration) -> None:
     batch = batch_of(model, [2])
     is_patch, is_delta = batch["input_ids"] == IMAGE_ID, batch["input_ids"] == DELTA_ID
-    embeds = model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
+    embeds, _ = model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
 
     def next_token(embeds: Tensor) -> Tensor:
         return model.language(inputs_embeds=embeds, attention_mask=batch["attention_mask"] * ~is_patch).logits[:, -1]
@@ -179,15 +189,16 @@ def test_masked_patches_do_not_influence_the_next_token_but_delta_tokens_do(
 
 @pytest.mark.parametrize("counts", [[0, 1], [0]])
 @pytest.mark.parametrize("precomputed", [False, True])
-@pytest.mark.parametrize("reading", TOKEN_LAYOUTS)
+@pytest.mark.parametrize("variant", [{"reading": "A"}, {"reading": "B"}, {"reading": "C"}, FUSION,
+                                     FUSION | {"reading": "C"}], ids=str)
 def test_training_rows_without_pairs_give_every_module_a_gradient_and_do_not_change_the_loss(
-        counts: list[int], precomputed: bool, reading: str) -> None:
+        counts: list[int], precomputed: bool, variant: dict[str, Any]) -> None:
     """Under ZeRO level 3, the other ranks would wait forever for a rank that skips the delta module."""
-    model = small(reading=reading)
+    model = small(**variant)
     batch = batch_of(model, counts)
     batch["labels"] = batch["input_ids"].clamp(max=VOCAB - 1)
     if precomputed:
-        images, num_levels = batch.pop("images"), len(model.config.read_levels)
+        images, num_levels = batch["images"], len(model.config.read_levels)
         batch["states"] = (model.vision(images).detach() if len(images)
                            else torch.zeros(0, num_levels, SIDE * SIDE, CHANNELS))
     expected = model.eval()(**batch).loss
@@ -196,7 +207,8 @@ def test_training_rows_without_pairs_give_every_module_a_gradient_and_do_not_cha
     assert torch.equal(loss, expected)
     gradients = {name: p.grad for name, p in model.named_parameters() if not name.startswith("vision.")}
     assert not [name for name, gradient in gradients.items() if gradient is None]
-    assert not [name for name, gradient in gradients.items() if name.startswith("delta.") and gradient.any()]
+    assert not [name for name, gradient in gradients.items() if name.startswith(("delta.", "fusion."))
+                and gradient.any()]
 
 
 def test_token_layout_c_reads_a_single_image_as_a_pair_of_equal_images() -> None:

@@ -22,7 +22,8 @@ FILES = ("data/stress.json", "data/stress/scenes.jsonl", "data/stress/scenes.att
 
 def save_model(micro: Config, *, num_tokens: int) -> None:
     """Save the untrained model of the micro preset with `num_tokens` delta tokens."""
-    delta = micro.model.delta.model_copy(update={"num_tokens": num_tokens})
+    changes = {"num_tokens": num_tokens} | ({} if num_tokens else {"fusion": None})
+    delta = micro.model.delta.model_copy(update=changes)
     model, processor = build(micro.model.model_copy(update={"delta": delta}), seed=7)
     model.save_pretrained("data/models/tune")
     processor.save_pretrained("data/models/tune")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
+from onediff.data.batches.targets import Facts, facts_of
 from onediff.data.record import Record, digest, read_records
 from onediff.files import new_folder, waiting_lock
 
@@ -25,7 +26,7 @@ class Sample:
     """One record of a training corpus, without the image bytes.
 
     `images` holds the digests of the images in order. `turns` holds the (question, answer) turns of a conversation, and
-    is empty if the record is not a conversation.
+    is empty if the record is not a conversation. `facts` holds what is known about the change of a pair (targets.py).
     """
 
     pair_id: str
@@ -34,6 +35,7 @@ class Sample:
     references: list[str]
     instruction: str
     turns: tuple[tuple[str, str], ...] = ()
+    facts: Facts = field(default_factory=dict)
 
 
 class ImageFiles:
@@ -104,7 +106,8 @@ def _write(store: Path, records: Iterable[Record]) -> None:
                     new.append((name, images.tell(), images.write(content)))
             captions = record.provenance.get("captions", [None] * len(names))
             sample = Sample(record.pair_id, record.source, names, record.references, record.instruction,
-                            tuple(record.provenance.get("conversation", ())))
+                            tuple(record.provenance.get("conversation", ())),
+                            facts_of(record) if record.num_images == 2 else {})
             lines.write(json.dumps({
                 "sample": asdict(sample), "new": new,
                 "captions": {name: text for name, text in zip(names, captions, strict=True) if text}}) + "\n")

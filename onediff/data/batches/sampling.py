@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from onediff.config import Config, Phase, Task, Tune
 from onediff.data.batches.corpus import Corpus, Sample
+from onediff.data.batches.targets import Facts
 from onediff.data.record import digest
 from onediff.inputs.prompt import (
     DEFAULT_INSTRUCTION,
@@ -39,13 +40,15 @@ class BatchRow:
     """One row of a batch, before its images are decoded and its prompt is tokenized.
 
     `images` holds the digests of the images in order. `name` identifies the row in error messages. If `masked` is true,
-    the language model reads the delta tokens of this row but not the patch tokens.
+    the language model reads the delta tokens of this row but not the patch tokens. `facts` holds what is known about
+    the change of a pair (targets.py), and is empty for rows whose images were not recorded as a pair.
     """
 
     images: tuple[str, ...]
     prompt: Prompt
     masked: bool = False
     name: str = ""
+    facts: Facts = field(default_factory=dict)
 
 
 RowSampler = Callable[[int], list[BatchRow]]
@@ -108,7 +111,7 @@ def tune_rows(entries: list[Entry], sampling: Sampling) -> RowSampler:
             if rng.random() < sampling.default_question:
                 instruction = DEFAULT_INSTRUCTION
             prompt = pair_prompt(sampling.template, instruction, answer or choose(rng, sample.references))
-            return BatchRow(sample.images, prompt, bool(rng.random() < sampling.mask_patches), name)
+            return BatchRow(sample.images, prompt, bool(rng.random() < sampling.mask_patches), name, sample.facts)
         turns = list(sample.turns) or [(instruction, answer or choose(rng, sample.references))]
         prompt = conversation_prompt(sampling.template, turns, num_images=len(sample.images))
         return BatchRow(sample.images, prompt, name=name)

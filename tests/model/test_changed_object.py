@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from onediff.inputs.processing import IGNORED
+from onediff.model.changed_object import Attribute, ChangedObject, changed_loss, object_loss, place_loss
+from onediff.model.motion import CAMERA
+
+P, Q, E, W, D = 3, 5, 7, 11, 13
+CLASSES = {"color": ["red", "green", "blue"], "shape": ["cube", "sphere"]}
+
+
+def inputs() -> list[Tensor]:
+    """Return features, joined map, place logits, positions and camera motion for P pairs."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (P, 2, E), (P, Q, W), (P, 2, Q), (Q, 2), (P, 2 * CAMERA)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def test_the_object_is_read_where_the_place_logits_point() -> None:
+    torch.manual_seed(0)
+    module, (features, joined, places, positions, camera) = ChangedObject(E, W, D, CLASSES), inputs()
+    tokens, changed, logits = module(features, joined, places, positions, camera)
+    for pair in range(P):
+        summary = torch.cat([joined[pair].mean(0), joined[pair].max(0).values])
+        seen = []
+        for side in range(2):
+            share = places[pair, side].softmax(0)
+            seen += [features[pair, side], *(sum(share[place] * value[place] for place in range(Q))
+                                             for value in (joined[pair], positions)), places[pair, side].max()[None]]
+        probability = module.changed(summary).sigmoid()
+        thing = module.describe(torch.cat([*seen, summary, probability, camera[pair]]))
+        assert_close(tokens[pair, 0], thing + module.marks[0])
+        assert_close(tokens[pair, 1], module.camera(camera[pair]) + module.marks[1])
+        for number, attribute in enumerate(module.attributes.values()):
+            expected, token = attribute(thing)
+            assert_close(logits[number][pair], expected)
+            assert_close(tokens[pair, 2 + number], module.copy(token) + module.marks[2 + number])
+        assert_close(changed[pair].sigmoid()[None], probability)
+
+
+def test_the_token_of_a_certain_attribute_is_the_vector_of_its_class() -> None:
+    attribute = Attribute(D, 5)
+    logits, token = attribute(1e3 * attribute.classes[2:3].detach())
+    assert logits.argmax() == 2
+    assert_close(token[0], attribute.classes[2])
+
+
+def test_the_place_loss_equals_a_loop_over_places() -> None:
+    logits, shares = torch.randn(P, 2, Q), torch.rand(P, 2, Q)
+    shares[1] = IGNORED
+    total = 0.0
+    for pair, side, place in ((pair, side, place) for pair in (0, 2) for side in range(2) for place in range(Q)):
+        p, share = logits[pair, side, place].sigmoid(), shares[pair, side, place]
+        total -= (share * p.log() + (1 - share) * (1 - p).log()) / (2 * Q)
+    assert_close(place_loss(logits, shares), torch.as_tensor(total))
+
+
+def test_the_object_loss_is_the_mean_over_the_known_attributes_of_each_pair() -> None:
+    logits = [torch.randn(P, 5), torch.randn(P, 3)]
+    classes = torch.tensor([[4, 2], [IGNORED, 1], [IGNORED, IGNORED]])
+    first, second = (scores.log_softmax(-1) for scores in logits)
+    assert_close(object_loss(logits, classes), -(first[0, 4] + second[0, 2]) / 2 - second[1, 1])
+
+
+def test_the_loss_of_changed_ignores_pairs_of_which_it_is_unknown() -> None:
+    logits = torch.tensor([0.3, -1.1, 5.0])
+    loss = changed_loss(logits, torch.tensor([1.0, 0.0, IGNORED]))
+    assert_close(loss, -logits[0].sigmoid().log() - (1 - logits[1].sigmoid()).log())
+
+
+@pytest.mark.parametrize("num_pairs", [P, 0])
+def test_losses_without_any_known_target_are_0_with_gradients_of_0(num_pairs: int) -> None:
+    places, changed, scores = (torch.randn(num_pairs, *shape, requires_grad=True) for shape in ((2, Q), (), (5,)))
+    loss = (place_loss(places, torch.full((num_pairs, 2, Q), float(IGNORED)))
+            + changed_loss(changed, torch.full((num_pairs,), float(IGNORED)))
+            + object_loss([scores], torch.full((num_pairs, 1), IGNORED)))
+    loss.backward()
+    assert loss == 0 and not any(each.grad is None or each.grad.any() for each in (places, changed, scores))
