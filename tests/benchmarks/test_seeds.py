@@ -113,3 +113,26 @@ def test_a_clone_gets_the_seed_and_keeps_its_progress_after_a_new_commit(
     seeds.prepare(clone, 8)
     assert head(clone) == head(root)
     assert [(clone / name).read_text() for name in ("dvc.lock", "code.py")] == ["progress of seed 8", "new"]
+
+
+def test_the_processor_time_of_interrupted_trainings_is_added(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, outcomes = seeds.HOME / "7", iter([1, 0, 0, 0])  # the exit codes of four trainings
+    weights = folder / seeds.TRAINED / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    spent = iter([0.0, 3.0, 3.0, 8.0, 8.0, 8.1, 8.1, 12.1])  # minutes before and after each training
+
+    def repro(folder: Path, seed: int, *stages: str) -> None:
+        if stages == ("tune",) and next(outcomes):
+            raise ValueError("interrupted")
+
+    monkeypatch.setattr(seeds, "repro", repro)
+    monkeypatch.setattr(seeds, "_children_minutes", lambda: next(spent))
+    with pytest.raises(ValueError, match="interrupted"):
+        seeds.train(folder, 7)
+    weights.write_bytes(b"first")
+    assert seeds.train(folder, 7) == pytest.approx(8.0)
+    assert seeds.train(folder, 7) == pytest.approx(8.0)  # The stage was up to date.
+    weights.write_bytes(b"second")
+    assert seeds.train(folder, 7) == pytest.approx(4.0)
