@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import CHANNELS, LANGUAGE, SIDE, TOKENS, VOCAB, WIDTH, small
+from parts import CHANNELS, FUSION, LANGUAGE, SIDE, TOKENS, VOCAB, WIDTH, small
 from torch import nn
 
 from onediff.config import Lora, Phase
@@ -64,6 +64,17 @@ def test_the_flops_of_a_pair_equal_the_multiplications_of_the_delta_module_and_p
     assert flops.pair == 6 * (module + projector * TOKENS)
     assert Flops.of(model, phase(**(ALIGN | {"lr_delta": 0.0})), cached_tower=False).pair == \
         2 * module + 6 * projector * TOKENS
+
+
+def test_the_flops_of_a_pair_include_fusion() -> None:
+    model = small(**FUSION)
+    before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
+    fused = model.fusion(torch.randn(1, 2, 3, 12, 12), before, after)
+    module = multiplications(model, "fusion.", lambda: model.fusion(torch.randn(1, 2, 3, 12, 12), before, after))
+    attributes = sum(attribute.classes.numel() for attribute in model.fusion.object.attributes.values())
+    delta = multiplications(model, "delta.", lambda: model.delta(before, after, fused.keys))
+    projector = (WIDTH * LANGUAGE + LANGUAGE * LANGUAGE) * (TOKENS + fused.tokens.shape[1])
+    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + attributes + delta + projector)
 
 
 def test_the_flops_of_an_image_equal_the_multiplications_of_the_tower_and_projector() -> None:

@@ -66,8 +66,12 @@ def bytes_saved_by_autograd(model: OneDiffForConditionalGeneration, inputs: dict
     return sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors.values())
 
 
+FUSION = {"delta_fusion": {"channels": 8, "width": 12, "places": 5, "blocks": 2},
+          "delta_classes": {"color": ["red", "blue"], "shape": ["cube", "sphere", "cylinder"]}}
+
+
 @pytest.mark.parametrize("changes", [{}, {"delta_inputs": "pair_and_matched_difference"}, {"reading": "B"},
-                                     {"reading": "C"}, {"delta_num_tokens": 0}])
+                                     {"reading": "C"}, {"delta_num_tokens": 0}, FUSION, FUSION | {"reading": "C"}])
 @pytest.mark.parametrize("rates", [ALIGN, TUNE], ids=["align", "tune"])
 def test_planned_activations_equal_the_bytes_that_autograd_saves(rates: dict[str, float],
                                                                  changes: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ def test_planned_activations_equal_the_bytes_that_autograd_saves(rates: dict[str
     inputs = batch(configuration)
     micro_batch = MicroBatch(PAIRS, inputs["input_ids"].shape[1], ANSWER)
     planned = saved(configuration, phase(**rates), micro_batch, bfloat16=False, cached_tower=False)
-    assert planned.everything == pytest.approx(bytes_saved_by_autograd(model, inputs), rel=0.02)
+    assert planned.everything == pytest.approx(bytes_saved_by_autograd(model, inputs), rel=0.025)
 
 
 def test_planned_activations_with_lora_equal_the_bytes_that_autograd_saves() -> None:
@@ -146,7 +150,7 @@ def test_planned_optimizer_states_and_gradients_equal_the_bytes_that_deepspeed_a
     gradients: list[int] = []
     for parameter in engine.learning.values():
         parameter.register_hook(lambda gradient: gradients.append(gradient.nbytes))
-    engine.backward(batch(configuration), torch.tensor(float(PAIRS * ANSWER)))
+    engine.backward(batch(configuration), torch.tensor(float(PAIRS * ANSWER)), torch.tensor(float(PAIRS)))
     engine.step()
     deepspeed = engine._engine.optimizer
     masters = getattr(deepspeed, {3: "fp32_partitioned_groups_flat"}.get(level, "single_partition_of_fp32_groups"), [])

@@ -13,13 +13,12 @@ from onediff.data.record import Record
 from onediff.data.synthesis.scenes.records import scene_records
 from onediff.eval.analysis.attention_maps import (
     attention_figures,
-    coverage,
     maps_of_records,
-    on_the_grid,
     points_inside,
     region_figures,
     regions,
 )
+from onediff.inputs.boxes import coverage, on_the_grid
 from onediff.model.assemble import build
 from onediff.model.attention import AttentionMaps, attention_maps, pixel_change
 from onediff.model.captioner import Captioner
@@ -38,15 +37,6 @@ def test_the_maps_of_a_pair_do_not_depend_on_the_batch(micro: Config, scene_pair
         alone = attention_maps(model, [tuple(Image.open(io.BytesIO(image)) for image in record.images)])[0]
         assert np.allclose(alone.before, together.before, atol=1e-6)
         assert np.allclose(alone.after, together.after, atol=1e-6)
-
-
-def test_coverage_equals_the_share_of_fine_points_inside_the_box() -> None:
-    fine = (np.arange(80) + 0.5) / 20  # positions of 20 points along each of 4 patches
-    for box in ([0.2, 1.1, 2.7, 3.95], [1, 1, 2, 2], [0, 0, 4, 4], [3.05, 0.4, 3.35, 0.6]):
-        inside = ((fine >= box[1]) & (fine < box[3]))[:, None] & ((fine >= box[0]) & (fine < box[2]))[None, :]
-        counted = inside.reshape(4, 20, 4, 20).mean((1, 3))
-        assert np.allclose(coverage(box, side=4), counted, atol=0.05), box
-        assert coverage(box, side=4).sum() == pytest.approx((box[2] - box[0]) * (box[3] - box[1]))
 
 
 @pytest.mark.parametrize("size", [(96, 96), (192, 96), (60, 150)])
