@@ -47,12 +47,13 @@ ALIGN_STEPS, TUNE_STEPS = 100, 1000
 OWN = {"scenes": "change_type_accuracy", "edits": "operation_accuracy"}  # figures for the own question of each record
 
 _TOWER_ALONE = {"model.delta.fusion": None, "tune.auxiliary": None}
+_MATCHED = {"model.delta.inputs": "pair_and_matched_difference"}  # The default is `pair`.
 # Maps the name of each variant to the values that it changes in params.yaml, by their path.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "no fusion: the tower alone": _TOWER_ALONE,
-    "the paper: the tower alone, inputs: pair": _TOWER_ALONE | {"model.delta.inputs": "pair"},
-    "inputs: pair": {"model.delta.inputs": "pair"},
+    "the paper: no fusion": _TOWER_ALONE | {"model.delta.inputs": "pair"},
+    "no fusion, inputs: pair and matched difference": _TOWER_ALONE | _MATCHED,
+    "inputs: pair and matched difference": _MATCHED,
     "no stem": {},
     "no mixing": {},
     "no object token": {},
