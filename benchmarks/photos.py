@@ -1,6 +1,7 @@
 """Edits the photographs of a folder that nobody here chose, and measures whether a model names the edit.
 
     python -m benchmarks.photos FOLDER --model models:/onediff@champion
+    python -m benchmarks.photos FOLDER --model .onediff/seeds/7/data/models/tune --model .onediff/seeds/8/data/models/tune
     python -m benchmarks.photos FOLDER --model data/models/tune --leave-out aloeL.jpg --leave-out other/graf1.png
     python -m benchmarks.photos FOLDER --model data/models/tune --folds 5    # hours; an interrupted run continues
 
@@ -50,20 +51,21 @@ PRESET = "tiny"
 
 
 def main(folder: Annotated[Path, Argument(help="The folder of photographs.")],
-         model: Annotated[str, Option(help="A model folder, or the address of a registered version.")] = CHAMPION,
+         model: Annotated[list[str] | None, Option(
+             help="A model folder, or the address of a registered version; repeat it for each seed.")] = None,
          leave_out: Annotated[list[str] | None, Option(help="Name in FOLDER, or file of an equal image.")] = None,
          folds: Annotated[int, Option(help="Number of folds; 0: do not train.")] = 0) -> None:
     """Score a model on simple edits of photographs, and write docs/photos.md."""
     photos, left_out = chosen_photos(folder, leave_out or [])
     records = [record for name, path in photos.items() for record in edited(name, path)]
-    predictions = captions(records, predict.folder_of(model))
+    predictions = {f"`{name}`": captions(records, predict.folder_of(name)) for name in model or [CHAMPION]}
     lines = [f"{len(photos)} photographs, {len(records)} pairs. Left out: {', '.join(left_out) or 'none'}.", "",
-             *score_table(records, {"model": predictions})]
+             *score_table(records, predictions), "", over_models(records, predictions)]
     if folds:
-        own = cross_validate(photos, folds)
+        packages, own = next(iter(predictions.values())), cross_validate(photos, folds)
         lines += ["", f"Trained with own photographs, {folds} folds:", "",
-                  *score_table(records, {"photographs of the packages": predictions, "own photographs": own}),
-                  "", gain(records, predictions, own)]
+                  *score_table(records, {"photographs of the packages": packages, "own photographs": own}),
+                  "", gain(records, packages, own)]
     script.write_table(TABLE, lines)
 
 
@@ -134,6 +136,14 @@ def score_table(records: Sequence[Record], predictions: Mapping[str, Predictions
         ["**operation right**", *cells("operation_accuracy")],
         *([f"*{operation}*", *by_operation(operation)] for operation in EDITS),
         ["false alarms", *cells("false_alarm_rate")], ["unreadable captions", *cells("unreadable_rate")]])
+
+
+def over_models(records: Sequence[Record], predictions: Mapping[str, Predictions]) -> str:
+    """Return a sentence with the mean, lowest and highest share of right operations of several models."""
+    rows = [vars(record) for record in records]
+    shares = [100 * edit_behaviour(texts, rows)["operation_accuracy"] for texts in predictions.values()]
+    return (f"Operation right, over {len(shares)} model{'s' * (len(shares) > 1)}: mean {sum(shares) / len(shares):.1f}, "
+            f"lowest {min(shares):.1f}, highest {max(shares):.1f}.")
 
 
 def with_interval(value: float, bounds: Sequence[float]) -> str:

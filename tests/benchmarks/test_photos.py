@@ -61,6 +61,8 @@ def test_the_table_counts_right_operations_and_false_alarms(folder: Path) -> Non
     assert rows["**operation right**"] == ["100.0 [100.0, 100.0]", "11.1 [11.1, 11.1]"]
     assert rows["*blur*"] == ["100.0 [100.0, 100.0]", "0.0 [0.0, 0.0]"]
     assert rows["false alarms"] == ["0.0 [0.0, 0.0]", "100.0 [100.0, 100.0]"]
+    assert photos.over_models(records, {"a": answers(records, True), "b": answers(records, False)}) == (
+        "Operation right, over 2 models: mean 55.6, lowest 11.1, highest 100.0.")
     assert photos.gain(records, answers(records, False), answers(records, True)) == (
         "Own photographs change the share of right operations by +88.9 [+88.9, +88.9] percentage points.")
 
