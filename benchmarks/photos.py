@@ -1,7 +1,7 @@
 """Edits the photographs of a folder that nobody here chose, and measures whether a model names the edit.
 
     python -m benchmarks.photos FOLDER --model models:/onediff@champion
-    python -m benchmarks.photos FOLDER --model .onediff/seeds/7/data/models/tune --model .onediff/seeds/8/data/models/tune
+    python -m benchmarks.photos FOLDER --model .onediff/seeds/7/data/models/tune --model other/model
     python -m benchmarks.photos FOLDER --model data/models/tune --leave-out aloeL.jpg --leave-out other/graf1.png
     python -m benchmarks.photos FOLDER --model data/models/tune --folds 5    # hours; an interrupted run continues
 
@@ -142,8 +142,8 @@ def over_models(records: Sequence[Record], predictions: Mapping[str, Predictions
     """Return a sentence with the mean, lowest and highest share of right operations of several models."""
     rows = [vars(record) for record in records]
     shares = [100 * edit_behaviour(texts, rows)["operation_accuracy"] for texts in predictions.values()]
-    return (f"Operation right, over {len(shares)} model{'s' * (len(shares) > 1)}: mean {sum(shares) / len(shares):.1f}, "
-            f"lowest {min(shares):.1f}, highest {max(shares):.1f}.")
+    return (f"Operation right, over {len(shares)} model{'s' * (len(shares) > 1)}: mean "
+            f"{sum(shares) / len(shares):.1f}, lowest {min(shares):.1f}, highest {max(shares):.1f}.")
 
 
 def with_interval(value: float, bounds: Sequence[float]) -> str:
