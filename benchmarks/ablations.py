@@ -1,13 +1,12 @@
-"""Ablations: how much each part of the model and the training contributes, measured on rendered scenes; one table.
+"""Ablations: how much each part of the model, the training and the data contributes; one table.
 
-    python -m benchmarks.ablations run --seeds 3   # train and score the variants whose results are missing
-    python -m benchmarks.ablations table           # write docs/ablations.md from the results
+    python -m benchmarks.ablations run --seeds 3 --jobs 2   # train and score the variants whose results are missing
+    python -m benchmarks.ablations table                    # write docs/ablations.md from the results
 
-Every variant trains both phases of presets/tiny.yaml with fewer steps, on equal rendered scenes without the source
-`edits`. Then it captions three test sets: scenes like the training scenes; scenes whose changed object is a combination
-of color and shape that no training scene shows; and the first set again, with an instruction that training never used.
-The seed determines initial weights and batches, but not the scenes. `--jobs 2` trains two variants at a time, each on
-one thread.
+Every variant trains both phases of presets/tiny.yaml with fewer steps and fewer pairs, and captions the same test pairs
+of `scenes` and `edits` with the default question. A variant changes parameters, or replaces a part of the model by one
+that does nothing. The seed determines initial weights and batches; the data are the same for all seeds. `--jobs 2`
+trains two variants at a time, each on one thread. An interrupted run continues with the runs that are not finished.
 """
 
 import json
@@ -15,67 +14,83 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import count, islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from torch import Tensor, nn
 
 from benchmarks import script
+from benchmarks.baselines import captions_of
+from benchmarks.outcomes import TEST, WORN, mean_of, outcomes
 from onediff.config import Config, Runtime, load_params
-from onediff.data.record import Record, read_records, read_table, write_shards
+from onediff.data.record import Record, read_records, write_shards
+from onediff.data.synthesis.edits.records import edit_records
 from onediff.data.synthesis.scenes.records import scene_records
-from onediff.eval.analysis.behaviour import scene_behaviour
+from onediff.eval.analysis.behaviour import GRAMMARS
+from onediff.eval.analysis.stress import choose, trials
 from onediff.eval.caption import caption_records
-from onediff.files import new_folder, write_json
-from onediff.inputs.processing import IGNORED
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.files import key_of, new_folder, read_json, waiting_lock, write_json
 from onediff.library_logs import silence_libraries
 from onediff.model.captioner import Captioner
+from onediff.model.changed_object import ChangedObject
+from onediff.model.fusion import CELL_PX, Fusion, Stem
 from onediff.train import phases
-from onediff.train.pretrain.dialogue import sentence
 
 HOME, RESULTS, TABLE = Path(".onediff/ablations"), Path("docs/ablations"), Path("docs/ablations.md")
-JITTER, OBJECTS, NUM_TRAIN, NUM_TEST = 0.15, (2, 3), 1500, 100
-HELD_OUT = frozenset({("red", "cube"), ("blue", "sphere"), ("green", "cylinder"), ("yellow", "cube")})
-ALIGN_STEPS, TUNE_STEPS = 100, 400
-MEASURED = ("change_type_accuracy", "changed_object_accuracy", "change_accuracy", "false_alarm_rate")
-# The three test sets: scenes like in training, unseen combinations of color and shape, and an unseen instruction.
-TESTS = ("test", "unseen", "asked")
+PRESET = Path("presets/tiny.yaml")
+COUNTS = {"train": (2000, 3000), "test": (125, 260)}  # numbers of scenes and of edits
+ALIGN_STEPS, TUNE_STEPS = 100, 1000
+OWN = {"scenes": "change_type_accuracy", "edits": "operation_accuracy"}  # figures for the own question of each record
 
-# All variants use token layout A and no fusion, as presets/tiny.yaml did when the ablations were run.
-BASE = {"reading": "A", "fusion": None}
-# Maps the name of each variant to the values that the variant changes in section `model` of params.yaml.
-# The key `align` of a variant is the kind of samples of the phase `align`, or None to skip this phase.
+_TOWER_ALONE = {"model.delta.fusion": None, "tune.auxiliary": None}
+_MATCHED = {"model.delta.inputs": "pair_and_matched_difference"}  # The default is `pair`.
+# Maps the name of each variant to the values that it changes in params.yaml, by their path.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "inputs: pair (the paper)": {"inputs": "pair"},
-    "no VDM, all patches": {"num_tokens": 0, "patch_pool": 1},
-    "pair, no align": {"inputs": "pair", "align": None},
-    "pair, align on single images": {"inputs": "pair", "align": "single"},
-    "no align": {"align": None},
-    "inputs: pair and difference": {"inputs": "pair_and_difference"},
-    "no VDM": {"num_tokens": 0},
-    "K 32": {"num_tokens": 32},
-    "no image ids": {"image_ids": False},
-    "align on single images": {"align": "single"},
-    "K 1": {"num_tokens": 1},
-    "all patches": {"patch_pool": 1},
-    "reading B, all patches": {"reading": "B", "patch_pool": 1},
-    "reading C": {"reading": "C"},
-    "levels 2, 2, 2, 2": {"levels": [2, 2, 2, 2]},
-    "levels 4, 4, 4, 4": {"levels": [4, 4, 4, 4]},
-    "cross-attention every second layer": {"levels": [2, 4], "cross_attention_every": 2},
-    "BERT initialisation": {"init": str(HOME / "bert")},
+    "the paper: no fusion": _TOWER_ALONE | {"model.delta.inputs": "pair"},
+    "no fusion, inputs: pair and matched difference": _TOWER_ALONE | _MATCHED,
+    "inputs: pair and matched difference": _MATCHED,
+    "no stem": {},
+    "no mixing": {},
+    "no object token": {},
+    "no auxiliary loss": {"tune.auxiliary": None},
+    "no loss on places": {"tune.auxiliary.place": 0.0, "tune.auxiliary.changed": 0.0},
+    "no loss on the object": {"tune.auxiliary.object": 0.0},
+    "no nuisance": {"data.nuisance.share": 0.0},
+    "no generated pictures": {"data.edits.shares": {"photograph": 0.67, "generated": 0.0, "canvas": 0.33}},
+    "own questions only": {"tune.default_question": 0.0},
+    "default question only": {"tune.default_question": 1.0},
 }
 
 app = typer.Typer(add_completion=False, help=__doc__)
+
+
+def blind(stem: Stem, images: Tensor) -> Tensor:
+    """Return an empty map of the shape that the stem returns; it replaces Stem.forward."""
+    channels = stem.second[0].out_channels
+    return images.new_zeros(len(images), channels, images.shape[2] // CELL_PX, images.shape[3] // CELL_PX)
+
+
+def unmixed(fusion: Fusion, config: Any, *, build: Any = Fusion.__init__) -> None:
+    """Build Fusion without the convolutions that mix neighbouring places; it replaces Fusion.__init__."""
+    build(fusion, config)
+    fusion.mix = nn.Sequential()
+
+
+def silent(thing: ChangedObject, *inputs: Tensor, read: Any = ChangedObject.forward) -> tuple[Tensor, Tensor, list]:
+    """Read the changed object, but return empty tokens; it replaces ChangedObject.forward."""
+    tokens, changed, attributes = read(thing, *inputs)
+    return torch.zeros_like(tokens), changed, attributes
+
+
+# Maps the name of a variant to the part of the model that it replaces: (class, attribute, replacement).
+REPLACED: dict[str, tuple[type, str, Any]] = {
+    "no stem": (Stem, "forward", blind), "no mixing": (Fusion, "__init__", unmixed),
+    "no object token": (ChangedObject, "forward", silent)}
 
 
 @app.command()
@@ -83,18 +98,17 @@ def run(seeds: int = 3, jobs: int = 2,
         only: Annotated[list[str] | None, typer.Option(help="Run only these variants.")] = None,
         scale: Annotated[float, typer.Option(help="Factor on the number of training steps.")] = 1.0) -> None:
     """Train and score every variant and seed whose result is missing in docs/ablations, and write the table."""
-    if not (HOME / "diffcap/card.json").exists():
-        make_scenes(HOME / "diffcap")
-    if not (HOME / "bert").exists():
-        make_bert(HOME / "bert")
-    waiting = [(name, seed) for name in only or VARIANTS for seed in range(1, seeds + 1)
+    if unknown := set(only or ()) - VARIANTS.keys():
+        raise ValueError(f"--only {sorted(unknown)[0]}: must be one of {', '.join(VARIANTS)}; correct the option")
+    waiting = [(name, seed) for seed in range(1, seeds + 1) for name in only or VARIANTS
                if not result_file(name, seed).exists()]
     for first in range(0, len(waiting), jobs):
         started = [subprocess.Popen([sys.executable, "-m", "benchmarks.ablations", "one", name, str(seed),
                                      "--scale", str(scale)], env=os.environ | {"OMP_NUM_THREADS": "1"})
                    for name, seed in waiting[first : first + jobs]]
-        if any(process.wait() for process in started):
-            raise SystemExit("benchmarks.ablations: a variant failed; see the error message above")
+        # A list, because all processes must have ended before an error stops the benchmark.
+        if any([process.wait() for process in started]):  # noqa: C419
+            raise ValueError("a variant failed; see the error message above")
     table()
 
 
@@ -103,65 +117,60 @@ def one(name: str, seed: int, scale: float = 1.0) -> None:
     """Train and score one variant with one seed."""
     silence_libraries()
     torch.set_num_threads(1)
-    config = varied(load_params(Path("presets/tiny.yaml")), VARIANTS[name], seed=seed, scale=scale)
+    if name in REPLACED:
+        setattr(*REPLACED[name])
+    base = load_params(PRESET)
+    config, plain = (varied(base, changes, seed=seed, scale=scale) for changes in (VARIANTS[name], {}))
+    data, test = pairs_of(config, "train"), pairs_of(plain, "test")
     with tempfile.TemporaryDirectory(dir=HOME) as scratch:
-        gflops = train(config, Path(scratch))
-        captioner = Captioner.load(Path(scratch) / "tune/final")
-    scores: dict[str, Any] = {}
-    for test in TESTS:
-        records = read_records(HOME / "diffcap", f"{test}-*.parquet")
-        captions = {record.pair_id: text for record, text in caption_records(captioner, records, config.caption, {})}
-        shares = scene_behaviour(captions, read_table(HOME / "diffcap", f"{test}-*.parquet"))
-        scores[test] = {key: shares[key] for key in MEASURED if key in shares}
-    write_json(result_file(name, seed), {"variant": name, "seed": seed, "gflops_per_pair": gflops, "scores": scores})
-    print(name, seed, json.dumps(scores["test"]), flush=True)
+        gflops = train(config, data, Path(scratch))
+        figures = scored(Captioner.load(Path(scratch) / "tune/final"), config, test)
+    write_json(result_file(name, seed), {"variant": name, "seed": seed, "gflops_per_pair": gflops, "figures": figures},
+               indent=1)
+    print(name, seed, json.dumps(figures), flush=True)
 
 
 @app.command()
 def table() -> None:
-    """Write docs/ablations.md: the mean scores of each variant and their standard deviation over the seeds."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    lines = ["| variant | seeds | GFLOP a pair | type | object | all right | false alarms "
-             "| unseen color and shape: object | unseen instruction: type |", "|---" * 9 + "|"]
-    columns = [("test", key) for key in MEASURED] + [("unseen", MEASURED[1]), ("asked", MEASURED[0])]
+    """Write docs/ablations.md: the mean figures of each variant, in percent, and their deviation over the seeds."""
+    results = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    if not results:
+        raise ValueError(f"{RESULTS} must contain at least one result, but has none; "
+                         "'python -m benchmarks.ablations run' makes them")
+    figures, rows = list(results[0]["figures"]), []
     for name in VARIANTS:
-        runs = [result for result in results if result["variant"] == name]
-        if runs:
-            cells = [spread([run["scores"][test][key] for run in runs]) for test, key in columns]
-            lines.append(f"| {name} | {len(runs)} | {runs[0]['gflops_per_pair']:.2f} | " + " | ".join(cells) + " |")
-    script.write_table(TABLE, lines)
+        if runs := [result for result in results if result["variant"] == name]:
+            rows.append([name, str(len(runs)), f"{runs[0]['gflops_per_pair']:.2f}", *(
+                spread([run["figures"][figure] for run in runs if figure in run["figures"]]) for figure in figures)])
+    script.write_table(TABLE, script.table(["variant", "seeds", "GFLOP a pair", *figures], rows))
 
 
 def spread(values: list[float]) -> str:
-    """Format the mean of the values and, if there are several, their standard deviation."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    """Format the mean of shares in percent and, if there are several, their standard deviation."""
+    if not values:
+        return ""
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def result_file(name: str, seed: int) -> Path:
     return RESULTS / f"{''.join(c if c.isalnum() else '-' for c in name)}.{seed}.json"
 
 
-def varied(config: Config, changes: dict[str, Any], *, seed: int, scale: float) -> Config:
-    """Return the settings of the tiny preset with the changes of BASE and of one variant.
-
-    `scale` multiplies the number of training steps.
-    """
-    values = config.model_dump(mode="json") | {"seed": seed}
-    model, align = values["model"], values["align"]
-    model["max_length"] = 256  # Some variants need long prompts, which contain all patches of both images.
-    for key, value in (BASE | changes).items():
-        if key == "align":
-            values["align"] = align | {"samples": value} if value else None
-        else:
-            (model if key in model else model["delta"])[key] = value
-    if values["align"]:
-        values["align"]["steps"] = max(1, round(scale * ALIGN_STEPS))
-    values["tune"] |= {"steps": max(2, round(scale * TUNE_STEPS)), "mixture": {"scenes": 1.0}, "validate_every": None,
-                       "auxiliary": None}
-    return Config.model_validate(values)
+def varied(config: Config, changes: Mapping[str, Any], *, seed: int, scale: float) -> Config:
+    """Return the settings with fewer steps, multiplied by `scale`, and with the changes of one variant."""
+    values = config.model_dump(mode="json")
+    short = {"align.steps": max(1, round(scale * ALIGN_STEPS)), "tune.steps": max(2, round(scale * TUNE_STEPS)),
+             "tune.validate_every": None}
+    for path, value in (short | dict(changes)).items():
+        *sections, key = path.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    return Config.model_validate(values | {"seed": seed})
 
 
-def train(config: Config, scratch: Path) -> float:
+def train(config: Config, data: Path, folder: Path) -> float:
     """Train the phases `align` and `tune`, and return the GFLOPs per pair in a training step of `tune`.
 
     The vision tower is not counted, because training reads its features from the cache.
@@ -173,72 +182,52 @@ def train(config: Config, scratch: Path) -> float:
 
     runtime = Runtime(device="cpu", scratch=str(HOME / "scratch"), checkpoint_every_s=1e9)
     for phase in ("align", "tune"):
-        (scratch / phase).mkdir()
-    if aligning := phases.align(config, runtime, data=HOME / "diffcap", folder=scratch / "align"):
+        (folder / phase).mkdir()
+    if aligning := phases.align(config, runtime, data=data, folder=folder / "align"):
         phases.train(aligning, log)
-    phases.train(phases.tune(config, runtime, data=HOME / "diffcap", start=scratch / "align/final",
-                             folder=scratch / "tune"), log)
+    phases.train(phases.tune(config, runtime, data=data, start=folder / "align/final", folder=folder / "tune"), log)
     return gflops[-1]
 
 
-def make_scenes(folder: Path) -> None:
-    """Generate the training scenes and the three test sets as shards in `folder`."""
-    values = load_params(Path("presets/tiny.yaml")).model_dump(mode="json")
-    values["data"]["scenes"] |= {"jitter": JITTER, "min_objects": OBJECTS[0], "max_objects": OBJECTS[1]}
-    config = Config.model_validate(values)
-
-    def scenes(split: str, num: int, *, held_out: bool) -> Iterator[Record]:
-        """Yield the records of the first `num` scenes that show a held-out object, or that show none."""
-        groups = (scene_records(config, split, index) for index in count())
-        chosen = (records for records in groups if shows_held_out(records[0]) == held_out)
-        return (replace(record, instruction=DEFAULT_INSTRUCTION) for records in islice(chosen, num)
-                for record in records)
-
-    test = list(scenes("test", NUM_TEST, held_out=False))
-    unseen = [record for record in scenes("test", NUM_TEST, held_out=True) if record.change_type != "none"
-              and (record.provenance["object"]["color"], record.provenance["object"]["shape"]) in HELD_OUT]
-    with new_folder(folder) as part:
-        for split, records in (
-                ("train", scenes("train", NUM_TRAIN, held_out=False)), ("test", test), ("unseen", unseen),
-                ("asked", (replace(record, instruction="Describe the change between the scenes.") for record in test))):
-            write_shards(records, part, split, shard_pairs=4000)
-        write_json(part / "card.json", {"jitter": JITTER, "held_out": sorted(HELD_OUT)})
-    print(f"{NUM_TRAIN} training scenes, {len(test)} test pairs, {len(unseen)} test pairs with an unseen object")
+def scored(captioner: Captioner, config: Config, data: Path) -> dict[str, float]:
+    """Return the figures of `benchmarks.outcomes`, and the main figure of each source for its own questions."""
+    records = list(read_records(data, "test-*.parquet"))
+    rows, lines = [vars(record) for record in records], []
+    scenes = [record for record in records if record.source == "scenes"]
+    chosen = set(choose([vars(record) for record in scenes], config.stress.num_pairs, seed=0))
+    worn = trials("scenes", [record for record in scenes if record.pair_id in chosen], config.stress, seed=0)
+    for trial, pairs in [(TEST, iter(records)), *worn]:
+        if trial in (TEST, *WORN.values()):
+            lines += [{"trial": trial, "pair_id": record.pair_id, "prediction": text}
+                      for record, text in caption_records(captioner, pairs, config.caption, {})]
+    figures = {name: mean_of([each]) for name, each in outcomes(captions_of(lines), rows).items()}
+    own = {record.pair_id: text for record, text in caption_records(
+        captioner, records, config.caption, {}, question=lambda record: record.instruction)}
+    return figures | {f"own question: {source}": GRAMMARS[source].behaviour(
+        own, [row for row in rows if row["source"] == source])[figure] for source, figure in OWN.items()}
 
 
-def shows_held_out(record: Record) -> bool:
-    """Check whether an image of the pair shows a held-out combination of color and shape.
+def pairs_of(config: Config, split: str) -> Path:
+    """Return the folder with the pairs of a split, which the first call generates with the settings `data`.
 
-    The check reads the captions of both images, which describe every object by color, material and shape.
+    The pairs depend on the seed of the preset, and not on the seed of the training.
     """
-    words = " ".join(record.provenance["captions"]).replace(",", "").split()
-    return any(pair in HELD_OUT for pair in zip(words, words[2:], strict=False))
+    config = config.model_copy(update={"seed": load_params(PRESET).seed})
+    folder = HOME / f"{split}-{key_of([config.data.model_dump(), COUNTS[split]])[:16]}"
+    with waiting_lock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with new_folder(folder) as part:
+                write_shards(generated(config, split), part, split, shard_pairs=4000)
+    return folder
 
 
-def make_bert(folder: Path) -> None:
-    """Train a small BERT, as wide as the Visual Delta Module, on the caption templates and save it in `folder`.
-
-    The paper initializes the Visual Delta Module from BERT-base. This BERT is the equivalent for the tiny preset.
-    """
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    tokenizer = AutoTokenizer.from_pretrained("presets/backbones/tiny/language")
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer) + 1, hidden_size=128, num_hidden_layers=4,
-                                       num_attention_heads=4, intermediate_size=512, hidden_dropout_prob=0.0,
-                                       attention_probs_dropout_prob=0.0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(600):
-        rows = tokenizer([" ".join(sentence(rng)) for _ in range(32)], padding=True, return_tensors="pt")
-        hidden = (torch.rand(rows["input_ids"].shape) < 0.2) & rows["attention_mask"].bool()
-        loss = model(input_ids=rows["input_ids"].masked_fill(hidden, len(tokenizer)),
-                     attention_mask=rows["attention_mask"],
-                     labels=rows["input_ids"].masked_fill(~hidden, IGNORED)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    print(f"BERT of width 128: the loss is {loss.item():.2f} per masked token")
-    model.save_pretrained(folder)
+def generated(config: Config, split: str) -> Iterator[Record]:
+    num_scenes, num_edits = COUNTS[split]
+    for index in range(num_scenes):
+        yield from scene_records(config, split, index)
+    for index in range(num_edits):
+        yield from edit_records(config, split, index)
 
 
 if __name__ == "__main__":
-    app()
+    script.main(app)

@@ -1,201 +1,187 @@
-"""Compares the champion with baselines on the test sets of data/diffcap: a Siamese CNN, and trivial baselines.
+"""Compares OneDiff with a Siamese CNN under the same conditions, over several seeds; tables in docs/baselines.md.
 
-    python -m benchmarks.baselines                           # trains the CNN if needed; writes docs/baselines.md
-    python -m benchmarks.baselines --comparison same_place   # adds a CNN that compares only equal positions
+    python -m benchmarks.baselines             # trains the CNNs that are missing, then writes the tables
+    python -m benchmarks.baselines --threads 1
 
-Run `make run` before: it writes data/diffcap, and the captions of the champion in data/captions/test. Without these
-captions, the scores of the champion are read from data/metrics.json, and differences are not tested. The CNN is trained
-from random weights on the training pairs of all sources with all references. The weights with the highest CIDEr on the
-`val` split are kept. A trivial baseline is a source of captions that ignores the images.
+Run `python -m benchmarks.seeds run` before: the CNN of a seed is trained on the training pairs of this seed, and both
+systems caption the test pairs of this seed. The CNN starts from random weights and is trained twice: for as many steps
+as OneDiff, and for as much processor time. An interrupted run continues with the first CNN that is not finished.
 
-The table can also contain variants of the champion: change params.yaml in a clone, run `dvc repro caption`, and copy
-data/captions/test to .onediff/baselines/ablations/NAME.
+The conditions are the same: the same images with the same nuisance; no system is told which source a pair comes from,
+because OneDiff is asked the default question and the CNN takes no question; each step writes the most probable word;
+the weights are those with the highest CIDEr on the split `val`; and the same grammars read the captions.
 """
 
-import json
-import shutil
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import script
-from onediff.data.record import read_table
-from onediff.eval.analysis.behaviour import GRAMMARS
-from onediff.eval.floors import best_constant, random_captions
-from onediff.eval.metrics.catalog import BEHAVIOUR_HEADLINES, CAPTION_HEADLINES
-from onediff.eval.metrics.compute import Scores, score
+import torch
+from safetensors import safe_open
+
+from benchmarks import script, seeds
+from benchmarks.outcomes import TEST, WORN, Outcomes, difference, interval, mean_of, outcomes, resampled
+from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner
+from onediff.baselines.siamese_training import Pairs, Training, fit
+from onediff.config import load_params
+from onediff.data.record import Record, read_records, read_table
+from onediff.eval.analysis.stress import choose, trials
 from onediff.eval.metrics.ngrams import corpus_cider
 from onediff.eval.metrics.words import Predictions
-from onediff.eval.protocols import PairRow, protocol_of, read_predictions, references_digest
-from onediff.eval.resample import compare, intervals
-from onediff.files import write_json
-from onediff.paths import CAPTIONS, DIFFCAP, METRICS
+from onediff.eval.protocols import read_predictions
+from onediff.files import new_folder, read_json, read_jsonl, write_json, write_jsonl
+from onediff.ops.predict import siamese_cnn
+from onediff.paths import CAPTIONS, DIFFCAP, PARAMS, STRESS_DETAILS, TRAINED
 
-FLOORS = {"nearest_train": "caption of the training pair with the nearest pixels"}
-HOME, TABLE, CHAMPION = Path(".onediff/baselines"), Path("docs/baselines.md"), "OneDiff, the champion"
-BENCHMARKS = ("scenes", "scenes_far", "edits")
-LABELS = {"change_type_accuracy": "type", "changed_object_accuracy": "object", "false_alarm_rate": "false alarms",
-             "swap_consistency": "swap", "operation_accuracy": "operation"}
-COMPARISONS = {"matched": "Siamese CNN", "same_place": "Siamese CNN, difference at the same place alone"}
-
-Figures = dict[str, tuple[float, Sequence[float]]]  # maps each metric to the score and the 95 % interval
-
-
-def main(comparison: str = "matched", steps: int = 3900, threads: int = 2) -> None:
-    """Train the Siamese CNN if it does not exist yet, and write the scores of all systems to docs/baselines.md."""
-    if not (HOME / comparison / "training.json").exists():
-        train(comparison, steps, threads)
-    train_rows, test_rows = (read_table(DIFFCAP, f"{split}-*.parquet") for split in ("train", "test"))
-    lines = training_table()
-    for benchmark in BENCHMARKS:
-        source = protocol_of(benchmark).train_source
-        captions = [text for row in train_rows if row["source"] == source for text in row["references"]]
-        lines += section(benchmark, [row for row in test_rows if row["source"] == benchmark], captions)
-    script.write_table(TABLE, lines)
+HOME, TABLE = Path(".onediff/baselines"), Path("docs/baselines.md")
+ONEDIFF = "OneDiff, tiny"
+CNNS = {"equal_steps": "Siamese CNN, equal steps", "equal_time": "Siamese CNN, equal processor time"}
+SOURCES, TESTS = ("scenes", "edits"), "test-*.parquet"
+FINISHED, SAID = "training.json", "captions.jsonl"
+ARCHITECTURE = Architecture()
+TIMED_STEPS = 30  # The processor time of a step of the CNN is measured on this number of steps.
 
 
-def train(comparison: str, steps: int, threads: int) -> None:
-    """Train a Siamese CNN, caption the test sets with it, and save the CNN and the captions in one folder."""
-    import torch
+def main(threads: int = 2) -> None:
+    """Train the CNNs that are missing for each seed, and write the tables."""
+    trained = {int(path.stem): read_json(path) for path in sorted(seeds.HOME.glob("[0-9]*.json"))}
+    if not trained:
+        raise ValueError(f"{seeds.HOME} must contain at least one trained seed, but has none; "
+                         "'python -m benchmarks.seeds run' trains three")
+    for seed, result in trained.items():
+        for name in CNNS:
+            if not (HOME / f"{seed}/{name}" / FINISHED).exists():
+                train(seeds.HOME / str(seed), HOME / f"{seed}/{name}", seed=seed, threads=threads,
+                      cpu_minutes=result["cpu_minutes"] if name == "equal_time" else None)
+    script.write_table(TABLE, [*training_table(trained), "", *score_table(list(trained))])
 
-    from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner
-    from onediff.baselines.siamese_training import Pairs, Training, fit
-    from onediff.ops.predict import siamese_cnn, write_predictions
 
+def train(project: Path, folder: Path, *, seed: int, threads: int, cpu_minutes: float | None) -> None:
+    """Train a CNN on the data of a project, and save the CNN and its captions in `folder`.
+
+    The number of steps is that of both phases of OneDiff, or as many as fit into `cpu_minutes` of processor time.
+    """
     torch.set_num_threads(threads)
-    architecture, training = Architecture(comparison=comparison), Training(steps=steps)  # type: ignore[arg-type]
-    pairs, val = (Pairs.read(DIFFCAP, split, image_px=architecture.image_px) for split in ("train", "val"))
-    start, start_cpu = time.monotonic(), time.process_time()
-    curve: list[dict[str, float]] = []
+    config = load_params(project / PARAMS)
+    pairs, val = (Pairs.read(project / DIFFCAP, split, image_px=ARCHITECTURE.image_px) for split in ("train", "val"))
+    steps = sum(phase.steps or 0 for phase in (config.align, config.tune) if phase)
+    if cpu_minutes is not None:
+        start = time.process_time()
+        fit(pairs, ARCHITECTURE, Training(steps=TIMED_STEPS, seed=seed), validate=lambda _: 0.0, log=lambda *_: None)
+        steps = max(1, round(60 * cpu_minutes * TIMED_STEPS / (time.process_time() - start)))
+    training, curve = Training(steps=steps, batch_size=config.tune.batch_size, seed=seed), dict[int, float]()
 
     def log(step: int, values: dict[str, float]) -> None:
-        curve.append({"step": step, **values})
-        if "val" in values or step % 100 == 0:
-            loss = sum(line["loss"] for line in curve[-100:]) / len(curve[-100:])
-            print(f"step {step}: loss {loss:.3f}" + (f", val CIDEr {values['val']:.3f}" if "val" in values else "")
-                  + f", {time.monotonic() - start:.0f} s", flush=True)
+        if "val" in values:
+            curve[step] = values["val"]
+            print(f"{folder}: step {step} of {steps}, val CIDEr {values['val']:.3f}", flush=True)
 
-    def val_cider(captioner: SiameseCaptioner) -> float:
-        captions = [text for first in range(0, len(val), 64)
-                    for text in captioner.caption_pixels(val[range(first, min(first + 64, len(val)))])]
-        return corpus_cider({str(number): text for number, text in enumerate(captions)},
-                     {str(number): texts for number, texts in enumerate(val.references)})
-
-    captioner = fit(pairs, architecture, training, validate=val_cider, log=log)
-    facts = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - start_cpu, "threads": threads,
-             "num_parameters": sum(value.numel() for value in captioner.model.parameters()), "num_pairs": len(pairs),
-             "val": {line["step"]: line["val"] for line in curve if "val" in line}, "training": asdict(training)}
-    folder = HOME / comparison
-    shutil.rmtree(folder, ignore_errors=True)
-    captioner.save(folder)
-    for benchmark in BENCHMARKS:
-        write_predictions(benchmark, siamese_cnn(folder), folder / f"{benchmark}.jsonl")
-    # training.json is written last, because the presence of this file marks the folder as complete.
-    write_json(folder / "training.json", facts, indent=1)
+    start, start_s = time.process_time(), time.monotonic()
+    captioner = fit(pairs, ARCHITECTURE, training, validate=lambda captioner: val_cider(captioner, val), log=log)
+    facts = {"cpu_minutes": (time.process_time() - start) / 60, "minutes": (time.monotonic() - start_s) / 60,
+             "num_parameters": sum(value.numel() for value in captioner.model.parameters()), "val": curve,
+             "training": asdict(training)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as part:
+        captioner.save(part)
+        write_jsonl(part / SAID, captioned(siamese_cnn(part), project))
+        write_json(part / FINISHED, facts, indent=1)
 
 
-def training_table() -> list[str]:
-    """Return the lines of a Markdown table with the size and the training time of each trained CNN."""
-    lines = ["| CNN | parameters | pairs seen | best val CIDEr, at step | processor time, minutes | in all, minutes |",
-             "|---" * 6 + "|"]
-    for folder, name in trained_cnns().items():
-        facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        step, best = max(facts["val"].items(), key=lambda item: item[1])
-        seen = facts["training"]["steps"] * facts["training"]["batch_size"]
-        lines.append(f"| {name} | {facts['num_parameters'] / 1e6:.2f}M | {seen:,} | {100 * best:.1f}, {int(step):,} | "
-                     f"{facts['cpu_seconds'] / 60:.1f} | {facts['seconds'] / 60:.1f} |")
-    return [*lines, ""]
+def val_cider(captioner: SiameseCaptioner, val: Pairs) -> float:
+    texts = [text for first in range(0, len(val), 64)
+             for text in captioner.caption_pixels(val[range(first, min(first + 64, len(val)))])]
+    return corpus_cider({str(number): text for number, text in enumerate(texts)},
+                        {str(number): references for number, references in enumerate(val.references)})
 
 
-def trained_cnns() -> dict[Path, str]:
-    return {HOME / key: name for key, name in COMPARISONS.items() if (HOME / key / "training.json").exists()}
+def captioned(system: Callable[[Iterator[Record]], Iterator[tuple[Record, str]]],
+              project: Path) -> Iterator[dict[str, str]]:
+    """Let a system caption the test pairs of a project, and the pairs of the stress trials that are compared."""
+    config, records = load_params(project / PARAMS), list(test_records(project))
+    scenes = [record for record in records if record.source == "scenes"]
+    chosen = set(choose([vars(record) for record in scenes], config.stress.num_pairs, seed=config.seed))
+    worn = trials("scenes", [record for record in scenes if record.pair_id in chosen], config.stress, seed=config.seed)
+    for trial, pairs in [(TEST, iter(records)), *worn]:
+        if trial in (TEST, *WORN.values()):
+            for record, text in system(pairs):
+                yield {"trial": trial, "pair_id": record.pair_id, "prediction": text}
 
 
-def peers() -> dict[str, Path]:
-    """Return a dict from the name of each variant of the champion and of each CNN to the folder of its predictions."""
-    return {**{f"OneDiff, {folder.name}": folder for folder in sorted((HOME / "ablations").glob("*"))},
-            **{name: folder for folder, name in trained_cnns().items()}}
+def test_records(project: Path) -> Iterator[Record]:
+    return (record for record in read_records(project / DIFFCAP, TESTS) if record.source in SOURCES)
 
 
-def section(benchmark: str, rows: Sequence[PairRow], train_captions: list[str]) -> list[str]:
-    """Return the Markdown lines of one benchmark: a table with the scores of the champion and of all other systems.
+def captions_of(lines: Sequence[Mapping[str, str]]) -> dict[str, Predictions]:
+    """Return {trial: {pair_id: caption}} from the lines of a file."""
+    result: dict[str, Predictions] = {}
+    for line in lines:
+        result.setdefault(line["trial"], {})[line["pair_id"]] = line["prediction"]
+    return result
 
-    The last rows of the table are the differences between the champion and each other trained system.
+
+def system_outcomes(seed: int) -> dict[str, dict[str, Outcomes]]:
+    """Return {system: {figure: outcomes}} of OneDiff and of both CNNs for one seed."""
+    project = seeds.HOME / str(seed)
+    rows = [row for row in read_table(project / DIFFCAP, TESTS) if row["source"] in SOURCES]
+    ours = {TEST: {key: text for source in SOURCES
+                   for key, text in read_predictions(project / CAPTIONS / f"test/{source}.jsonl").items()},
+            **captions_of(read_jsonl(project / STRESS_DETAILS / "scenes.jsonl"))}
+    return {ONEDIFF: outcomes(ours, rows), **{
+        label: outcomes(captions_of(read_jsonl(HOME / f"{seed}/{name}" / SAID)), rows) for name, label in CNNS.items()}}
+
+
+def score_table(chosen: Sequence[int]) -> list[str]:
+    """Return the Markdown lines of the figures of all systems, and of the differences between OneDiff and each CNN.
+
+    Figures are means over the seeds, in percent, with 95 % intervals over groups of pairs and seeds.
     """
-    references = {row["pair_id"]: list(row["references"]) for row in rows}
-    groups = [row["group_id"] for row in rows]
-    predictions = predictions_by_system(benchmark, references, train_captions)
-    scores = {name: score(texts, references) for name, texts in predictions.items()}
-    figures = {name: figures_of(benchmark, scores[name], predictions[name], rows) for name in scores}
-    if CHAMPION not in predictions:
-        figures = {CHAMPION: recorded(benchmark, references)} | figures
-    names = [*CAPTION_HEADLINES, *(key for key in BEHAVIOUR_HEADLINES if key in figures[CHAMPION])]
-    lines = [f"**{benchmark}** ({len(rows)} pairs in {len(set(groups))} groups)", "",
-             _line("", (LABELS.get(key, key) for key in names)), "|---" * (1 + len(names)) + "|"]
-    lines += [_line(name, (with_interval(*values[key]) for key in names)) for name, values in figures.items()]
-    empty = [""] * (len(names) - len(CAPTION_HEADLINES))
-    # The other trivial baselines have no intervals, because data/metrics.json contains scores but no captions of them.
-    lines += [_line(FLOORS.get(name, name), [*(f"{100 * values[key]:.1f}" for key in CAPTION_HEADLINES), *empty])
-              for name, values in metrics(benchmark)["floor"].items() if name not in ("constant", "random_train")]
-    if CHAMPION in predictions:
-        lines += [_line(f"champion minus {name}", [*differences(scores, name, groups), *empty]) for name in peers()]
-    return [*lines, ""]
+    by_seed = [system_outcomes(seed) for seed in chosen]
+    figures = list(by_seed[0][ONEDIFF])
+    rows: dict[str, list[str]] = {}
+    for figure in figures:
+        systems = {name: [each[name][figure] for each in by_seed] for name in by_seed[0]}
+        means, drawn = {name: mean_of(each) for name, each in systems.items()}, resampled(systems)
+        for name, value in means.items():
+            low, high = interval(drawn[name])
+            rows.setdefault(name, []).append(f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        for name in CNNS.values():
+            test = difference(means[ONEDIFF] - means[name], drawn[ONEDIFF], drawn[name])
+            rows.setdefault(f"{ONEDIFF} minus {name}", []).append(
+                f"{100 * test.value:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}], p {test.p:.4f}")
+    return script.table(["", *figures], [[name, *cells] for name, cells in rows.items()])
 
 
-def _line(name: str, cells: Iterable[str]) -> str:
-    return "|" + "".join(f" {cell} |" if cell else " |" for cell in (name, *cells))
+def training_table(trained: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Return the Markdown lines of what was pretrained, and of the mean cost of the training."""
+    first = seeds.HOME / str(next(iter(trained)))
+    config = load_params(first / PARAMS)
+    rows = [[ONEDIFF, "vision tower and language model, on single images and text",
+             f"{num_parameters(first / TRAINED) / 1e6:.2f}M",
+             f"{sum(phase.steps or 0 for phase in (config.align, config.tune) if phase):,}",
+             _mean([result["cpu_minutes"] for result in trained.values()])]]
+    for name, label in CNNS.items():
+        facts = [read_json(HOME / f"{seed}/{name}" / FINISHED) for seed in trained]
+        rows.append([label, "nothing", f"{facts[0]['num_parameters'] / 1e6:.2f}M",
+                     f"{sum(each['training']['steps'] for each in facts) / len(facts):,.0f}",
+                     _mean([each["cpu_minutes"] for each in facts])])
+    return script.table(["system", "pretrained", "parameters", "steps", "processor time of training, minutes"], rows)
 
 
-def predictions_by_system(benchmark: str, references: dict[str, list[str]],
-                          train_captions: list[str]) -> dict[str, Predictions]:
-    constant, ours = best_constant(train_captions, references), CAPTIONS / f"test/{benchmark}.jsonl"
-    return {**({CHAMPION: read_predictions(ours)} if ours.exists() else {}),
-            **{name: read_predictions(folder / f"{benchmark}.jsonl") for name, folder in peers().items()},
-            f'best constant, "{constant}"': dict.fromkeys(references, constant),
-            "random training caption": random_captions(train_captions, references)}
+def _mean(minutes: Sequence[float]) -> str:
+    return f"{sum(minutes) / len(minutes):.1f}"
 
 
-def figures_of(benchmark: str, scores: Scores, predictions: Predictions, rows: Sequence[PairRow]) -> Figures:
-    """Return a dict from each metric to the score of one system on one benchmark and the 95 % interval."""
-    grammar = GRAMMARS.get(protocol_of(benchmark).grammar)
-    shares = grammar.behaviour(predictions, rows) if grammar else {}
-    spans = intervals(scores, [row["group_id"] for row in rows])
-    return {**{key: (value, spans[key]) for key, value in scores.corpus.items()},
-            **{key: (shares[key], shares["intervals"][key]) for key in BEHAVIOUR_HEADLINES if key in shares}}
-
-
-def recorded(benchmark: str, references: dict[str, list[str]]) -> Figures:
-    """Return the scores of the champion on a benchmark from data/metrics.json, which needs no captions.
-
-    Raises ValueError if these scores were computed with references other than `references`.
-    """
-    result = metrics(benchmark)
-    if result["references"] != references_digest(references):
-        raise ValueError(f"data/metrics.json: the scores of {benchmark} must belong to the references in {DIFFCAP}, "
-                         "but were computed with other references; run 'make run' to compute captions and scores")
-    spans = result["score_intervals"] | result["intervals"]
-    return {key: (result[key], spans[key]) for key in (*CAPTION_HEADLINES, *BEHAVIOUR_HEADLINES) if key in result}
-
-
-def metrics(benchmark: str) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(METRICS.read_text(encoding="utf-8"))[benchmark]
-    return table
-
-
-def differences(scores: dict[str, Scores], peer: str, groups: list[str]) -> list[str]:
-    """Return one text for each metric: the score of the champion minus the score of `peer`, its interval and p-value.
-
-    Intervals and p-values are from a paired bootstrap over groups of pairs.
-    """
-    compared = compare(scores[CHAMPION], scores[peer], groups)
-    return [f"{100 * (figure.first - figure.second):+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}], "
-            f"p {figure.p:.4f}" for figure in (compared[key] for key in CAPTION_HEADLINES)]
-
-
-def with_interval(value: float, bounds: Sequence[float]) -> str:
-    return "{:.1f} [{:.1f}, {:.1f}]".format(100 * value, *(100 * bound for bound in bounds))
+def num_parameters(model: Path) -> int:
+    """Return the number of parameters in the safetensors files of a model folder."""
+    total = 0
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
 
 
 if __name__ == "__main__":

@@ -43,9 +43,8 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {key: value for key, value in script.project_environment(folder).items()
-                    if not key.startswith(("PREFECT_", "MLFLOW_"))}
-        self.env |= {"PREFECT_API_URL": f"http://127.0.0.1:{SERVICES['prefect_port']}/api", "OMP_NUM_THREADS": "1",
+        self.env = script.project_environment(folder) | {
+                     "PREFECT_API_URL": f"http://127.0.0.1:{SERVICES['prefect_port']}/api", "OMP_NUM_THREADS": "1",
                      "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{SERVICES['mlflow_port']}", "DO_NOT_TRACK": "1",
                      "ONEDIFF_SERVICES": json.dumps(SERVICES)}
 

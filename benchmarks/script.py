@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = "<!-- table -->"  # Scripts replace everything below this line of a Markdown page.
 
 
-def main(command: Callable[..., Any]) -> None:
+def main(command: Callable[..., Any] | typer.Typer) -> None:
     """Run `command` with options from the command line; ValueError and OSError exit with a one-line message."""
     try:
-        typer.run(command)
+        command() if isinstance(command, typer.Typer) else typer.run(command)
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.{Path(sys.argv[0]).stem}: {error}")
 
@@ -36,6 +36,28 @@ def write_table(page: Path, lines: Sequence[str]) -> None:
     print(text)
     head = page.read_text(encoding="utf-8").split(MARK)[0] if page.exists() else ""
     write_text(page, f"{head}{MARK}\n{text}\n")
+
+
+def write_block(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace the lines of `page` between the lines "<!-- NAME -->" and "<!-- end of NAME -->".
+
+    Raises ValueError if the page does not have both lines.
+    """
+    first, last, text = f"<!-- {name} -->\n", f"<!-- end of {name} -->", page.read_text(encoding="utf-8")
+    if first not in text or last not in text:
+        raise ValueError(f"{page}: must have the lines '{first.strip()}' and '{last}' around a table, but has not; add "
+                         "them where the table belongs")
+    head, rest = text.split(first, 1)
+    write_text(page, head + first + "\n".join([*lines, last]) + rest.split(last, 1)[1])
+
+
+def table(title: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [_row(title), "|---" * len(title) + "|", *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
@@ -56,6 +78,10 @@ def clone(folder: Path) -> None:
 
 
 def project_environment(folder: Path) -> dict[str, str]:
-    """Return environment variables for a process that runs the code of a clone with the installed packages."""
-    return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    """Return environment variables for a process that runs the code of a clone with the installed packages.
+
+    The variables of Prefect and MLflow are left out, so that the clone uses its own servers and stores.
+    """
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    return own | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                          "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1"}

@@ -8,6 +8,7 @@ for them is discarded. The training contains no image pairs.
 import numpy as np
 import torch
 from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -19,24 +20,34 @@ from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
 from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
 from onediff.inputs.processing import IGNORED
-from onediff.inputs.prompt import Prompt, coupled_prompt, single_prompt, text_prompt
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, single_prompt, text_prompt
+from onediff.train.pretrain.pretrainer import normalized, pooled
 
-STEPS, ROWS, IMAGES, RATE = 1500, 48, 16, 1e-3
+ROWS, IMAGES, RATE = 48, 16, 1e-3
 _NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
 def sentence(rng: Generator) -> tuple[str, str]:
-    """Return a random instruction and a random change caption as answer; no image belongs to them."""
+    """Return a question and a random change caption as answer; no image belongs to them.
+
+    Half of the questions are the default question, and the others are instructions of the source of the caption.
+    """
+    source, caption = _change_caption(rng)
+    return DEFAULT_INSTRUCTION if rng.random() < 0.5 else pick(rng, INSTRUCTIONS[source]), caption
+
+
+def _change_caption(rng: Generator) -> tuple[str, str]:
+    """Return the name of a source and a random change caption of this source."""
     if rng.random() < 0.6:
         kind = pick(rng, tuple(SCENE_TEMPLATES))
         new = {"color": tuple(COLORS), "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",))
         change = pick(rng, new)
         words = {"old": noun(rng), "new": DIRECTIONS.get(change) or say(rng, change)}
-        return pick(rng, INSTRUCTIONS["scenes"]), pick(rng, SCENE_TEMPLATES[kind]).format(**words)
+        return "scenes", pick(rng, SCENE_TEMPLATES[kind]).format(**words)
     kind = pick(rng, tuple(EDIT_TEMPLATES))
     words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}",
              "new": pick(rng, _NEW.get(kind, tuple(PLACES)))}
-    return pick(rng, INSTRUCTIONS["edits"]), pick(rng, EDIT_TEMPLATES[kind]).format(**words)
+    return "edits", pick(rng, EDIT_TEMPLATES[kind]).format(**words)
 
 
 def noun(rng: Generator) -> str:
@@ -72,29 +83,27 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[T
     return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
 
-def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pixels: Tensor,
-          captions: list[str], seed: int) -> dict[str, float]:
+def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
+          images: NDArray[np.uint8], captions: list[str], seed: int, steps: int) -> dict[str, float]:
     """Train `language` in place on chats and image captions, and return the mean losses of the last 100 steps.
 
-    `pixels` (M images, 3, height, width) are normalized, and `captions` has one caption for each image.
+    `images` has shape (M images, height, width, 3), and `captions` has one caption for each image.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 21])
     width = language.config.hidden_size
     projector = nn.Sequential(nn.Linear(tower.config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
     optimizer = torch.optim.AdamW([*language.parameters(), *projector.parameters()], lr=RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     spoken, seen = [], []
     language.train()
-    for _ in tqdm(range(STEPS), desc="chat", unit="step"):
+    for _ in tqdm(range(steps), desc="chat", unit="step"):
         ids, labels = encode([text_row(rng, captions) for _ in range(ROWS)], tokenizer)
         text_loss = language(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
         chosen = [int(i) for i in rng.integers(len(captions), size=IMAGES)]
         with torch.no_grad():
-            last = tower(pixels[chosen]).last_hidden_state[:, 1:]
-        side = int(last.shape[1] ** 0.5)
-        grid = functional.avg_pool2d(last.transpose(1, 2).unflatten(2, (side, side)), 2)
-        patches = projector(grid.flatten(2).transpose(1, 2))
+            last = tower(normalized(images[chosen])).last_hidden_state[:, 1:]
+        patches = projector(pooled(last))
         image_loss = caption_loss(language, tokenizer, patches, [captions[i] for i in chosen])
         optimizer.zero_grad(set_to_none=True)
         (text_loss + image_loss).backward()

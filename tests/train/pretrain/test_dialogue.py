@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import numpy as np
+
+from onediff.eval.analysis.grammar import parse, parse_edit
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.train.pretrain import dialogue as chat
+
+
+def test_every_chat_sentence_can_be_parsed_by_the_caption_grammar() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        _, caption = chat.sentence(rng)
+        assert parse(caption).change_type or parse_edit(caption).change_type, caption
+
+
+def test_half_of_the_chat_questions_are_the_default_question() -> None:
+    rng = np.random.default_rng(0)
+    questions = [chat.sentence(rng)[0] for _ in range(500)]
+    assert 0.4 < sum(question == DEFAULT_INSTRUCTION for question in questions) / 500 < 0.75
+
+
+def test_rows_without_images_have_no_image_placeholders() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        prompt = chat.text_row(rng, ["a red cube", "a blue sphere"])
+        assert prompt.num_images == 0
+        assert "<image>" not in prompt.question and "<delta>" not in prompt.question
