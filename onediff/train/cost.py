@@ -201,7 +201,7 @@ def _fusion_products(fusion: Fusion, config: OneDiffConfig) -> int:
     stem = [(fusion.stem.first, (px // 2) ** 2), (fusion.stem.second, (px // 4) ** 2),
             (fusion.coarser, places)]
     joined = _filters(fusion.mix) + _filters(fusion.places) + _weights(fusion.join_stem)
-    attributes = sum(attribute.classes.numel() for attribute in thing.attributes.values())
+    attributes = sum(weight.numel() for weight in thing.attributes.parameters() if weight.dim() == 2)  # no biases
     return (2 * sum(_filters(part) * positions for part, positions in stem) + joined * places
             + (_weights(fusion.join_tower) + _weights(fusion.keys)) * config.num_patches
             + _weights(thing.describe) + _weights(thing.changed) + _weights(thing.camera)

@@ -11,7 +11,7 @@ from onediff.data.synthesis.edits.directions import Change, draw_change
 from onediff.data.synthesis.edits.pictures import Picture
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES
 from onediff.eval.analysis.behaviour import Change as Claim
-from onediff.eval.analysis.behaviour import inverse_edit, parse_edit, says_the_edit, undone_edit
+from onediff.eval.analysis.grammar import inverse_edit, parse_edit, says_the_edit, undone_edit
 
 
 def changes(operation: str, picture: Picture, config: Config) -> list[Change]:

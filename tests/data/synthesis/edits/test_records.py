@@ -16,7 +16,7 @@ from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.edits.photographs import PHOTOS, SCENE_OF, split_of
 from onediff.data.synthesis.edits.records import DRAWN, SEED_TAG, edit_record, edit_records
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, pick
-from onediff.eval.analysis.behaviour import parse_edit, says_the_edit, truth, undone_edit
+from onediff.eval.analysis.grammar import parse_edit, says_the_edit, truth, undone_edit
 
 PHOTOGRAPHS_ONLY = {"photograph": 1.0, "generated": 0.0, "canvas": 0.0}
 Load = Callable[..., Config]
