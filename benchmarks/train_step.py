@@ -253,8 +253,8 @@ def _with_states(model: OneDiffForConditionalGeneration, batch: Batch) -> Batch:
 
 def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
     """Compute the loss on padded rows instead of packed rows, with logits only for answer tokens."""
-    embeds = model.embed(batch["input_ids"], batch["image_counts"], images=batch.get("images"),
-                         states=batch.get("states"))
+    embeds, _ = model.embed(batch["input_ids"], batch["image_counts"], images=batch.get("images"),
+                            states=batch.get("states"))
     hidden = model.language.get_decoder()(inputs_embeds=embeds,
                                           attention_mask=batch["attention_mask"]).last_hidden_state
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)

@@ -8,7 +8,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "color": COLORS, "shape": ("cube", "sphere", "cylinder"), "size": ("small", "big"), "material": MATERIALS,
     "change_type": ("none", "color", "texture", "add", "drop", "move", "brighten", "darken", "more_contrast",
                     "less_contrast", "color_cast", "black_and_white", "blur", "crop", "rotate", "remove", "paste",
-                    "colorize", "sharpen", "zoom_out", "restore"),
+                    "remove_cast", "colorize", "sharpen", "zoom_out", "restore"),
     "new": (*COLORS, *MATERIALS),  # the new color or material of an object, or the color of a tint
     "direction": ("left", "right", "front", "back"), "place": ("left", "right", "top", "bottom", "center"),
     "turn": ("to the left", "to the right")}

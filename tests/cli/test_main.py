@@ -206,7 +206,7 @@ def test_the_doctor_reports_an_invalid_params_file_with_a_cure(project: Path) ->
 
 def test_the_doctor_does_not_suggest_a_preset_for_a_misspelt_source(project: Path) -> None:
     text = Path("presets/tiny.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("mixture: {scenes: 3, edits: 1}", "mixture: {scenes: 3, edit: 1}"))
+    Path("params.yaml").write_text(text.replace("mixture: {scenes: 3, edits: 2}", "mixture: {scenes: 3, edit: 2}"))
     (finding,) = doctor._project()
     assert not finding.ok and "tune.mixture" in finding.message and "'edit'" in finding.message
     assert "onediff preset" not in finding.cure and "correct each line above" in finding.cure

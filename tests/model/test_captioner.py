@@ -37,7 +37,7 @@ def test_confidence_is_the_geometric_mean_of_the_token_probabilities(captioner: 
         answer = captioner.model.generate(**batch, do_sample=False, pad_token_id=tokenizer.pad_token_id,
                                           eos_token_id=tokenizer.eos_token_id, **options)
         with torch.no_grad():
-            prompt = captioner.model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
+            prompt, _ = captioner.model.embed(batch["input_ids"], batch["image_counts"], images=batch["images"])
             embeds = torch.cat([prompt, captioner.model.language.get_input_embeddings()(answer)], 1)
             logits = captioner.model.language(inputs_embeds=embeds).logits[0, prompt.shape[1] - 1 : -1]
         logs = logits.log_softmax(-1)[range(answer.shape[1]), answer[0]]
