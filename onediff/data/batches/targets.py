@@ -22,7 +22,8 @@ SIDES = ("before", "after")
 # These edits move or replace the whole picture, so their regions are no changed places.
 WHOLE = ("crop", "rotate", "zoom_out")
 # Change type -> the attribute that the value `new` of the record belongs to. For all other types it is a place.
-ATTRIBUTE_OF_NEW = {"color": "new", "texture": "new", "color_cast": "new", "remove_cast": "new", "move": "direction", "rotate": "turn"}
+ATTRIBUTE_OF_NEW = {"color": "new", "texture": "new", "color_cast": "new", "remove_cast": "new", "move": "direction",
+                    "rotate": "turn"}
 
 Facts = dict[str, Any]
 Classes = Mapping[str, Sequence[str]]
