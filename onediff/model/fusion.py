@@ -9,8 +9,8 @@ Shapes:  P pairs, F channels of the stem, S cells of 4 pixels per side of its ma
          the joined map, D width of the delta tokens, A attributes.
 """
 
-from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ GROUPS = 8  # number of groups of channels that GroupNorm normalizes apart
 COLORS = 6  # mean and standard deviation of red, green and blue in a place
 
 
-@dataclass(frozen=True)
-class Fused:
+class Fused(NamedTuple):
     """What Fusion gives for P pairs.
+
+    It is a tuple, because ZeRO level 3 finds the tensors in the output of a module only in tuples, lists and dicts. At
+    these tensors it starts to gather the parameters that the module needs in its backward pass.
 
     `cells` (P, 2 images, F, S, S) are the maps of the stem, and `joined` (P, W, G, G) is the map of the pair.
     `keys` (P, N, D) and `patches` (P, N, W) are this map on the patch grid of the vision tower: for the delta tokens,
