@@ -155,7 +155,8 @@ class Fusion(nn.Module):
         by_place = joined.flatten(2).transpose(1, 2)  # (P, Q, W)
         patches, places = self.to_patches @ by_place, self.places(joined)
         mask = places.flatten(2).softmax(-1)  # (P, 2, Q)
-        features = torch.cat([masked_mean(mask, seen), masked_mean(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
+        features = torch.cat([masked_mean(mask, seen),
+                              masked_mean(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
         tokens, changed, attributes = self.object(features, by_place, places.flatten(2), self.motion.positions, camera)
         return Fused(cells, joined, self.keys(patches), patches, tokens, places, changed, attributes)
 
