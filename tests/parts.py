@@ -61,5 +61,5 @@ def phase(**changes: Any) -> Phase:
     settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
                 "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
     if weights := changes.pop("auxiliary", None):
-        return Tune(**settings | RATES | changes, auxiliary=Auxiliary(**weights))
+        return Tune(**settings | RATES | changes, default_question=1.0, auxiliary=Auxiliary(**weights))
     return Phase(**settings | RATES | changes)

@@ -359,6 +359,11 @@ class Model(Section):
         if fusion and (self.vision.image_px % 4 or self.vision.image_px // 4 % fusion.places):
             raise ValueError(f"delta.fusion.places must divide the {self.vision.image_px} / 4 cells per side of the "
                              f"stem's map, got {fusion.places}")
+        cells = self.vision.image_px // 4
+        if fusion and cells > 3 * fusion.places:
+            # The convolution from cells to places has a width of 3 cells.
+            raise ValueError(f"delta.fusion.places must be at least {-(-cells // 3)}, because each place sees 3 of the "
+                             f"{cells} cells per side and would skip cells otherwise, got {fusion.places}")
         return self
 
 

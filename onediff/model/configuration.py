@@ -48,6 +48,8 @@ class OneDiffConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.delta_levels = list(self.delta_levels or [8, 8, 16, 16, 24, 24])
+        # config.json lists the keys of a dict in alphabetical order, and the parameters of Fusion depend on the order.
+        self.delta_classes = dict(sorted(self.delta_classes.items()))
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property

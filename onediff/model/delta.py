@@ -192,3 +192,19 @@ class VisualDeltaModule(nn.Module):
             for name, bert_name in BERT_NAMES.items():
                 target, state = delta_layer.get_submodule(name), bert_layer.get_submodule(bert_name).state_dict()
                 target.load_state_dict({key: state[key] for key in target.state_dict()})
+
+
+class Enhance(nn.Module):
+    """The cross-attention of token layout B, in which the image patches of a pair attend to its delta tokens."""
+
+    def __init__(self, tower_width: int, delta_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(tower_width), nn.Linear(tower_width, delta_width)
+        self.attention, self.expand = Attention(delta_width, heads), nn.Linear(delta_width, tower_width)
+
+    def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
+        """Let the patches of each image attend to the delta tokens of its pair, and return the enhanced patches.
+
+        The patches are (images, patches, channels), and the delta tokens are (images, delta tokens, width).
+        """
+        return self.expand(self.attention(self.reduce(self.norm(patches)), delta))

@@ -9,8 +9,8 @@ Shapes:  P pairs, F channels of the stem, S cells of 4 pixels per side of its ma
          the joined map, D width of the delta tokens, A attributes.
 """
 
-from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ GROUPS = 8  # number of groups of channels that GroupNorm normalizes apart
 COLORS = 6  # mean and standard deviation of red, green and blue in a place
 
 
-@dataclass(frozen=True)
-class Fused:
+class Fused(NamedTuple):
     """What Fusion gives for P pairs.
+
+    It is a tuple, because ZeRO level 3 finds the tensors in the output of a module only in tuples, lists and dicts. At
+    these tensors it starts to gather the parameters that the module needs in its backward pass.
 
     `cells` (P, 2 images, F, S, S) are the maps of the stem, and `joined` (P, W, G, G) is the map of the pair.
     `keys` (P, N, D) and `patches` (P, N, W) are this map on the patch grid of the vision tower: for the delta tokens,
@@ -95,7 +97,7 @@ class Comparison(nn.Module):
         return torch.stack([before, after], 1), torch.cat(views, -1)
 
 
-def under(mask: Tensor, features: Tensor) -> Tensor:
+def masked_mean(mask: Tensor, features: Tensor) -> Tensor:
     """Return the mean features of each image (P, 2, E), weighted by the mask (P, 2, places) of this image.
 
     The features are (P, 2, places, E).
@@ -116,15 +118,15 @@ class Fusion(nn.Module):
         super().__init__()
         assert config.delta_fusion is not None, "a model without fusion must not build this module"
         channels, width, self.side = (config.delta_fusion[key] for key in ("channels", "width", "places"))
-        tower, delta, self.patches = config.vision_config.hidden_size, config.delta_width, config.patches_per_side
+        tower, delta, per_side = config.vision_config.hidden_size, config.delta_width, config.patches_per_side
         levels = sorted(set(config.delta_levels))
         self.levels = [config.read_levels.index(level) for level in levels]
         self.stem = Stem(channels)
         self.coarser = nn.Sequential(
             convolution(channels, channels, 3, stride=config.vision_config.image_size // CELL_PX // self.side),
             Residual(channels))
-        self.compare_stem = Comparison(channels, self.side, spacing=self.patches / self.side)
-        self.compare_tower = nn.ModuleList([Comparison(tower, self.patches) for _ in levels])
+        self.compare_stem = Comparison(channels, self.side, spacing=per_side / self.side)
+        self.compare_tower = nn.ModuleList([Comparison(tower, per_side) for _ in levels])
         self.motion = Motion(self.side)
         self.join_stem = nn.Linear(5 * channels + 3 * COLORS + 2 * FLOW + 2 * CAMERA, width)
         self.join_tower = nn.Linear(5 * tower * len(levels), width, bias=False)
@@ -136,8 +138,8 @@ class Fusion(nn.Module):
         self.keys = nn.Linear(width, delta)
         # A product with a matrix is faster than the resampling functions of PyTorch, and gives equal values.
         places, patches = (torch.eye(side**2).unflatten(0, (1, -1)).unflatten(2, (side, side))
-                           for side in (self.side, self.patches))
-        self.register_buffer("to_patches", functional.adaptive_avg_pool2d(places, self.patches)[0].flatten(1).T)
+                           for side in (self.side, per_side))
+        self.register_buffer("to_patches", functional.adaptive_avg_pool2d(places, per_side)[0].flatten(1).T)
         self.register_buffer("to_places", functional.interpolate(
             patches, size=(self.side, self.side), mode="bilinear", align_corners=False)[0].flatten(1).T)
 
@@ -153,7 +155,8 @@ class Fusion(nn.Module):
         by_place = joined.flatten(2).transpose(1, 2)  # (P, Q, W)
         patches, places = self.to_patches @ by_place, self.places(joined)
         mask = places.flatten(2).softmax(-1)  # (P, 2, Q)
-        features = torch.cat([under(mask, seen), under(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
+        features = torch.cat([masked_mean(mask, seen),
+                              masked_mean(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
         tokens, changed, attributes = self.object(features, by_place, places.flatten(2), self.motion.positions, camera)
         return Fused(cells, joined, self.keys(patches), patches, tokens, places, changed, attributes)
 
@@ -175,8 +178,9 @@ class Fusion(nn.Module):
 
         They keep the brightness and the contrast, which the norms of the stem remove.
         """
-        pixels = images.flatten(0, 1)
+        pixels = images.flatten(0, 1).float()  # In bfloat16, the difference of squares below would be mostly rounding.
         mean, square = (functional.adaptive_avg_pool2d(values, self.side) for values in (pixels, pixels.square()))
         spread = (square - mean.square()).clamp(min=0).add(1e-6).sqrt()
-        return torch.cat([mean, spread], 1).flatten(2).transpose(1, 2).unflatten(0, (-1, 2))
+        colors = torch.cat([mean, spread], 1).to(images.dtype)  # (2P, COLORS, G, G)
+        return colors.flatten(2).transpose(1, 2).unflatten(0, (-1, 2))
 

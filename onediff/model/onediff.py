@@ -1,6 +1,6 @@
 """OneDiff: a before image and an after image go in, and a caption of the difference comes out. Read this file first.
 
-1. `SiameseEncoder` encodes every image with the same vision tower.
+1. `SiameseEncoder` (siamese.py) encodes every image with the same vision tower.
 2. `VisualDeltaModule` (delta.py) turns the two encoded images of a pair into K delta tokens. If the model has the
    module `Fusion` (fusion.py), it first compares the pixels of both images place by place, and the delta tokens read
    the result.
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from onediff.inputs.processing import IGNORED
 from onediff.model.changed_object import changed_loss, object_loss, place_loss
 from onediff.model.configuration import OneDiffConfig
-from onediff.model.delta import Attention, VisualDeltaModule
+from onediff.model.delta import Enhance, VisualDeltaModule
 from onediff.model.fusion import Fused, Fusion
 from onediff.model.packing import no_mask, use_packing
+from onediff.model.siamese import SiameseEncoder
 
 PARTS = ("vision", "delta", "projector", "language")
 
@@ -46,44 +47,11 @@ class OneDiffOutput(CausalLMOutput):
     object: Tensor | None = None
 
 
-class SiameseEncoder(nn.Module):
-    """The image encoder: one vision tower encodes the before images and the after images in one call."""
-
-    def __init__(self, config: OneDiffConfig) -> None:
-        super().__init__()
-        self.levels, self.num_patches = config.read_levels, config.num_patches
-        self.tower = AutoModel.from_config(config.vision_config)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return hidden states (M images, L levels, N patches, C channels) of images (M, 3, height, width).
-
-        The class token is not included, and the levels are those of `config.read_levels`.
-        """
-        hidden = self.tower(images, output_hidden_states=True).hidden_states
-        return torch.stack([hidden[level][:, -self.num_patches :] for level in self.levels], dim=1)
-
-
 class Projector(nn.Sequential):
     """A two-layer perceptron, as in LLaVA-1.5, that maps visual tokens to the width of the language model."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
-
-
-class Enhance(nn.Module):
-    """The cross-attention of token layout B, in which the image patches of a pair attend to its delta tokens."""
-
-    def __init__(self, tower_width: int, delta_width: int, heads: int) -> None:
-        super().__init__()
-        self.norm, self.reduce = nn.LayerNorm(tower_width), nn.Linear(tower_width, delta_width)
-        self.attention, self.expand = Attention(delta_width, heads), nn.Linear(delta_width, tower_width)
-
-    def forward(self, patches: Tensor, delta: Tensor) -> Tensor:
-        """Let the patches of each image attend to the delta tokens of its pair, and return the enhanced patches.
-
-        The patches are (images, patches, channels), and the delta tokens are (images, delta tokens, width).
-        """
-        return self.expand(self.attention(self.reduce(self.norm(patches)), delta))
 
 
 class OneDiffForConditionalGeneration(PreTrainedModel):
@@ -166,10 +134,12 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         output = OneDiffOutput(loss=total / (len(is_answer) if num_answer_tokens is None else num_answer_tokens))
         if place_targets is not None and changed_targets is not None and object_targets is not None:
             assert fused is not None, "targets of the auxiliary losses need a model with Fusion"
-            rows, pairs = len(input_ids) if num_rows is None else num_rows, len(changed_targets)  # without blank pairs
+            rows, pairs = len(input_ids) if num_rows is None else num_rows, len(changed_targets)
+            # `fused` may contain a blank pair at the end, which has no targets.
+            assert pairs == int((image_counts == 2).sum()), "the auxiliary losses need targets of every pair"
             output.place = place_loss(fused.places[:pairs].flatten(2), place_targets) / rows
             output.changed = changed_loss(fused.changed[:pairs], changed_targets) / rows
-            output.object = object_loss([logits[:pairs] for logits in fused.attributes], object_targets) / rows
+            output.object = object_loss([scores[:pairs] for scores in fused.attributes], object_targets) / rows
         return output
 
     @torch.no_grad()

@@ -114,10 +114,6 @@ class Engine:
         if self.world != runtime.num_ranks:
             raise ValueError(f"runtime.yaml: nodes x gpus must equal the number of processes, but nodes x gpus is "
                              f"{runtime.num_ranks} and {self.world} processes were started; correct nodes or gpus")
-        if model.fusion is not None and runtime.zero_level == 3:
-            # ZeRO 3 releases the weights of the stem's GroupNorm, and does not gather them for its backward pass.
-            raise ValueError("runtime.yaml: zero_level must be below 3 for a model with model.delta.fusion, got 3; set "
-                             "zero_level to 2, or model.delta.fusion to null")
         self.model, self.num_micro, self.zero_level = model, num_micro(phase, runtime), runtime.zero_level
         self.weights = auxiliary_weights(phase)
         self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,

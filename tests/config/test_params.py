@@ -63,6 +63,7 @@ def test_scientific_notation_without_a_dot_is_read_as_a_number() -> None:
     ("heads: 4", "heads: 3", r"width 128 is not a multiple of heads 3"),
     ("reading: C", "reading: B", r"token layout B .*patch_pool must be 1"),
     ("places: 12", "places: 7", r"delta\.fusion\.places must divide the 96 / 4 cells per side .*, got 7"),
+    ("places: 12", "places: 6", r"places must be at least 8, because each place sees 3 of the 24 cells .*, got 6"),
     ("num_tokens: 8", "num_tokens: 0", r"fusion needs delta tokens, so num_tokens must be above 0, got 0"),
     ("patch_level: -1", "patch_level: 9", r"patch_level must be from -5 to 4 .*, got 9"),
     ("  epochs: null", "  epochs: 1", r"set exactly one of the keys steps and epochs"),

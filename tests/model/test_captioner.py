@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_captions_with_confidence_equal_captions_without(captioner: Captioner, p
     captions = captioner.caption_with_confidence(pairs, **options)
     assert [text for text, _ in captions] == captioner.caption(pairs, **options)
     assert all(0 < confidence <= 1 for _, confidence in captions)
+
+
+def test_a_saved_and_loaded_model_writes_equal_captions(captioner: Captioner, pairs: list, tmp_path: Path) -> None:
+    assert captioner.model.fusion is not None
+    for part in (captioner.model, captioner.processor):
+        part.save_pretrained(tmp_path)
+    loaded = Captioner.load(tmp_path, device="cpu")
+    texts, values = zip(*captioner.caption_with_confidence(pairs, max_new_tokens=12), strict=True)
+    loaded_texts, loaded_values = zip(*loaded.caption_with_confidence(pairs, max_new_tokens=12), strict=True)
+    assert loaded_texts == texts and any(texts)
+    assert loaded_values == pytest.approx(values, rel=1e-5)
 
 
 def test_padding_after_a_short_caption_does_not_change_the_confidence(captioner: Captioner, pairs: list) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from onediff.inputs.processing import IGNORED
-from onediff.model.fusion import Comparison, Fusion
+from onediff.model.fusion import CELL_PX, Comparison, Fusion
 
 P, C, N = 3, CHANNELS, SIDE**2
 F, W = FUSION["delta_fusion"]["channels"], FUSION["delta_fusion"]["width"]
@@ -87,6 +87,23 @@ def test_the_output_has_the_documented_shapes_and_a_pair_does_not_depend_on_the_
     assert [each.shape for each in fused.attributes] == [(P, 5), (P, 3)]
 
 
+@pytest.mark.parametrize(("image_px", "places"), [(24, 6), (24, 3), (36, 9), (36, 3)])
+def test_images_and_maps_of_other_sizes_are_resampled_between_places_and_patches(image_px: int, places: int) -> None:
+    config = small(**FUSION).config
+    config.vision_config.image_size = image_px
+    config.delta_fusion = config.delta_fusion | {"places": places}
+    side, cells = config.patches_per_side, image_px // CELL_PX
+    module, images = Fusion(config), torch.randn(P, 2, 3, image_px, image_px)
+    before, after = torch.randn(2, P, 4, side**2, C)
+    fused = module(images, before, after)
+    assert fused.cells.shape == (P, 2, F, cells, cells)
+    assert fused.places.shape == (P, 2, places, places)
+    assert_close(fused.patches, functional.adaptive_avg_pool2d(fused.joined, side).flatten(2).transpose(1, 2))
+    by_patch = torch.randn(P, C, side, side)
+    expected = functional.interpolate(by_patch, size=(places, places), mode="bilinear", align_corners=False)
+    assert_close(module.to_places @ by_patch.flatten(2).transpose(1, 2), expected.flatten(2).transpose(1, 2))
+
+
 def test_swapping_the_images_swaps_what_both_sides_see() -> None:
     module, (images, before, after) = fusion(), pairs()
     fused, swapped = module(images, before, after), module(images.flip(1), after, before)
@@ -107,6 +124,12 @@ def test_brighter_pixels_have_a_higher_mean_and_more_contrast_has_more_spread() 
     assert_close(brighter_mean, mean + 0.7)
     assert_close(brighter_spread, spread, atol=1e-4, rtol=0)
     assert_close(fusion().colors(2 * images).split(3, -1)[1], 2 * spread, atol=1e-4, rtol=0)
+
+
+def test_the_contrast_of_bright_pixels_is_exact_in_bfloat16() -> None:
+    images = (2.5 + 0.1 * pairs()[0]).bfloat16()
+    spread = fusion().colors(images)[..., 3:]
+    assert_close(spread.float(), fusion().colors(images.float())[..., 3:], atol=1e-3, rtol=0)
 
 
 def targets(num_pairs: int = 1) -> dict[str, Tensor]:
@@ -145,6 +168,31 @@ def test_the_auxiliary_losses_of_micro_batches_add_up_to_those_of_the_batch() ->
         parts = {name: parts[name] + output[name] for name in parts}
     for name, total in parts.items():
         assert_close(total, complete[name])
+
+
+@pytest.mark.parametrize("reading", ["A", "C"])
+def test_cached_states_give_the_losses_and_gradients_of_images_for_rows_of_0_1_and_2_images(reading: str) -> None:
+    model = small(**FUSION, reading=reading).train()
+    batch = batch_of(model, [1, 2, 0, 2])
+    batch |= targets(2) | {"labels": batch["input_ids"].clamp(max=96)}
+    states = model.vision(batch["images"]).detach()
+    results = []
+    for known in ({}, {"states": states}):
+        model.zero_grad()
+        output = model(**batch, **known)
+        (output.loss + output.place + output.changed + output.object).backward()
+        results.append([output.loss, output.place, output.changed, output.object,
+                        *(p.grad for name, p in model.named_parameters() if not name.startswith("vision."))])
+    for computed, cached in zip(*results, strict=True):
+        assert_close(cached, computed)
+    assert len(results[0]) > 50
+
+
+def test_targets_of_too_few_pairs_are_refused() -> None:
+    model = small(**FUSION)
+    batch = batch_of(model, [2, 2])
+    with pytest.raises(AssertionError, match="targets of every pair"):
+        model(**batch, labels=batch["input_ids"].clamp(max=96), **targets(1))
 
 
 def test_a_batch_without_pairs_has_auxiliary_losses_of_0_although_training_adds_a_blank_pair() -> None:

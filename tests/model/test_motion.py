@@ -5,11 +5,14 @@ Shapes:  P pairs, G places per side, Q = G * G places, C channels.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
+from onediff.data.synthesis.edits.photographs import photo_paths
 from onediff.model.motion import CAMERA, FLOW, Motion, fit_camera, positions_after
 
 P, G, C = 3, 7, 61
@@ -26,6 +29,51 @@ def motion_between(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Return the flow (P, G, G, 2 * FLOW) and the camera motions (P, 2 * CAMERA) of two grids of features."""
     flow, camera = Motion(before.shape[1])(before.flatten(1, 2), after.flatten(1, 2))
     return flow.unflatten(1, before.shape[1:3]), camera
+
+
+def photograph(name: str) -> Image.Image:
+    """Return the middle square of a photograph that a Python package contains."""
+    return ImageOps.fit(Image.open(photo_paths("train", None)[name]).convert("RGB"), (384, 384))
+
+
+def camera_between(before: Image.Image, after: Image.Image) -> Tensor:
+    """Return the camera motions (2 * CAMERA,) that are seen in the colors of 12 x 12 places of two images.
+
+    The mean and the spread of the colors in a place are mapped to random waves, so that places of similar color have
+    similar features. The mean and the spread do not depend on the direction of a pattern.
+    """
+    generator = torch.Generator().manual_seed(1)
+    waves, phases = 2 * torch.randn(6, C, generator=generator), 2 * torch.pi * torch.rand(C, generator=generator)
+    features = []
+    for image in (before, after):
+        pixels = torch.from_numpy(np.asarray(image.resize((96, 96), Image.Resampling.BOX)) / 64.0).float()
+        tiles = pixels.unfold(0, 8, 8).unfold(1, 8, 8).flatten(-2)  # (12, 12, 3 colors, 64 pixels)
+        colors = torch.cat([tiles.mean(-1), 2 * tiles.std(-1)], -1)
+        features.append(torch.nn.functional.layer_norm((colors @ waves + phases).cos(), (C,)).flatten(0, 1)[None])
+    return Motion(12)(*features)[1][0]
+
+
+@pytest.mark.parametrize("name", ["astronaut", "china", "coffee"])
+def test_the_camera_motion_between_photographs_has_the_known_sign_and_size(name: str) -> None:
+    photo = photograph(name)
+    turned = camera_between(photo, photo.rotate(90))  # counter-clockwise
+    assert_close(turned, torch.tensor([-1.0, -1, 0, 0, -1, 1, 0, 0]), atol=0.1, rtol=0)
+    shifted = camera_between(photo.crop((48, 0, 384, 336)), photo.crop((0, 0, 336, 336)))  # content moves to the right
+    shift = 48 / 336 * 2
+    assert_close(shifted, torch.tensor([0, 0, shift, 0, 0, 0, -shift, 0]), atol=0.2, rtol=0)
+    assert shifted[2] > 0.2 and shifted[CAMERA + 2] < -0.2
+
+
+@pytest.mark.parametrize("name", ["astronaut", "china", "coffee"])
+def test_the_motion_from_a_part_of_a_photograph_to_all_of_it_has_the_known_growth_and_shift(name: str) -> None:
+    """In the other direction most places have no match, so the growth that is seen there is too small."""
+    photo = photograph(name)
+    middle, corner = photo.crop((77, 77, 307, 307)), photo.crop((0, 0, 269, 269))
+    cropped, zoomed_out = camera_between(photo, middle)[CAMERA:], camera_between(middle, photo)[:CAMERA]
+    assert_close(zoomed_out, cropped)
+    assert_close(zoomed_out, torch.tensor([230 / 384 - 1, 0, 0, 0]), atol=0.1, rtol=0)
+    expected = torch.tensor([269 / 384 - 1, 0, 269 / 384 - 1, 269 / 384 - 1])  # the upper left part
+    assert_close(camera_between(photo, corner)[CAMERA:], expected, atol=0.13, rtol=0)
 
 
 def test_equal_images_rest() -> None:

@@ -50,15 +50,6 @@ def text_labels(batch: dict[str, Tensor]) -> Tensor:
     return batch["input_ids"].masked_fill(is_ignored, IGNORED)
 
 
-def test_the_encoder_equals_the_vision_tower_on_each_single_image(model: OneDiffForConditionalGeneration) -> None:
-    images = batch_of(model, IMAGE_COUNTS)["images"]
-    states = model.vision(images)  # (M, L, N, C)
-    for index, image in enumerate(images):
-        hidden_states = model.vision.tower(image[None], output_hidden_states=True).hidden_states
-        for axis, level in enumerate(model.config.read_levels):
-            assert_close(states[index, axis], hidden_states[level][0, 1:])  # token 0 is the class token
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_logits_of_a_row_do_not_depend_on_the_other_rows_of_the_batch(variant: dict[str, Any]) -> None:
     model = small(**variant)

@@ -67,7 +67,8 @@ ONE_PROCESS += [FUSED | {"folder": "fused", "runtime": {}}]
 TWO_PROCESSES = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((2, 1), (3, 2))] + [
-    FUSED | {"folder": "fused2", "runtime": {"zero_level": 2}, "num_micro": 2, "expected": "fused"}]
+    FUSED | {"folder": f"fused{level}", "runtime": {"zero_level": level}, "num_micro": 2, "expected": "fused"}
+    for level in (2, 3)]
 TWO_PROCESSES_SLOW = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((0, 2), (1, 1), (1, 2), (2, 2), (3, 1))]
