@@ -93,7 +93,7 @@ def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
     ({"after": None}, "row 1: after: must be an image as base64 text or as a data URI, got None"),
     ({"instruction": 3}, "row 1: instruction: must be text, got 3"),
     ({"befor": "x"}, "row 1: unknown column 'befor'"),
-    ({"after": encoded(RED, (110, 100), "1")}, r"row 1: after: image: 0\.0 megapixels, at most 0\.01 allowed"),
+    ({"after": encoded(RED, (110, 100), "1")}, r"row 1: after: 0\.0 megapixels, at most 0\.01 allowed"),
     ({"instruction": "a" * 10_000}, r"the rows may have at most 0\.01 MB"),
 ])
 def test_the_error_for_a_wrong_row_contains_row_and_column(model: PairCaptioner, bad: dict, message: str) -> None:
