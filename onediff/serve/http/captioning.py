@@ -56,8 +56,8 @@ def wrong_instruction(captioner: Captioner, instruction: str, param: str) -> Api
     if instruction == DEFAULT_INSTRUCTION:
         return None
     if len(instruction) > LONGEST_INSTRUCTION:  # The tokenizer would need seconds for megabytes of text.
-        return ApiError(422, f"{param}: must have at most {LONGEST_INSTRUCTION} characters, got {len(instruction)}; use "
-                        "fewer words", code="instruction_too_long", param=param)
+        return ApiError(422, f"{param}: must have at most {LONGEST_INSTRUCTION} characters, got {len(instruction)}; "
+                        "use fewer words", code="instruction_too_long", param=param)
     if IMAGE in instruction or DELTA in instruction:
         return ApiError(422, f"{param}: must not contain {IMAGE} or {DELTA}, which stand for the images",
                         code="invalid_value", param=param)

@@ -47,10 +47,10 @@ def url(server: RunningServer) -> str:
     return f"{server.url}/"
 
 
-def picture(color: str, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Return a PNG file of one colour."""
+def picture(color: str, size: tuple[int, int] = (64, 48), form: str = "PNG") -> bytes:
+    """Return an image file of one colour."""
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
+    Image.new("RGB", size, color).save(file, form)
     return file.getvalue()
 
 
@@ -252,9 +252,12 @@ def test_an_error_is_told_in_plain_words(chromium: Browser, url: str) -> None:
         assert not alert.is_visible()
 
 
-def test_smaller_copies_are_sent_if_the_pictures_are_too_large(chromium: Browser, url: str) -> None:
+@pytest.mark.parametrize(("size", "form"), [((4100, 4000), "PNG"), ((2100, 2100), "BMP")],
+                         ids=["16.4 megapixels", "a body of 26 megabytes"])
+def test_smaller_copies_are_sent_if_the_pictures_are_too_large(chromium: Browser, url: str, size: tuple[int, int],
+                                                               form: str) -> None:
     with opened(chromium, url, expected_faults="console: Failed to load resource.* 413 .*") as page:
-        file = {"mimeType": "image/png", "buffer": picture("red", (4100, 4000))}  # 16.4 megapixels
+        file = {"mimeType": f"image/{form.lower()}", "buffer": picture("red", size, form)}
         page.locator("#before-file").set_input_files([file | {"name": "1.png"}, file | {"name": "2.png"}])
         page.get_by_text("The pictures are too large for this server, so it got smaller copies.").wait_for()
         assert page.locator("#caption").is_visible()
