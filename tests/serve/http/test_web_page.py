@@ -255,10 +255,12 @@ def test_an_error_is_told_in_plain_words(chromium: Browser, url: str) -> None:
 @pytest.mark.parametrize(("size", "form"), [((4100, 4000), "PNG"), ((2100, 2100), "BMP")],
                          ids=["16.4 megapixels", "a body of 26 megabytes"])
 def test_smaller_copies_are_sent_if_the_pictures_are_too_large(chromium: Browser, url: str, size: tuple[int, int],
-                                                               form: str) -> None:
+                                                               form: str, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.{form.lower()}" for number in (1, 2)]
+    for file in files:
+        file.write_bytes(picture("red", size, form))
     with opened(chromium, url, expected_faults="console: Failed to load resource.* 413 .*") as page:
-        file = {"mimeType": f"image/{form.lower()}", "buffer": picture("red", size, form)}
-        page.locator("#before-file").set_input_files([file | {"name": "1.png"}, file | {"name": "2.png"}])
+        page.locator("#before-file").set_input_files(files)
         page.get_by_text("The pictures are too large for this server, so it got smaller copies.").wait_for()
         assert page.locator("#caption").is_visible()
 
