@@ -75,6 +75,8 @@ def _explain(kind: type[Section], item: Any, path: Path) -> str:
         return f"{path}: {where}: unknown key; {did_you_mean(key, keys, 'remove it')}"
     if item["type"] == "missing":
         return f"{path}: {where}: this key is missing; see presets/ for a complete file"
+    if item["type"] == "model_type":
+        return f"{path}: {where}: must be a section with keys and values, got {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return "\n".join(f"{path}: {where + ': ' if where else ''}{line}" for line in message.split("\n"))

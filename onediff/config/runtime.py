@@ -13,6 +13,7 @@ from onediff.config.reading import Count, Rate, Section, checked, parse_yaml, re
 from onediff.paths import RUNTIME
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Slurm(Section):
@@ -61,17 +62,24 @@ class Serve(Section):
     pixels. The server asks every `poll_s` seconds which version is the champion.
     """
 
-    body_mb: Annotated[float, Field(gt=0)] = 24.0
-    megapixels: Annotated[float, Field(gt=0)] = 16.0
+    body_mb: Positive = 24.0
+    megapixels: Positive = 16.0
     pairs: Count = 16
     waiting_pairs: Count = 128
-    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    timeout_s: Positive = 30.0
     batch_pairs: Count = 16
-    batch_megapixels: Annotated[float, Field(gt=0)] = 16.0
+    batch_megapixels: Positive = 16.0
     batch_wait_ms: Rate = 5.0
     image_px: Annotated[int, Field(ge=64)] = 1024
     max_new_tokens: Count = 64
-    poll_s: Annotated[float, Field(gt=0)] = 10.0
+    poll_s: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _a_request_can_be_accepted(self) -> Self:
+        if self.pairs > self.waiting_pairs:
+            raise ValueError(f"pairs must be at most waiting_pairs, got {self.pairs} and {self.waiting_pairs}, because "
+                             "the server would refuse larger requests at any time; raise waiting_pairs")
+        return self
 
 
 class Runtime(Section):

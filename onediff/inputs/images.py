@@ -18,7 +18,8 @@ class TooManyPixelsError(ValueError):
     """An image has more pixels than the caller allows. It was refused before any pixel was decoded."""
 
 
-def open_image(source: bytes | str | Path, *, max_megapixels: float = 64, draft_px: int | None = None) -> Image.Image:
+def open_image(source: bytes | str | Path, *, name: str = "", max_megapixels: float = 64,
+               draft_px: int | None = None) -> Image.Image:
     """Decode an image, given as file content or path, to RGB.
 
     The first frame of an animation is used, the EXIF orientation is applied, transparency is composited on white, and
@@ -26,9 +27,9 @@ def open_image(source: bytes | str | Path, *, max_megapixels: float = 64, draft_
     If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its shorter
     side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
     Raises FileNotFoundError, TooManyPixelsError, or ValueError for a file that is corrupt, truncated or of an unknown
-    format.
+    format. The errors call the image `name`, or else by its path, or "image" if its content is given.
     """
-    name = "image" if isinstance(source, bytes) else str(source)
+    name = name or ("image" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} does not exist or is not a file: give the path of an image")
     try:

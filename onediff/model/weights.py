@@ -34,6 +34,10 @@ def load_trained(folder: Path) -> tuple[OneDiffForConditionalGeneration, OneDiff
     if kind != OneDiffForConditionalGeneration.config_class.model_type:
         raise ValueError(f"{folder} must contain a OneDiff model, but the model_type in config.json is '{kind}'; use "
                          "a model folder that OneDiff's training wrote")
+    for name in ("processor_config.json", "tokenizer.json"):
+        if not (Path(folder) / name).exists():
+            raise FileNotFoundError(f"{folder} must contain a OneDiff model, but it has no {name}, so the folder is "
+                                    "incomplete; copy or download it again")
     model = load_strictly(OneDiffForConditionalGeneration, folder, where="model")
     assert isinstance(model, OneDiffForConditionalGeneration), "from_pretrained returns an instance of the class"
     processor = OneDiffProcessor.from_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -84,10 +85,15 @@ def claims_change(caption: str) -> bool | None:
 def read_key(path: Path | None) -> str | None:
     """Return the API key in the file, or else in the environment variable ONEDIFF_API_KEY, or None if there is none.
 
-    Raises ValueError if the key is empty, and FileNotFoundError if the file does not exist.
+    Raises ValueError for a key that is empty or cannot stand in a header, and FileNotFoundError if the file does not
+    exist.
     """
     key = os.environ.get(KEY_VARIABLE) if path is None else read_text(path, "a text file with the API key")
     if key is not None and not key.strip():
         raise ValueError(f"{path or KEY_VARIABLE}: must contain the API key, but is empty: write a key of your choice, "
                          "or leave it out to serve without a key")
-    return key and key.strip()
+    key = key and key.strip()
+    if key and not re.fullmatch("[!-~]+", key):
+        raise ValueError(f"{path or KEY_VARIABLE}: the API key must be one word of ASCII letters, digits and signs, "
+                         "because clients send it in a header; choose another key")
+    return key

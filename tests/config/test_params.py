@@ -148,6 +148,17 @@ def test_an_error_of_yaml_names_an_existing_line_and_the_cure(tmp_path: Path, mo
         load_runtime(path)
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("serve: 3", r"serve: must be a section with keys and values, got 3"),
+    ("serve: {pairs: 200}", r"serve: pairs must be at most waiting_pairs, got 200 and 128, because .*; raise waiting_"),
+    ("serve: {body_mb: .inf}", r"serve\.body_mb: input should be a finite number, got inf")])
+def test_wrong_limits_of_the_server_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "runtime.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_runtime(path)
+
+
 def test_environment_variables_override_runtime_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text("workers: 3\ngpus: 5\n")

@@ -224,6 +224,9 @@ def test_an_incomplete_trained_model_and_a_model_of_another_type_are_refused(tra
     (trained / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="must contain weights"):
         Captioner.load(trained)
+    (trained / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json, so the folder is incomplete"):
+        load_trained(trained)
 
 
 def test_tied_output_embeddings_do_not_count_as_missing_weights(micro: Config, tmp_path: Path) -> None:

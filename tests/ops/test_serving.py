@@ -72,5 +72,9 @@ def test_the_key_is_read_from_the_file_or_the_environment(tmp_path: Path, monkey
     path.write_text("\n")
     with pytest.raises(ValueError, match="must contain the API key, but is empty"):
         read_key(path)
+    for key in ("two words", "first\nsecond", "sësame"):
+        path.write_text(key, encoding="utf-8")
+        with pytest.raises(ValueError, match="the API key must be one word of ASCII"):
+            read_key(path)
     with pytest.raises(FileNotFoundError):
         read_key(tmp_path / "nothing")

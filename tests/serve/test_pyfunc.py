@@ -93,7 +93,7 @@ def test_no_rows_give_no_captions(model: PairCaptioner) -> None:
     ({"after": None}, "row 1: after: must be an image as base64 text or as a data URI, got None"),
     ({"instruction": 3}, "row 1: instruction: must be text, got 3"),
     ({"befor": "x"}, "row 1: unknown column 'befor'"),
-    ({"after": encoded(RED, (110, 100), "1")}, r"row 1: after: image: 0\.0 megapixels, at most 0\.01 allowed"),
+    ({"after": encoded(RED, (110, 100), "1")}, r"row 1: after: 0\.0 megapixels, at most 0\.01 allowed"),
     ({"instruction": "a" * 10_000}, r"the rows may have at most 0\.01 MB"),
 ])
 def test_the_error_for_a_wrong_row_contains_row_and_column(model: PairCaptioner, bad: dict, message: str) -> None:
@@ -249,7 +249,8 @@ def test_a_registered_version_with_changed_files_is_not_loaded(tmp_path: Path) -
 
 @pytest.mark.parametrize(("instruction", "message"), [
     ("<image> what?", "row 1: instruction: must not contain <image>"),
-    ("word " * 5000, "row 1: instruction: too long for this model")])
+    ("é" * 2000, "row 1: instruction: too long for this model"),
+    ("word " * 5000, "row 1: instruction: must have at most 2000 characters, got 25000")])
 def test_an_instruction_that_the_model_cannot_take_is_refused(trained: Path, instruction: str, message: str) -> None:
     pair = {"before": encoded(RED), "after": encoded(GREEN)}
     with pytest.raises(MlflowException, match=message) as failure:

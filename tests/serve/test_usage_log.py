@@ -3,18 +3,17 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
 import resource
 import signal
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from onediff.cli.main import app
 from onediff.config import Config, Runtime
 from onediff.data.quality.probe import probe_record
 from onediff.data.record import Record
@@ -159,19 +158,23 @@ def test_logged_captions_equal_those_of_the_captioner(model: Path, scene_pairs: 
     assert all(0 < row["confidence"] <= 1 for row in rows)
 
 
-def test_the_command_logs_the_caption_in_the_folder_of_the_environment_variable(model: Path, tmp_path: Path) -> None:
+def test_the_command_logs_the_caption_in_the_folder_of_the_environment_variable(
+        model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for side, colour in zip(SIDES, ("red", "blue"), strict=True):
-        (tmp_path / f"{side}.png").write_bytes(png(colour))
-    command = [sys.executable, "-m", "onediff", "caption", "before.png", "after.png", "--model", str(model)]
+        Path(f"{side}.png").write_bytes(png(colour))
 
-    def captioned(**settings: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **settings}, text=True, capture_output=True,
-                              check=True)
-        return done.stdout
+    def captioned() -> str:
+        """Run the command in this process, because a new process would load torch again, which takes seconds."""
+        completed = CliRunner().invoke(app, ["caption", "before.png", "after.png", "--model", str(model)])
+        assert completed.exit_code == 0, completed.output
+        return completed.stdout
 
     plain = captioned()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["after.png", "before.png"]
-    logged = captioned(ONEDIFF_USAGE_LOG=str(tmp_path / "usage"), ONEDIFF_USAGE_IMAGES="true")
+    monkeypatch.setenv("ONEDIFF_USAGE_LOG", str(tmp_path / "usage"))
+    monkeypatch.setenv("ONEDIFF_USAGE_IMAGES", "true")
+    logged = captioned()
     [row], _ = read_usage(tmp_path / "usage", LONG_AGO)
     assert logged == plain == row["caption"] + "\n" and row["model"] == str(model)
     assert (tmp_path / "usage" / row["file_before"]).read_bytes() == png("red")

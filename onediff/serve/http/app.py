@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onediff.serve.http.api_docs import add_docs
 from onediff.serve.http.chat import chat_router
@@ -36,12 +37,23 @@ class Readiness(BaseModel):
     problem: str | None
 
 
+class HeadAsGet:
+    """ASGI middleware that handles HEAD like GET. uvicorn leaves out the body of the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+
 def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     """Return the application. With an `api_key`, the addresses below /v1 need the header Authorization: Bearer KEY."""
     app = FastAPI(title="OneDiff", summary="Describes in one sentence what changed between two images.",
                   lifespan=service.running, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     app.add_middleware(MeasuredRequests, metrics=service.metrics)
+    app.add_middleware(HeadAsGet)
     app.include_router(_operation(service))
     allowed = [Depends(_key_check(api_key))] if api_key else []
     for router in (_captions(service), chat_router(service)):

@@ -10,6 +10,7 @@ from onediff.config import Serve
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, pair_prompt
 from onediff.serve.http.batching import Captioned, Job
 from onediff.serve.http.errors import ApiError
+from onediff.serve.http.schemas import LONGEST_INSTRUCTION
 from onediff.serve.usage_log import UsageLog
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def wrong_instruction(captioner: Captioner, instruction: str, param: str) -> Api
     """Return why the model cannot take an instruction, which the error calls `param`, or None if it can."""
     if instruction == DEFAULT_INSTRUCTION:
         return None
+    if len(instruction) > LONGEST_INSTRUCTION:  # The tokenizer would need seconds for megabytes of text.
+        return ApiError(422, f"{param}: must have at most {LONGEST_INSTRUCTION} characters, got {len(instruction)}; "
+                        "use fewer words", code="instruction_too_long", param=param)
     if IMAGE in instruction or DELTA in instruction:
         return ApiError(422, f"{param}: must not contain {IMAGE} or {DELTA}, which stand for the images",
                         code="invalid_value", param=param)

@@ -16,7 +16,7 @@ from onediff.serve.http.chat_request import MODEL, ChatRequest, body_schema, cha
 from onediff.serve.http.errors import ApiError, ErrorBody, wrong_value
 from onediff.serve.http.schemas import CaptionAnswer
 from onediff.serve.http.service import Service
-from onediff.serve.http.uploads import Body, Question
+from onediff.serve.http.uploads import Body, Question, check_values
 
 NOT_FOUND: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "The name of the model is unknown."}}
@@ -109,6 +109,7 @@ def chat_router(service: Service) -> APIRouter:
 
 def _parsed(body: bytes) -> tuple[ChatRequest, Question, list[str]]:
     """Return the request in a body, its pair, and warnings. Raises ApiError for an invalid body."""
+    check_values(body)
     try:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:

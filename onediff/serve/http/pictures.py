@@ -6,6 +6,7 @@ Only bytes are decoded. No text from a client is ever opened as a path or fetche
 import base64
 import binascii
 import io
+import string
 import warnings
 
 from PIL import Image
@@ -16,6 +17,7 @@ from onediff.serve.http.errors import ApiError
 
 LARGE_MEGAPIXELS = 2.0  # An image with more pixels takes more than about 50 ms to decode.
 MOST_SCANS = 100  # A JPEG with thousands of scans is a few kilobytes long, but takes minutes to decode.
+_WHITESPACE = string.whitespace.encode()
 _JPEG, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 
 
@@ -30,8 +32,8 @@ def image_bytes(text: str, param: str) -> bytes:
         raise ApiError(422, f"{param}: this server opens no address: send the image as base64 text or as a data URI",
                        code="address_refused", param=param)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):  # ValueError: the text has characters that are not ASCII.
+        return base64.b64decode(text.encode("ascii").translate(None, _WHITESPACE), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
         raise ApiError(422, f"{param}: not base64 text: send the image as base64 text or as a data URI",
                        code="invalid_image", param=param) from None
 
@@ -48,11 +50,12 @@ def open_picture(content: bytes, limits: Serve, param: str) -> Image.Image:
                        code="corrupt_image", param=param)
     try:
         # A JPEG with several scans is always decoded at full size, also if it is not progressive.
-        image = open_image(content, max_megapixels=limits.megapixels, draft_px=limits.image_px if scans == 1 else None)
+        image = open_image(content, name=param, max_megapixels=limits.megapixels,
+                           draft_px=limits.image_px if scans == 1 else None)
     except TooManyPixelsError as error:
-        raise ApiError(413, f"{param}: {error}", code="image_too_large", param=param) from None
+        raise ApiError(413, str(error), code="image_too_large", param=param) from None
     except ValueError as error:
-        raise ApiError(422, f"{param}: {error}", code="corrupt_image", param=param) from None
+        raise ApiError(422, str(error), code="corrupt_image", param=param) from None
     image.thumbnail((limits.image_px, limits.image_px))
     return image
 

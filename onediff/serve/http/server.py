@@ -55,6 +55,7 @@ def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callabl
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("onediff.serve").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It would log a warning for each invalid form.
     with listener(host, port) as opened:
         report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
         server = server_of(app)

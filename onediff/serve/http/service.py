@@ -114,12 +114,14 @@ class Service:
         jobs = [Job((question.before, question.after), pair, question.instruction or DEFAULT_INSTRUCTION,
                     question.heat_map, question.place) for question, pair in zip(questions, pairs, strict=True)]
         self._queue.add(jobs)
-        outcomes, gone = asyncio.gather(*[job.outcome for job in jobs]), asyncio.create_task(_until_gone(request))
+        # Without return_exceptions, asyncio would log an error for each client that goes away.
+        outcomes = asyncio.gather(*[job.outcome for job in jobs], return_exceptions=True)
+        gone = asyncio.create_task(_until_gone(request))
         try:
             await asyncio.wait((outcomes, gone), return_when=asyncio.FIRST_COMPLETED)
             if not outcomes.done():
                 raise ClientGoneError
-            return outcomes.result()
+            return [job.outcome.result() for job in jobs]
         finally:
             gone.cancel()
             for job in jobs:

@@ -16,6 +16,7 @@ from onediff.serve.http.pictures import image_bytes
 from onediff.serve.http.schemas import PairRequest
 
 _FIELDS = {"before", "after", "instruction", "heat_map"}
+_MOST_VALUES = 20_000  # values in a JSON body
 _LIST = TypeAdapter(list[PairRequest])
 _TRUTH = {"true": True, "false": False}
 
@@ -75,6 +76,7 @@ class Body:
 
 def json_questions(body: bytes, limits: Serve) -> tuple[list[Question], bool]:
     """Return the pairs in a JSON body, and whether the body is a list. Raises ApiError for an invalid body."""
+    check_values(body)
     is_list = body.lstrip()[:1] == b"["
     try:
         pairs = _LIST.validate_json(body) if is_list else [PairRequest.model_validate_json(body)]
@@ -87,6 +89,16 @@ def json_questions(body: bytes, limits: Serve) -> tuple[list[Question], bool]:
         questions.append(Question(image_bytes(pair.before, f"{place}before"), image_bytes(pair.after, f"{place}after"),
                                   pair.instruction, pair.heat_map, place))
     return questions, is_list
+
+
+def check_values(body: bytes) -> None:
+    """Raise ApiError if a JSON body has very many values, before it is parsed.
+
+    A value of two bytes, such as `{}`, would need hundreds of bytes of memory. Texts with many commas count, too.
+    """
+    if (number := sum(body.count(sign) for sign in (b"{", b"[", b","))) > _MOST_VALUES:
+        raise ApiError(413, f"the body may have at most {_MOST_VALUES} JSON values, got about {number}; send several "
+                       "requests", code="too_many_values")
 
 
 def check_number(pairs: int, limits: Serve) -> None:
@@ -115,7 +127,10 @@ async def form_question(body: Body, limits: Serve) -> Question:
 async def _question(form: FormData) -> Question:
     for name in form:
         if name not in _FIELDS:
-            raise ApiError(422, f"{name}: unknown field; the fields are before, after, instruction and heat_map",
+            raise ApiError(422, f"{name[:80]}: unknown field; the fields are before, after, instruction and heat_map",
+                           code="invalid_value", param=name[:80])
+        if len(form.getlist(name)) > 1:
+            raise ApiError(422, f"{name}: must be sent once, got {len(form.getlist(name))} values",
                            code="invalid_value", param=name)
     files = []
     for side in ("before", "after"):

@@ -57,6 +57,7 @@ def test_an_instruction_reaches_the_model(client: httpx.Client, served_captioner
     (pair_body() | {"before": "data:image/png,raw"}, "before", "invalid_image"),
     (pair_body() | {"after": base64_text(b"no image")}, "after", "corrupt_image"),
     (pair_body() | {"instruction": "<image> what?"}, "instruction", "invalid_value"),
+    (pair_body() | {"before": "A" * 70 + "%2B"}, "before", "invalid_image"),
     (pair_body() | {"instruction": "word " * 300}, "instruction", "instruction_too_long"),
     ([pair_body(), pair_body() | {"after": ""}], "1.after", "corrupt_image"),
     ([], None, "no_pairs"),
@@ -75,6 +76,7 @@ def test_a_wrong_value_is_named_in_one_shape(client: httpx.Client, body: object,
     ({"before": image_file(), "after": image_file()}, {"heat_map": "perhaps"}, "heat_map"),
     ({"before": image_file(), "after": image_file()}, {"question": "what?"}, "question"),
     ({"before": image_file()}, {"after": "text"}, "after"),
+    ({"before": image_file(), "after": image_file()}, {"instruction": ["what?", "where?"]}, "instruction"),
 ])
 def test_a_wrong_form_is_refused(client: httpx.Client, files: dict, data: dict, param: str | None) -> None:
     answer = client.post("/v1/captions", files=files, data=data)
@@ -91,6 +93,13 @@ def test_errors_of_the_framework_have_the_same_shape(client: httpx.Client, metho
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
+def test_head_has_the_status_and_the_length_of_get(client: httpx.Client) -> None:
+    for address in ("/", "/healthz", "/docs", "/page/page.js", "/nothing"):
+        head, get = client.head(address), client.get(address)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-length"] == str(len(get.content))
+
+
 def test_a_request_beyond_the_limits_is_refused_before_it_is_read(served_captioner: Captioner) -> None:
     limits = Serve(body_mb=0.1, pairs=2, megapixels=0.5)
     with (running_server(served_captioner, limits) as server,
@@ -105,13 +114,24 @@ def test_a_request_beyond_the_limits_is_refused_before_it_is_read(served_caption
         "body_too_large", "body_too_large", "too_many_pairs", "image_too_large"]
 
 
+@pytest.mark.parametrize(("address", "start", "item", "end"), [
+    ("/v1/captions", b"[", b"{},", b"{}]"), ("/v1/captions", b'{"x": [', b"[],", b"[]]}"),
+    ("/v1/chat/completions", b'{"model": "onediff", "messages": [', b'{"role":"user"},', b"{}]}")])
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(client: httpx.Client, address: str, start: bytes,
+                                                                   item: bytes, end: bytes) -> None:
+    """Three megabytes of `{}` needed 46 seconds, and hundreds of bytes of memory for each value."""
+    answer = client.post(address, content=start + item * 30_000 + end, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_values")
+
+
 def test_only_the_addresses_below_v1_need_the_key(served_captioner: Captioner) -> None:
-    with (running_server(served_captioner, Serve(), api_key="sësame") as server,
+    with (running_server(served_captioner, Serve(), api_key="sesame") as server,
           httpx.Client(base_url=server.url, trust_env=False) as client):
-        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sësame".encode()}):
+        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"},
+                       {"authorization": "Bearer sësame".encode()}):
             answer = client.post("/v1/captions", json=pair_body(), headers=header)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        key = {"authorization": "Bearer sësame".encode("latin-1")}
+        key = {"authorization": "Bearer sesame"}
         assert client.post("/v1/captions", json=pair_body(), headers=key).status_code == 200
         assert {client.get(address).status_code for address in ("/healthz", "/readyz", "/metrics", "/docs")} == {200}
 

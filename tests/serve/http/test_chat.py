@@ -93,6 +93,12 @@ def test_openais_client_understands_every_refusal(chats: openai.OpenAI, wrong: d
     assert failure.value.type == "invalid_request_error"
 
 
+def test_a_very_long_text_is_refused_before_the_tokenizer_reads_it(chats: openai.OpenAI) -> None:
+    text = {"type": "text", "text": "word " * 1000}
+    with pytest.raises(openai.UnprocessableEntityError, match="instruction: must have at most 2000 characters"):
+        chats.chat.completions.create(model="onediff", messages=user(image(3), image(5), text))
+
+
 def test_a_body_that_is_not_json_is_refused(client: httpx.Client) -> None:
     answers = [client.post("/v1/chat/completions", content=b"{", headers={"content-type": kind})
                for kind in ("application/json", "text/plain")]

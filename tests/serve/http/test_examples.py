@@ -14,6 +14,7 @@ import pytest
 from serving import RunningServer, image_file
 
 from onediff.config import Serve
+from onediff.inputs.images import open_image
 from onediff.model.captioner import Captioner
 from onediff.serve.http.app import REFUSALS
 
@@ -62,17 +63,18 @@ def test_an_example_prints_the_caption(server: RunningServer, client: httpx.Clie
 
 
 def test_the_example_without_a_server_prints_the_caption(
-        served_captioner: Captioner, client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        served_captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     served_captioner.model.save_pretrained("data/models/tune")
     served_captioner.processor.save_pretrained("data/models/tune")
-    files = {name: image_file(seed) for name, seed in (("before", 3), ("after", 5))}
-    for name, content in files.items():
-        Path(f"{name}.png").write_bytes(content)
+    Path("before.png").write_bytes(image_file(3))
+    Path("after.png").write_bytes(image_file(5))
     (code,) = re.findall(r"^```python\n(.*?)^```$", section("In Python"), re.MULTILINE | re.DOTALL)
     exec(compile(code, "docs/serving.md", "exec"), {})  # A new process would load torch again, which takes seconds.
-    assert capsys.readouterr().out.strip() == str([client.post("/v1/captions", files=files).json()["caption"]])
+    # The captioner of the server has other addresses in memory, so its sums can be rounded in another way.
+    loaded = Captioner.load(Path("data/models/tune"))
+    assert capsys.readouterr().out.strip() == str(loaded.caption([(open_image("before.png"), open_image("after.png"))]))
 
 
 def test_the_table_of_limits_has_each_setting_with_its_default() -> None:
@@ -83,7 +85,7 @@ def test_the_table_of_limits_has_each_setting_with_its_default() -> None:
 
 def test_the_table_of_errors_has_each_status() -> None:
     listed = {int(key) for key in rows(section("Errors and limits")) if key.isdecimal()}
-    assert listed - {404} == set(REFUSALS) - {500}
+    assert listed - {404, 405} == set(REFUSALS)
 
 
 def test_the_table_of_metrics_has_what_the_server_measures(client: httpx.Client) -> None:

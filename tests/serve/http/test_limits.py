@@ -8,7 +8,7 @@ from onediff.serve.http.limits import Intake
 
 
 def test_everything_that_a_request_holds_is_free_after_its_end() -> None:
-    intake = Intake(Serve(waiting_pairs=5))
+    intake = Intake(Serve(pairs=5, waiting_pairs=5))
     with pytest.raises(ZeroDivisionError), intake.request() as share:
         intake.add_bytes(share, 700)
         intake.add_pairs(share, 3)
@@ -18,7 +18,7 @@ def test_everything_that_a_request_holds_is_free_after_its_end() -> None:
 
 
 def test_pairs_beyond_the_limit_are_refused_and_not_counted() -> None:
-    intake = Intake(Serve(waiting_pairs=5))
+    intake = Intake(Serve(pairs=5, waiting_pairs=5))
     with intake.request() as first, intake.request() as second:
         intake.add_pairs(first, 3)
         with pytest.raises(ApiError, match="at most 5 pairs may wait") as refusal:

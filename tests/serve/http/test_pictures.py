@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -31,6 +32,23 @@ def test_base64_text_and_data_uris_give_the_bytes() -> None:
     text = base64_text(content)
     for form in (text, f"data:image/png;base64,{text}", f"DATA:;BASE64,{text}", f"{text[:40]}\n {text[40:]}"):
         assert image_bytes(form, "before") == content
+
+
+def test_spaces_in_base64_text_need_little_memory() -> None:
+    text = "AAA " * 250_000
+    tracemalloc.start()
+    try:
+        assert len(image_bytes(text, "before")) == 562_500
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_error_calls_an_image_as_the_client_does() -> None:
+    with pytest.raises(ApiError, match=r"^1\.before: 64\.0 megapixels, at most 1 allowed"):
+        open_picture(one_bit_png(8000, 8000), LIMITS, "1.before")
+    with pytest.raises(ApiError, match=r"^after: not an image"):
+        open_picture(b"no image", LIMITS, "after")
 
 
 def test_a_small_image_is_opened_without_a_change() -> None:

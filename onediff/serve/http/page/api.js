@@ -25,6 +25,7 @@ export async function requestCaption([before, after], { key, signal }) {
   form.append("before", before.blob, before.name);
   form.append("after", after.blob, after.name);
   form.append("heat_map", "true");
+  if (!/^[!-~]*$/.test(key ?? "")) throw wrongKey(key); // The browser cannot send it in a header.
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   try {
     const response = await fetch("v1/captions", { method: "POST", body: form, headers, signal });
@@ -46,13 +47,15 @@ export async function fetchExample(name) {
 /** Turn an error response into a PlainError. */
 async function refusal(response, key) {
   const { status } = response;
-  if (status === 401 || status === 403) {
-    const title = key ? "The server does not accept this API key." : "The server asks for an API key.";
-    return new PlainError(title, "Enter the key above.", { canRetry: false, needsKey: true });
-  }
+  if (status === 401 || status === 403) return wrongKey(key);
   const [title, detail] = TEXTS[status] ?? ["The server failed.", `Its log says why (status ${status}).`];
   if (detail) return new PlainError(title, detail);
   return new PlainError(title, await serverMessage(response), { canRetry: false, isTooLarge: status === 413 });
+}
+
+function wrongKey(key) {
+  const title = key ? "The server does not accept this API key." : "The server asks for an API key.";
+  return new PlainError(title, "Enter the key above.", { canRetry: false, needsKey: true });
 }
 
 /** Return the message of an error response as a sentence. The text is empty if there is no message. */
