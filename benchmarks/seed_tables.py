@@ -20,11 +20,11 @@ PICTURES = {"photograph": "photographs", "generated": "generated pictures", "can
 
 
 def cell(figures: Figures, name: str) -> str:
-    """Return "mean [lowest, highest]" times 100; nothing if there is no figure of this name."""
+    """Return "mean [lowest, highest]" times 100, or only the mean if all seeds agree; nothing without such a figure."""
     if name not in figures:
         return ""
-    figure = figures[name]
-    return "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**{key: 100 * value for key, value in figure.items()})
+    shown = {key: f"{100 * value:.1f}" for key, value in figures[name].items()}
+    return shown["mean"] if shown["low"] == shown["high"] else "{mean} [{low}, {high}]".format(**shown)
 
 
 def mean(figures: Figures, name: str) -> str:
