@@ -67,8 +67,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 @pytest.fixture(scope="session")
 def served_captioner(micro: Config) -> Captioner:
-    """A captioner with random weights between the committed backbones."""
-    return Captioner(*build(micro.model, seed=5))
+    """A captioner with random weights between the committed backbones, whose captions have at least one word."""
+    captioner = Captioner(*build(micro.model, seed=5))
+    end = captioner.processor.tokenizer.eos_token_id
+    captioner.model.language.generation_config.begin_suppress_tokens = [end]
+    return captioner
 
 
 @pytest.fixture(scope="session")

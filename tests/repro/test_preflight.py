@@ -43,7 +43,7 @@ def test_every_preset_passes(project: Path) -> None:
 
 def test_one_error_lists_every_wrong_name_of_a_source(project: Path) -> None:
     with pytest.raises(ValueError, match="not one of the sources") as caught:
-        params(("raw: []", "raw: [mine]"), ("mixture: {scenes: 3, edits: 2}", "mixture: {mien: 1, edist: 1}"),
+        params(("raw: []", "raw: [mine]"), ("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1, edist: 1}"),
                ("max_distance: {}", "max_distance: {nobody: 2.0}"))
     assert str(caught.value).splitlines() == [
         "params.yaml: data.leaks.max_distance: 'nobody' is not one of the sources scenes, edits, mine; correct the "
@@ -72,7 +72,7 @@ def test_sources_with_training_pairs_only_are_refused(project: Path) -> None:
     Path("data/raw/llava_558k").mkdir(parents=True)
     config = params(("generated: [scenes, edits]", "generated: []"), ("raw: []", "raw: [llava_558k]"),
                     ("mixture: {scenes: 1}", "mixture: {llava_558k: 1}"),
-                    ("mixture: {scenes: 3, edits: 2}", "mixture: {llava_558k: 1}"))
+                    ("mixture: {scenes: 3, edits: 1}", "mixture: {llava_558k: 1}"))
     with pytest.raises(ValueError, match="splits val, gate and test, but llava_558k have only training pairs"):
         check_inputs(config)
 
@@ -90,7 +90,7 @@ def test_a_mixture_needs_training_pairs_and_validation_pairs(project: Path) -> N
     Path("data/diffcap").mkdir(parents=True)
     counts = {"train": {"scenes": {"none": 7}}, "val": {"mine": {"unlabelled": 3}}, "gate": {}, "test": {}}
     Path("data/diffcap/card.json").write_text(json.dumps({"num_pairs": counts}))
-    check_mixtures(params(("mixture: {scenes: 3, edits: 2}", "mixture: {scenes: 3}"),
+    check_mixtures(params(("mixture: {scenes: 3, edits: 1}", "mixture: {scenes: 3}"),
                           ("validate_every: 4", "validate_every: null")))
     with pytest.raises(ValueError, match=r"tune\.mixture: 'edits' has no training pairs in data/diffcap") as caught:
         check_mixtures(params())
@@ -127,7 +127,7 @@ def test_onediff_doctor_suggests_a_cure_that_fits_the_error(project: Path) -> No
     missing = doctor._project()[0]
     assert "params.yaml does not exist" in missing.message and missing.cure.startswith("run 'onediff preset tiny'")
     with pytest.raises(ValueError, match="mien"):
-        params(("mixture: {scenes: 3, edits: 2}", "mixture: {mien: 1}"))
+        params(("mixture: {scenes: 3, edits: 1}", "mixture: {mien: 1}"))
     wrong = doctor._project()[0]
     assert re.search(r"tune\.mixture: 'mien'", wrong.message) and "preset tiny" not in wrong.cure
     params(("raw: []", "raw: [mine]"))
