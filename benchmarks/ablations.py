@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -36,8 +36,9 @@ from onediff.eval.caption import caption_records
 from onediff.files import key_of, new_folder, read_json, waiting_lock, write_json
 from onediff.library_logs import silence_libraries
 from onediff.model.captioner import Captioner
-from onediff.model.changed_object import ChangedObject
+from onediff.model.changed_object import AttributeTokens, ChangedObject
 from onediff.model.fusion import CELL_PX, Fusion, Stem
+from onediff.model.registration import NUM_MOTIONS, Registration
 from onediff.train import phases
 
 HOME, RESULTS, TABLE = Path(".onediff/ablations"), Path("docs/ablations"), Path("docs/ablations.md")
@@ -57,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no stem": {},
     "no mixing": {},
     "no object token": {},
+    "no attribute words": {},
+    "no registration": {},
     "no auxiliary loss": {"tune.auxiliary": None},
     "no loss on places": {"tune.auxiliary.place": 0.0, "tune.auxiliary.changed": 0.0},
     "no loss on the object": {"tune.auxiliary.object": 0.0},
@@ -87,10 +90,22 @@ def silent(thing: ChangedObject, *inputs: Tensor, read: Any = ChangedObject.forw
     return torch.zeros_like(tokens), changed, attributes
 
 
+def wordless(words: AttributeTokens, attributes: Sequence[Tensor], embedding: Any) -> Tensor:
+    """Return empty tokens of the attributes; it replaces AttributeTokens.forward."""
+    return words.marks.new_zeros(len(attributes[0]), *words.marks.shape)
+
+
+def unregistered(registration: Registration, images: Tensor) -> Tensor:
+    """Return empty scores of the camera motions; it replaces Registration.forward."""
+    return images.new_zeros(len(images), 2, 2, NUM_MOTIONS)
+
+
 # Maps the name of a variant to the part of the model that it replaces: (class, attribute, replacement).
 REPLACED: dict[str, tuple[type, str, Any]] = {
     "no stem": (Stem, "forward", blind), "no mixing": (Fusion, "__init__", unmixed),
-    "no object token": (ChangedObject, "forward", silent)}
+    "no object token": (ChangedObject, "forward", silent),
+    "no attribute words": (AttributeTokens, "forward", wordless),
+    "no registration": (Registration, "forward", unregistered)}
 
 
 @app.command()

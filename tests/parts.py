@@ -18,7 +18,8 @@ SIDE, CHANNELS, TOKENS, WIDTH, LANGUAGE = 3, 11, 7, 13, 34  # 3 patches per side
 # Changes of the OneDiffConfig of the small model that add the module Fusion: 3 cells, 3 places, 2 attributes.
 FUSION: dict[str, Any] = {
     "delta_fusion": {"channels": 5, "width": 7, "places": 3, "blocks": 2},
-    "delta_classes": {"color": ["red", "green", "blue", "gray", "brown"], "shape": ["cube", "sphere", "cylinder"]}}
+    "delta_classes": {"color": {"red": [5], "green": [7, 11], "blue": [13], "gray": [17], "brown": [19]},
+                      "shape": {"cube": [23], "sphere": [29, 31, 37], "cylinder": [41]}}}
 
 
 def small(**changes: Any) -> OneDiffForConditionalGeneration:

@@ -45,6 +45,9 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
         load_image_processor(model.vision.path), AutoTokenizer.from_pretrained(model.language, trust_remote_code=False),
         template=model.template, tokens_per_image=configuration.tokens_per_image,
         delta_tokens=configuration.delta_tokens_read, images_joined=model.reading == "C", max_length=model.max_length)
+    configuration.delta_classes = {
+        name: {option: processor.tokenizer(option.replace("_", " "), add_special_tokens=False).input_ids
+               for option in options} for name, options in configuration.delta_classes.items()}
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
     llava_config = read_config(model.language, where=LANGUAGE)
     is_llava, where = isinstance(llava_config, LlavaConfig), f"{LANGUAGE}: {model.language}"
@@ -70,6 +73,8 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
 def configure(model: params.Model) -> OneDiffConfig:
     """Return the configuration of the model that `build` returns, without loading weights.
 
+    The words of the attributes are missing: each class has token 0, because the tokenizer is not loaded.
+
     Raises FileNotFoundError if a path in params.yaml contains no model, and ValueError if the pretrained models
     contradict params.yaml or do not fit together.
     """
@@ -94,7 +99,8 @@ def configure(model: params.Model) -> OneDiffConfig:
         delta_cross_attention_every=model.delta.cross_attention_every, delta_inputs=model.delta.inputs,
         delta_image_ids=model.delta.image_ids,
         delta_fusion=model.delta.fusion.model_dump() if model.delta.fusion else None,
-        delta_classes={name: list(options) for name, options in CLASSES.items()} if model.delta.fusion else {},
+        delta_classes={name: {option: [0] for option in options}
+                       for name, options in CLASSES.items()} if model.delta.fusion else {},
         template=model.template)
 
 

@@ -1,72 +1,91 @@
-"""The changed object: a token that describes it, and one token for each of its attributes, such as its color.
+"""The changed object: a token that describes it, its attributes, such as its color, and a word for each attribute.
 
 The auxiliary losses of training compare this description with what the generator of a pair recorded.
 
 Shapes:  P pairs, Q places per image, E channels of the features of an image, W width of the joined map, D width of the
-         delta tokens, A attributes.
+         delta tokens, A attributes, M camera motions of Registration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from onediff.inputs.processing import IGNORED
-from onediff.model.motion import CAMERA
+from onediff.model.registration import NUM_MOTIONS
+
+SQUARES = 4  # squares per side of the image, in which the place of the changed object is described
 
 
-class Attribute(nn.Module):
-    """One attribute of the changed object: the logits of its classes, and a token for the classes that they favour."""
+class AttributeTokens(nn.Module):
+    """One token of the language model for each attribute: the mean of the words of its classes, by probability.
 
-    def __init__(self, width: int, num_classes: int) -> None:
+    The words are embeddings of the language model, so that it can copy a word that Fusion has read, as from a text.
+    `words` (all tokens of all words) are the token ids, and `means` (all classes, all tokens) averages the tokens of
+    each word.
+    """
+
+    words: Tensor
+    means: Tensor
+
+    def __init__(self, classes: Mapping[str, Mapping[str, Sequence[int]]], width: int) -> None:
         super().__init__()
-        self.classes = nn.Parameter(torch.randn(num_classes, width) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.sizes = [len(options) for options in classes.values()]
+        texts = [list(ids) for options in classes.values() for ids in options.values()]
+        self.register_buffer("words", torch.tensor([token for ids in texts for token in ids]))
+        self.register_buffer("means", torch.block_diag(*(torch.full((1, len(ids)), 1 / len(ids)) for ids in texts)))
+        self.marks = nn.Parameter(torch.zeros(len(classes), width))
 
-    def forward(self, thing: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (P, classes) and the token (P, D): the mean of the class vectors, weighted by probability.
+    def forward(self, attributes: Sequence[Tensor], embedding: nn.Module) -> Tensor:
+        """Return the tokens (P, A, width of the language model) for the logits (P, classes) of each attribute.
 
-        `thing` is the token of the changed object (P, D).
+        `embedding` is the embedding table of the language model.
         """
-        logits = functional.linear(thing, self.classes, self.bias)
-        return logits, logits.softmax(-1) @ self.classes
+        words = self.means.to(attributes[0].dtype) @ embedding(self.words).to(attributes[0].dtype)  # (all classes, D)
+        return self.marks + torch.stack([logits.softmax(-1) @ vectors for logits, vectors in
+                                         zip(attributes, words.split(self.sizes), strict=True)], 1)
 
 
 class ChangedObject(nn.Module):
-    """Read the features of both images where the change is, and describe the changed object."""
+    """Read the features of both images where the change is, and describe the changed object.
 
-    def __init__(self, features: int, joined: int, width: int, classes: Mapping[str, Sequence[str]]) -> None:
+    `to_squares` (Q, SQUARES * SQUARES) adds up the places in each square of the image.
+    """
+
+    to_squares: Tensor
+
+    def __init__(self, features: int, joined: int, width: int, *, side: int,
+                 classes: Mapping[str, Collection[str]]) -> None:
         super().__init__()
-        # Two sides with features, joined features, a middle and a logit; the summary of the map; the probability of a
-        # change; two camera motions.
-        inputs = 2 * (features + joined + 3) + 2 * joined + 1 + 2 * CAMERA
+        # Two sides with features, joined features, squares and a logit; the summary of the map; the probability of a
+        # change; the scores of the camera motions.
+        inputs = 2 * (features + joined + SQUARES**2 + 1) + 2 * joined + 1 + 4 * NUM_MOTIONS
         self.describe = nn.Sequential(nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.changed = nn.Linear(2 * joined, 1)
-        self.camera = nn.Linear(2 * CAMERA, width)
-        self.attributes = nn.ModuleDict({name: Attribute(width, len(options)) for name, options in classes.items()})
-        self.copy = nn.Linear(width, width)
-        self.marks = nn.Parameter(0.3 * torch.randn(2 + len(classes), width))
+        self.camera = nn.Linear(4 * NUM_MOTIONS, width)
+        self.attributes = nn.ModuleList([nn.Linear(width, len(options)) for options in classes.values()])
+        self.marks = nn.Parameter(0.3 * torch.randn(2, width))
+        number = torch.arange(side) * SQUARES // side
+        square = (SQUARES * number[:, None] + number).flatten()
+        self.register_buffer("to_squares", functional.one_hot(square, SQUARES**2).float())
 
-    def forward(self, features: Tensor, joined: Tensor, places: Tensor, positions: Tensor,
+    def forward(self, features: Tensor, joined: Tensor, places: Tensor,
                 camera: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return tokens (P, 2 + A, D), the logit of "something changed" (P,), and logits (P, classes) per attribute.
+        """Return two tokens (P, 2, D), the logit of "something changed" (P,), and logits (P, classes) per attribute.
 
-        The tokens are the object, the camera motion, and the attributes. `features` (P, 2 images, E) are the mean
-        features of each image under the mask that the place logits give, which is their softmax. `joined`
-        is the map of Fusion (P, Q, W), `places` has the logits of the changed places (P, 2, Q), `positions` is (Q, 2)
-        and `camera` is (P, 2 * CAMERA).
+        The tokens are the object and the camera motion. `features` (P, 2 images, E) are the mean features of each image
+        under the mask that the place logits give, which is their softmax. `joined` is the map of Fusion (P, Q, W),
+        `places` has the logits of the changed places (P, 2, Q), and `camera` (P, 4 * M) the scores of Registration.
         """
         mask = places.softmax(-1)  # (P, 2, Q)
-        middle, strength = mask @ positions.to(mask.dtype), places.amax(-1, keepdim=True)
+        where, strength = mask @ self.to_squares.to(mask.dtype), places.amax(-1, keepdim=True)
         summary = torch.cat([joined.mean(1), joined.amax(1)], -1)  # (P, 2W)
-        sides = torch.cat([features, mask @ joined, middle, strength], -1).flatten(1)
+        sides = torch.cat([features, mask @ joined, where, strength], -1).flatten(1)
         changed = self.changed(summary)  # (P, 1)
         thing = self.describe(torch.cat([sides, summary, changed.sigmoid(), camera], -1))
-        read = [attribute(thing) for attribute in self.attributes.values()]
-        named = self.copy(torch.stack([token for _, token in read], 1))
-        tokens = torch.cat([torch.stack([thing, self.camera(camera)], 1), named], 1) + self.marks
-        return tokens, changed[:, 0], [logits for logits, _ in read]
+        tokens = torch.stack([thing, self.camera(camera)], 1) + self.marks
+        return tokens, changed[:, 0], [attribute(thing) for attribute in self.attributes]
 
 
 def place_loss(logits: Tensor, shares: Tensor) -> Tensor:

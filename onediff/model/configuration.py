@@ -16,7 +16,8 @@ class OneDiffConfig(PreTrainedConfig):
     `delta_levels` lists, for each cross-attention of the Visual Delta Module, the index of the hidden state that it
     reads (0 = the patch embeddings). If `delta_num_tokens` is 0, the model has no Visual Delta Module.
     `delta_fusion` holds the sizes of the module Fusion (channels, width, places, blocks), or is None for a model
-    without it, as in the paper. `delta_classes` maps each attribute that Fusion reads to its classes.
+    without it, as in the paper. `delta_classes` maps each attribute that Fusion reads to its classes, and each
+    class to the token ids of its word.
     """
 
     model_type = "onediff"
@@ -39,7 +40,7 @@ class OneDiffConfig(PreTrainedConfig):
     delta_inputs: str = "pair"
     delta_image_ids: bool = True
     delta_fusion: dict[str, int] | None = None
-    delta_classes: dict[str, list[str]] = field(default_factory=dict)
+    delta_classes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     template: str = "vicuna_v1"
     image_token_id: int = -1
     delta_token_id: int = -1
@@ -49,7 +50,8 @@ class OneDiffConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.delta_levels = list(self.delta_levels or [8, 8, 16, 16, 24, 24])
         # config.json lists the keys of a dict in alphabetical order, and the parameters of Fusion depend on the order.
-        self.delta_classes = dict(sorted(self.delta_classes.items()))
+        self.delta_classes = {name: dict(sorted(options.items()))
+                              for name, options in sorted(self.delta_classes.items())}
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property

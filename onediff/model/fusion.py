@@ -19,7 +19,8 @@ from torch.nn import functional
 from onediff.model.changed_object import ChangedObject
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import SPREAD, PatchMatch
-from onediff.model.motion import CAMERA, FLOW, Motion
+from onediff.model.motion import FLOW, Motion
+from onediff.model.registration import NUM_MOTIONS, Registration
 
 CELL_PX = 4  # width of a cell of the stem's map, which has two convolutions of stride 2
 GROUPS = 8  # number of groups of channels that GroupNorm normalizes apart
@@ -33,10 +34,10 @@ class Fused(NamedTuple):
     these tensors it starts to gather the parameters that the module needs in its backward pass.
 
     `cells` (P, 2 images, F, S, S) are the maps of the stem, and `joined` (P, W, G, G) is the map of the pair.
-    `keys` (P, N, D) and `patches` (P, N, W) are this map on the patch grid of the vision tower: for the delta tokens,
-    and for the language model. `tokens` (P, 2 + A, D) describe the changed object, the camera motion and the
-    attributes. `places` (P, 2 images, G, G) are logits of "this place lies in the changed region", `changed` (P,) is
-    the logit of "something changed", and `attributes` are the logits (P, classes) of each attribute.
+    `keys` (P, N, D) and `patches` (P, N, W) are this map on the patch grid of the vision tower: for the delta
+    tokens, and for the language model. `tokens` (P, 2, D) describe the changed object and the camera motion.
+    `places` (P, 2 images, G, G) are logits of "this place lies in the changed region", `changed` (P,) is the logit
+    of "something changed", and `attributes` are the logits (P, classes) of each attribute.
     """
 
     cells: Tensor
@@ -127,14 +128,16 @@ class Fusion(nn.Module):
             Residual(channels))
         self.compare_stem = Comparison(channels, self.side, spacing=per_side / self.side)
         self.compare_tower = nn.ModuleList([Comparison(tower, per_side) for _ in levels])
-        self.motion = Motion(self.side)
-        self.join_stem = nn.Linear(5 * channels + 3 * COLORS + 2 * FLOW + 2 * CAMERA, width)
+        self.motion, self.registration = Motion(self.side), Registration()
+        self.join_stem = nn.Linear(5 * channels + 3 * COLORS + 2 * FLOW, width)
+        self.join_camera = nn.Linear(4 * NUM_MOTIONS, width, bias=False)
         self.join_tower = nn.Linear(5 * tower * len(levels), width, bias=False)
         self.positions = nn.Parameter(SPREAD * torch.randn(width, self.side, self.side))
         self.mix = nn.Sequential(*(Residual(width) for _ in range(config.delta_fusion["blocks"])))
         self.norm = nn.GroupNorm(1, width)
         self.places = nn.Conv2d(width, 2, 1)
-        self.object = ChangedObject(channels + tower * len(levels), width, delta, config.delta_classes)
+        self.object = ChangedObject(channels + tower * len(levels), width, delta, side=self.side,
+                                    classes=config.delta_classes)
         self.keys = nn.Linear(width, delta)
         # A product with a matrix is faster than the resampling functions of PyTorch, and gives equal values.
         places, patches = (torch.eye(side**2).unflatten(0, (1, -1)).unflatten(2, (side, side))
@@ -146,32 +149,33 @@ class Fusion(nn.Module):
     def forward(self, images: Tensor, before: Tensor, after: Tensor) -> Fused:
         """Compare the images (P, 2, 3, height, width), whose hidden states in the tower are (P, L, N, C) each."""
         cells = self.stem(images.flatten(0, 1)).unflatten(0, (-1, 2))  # (P, 2, F, S, S)
-        seen, views, camera = self.compare_pixels(images, cells)
+        seen, views = self.compare_pixels(images, cells)
+        camera = self.registration(images).flatten(1)  # (P, 4 * M)
         seen_tower, views_tower = zip(*(compare(before[:, level], after[:, level]) for level, compare in
                                         zip(self.levels, self.compare_tower, strict=True)), strict=True)
         tower = self.to_places @ self.join_tower(torch.cat(views_tower, -1))  # (P, Q, W)
-        mixed = (self.join_stem(views) + tower).transpose(1, 2).unflatten(2, (self.side, self.side))
+        mixed = self.join_stem(views) + tower + self.join_camera(camera)[:, None]
+        mixed = mixed.transpose(1, 2).unflatten(2, (self.side, self.side))
         joined = self.norm(self.mix(functional.gelu(mixed + self.positions)))
         by_place = joined.flatten(2).transpose(1, 2)  # (P, Q, W)
         patches, places = self.to_patches @ by_place, self.places(joined)
         mask = places.flatten(2).softmax(-1)  # (P, 2, Q)
         features = torch.cat([masked_mean(mask, seen),
                               masked_mean(mask @ self.to_places, torch.cat(seen_tower, -1))], -1)
-        tokens, changed, attributes = self.object(features, by_place, places.flatten(2), self.motion.positions, camera)
+        tokens, changed, attributes = self.object(features, by_place, places.flatten(2), camera)
         return Fused(cells, joined, self.keys(patches), patches, tokens, places, changed, attributes)
 
-    def compare_pixels(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the stem sees in each place, its views with color and motion, and both camera motions.
+    def compare_pixels(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the stem sees in each place, (P, 2, Q, F), and its views with color and motion.
 
-        The shapes are (P, 2, Q, F), (P, Q, inputs of `join_stem`) and (P, 2 * CAMERA).
+        The views are (P, Q, inputs of `join_stem`).
         """
         coarse = self.coarser(cells.flatten(0, 1)).flatten(2)  # (2P, F, Q)
         before, after = coarse.transpose(1, 2).unflatten(0, (-1, 2)).unbind(1)
         seen, views = self.compare_stem(before, after)
-        flow, camera = self.motion(seen[:, 0], seen[:, 1])
+        flow = self.motion(seen[:, 0], seen[:, 1])
         first, second = self.colors(images).unbind(1)
-        cameras = camera[:, None].expand(-1, flow.shape[1], -1)
-        return seen, torch.cat([views, first, second, second - first, flow, cameras], -1), camera
+        return seen, torch.cat([views, first, second, second - first, flow], -1)
 
     def colors(self, images: Tensor) -> Tensor:
         """Return mean and standard deviation of the colors in each place of images (P, 2, 3, H, W), (P, 2, Q, COLORS).

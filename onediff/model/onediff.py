@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from onediff.inputs.processing import IGNORED
-from onediff.model.changed_object import changed_loss, object_loss, place_loss
+from onediff.model.changed_object import AttributeTokens, changed_loss, object_loss, place_loss
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import Enhance, VisualDeltaModule
 from onediff.model.fusion import Fused, Fusion
@@ -84,6 +84,8 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         self.fusion = Fusion(config) if config.delta_fusion else None
         self.language = pretrained or AutoModelForCausalLM.from_config(config.text_config)
         use_packing(self.language)
+        if config.delta_fusion:
+            self.attribute_tokens = AttributeTokens(config.delta_classes, language_width)
         fused_width = config.delta_fusion["width"] if config.delta_fusion else 0
         self.projector = Projector({"A": tower_width, "B": 2 * tower_width,
                                     "C": 2 * tower_width + fused_width}[config.reading], language_width)
@@ -230,9 +232,14 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         patches = self.pool(patches)
         if self.config.reading == "C":
             patches = self.join(patches, image_counts, fused)
-        if delta is not None and fused is not None:
-            delta = torch.cat([delta, fused.tokens], 1)
-        return self.projector(patches), None if delta is None else self.delta_projector(delta)
+        return self.projector(patches), None if delta is None else self.project_delta(delta, fused)
+
+    def project_delta(self, delta: Tensor, fused: Fused | None) -> Tensor:
+        """Return the delta tokens for the language model, with those of Fusion and of the attributes after them."""
+        if fused is None:
+            return self.delta_projector(delta)
+        words = self.attribute_tokens(fused.attributes, self.language.get_input_embeddings())
+        return torch.cat([self.delta_projector(torch.cat([delta, fused.tokens], 1)), words.to(delta.dtype)], 1)
 
     def join(self, patches: Tensor, image_counts: Tensor, fused: Fused | None) -> Tensor:
         """Return the channels of token layout C, (rows with images, T, channels), from the patches of all images.

@@ -120,7 +120,7 @@ class Flops:
                    view=_factor(rates, "projector") * _weights(model.projector) * config.tokens_per_image,
                    pair=(_factor(rates, "delta") * _delta_products(model)
                          + after_delta * _weights(getattr(model, "delta_projector", nn.Identity()))
-                         * (config.delta_num_tokens + config.num_fused_tokens)),
+                         * (config.delta_num_tokens + config.num_fused_tokens - len(config.delta_classes))),
                    token=language * sum(map(_weights, blocks)) + LEARNS * adapters,
                    answer_token=language * _weights(model.language.get_output_embeddings()),
                    views_joined=config.reading == "C")
@@ -201,11 +201,10 @@ def _fusion_products(fusion: Fusion, config: OneDiffConfig) -> int:
     stem = [(fusion.stem.first, (px // 2) ** 2), (fusion.stem.second, (px // 4) ** 2),
             (fusion.coarser, places)]
     joined = _filters(fusion.mix) + _filters(fusion.places) + _weights(fusion.join_stem)
-    attributes = sum(weight.numel() for weight in thing.attributes.parameters() if weight.dim() == 2)  # no biases
     return (2 * sum(_filters(part) * positions for part, positions in stem) + joined * places
             + (_weights(fusion.join_tower) + _weights(fusion.keys)) * config.num_patches
-            + _weights(thing.describe) + _weights(thing.changed) + _weights(thing.camera)
-            + _weights(thing.copy) * len(thing.attributes) + attributes)
+            + _weights(thing.describe) + _weights(thing.changed) + _weights(thing.camera) + _weights(thing.attributes)
+            + _weights(fusion.join_camera))
 
 
 def _attention_products(attention: Attention, queries: int, keys: int) -> int:

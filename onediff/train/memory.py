@@ -207,4 +207,4 @@ def _views(model: OneDiffForConditionalGeneration, images: Tensor, states: Tenso
         patches = torch.cat([patches[first], patches[first + 1], *([model.pool(fused.patches)] if fused else [])], -1)
     if delta is None:
         return [model.projector(patches)]
-    return [model.projector(patches), model.delta_projector(torch.cat([delta, fused.tokens], 1) if fused else delta)]
+    return [model.projector(patches), model.project_delta(delta, fused or None)]

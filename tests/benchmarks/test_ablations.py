@@ -36,6 +36,9 @@ def test_a_replaced_part_of_the_model_does_nothing(name: str, micro: Config, mon
     assert bool(fused.cells.any()) == (name != "no stem")
     assert bool(fused.tokens.any()) == (name != "no object token")
     assert (len(fusion.mix) == 0) == (name == "no mixing")
+    assert bool(fusion.registration(pixels).any()) == (name != "no registration")
+    words = model.attribute_tokens(fused.attributes, model.language.get_input_embeddings())
+    assert words.shape == (3, len(fused.attributes), 128) and bool(words.any()) == (name != "no attribute words")
 
 
 def test_the_table_shows_the_mean_and_the_deviation_of_the_seeds(

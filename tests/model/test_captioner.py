@@ -58,8 +58,9 @@ def test_a_saved_and_loaded_model_writes_equal_captions(captioner: Captioner, pa
     for part in (captioner.model, captioner.processor):
         part.save_pretrained(tmp_path)
     loaded = Captioner.load(tmp_path, device="cpu")
-    texts, values = zip(*captioner.caption_with_confidence(pairs, max_new_tokens=12), strict=True)
-    loaded_texts, loaded_values = zip(*loaded.caption_with_confidence(pairs, max_new_tokens=12), strict=True)
+    (texts, values), (loaded_texts, loaded_values) = (
+        zip(*each.caption_with_confidence(pairs, instructions=INSTRUCTIONS, max_new_tokens=12), strict=True)
+        for each in (captioner, loaded))
     assert loaded_texts == texts and any(texts)
     assert loaded_values == pytest.approx(values, rel=1e-5)
 

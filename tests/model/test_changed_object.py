@@ -6,47 +6,60 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from onediff.inputs.processing import IGNORED
-from onediff.model.changed_object import Attribute, ChangedObject, changed_loss, object_loss, place_loss
-from onediff.model.motion import CAMERA
+from onediff.model.changed_object import (
+    SQUARES,
+    AttributeTokens,
+    ChangedObject,
+    changed_loss,
+    object_loss,
+    place_loss,
+)
+from onediff.model.registration import NUM_MOTIONS
 
-P, Q, E, W, D = 3, 5, 7, 11, 13
-CLASSES = {"color": ["red", "green", "blue"], "shape": ["cube", "sphere"]}
+P, SIDE, Q, E, W, D = 3, 6, 36, 7, 11, 13
+CLASSES = {"color": {"red": [2], "green": [3, 5], "blue": [7]}, "shape": {"cube": [11], "sphere": [13, 17, 19]}}
 
 
 def inputs() -> list[Tensor]:
-    """Return features, joined map, place logits, positions and camera motion for P pairs."""
+    """Return features, joined map, place logits and scores of the camera motions for P pairs."""
     generator = torch.Generator().manual_seed(3)
-    shapes = (P, 2, E), (P, Q, W), (P, 2, Q), (Q, 2), (P, 2 * CAMERA)
+    shapes = (P, 2, E), (P, Q, W), (P, 2, Q), (P, 4 * NUM_MOTIONS)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def test_the_object_is_read_where_the_place_logits_point() -> None:
     torch.manual_seed(0)
-    module, (features, joined, places, positions, camera) = ChangedObject(E, W, D, CLASSES), inputs()
-    tokens, changed, logits = module(features, joined, places, positions, camera)
+    module, (features, joined, places, camera) = ChangedObject(E, W, D, side=SIDE, classes=CLASSES), inputs()
+    tokens, changed, logits = module(features, joined, places, camera)
     for pair in range(P):
         summary = torch.cat([joined[pair].mean(0), joined[pair].max(0).values])
         seen = []
         for side in range(2):
-            share = places[pair, side].softmax(0)
-            seen += [features[pair, side], *(sum(share[place] * value[place] for place in range(Q))
-                                             for value in (joined[pair], positions)), places[pair, side].max()[None]]
+            share, squares = places[pair, side].softmax(0), torch.zeros(SQUARES, SQUARES)
+            for place in range(Q):
+                row, column = divmod(place, SIDE)
+                squares[row * SQUARES // SIDE, column * SQUARES // SIDE] += share[place]
+            mean = sum(share[place] * joined[pair, place] for place in range(Q))
+            seen += [features[pair, side], mean, squares.flatten(), places[pair, side].max()[None]]
         probability = module.changed(summary).sigmoid()
         thing = module.describe(torch.cat([*seen, summary, probability, camera[pair]]))
         assert_close(tokens[pair, 0], thing + module.marks[0])
         assert_close(tokens[pair, 1], module.camera(camera[pair]) + module.marks[1])
-        for number, attribute in enumerate(module.attributes.values()):
-            expected, token = attribute(thing)
-            assert_close(logits[number][pair], expected)
-            assert_close(tokens[pair, 2 + number], module.copy(token) + module.marks[2 + number])
+        for number, attribute in enumerate(module.attributes):
+            assert_close(logits[number][pair], attribute(thing))
         assert_close(changed[pair].sigmoid()[None], probability)
 
 
-def test_the_token_of_a_certain_attribute_is_the_vector_of_its_class() -> None:
-    attribute = Attribute(D, 5)
-    logits, token = attribute(1e3 * attribute.classes[2:3].detach())
-    assert logits.argmax() == 2
-    assert_close(token[0], attribute.classes[2])
+def test_an_attribute_token_is_the_mean_of_the_words_weighted_by_probability() -> None:
+    tokens, embedding = AttributeTokens(CLASSES, D), torch.nn.Embedding(23, D)
+    torch.nn.init.normal_(tokens.marks)
+    logits = [torch.randn(P, 3), torch.tensor([[50.0, 0.0], [0.0, 50.0], [0.0, 0.0]])]
+    read = tokens(logits, embedding)
+    cube, sphere = embedding.weight[11], embedding.weight[[13, 17, 19]].mean(0)
+    assert_close(read[:, 1], torch.stack([cube, sphere, (cube + sphere) / 2]) + tokens.marks[1])
+    red, green, blue = logits[0].softmax(-1)[0]
+    expected = red * embedding.weight[2] + green * embedding.weight[[3, 5]].mean(0) + blue * embedding.weight[7]
+    assert_close(read[0, 0], expected + tokens.marks[0])
 
 
 def test_the_place_loss_equals_a_loop_over_places() -> None:

@@ -65,7 +65,7 @@ def test_the_joined_map_is_a_linear_function_of_all_views_of_a_place() -> None:
     mixed: list[Tensor] = []
     module.mix.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))
     fused = module(images, before, after)
-    _, views, _ = module.compare_pixels(images, fused.cells)
+    _, views = module.compare_pixels(images, fused.cells)
     tower = torch.cat([compare(before[:, level], after[:, level])[1]
                        for level, compare in zip(module.levels, module.compare_tower, strict=True)], -1)
     for place in range(SIDE * SIDE):  # Here places and patches have equal positions.
@@ -73,6 +73,7 @@ def test_the_joined_map_is_a_linear_function_of_all_views_of_a_place() -> None:
         both = torch.cat([views[:, place], tower[:, place]], -1)
         weight = torch.cat([module.join_stem.weight, module.join_tower.weight], 1)
         expected = both @ weight.T + module.join_stem.bias + module.positions[:, row, column]
+        expected = expected + module.join_camera(module.registration(images).flatten(1))
         assert_close(mixed[0][:, :, row, column], functional.gelu(expected))
 
 
@@ -80,7 +81,7 @@ def test_the_output_has_the_documented_shapes_and_a_pair_does_not_depend_on_the_
     module, (images, before, after) = fusion(), pairs()
     fused, alone = module(images, before, after), module(images[1:2], before[1:2], after[1:2])
     shapes = {"cells": (P, 2, F, 3, 3), "joined": (P, W, 3, 3), "keys": (P, N, WIDTH), "patches": (P, N, W),
-              "tokens": (P, NUM_TOKENS, WIDTH), "places": (P, 2, 3, 3), "changed": (P,)}
+              "tokens": (P, 2, WIDTH), "places": (P, 2, 3, 3), "changed": (P,)}
     for name, shape in shapes.items():
         assert getattr(fused, name).shape == shape
         assert_close(getattr(fused, name)[1:2], getattr(alone, name))
@@ -108,10 +109,10 @@ def test_swapping_the_images_swaps_what_both_sides_see() -> None:
     module, (images, before, after) = fusion(), pairs()
     fused, swapped = module(images, before, after), module(images.flip(1), after, before)
     assert_close(swapped.cells, fused.cells.flip(1))
-    (seen, views, camera), (seen_swapped, views_swapped, camera_swapped) = (
+    (seen, views), (seen_swapped, views_swapped) = (
         module.compare_pixels(pixels, each.cells) for pixels, each in ((images, fused), (images.flip(1), swapped)))
     assert_close(seen_swapped, seen.flip(1))
-    assert_close(camera_swapped, camera.roll(4, -1))
+    assert_close(module.registration(images.flip(1)), module.registration(images).flip(1))
     one, two, change, lost, new = views[..., : 5 * F].split(F, -1)
     assert_close(views_swapped[..., : 5 * F], torch.cat([two, one, -change, new, lost], -1))
     assert not torch.allclose(swapped.joined, fused.joined, atol=1e-3)
@@ -209,7 +210,10 @@ def test_the_language_model_reads_the_tokens_of_fusion_behind_the_delta_tokens()
     states, counts = torch.randn(2, 4, N, C), torch.tensor([2])
     fused = model.fuse(torch.randn(2, 3, 12, 12), states, counts)
     _, delta = model.project_visual_tokens(states, counts, fused)
-    assert_close(delta[:, -NUM_TOKENS:], model.delta_projector(fused.tokens))
+    num_words = len(FUSION["delta_classes"])
+    assert_close(delta[:, -NUM_TOKENS:-num_words], model.delta_projector(fused.tokens))
+    words = model.attribute_tokens(fused.attributes, model.language.get_input_embeddings())
+    assert_close(delta[:, -num_words:], words)
 
 
 def test_a_row_with_one_image_has_zeros_instead_of_the_joined_map() -> None:

@@ -71,10 +71,9 @@ def test_the_flops_of_a_pair_include_fusion() -> None:
     before, after = torch.randn(2, 1, len(model.config.read_levels), PATCHES, CHANNELS)
     fused = model.fusion(torch.randn(1, 2, 3, 12, 12), before, after)
     module = multiplications(model, "fusion.", lambda: model.fusion(torch.randn(1, 2, 3, 12, 12), before, after))
-    attributes = sum(attribute.classes.numel() for attribute in model.fusion.object.attributes.values())
     delta = multiplications(model, "delta.", lambda: model.delta(before, after, fused.keys))
     projector = (WIDTH * LANGUAGE + LANGUAGE * LANGUAGE) * (TOKENS + fused.tokens.shape[1])
-    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + attributes + delta + projector)
+    assert Flops.of(model, phase(), cached_tower=False).pair == 6 * (module + delta + projector)
 
 
 def test_the_flops_of_an_image_equal_the_multiplications_of_the_tower_and_projector() -> None:

@@ -67,7 +67,8 @@ def bytes_saved_by_autograd(model: OneDiffForConditionalGeneration, inputs: dict
 
 
 FUSION = {"delta_fusion": {"channels": 8, "width": 12, "places": 5, "blocks": 2},
-          "delta_classes": {"color": ["red", "blue"], "shape": ["cube", "sphere", "cylinder"]}}
+          "delta_classes": {"color": {"red": [3], "blue": [5]},
+                            "shape": {"cube": [7], "sphere": [11], "cylinder": [13]}}}
 
 
 @pytest.mark.parametrize("changes", [{}, {"delta_inputs": "pair_and_matched_difference"}, {"reading": "B"},

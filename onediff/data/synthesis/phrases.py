@@ -55,13 +55,28 @@ EDIT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "none": ("leave the image as it is", "nothing was edited", "no edit was made", "keep the photo unchanged"),
 }
 
-# The instructions in training, nine for each source. The first of each source is the one that users read first.
+# Questions that fit every source. They use many different words, so that a model does not depend on one wording.
+QUESTIONS = (
+    "What changed between the two images?", "What is the difference between the two pictures?",
+    "Describe the difference between the first and the second image.", "Can you spot the change?",
+    "Which difference do you see between these photos?", "What does the second photo show that the first did not?",
+    "Please describe what is different now.", "Tell me the difference in one sentence.", "Is there anything new?",
+    "Look at the pictures before and after. What happened?", "In what way do the two photos differ?",
+    "What is special about the later image?", "Compare both images and describe the change.",
+    "Explain what has happened to the picture.", "Do the two versions differ, and how?", "List the change.",
+    "I took two pictures. What has become different?", "What would I have to do to get the second image?",
+    "Name what is not as it was before.", "By which change did the second picture come about?",
+    "Find the difference, please.",
+    "Give me a short description of the change.", "Are these images equal? If not, say why.", "What was altered here?",
+    "Between the earlier and the later version, what was modified?", "Summarize the change in a few words.",
+)
+
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "scenes": ("What changed between the two images?", "Describe the change between the scenes.",
-               "What is different in the second image?", "How does the second scene differ from the first?",
-               "Has anything changed?", "Compare the two scenes.", "Say what happened between the two images.",
-               "Name the difference between the two scenes.", "What happened on the table?"),
-    "edits": ("What edit turns the first image into the second?", "Describe the edit as an instruction.",
+    "scenes": (*QUESTIONS, "Describe the change between the scenes.", "What is different in the second image?",
+               "How does the second scene differ from the first?", "Has anything changed?", "Compare the two scenes.",
+               "Say what happened between the two images.", "Name the difference between the two scenes.",
+               "What happened on the table?"),
+    "edits": (*QUESTIONS, "What edit turns the first image into the second?", "Describe the edit as an instruction.",
               "How was the image edited?", "What was done to the photo?", "Which edit was made?",
               "Tell me how to get the second picture from the first.", "Write the instruction for this edit.",
               "How must the first image be edited to get the second?", "Which change was made to the picture?"),
