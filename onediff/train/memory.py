@@ -147,6 +147,7 @@ class _Counter:
     def __init__(self, model: nn.Module) -> None:
         self.seen = {_storage(p) for p in model.parameters()}
         self.total = 0
+        self.alive: list[Tensor] = []  # keeps all saved tensors, so that no later storage can reuse an address
         self.within, self.inputs = Counter[nn.Module](), Counter[nn.Module]()
         for block in model.modules():
             if isinstance(block, GradientCheckpointingLayer):
@@ -156,8 +157,8 @@ class _Counter:
     def keep(self, tensor: Tensor) -> Tensor:
         if _storage(tensor) not in self.seen:
             self.seen.add(_storage(tensor))
+            self.alive.append(tensor)
             self.total += tensor.untyped_storage().nbytes()
-        # Returning the tensor keeps it alive, so that no later storage can reuse its address.
         return tensor
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
