@@ -6,7 +6,7 @@ The facts of a pair come from its record. `facts_of` keeps those that the losses
 Shapes:  P pairs of a batch, G places along one side of a square image, A attributes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ ATTRIBUTE_OF_NEW = {"color": "new", "texture": "new", "color_cast": "new", "remo
                     "rotate": "turn"}
 
 Facts = dict[str, Any]
-Classes = Mapping[str, Sequence[str]]
+Classes = Mapping[str, Collection[str]]
 Targets = Callable[[Sequence[Facts]], dict[str, Tensor]]
 
 
