@@ -9,7 +9,6 @@ Shapes:  B pairs, S positions per side of a feature map, N = S * S, C channels, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onediff.files import write_json
+from onediff.files import read_json, write_json
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 MARKS = ("<pad>", "<s>", "</s>", "<unk>")
@@ -227,7 +226,7 @@ class SiameseCaptioner:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} must contain a Siamese CNN, but {name} does not exist; "
                                         "'python -m benchmarks.baselines' trains one")
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS)
         channels = tuple(settings["architecture"]["channels"])
         vocabulary = Vocabulary(settings["words"])
         model = SiameseCNN(Architecture(**settings["architecture"] | {"channels": channels}), len(vocabulary.words))

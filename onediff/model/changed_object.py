@@ -19,9 +19,10 @@ SQUARES = 4  # squares per side of the image, in which the place of the changed 
 
 
 class AttributeTokens(nn.Module):
-    """One token of the language model for each attribute: the mean of the words of its classes, by probability.
+    """Tell the language model each attribute of the changed object in one token.
 
-    The words are embeddings of the language model, so that it can copy a word that Fusion has read, as from a text.
+    The token is the mean of the embeddings of all classes of the attribute, such as "red" and "blue", weighted by their
+    probability. So the language model can copy the word that Fusion has read, as it copies words of a text.
     `words` (all tokens of all words) are the token ids, and `means` (all classes, all tokens) averages the tokens of
     each word.
     """

@@ -16,7 +16,7 @@ from onediff.config import Diffusion
 from onediff.data.embedding import Embedder
 from onediff.data.record import Record, digest, read_records, write_shards
 from onediff.data.sources.collection import Entry, load
-from onediff.files import write_json
+from onediff.files import read_json, write_json
 from onediff.inputs.images import open_image, png
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
@@ -79,7 +79,7 @@ class Editor:
                 records = list(self._records(pipeline, embedder, task, image.content, counts))
                 write_shards(records, folder, "train", shard_pairs=max(1, len(records)))
                 write_json(outcomes, counts)  # This file marks the task as finished, so it is written last.
-            return folder, json.loads(outcomes.read_text(encoding="utf-8"))
+            return folder, read_json(outcomes)
 
         return work
 
