@@ -3,12 +3,11 @@
 COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 MATERIALS = ("matte", "shiny")
 
-# Attribute -> its classes. config.json of a model keeps the classes with which the model was trained.
+# Attribute -> its classes. config.json of a model keeps the classes with which the model was trained. `result` is the
+# new color or material of an object, the color of a tint, the direction of a move or a turn, or the place of an edit.
 CLASSES: dict[str, tuple[str, ...]] = {
     "color": COLORS, "shape": ("cube", "sphere", "cylinder"), "size": ("small", "big"), "material": MATERIALS,
     "change_type": ("none", "color", "texture", "add", "drop", "move", "brighten", "darken", "more_contrast",
                     "less_contrast", "color_cast", "black_and_white", "blur", "crop", "rotate", "remove", "paste",
                     "remove_cast", "colorize", "sharpen", "zoom_out", "restore"),
-    "new": (*COLORS, *MATERIALS),  # the new color or material of an object, or the color of a tint
-    "direction": ("left", "right", "front", "back"), "place": ("left", "right", "top", "bottom", "center"),
-    "turn": ("to the left", "to the right")}
+    "result": (*COLORS, *MATERIALS, "left", "right", "front", "back", "top", "bottom", "center")}

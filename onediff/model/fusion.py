@@ -37,7 +37,7 @@ class Fused(NamedTuple):
     `keys` (P, N, D) and `patches` (P, N, W) are this map on the patch grid of the vision tower: for the delta
     tokens, and for the language model. `tokens` (P, 2, D) describe the changed object and the camera motion.
     `places` (P, 2 images, G, G) are logits of "this place lies in the changed region", `changed` (P,) is the logit
-    of "something changed", and `attributes` are the logits (P, classes) of each attribute.
+    of "something changed", and `attributes` are the logits (P, classes + 1) of each attribute.
     """
 
     cells: Tensor

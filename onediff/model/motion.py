@@ -21,9 +21,7 @@ class Motion(nn.Module):
     def __init__(self, side: int) -> None:
         super().__init__()
         self.sharpness = nn.Parameter(torch.tensor([2.0]))
-        middles = (torch.arange(side) + 0.5) * 2 / side - 1
-        y, x = torch.meshgrid(middles, middles, indexing="ij")
-        self.register_buffer("positions", torch.stack([x.flatten(), y.flatten()], 1))
+        self.register_buffer("positions", middles(side))
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the flow of each place (P, Q, 2 * FLOW): first from `before` to `after`, then the flow back.
@@ -36,3 +34,10 @@ class Motion(nn.Module):
         both, positions = there * back, self.positions.float()
         return torch.cat([there @ positions - positions, both.sum(2)[..., None],
                           back.transpose(1, 2) @ positions - positions, both.sum(1)[..., None]], -1).to(before.dtype)
+
+
+def middles(side: int) -> Tensor:
+    """Return the middle (x, y) of each place, (side * side, 2), from -1 to 1; x points right and y points down."""
+    middle = (torch.arange(side) + 0.5) * 2 / side - 1
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)

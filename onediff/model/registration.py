@@ -44,7 +44,9 @@ class Registration(nn.Module):
         with torch.no_grad():
             small, plain = (functional.adaptive_avg_pool2d(images.flatten(0, 1).float(), px).flatten(2)
                             for px in (IMAGE_PX, VIEW_PX))
-            moved = normalized((small[:, None] @ self.views.float().transpose(1, 2)).unflatten(0, (-1, 2)))
+            # One product for all motions. A batched product would first copy the matrices for each image.
+            moved = small @ self.views.float().flatten(0, 1).T  # (2P, 3, M * V * V)
+            moved = normalized(moved.unflatten(2, (NUM_MOTIONS, -1)).transpose(1, 2).unflatten(0, (-1, 2)))
             target = normalized(plain.unflatten(0, (-1, 2)).flip(1)[:, :, None])  # the other image of each pair
             scores = (moved * target).sum((-2, -1))  # (P, 2, M)
         likely = (self.sharpness.float() * scores.flatten(1)).softmax(-1).view_as(scores)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onediff import interrupts
+from onediff.allocator import keep_freed_memory
 from onediff.config import load_params
 from onediff.files import disk_full_named
 from onediff.network import exempt_loopback_from_proxies
@@ -28,6 +29,7 @@ def run(stage: Callable[..., object]) -> None:
     interrupts.raise_keyboard_interrupt(END_S)
     interrupts.end_with_starters()
     exempt_loopback_from_proxies()
+    keep_freed_memory()
     try:
         with disk_full_named(Path("data")):
             if "DVC_STAGE" in os.environ:

@@ -8,8 +8,9 @@ from onediff.inputs.attributes import CLASSES
 
 
 def test_the_classes_cover_everything_that_the_generators_record() -> None:
-    recorded = {"color": COLORS, "shape": SHAPES, "size": SIZES, "material": MATERIALS, "direction": DIRECTIONS,
-                "place": PLACES, "turn": TURNS, "new": {*COLORS, *MATERIALS, *CASTS},
+    turns = {turn.removeprefix("to the ") for turn in TURNS}
+    recorded = {"color": COLORS, "shape": SHAPES, "size": SIZES, "material": MATERIALS,
+                "result": {*COLORS, *MATERIALS, *CASTS, *DIRECTIONS, *PLACES, *turns},
                 "change_type": {*SCENE_TEMPLATES, *EDIT_TEMPLATES}}
     assert recorded.keys() == CLASSES.keys()
     for name, values in recorded.items():

@@ -36,28 +36,30 @@ def test_the_object_is_read_where_the_place_logits_point() -> None:
         seen = []
         for side in range(2):
             share, squares = places[pair, side].softmax(0), torch.zeros(SQUARES, SQUARES)
+            middle = torch.zeros(2)
             for place in range(Q):
                 row, column = divmod(place, SIDE)
                 squares[row * SQUARES // SIDE, column * SQUARES // SIDE] += share[place]
+                middle += share[place] * torch.tensor([(2 * number + 1) / SIDE - 1 for number in (column, row)])
             mean = sum(share[place] * joined[pair, place] for place in range(Q))
-            seen += [features[pair, side], mean, squares.flatten(), places[pair, side].max()[None]]
+            seen += [features[pair, side], mean, squares.flatten(), middle, places[pair, side].max()[None]]
         probability = module.changed(summary).sigmoid()
-        thing = module.describe(torch.cat([*seen, summary, probability, camera[pair]]))
-        assert_close(tokens[pair, 0], thing + module.marks[0])
+        everything = torch.cat([*seen, summary, probability, camera[pair]])
+        assert_close(tokens[pair, 0], module.describe(everything) + module.marks[0])
         assert_close(tokens[pair, 1], module.camera(camera[pair]) + module.marks[1])
         for number, attribute in enumerate(module.attributes):
-            assert_close(logits[number][pair], attribute(thing))
+            assert_close(logits[number][pair], attribute(everything))
         assert_close(changed[pair].sigmoid()[None], probability)
 
 
 def test_an_attribute_token_is_the_mean_of_the_words_weighted_by_probability() -> None:
     tokens, embedding = AttributeTokens(CLASSES, D), torch.nn.Embedding(23, D)
     torch.nn.init.normal_(tokens.marks)
-    logits = [torch.randn(P, 3), torch.tensor([[50.0, 0.0], [0.0, 50.0], [0.0, 0.0]])]
+    logits = [torch.randn(P, 4), torch.tensor([[50.0, 0.0, 0.0], [0.0, 0.0, 50.0], [0.0, 0.0, 0.0]])]
     read = tokens(logits, embedding)
     cube, sphere = embedding.weight[11], embedding.weight[[13, 17, 19]].mean(0)
-    assert_close(read[:, 1], torch.stack([cube, sphere, (cube + sphere) / 2]) + tokens.marks[1])
-    red, green, blue = logits[0].softmax(-1)[0]
+    assert_close(read[:, 1], torch.stack([cube, 0 * cube, (cube + sphere) / 3]) + tokens.marks[1])
+    red, green, blue, _ = logits[0].softmax(-1)[0]
     expected = red * embedding.weight[2] + green * embedding.weight[[3, 5]].mean(0) + blue * embedding.weight[7]
     assert_close(read[0, 0], expected + tokens.marks[0])
 

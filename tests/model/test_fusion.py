@@ -85,7 +85,7 @@ def test_the_output_has_the_documented_shapes_and_a_pair_does_not_depend_on_the_
     for name, shape in shapes.items():
         assert getattr(fused, name).shape == shape
         assert_close(getattr(fused, name)[1:2], getattr(alone, name))
-    assert [each.shape for each in fused.attributes] == [(P, 5), (P, 3)]
+    assert [each.shape for each in fused.attributes] == [(P, 6), (P, 4)]
 
 
 @pytest.mark.parametrize(("image_px", "places"), [(24, 6), (24, 3), (36, 9), (36, 3)])

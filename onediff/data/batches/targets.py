@@ -21,9 +21,7 @@ from onediff.inputs.processing import IGNORED
 SIDES = ("before", "after")
 # These edits move or replace the whole picture, so their regions are no changed places.
 WHOLE = ("crop", "rotate", "zoom_out")
-# Change type -> the attribute that the value `new` of the record belongs to. For all other types it is a place.
-ATTRIBUTE_OF_NEW = {"color": "new", "texture": "new", "color_cast": "new", "remove_cast": "new", "move": "direction",
-                    "rotate": "turn"}
+OF_THE_OBJECT = ("color", "shape", "size", "material")
 
 Facts = dict[str, Any]
 Classes = Mapping[str, Collection[str]]
@@ -35,14 +33,16 @@ def facts_of(record: Record) -> Facts:
 
     `changed` is True, False or None (unknown). `boxes` has the changed region of each image, or null for an image
     without one, in shares of the square to which the model pads an image; it is null if the places are unknown.
-    `attributes` maps an attribute to its class.
+    `attributes` maps an attribute to its class, or to null if the change has no such attribute.
     """
     kind, provenance = record.change_type, record.provenance
-    known = {"change_type": kind, **(provenance.get("object") or {})}
-    if provenance.get("new"):
-        known[ATTRIBUTE_OF_NEW.get(kind, "place")] = provenance["new"]
+    attributes: dict[str, str | None] = {"change_type": kind}
+    if "object" in provenance:
+        attributes |= {name: (provenance["object"] or {}).get(name) for name in OF_THE_OBJECT}
+    if "new" in provenance:
+        attributes["result"] = provenance["new"] and provenance["new"].removeprefix("to the ")
     return {"changed": None if kind in ("", "unlabelled") else kind != "none", "boxes": _boxes(record),
-            "attributes": {name: value for name, value in known.items() if isinstance(value, str)}}
+            "attributes": attributes}
 
 
 def _boxes(record: Record) -> list[list[float] | None] | None:
@@ -59,7 +59,8 @@ def _boxes(record: Record) -> list[list[float] | None] | None:
 def targets_of(facts: Sequence[Facts], classes: Classes, *, places: int) -> dict[str, Tensor]:
     """Return the targets for P pairs: place_targets (P, 2, G * G), changed_targets (P,) and object_targets (P, A).
 
-    Everything that the facts do not state is IGNORED, and so is an attribute with a class that `classes` lacks.
+    Everything that the facts do not state is IGNORED, and so is an attribute with a class that `classes` lacks. The
+    target of an attribute that the change does not have is the number of its classes.
     """
     shares = np.full((len(facts), 2, places * places), IGNORED, dtype=np.float32)
     numbers = torch.full((len(facts), len(classes)), IGNORED)
@@ -67,8 +68,9 @@ def targets_of(facts: Sequence[Facts], classes: Classes, *, places: int) -> dict
         for side, box in enumerate(fact["boxes"] or ()):
             shares[row, side] = coverage([value * places for value in box], side=places).ravel() if box else 0
         for column, (name, options) in enumerate(classes.items()):
-            if fact["attributes"].get(name) in options:
-                numbers[row, column] = list(options).index(fact["attributes"][name])
+            attributes, names = fact["attributes"], [*options, None]
+            if name in attributes and attributes[name] in names:
+                numbers[row, column] = names.index(attributes[name])
     changed = [IGNORED if fact["changed"] is None else float(fact["changed"]) for fact in facts]
     return {"place_targets": torch.from_numpy(shares), "changed_targets": torch.tensor(changed, dtype=torch.float32),
             "object_targets": numbers}

@@ -5,6 +5,8 @@ templates. The other part is single images with captions, so that the model lear
 for them is discarded. The training contains no image pairs.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.random import Generator
@@ -18,7 +20,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerF
 from onediff.data.synthesis.edits.operations import CASTS, TURNS
 from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
-from onediff.data.synthesis.render import COLORS, MATERIALS, SHAPES, SIZES
+from onediff.inputs.attributes import CLASSES, COLORS, MATERIALS
 from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, single_prompt, text_prompt
 from onediff.train.pretrain.pretrainer import normalized, pooled
@@ -30,35 +32,48 @@ _NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple
 def sentence(rng: Generator) -> tuple[str, str]:
     """Return a question and a random change caption as answer; no image belongs to them.
 
-    Half of the questions are the default question, and the others are instructions of the source of the caption.
+    Half of the questions are the default question, and the others are instructions of the source of the caption. Before
+    two thirds of the questions stand the attributes of the change, as words in the order in which AttributeTokens puts
+    them before the question about a pair. So the language model learns to write a sentence from words.
     """
-    source, caption = _change_caption(rng)
-    return DEFAULT_INSTRUCTION if rng.random() < 0.5 else pick(rng, INSTRUCTIONS[source]), caption
+    source, attributes, caption = _change_caption(rng)
+    question = DEFAULT_INSTRUCTION if rng.random() < 0.5 else pick(rng, INSTRUCTIONS[source])
+    words = [attributes[name].replace("_", " ") for name in sorted(CLASSES) if attributes.get(name)]
+    return f"{' '.join(words)}\n{question}" if rng.random() < 2 / 3 else question, caption
 
 
-def _change_caption(rng: Generator) -> tuple[str, str]:
-    """Return the name of a source and a random change caption of this source."""
+def _change_caption(rng: Generator) -> tuple[str, dict[str, str], str]:
+    """Return the name of a source, the attributes of a random change, and a caption in the words of this source."""
     if rng.random() < 0.6:
         kind = pick(rng, tuple(SCENE_TEMPLATES))
-        new = {"color": tuple(COLORS), "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",))
-        change = pick(rng, new)
-        words = {"old": noun(rng), "new": DIRECTIONS.get(change) or say(rng, change)}
-        return "scenes", pick(rng, SCENE_TEMPLATES[kind]).format(**words)
+        thing = {} if kind == "none" else _draw_thing(rng)
+        result = pick(rng, {"color": COLORS, "texture": MATERIALS, "move": tuple(DIRECTIONS)}.get(kind, ("",)))
+        words = {"old": thing and noun(rng, thing), "new": DIRECTIONS.get(result) or say(rng, result)}
+        return ("scenes", {"change_type": kind, "result": result, **thing},
+                pick(rng, SCENE_TEMPLATES[kind]).format(**words))
     kind = pick(rng, tuple(EDIT_TEMPLATES))
-    words = {"old": f"{pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}",
-             "new": pick(rng, _NEW.get(kind, tuple(PLACES)))}
-    return "edits", pick(rng, EDIT_TEMPLATES[kind]).format(**words)
+    template = pick(rng, EDIT_TEMPLATES[kind])
+    # The sentence about a removed object names the object as little as the one about a part of a photograph does.
+    thing = _draw_thing(rng) if kind == "paste" or (kind == "remove" and rng.random() < 0.5) else {}
+    result = pick(rng, _NEW.get(kind, tuple(PLACES))) if "{new}" in template else ""
+    words = {"old": thing and f"{thing['color']} {say(rng, thing['shape'])}", "new": result}
+    return ("edits", {"change_type": kind, "result": result.removeprefix("to the "), **thing}, template.format(**words))
 
 
-def noun(rng: Generator) -> str:
-    """Return a random noun phrase for an object, such as "small red cube" or "red cube left of the blue ball"."""
-    words = [say(rng, pick(rng, tuple(SIZES)))] if rng.random() < 0.2 else []
-    words.append(pick(rng, tuple(COLORS)))
-    words += [say(rng, pick(rng, MATERIALS))] if rng.random() < 0.2 else []
-    phrase = " ".join([*words, say(rng, pick(rng, SHAPES))])
+def _draw_thing(rng: Generator) -> dict[str, str]:
+    """Draw the attributes of an object."""
+    return {name: pick(rng, CLASSES[name]) for name in ("color", "shape", "size", "material")}
+
+
+def noun(rng: Generator, thing: Mapping[str, str]) -> str:
+    """Return a noun phrase for an object, such as "small red cube" or "red cube left of the blue ball"."""
+    words = [say(rng, thing["size"])] if rng.random() < 0.2 else []
+    words.append(thing["color"])
+    words += [say(rng, thing["material"])] if rng.random() < 0.2 else []
+    phrase = " ".join([*words, say(rng, thing["shape"])])
     if rng.random() < 0.1:
-        side = pick(rng, ("left of", "right of", "behind", "in front of"))
-        phrase += f" {side} the {pick(rng, tuple(COLORS))} {say(rng, pick(rng, SHAPES))}"
+        side, other = pick(rng, ("left of", "right of", "behind", "in front of")), _draw_thing(rng)
+        phrase += f" {side} the {other['color']} {say(rng, other['shape'])}"
     return phrase
 
 

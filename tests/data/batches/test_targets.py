@@ -16,7 +16,7 @@ from onediff.inputs.images import png
 from onediff.inputs.processing import IGNORED
 
 PLACES = 4
-ATTRIBUTES = {"color": ["red", "blue", "gray"], "change_type": ["none", "move"], "direction": ["left", "right"]}
+ATTRIBUTES = {"color": ["red", "blue", "gray"], "change_type": ["none", "move"], "result": ["left", "right"]}
 
 
 def record(change_type: str, size: tuple[int, int] = (96, 96), **provenance: Any) -> Record:
@@ -46,7 +46,8 @@ def test_a_box_of_a_wide_image_counts_in_the_padded_square() -> None:
 def test_an_unchanged_pair_has_empty_regions() -> None:
     targets = targets_of([facts_of(record("none", object=None, new=None))], ATTRIBUTES, places=PLACES)
     assert not targets["place_targets"].any() and targets["changed_targets"].tolist() == [0]
-    assert targets["object_targets"].tolist() == [[IGNORED, 0, IGNORED]]
+    # The last number means that the change has no such attribute.
+    assert targets["object_targets"].tolist() == [[3, 0, 2]]
 
 
 @pytest.mark.parametrize(("change_type", "provenance"), [
@@ -65,13 +66,18 @@ def test_nothing_is_known_about_a_published_pair_without_labels() -> None:
     assert all((value == IGNORED).all() for value in targets.values())
 
 
-@pytest.mark.parametrize(("change_type", "new", "attribute"), [
-    ("color", "cyan", "new"), ("texture", "shiny", "new"), ("color_cast", "red", "new"), ("move", "front", "direction"),
-    ("rotate", "to the right", "turn"), ("paste", "top", "place"), ("crop", "left", "place")])
-def test_the_outcome_of_a_change_belongs_to_one_attribute(change_type: str, new: str, attribute: str) -> None:
+@pytest.mark.parametrize(("change_type", "new", "result"), [
+    ("color", "cyan", "cyan"), ("texture", "shiny", "shiny"), ("color_cast", "red", "red"), ("move", "front", "front"),
+    ("rotate", "to the right", "right"), ("paste", "top", "top"), ("crop", "left", "left")])
+def test_the_result_of_a_change_is_one_word(change_type: str, new: str, result: str) -> None:
     facts = facts_of(record(change_type, new=new, region_before=[0, 0, 9, 9]))
-    assert facts["attributes"] == {"change_type": change_type, attribute: new}
-    assert new in CLASSES[attribute]
+    assert facts["attributes"] == {"change_type": change_type, "result": result}
+    assert result in CLASSES["result"]
+
+
+def test_a_class_that_is_not_in_the_list_is_ignored() -> None:
+    targets = targets_of([facts_of(record("color", new="pink", object={"color": "blue"}))], ATTRIBUTES, places=PLACES)
+    assert targets["object_targets"].tolist() == [[1, IGNORED, IGNORED]]
 
 
 def test_every_generated_scene_has_targets_at_the_place_of_its_change(scene_pairs: list[Record]) -> None:
