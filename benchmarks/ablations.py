@@ -38,7 +38,7 @@ from onediff.library_logs import silence_libraries
 from onediff.model.captioner import Captioner
 from onediff.model.changed_object import AttributeTokens, ChangedObject
 from onediff.model.fusion import CELL_PX, Fusion, Stem
-from onediff.model.registration import NUM_MOTIONS, Registration
+from onediff.model.registration import READ, Registration
 from onediff.train import phases
 
 HOME, RESULTS, TABLE = Path(".onediff/ablations"), Path("docs/ablations"), Path("docs/ablations.md")
@@ -96,8 +96,8 @@ def wordless(words: AttributeTokens, attributes: Sequence[Tensor], embedding: An
 
 
 def unregistered(registration: Registration, images: Tensor) -> Tensor:
-    """Return empty scores of the camera motions; it replaces Registration.forward."""
-    return images.new_zeros(len(images), 2, 2, NUM_MOTIONS)
+    """Return that nothing is known about the camera; it replaces Registration.forward."""
+    return images.new_zeros(len(images), 2, READ)
 
 
 # Maps the name of a variant to the part of the model that it replaces: (class, attribute, replacement).

@@ -3,7 +3,7 @@
 The auxiliary losses of training compare this description with what the generator of a pair recorded.
 
 Shapes:  P pairs, Q places per image, E channels of the features of an image, W width of the joined map, D width of the
-         delta tokens, A attributes, M camera motions of Registration.
+         delta tokens, A attributes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from onediff.inputs.processing import IGNORED
 from onediff.model.motion import middles
-from onediff.model.registration import NUM_MOTIONS
+from onediff.model.registration import READ
 
 SQUARES = 4  # squares per side of the image, in which the place of the changed object is described
 
@@ -63,11 +63,11 @@ class ChangedObject(nn.Module):
                  classes: Mapping[str, Collection[str]]) -> None:
         super().__init__()
         # Two sides with features, joined features, squares, middle and a logit; the summary of the map; the probability
-        # of a change; the scores of the camera motions.
-        inputs = 2 * (features + joined + SQUARES**2 + 3) + 2 * joined + 1 + 4 * NUM_MOTIONS
+        # of a change; the numbers of Registration.
+        inputs = 2 * (features + joined + SQUARES**2 + 3) + 2 * joined + 1 + 2 * READ
         self.describe = perceptron(inputs, 2 * width, width)
         self.changed = nn.Linear(2 * joined, 1)
-        self.camera = nn.Linear(4 * NUM_MOTIONS, width)
+        self.camera = nn.Linear(2 * READ, width)
         # Each attribute has a perceptron of its own, because a shared one forgets the attributes that few pairs have.
         self.attributes = nn.ModuleList([perceptron(inputs, width, len(options) + 1) for options in classes.values()])
         self.marks = nn.Parameter(0.3 * torch.randn(2, width))
@@ -78,12 +78,12 @@ class ChangedObject(nn.Module):
 
     def forward(self, features: Tensor, joined: Tensor, places: Tensor,
                 camera: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return two tokens (P, 2, D), the logit of "something changed" (P,), and logits (P, classes + 1) per attribute.
+        """Return tokens (P, 2, D), the logit of "something changed" (P,), and the logits (P, classes + 1) per attribute.
 
         The tokens are the object and the camera motion. The last logit of an attribute means that there is none.
         `features` (P, 2 images, E) are the mean features of each image under the mask that the place logits give, which
         is their softmax. `joined` is the map of Fusion (P, Q, W), `places` has the logits of the changed places
-        (P, 2, Q), and `camera` (P, 4 * M) the scores of Registration.
+        (P, 2, Q), and `camera` (P, 2 * READ) the numbers of Registration.
         """
         mask = places.softmax(-1)  # (P, 2, Q)
         where, strength = mask @ self.to_squares.to(mask.dtype), places.amax(-1, keepdim=True)

@@ -20,7 +20,7 @@ from onediff.model.changed_object import ChangedObject
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import SPREAD, PatchMatch
 from onediff.model.motion import FLOW, Motion
-from onediff.model.registration import NUM_MOTIONS, Registration
+from onediff.model.registration import READ, Registration
 
 CELL_PX = 4  # width of a cell of the stem's map, which has two convolutions of stride 2
 GROUPS = 8  # number of groups of channels that GroupNorm normalizes apart
@@ -130,7 +130,7 @@ class Fusion(nn.Module):
         self.compare_tower = nn.ModuleList([Comparison(tower, per_side) for _ in levels])
         self.motion, self.registration = Motion(self.side), Registration()
         self.join_stem = nn.Linear(5 * channels + 3 * COLORS + 2 * FLOW, width)
-        self.join_camera = nn.Linear(4 * NUM_MOTIONS, width, bias=False)
+        self.join_camera = nn.Linear(2 * READ, width, bias=False)
         self.join_tower = nn.Linear(5 * tower * len(levels), width, bias=False)
         self.positions = nn.Parameter(SPREAD * torch.randn(width, self.side, self.side))
         self.mix = nn.Sequential(*(Residual(width) for _ in range(config.delta_fusion["blocks"])))
@@ -150,7 +150,7 @@ class Fusion(nn.Module):
         """Compare the images (P, 2, 3, height, width), whose hidden states in the tower are (P, L, N, C) each."""
         cells = self.stem(images.flatten(0, 1)).unflatten(0, (-1, 2))  # (P, 2, F, S, S)
         seen, views = self.compare_pixels(images, cells)
-        camera = self.registration(images).flatten(1)  # (P, 4 * M)
+        camera = self.registration(images).flatten(1)  # (P, 2 * READ)
         seen_tower, views_tower = zip(*(compare(before[:, level], after[:, level]) for level, compare in
                                         zip(self.levels, self.compare_tower, strict=True)), strict=True)
         tower = self.to_places @ self.join_tower(torch.cat(views_tower, -1))  # (P, Q, W)

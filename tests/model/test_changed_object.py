@@ -14,7 +14,7 @@ from onediff.model.changed_object import (
     object_loss,
     place_loss,
 )
-from onediff.model.registration import NUM_MOTIONS
+from onediff.model.registration import READ
 
 P, SIDE, Q, E, W, D = 3, 6, 36, 7, 11, 13
 CLASSES = {"color": {"red": [2], "green": [3, 5], "blue": [7]}, "shape": {"cube": [11], "sphere": [13, 17, 19]}}
@@ -23,7 +23,7 @@ CLASSES = {"color": {"red": [2], "green": [3, 5], "blue": [7]}, "shape": {"cube"
 def inputs() -> list[Tensor]:
     """Return features, joined map, place logits and scores of the camera motions for P pairs."""
     generator = torch.Generator().manual_seed(3)
-    shapes = (P, 2, E), (P, Q, W), (P, 2, Q), (P, 4 * NUM_MOTIONS)
+    shapes = (P, 2, E), (P, Q, W), (P, 2, Q), (P, 2 * READ)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from onediff.data.synthesis.edits.photographs import photo_paths
-from onediff.model.registration import NUM_MOTIONS, QUARTERS, SIDES, STEPS, Registration
+from onediff.model.registration import NUM_MOTIONS, QUARTERS, READ, SIDES, STEPS, Registration
 
 PHOTOS = ("astronaut", "china", "coffee")
 
@@ -23,7 +23,7 @@ def photograph(name: str) -> Image.Image:
 def scores(before: Image.Image, after: Image.Image) -> Tensor:
     """Return the correlations (2 directions, M) of a pair of images."""
     pixels = [torch.from_numpy(np.asarray(image.resize((96, 96)), np.float32) / 64 - 2) for image in (before, after)]
-    return Registration()(torch.stack(pixels).permute(0, 3, 1, 2)[None])[0, :, 0]
+    return Registration().correlations(torch.stack(pixels).permute(0, 3, 1, 2)[None])[0]
 
 
 def number_of(side: float, x: float, y: float) -> int:
@@ -57,7 +57,25 @@ def test_another_contrast_does_not_hide_a_turn() -> None:
     assert QUARTERS[int(there.argmax())] == 1
 
 
-def test_the_probabilities_of_all_motions_sum_to_1_and_flat_images_are_finite() -> None:
+def test_the_numbers_equal_a_loop_over_the_motions() -> None:
+    torch.manual_seed(0)
+    module, images = Registration(), torch.randn(5, 2, 3, 24, 24)
+    motions = [(turn, 0.0, 0.0, 0.0) for turn in QUARTERS]
+    motions += [(None, 1.0, 2 * x - 1, 2 * y - 1) for _ in SIDES for x in STEPS for y in STEPS]
+    assert len(motions) == NUM_MOTIONS
+    read, correlations = module(images), module.correlations(images)
+    assert read.shape == (5, 2, READ)
+    for pair in range(5):
+        weights = (module.sharpness * correlations[pair].flatten()).softmax(0).unflatten(0, (2, NUM_MOTIONS))
+        for direction in range(2):
+            expected = [correlations[pair, direction, 0], correlations[pair, direction].max(), *[0.0] * 6]
+            for weight, (turn, zoom, x, y) in zip(weights[direction], motions, strict=True):
+                numbers = [*(float(turn == other) for other in QUARTERS), zoom, x, y]
+                expected[2:] = [mean + weight * number for mean, number in zip(expected[2:], numbers, strict=True)]
+            assert_close(read[pair, direction], torch.stack([torch.as_tensor(value) for value in expected]))
+
+
+def test_flat_images_are_finite() -> None:
     flat = Registration()(torch.zeros(5, 2, 3, 24, 24))
-    assert flat.shape == (5, 2, 2, NUM_MOTIONS)
-    assert_close(flat[:, :, 1].sum((1, 2)), torch.ones(5))
+    assert flat.isfinite().all()
+    assert_close(flat[..., 2:6].sum((1, 2)), torch.ones(5))  # the probabilities of all motions

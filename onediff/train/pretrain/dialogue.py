@@ -26,6 +26,7 @@ from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, s
 from onediff.train.pretrain.pretrainer import normalized, pooled
 
 ROWS, IMAGES, RATE = 48, 16, 1e-3
+COUPLED, STATED = 0.2, 0.85  # share of texts with two captions; share of the other texts that state the attributes
 _NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
 
@@ -33,13 +34,13 @@ def sentence(rng: Generator) -> tuple[str, str]:
     """Return a question and a random change caption as answer; no image belongs to them.
 
     Half of the questions are the default question, and the others are instructions of the source of the caption. Before
-    two thirds of the questions stand the attributes of the change, as words in the order in which AttributeTokens puts
+    most questions stand the attributes of the change, as words in the order in which AttributeTokens puts
     them before the question about a pair. So the language model learns to write a sentence from words.
     """
     source, attributes, caption = _change_caption(rng)
     question = DEFAULT_INSTRUCTION if rng.random() < 0.5 else pick(rng, INSTRUCTIONS[source])
     words = [attributes[name].replace("_", " ") for name in sorted(CLASSES) if attributes.get(name)]
-    return f"{' '.join(words)}\n{question}" if rng.random() < 2 / 3 else question, caption
+    return f"{' '.join(words)}\n{question}" if rng.random() < STATED else question, caption
 
 
 def _change_caption(rng: Generator) -> tuple[str, dict[str, str], str]:
@@ -80,9 +81,9 @@ def noun(rng: Generator, thing: Mapping[str, str]) -> str:
 def text_row(rng: Generator, captions: list[str]) -> Prompt:
     """Return a question with an answer in the chat format, without images.
 
-    In a third of the rows, the answer is two captions in order, as in Coupled Sample Training.
+    In some rows, the answer is two captions in order, as in Coupled Sample Training.
     """
-    if rng.random() < 0.33:
+    if rng.random() < COUPLED:
         first, second = (captions[int(i)] for i in rng.integers(len(captions), size=2))
         coupled = coupled_prompt("plain", first, second)
         return Prompt(coupled.question.replace("<image>", "").replace("<delta>", ""), coupled.answer, 0)
