@@ -78,7 +78,7 @@ class ChangedObject(nn.Module):
 
     def forward(self, features: Tensor, joined: Tensor, places: Tensor,
                 camera: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return tokens (P, 2, D), the logit of "something changed" (P,), and the logits (P, classes + 1) per attribute.
+        """Return tokens (P, 2, D), the logit of "something changed" (P,), and logits (P, classes + 1) per attribute.
 
         The tokens are the object and the camera motion. The last logit of an attribute means that there is none.
         `features` (P, 2 images, E) are the mean features of each image under the mask that the place logits give, which
