@@ -25,7 +25,7 @@ from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, single_prompt, text_prompt
 from onediff.train.pretrain.pretrainer import normalized, pooled
 
-ROWS, IMAGES, RATE = 48, 16, 1e-3
+ROWS, IMAGES, RATE = 48, 8, 1e-3
 COUPLED, STATED = 0.2, 0.85  # share of texts with two captions; share of the other texts that state the attributes
 _NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple(TURNS)}
 
