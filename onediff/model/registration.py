@@ -25,9 +25,9 @@ class Registration(nn.Module):
     """Compare the images after camera motions: rest, quarter turns, and zooms into windows of the image.
 
     `views` (M, V * V, R * R) are the matrices that resample an image. `meaning` (M, READ - 2) describes each motion by
-    `views` (M, V * V, R * R) are the matrices that resample an image. `meaning` (M, READ - 2) describes each motion by
     0 or 1 for rest, a turn to the left, a turn to the right and a zoom, and by the place (x, y) of the window of a
     zoom, from -1 to 1; x points right and y points down.
+    """
 
     views: Tensor
     meaning: Tensor
