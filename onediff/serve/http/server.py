@@ -14,10 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from onediff.interrupts import Stop, postponed
+from onediff.serve.http.connections import Connection
 from onediff.serve.http.service import Service
 
 KEEP_ALIVE_S = 75  # seconds for which an idle connection stays open, so that clients rarely meet a closed one
-DRAIN_S = 30  # seconds in which requests in progress may end after the signal to stop
+READ_S = 30  # seconds after which a connection ends if the client reads nothing of an answer
+DRAIN_S = 25  # seconds in which requests in progress may end after the signal to stop; Docker kills after 30 seconds
 
 
 class Server(uvicorn.Server):
@@ -43,9 +45,13 @@ class _StopServer(Stop):
 
 
 def server_of(app: FastAPI) -> Server:
-    """Return the server of an application. Its method `run` gets the open sockets."""
-    return Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on",
-                                 ws="none", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S))
+    """Return the server of an application. Its method `run` gets the open sockets.
+
+    uvicorn's warnings are not logged, because they are about invalid requests, so that a client could fill the log.
+    """
+    return Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="on", log_config=None,
+                                 log_level=logging.ERROR, access_log=False, server_header=False,
+                                 timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S))
 
 
 def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callable[[str], None]) -> None:
@@ -76,6 +82,8 @@ def listener(host: str, port: int) -> socket.socket:
     # end of an answer for 40 ms.
     opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Only Linux has it. Accepted connections inherit it.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_S * 1000)
     try:
         opened.bind((host, port))
         opened.listen(1024)
