@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import pair_body, wait_until
+from typer.testing import CliRunner
 
+from onediff.cli.main import app
 from onediff.config import Serve
 from onediff.model.captioner import Captioner
 from onediff.serve.http.app import create_app
@@ -26,11 +29,12 @@ from onediff.serve.http.service import Service
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def model(served_captioner: Captioner, tmp_path: Path) -> Path:
-    served_captioner.model.save_pretrained(tmp_path / "model")
-    served_captioner.processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def model(served_captioner: Captioner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    served_captioner.model.save_pretrained(folder)
+    served_captioner.processor.save_pretrained(folder)
+    return folder
 
 
 @contextmanager
@@ -44,7 +48,8 @@ def started(model: Path | str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_the_server_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
+@pytest.mark.slow  # The new process imports torch.
+def test_the_process_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
     with started(model) as process:
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
@@ -70,11 +75,36 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_command_serves_until_a_stop_signal(model: Path, number: signal.Signals) -> None:
+    with listener("127.0.0.1", 0) as opened:
+        port = opened.getsockname()[1]
+
+    def use() -> int:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            wait_until(lambda: is_ready(client))
+            status = client.post("/v1/captions", json=pair_body()).status_code
+            os.kill(os.getpid(), number)
+            return status
+
+    with ThreadPoolExecutor() as clients:
+        status = clients.submit(use)
+        result = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", str(model)])
+        assert (status.result(), result.exit_code) == (200, 0)
+    assert result.stdout == f"OneDiff serves {model} at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 def test_a_missing_model_is_refused_before_the_port_is_open(tmp_path: Path) -> None:
-    with started(tmp_path / "nothing") as process:
-        output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (1, "")
-    assert "is not a model folder" in errors
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--model", str(tmp_path / "nothing")])
+    assert "is not a model folder" in str(result.exception)
+    assert result.output == ""
 
 
 def test_accepted_connections_send_without_delay() -> None:
