@@ -22,7 +22,8 @@ from onediff.model.captioner import Captioner
 from onediff.ops.serving import claims_change
 from onediff.serve.http.app import create_app
 from onediff.serve.http.captioning import Version
-from onediff.serve.http.server import Server, listener, server_of
+from onediff.serve.http.port import listener
+from onediff.serve.http.server import Server, server_of
 from onediff.serve.http.service import Service
 
 

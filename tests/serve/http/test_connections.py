@@ -13,8 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 from serving import running_app, wait_until
 
-from onediff.serve.http import connections
-from onediff.serve.http import server as server_module
+from onediff.serve.http import connections, port
 from onediff.serve.http.server import Server
 
 GET = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -89,7 +88,7 @@ def test_a_connection_ends_if_no_complete_headers_arrive(app: FastAPI, start: by
 
 
 def test_a_client_that_reads_nothing_loses_its_connection(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "READ_S", 1)
+    monkeypatch.setattr(port, "READ_S", 1)
     with running_app(app) as server, connected(server, receive_buffer=4096) as client:
         client.sendall(LARGE)
         wait_until(lambda: bool(server.server_state.connections))

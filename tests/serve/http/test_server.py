@@ -1,11 +1,10 @@
-"""Tests of the process `onediff serve`: start, clean end, and errors before and after the port is open."""
+"""Tests of the process `onediff serve`: start, clean end, and a model that cannot be loaded."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from onediff.config import Serve
 from onediff.model.captioner import Captioner
 from onediff.serve.http.app import create_app
 from onediff.serve.http.captioning import Version
-from onediff.serve.http.server import listener, run
+from onediff.serve.http.port import listener
+from onediff.serve.http.server import run
 from onediff.serve.http.service import Service
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,10 +69,10 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
     def load(name: str) -> Version:
         raise ValueError(f"version {name}: the weights cannot be read")
 
-    service, addresses = Service(Serve(), current=lambda: "7", load=load), list[str]()
-    with pytest.raises(ValueError, match="version 7: the weights cannot be read"):
-        run(service, create_app(service), host="127.0.0.1", port=0, report=addresses.append)
-    assert len(addresses) == 1
+    service = Service(Serve(), current=lambda: "7", load=load)
+    with (listener("127.0.0.1", 0) as opened,
+          pytest.raises(ValueError, match="version 7: the weights cannot be read")):
+        run(service, create_app(service), opened)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -105,17 +105,3 @@ def test_a_missing_model_is_refused_before_the_port_is_open(tmp_path: Path) -> N
     result = CliRunner().invoke(app, ["serve", "--port", "0", "--model", str(tmp_path / "nothing")])
     assert "is not a model folder" in str(result.exception)
     assert result.output == ""
-
-
-def test_accepted_connections_send_without_delay() -> None:
-    with listener("127.0.0.1", 0) as opened, socket.create_connection(opened.getsockname()):
-        accepted, _ = opened.accept()
-        with accepted:
-            assert accepted.proto == socket.IPPROTO_TCP  # With this number, asyncio sets TCP_NODELAY.
-
-
-def test_a_port_in_use_is_refused_with_its_address() -> None:
-    with listener("127.0.0.1", 0) as opened:
-        port = opened.getsockname()[1]
-        with pytest.raises(OSError, match=f"the server cannot listen on 127.0.0.1 port {port}: .*choose another"):
-            listener("127.0.0.1", port)
