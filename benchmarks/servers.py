@@ -21,7 +21,7 @@ from fastapi import FastAPI, UploadFile
 from typer import Option, Typer
 
 from onediff.config import Serve
-from onediff.serve.http.server import listener
+from onediff.serve.http.port import listener
 
 START_S = 180.0  # longest time until a server is ready
 HOST = "127.0.0.1"
@@ -60,7 +60,8 @@ def following(names: Path, port: Port, poll_s: float = 0.5) -> None:
 
     service = Service(Serve(poll_s=poll_s), current=lambda: names.read_text(encoding="utf-8"),
                       load=lambda name: load_version(name, name, load_runtime()))
-    run(service, create_app(service), host=HOST, port=port, report=print)
+    with listener(HOST, port) as opened:
+        run(service, create_app(service), opened)
 
 
 class Process:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
 from onediff.config import Config, Serve
@@ -21,7 +22,8 @@ from onediff.model.captioner import Captioner
 from onediff.ops.serving import claims_change
 from onediff.serve.http.app import create_app
 from onediff.serve.http.captioning import Version
-from onediff.serve.http.server import listener, server_of
+from onediff.serve.http.port import listener
+from onediff.serve.http.server import Server, server_of
 from onediff.serve.http.service import Service
 
 
@@ -39,14 +41,22 @@ def running_server(captioner: Captioner, limits: Serve, *, api_key: str | None =
                    load: Callable[[str], Version] | None = None) -> Iterator[RunningServer]:
     """Run a server on a free port during the `with` block, and wait until its model is loaded."""
     service = Service(limits, current=current, load=load or (lambda name: version(captioner, name)))
-    server = server_of(create_app(service, api_key=api_key))
+    with running_app(create_app(service, api_key=api_key)) as server:
+        wait_until(lambda: service.version is not None)
+        yield RunningServer("http://127.0.0.1:{1}".format(*server.servers[0].sockets[0].getsockname()), service)
+
+
+@contextmanager
+def running_app(app: FastAPI, *, keep_alive_s: int = 75) -> Iterator[Server]:
+    """Run an application on a free port, in a thread, during the `with` block."""
+    server = server_of(app)
+    server.config.timeout_keep_alive = keep_alive_s
     with listener("127.0.0.1", 0) as opened:
-        url = f"http://127.0.0.1:{opened.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         try:
-            wait_until(lambda: service.version is not None)
-            yield RunningServer(url, service)
+            wait_until(lambda: server.started)
+            yield server
         finally:
             server.should_exit = True
             thread.join()

@@ -14,8 +14,9 @@ def serve(model: Model = CHAMPION,
           "127.0.0.1",
           port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 chooses a free one.")] = 8000,
           api_key_file: Annotated[Path | None, path_option(
-              "--api-key-file", help="A file with the API key that clients must send; without it, the environment "
-                                     "variable ONEDIFF_API_KEY.")] = None) -> None:
+              "--api-key-file", help="A file with the API key that clients must send. Without this option, the key is "
+                                     "in the environment variable ONEDIFF_API_KEY; without both, no key is "
+                                     "needed.")] = None) -> None:
     """Serve a page and an API that say what changed between two images.
 
     The server follows the champion: a new champion takes over without an interruption. runtime.yaml sets the limits of
@@ -30,7 +31,7 @@ def serve(model: Model = CHAMPION,
 
     key = read_key(api_key_file)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        print_warning(f"onediff: everyone who reaches {host} can use this server, because it has no API key; set "
-                      "ONEDIFF_API_KEY")
+        print_warning("onediff: everyone who can connect to this machine can use the server, because it has no API "
+                      "key; use --api-key-file, or set ONEDIFF_API_KEY")
     run_server(model, host=host, port=port, api_key=key,
                report=lambda address: print_text(f"OneDiff serves {model} at {address}; Ctrl-C stops it"))

@@ -16,6 +16,7 @@ from onediff.library_logs import silence_libraries
 from onediff.model.digest import checked_digests
 from onediff.ops.predict import folder_of
 from onediff.registry import NAME, version_tags
+from onediff.serve.http.port import address, listener
 from onediff.serve.usage_log import usage_log
 
 if TYPE_CHECKING:
@@ -27,21 +28,23 @@ KEY_VARIABLE = "ONEDIFF_API_KEY"
 def serve(model: str, *, host: str, port: int, api_key: str | None, report: Callable[[str], None]) -> None:
     """Serve the model at the address until a signal stops the process.
 
-    `model` is a model folder or the address of a registered version. If the address contains an alias, such as
-    @champion, the server follows the alias. Raises the errors of `Captioner.load` and of the registry, and OSError if
-    the port cannot be opened.
+    `model` is a model folder or the address of a registered version. If this address contains an alias, such as
+    @champion, the server follows the alias. `report` gets the address of the server. Raises the errors of
+    `Captioner.load` and of the registry, and OSError if the port cannot be opened.
     """
     runtime = load_runtime()
     if not model.startswith("models:/"):
         folder_of(model)
-    threading.Thread(target=_import_model, daemon=True).start()
-    from onediff.serve.http.app import create_app
-    from onediff.serve.http.server import run
-    from onediff.serve.http.service import Service
+    with listener(host, port) as opened:
+        threading.Thread(target=_import_model, daemon=True).start()
+        from onediff.serve.http.app import create_app
+        from onediff.serve.http.server import run
+        from onediff.serve.http.service import Service
 
-    service = Service(runtime.serve, current=lambda: current_version(model),
-                      load=lambda name: load_version(model, name, runtime))
-    run(service, create_app(service, api_key=api_key), host=host, port=port, report=report)
+        report(address(opened, host))
+        service = Service(runtime.serve, current=lambda: current_version(model),
+                          load=lambda name: load_version(model, name, runtime))
+        run(service, create_app(service, api_key=api_key), opened)
 
 
 def _import_model() -> None:
@@ -69,11 +72,14 @@ def load_version(model: str, name: str, runtime: Runtime) -> Version:
     from onediff.model.captioner import Captioner
     from onediff.serve.http.captioning import Version
 
-    address = f"models:/{NAME}/{name}" if model.startswith("models:/") else model
-    folder = folder_of(address)
+    source = f"models:/{NAME}/{name}" if model.startswith("models:/") else model
+    folder = folder_of(source)
     digests = checked_digests(folder)
-    return Version(name, digests.folder, Captioner.load(folder, device=runtime.device), claims_change,
-                   usage_log(runtime, address, folder))
+    captioner = Captioner.load(folder, device=runtime.device)
+    # The loaded weights are a view of the file: a change of the file would change the captions, or end the process.
+    for weights in (*captioner.model.parameters(), *captioner.model.buffers()):
+        weights.data = weights.data.clone()
+    return Version(name, digests.folder, captioner, claims_change, usage_log(runtime, source, folder))
 
 
 def claims_change(caption: str) -> bool | None:

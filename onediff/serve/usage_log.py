@@ -55,23 +55,28 @@ class UsageLog:
     model: str
     weights: str
     keep_images: bool
-    _has_failed: bool = field(default=False, init=False)
+    _num_lost: int = field(default=0, init=False)  # captions that were not logged since the last message
 
     def add(self, uses: Sequence[Use]) -> None:
         """Write one line for each use.
 
         If the disk is full or the folder cannot be written, print one message on stderr and continue, because a caption
-        must not fail when it cannot be logged.
+        must not fail when it cannot be logged. Print another message when captions are logged again.
         """
         now = datetime.now(UTC)
         try:
             self.folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             append(self.folder / f"{now:%Y-%m-%d}.jsonl", [self._row(use, now) for use in uses])
         except OSError as error:
-            if not self._has_failed:
+            if not self._num_lost:
                 print(f"onediff: usage_log {self.folder}: captions are not logged ({error.strerror or error}); "
                       "free some disk space, or set another folder in runtime.yaml", file=sys.stderr)
-            self._has_failed = True
+            self._num_lost += len(uses)
+        else:
+            if self._num_lost:
+                print(f"onediff: usage_log {self.folder}: captions are logged again; {self._num_lost} are missing",
+                      file=sys.stderr)
+            self._num_lost = 0
 
     def _row(self, use: Use, now: datetime) -> dict[str, Any]:
         before, after = (file if isinstance(file, bytes) else file.read_bytes() for file in use.files)
@@ -91,8 +96,11 @@ class UsageLog:
         if not path.exists():
             path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            part.write_bytes(content)
-            part.replace(path)
+            try:
+                part.write_bytes(content)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # A full disk leaves a part of the file.
         return f"images/{path.name}"
 
 

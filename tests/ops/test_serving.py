@@ -55,6 +55,14 @@ def test_a_folder_is_served_under_its_name_and_no_code_in_it_is_run(model: Path,
     assert not proof.exists()
 
 
+def test_a_change_of_the_files_does_not_change_the_loaded_version(model: Path) -> None:
+    loaded = load_version(str(model), "first", Runtime(device="cpu"))
+    weights = {name: value.clone() for name, value in loaded.captioner.model.state_dict().items()}
+    with (model / "model.safetensors").open("r+b") as file:
+        file.write(bytes((model / "model.safetensors").stat().st_size))
+    assert all(value.equal(weights[name]) for name, value in loaded.captioner.model.state_dict().items())
+
+
 @pytest.mark.parametrize(("caption", "changed"), [
     ("nothing has changed", False), ("the small red metal cube was removed", True), ("hello", None)])
 def test_a_caption_claims_a_change_or_none_or_cannot_be_read(caption: str, changed: bool | None) -> None:

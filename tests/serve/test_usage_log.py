@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -104,20 +106,38 @@ def test_a_line_truncated_by_a_full_disk_does_not_affect_other_lines(log: UsageL
     assert [row["caption"] for row in rows] == ["first", "second"] and broken == 1
 
 
-def test_a_full_disk_is_reported_once_and_raises_no_error(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
-    log.add([use(png("red"), png("blue"))])
-    size = next(log.folder.glob("*.jsonl")).stat().st_size
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond this number of bytes, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1]))  # Like on a full disk, the file cannot grow.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
-        log.add([use(png("red"), png("blue"))])
-        log.add([use(png("red"), png("blue"))])
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_reported_once_and_raises_no_error(log: UsageLog, capsys: pytest.CaptureFixture[str]) -> None:
+    log.add([use(png("red"), png("blue"))])
+    size = next(log.folder.glob("*.jsonl")).stat().st_size
+    with full_disk(size + 10):
+        log.add([use(png("red"), png("blue"))])
+        log.add([use(png("red"), png("blue"))] * 2)
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1 and "captions are not logged" in stderr and "runtime.yaml" in stderr
+    for _ in range(2):
+        log.add([use(png("red"), png("blue"))])
+    assert capsys.readouterr().err == f"onediff: usage_log {log.folder}: captions are logged again; 3 are missing\n"
+
+
+def test_a_full_disk_leaves_no_part_of_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = UsageLog(tmp_path / "usage", "m", "abc", keep_images=True)
+    with full_disk(20):
+        log.add([use(png("red"), png("blue"))])
+    assert "captions are not logged" in capsys.readouterr().err
+    assert list((log.folder / "images").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_created_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,5 +7,6 @@
     errors.py    one shape for all errors         metrics.py       figures for Prometheus
     chat.py      OpenAI's protocol                chat_request.py  the bodies of this protocol
     web_page.py  the page `/`, files in page/     api_docs.py      the page `/docs`
-    server.py    uvicorn: the socket, the start and the end
+    server.py    uvicorn: the start and the end     connections.py   ends the connections of slow clients
+    port.py      opens the port
 """

@@ -23,7 +23,8 @@ from onediff.serve.http.web_page import add_page
 
 REFUSALS = {401: "The API key is wrong or missing.", 408: "The body arrives too slowly.",
             413: "The body, an image or the list of pairs is too large.",
-            415: "The content type is neither JSON nor multipart.", 422: "A value of the request is wrong.",
+            415: "The content type is neither JSON nor multipart, or the body is compressed.",
+            422: "A value of the request is wrong.",
             429: "Too many pairs wait already.", 500: "The server has an internal error.",
             503: "The model is still loading.", 504: "The caption took too long."}
 
@@ -50,7 +51,7 @@ class HeadAsGet:
 def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     """Return the application. With an `api_key`, the addresses below /v1 need the header Authorization: Bearer KEY."""
     app = FastAPI(title="OneDiff", summary="Describes in one sentence what changed between two images.",
-                  lifespan=service.running, docs_url=None, redoc_url=None)
+                  lifespan=service.running, docs_url=None, redoc_url=None, redirect_slashes=False)
     add_error_handlers(app)
     app.add_middleware(MeasuredRequests, metrics=service.metrics)
     app.add_middleware(HeadAsGet)

@@ -15,8 +15,6 @@ from starlette.requests import ClientDisconnect
 
 CLIENT_GONE = 499  # the status with which nginx logs a request whose client closed the connection
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 499: "invalid_request_error"}
-_OF_FRAMEWORK = {404: ("not_found", "nothing is at this address; /docs lists the addresses of this server"),
-                 405: ("method_not_allowed", "this address has another method; /docs lists the methods")}
 _log = logging.getLogger("onediff.serve")
 
 
@@ -59,7 +57,7 @@ def wrong_value(error: ValidationError, *, inside: str = "") -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = ".".join([*filter(None, [inside]), *map(str, first["loc"])])
     if first["type"] == "json_invalid":
-        return ApiError(422, f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}",
+        return ApiError(422, f"the body is not valid JSON in UTF-8: {first['msg'].removeprefix('Invalid JSON: ')}",
                         code="invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(422, f"{param or 'body'}: {message[:1].lower()}{message[1:]}", code="invalid_value",
@@ -88,10 +86,15 @@ async def _refused(_: Request, error: Exception) -> Response:
     return error_response(error.status, str(error), code=error.code, param=error.param, headers=error.headers)
 
 
-async def _of_framework(_: Request, error: Exception) -> Response:
+async def _of_framework(request: Request, error: Exception) -> Response:
     """Answer an error that the web framework found: an unknown address, or a method that the address does not have."""
     assert isinstance(error, HTTPException), "FastAPI calls this handler for HTTPException only"
-    code, message = _OF_FRAMEWORK.get(error.status_code, ("http_error", str(error.detail)))
+    code, message = "http_error", str(error.detail)
+    if error.status_code == 404:
+        code, message = "not_found", "nothing is at this address; /docs lists the addresses of this server"
+    elif error.status_code == 405:
+        code = "method_not_allowed"
+        message = f"this address takes {(error.headers or {}).get('Allow', 'GET')} only, got {request.method}"
     return error_response(error.status_code, message, code=code, headers=error.headers)
 
 

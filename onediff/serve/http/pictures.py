@@ -18,16 +18,22 @@ from onediff.serve.http.errors import ApiError
 LARGE_MEGAPIXELS = 2.0  # An image with more pixels takes more than about 50 ms to decode.
 MOST_SCANS = 100  # A JPEG with thousands of scans is a few kilobytes long, but takes minutes to decode.
 _WHITESPACE = string.whitespace.encode()
+_ESCAPED = ("%2B", "+"), ("%2b", "+"), ("%2F", "/"), ("%2f", "/"), ("%3D", "="), ("%3d", "=")
 _JPEG, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 
 
 def image_bytes(text: str, param: str) -> bytes:
-    """Return the bytes of base64 text or of a data URI. Raises ApiError, which names `param`, for any other text."""
+    """Return the bytes of base64 text or of a data URI. Raises ApiError, which names `param`, for any other text.
+
+    The signs of the base64 text in a data URI may be escaped, as in %2B (RFC 2397).
+    """
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise ApiError(422, f"{param}: a data URI must look like data:image/png;base64,...", code="invalid_image",
                            param=param)
+        for escape, sign in _ESCAPED:  # The function `unquote` would need much more memory.
+            text = text.replace(escape, sign)
     elif "://" in text[:100]:
         raise ApiError(422, f"{param}: this server opens no address: send the image as base64 text or as a data URI",
                        code="address_refused", param=param)

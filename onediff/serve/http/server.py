@@ -1,11 +1,11 @@
-"""Run the application with uvicorn: open the port, load the model while the port is open, end cleanly on Ctrl-C."""
+"""Run the application with uvicorn: load the model while the port is open, and end cleanly on Ctrl-C."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -14,10 +14,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from onediff.interrupts import Stop, postponed
+from onediff.serve.http.connections import Connection
 from onediff.serve.http.service import Service
 
 KEEP_ALIVE_S = 75  # seconds for which an idle connection stays open, so that clients rarely meet a closed one
-DRAIN_S = 30  # seconds in which requests in progress may end after the signal to stop
+DRAIN_S = 25  # seconds in which requests in progress may end after the signal to stop; Docker kills after 30 seconds
 
 
 class Server(uvicorn.Server):
@@ -43,44 +44,29 @@ class _StopServer(Stop):
 
 
 def server_of(app: FastAPI) -> Server:
-    """Return the server of an application. Its method `run` gets the open sockets."""
-    return Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, server_header=False, lifespan="on",
-                                 ws="none", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S))
+    """Return the server of an application. Its method `run` gets the open sockets.
+
+    uvicorn's warnings are not logged, because they are about invalid requests, so that a client could fill the log.
+    """
+    return Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="on", log_config=None,
+                                 log_level=logging.ERROR, access_log=False, server_header=False,
+                                 timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S))
 
 
-def run(service: Service, app: FastAPI, *, host: str, port: int, report: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let the requests in progress end. `report` gets the address of the server.
+def run(service: Service, app: FastAPI, opened: socket.socket) -> None:
+    """Serve on an open socket until SIGINT, SIGTERM or SIGHUP, then let the requests in progress end.
 
-    Raises OSError if the port cannot be opened, and the error of the first version if it cannot be loaded.
+    Raises the error of the first version if it cannot be loaded.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("onediff.serve").setLevel(logging.INFO)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It would log a warning for each invalid form.
-    with listener(host, port) as opened:
-        report(f"http://{host if ':' not in host else f'[{host}]'}:{opened.getsockname()[1]}")
-        server = server_of(app)
+    server = server_of(app)
 
-        def stop() -> None:
-            server.should_exit = True
+    def stop() -> None:
+        server.should_exit = True
 
-        service.give_up = stop
-        server.run(sockets=[opened])
+    service.give_up = stop
+    server.run(sockets=[opened])
     if service.failure is not None:
         raise service.failure
-
-
-def listener(host: str, port: int) -> socket.socket:
-    """Open a port. Port 0 chooses a free one. Raises OSError, whose message names the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio switches TCP_NODELAY on only for sockets with this protocol number. Without it, the kernel holds back the
-    # end of an answer for 40 ms.
-    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((host, port))
-        opened.listen(1024)
-    except OSError as error:
-        opened.close()
-        raise OSError(f"the server cannot listen on {host} port {port}: {error.strerror or error}; choose another "
-                      "--port or --host") from None
-    return opened

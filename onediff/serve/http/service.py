@@ -197,6 +197,8 @@ class Service:
             return
         name = named.result()
         if self.version and name == self.version.name:
+            if self.problem:
+                _log.info("the problem is over: version %s should serve, and serves", name)
             self.problem, self._failed = None, ""
             return
         if name == self._failed and time.monotonic() < self._retry_at:

@@ -1,6 +1,7 @@
 """Read the body of a request within the server's limits, and take the pairs of images out of it."""
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -43,16 +44,22 @@ class Body:
         self.headers = request.headers
 
     async def read(self) -> bytes:
-        """Return the body. Raises the errors of the method `pieces`."""
-        return b"".join([piece async for piece in self.pieces()])
+        """Return the body without the byte order mark that some Windows programs write at its start.
+
+        Raises the errors of the method `pieces`.
+        """
+        return b"".join([piece async for piece in self.pieces()]).removeprefix(codecs.BOM_UTF8)
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the body in pieces.
 
-        Raises ApiError for a body that is too large (413), that arrives too slowly (408), or for which the server has
-        no memory (429), before the limit is exceeded.
+        Raises ApiError for a body that is compressed (415), that is too large (413), that arrives too slowly (408), or
+        for which the server has no memory (429), before the limit is exceeded.
         """
         limits = self._limits
+        if (encoding := self.headers.get("content-encoding", "identity")).lower() != "identity":
+            raise ApiError(415, f"the body must not be compressed, got the content encoding '{encoding[:80]}'",
+                           code="unsupported_content_encoding", headers={"connection": "close"})
         most, announced = int(limits.body_mb * 1e6), self.headers.get("content-length", "0")
         too_large = ApiError(413, f"the body may have at most {limits.body_mb:g} MB; send smaller images or fewer "
                              "pairs", code="body_too_large", headers={"connection": "close"})
@@ -117,7 +124,9 @@ async def form_question(body: Body, limits: Serve) -> Question:
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise ApiError(422, f"the multipart body is not valid: {error.message}", code="invalid_form") from None
+        reason = error.message.rstrip(".")
+        raise ApiError(422, f"the multipart body is not valid ({reason}); let your HTTP library make the body and its "
+                       "content type", code="invalid_form") from None
     try:
         return await _question(form)
     finally:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import json
+
 import httpx
 import pytest
 from serving import RunningServer, base64_text, image_file, pair_body, running_server
@@ -84,13 +87,37 @@ def test_a_wrong_form_is_refused(client: httpx.Client, files: dict, data: dict, 
     assert answer.json()["error"]["param"] == param
 
 
-@pytest.mark.parametrize(("method", "address", "status", "code"), [
-    ("GET", "/nothing", 404, "not_found"), ("GET", "/v1/captions", 405, "method_not_allowed"),
-    ("POST", "/v1/captions", 415, "unsupported_content_type")])
+@pytest.mark.parametrize(("method", "address", "status", "code", "message"), [
+    ("GET", "/nothing", 404, "not_found", "nothing is at this address"),
+    ("POST", "/v1/captions/", 404, "not_found", "nothing is at this address"),
+    ("OPTIONS", "/v1/captions", 405, "method_not_allowed", "this address takes POST only, got OPTIONS"),
+    ("POST", "/page/page.js", 405, "method_not_allowed", "this address takes GET, HEAD only, got POST"),
+    ("POST", "/v1/captions", 415, "unsupported_content_type", "must be application/json or multipart/form-data")])
 def test_errors_of_the_framework_have_the_same_shape(client: httpx.Client, method: str, address: str, status: int,
-                                                     code: str) -> None:
+                                                     code: str, message: str) -> None:
     answer = client.request(method, address, content=b"x")
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_byte_order_mark_before_json_is_ignored(client: httpx.Client) -> None:
+    body, kind = json.dumps(pair_body()), {"content-type": "application/json"}
+    assert client.post("/v1/captions", content=body.encode("utf-8-sig"), headers=kind).status_code == 200
+    error = client.post("/v1/captions", content=body.encode("utf-16"), headers=kind).json()["error"]
+    assert error["message"].startswith("the body is not valid JSON in UTF-8")
+
+
+def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
+    answer = client.post("/v1/captions", content=gzip.compress(json.dumps(pair_body()).encode()),
+                         headers={"content-type": "application/json", "content-encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_content_encoding")
+
+
+def test_a_multipart_body_without_a_boundary_is_refused_with_a_cure(client: httpx.Client) -> None:
+    answer = client.post("/v1/captions", content=b"x", headers={"content-type": "multipart/form-data"})
+    assert answer.json()["error"]["message"] == (
+        "the multipart body is not valid (Missing boundary in multipart); let your HTTP library make the body and "
+        "its content type")
 
 
 def test_head_has_the_status_and_the_length_of_get(client: httpx.Client) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -34,11 +35,26 @@ def test_base64_text_and_data_uris_give_the_bytes() -> None:
         assert image_bytes(form, "before") == content
 
 
-def test_spaces_in_base64_text_need_little_memory() -> None:
-    text = "AAA " * 250_000
+def test_the_signs_of_base64_text_in_a_data_uri_may_be_escaped() -> None:
+    content = bytes([0xFB, 0xFF, 0xBF, 0xFB])
+    text = base64_text(content)
+    assert text == "+/+/+w=="
+    for escaped in (quote(text, safe=""), quote(text, safe="/"), "%2b/%2b%2f%2Bw%3d="):
+        assert image_bytes(f"data:image/png;base64,{escaped}", "before") == content
+        with pytest.raises(ApiError, match="before: not base64 text"):
+            image_bytes(escaped, "before")
+    with pytest.raises(ApiError, match="before: not base64 text"):
+        image_bytes("data:image/png;base64,%41AAA", "before")
+    with pytest.raises(ApiError, match="a data URI must look like data:image/png;base64,"):
+        image_bytes("data:image/png,%89PNG", "before")
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("AAA " * 250_000, 562_500),
+                                                 ("data:;base64," + "AAA%2b" * 160_000, 480_000)])
+def test_spaces_and_escapes_in_base64_text_need_little_memory(text: str, num_bytes: int) -> None:
     tracemalloc.start()
     try:
-        assert len(image_bytes(text, "before")) == 562_500
+        assert len(image_bytes(text, "before")) == num_bytes
         assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
     finally:
         tracemalloc.stop()

@@ -1,36 +1,40 @@
-"""Tests of the process `onediff serve`: start, clean end, and errors before and after the port is open."""
+"""Tests of the process `onediff serve`: start, clean end, and a model that cannot be loaded."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import pair_body, wait_until
+from typer.testing import CliRunner
 
+from onediff.cli.main import app
 from onediff.config import Serve
 from onediff.model.captioner import Captioner
 from onediff.serve.http.app import create_app
 from onediff.serve.http.captioning import Version
-from onediff.serve.http.server import listener, run
+from onediff.serve.http.port import listener
+from onediff.serve.http.server import run
 from onediff.serve.http.service import Service
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def model(served_captioner: Captioner, tmp_path: Path) -> Path:
-    served_captioner.model.save_pretrained(tmp_path / "model")
-    served_captioner.processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def model(served_captioner: Captioner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    served_captioner.model.save_pretrained(folder)
+    served_captioner.processor.save_pretrained(folder)
+    return folder
 
 
 @contextmanager
@@ -44,7 +48,8 @@ def started(model: Path | str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_the_server_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
+@pytest.mark.slow  # The new process imports torch.
+def test_the_process_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
     with started(model) as process:
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
@@ -64,28 +69,39 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
     def load(name: str) -> Version:
         raise ValueError(f"version {name}: the weights cannot be read")
 
-    service, addresses = Service(Serve(), current=lambda: "7", load=load), list[str]()
-    with pytest.raises(ValueError, match="version 7: the weights cannot be read"):
-        run(service, create_app(service), host="127.0.0.1", port=0, report=addresses.append)
-    assert len(addresses) == 1
+    service = Service(Serve(), current=lambda: "7", load=load)
+    with (listener("127.0.0.1", 0) as opened,
+          pytest.raises(ValueError, match="version 7: the weights cannot be read")):
+        run(service, create_app(service), opened)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_command_serves_until_a_stop_signal(model: Path, number: signal.Signals) -> None:
+    with listener("127.0.0.1", 0) as opened:
+        port = opened.getsockname()[1]
+
+    def use() -> int:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            wait_until(lambda: is_ready(client))
+            status = client.post("/v1/captions", json=pair_body()).status_code
+            os.kill(os.getpid(), number)
+            return status
+
+    with ThreadPoolExecutor() as clients:
+        status = clients.submit(use)
+        result = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", str(model)])
+        assert (status.result(), result.exit_code) == (200, 0)
+    assert result.stdout == f"OneDiff serves {model} at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def test_a_missing_model_is_refused_before_the_port_is_open(tmp_path: Path) -> None:
-    with started(tmp_path / "nothing") as process:
-        output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (1, "")
-    assert "is not a model folder" in errors
-
-
-def test_accepted_connections_send_without_delay() -> None:
-    with listener("127.0.0.1", 0) as opened, socket.create_connection(opened.getsockname()):
-        accepted, _ = opened.accept()
-        with accepted:
-            assert accepted.proto == socket.IPPROTO_TCP  # With this number, asyncio sets TCP_NODELAY.
-
-
-def test_a_port_in_use_is_refused_with_its_address() -> None:
-    with listener("127.0.0.1", 0) as opened:
-        port = opened.getsockname()[1]
-        with pytest.raises(OSError, match=f"the server cannot listen on 127.0.0.1 port {port}: .*choose another"):
-            listener("127.0.0.1", port)
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--model", str(tmp_path / "nothing")])
+    assert "is not a model folder" in str(result.exception)
+    assert result.output == ""

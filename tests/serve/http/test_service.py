@@ -167,8 +167,10 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving(
                              "explains it")
         assert post(server, pair_body()).json()["model"]["version"] == "1"
         assert caplog.text.count("/secret/path: the weights cannot be read") == 1
+        caplog.set_level("INFO", "onediff.serve")
         names[0] = "1"
         wait_until(lambda: problem() is None)
+        assert "the problem is over: version 1 should serve, and serves" in caplog.text
 
 
 def test_captions_are_written_to_the_usage_log(served_captioner: Captioner, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from browser import VIEWS, axe_violations, opened, too_wide
+from browser import VIEWS, View, axe_violations, opened, too_wide
 from PIL import Image
 from serving import RunningServer, running_server
 
@@ -95,6 +95,41 @@ def test_the_page_is_accessible_and_fits_into_the_window(chromium: Browser, url:
         send(page, "drop", "notes.txt")
         page.get_by_role("alert").wait_for()
         assert axe_violations(page) == [] and too_wide(page) == []
+
+
+def test_the_labels_of_a_picture_do_not_overlap_at_400_percent_zoom(chromium: Browser, url: str) -> None:
+    with opened(chromium, url, View(320, 256)) as page:
+        answer_with(page, 200, CHANGED)
+        send_pair(page)
+        page.locator("#caption").wait_for()
+        assert too_wide(page) == []
+        name, act = (page.locator(f"#before label {part}").bounding_box() for part in ("b", ".act"))
+        assert name and act
+        assert name["x"] + name["width"] <= act["x"] or name["y"] + name["height"] <= act["y"]
+
+
+def test_without_javascript_the_page_says_what_to_do(chromium: Browser, url: str) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    try:
+        page = context.new_page()
+        page.goto(url)
+        message = page.locator("noscript p")  # Playwright's search for texts leaves out <noscript>.
+        assert message.is_visible() and message.inner_text().startswith("JavaScript is switched off")
+        assert not page.locator("#stage").is_visible() and not page.locator("#examples").is_visible()
+    finally:
+        context.close()
+
+
+def test_the_page_works_without_the_store_of_the_browser(chromium: Browser, url: str) -> None:
+    """A browser that blocks cookies throws this error."""
+    with opened(chromium, url) as page:
+        page.add_init_script("Object.defineProperty(window, 'sessionStorage', "
+                             "{get() { throw new DOMException('denied', 'SecurityError'); }})")
+        page.reload()
+        answer_with(page, 200, CHANGED)
+        send_pair(page)
+        page.locator("#caption").wait_for()
+        page.locator("#entries button").wait_for()
 
 
 def test_dropped_pictures_get_the_caption_of_the_server_and_a_heat_map(chromium: Browser, url: str) -> None:

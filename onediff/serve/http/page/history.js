@@ -1,12 +1,13 @@
 /** The pairs that were captioned in this tab. The browser keeps them over a reload and forgets them with the tab. */
 import { SIDES, blobOf, smallCopy } from "./pictures.js";
+import { store } from "./store.js";
 
 const STORE = "onediff.history";
 const MAX_ENTRIES = 12;
 const STORED_PX = 640; // largest width or height of a stored picture
 const section = document.getElementById("history");
 const list = document.getElementById("entries");
-const entries = JSON.parse(sessionStorage.getItem(STORE) ?? "[]"); // each {names, copies, answer}; the newest first
+const entries = JSON.parse(store.getItem(STORE) ?? "[]"); // each {names, copies, answer}; the newest first
 
 /** Show the history. `open` is called with the two files, their names and the answer when the user chooses an entry. */
 export function startHistory(open) {
@@ -43,7 +44,7 @@ function save() {
 /** Try to write the history to the store, and return false if the store has too little room. */
 function isStored() {
   try {
-    sessionStorage.setItem(STORE, JSON.stringify(entries));
+    store.setItem(STORE, JSON.stringify(entries));
     return true;
   } catch (error) {
     if (error.name !== "QuotaExceededError") throw error;

@@ -5,6 +5,7 @@ import { remember, startHistory } from "./history.js";
 import { SIDES, blobOf, closePicture, inOrder, openPicture, smallCopy } from "./pictures.js";
 import { clearResult, showAnswer, showError, showNote, showWaiting } from "./result.js";
 import { showPictures, startStage } from "./stage.js";
+import { store } from "./store.js";
 
 const KEY = "onediff.key";
 const SENT_PX = 1024; // largest width or height of the copies that are sent if the originals are too large
@@ -56,7 +57,7 @@ async function compare() {
   showPictures(pair, null);
   showWaiting();
   try {
-    const { answer, note } = await ask(pair, { key: sessionStorage.getItem(KEY), signal: mine.signal });
+    const { answer, note } = await ask(pair, { key: store.getItem(KEY), signal: mine.signal });
     if (mine !== request) return;
     present(answer);
     if (note) showNote(note);
@@ -158,7 +159,7 @@ function startButtons() {
   });
   part("key-form").addEventListener("submit", event => {
     event.preventDefault();
-    sessionStorage.setItem(KEY, part("key").value.trim());
+    store.setItem(KEY, part("key").value.trim());
     if (pictures.every(Boolean)) compare();
   });
 }
