@@ -14,7 +14,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, Prompt, expand, pair_prompt
+from onediff.inputs.prompt import (
+    DEFAULT_INSTRUCTION,
+    DELTA,
+    DELTA_MARK,
+    IMAGE,
+    IMAGE_MARK,
+    Prompt,
+    expand,
+    pair_prompt,
+)
+from onediff.inputs.tokenization import TextTokenizer
 
 IGNORED = -100  # label of tokens that do not count in the loss; this value is the default of PyTorch's cross_entropy
 
@@ -34,6 +44,7 @@ class OneDiffProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokens_per_image, self.delta_tokens, self.images_joined = tokens_per_image, delta_tokens, images_joined
         self.template, self.max_length = template, max_length
+        self._texts = TextTokenizer(tokenizer, {IMAGE: IMAGE_MARK, DELTA: DELTA_MARK})
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
@@ -135,7 +146,7 @@ class OneDiffProcessor(ProcessorMixin):
         answer = self.encode_answer(prompt.answer)
         ids, labels = question + answer, [IGNORED] * len(question) + answer
         for text, reply in prompt.later:
-            question = self.tokenizer.encode(text, add_special_tokens=False)
+            question = self._texts.encode(text)
             answer = self.encode_answer(reply)
             ids, labels = ids + question + answer, labels + [IGNORED] * len(question) + answer
         return ids[: self.max_length], labels[: self.max_length]
@@ -148,7 +159,7 @@ class OneDiffProcessor(ProcessorMixin):
         text = expand(prompt.question, tokens_per_image=self.tokens_per_image, delta_tokens=self.delta_tokens,
                       joined=self.images_joined)
         ids = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        ids += self.tokenizer.encode(text, add_special_tokens=False)
+        ids += self._texts.encode(text)
         if len(ids) >= self.max_length:
             raise ValueError(f"params.yaml: model.max_length {self.max_length} is too short for a question of "
                              f"{len(ids)} tokens; increase model.max_length")
@@ -156,7 +167,7 @@ class OneDiffProcessor(ProcessorMixin):
 
     def encode_answer(self, answer: str | None) -> list[int]:
         """Tokenize an answer and append the end-of-sequence token."""
-        return [*self.tokenizer.encode((answer or "").strip(), add_special_tokens=False), self.tokenizer.eos_token_id]
+        return [*self._texts.encode((answer or "").strip()), self.tokenizer.eos_token_id]
 
 
 def _squared(image: Image.Image, side: int, resample: int, *, color: tuple[int, ...]) -> Image.Image:

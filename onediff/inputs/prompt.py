@@ -1,12 +1,18 @@
 """Prompts: the text that the language model reads around the images, and the answer that it learns or generates."""
 
+import re
 from dataclasses import dataclass, replace
 
-IMAGE, DELTA = "<image>", "<delta>"
+IMAGE, DELTA = "<image>", "<delta>"  # the placeholder tokens in the vocabulary
+# The placeholders are fenced in prompts, so that the word "<image>" in a caption or an instruction remains a word. The
+# fence is a code point that Unicode reserves for use inside a program.
+FENCE = "\uffff"
+IMAGE_MARK, DELTA_MARK = f"{FENCE}image{FENCE}", f"{FENCE}delta{FENCE}"
 DEFAULT_INSTRUCTION = "What changed between the two images?"
 COUPLED_INSTRUCTION = "Describe the two images in order."  # the instruction in all prompts of Coupled Sample Training
 
-_APART, _JOINED = f"First image: {IMAGE} Second image: {IMAGE}", f"Both images: {IMAGE}"
+_APART, _JOINED = f"First image: {IMAGE_MARK} Second image: {IMAGE_MARK}", f"Both images: {IMAGE_MARK}"
+_NO_TEXT = re.compile(f"[{FENCE}\ud800-\udfff]")
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 _SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 is the exact system prompt of LLaVA-1.5.
@@ -16,8 +22,9 @@ _SYSTEM = {"plain": "", "vicuna_v1": _VICUNA}  # vicuna_v1 is the exact system p
 class Prompt:
     """The text of one row of a batch, and the number of images that belong to it.
 
-    `question` ends with "ASSISTANT:". `answer` is None if the model is to generate it. `later` contains the further
-    questions and answers of a conversation.
+    `question` ends with "ASSISTANT:", and contains IMAGE_MARK and DELTA_MARK where visual tokens belong. `answer` is
+    None if the model is to generate it. `later` contains the further questions and answers of a conversation. No other
+    text contains a mark, because the functions below pass all texts through `plain`.
     """
 
     question: str
@@ -26,10 +33,15 @@ class Prompt:
     later: tuple[tuple[str, str], ...] = ()
 
 
+def plain(text: str) -> str:
+    """Replace the characters that a text must not contain, fences and halves of UTF-16 characters, by U+FFFD."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def pair_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
     """Build a prompt about two images: placeholders for both images and the delta tokens, then the instruction."""
-    question = f"{_SYSTEM[template]}USER: {_APART} {DELTA}\n{instruction} ASSISTANT:"
-    return Prompt(question, answer, 2)
+    question = f"{_SYSTEM[template]}USER: {_APART} {DELTA_MARK}\n{plain(instruction)} ASSISTANT:"
+    return Prompt(question, _plain_answer(answer), 2)
 
 
 def coupled_prompt(template: str, first: str, second: str) -> Prompt:
@@ -39,12 +51,13 @@ def coupled_prompt(template: str, first: str, second: str) -> Prompt:
 
 def single_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
     """Build a prompt about one image, in the format of LLaVA."""
-    return Prompt(f"{_SYSTEM[template]}USER: {IMAGE}\n{instruction} ASSISTANT:", answer, 1)
+    question = f"{_SYSTEM[template]}USER: {IMAGE_MARK}\n{plain(instruction)} ASSISTANT:"
+    return Prompt(question, _plain_answer(answer), 1)
 
 
 def text_prompt(template: str, instruction: str, answer: str | None = None) -> Prompt:
     """Build a prompt without images."""
-    return Prompt(f"{_SYSTEM[template]}USER: {instruction} ASSISTANT:", answer, 0)
+    return Prompt(f"{_SYSTEM[template]}USER: {plain(instruction)} ASSISTANT:", _plain_answer(answer), 0)
 
 
 def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_images: int) -> Prompt:
@@ -53,7 +66,8 @@ def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_imag
     If the conversation has an image, the image placeholder comes before the first question.
     """
     first = {0: text_prompt, 1: single_prompt}[num_images](template, *turns[0])
-    return replace(first, later=tuple((f"USER: {question} ASSISTANT:", answer) for question, answer in turns[1:]))
+    return replace(first, later=tuple((f"USER: {plain(question)} ASSISTANT:", plain(answer))
+                                      for question, answer in turns[1:]))
 
 
 def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: bool) -> str:
@@ -65,5 +79,9 @@ def expand(question: str, *, tokens_per_image: int, delta_tokens: int, joined: b
     if joined:
         question = question.replace(_APART, _JOINED)
     if not delta_tokens:
-        question = question.replace(f" {DELTA}", "")
-    return question.replace(IMAGE, IMAGE * tokens_per_image).replace(DELTA, DELTA * delta_tokens)
+        question = question.replace(f" {DELTA_MARK}", "")
+    return question.replace(IMAGE_MARK, IMAGE_MARK * tokens_per_image).replace(DELTA_MARK, DELTA_MARK * delta_tokens)
+
+
+def _plain_answer(answer: str | None) -> str | None:
+    return None if answer is None else plain(answer)

@@ -13,7 +13,7 @@ from typing import get_args
 from onediff.config import Align, Config, Model, Phase, Runtime
 from onediff.data.sources.catalog import CATALOG
 from onediff.files import read_json
-from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE, pair_prompt, text_prompt
+from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE_MARK, pair_prompt, text_prompt
 from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
 from onediff.paths import CARD
@@ -213,7 +213,7 @@ def _text_of(source: str, config: Config, phase: Phase) -> tuple[float, float, f
     if task and task.targets == "joined" and not is_single:
         answer *= 2
     prompt = (text_prompt if is_single else pair_prompt)(config.model.template, instruction)
-    num_words = len(prompt.question.replace(IMAGE, "").split())
+    num_words = len(prompt.question.replace(IMAGE_MARK, "").split())
     return 1.0 if is_single else 2.0, num_words * TOKENS_PER_WORD + answer, answer
 
 

@@ -11,7 +11,16 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from onediff.config import Config
 from onediff.inputs.processing import IGNORED, OneDiffProcessor
-from onediff.inputs.prompt import conversation_prompt, coupled_prompt, expand, pair_prompt, single_prompt, text_prompt
+from onediff.inputs.prompt import (
+    DELTA_MARK,
+    IMAGE_MARK,
+    conversation_prompt,
+    coupled_prompt,
+    expand,
+    pair_prompt,
+    single_prompt,
+    text_prompt,
+)
 from onediff.model.assemble import build
 
 
@@ -136,13 +145,13 @@ def test_the_vicuna_template_equals_the_published_template() -> None:
     question = single_prompt("vicuna_v1", "What is this?").question
     assert question == ("A chat between a curious user and an artificial intelligence assistant. "
                         "The assistant gives helpful, detailed, "
-                        "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:")
-    assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count("<image>") == 3
+                        "and polite answers to the user's questions. USER: " + IMAGE_MARK + "\nWhat is this? ASSISTANT:")
+    assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count(IMAGE_MARK) == 3
 
 
 def test_without_delta_tokens_a_question_has_no_delta_placeholder() -> None:
     question = pair_prompt("plain", "What?").question
     assert expand(question, tokens_per_image=1, delta_tokens=0, joined=False) == (
-        "USER: First image: <image> Second image: <image>\nWhat? ASSISTANT:")
+        f"USER: First image: {IMAGE_MARK} Second image: {IMAGE_MARK}\nWhat? ASSISTANT:")
     assert expand(question, tokens_per_image=2, delta_tokens=1, joined=True) == (
-        "USER: Both images: <image><image> <delta>\nWhat? ASSISTANT:")
+        f"USER: Both images: {IMAGE_MARK}{IMAGE_MARK} {DELTA_MARK}\nWhat? ASSISTANT:")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onediff.config import Serve
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION, DELTA, IMAGE, pair_prompt
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION, pair_prompt
 from onediff.serve.http.batching import Captioned, Job
 from onediff.serve.http.errors import ApiError
 from onediff.serve.http.schemas import LONGEST_INSTRUCTION
@@ -58,9 +58,6 @@ def wrong_instruction(captioner: Captioner, instruction: str, param: str) -> Api
     if len(instruction) > LONGEST_INSTRUCTION:  # The tokenizer would need seconds for megabytes of text.
         return ApiError(422, f"{param}: must have at most {LONGEST_INSTRUCTION} characters, got {len(instruction)}; "
                         "use fewer words", code="instruction_too_long", param=param)
-    if IMAGE in instruction or DELTA in instruction:
-        return ApiError(422, f"{param}: must not contain {IMAGE} or {DELTA}, which stand for the images",
-                        code="invalid_value", param=param)
     try:
         captioner.processor.encode_question(pair_prompt(captioner.processor.template, instruction))
     except ValueError:

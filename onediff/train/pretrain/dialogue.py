@@ -22,7 +22,15 @@ from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
 from onediff.inputs.attributes import CLASSES, COLORS, MATERIALS
 from onediff.inputs.processing import IGNORED
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION, Prompt, coupled_prompt, single_prompt, text_prompt
+from onediff.inputs.prompt import (
+    DEFAULT_INSTRUCTION,
+    DELTA_MARK,
+    IMAGE_MARK,
+    Prompt,
+    coupled_prompt,
+    single_prompt,
+    text_prompt,
+)
 from onediff.train.pretrain.pretrainer import normalized, pooled
 
 ROWS, IMAGES, RATE = 48, 8, 1e-3
@@ -86,7 +94,7 @@ def text_row(rng: Generator, captions: list[str]) -> Prompt:
     if rng.random() < COUPLED:
         first, second = (captions[int(i)] for i in rng.integers(len(captions), size=2))
         coupled = coupled_prompt("plain", first, second)
-        return Prompt(coupled.question.replace("<image>", "").replace("<delta>", ""), coupled.answer, 0)
+        return Prompt(coupled.question.replace(IMAGE_MARK, "").replace(DELTA_MARK, ""), coupled.answer, 0)
     return text_prompt("plain", *sentence(rng))
 
 
@@ -134,9 +142,9 @@ def teach(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: PreTrai
 
 def caption_loss(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, patches: Tensor,
                  captions: list[str]) -> Tensor:
-    """Return the loss of the captions; `patches` (B images, T tokens, width) replace <image> in the question."""
+    """Return the loss of the captions; `patches` (B images, T tokens, width) replace the image mark in the question."""
     question = single_prompt("plain", "Describe the image.").question
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split("<image>"))
+    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in question.split(IMAGE_MARK))
     ids, labels = encode([Prompt("", caption, 1) for caption in captions], tokenizer)
     embed = language.get_input_embeddings()
     before, after = (embed(torch.tensor([part] * len(captions))) for part in ([1, *head], tail))

@@ -70,7 +70,7 @@ def test_pairs_of_different_clients_are_captioned_together(served_captioner: Cap
         first = clients.submit(post, server, pair_body())
         wait_until(lambda: held.batches == [1])
         others = [clients.submit(post, server, pair_body(seed, seed + 1)) for seed in range(3)]
-        others.append(clients.submit(post, server, [pair_body(7, 8), pair_body() | {"instruction": "<image>"}]))
+        others.append(clients.submit(post, server, [pair_body(7, 8), pair_body() | {"instruction": "word " * 300}]))
         wait_until(lambda: waiting(server) == 6)
         held.may_start.set()
         assert [answer.result().status_code for answer in (first, *others)] == [200, 200, 200, 200, 422]

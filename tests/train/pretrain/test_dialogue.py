@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from onediff.eval.analysis.grammar import parse, parse_edit
-from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.inputs.prompt import DEFAULT_INSTRUCTION, FENCE
 from onediff.train.pretrain import dialogue as chat
 
 
@@ -41,4 +41,4 @@ def test_rows_without_images_have_no_image_placeholders() -> None:
     for _ in range(50):
         prompt = chat.text_row(rng, ["a red cube", "a blue sphere"])
         assert prompt.num_images == 0
-        assert "<image>" not in prompt.question and "<delta>" not in prompt.question
+        assert FENCE not in prompt.question
