@@ -106,10 +106,18 @@ class ChatCaptioner:
     def conversation(self, question: str) -> str:
         """Return the prompt in the format of the chat template, up to the position where the answer starts.
 
-        It contains a placeholder for each image, then the text with the question.
+        It contains a placeholder for each image, then the text with the question. Raises ValueError if this text
+        contains a control token of the model, because the processors of chat models cannot treat it as text.
         """
+        text = self.prompt.replace(QUESTION, question)
+        tokenizer = self.processor.tokenizer
+        tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        control = next((token for token in tokens if token.strip() and token in text), None)
+        if control:
+            raise ValueError(f"{WHERE} {self.name}: the text of a prompt must not contain control tokens of the model, "
+                             f"got {control} in {text[:80]!r}; write the instruction of this pair in other words")
         content = [*({"type": "image"} for _ in range(NUM_IMAGES)),
-                   {"type": "text", "text": self.prompt.replace(QUESTION, question)}]
+                   {"type": "text", "text": text}]
         return str(self.processor.apply_chat_template([{"role": "user", "content": content}],
                                                       add_generation_prompt=True))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_the_prompt_contains_the_question_and_follows_both_images(
     asked = PROMPT.replace("{question}", "What changed?")
     assert text.count(captioner.processor.image_token) == 2
     assert text.rindex(captioner.processor.image_token) < text.index(asked)
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_a_question_with_a_control_token_of_the_model_is_refused(
+        kind: str, captioner_of: Callable[[str], ChatCaptioner]) -> None:
+    captioner = captioner_of(kind)
+    mark = captioner.processor.image_token
+    with pytest.raises(ValueError, match=rf"must not contain control tokens of the model, got {re.escape(mark)} in"):
+        captioner.inputs(PAIRS[:1], [f"Where is the {mark} icon?"])
 
 
 @pytest.mark.parametrize(("kind", "begins"), [("llava", 1), ("idefics3", 1), ("qwen2_vl", 0)])

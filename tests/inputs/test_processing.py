@@ -145,7 +145,8 @@ def test_the_vicuna_template_equals_the_published_template() -> None:
     question = single_prompt("vicuna_v1", "What is this?").question
     assert question == ("A chat between a curious user and an artificial intelligence assistant. "
                         "The assistant gives helpful, detailed, "
-                        "and polite answers to the user's questions. USER: " + IMAGE_MARK + "\nWhat is this? ASSISTANT:")
+                        "and polite answers to the user's questions. USER: "
+                        f"{IMAGE_MARK}\nWhat is this? ASSISTANT:")
     assert expand(question, tokens_per_image=3, delta_tokens=2, joined=False).count(IMAGE_MARK) == 3
 
 

@@ -17,8 +17,9 @@ from onediff.inputs.processing import IGNORED, OneDiffProcessor
 from onediff.inputs.prompt import FENCE, conversation_prompt, pair_prompt, plain
 from onediff.inputs.tokenization import TextTokenizer
 
-TEXTS = ["the red disc is green now", "a disc is blue", "USER: First image: Second image: ASSISTANT:", "the cup is gone",
-         "What changed between the two images?", "a tag was added to the text", "think step by step"] * 20
+TEXTS = ["the red disc is green now", "a disc is blue", "USER: First image: Second image: ASSISTANT:",
+         "the cup is gone", "What changed between the two images?", "a tag was added to the text",
+         "think step by step"] * 20
 ORDINARY = ["the red disc is green now", "What changed between the two images?", "the cup  is gone\nnow, all of it",
             "  two spaces", "ünïcode 世界 🙂", "a < b and b > a", "USER: hi ASSISTANT:"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -182,7 +183,8 @@ def test_ordinary_texts_have_the_ids_that_the_tokenizer_gives_them(family: tuple
     processor = family[1]
     for text in ORDINARY:
         assert processor.encode_answer(text)[:-1] == processor.tokenizer.encode(text.strip(), add_special_tokens=False)
-        question = f"USER: First image: {'<image>' * 5} Second image: {'<image>' * 5} {'<delta>' * 3}\n{text} ASSISTANT:"
+        image, delta = "<image>" * 5, "<delta>" * 3
+        question = f"USER: First image: {image} Second image: {image} {delta}\n{text} ASSISTANT:"
         bos = processor.tokenizer.bos_token_id
         assert processor.encode_question(pair_prompt("plain", text)) == [
             *([] if bos is None else [bos]), *processor.tokenizer.encode(question, add_special_tokens=False)]

@@ -23,6 +23,7 @@ MAX_WORDS = {"generated": 100, "raw": 500}  # Captions of the published source B
 # The aspect ratios of the two images of a pair may differ by 2 %, because resizing rounds sizes to whole pixels. Width
 # and height may be exchanged, because a picture may be rotated by a quarter turn.
 ASPECT = 1.02
+NUM_NAMED = 20  # number of pairs with control words that the validation page names
 NUM_SHOWN = 4  # number of bad pairs per rule whose images the validation page shows
 
 
@@ -230,6 +231,8 @@ def _part(checked: SuiteResult) -> dict[str, Any]:
         rules.append({"reason": rule.reason, "fatal": rule.fatal, "count": len(positions),
                       "shown": list(shown.items())})
     languages = checked.rows.loc[checked.rows["language"] != "", ["listed_as", "language"]].value_counts().sort_index()
+    named = checked.rows.loc[checked.rows["control_words"] != "", ["pair_id", "control_words"]]
+    control_words = named.to_numpy().tolist()
     is_bad = checked.rows.index.isin(checked.bad.index)
     counts = checked.rows.assign(bad=is_bad).groupby(["listed_as", "split"])["bad"].agg(["size", "sum"]).reset_index()
     order = {split: number for number, split in enumerate(SPLITS)}
@@ -237,7 +240,8 @@ def _part(checked: SuiteResult) -> dict[str, Any]:
     return {
         "suite": checked.suite, "tolerance": checked.tolerance, "share": checked.share, "num_pairs": len(checked.rows),
         "num_bad": len(checked.bad), "num_excused": int(checked.excused.sum()), "rules": rules,
-        "counts": by_split, "languages": languages.reset_index().to_numpy().tolist(),
+        "counts": by_split, "num_control_words": len(control_words), "control_words": control_words[:NUM_NAMED],
+        "languages": languages.reset_index().to_numpy().tolist(),
         "expectations": offline(view.DefaultJinjaPageView().render(document)),
     }
 

@@ -40,10 +40,13 @@ SCHEMA = pa.schema(
     + [("phash_before", pa.uint64()), ("phash_after", pa.uint64())]
     + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
-    + [("has_bad_text", pa.bool_()), ("language", pa.string()), ("language_score", pa.float64())])
+    + [("has_bad_text", pa.bool_()), ("control_words", pa.string())]
+    + [("language", pa.string()), ("language_score", pa.float64())])
 # Text is bad if it contains control characters, lone surrogates, line separators or paragraph separators.
 # Text is also bad if it contains U+FFFD, the character that replaces bytes which are not UTF-8.
 _BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\ufffd]")
+# Words that look like the control tokens of a language model, such as <image>, </s>, <|endoftext|> and [INST].
+_CONTROL_WORD = re.compile(r"<[^<>\s]+>|\[/?[A-Z]{3,}\]")
 _LINES = str.maketrans("\n\t", "  ")
 # fewest words of a text whose language is checked, because py3langid only guesses for short texts
 MIN_LANGUAGE_WORDS = 12
@@ -253,13 +256,15 @@ def _text_facts(record: Record) -> dict[str, Any]:
     if record.num_images < 2:
         # General instruction data may contain line breaks and tabs, because these texts are never scored.
         texts = [text.translate(_LINES) for text in texts]
+    control_words = dict.fromkeys(word for text in texts for word in _CONTROL_WORD.findall(text))
     texts += [getattr(record, name) for name in _NAMES]
     # A published test pair with only empty sentences is not an error, because papers score such pairs too.
     as_published = record.references == [""] and record.provenance.get("empty_references", 0) > 0
     language, score = _language(" ".join(record.references)) if sum(words) >= MIN_LANGUAGE_WORDS else ("", None)
     return {"num_references": len(words), "min_words": min(words, default=0), "max_words": max(words, default=0),
             "num_empty_references": 0 if as_published else words.count(0),
-            "has_bad_text": any(map(is_bad_text, texts)), "language": language, "language_score": score}
+            "has_bad_text": any(map(is_bad_text, texts)), "control_words": " ".join(control_words),
+            "language": language, "language_score": score}
 
 
 def is_bad_text(text: str) -> bool:

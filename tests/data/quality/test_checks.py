@@ -29,7 +29,8 @@ from onediff.data.record import Record, write_shards
 ROOT = Path(__file__).parents[3]
 ROW = {"source": "edits", "listed_as": "edits", "change_type": "blur", "num_images": 2, "decodes": True, "error": "",
        "num_missing_images": 0, "width_before": 96, "height_before": 96, "width_after": 96, "height_after": 96,
-       "num_references": 3, "max_words": 5, "num_empty_references": 0, "has_bad_text": False, "language": "en"}
+       "num_references": 3, "max_words": 5, "num_empty_references": 0, "has_bad_text": False,
+       "control_words": "", "language": "en"}
 
 
 def table(num_pairs: int = 40, suite: str = "generated", **wrong: object) -> pd.DataFrame:
@@ -230,6 +231,15 @@ def test_the_report_is_one_page_that_shows_the_bad_pairs_without_network_access(
     assert "image: not an image" in pages[0]
     assert "&lt;i&gt;a caption&lt;/i&gt;" in pages[0]
     assert "num_empty_references" in pages[0].partition("Results of Great Expectations")[2]
+
+
+def test_the_report_names_pairs_with_words_that_look_like_control_tokens(tmp_path: Path) -> None:
+    checked = check(table(pair_id="shop-7", control_words="<image> </s>"))
+    write_report([checked], tmp_path, shard_folders=[])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "1 pair has texts with words that look like control tokens" in page
+    assert "shop-7 (&lt;image&gt; &lt;/s&gt;)." in page
+    assert checked.bad.empty, "The words are text, so the pair is not bad."
 
 
 def test_shards_that_differ_from_the_probed_shards_are_refused(tmp_path: Path) -> None:

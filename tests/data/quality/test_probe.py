@@ -266,3 +266,12 @@ def test_the_error_for_a_truncated_or_damaged_shard_contains_the_file_name(tmp_p
     path.write_bytes(content[:1000] + bytes(len(content) // 2) + content[1000 + len(content) // 2 :])
     with pytest.raises(ValueError, match=r"train-00000\.parquet: row group 0 cannot be read \(.*\); create"):
         probed(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("the <image> icon is gone, </s> and <image> too", "<image> </s>"),
+    ("<|im_end|> [INST] was added", "<|im_end|> [INST]"),
+    ("a < b and b > a [sic] [A]", "")])
+def test_words_that_look_like_control_tokens_are_listed(text: str, words: str) -> None:
+    assert probe_record(replace(record(3), references=["gone", text]), max_megapixels=64)["control_words"] == words
+    assert probe_record(replace(record(3), instruction=text), max_megapixels=64)["control_words"] == words
