@@ -29,9 +29,9 @@ from onediff.baselines.siamese_training import Pairs, Training, fit
 from onediff.config import load_params
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.stress import choose, trials
+from onediff.eval.caption_files import read_predictions
 from onediff.eval.metrics.ngrams import corpus_cider
 from onediff.eval.metrics.words import Predictions
-from onediff.eval.protocols import read_predictions
 from onediff.files import new_folder, read_json, read_jsonl, write_json, write_jsonl
 from onediff.ops.predict import siamese_cnn
 from onediff.paths import CAPTIONS, DIFFCAP, PARAMS, STRESS_DETAILS, TRAINED

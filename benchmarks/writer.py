@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from benchmarks import script
 from benchmarks.script import ROOT
 from onediff.data.record import Record, read_table, write_shards
+from onediff.files import read_jsonl
 from tests.chat_server import ChatServer, serving
 
 ANSWERS = Path("data/answers/mine/write.jsonl")
@@ -86,7 +87,7 @@ def measure(folder: Path, *, num_pairs: int, seconds: float, concurrency: int, h
                  for part, number in ((1, signal.SIGTERM), (2, signal.SIGKILL))]
         codes.append(start(folder, server, concurrency).wait())
         total_s = time.monotonic() - began_s
-    rows = [json.loads(line) for line in (folder / ANSWERS).read_bytes().splitlines()]
+    rows = read_jsonl(folder / ANSWERS)
     keys = [row["key"] for row in rows if "key" in row]
     written = read_table(folder / "data/written/mine") if codes[-1] == 0 else []
     return {"honours_keys": honours_keys, "exit_codes": codes, "seconds": round(total_s, 1), "answers_kept": len(keys),

@@ -4,7 +4,7 @@
     with new_file(Path("data/probe.parquet")) as path: ...    # write to `path` with any library
     write_text(Path("data/report.html"), page)
 
-`read_text` reads a text file that a user wrote. `check_new_file` refuses a wrong output path before long work.
+`check_new_file` refuses a wrong output path before long work.
 
 Stages never open an existing output for writing, because this file may be a hard link to a file of DVC's cache.
 A killed process may leave a file or folder `<name>.part`. git and DVC ignore it, and the next write removes it.
@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from onediff.text_files import json_lines, parse_json, read_text
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}
@@ -149,22 +151,6 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
         shutil.copyfile(source, target)
 
 
-def read_text(path: Path, form: str) -> str:
-    """Return the text of a UTF-8 file, without the byte order mark that some Windows programs write at its start.
-
-    `form` says what the file must be, such as "a YAML file". Raises FileNotFoundError if the file does not exist,
-    IsADirectoryError for a folder, and ValueError if the content is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except IsADirectoryError:
-        raise IsADirectoryError(f"{path} is a folder, but must be {form}: give the path of a file, or replace the "
-                                "folder by a file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}; save the file as UTF-8"
-                         ) from None
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file. If writing fails, the old file is unchanged."""
     with new_file(path) as part:
@@ -181,27 +167,18 @@ def read_json(path: Path, cure: str = CREATE) -> Any:
 
     Raises FileNotFoundError if the file does not exist, and ValueError if it is not valid JSON.
     """
-    return _parsed(_content(path, cure), str(path), cure)
-
-
-def read_jsonl(path: Path, cure: str = CREATE) -> list[Any]:
-    """Return the values in a JSON lines file that OneDiff wrote; raises the same errors as `read_json`."""
-    return [_parsed(line, f"{path} line {number}", cure)
-            for number, line in enumerate(_content(path, cure).split(b"\n"), 1) if line.strip()]
-
-
-def _content(path: Path, cure: str) -> bytes:
     try:
-        return path.read_bytes()
+        return parse_json(read_text(path), str(path), cure)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {cure}") from None
 
 
-def _parsed(content: bytes, place: str, cure: str) -> Any:
+def read_jsonl(path: Path, cure: str = CREATE) -> list[Any]:
+    """Return the values in a JSON lines file that OneDiff wrote; raises the same errors as `read_json`."""
     try:
-        return json.loads(content)
-    except ValueError as error:  # The content is not JSON, or not UTF-8.
-        raise ValueError(f"{place}: not valid JSON ({error}): {cure}") from None
+        return [value for _, value in json_lines(path, cure)]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: {cure}") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:

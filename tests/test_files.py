@@ -128,12 +128,15 @@ def test_json_files_are_read_back_and_errors_name_the_file_and_the_cure(tmp_path
     assert read_json(path) == {"a": "\u2028\u00e9"}
     write_jsonl(path, [{"a": "\u2028\u00e9"}, 3])
     assert read_jsonl(path) == [{"a": "\u2028\u00e9"}, 3]
-    for damaged in (b"3\n{", b"3\n\xff"):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"a\.json: not valid JSON \(.*\): restore it$"):
-            read_json(path, "restore it")
-        with pytest.raises(ValueError, match=r"a\.json line 2: not valid JSON \(.*\): restore it$"):
-            read_jsonl(path, "restore it")
+    path.write_bytes(b"3\n{")
+    with pytest.raises(ValueError, match=r"a\.json line 2: not valid JSON \(.*\): restore it$"):
+        read_json(path, "restore it")
+    with pytest.raises(ValueError, match=r"a\.json line 2: not valid JSON \(.*\): restore it$"):
+        read_jsonl(path, "restore it")
+    path.write_bytes(b"3\n\xff")
+    for read in (read_json, read_jsonl):
+        with pytest.raises(ValueError, match=r"a\.json line 2: must be UTF-8"):
+            read(path)
 
 
 def test_other_errors_are_not_changed(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ Protocol = Annotated[str | None, typer.Option(help="A benchmark's scoring protoc
                                               "scores only the complete official test split, as papers do.")]
 Benchmark = Annotated[str, typer.Argument(help="The name of a benchmark in data/diffcap, such as scenes.")]
 Split = Annotated[Literal["train", "val", "gate", "test"], typer.Option(help="The split of the benchmark.")]
-Jsonl = Annotated[Path, out_option("The JSON lines file to write; 'onediff score' and 'onediff compare' read it.")]
+CaptionFile = Annotated[Path, out_option("The file to write; 'onediff score' and 'onediff compare' read it.")]
+Form = Annotated[Literal["jsonl", "coco"], typer.Option("--format", help="The format of the file: JSON lines, or the "
+                                                        "results and annotations of COCO.")]
 
 
 def caption(before: Annotated[Path, path_argument("The image before the change.")],
@@ -91,7 +93,7 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
                            [instruction or DEFAULT_INSTRUCTION])[0]
 
 
-def predict(benchmark: Benchmark, out: Jsonl,
+def predict(benchmark: Benchmark, out: CaptionFile,
             model: Annotated[str | None, typer.Option("--model", "-m", help="A OneDiff model: a folder, or a "
                                                       "registered version.")] = None,
             chat: Annotated[str | None, typer.Option(help="A chat model of transformers that reads two images: a name "
@@ -102,7 +104,7 @@ def predict(benchmark: Benchmark, out: Jsonl,
                                                        "in it is replaced by the question of the pair.")] = None,
             batch_size: Annotated[int, typer.Option(min=1, help="The number of pairs that the chat model reads at "
                                                     "once.")] = 8,
-            split: Split = "test") -> None:
+            split: Split = "test", form: Form = "jsonl") -> None:
     """Write the captions of one system for every pair of a benchmark.
 
     Choose the system that writes the captions with one of --model, --chat and --cnn.
@@ -123,29 +125,32 @@ def predict(benchmark: Benchmark, out: Jsonl,
         print_text(f"prompt, after both images: {full_prompt}")
     else:
         system = systems.siamese_cnn(cnn) if cnn else systems.onediff(systems.folder_of(str(model)))
-    num_predictions = systems.write_predictions(benchmark, system, out, split=split)
+    num_predictions = systems.write_predictions(benchmark, system, out, split=split, form=form)
     print_text(f"{out}: {num_predictions} predictions, {benchmark}, split {split}")
 
 
-def references(benchmark: Benchmark, out: Jsonl, split: Split = "test") -> None:
+def references(benchmark: Benchmark, out: CaptionFile, split: Split = "test", form: Form = "jsonl") -> None:
     """Write the reference captions of every pair of a benchmark.
 
-    The file has one line for each pair. It also contains the group of the pair: pairs of one scene share a group.
+    The file also contains the group of the pair: pairs of one scene share a group.
 
     Example: onediff references scenes -o references.jsonl
+
+    Example: onediff references scenes -o references.json --format coco
     """
     from onediff.ops.predict import write_references
 
-    num_pairs = write_references(benchmark, out, split=split)
+    num_pairs = write_references(benchmark, out, split=split, form=form)
     print_text(f"{out}: references of {num_pairs} pairs, {benchmark}, split {split}")
 
 
 def score(predictions: Annotated[list[Path], path_option(
-              "--predictions", "-p", help='JSON lines {"pair_id", "prediction"}. Repeat the option with one file for '
-                                          "each seed to get mean and spread.")],
+              "--predictions", "-p", help='JSON lines {"pair_id", "prediction"}, or results of COCO. Repeat the option '
+                                          "with one file for each seed to get mean and spread.")],
           references: Annotated[Path, path_option(
-              "--references", "-r", help='JSON lines {"pair_id", "references": [...]}. With --protocol, also the '
-                                         "annotation file that the benchmark's authors publish.")],
+              "--references", "-r", help='JSON lines {"pair_id", "references": [...]}, or annotations of COCO. With '
+                                         "--protocol, also the annotation file that the benchmark's authors "
+                                         "publish.")],
           protocol: Protocol = None,
           spice: Annotated[bool, typer.Option("--spice", help="Compute SPICE too. It is slow, and the first use "
                                               "downloads Stanford CoreNLP (384 MB) to "
@@ -175,11 +180,11 @@ def score(predictions: Annotated[list[Path], path_option(
     print_result(scores, "\n".join(lines), as_json)
 
 
-def compare(first: Annotated[Path, path_argument('JSON lines {"pair_id", "prediction"} of the first system.')],
-            second: Annotated[Path, path_argument("JSON lines of the second system, for the same pairs.")],
+def compare(first: Annotated[Path, path_argument('The predictions of the first system, as for "onediff score".')],
+            second: Annotated[Path, path_argument("The predictions of the second system, for the same pairs.")],
             references: Annotated[Path, path_option(
-                "--references", "-r", help='JSON lines {"pair_id", "references": [...]}. Pairs of one scene or '
-                                           'photograph need the same "group_id".')],
+                "--references", "-r", help='References as for "onediff score". Pairs of one scene or photograph need '
+                                           'the same "group_id".')],
             protocol: Protocol = None, as_json: Json = False) -> None:
     """Test whether one system scores higher than another.
 
@@ -203,10 +208,10 @@ def compare(first: Annotated[Path, path_argument('JSON lines {"pair_id", "predic
 
 
 def judge(predictions: Annotated[Path, path_option("--predictions", "-p",
-                                                   help='JSON lines {"pair_id", "prediction"}.')],
+                                                   help='Predictions as for "onediff score".')],
           references: Annotated[Path | None, path_option(
-              "--references", "-r", help='JSON lines {"pair_id", "references": [...]}, with "group_id" as for '
-                                         "'onediff compare'.")] = None,
+              "--references", "-r", help="References as for 'onediff score', with group_id as for 'onediff "
+                                         "compare'.")] = None,
           model: Annotated[str | None, typer.Option("--model", "-m", help="The name of the language model; without it, "
                                                     "the one in section judge of params.yaml.")] = None,
           base_url: Annotated[str | None, typer.Option(help="The address of an OpenAI-compatible server; without it, "

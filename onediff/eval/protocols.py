@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onediff.eval.caption_files import check_texts, is_coco, read_predictions, read_references
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import Scores, score
-from onediff.eval.metrics.words import Predictions, References, check_keys
+from onediff.eval.metrics.words import References, check_keys
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
-from onediff.files import key_of, read_text
+from onediff.files import key_of
+from onediff.text_files import parse_json, read_text
 
 PairRow = Mapping[str, Any]  # one pair: pair_id, references; optional: group_id, change_type, provenance
 
@@ -125,75 +127,6 @@ def references_digest(references: References) -> str:
     return key_of(references)[:32]
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read a JSONL file of predictions, and return the predicted captions as {pair_id: caption}.
-
-    Raises ValueError with file and line number for a wrong line, and for a file without lines.
-    """
-    predictions = {key: row["prediction"] for key, row in read_rows(path, "prediction").items()}
-    if not predictions:
-        raise ValueError(f"{path}: must have one line per pair, but is empty; write predictions first, for "
-                         "example with 'onediff predict'")
-    return predictions
-
-
-def read_rows(path: Path, field: str) -> dict[str, dict[str, Any]]:
-    """Read a JSONL file, and return its parsed lines as {pair_id: line}.
-
-    Each line must have `pair_id` and `field`, which is "prediction" or "references". Blank lines are skipped. Raises
-    ValueError with file and line number for a wrong line, and FileNotFoundError if the file does not exist.
-    """
-    try:
-        # splitlines() would also split at U+2028 in a caption.
-        lines = read_text(path, "a JSON Lines file").split("\n")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; give a JSONL file whose lines have 'pair_id' and '{field}'"
-                                ) from None
-    rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: must be valid JSON, but has an error at column {error.colno} "
-                             f"({error.msg}); correct this line") from None
-        _check_row(row, field, f"{path} line {number}")
-        if row["pair_id"] in rows:
-            raise ValueError(f"{path} line {number}: each pair_id must be unique, but an earlier line has the same "
-                             f"pair_id ({row['pair_id']!r}); remove one of the two lines")
-        rows[row["pair_id"]] = row
-    return rows
-
-
-def _check_row(row: Any, field: str, where: str) -> None:
-    """Raise ValueError unless `row` is an object with a string `pair_id` and a valid `field`."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be a JSON object with 'pair_id' and '{field}', got {_shown(row)}; correct "
-                         "this line")
-    missing = [name for name in ("pair_id", field) if name not in row]
-    if missing:
-        raise ValueError(f"{where}: must have 'pair_id' and '{field}', but lacks {missing}; add what is missing")
-    if not isinstance(row["pair_id"], str):
-        raise ValueError(f"{where}: 'pair_id' must be a string, got {_shown(row['pair_id'])}; write it in quotes")
-    if field == "references":
-        _check_texts(row[field], "'references'", where)
-    elif not isinstance(row[field], str):
-        raise ValueError(f"{where}: '{field}' must be a string, got {_shown(row[field])}; write the caption in quotes, "
-                         'or "" for a pair without a caption')
-
-
-def _check_texts(texts: Any, name: str, where: str) -> None:
-    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"{where}: {name} must be a list of strings, got {_shown(texts)}; write a list such as "
-                         '["a car has left"]')
-
-
-def _shown(value: Any) -> str:
-    """Return the first 60 characters of a value as JSON text, for a message."""
-    return json.dumps(value, ensure_ascii=False)[:60]
-
-
 def rounded(value: Any) -> Any:
     """Return a JSON value with all floats rounded to six decimal places.
 
@@ -205,37 +138,31 @@ def rounded(value: Any) -> Any:
 def read_benchmark(path: Path, protocol: Protocol) -> list[PairRow]:
     """Read the references of a benchmark, and return one row for each pair.
 
-    `path` is a JSONL file, or the annotation file (.json) that the authors of the benchmark published. Raises
-    ValueError with file and line for a wrong line or entry, and if the number of pairs or of references differs from
-    the official test split.
+    `path` is a file of references in JSON Lines or in the format of COCO, or the annotation file (.json) that the
+    authors of the benchmark published. Raises ValueError with file and line for a wrong line or entry, and if the
+    number of pairs or of references differs from the official test split.
     """
-    published = protocol.id_key is not None and path.suffix == ".json"
-    rows: list[PairRow] = [*(_published(path, protocol) if published else read_rows(path, "references").values())]
-    if not rows:
-        raise ValueError(f"{path}: must have one line per pair, but is empty; the command 'onediff references' writes "
-                         "such a file")
+    rows: list[PairRow] | None = None
+    if protocol.id_key is not None and path.suffix == ".json":
+        value = parse_json(read_text(path, "a JSON file"), str(path))
+        rows = None if is_coco(value) else _published(value, path, protocol)
+    rows = [*read_references(path)] if rows is None else rows
     check_counts(protocol, rows)
     return rows
 
 
-def _published(path: Path, protocol: Protocol) -> list[PairRow]:
-    """Read the published annotation file of a benchmark, and return one row for each pair.
+def _published(value: Any, path: Path, protocol: Protocol) -> list[PairRow]:
+    """Return one row for each pair of the published annotation file of a benchmark, whose content is `value`.
 
     All entries of the file with the same id belong to one pair. A pair whose sentences are all empty keeps one empty
     reference, because papers include such pairs in their scores.
     """
-    text = read_text(path, "a JSON file")
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: must be valid JSON, but has an error ({error}); download this annotation file again"
-                         ) from None
     merged: dict[str, list[str]] = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+    for number, entry in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(entry, dict) or {protocol.id_key, protocol.text_key} - entry.keys():
             raise ValueError(f"{path} entry {number}: must have '{protocol.id_key}' and '{protocol.text_key}', like "
                              f"the published annotations of {protocol.source}")
-        _check_texts(entry[protocol.text_key], f"'{protocol.text_key}'", f"{path} entry {number}")
+        check_texts(entry[protocol.text_key], f"'{protocol.text_key}'", f"{path} entry {number}")
         texts = merged.setdefault(str(entry[protocol.id_key]), [])
         texts += [text for text in entry[protocol.text_key] if text.strip()]
     return [{"pair_id": key, "references": texts or [""]} for key, texts in merged.items()]
@@ -243,16 +170,16 @@ def _published(path: Path, protocol: Protocol) -> list[PairRow]:
 
 def score_files(predictions: Sequence[Path], references: Path, *, key: str | None = None,
                 metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """Score JSONL files of predictions, and return the score of each metric and facts about the test set.
+    """Score files of predictions, and return the score of each metric and facts about the test set.
 
     The facts are num_pairs, num_groups, the name of the protocol, and the digest of the references. For one file,
     "intervals" has the 95 % interval of each score. Several files must be predictions of one system with different
     training seeds: then the scores are means over the files, "spread" has the standard deviation between the files, and
     "num_runs" is the number of files.
 
-    Lines of predictions are {"pair_id", "prediction"}; lines of references are {"pair_id", "references": [...]}.
-    `read_benchmark` describes other formats of references. `key` is a key of PROTOCOLS. Raises ValueError with file and
-    line for a wrong line, and with file and pair_ids if predictions and references are not of the same pairs.
+    `caption_files` describes the formats of predictions, and `read_benchmark` those of references. `key` is a
+    key of PROTOCOLS. Raises ValueError with file and line for a wrong line, and with file and pair_ids if predictions
+    and references are not of the same pairs.
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:
@@ -263,7 +190,7 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
 
 
 def compare_files(first: Path, second: Path, references: Path, *, key: str | None = None) -> dict[str, Any]:
-    """Compare the predictions of two JSONL files on the same references with a paired bootstrap.
+    """Compare the predictions of two files on the same references with a paired bootstrap.
 
     The result has a Comparison, as a dict, for each metric. The bootstrap draws groups of pairs with the same
     `group_id` in the references, or single pairs if there is no `group_id`. Raises ValueError as `score_files` does.

@@ -31,8 +31,8 @@ class TextTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must be a fast one with a tokenizer.json, "
-                             f"because only these can treat '</s>' in a caption as text, got {type(tokenizer).__name__}; use "
-                             "a language model with a tokenizer.json")
+                             f"because only these can treat '</s>' in a caption as text, got "
+                             f"{type(tokenizer).__name__}; use a language model with a tokenizer.json")
         state = json.loads(backend.to_str())
         added = [token for token in state["added_tokens"] if len(token["content"]) > 1 and token["content"].strip()]
         names = {token["content"]: marks.get(token["content"]) or f"{FENCE}{token['id']}{FENCE}" for token in added}

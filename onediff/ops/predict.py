@@ -9,35 +9,34 @@ from tqdm import tqdm
 
 from onediff.config import load_params, load_runtime
 from onediff.data.record import Record, read_records, read_table
-from onediff.files import write_jsonl
+from onediff.eval import caption_files
 from onediff.inputs.images import open_image
 from onediff.library_logs import silence_libraries
 from onediff.paths import CHAMPION, DIFFCAP, TRAINED
 
 Pair = tuple[Image.Image, Image.Image]
 System = Callable[[Iterator[Record]], Iterator[tuple[Record, str]]]
-REFERENCES = ("pair_id", "references", "group_id", "change_type")
 
 
-def write_predictions(benchmark: str, system: System, out: Path, *, split: str = "test") -> int:
-    """Caption every pair of a benchmark with `system`, and write one JSON line with pair_id and prediction per pair.
+def write_predictions(benchmark: str, system: System, out: Path, *, split: str = "test",
+                      form: caption_files.Form = "jsonl") -> int:
+    """Caption every pair of a benchmark with `system`, and write the captions in the order of the data to a file.
 
-    The lines are in the order of the data. Return the number of lines. Raises ValueError if the split has no such
-    benchmark.
+    Return the number of pairs. Raises ValueError if the split has no such benchmark.
     """
     check_benchmark(benchmark, split)
     records = (record for record in read_records(DIFFCAP, f"{split}-*.parquet") if record.source == benchmark)
-    return write_jsonl(out, ({"pair_id": record.pair_id, "prediction": text} for record, text in system(records)))
+    return caption_files.write_predictions(out, ((record.pair_id, text) for record, text in system(records)), form)
 
 
-def write_references(benchmark: str, out: Path, *, split: str = "test") -> int:
-    """Write one JSON line with the reference captions for each pair of a benchmark, in the order of the data.
+def write_references(benchmark: str, out: Path, *, split: str = "test", form: caption_files.Form = "jsonl") -> int:
+    """Write the reference captions of each pair of a benchmark, in the order of the data, to a file.
 
-    Return the number of lines. Raises ValueError if the split has no such benchmark.
+    Return the number of pairs. Raises ValueError if the split has no such benchmark.
     """
     check_benchmark(benchmark, split)
-    return write_jsonl(out, ({key: row[key] for key in REFERENCES} for row in read_table(DIFFCAP, f"{split}-*.parquet")
-                             if row["source"] == benchmark))
+    rows = (row for row in read_table(DIFFCAP, f"{split}-*.parquet") if row["source"] == benchmark)
+    return caption_files.write_references(out, rows, form)
 
 
 def check_benchmark(benchmark: str, split: str) -> None:

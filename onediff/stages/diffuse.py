@@ -13,12 +13,13 @@ from onediff.config import load_params, load_runtime
 from onediff.data.parallel import spread
 from onediff.data.record import Record, write_shards
 from onediff.data.sources.collection import list_collection
-from onediff.data.sources.entries import part, read_lines
+from onediff.data.sources.entries import part
 from onediff.data.synthesis.diffusion import OUTCOMES, Editor, Task, records_of
 from onediff.files import new_folder, write_json
 from onediff.library_logs import silence_libraries
 from onediff.paths import INSTRUCTED, PAIRS, RAW
 from onediff.stages.command import run
+from onediff.text_files import read_lines
 
 
 def diffuse(source: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from onediff.config import load_params
 from onediff.data.record import read_records, read_table
+from onediff.eval.caption_files import read_predictions
 from onediff.eval.metrics.catalog import PAIR_METRICS
-from onediff.eval.protocols import PairRow, protocols_of, read_predictions
+from onediff.eval.protocols import PairRow, protocols_of
 from onediff.eval.report.charts import standalone
 from onediff.eval.report.figures import figures
 from onediff.eval.report.gallery import Album, Grid, choose, example, fitted, losses, worst

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.wording import own_question_scores, paraphrase_spread
+from onediff.eval.caption_files import read_predictions
 from onediff.eval.evaluation import evaluate
 from onediff.eval.floors import nearest_rows
 from onediff.eval.metrics.catalog import BEHAVIOUR, METRICS
 from onediff.eval.metrics.compute import start
 from onediff.eval.metrics.words import Predictions
-from onediff.eval.protocols import check_counts, protocol_of, protocols_of, read_predictions, rounded
+from onediff.eval.protocols import check_counts, protocol_of, protocols_of, rounded
 from onediff.eval.questions import GENERATED
 from onediff.files import new_folder, read_json, read_jsonl, write_json
 from onediff.paths import CAPTIONS, CARD, DIFFCAP, GATE, OWN_QUESTION, PARAPHRASED, SCORED

@@ -67,6 +67,9 @@ def test_references_of_another_split_or_of_a_part_are_refused(official: Path, tm
     official.write_text(json.dumps([{"uid": "1", "sents": ["a"]}]))
     with pytest.raises(ValueError, match=r"test\.json entry 0: must have 'img_id' and 'sentences'"):
         read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
+    official.write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a"}]}))
+    with pytest.raises(ValueError, match=r"spot_the_diff/single/v1 scores .* with 1,270 pairs, got 1;"):
+        read_benchmark(official, PROTOCOLS["spot_the_diff/single"])
     with pytest.raises(ValueError, match=r"--protocol spot_the_diff: must be one of scenes, .*/single"):
         score_files([official], official, key="spot_the_diff")
 

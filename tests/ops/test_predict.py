@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner, Siames
 from onediff.cli import main as cli
 from onediff.config import Config
 from onediff.data.record import Record, write_shards
-from onediff.eval.protocols import read_predictions, read_rows
+from onediff.eval.caption_files import EXTRAS, read_predictions, read_references
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.ops import predict
 
@@ -51,10 +52,15 @@ def test_predictions_and_references_are_readable_by_score_and_compare(
         project: Path, cnn: Path, scene_pairs: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "out/p.jsonl") == 0
     assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
-    predictions, truth = read_predictions(Path("out/p.jsonl")), read_rows(Path("r.jsonl"), "references")
-    assert list(predictions) == list(truth) == [record.pair_id for record in scene_pairs[:5]]
-    assert list(truth.values()) == [{name: getattr(record, name) for name in predict.REFERENCES}
-                                    for record in scene_pairs[:5]]
+    predictions, truth = read_predictions(Path("out/p.jsonl")), read_references(Path("r.jsonl"))
+    assert list(predictions) == [record.pair_id for record in scene_pairs[:5]]
+    assert truth == [{name: getattr(record, name) for name in ("pair_id", "references", *EXTRAS)}
+                     for record in scene_pairs[:5]]
+    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "p.json", "--format", "coco") == 0
+    assert _onediff(monkeypatch, "references", "scenes", "--out", "r.json", "--format", "coco") == 0
+    assert json.loads(Path("p.json").read_text())[0] == {
+        "image_id": scene_pairs[0].pair_id, "caption": predictions[scene_pairs[0].pair_id]}
+    assert read_predictions(Path("p.json")) == predictions and read_references(Path("r.json")) == truth
 
 
 def test_a_chat_model_gets_the_instruction_of_each_pair_and_the_prompt_is_printed(

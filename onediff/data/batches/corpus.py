@@ -17,6 +17,7 @@ from tqdm import tqdm
 from onediff.data.batches.targets import Facts, facts_of
 from onediff.data.record import Record, digest, read_records
 from onediff.files import new_folder, waiting_lock
+from onediff.text_files import json_lines
 
 _RECORDS, _IMAGES = "kept.jsonl", "images.bin"
 
@@ -77,7 +78,7 @@ class Corpus:
         captions: dict[str, dict[str, str]] = {}
         source_of: dict[str, str] = {}
         positions: dict[str, tuple[int, int]] = {}
-        for row in map(json.loads, (store / _RECORDS).open(encoding="utf-8")):
+        for _, row in json_lines(store / _RECORDS):
             sample = Sample(**row["sample"] | {"images": tuple(row["sample"]["images"]),
                                                "turns": tuple((q, a) for q, a in row["sample"]["turns"])})
             samples.append(sample)

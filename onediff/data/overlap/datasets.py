@@ -13,11 +13,12 @@ from typing import Any
 
 from onediff.data.quality.probe import read_group, row_groups
 from onediff.data.record import Record, read_row_group
-from onediff.data.sources.entries import expect, identity, part, read_lines, read_list
+from onediff.data.sources.entries import identity, part
 from onediff.data.sources.published import split_of
 from onediff.data.sources.read import open_source, reader_of
 from onediff.data.sources.readers.folder import TABLES
 from onediff.inputs.prompt import IMAGE
+from onediff.text_files import expect, read_lines, read_list
 
 ANNOTATIONS = (".json", ".jsonl")
 _FORM = '{"id", "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from", "value"}, ...]}'

@@ -17,7 +17,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from onediff.data.sources.entries import identity, one_line, part, read_csv, read_json, read_lines
+from onediff.data.sources.entries import identity, one_line, part
+from onediff.text_files import read_json, read_lines, read_table
 
 TABLES = ("captions.csv", "captions.jsonl")
 CAPTIONS = ("caption", "captions", "text")
@@ -93,7 +94,7 @@ def load(entries: Iterable[Entry]) -> Iterator[CaptionedImage]:
 
 
 def _of_table(folder: Path, path: Path) -> Iterator[Entry]:
-    for place, row in read_csv(path) if path.suffix == ".csv" else read_lines(path):
+    for place, row in read_table(path) if path.suffix == ".csv" else read_lines(path):
         name = part(row, "image", str, place).strip()
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{place}: image must be a path below the folder of the collection, such as 1.jpg, got "

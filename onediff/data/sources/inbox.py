@@ -21,12 +21,12 @@ from typing import Any
 
 from onediff.data.sources import tracked
 from onediff.data.sources.catalog import CATALOG
-from onediff.data.sources.entries import read_csv, read_lines
 from onediff.data.sources.published import Files, PublishedPair, open_files
 from onediff.data.sources.readers import folder as own
 from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
+from onediff.text_files import read_lines, read_table
 
 CLAIMED, DONE = ".taking.", ".done."  # folder name prefixes of a batch whose import has begun, and of an imported batch
 
@@ -165,7 +165,7 @@ def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
     files = open_files(folder, inbox.scratch)
     pairs = list(own.read(files))
     table = files.require(*own.TABLES)
-    rows = [row for _, row in (read_csv(table) if table.suffix == ".csv" else read_lines(table))]
+    rows = [row for _, row in (read_table(table) if table.suffix == ".csv" else read_lines(table))]
     contents = "".join(f"{name}\0{sha256_of(folder / name)}\n" for name, _, _ in _listing(folder))
     digest = sha256(contents.encode()).hexdigest()[:12]
     begun = sorted((RAW / source).glob(f"????-??-??-{digest}"))
@@ -253,7 +253,7 @@ def _write_table(path: Path, table: Path, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_text("\n".join([*filter(None, [old.rstrip("\n")]), *lines, ""]), encoding="utf-8")
         return
-    every: list[dict[str, str]] = [row for _, row in read_csv(table)]
+    every: list[dict[str, str]] = [row for _, row in read_table(table)]
     for row in rows:
         # Each reference gets its own column, because a reference may contain "|", the separator inside one cell.
         texts = {f"reference_{number}": text for number, text in enumerate(row.pop("references"), 1)}

@@ -21,9 +21,10 @@ from onediff.data.writer.answers import parse as parse_answer
 from onediff.data.writer.asking import ask
 from onediff.data.writer.request import judgement_of_caption
 from onediff.eval.analysis.behaviour import GRAMMARS, RESAMPLES, interval
+from onediff.eval.caption_files import read_predictions
 from onediff.eval.metrics.ngrams import Numbers
 from onediff.eval.metrics.words import Predictions, References, check_keys
-from onediff.eval.protocols import PROTOCOLS, PairRow, protocol_of, read_benchmark, read_predictions
+from onediff.eval.protocols import PROTOCOLS, PairRow, protocol_of, read_benchmark
 from onediff.paths import DIFFCAP
 
 ANSWERS = answers_path("judge", "verdicts")

@@ -172,14 +172,22 @@ REFERENCE = {"pair_id": "a", "references": ["x"]}
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    ([GOOD, "{oops"], r"p.jsonl line 2: must be valid JSON"),
+    ([GOOD, "{oops"], r"p.jsonl line 2: not valid JSON"),
     ([{"pair_id": "a"}], r"p.jsonl line 1: must have 'pair_id' and 'prediction', but lacks \['prediction'\]"),
     ([GOOD, [1]], r"p.jsonl line 2: must be a JSON object with 'pair_id' and 'prediction', got \[1\]"),
     ([], r"p.jsonl: must have one line per pair, but is empty"),
     ([GOOD, "", GOOD], r"p.jsonl line 3: each pair_id must be unique, but .* \('a'\)"),
     ([{"pair_id": "a", "prediction": 3}], r"p.jsonl line 1: 'prediction' must be a string, got 3"),
     ([{"pair_id": "a", "prediction": None}], r"line 1: 'prediction' must be a string, got null; .* or \"\" for a pair"),
-    ([{"pair_id": 1, "prediction": "x"}], r"line 1: 'pair_id' must be a string, got 1"),
+    ([{"pair_id": 1.5, "prediction": "x"}], r"line 1: 'pair_id' must be a string or a whole number, got 1.5"),
+    ([{"pair_id": True, "prediction": "x"}], r"line 1: 'pair_id' must be a string or a whole number, got true"),
+    ([{"pair_id": 1, "prediction": "x"}, {"pair_id": "1", "prediction": "y"}], r"line 2: each pair_id must be unique"),
+    (['[{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}]'],
+     r"p.jsonl entry 2: each image_id must have one prediction, .* \('1'\)"),
+    (['[{"image_id": 1, "caption": "x"}, {"image_id": 2}]'], r"p.jsonl entry 2: .* but lacks \['caption'\]"),
+    (['[{"image_id": 1, "caption": 7}]'], r"p.jsonl entry 1: 'caption' must be a string, got 7"),
+    (["[", '{"image_id": 1, "caption": "x"},', "{oops"], r"p.jsonl line 3: not valid JSON"),
+    (['{"images": [], "annotations": []}'], r"p.jsonl: must contain predictions, but contains annotations of COCO"),
     ([{"pair_id": f"b{i}", "prediction": "x"} for i in range(7)],
      r"p.jsonl: predictions and references .* 1 \(a\) are missing .* 7 \(b0, b1, b2, b3, b4, \.\.\.\) are not among"),
 ])
@@ -196,7 +204,7 @@ def test_bad_reference_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         score_files([predictions], tmp_path / "none.jsonl")
     (tmp_path / "l.jsonl").write_bytes(b'{"pair_id": "a", "references": ["caf\xe9"]}')
-    with pytest.raises(ValueError, match=r"l\.jsonl: must be UTF-8"):
+    with pytest.raises(ValueError, match=r"l\.jsonl line 1: must be UTF-8"):
         score_files([predictions], tmp_path / "l.jsonl")
 
 

@@ -11,8 +11,9 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from onediff.data.record import digest
-from onediff.data.sources.entries import read_tsv, sentences
+from onediff.data.sources.entries import sentences
 from onediff.data.sources.published import OFFICIAL_SPLITS, Files, PublishedPair
+from onediff.text_files import read_published_tsv
 
 ANNOTATIONS = "birds-to-words-v1.0.tsv"
 COLUMNS = ("img1ObservationURL", "img1ImgURL", "img1Species", "img1Selection", "img2ObservationURL", "img2ImgURL",
@@ -28,7 +29,7 @@ def read(files: Files) -> Iterator[PublishedPair]:
     tables = files.ending(".tsv")
     path = tables[0] if len(tables) == 1 else files.require(ANNOTATIONS)
     merged: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for place, row in read_tsv(path, COLUMNS):
+    for place, row in read_published_tsv(path, COLUMNS):
         if row["split"] not in OFFICIAL_SPLITS:
             raise ValueError(f"{place}: split must be one of {', '.join(OFFICIAL_SPLITS)}, got '{row['split'][:40]}'; "
                              "download the published file again")

@@ -9,8 +9,9 @@ type_mapping.json lists the images by type of change.
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from onediff.data.sources.entries import expect, part, read_json, sentences
+from onediff.data.sources.entries import part, sentences
 from onediff.data.sources.published import NO_TYPE, OFFICIAL_SPLITS, Files, PublishedPair
+from onediff.text_files import expect, read_json
 
 ANNOTATIONS = ("splits.json", "change_captions.json", "no_change_captions.json", "type_mapping.json")
 TYPES = {"material": "texture"}  # Papers call a change of the material "texture".

@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onediff.data.record import SPLITS, digest
-from onediff.data.sources.entries import expect, one_line, part, read_csv, read_lines, sentences
+from onediff.data.sources.entries import one_line, part, sentences
 from onediff.data.sources.published import NO_TYPE, Files, PublishedPair
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
+from onediff.text_files import expect, read_lines, read_table
 
 TABLES = ("pairs.csv", "pairs.jsonl")
 SHARES = {"train": 80, "val": 5, "gate": 5, "test": 10}  # percent of the groups in each split, for rows without a split
@@ -53,7 +54,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file and line, row) for each row of pairs.csv. An error about a column name points to line 1."""
-    for number, (place, row) in enumerate(read_csv(path)):
+    for number, (place, row) in enumerate(read_table(path)):
         if number == 0:
             header = f"{path} line 1"
             _check_columns(row, header)

@@ -6,8 +6,9 @@ a record. Two images may occur in several records with different requests; these
 
 from collections.abc import Iterator
 
-from onediff.data.sources.entries import identity, part, read_list, sentences
+from onediff.data.sources.entries import identity, part, sentences
 from onediff.data.sources.published import Files, PublishedPair
+from onediff.text_files import read_list
 
 ANNOTATIONS = {"train": ("train.json",), "val": ("valid.json", "val.json"), "test": ("test.json",)}
 

@@ -9,8 +9,9 @@ Brooks et al., CVPR 2023.
 import itertools
 from collections.abc import Iterator
 
-from onediff.data.sources.entries import one_line, part, read_json, read_lines
+from onediff.data.sources.entries import one_line, part
 from onediff.data.sources.published import Files, PublishedPair
+from onediff.text_files import read_json, read_lines
 
 SIMILARITIES = ("sim_0", "sim_1", "sim_direction", "sim_image", "sim_text")
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from onediff.data.sources.entries import expect, identity, one_line, part, read_list
+from onediff.data.sources.entries import identity, one_line, part
 from onediff.data.sources.published import GENERAL, Files, PublishedPair
 from onediff.inputs.prompt import IMAGE
+from onediff.text_files import expect, read_list
 
 CAPTIONS, CONVERSATIONS = "blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json"
 _SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}

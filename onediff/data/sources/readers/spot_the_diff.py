@@ -6,8 +6,9 @@ All entries with one img_id form one pair, and every sentence is a reference.
 
 from collections.abc import Iterator
 
-from onediff.data.sources.entries import identity, part, read_list, sentences
+from onediff.data.sources.entries import identity, part, sentences
 from onediff.data.sources.published import Files, PublishedPair
+from onediff.text_files import read_list
 
 ANNOTATIONS = {"train": ("train.json",), "val": ("val.json", "valid.json"), "test": ("test.json",)}
 
