@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from onediff.eval.unscored import unscored
 from onediff.files import read_json
 from onediff.git import committed
-from onediff.paths import DVC_LOCK, METRICS, SEEDS
+from onediff.paths import CARD, DVC_LOCK, METRICS, SEEDS
 from onediff.repro.lock import parse_dvc_lock, read_dvc_lock
 
 # For each column title of the table: metrics, of which a cell shows the first one that the benchmark has.
@@ -20,7 +21,8 @@ def score_table() -> str:
 
     If the checked-out git commit contains scores that were produced with equal parameters, brackets compare with it:
     they show the lowest and the highest score of several seeds if docs/seeds.json has them, as in the README, and
-    otherwise the committed score. The table is at most 100 characters wide. Raises FileNotFoundError if
+    otherwise the committed score. The table is at most 100 characters wide, and a line for each source
+    without a score follows it. Raises FileNotFoundError if
     data/metrics.json does not exist.
     """
     present = read_json(METRICS, "run 'dvc repro score' to create it")
@@ -36,7 +38,8 @@ def score_table() -> str:
                                   for names in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n  ".join([f"Scores of the test split, times 100; {note}:", *lines])
+    notes = unscored(read_json(CARD)) if CARD.exists() else []
+    return "\n".join(["\n  ".join([f"Scores of the test split, times 100; {note}:", *lines]), *notes])
 
 
 def _committed_scores() -> dict[str, Any]:

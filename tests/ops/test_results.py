@@ -53,6 +53,16 @@ def test_the_range_over_seeds_takes_the_place_of_the_committed_scores() -> None:
 
 
 @pytest.mark.usefixtures("project")
+def test_a_source_without_test_pairs_is_named_with_the_reason() -> None:
+    counts = {"train": {"mine": {"add": 5, "none": 2}, "llava_558k": {"general": 9}}, "gate": {"mine": {"add": 2}},
+              "test": {"scenes": {"move": 3}}}
+    write_json(Path("data/diffcap/card.json"), {"num_pairs": counts})
+    assert score_table().splitlines()[3:] == [
+        "mine has no score, because the split test contains none of its pairs (train 7, gate 2); in a table of your "
+        "own, set the column split to test for some pairs"]
+
+
+@pytest.mark.usefixtures("project")
 def test_without_git_there_is_nothing_to_compare_with() -> None:
     shutil.rmtree(".git")
     assert "(" not in score_table().splitlines()[2]

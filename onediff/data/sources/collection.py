@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from onediff.data.sources.entries import identity, one_line, part
+from onediff.data.sources.entries import identity, is_address, one_line, part
 from onediff.text_files import read_json, read_lines, read_table
 
 TABLES = ("captions.csv", "captions.jsonl")
@@ -96,6 +96,9 @@ def load(entries: Iterable[Entry]) -> Iterator[CaptionedImage]:
 def _of_table(folder: Path, path: Path) -> Iterator[Entry]:
     for place, row in read_table(path) if path.suffix == ".csv" else read_lines(path):
         name = part(row, "image", str, place).strip()
+        if is_address(name):
+            raise ValueError(f"{place}: image must be an image file below the folder, got the address '{name[:200]}'; "
+                             "download the image, and write the path of the file")
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{place}: image must be a path below the folder of the collection, such as 1.jpg, got "
                              f"'{name}'; correct the path")

@@ -4,9 +4,12 @@
 "a.csv line 3".
 """
 
+import re
 from typing import Any
 
 from onediff.text_files import CURE, Kind, expect
+
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def part(entry: dict[str, Any], key: str, kind: type[Kind], place: str) -> Kind:
@@ -21,6 +24,11 @@ def identity(entry: dict[str, Any], key: str, place: str) -> str:
     """Return the identifier entry[key] as a string, because some files store it as "1001" and other files as 1001."""
     value = entry.get(key)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else part(entry, key, str, place)
+
+
+def is_address(name: str) -> bool:
+    """Return whether the name of an image is an address in the web or a data URI, and not a path."""
+    return _ADDRESS.match(name) is not None
 
 
 def one_line(text: str) -> str:

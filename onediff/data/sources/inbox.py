@@ -26,7 +26,7 @@ from onediff.data.sources.readers import folder as own
 from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
-from onediff.text_files import read_lines, read_table
+from onediff.text_files import read_table, read_text
 
 CLAIMED, DONE = ".taking.", ".done."  # folder name prefixes of a batch whose import has begun, and of an imported batch
 
@@ -147,12 +147,11 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of new pairs from the inbox: the rows of its table, and the pairs that these rows describe."""
+    """A batch of new pairs from the inbox: each pair as it is in the table, and as the reader gives it."""
 
     source: str
     name: str
-    rows: list[dict[str, Any]]
-    pairs: list[PublishedPair]
+    pairs: list[tuple[own.OwnPair, PublishedPair]]
     files: Files
 
 
@@ -163,14 +162,12 @@ def _batch(source: str, folder: Path, inbox: Inbox) -> Batch:
     ValueError or FileNotFoundError, which names the file and the line, if the batch is not valid.
     """
     files = open_files(folder, inbox.scratch)
-    pairs = list(own.read(files))
-    table = files.require(*own.TABLES)
-    rows = [row for _, row in (read_table(table) if table.suffix == ".csv" else read_lines(table))]
+    pairs = list(own.read_own(files))
     contents = "".join(f"{name}\0{sha256_of(folder / name)}\n" for name, _, _ in _listing(folder))
     digest = sha256(contents.encode()).hexdigest()[:12]
     begun = sorted((RAW / source).glob(f"????-??-??-{digest}"))
     name = begun[0].name if begun else f"{datetime.now(UTC):%Y-%m-%d}-{digest}"
-    return Batch(source, name, rows, pairs, files)
+    return Batch(source, name, pairs, files)
 
 
 def _check(batch: Batch, inbox: Inbox) -> None:
@@ -189,7 +186,8 @@ def _check(batch: Batch, inbox: Inbox) -> None:
         if _holds(_table(files, target), batch):
             raise ValueError(f"exactly these files were imported before, as {target / batch.name}; remove this batch "
                              "from the inbox")
-    for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
+    same: dict[tuple[str, ...], int] = {}
+    for number, (row, pair) in enumerate(batch.pairs, 1):
         for name, path in zip(pair.names, pair.locate(batch.files), strict=True):
             if path is None:
                 raise ValueError(f"pair {number}: the image {name} is not in the folder of the batch; add the image")
@@ -197,9 +195,13 @@ def _check(batch: Batch, inbox: Inbox) -> None:
                 open_image(path, max_megapixels=inbox.max_megapixels)
             except ValueError as error:
                 raise ValueError(f"pair {number}: {error}") from None
-        if row.get("pair_id") and pair.official_id in known:
-            raise ValueError(f"pair {number}: pair_id '{pair.official_id}' already exists in the source; choose "
+        if row.pair_id and row.pair_id in known:
+            raise ValueError(f"pair {number}: pair_id '{row.pair_id}' already exists in the source; choose "
                              "another pair_id, or remove the column pair_id")
+        first = same.setdefault((*_images(batch, pair).values(), pair.instruction), number)
+        if first != number:
+            raise ValueError(f"pair {number}: the images have the content of those of pair {first}; write one pair "
+                             "with the references of both")
 
 
 def _table(files: Files, target: Path) -> Path:
@@ -209,7 +211,7 @@ def _table(files: Files, target: Path) -> Path:
 
 def _holds(table: Path, batch: Batch) -> bool:
     """Return whether `table`, the source's table of pairs, already contains the rows of the batch."""
-    return table.exists() and f"{batch.name}/" in table.read_text(encoding="utf-8-sig")
+    return table.exists() and f"{batch.name}/" in read_text(table)
 
 
 def _merge(batch: Batch, inbox: Inbox) -> None:
@@ -224,32 +226,38 @@ def _merge(batch: Batch, inbox: Inbox) -> None:
     table = _table(open_files(target, inbox.scratch), target)
     if _holds(table, batch):
         return
-    # Name each copied image by the digest of its content, so that equal file names in two batches do not conflict.
-    names = {path: f"{sha256_of(path)[:32]}{path.suffix.lower()}"
-             for pair in batch.pairs for path in pair.locate(batch.files) if path}
+    names = {path: name for _, pair in batch.pairs for path, name in _images(batch, pair).items()}
     if not (target / batch.name).exists():
         with new_folder(target / batch.name) as images:
             for path, name in names.items():
                 shutil.copyfile(path, images / name)
     rows = []
-    for number, (row, pair) in enumerate(zip(batch.rows, batch.pairs, strict=True), 1):
+    for number, (row, pair) in enumerate(batch.pairs, 1):
         before, after = (names[path] for path in pair.locate(batch.files) if path)
         # Each row has the columns that the reader of pairs.jsonl expects.
         # Without a group in the row, the two image digests form the group, so equal image pairs get one split.
         rows.append({"before": f"{batch.name}/{before}", "after": f"{batch.name}/{after}",
                      "references": pair.references,
-                     "pair_id": pair.official_id if row.get("pair_id") else f"{batch.name}-{number:06d}",
-                     "group": pair.group if row.get("group") else f"{Path(before).stem}|{Path(after).stem}",
-                     "split": pair.split if row.get("split") else "" if pair.references else "train",
+                     "pair_id": row.pair_id or f"{batch.name}-{number:06d}",
+                     "group": row.group or f"{Path(before).stem}|{Path(after).stem}",
+                     "split": row.split or ("" if pair.references else "train"),
                      "change_type": pair.change_type, "instruction": pair.instruction})
     with new_file(table) as path:  # The old table is replaced only after all rows have been written.
         _write_table(path, table, rows)
 
 
+def _images(batch: Batch, pair: PublishedPair) -> dict[Path, str]:
+    """Return {path: new name} for the images of a pair that exist.
+
+    The name is the digest of the content, so that equal file names in two batches do not conflict.
+    """
+    return {path: f"{sha256_of(path)[:32]}{path.suffix.lower()}" for path in pair.locate(batch.files) if path}
+
+
 def _write_table(path: Path, table: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows of the old `table`, if there is one, and then the new rows to `path`, in the format of `table`."""
     if table.suffix == ".jsonl":
-        old = table.read_text(encoding="utf-8-sig") if table.exists() else ""
+        old = read_text(table) if table.exists() else ""
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_text("\n".join([*filter(None, [old.rstrip("\n")]), *lines, ""]), encoding="utf-8")
         return

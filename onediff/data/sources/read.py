@@ -93,7 +93,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
     shared = {f"{one}-{other}": len(names[one] & names[other]) for one, other in SHARED}
     every = list(dict.fromkeys(name for split in splits for name in missing[split]))
     return {"source": source, "splits": splits, "shared": shared, "missing": every,
-            "notes": list(_notes(source, splits))}, num_pairs
+            "notes": [*_notes(source, splits), *_own_notes(source, tally, num_pairs)]}, num_pairs
 
 
 def as_text(summary: dict[str, Any]) -> str:
@@ -147,6 +147,20 @@ def _verdict(counts: dict[str, Any]) -> str:
         return "complete" if counts["expected"] else "no image missing"
     wrong = [f"{name} {number:,}" for name, number in _wrong(counts)]
     return f"published: {', '.join(wrong)}" if wrong else "images missing"
+
+
+def _own_notes(source: str, tally: dict[str, Counter[str]], num_pairs: Counter[str]) -> Iterator[str]:
+    """Yield what users should know about a source of their own: merged rows, and why it has no score."""
+    if source in CATALOG:
+        return
+    for split in SPLITS:
+        merged = tally[split]["records"] - num_pairs[split] if split in tally else 0
+        if merged:
+            rows = "1 row was" if merged == 1 else f"{merged:,} rows were"
+            yield f"{split}: {rows} merged into the pair with equal images and an equal instruction"
+    if not num_pairs["test"]:
+        yield ("no pair is in split test, so this source gets no score: write test into the column split of some rows, "
+               "or add pairs")
 
 
 def _notes(source: str, splits: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from onediff.eval.report.charts import COLOURS, page_style
 from onediff.eval.report.figures import FLOORS, last_loss
 from onediff.eval.report.gallery import Album, Example
 from onediff.eval.report.peers import doubts, published
+from onediff.eval.unscored import unscored
 
 NUM_FIRST = 3  # number of pairs of each source that the gallery shows before the reader opens the rest
 NUM_SENTENCES = 3  # largest number of benchmarks that the summary of the report mentions
@@ -106,6 +107,7 @@ def render_page(results: ModelResults, albums: Mapping[str, Album], figures: Map
         peers={key: [row | {"doubts": doubts(row)} for row in published(key)] for key, result in metrics.items()
                if "incomplete" not in result},
         phases=phases, language=_language_table(metrics), counts=_count_table(results.card),
+        unscored=unscored(results.card),
         types={name: _type_table(result) for name, result in metrics.items()}, floors=FLOORS,
         questions={name: table for name, result in metrics.items() if (table := _question_table(result))},
         parts={name: parts for name, result in metrics.items() if (parts := _part_table(result))},

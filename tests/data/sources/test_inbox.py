@@ -174,6 +174,25 @@ def test_a_pair_id_that_already_exists_in_the_source_is_refused(drop_box: Inbox)
     assert len(pairs_in(Path("data/raw/mine"))) == 1
 
 
+def test_two_pairs_of_a_batch_with_equal_images_are_refused(drop_box: Inbox) -> None:
+    folder = drop("folder_jsonl")
+    for side in ("before", "after"):
+        shutil.copy(folder / f"1_{side}.png", folder / f"copy_{side}.png")
+    rows = [{"before": f"{name}_before.png", "after": f"{name}_after.png", "references": ["a"]}
+            for name in ("1", "copy")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "pair 2: the images have the content of those of pair 1; write" in import_batches(drop_box).problems[0]
+
+
+def test_rows_of_one_pair_are_imported_as_one_pair(drop_box: Inbox) -> None:
+    folder = drop("folder_jsonl")
+    rows = [{"before": "1_before.png", "after": "1_after.png", "references": [text], "pair_id": 0} for text in "ab"]
+    (folder / "pairs.jsonl").write_text("\r\n".join(map(json.dumps, rows)), encoding="utf-16")
+    assert import_batches(drop_box).batches == [("mine", 1)]
+    [pair] = inbox.own.read(open_files(Path("data/raw/mine"), Path("scratch")))
+    assert (pair.official_id, pair.references) == ("0", ["a", "b"])
+
+
 def test_a_copy_of_an_imported_batch_is_reported_and_stays_in_the_inbox(drop_box: Inbox) -> None:
     drop("folder")
     import_batches(drop_box)

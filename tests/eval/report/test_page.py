@@ -106,3 +106,10 @@ def test_tables_list_sources_in_the_order_of_the_benchmarks_and_numbers_have_tho
     assert re.findall(r"<th>(scenes|edits)</th>|<th scope=\"row\">(scenes|edits)</th>", data) == [
         ("", "scenes"), ("", "edits"), ("scenes", ""), ("edits", "")]
     assert data.count("<td>1,234</td>") == 4
+
+
+def test_the_page_names_a_source_without_a_score() -> None:
+    card = {"num_pairs": {"train": {"scenes": {"add": 7}, "mine": {"add": 5}}, "test": {"scenes": {"add": 3}}},
+            "num_quarantined": 0, "leaks": {"images": 0, "groups": 0, "near_train_images": {}, "near_bits": 3}}
+    sentence = "mine has no score, because the split test contains none of its pairs (train 5)"
+    assert sentence in page(card=card) and "has no score" not in page()
