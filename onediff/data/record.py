@@ -18,6 +18,7 @@ Split = Literal["train", "val", "gate", "test"]
 # The order of the splits must not change, because the position of a split is part of the seed of generated pairs.
 # If two splits contain equal pairs, the pair in the split that comes first in this order is reported as leaked.
 SPLITS: tuple[Split, ...] = get_args(Split)
+GENERAL = "general"  # the change type of general instruction data, which has one image or none
 ROW_GROUP = 64  # number of pairs in a Parquet row group, the unit that is read into memory at once
 
 

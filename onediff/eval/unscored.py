@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from onediff.data.sources.published import GENERAL
+from onediff.data.record import GENERAL
 
 
 def unscored(card: Mapping[str, Any]) -> list[str]:

@@ -103,7 +103,7 @@ def test_a_caption_with_control_tokens_trains_as_text(folder: Path, micro: Confi
     sampling = Sampling({"mine": 1.0}, "plain", seed=1, batch_size=3)
     model, processor = build(micro.model, seed=0)
     batch = collate(tune_rows(tune_entries(corpus, sampling), sampling)(0), processor, decode(corpus, processor))
-    assert float(model(**batch).loss) > 0
+    assert model(**batch).loss.item() > 0
     answers = {processor.tokenizer.decode(row[row >= 0][:-1]).strip() for row in batch["labels"]}
     assert answers == {*captions}
 

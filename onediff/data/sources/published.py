@@ -14,7 +14,7 @@ from onediff.data.sources.archives import ENDINGS as ARCHIVE_ENDINGS
 from onediff.data.sources.archives import unpack_once
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
-NO_TYPE, GENERAL = "unlabelled", "general"
+NO_TYPE = "unlabelled"
 OFFICIAL_SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")

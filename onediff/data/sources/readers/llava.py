@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from onediff.data.record import GENERAL
 from onediff.data.sources.entries import identity, one_line, part
-from onediff.data.sources.published import GENERAL, Files, PublishedPair
+from onediff.data.sources.published import Files, PublishedPair
 from onediff.inputs.prompt import IMAGE
 from onediff.text_files import expect, read_list
 
