@@ -62,6 +62,8 @@ def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
         return
     model["vocab"] = {names.get(token, token): id_ for token, id_ in vocabulary.items()}
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & names.keys()]
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [(left, right) for left, right in model["merges"]
+                           if not {left, right, left + right.removeprefix(prefix)} & names.keys()]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]

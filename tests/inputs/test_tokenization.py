@@ -68,6 +68,17 @@ def llama2() -> PreTrainedTokenizerFast:
                                    eos_token="</s>", unk_token="<unk>")
 
 
+def bpe_with_prefix() -> PreTrainedTokenizerFast:
+    """BPE that marks the letters inside of a word with a prefix; merges make the end token."""
+    letters = sorted({*"".join(TEXTS), *"<>/"} - {" "})
+    tokens = [*letters, *(f"##{letter}" for letter in letters), "</", "</s", "</s>"]
+    tokenizer = Tokenizer(models.BPE(
+        vocab={token: id_ for id_, token in enumerate(tokens)}, continuing_subword_prefix="##",
+        merges=[("<", "##/"), ("</", "##s"), ("</s", "##>")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
 def model_of(tokenizer: Tokenizer) -> dict[str, Any]:
     return dict(json.loads(tokenizer.to_str())["model"])
 
@@ -114,7 +125,8 @@ def wordlevel() -> PreTrainedTokenizerFast:
 
 FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt2": gpt2, "llama3": llama3, "llama2": llama2, "t5": lambda: unigram(byte_fallback=False),
-    "unigram with bytes": lambda: unigram(byte_fallback=True), "wordpiece": wordpiece, "wordlevel": wordlevel}
+    "unigram with bytes": lambda: unigram(byte_fallback=True), "bpe with prefix": bpe_with_prefix,
+    "wordpiece": wordpiece, "wordlevel": wordlevel}
 LOSSLESS = ("gpt2", "llama3", "llama2", "unigram with bytes", "backbone")  # Decoding gives every text back.
 
 
@@ -190,7 +202,7 @@ def test_ordinary_texts_have_the_ids_that_the_tokenizer_gives_them(family: tuple
             *([] if bos is None else [bos]), *processor.tokenizer.encode(question, add_special_tokens=False)]
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_no_control_token_comes_out_of_any_text(family: tuple[str, OneDiffProcessor], data: st.DataObject) -> None:
     processor = family[1]
