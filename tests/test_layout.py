@@ -169,7 +169,8 @@ def test_pyproject_toml_declares_every_imported_package() -> None:
     declared = {_normal(re.split(r"[<>=!~ \[]", item, maxsplit=1)[0]) for items in lists for item in items}
     declared |= {"bpy"}  # Only `make blender` installs bpy, because its dependencies conflict with those of onediff.
     imported = set().union(*(_imports(path) for path in _sources())) - sys.stdlib_module_names - {"onediff", "flows"}
-    other_names = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
+    other_names = {"bmesh": "bpy", "mathutils": "bpy", "pillow_heif": "pillow-heif",
+                   "ruamel": "ruamel-yaml"}
     distributions = packages_distributions()
     owners = {name: {other_names.get(name, name), *map(_normal, distributions.get(name, []))} for name in imported}
     assert [name for name, candidates in owners.items() if not candidates & declared] == []
