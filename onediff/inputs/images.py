@@ -26,6 +26,7 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # the orientation that EXIF states -> how to show the picture upright
 _LARGEST_REPAIR = 1 << 28  # A larger file is not read into memory, in order to be read without its metadata.
+_MOST_PIXELS_REPAIR = 32_000_000  # The end of a JPEG with more pixels is not repaired, because this needs much memory.
 # Bytes with other bits, and without a marker. They replace missing pixels, so that the picture shows that pixels miss.
 _FILLERS = (b"", b"\x55" * 4096, b"\xaa" * 4096)
 _BITS_PER_SAMPLE, _SUBFILE_TYPE, _DNG_VERSION = 258, 254, 50706  # tags of TIFF
@@ -216,9 +217,9 @@ def _with_end_marker(content: bytes) -> bytes | None:
         try:
             with _opened(content + filler + END) as image:
                 # A progressive JPEG may lack the scans with the details of all pixels.
-                if image.info.get("progressive"):
+                if image.info.get("progressive") or image.width * image.height > _MOST_PIXELS_REPAIR:
                     return None
-                pictures.append(image.tobytes())
+                pictures.append(hash(image.tobytes()))
         except _BROKEN:
             return None
     return content + END if len(set(pictures)) == 1 else None
