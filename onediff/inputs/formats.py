@@ -65,6 +65,9 @@ _OTHERS = {
     "a web page": rb"\s*<(!doctype html|html)",
     "a pointer of Git LFS": rb"version https://git-lfs",
 }
+# Most images match none of these patterns, which one search shows.
+_NOT_READ = re.compile(b"|".join(b"(?:%b)" % pattern for pattern in (*_REFUSED.values(), *_OTHERS.values())),
+                       re.DOTALL | re.IGNORECASE)
 
 
 def format_of(head: bytes) -> str | None:
@@ -77,12 +80,13 @@ def refusal(head: bytes, readable: Collection[str]) -> str | None:
 
     None means that the file may be readable.
     """
-    for name, pattern in _REFUSED.items():
-        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
-            return f"{name} image, which is not supported; save it as PNG or JPEG"
-    for name, pattern in _OTHERS.items():
-        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
-            return f"{name}, not an image; download the image again"
+    if _NOT_READ.match(head):
+        for name, pattern in _REFUSED.items():
+            if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+                return f"{name} image, which is not supported; save it as PNG or JPEG"
+        for name, pattern in _OTHERS.items():
+            if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+                return f"{name}, not an image; download the image again"
     if format_of(head) == "HEIF" and "HEIF" not in readable:
         return ("a HEIC image, for which the package pillow-heif is missing; run \"pip install 'onediff-idc[heic]'\", "
                 "or save it as JPEG")

@@ -311,7 +311,7 @@ def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     elif image.mode == "LAB":
         rgb = lab_to_srgb(image)
     else:
-        rgb = (rgba or image).convert("RGB")
+        rgb = image if image.mode == "RGB" and not rgba else (rgba or image).convert("RGB")
     if rgba:
         rgb.putalpha(rgba.getchannel("A"))
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
