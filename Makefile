@@ -102,7 +102,7 @@ lint: setup  ## check style (ruff), types (mypy) and the direction of imports
 	@lint-imports
 
 lock: setup  ## write requirements.lock again from pyproject.toml; pins that still fit are kept
-	@$(UV) compile $(INTO) --quiet --no-header --no-annotate --extra full --extra dev --extra ray -o requirements.lock pyproject.toml
+	@$(UV) compile $(INTO) --quiet --no-header --no-annotate --extra full --extra dev --extra ray --extra heic -o requirements.lock pyproject.toml
 	@# Only the CUDA build of torch needs these packages, and installs them itself.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock

@@ -32,11 +32,12 @@ from onediff.config import load_params, load_runtime
 from onediff.data.quality.leaks import thumbnail
 from onediff.data.record import SPLITS, Record
 from onediff.data.synthesis.edits.operations import OPERATIONS
-from onediff.data.synthesis.edits.photographs import SUFFIXES, photo_paths, split_of
+from onediff.data.synthesis.edits.photographs import photo_paths, split_of
 from onediff.data.synthesis.edits.pictures import Picture
 from onediff.eval.analysis.behaviour import edit_behaviour, edit_checks, interval
 from onediff.eval.metrics.words import Predictions
 from onediff.files import key_of, new_folder, read_json, refusing_lock, write_json, write_text
+from onediff.inputs.formats import IMAGE_ENDINGS
 from onediff.inputs.images import open_image, png
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 from onediff.ops import predict
@@ -75,7 +76,7 @@ def chosen_photos(folder: Path, leave_out: Sequence[str]) -> tuple[dict[str, Pat
     Raises ValueError if a value of `leave_out` is neither an image file nor a photograph of the folder, or if no
     photograph is left.
     """
-    photos = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    photos = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_ENDINGS}
     images = [Path(value) for value in leave_out if Path(value).is_file()]
     names = {value for value in leave_out if not Path(value).is_file()}
     if unknown := names - photos.keys():

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,32 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def find_file(path: Path) -> Path | None:
+    """Return the path of an existing file whose name differs from `path` at most in how accents are encoded, or None.
+
+    macOS writes "é" as "e" and an accent (Unicode form NFD), and most other systems write one character (NFC). Raises
+    ValueError if two files or folders have names that differ only so, and none of them is the given one.
+    """
+    if path.is_file():
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[len(found.parts):]:
+        same = [found / part] if (found / part).exists() else \
+            [item for item in sorted(found.iterdir() if found.is_dir() else ()) if nfc(item.name) == nfc(part)]
+        if not same:
+            return None
+        found, *others = same
+        if others:
+            raise ValueError(f"{path}: two names differ only in how accents are encoded: {str(found)!a} and "
+                             f"{str(others[0])!a}; rename or remove one of them")
+    return found if found.is_file() else None
+
+
+def nfc(name: str) -> str:
+    """Return a name with each accented letter as one character (Unicode form NFC), for a comparison of names."""
+    return unicodedata.normalize("NFC", name)
 
 
 def write_text(path: Path, text: str) -> None:

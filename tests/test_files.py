@@ -20,6 +20,7 @@ from onediff.files import (
     NotWrittenError,
     check_new_file,
     disk_full_named,
+    find_file,
     new_file,
     new_folder,
     read_json,
@@ -193,3 +194,23 @@ def test_a_stage_on_a_full_disk_prints_one_line_keeps_the_old_output_and_works_l
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert model.stat().st_size > 800_000
     assert json.loads(model.read_bytes()[8:].split(b"}}")[0] + b"}}")["a"]["shape"] == [100_000]
+
+
+def test_a_file_is_found_although_its_accents_are_encoded_in_another_way(tmp_path: Path) -> None:
+    folder = tmp_path / "fu\u0308r"
+    folder.mkdir()
+    (folder / "cafe\u0301.png").write_text("content")
+    for name in ("f\xfcr/caf\xe9.png", "fu\u0308r/caf\xe9.png", "f\xfcr/cafe\u0301.png", "fu\u0308r/cafe\u0301.png"):
+        assert find_file(tmp_path / name) == folder / "cafe\u0301.png"
+    assert find_file(tmp_path / "f\xfcr") is None, "a folder is no file"
+    assert find_file(tmp_path / "f\xfcr/cafe.png") is None
+    assert find_file(tmp_path / "nothing/caf\xe9.png") is None
+
+
+def test_a_file_is_not_chosen_at_random_from_two_whose_names_look_alike(tmp_path: Path) -> None:
+    one, other = tmp_path / "\u1ea9.png", tmp_path / "\xe2\u0309.png"
+    one.touch()
+    other.touch()
+    assert find_file(one) == one and find_file(other) == other
+    with pytest.raises(ValueError, match=r"two names differ only .*\\xe2\\u0309\.png.* and .*\\u1ea9\.png.*; rename"):
+        find_file(tmp_path / "a\u0302\u0309.png")

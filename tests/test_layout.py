@@ -54,6 +54,12 @@ def test_only_the_owner_of_a_tool_imports_it(package: str) -> None:
     assert users == OWNERS[package]
 
 
+def test_only_one_module_opens_images_of_users() -> None:
+    users = {str(path.relative_to(ROOT)) for path in _sources() if "Image.open(" in path.read_text(encoding="utf-8")}
+    generators = {f"onediff/data/synthesis/{name}.py" for name in ("edits/records", "nuisance", "scenes/blender")}
+    assert users == {"onediff/inputs/images.py", *generators}, "the generators open only images that they have made"
+
+
 def test_the_folder_mlflow_contains_no_python_file() -> None:
     assert not list((ROOT / "mlflow").rglob("*.py"))
 
@@ -169,7 +175,8 @@ def test_pyproject_toml_declares_every_imported_package() -> None:
     declared = {_normal(re.split(r"[<>=!~ \[]", item, maxsplit=1)[0]) for items in lists for item in items}
     declared |= {"bpy"}  # Only `make blender` installs bpy, because its dependencies conflict with those of onediff.
     imported = set().union(*(_imports(path) for path in _sources())) - sys.stdlib_module_names - {"onediff", "flows"}
-    other_names = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
+    other_names = {"bmesh": "bpy", "mathutils": "bpy", "pillow_heif": "pillow-heif",
+                   "ruamel": "ruamel-yaml"}
     distributions = packages_distributions()
     owners = {name: {other_names.get(name, name), *map(_normal, distributions.get(name, []))} for name in imported}
     assert [name for name, candidates in owners.items() if not candidates & declared] == []

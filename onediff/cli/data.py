@@ -52,14 +52,14 @@ def read(source: Annotated[str, typer.Argument(help="The published set that the 
     """Count the image pairs in a dataset folder and decode every image.
 
     For each split, the command prints the number of records, pairs, reference captions, empty captions and missing
-    images. It also lists every damaged image. Nothing is written.
+    images. It also lists every damaged image, and every image with metadata that cannot be used. Nothing is written.
 
     Example: onediff data read mine examples/folder
     """
-    from onediff.data.sources.decoding import broken_images
+    from onediff.data.sources.decoding import check_images
     from onediff.data.sources.read import as_text, summarize
 
-    summary = summarize(source, folder) | {"broken": broken_images(source, folder)}
+    summary = summarize(source, folder) | check_images(source, folder)
     print_result(summary, as_text(summary), as_json)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from onediff.cli.output import Json, Model, out_option, path_argument, path_option, print_result, print_text
-from onediff.files import check_new_file, read_json, write_jsonl, write_text
+from onediff.files import check_new_file, find_file, read_json, write_jsonl, write_text
 from onediff.paths import CHAMPION, DIFFCAP, PARAMS, SCORED, TRAINED
 
 EXAMPLE = Path(".onediff/example")
@@ -83,6 +83,7 @@ def _caption(before: Path, after: Path, model: str, instruction: str | None) -> 
     from onediff.ops.predict import folder_of
     from onediff.serve.usage_log import caption_and_log, usage_log
 
+    before, after = (find_file(path) or path for path in (before, after))
     pair = open_image(before), open_image(after)
     folder = folder_of(model)
     log = usage_log(load_runtime(), model, folder)

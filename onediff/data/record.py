@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onediff.inputs.formats import FORMATS, HEAD, format_of
+
 Split = Literal["train", "val", "gate", "test"]
 # The order of the splits must not change, because the position of a split is part of the seed of generated pairs.
 # If two splits contain equal pairs, the pair in the split that comes first in this order is reported as leaked.
@@ -56,7 +58,6 @@ _FEATURES = {"before": {"_type": "Image"}, "after": {"_type": "Image"},
              "references": {"feature": _TEXT_FEATURE, "_type": "List"},
              **dict.fromkeys((*_TEXTS, "provenance"), _TEXT_FEATURE),
              "num_images": {"dtype": "int64", "_type": "Value"}}
-_ENDINGS = {b"\xff\xd8": "jpg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [("before", _IMAGE), ("after", _IMAGE), ("references", pa.list_(pa.string())), ("provenance", pa.string()),
@@ -89,8 +90,8 @@ def _tables(records: Iterable[Record]) -> Iterator[pa.Table]:
 def _row(record: Record) -> dict[str, Any]:
     row = asdict(record) | {"provenance": json.dumps(record.provenance, sort_keys=True)}
     for number, side in enumerate(("before", "after")):
-        ending = next((ending for magic, ending in _ENDINGS.items() if row[side].startswith(magic)), "png")
-        image = {"bytes": row[side], "path": f"{record.pair_id}_{side}.{ending}"}
+        ending = FORMATS[format_of(row[side][:HEAD]) or "PNG"][0]
+        image = {"bytes": row[side], "path": f"{record.pair_id}_{side}{ending}"}
         row[side] = image if number < record.num_images else None
     return row
 

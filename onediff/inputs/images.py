@@ -1,67 +1,125 @@
 """Decodes image files of common formats to RGB, refuses unreadable ones with a one-line error, and encodes PNG."""
 
+import functools
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-# EPS is not allowed, because Pillow opens EPS files by running another program, Ghostscript.
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+from onediff.files import find_file
+from onediff.inputs.color import ProfileError, lab_to_srgb, to_srgb
+from onediff.inputs.formats import FORMATS, HEAD, format_of, refusal
+from onediff.inputs.metadata import END, EXIF, PROFILE, SCAN, START, stripped
+
+# The errors that Pillow raises for broken files. The decoder of AVIF raises RuntimeError.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+           struct.error, zlib.error)
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # the orientation that EXIF states -> how to show the picture upright
+_LARGEST_REPAIR = 1 << 28  # A larger file is not read into memory, in order to be read without its metadata.
+_MOST_PIXELS_REPAIR = 32_000_000  # The end of a JPEG with more pixels is not repaired, because this needs much memory.
+# Bytes with other bits, and without a marker. They replace missing pixels, so that the picture shows that pixels miss.
+_FILLERS = (b"", b"\x55" * 4096, b"\xaa" * 4096)
+_BITS_PER_SAMPLE, _SUBFILE_TYPE, _DNG_VERSION = 258, 254, 50706  # tags of TIFF
+# Which metadata is kept if the file cannot be read as it is -> notes about the loss
+_LESS_METADATA = {
+    (EXIF, PROFILE): ("damaged metadata was ignored, which may have stated an orientation or a color profile",),
+    (EXIF,): ("the color profile cannot be read, so the colors are taken as sRGB",),
+    (PROFILE,): ("EXIF cannot be read, so the orientation is unknown",),
+    (): ("EXIF and the color profile cannot be read, so the orientation is unknown, and the colors are taken as sRGB",),
+}
+_NO_END = "the end of the file is missing, but no pixel"
+Result = TypeVar("Result")
 
 
-class TooManyPixelsError(ValueError):
+class UnsupportedImageError(ValueError):
+    """An image that is not broken is refused."""
+
+
+class TooManyPixelsError(UnsupportedImageError):
     """An image has more pixels than the caller allows. It was refused before any pixel was decoded."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image in 8-bit sRGB, and the Pillow mode of its file.
+
+    `notes` says in short texts which metadata could not be used, and what this means for the image.
+    """
+
+    image: Image.Image
+    mode: str
+    notes: tuple[str, ...]
 
 
 def open_image(source: bytes | str | Path, *, name: str = "", max_megapixels: float = 64,
                draft_px: int | None = None) -> Image.Image:
+    """Decode an image, given as file content or path, to RGB. `decode` explains how."""
+    return decode(source, name=name, max_megapixels=max_megapixels, draft_px=draft_px).image
+
+
+def decode(source: bytes | str | Path, *, name: str = "", max_megapixels: float = 64,
+           draft_px: int | None = None) -> Decoded:
     """Decode an image, given as file content or path, to RGB.
 
-    The first frame of an animation is used, the EXIF orientation is applied, transparency is composited on white, and
-    16-bit values are scaled to 8 bits. An image of more than `max_megapixels` is refused before any pixel is decoded.
-    If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its shorter
-    side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
-    Raises FileNotFoundError, TooManyPixelsError, or ValueError for a file that is corrupt, truncated or of an unknown
-    format. The errors call the image `name`, or else by its path, or "image" if its content is given.
+    The first frame of an animation and the first page of a document are used, the EXIF orientation is applied, a color
+    profile is converted to sRGB, transparency is composited on white, and values of more than 8 bits are scaled to 8
+    bits. Metadata that cannot be read is ignored. An image of more than `max_megapixels` is refused before any pixel is
+    decoded. If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its
+    shorter side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
+    Raises FileNotFoundError, TooManyPixelsError, UnsupportedImageError for an image that is refused although it is not
+    broken, or ValueError for a file that is corrupt, truncated or of an unknown format. The errors call the image
+    `name`, or else by its path, or "image" if its content is given.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"{name} does not exist or is not a file: give the path of an image")
+    if not isinstance(source, bytes):
+        path = find_file(Path(source))
+        if path is None:
+            raise FileNotFoundError(f"{name} does not exist or is not a file: give the path of an image")
+        source = path
     try:
-        with warnings.catch_warnings():
-            # Pillow's warning about large images is not needed, because this function checks the size itself.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=FORMATS)
-        with image:
-            if draft_px and not image.info.get("progressive"):  # A progressive JPEG is always decoded at full size.
-                image.draft(image.mode, (draft_px, draft_px))
-            megapixels = image.width * image.height / 1e6
-            if megapixels <= max_megapixels:
-                image.load()
-                is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-                return _rgb(image if is_upright else ImageOps.exif_transpose(image))
+        if reason := refusal(_head(source), readable()):
+            raise UnsupportedImageError(reason)
+        return _retried(source, lambda content, notes: _decode(content, notes, max_megapixels, draft_px))
+    except UnsupportedImageError as error:
+        raise type(error)(f"{name}: {error}") from None
     except Image.DecompressionBombError:  # Pillow itself refuses images above 178 megapixels.
         raise TooManyPixelsError(f"{name}: more than 178 megapixels, at most {max_megapixels:g} allowed; reduce the "
                                  "size of the image") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image, or not in a supported format; use {', '.join(FORMATS)}") from None
-    except BROKEN as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: corrupt or truncated image ({reason}); replace the file") from None
-    raise TooManyPixelsError(f"{name}: {megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; reduce the "
-                             "size of the image")
+    except _BROKEN as error:
+        raise ValueError(f"{name}: {_problem(error, source)}") from None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
     """Return width and height of an image that `open_image` can decode, without decoding its pixels."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        is_lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # rotated by a quarter turn
-        return (image.height, image.width) if is_lying else image.size
+    def read(content: bytes | Path, _: tuple[str, ...]) -> tuple[int, int]:
+        with _opened(content) as image:
+            # Pillow states the size of a TIFF as its orientation demands.
+            is_lying = image.format != "TIFF" and (_orientation(image) or 1) >= 5  # rotated by a quarter turn
+            return (image.height, image.width) if is_lying else image.size
+
+    return _retried(content, read)
+
+
+def num_pixels(content: bytes) -> int:
+    """Return the number of pixels that the header of an image states, or 0 for a file that is no image."""
+    def read(content: bytes | Path, _: tuple[str, ...]) -> int:
+        with _opened(content) as image:
+            return image.width * image.height
+
+    try:
+        return _retried(content, read)
+    except (*_BROKEN, Image.DecompressionBombError):
+        return 0
 
 
 def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
@@ -71,18 +129,190 @@ def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB. Raises ValueError for pixel values without a known range."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("32-bit grey values have no standard range; save the image with 8 or 16 bits")
-        # For 16-bit images, Pillow's own conversion would clip values at 255 instead of scaling them.
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+@functools.cache
+def readable() -> tuple[str, ...]:
+    """Return the formats that can be read here: HEIC needs the optional package pillow-heif.
+
+    The first call registers pillow-heif in Pillow, if it is installed.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return tuple(name for name in FORMATS if name != "HEIF")
+    register_heif_opener()
+    return tuple(FORMATS)
+
+
+def _head(source: bytes | Path) -> bytes:
+    if isinstance(source, bytes):
+        return source[:HEAD]
+    with source.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _problem(error: Exception, source: bytes | Path) -> str:
+    """Return what is wrong with a file that could not be decoded, and the cure."""
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read ({error.strerror}); correct its permissions, or replace the file"
+    kind = format_of(_head(source))
+    if kind is None:
+        return f"not an image, or not in a supported format; use {', '.join(readable())}"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"corrupt or truncated image ({' '.join(str(error).split())}); replace the file"
+    if kind == "TIFF":
+        return ("corrupt or truncated image, or a TIFF whose pixels are stored in a way that is not supported; save it "
+                "as RGB or grey with 8 or 16 bits")
+    return f"corrupt or truncated image (the header of a {kind} file is broken); replace the file"
+
+
+def _retried(source: bytes | Path, read: Callable[[bytes | Path, tuple[str, ...]], Result]) -> Result:
+    """Return what `read` returns for the first version of the file that it can read.
+
+    The versions are the file, and then the file with less and less metadata. `read` also gets notes about what is
+    missing. Raises the error about the file itself if `read` fails for every version.
+    """
+    problem: Exception | None = None
+    for content, notes in _versions(source):
+        try:
+            return read(content, notes)
+        except UnsupportedImageError:
+            raise
+        except _BROKEN as error:
+            problem = problem or error
+    assert problem is not None, "there is at least one version"
+    raise problem
+
+
+def _versions(source: bytes | Path) -> Iterator[tuple[bytes | Path, tuple[str, ...]]]:
+    """Yield the file, and versions of it with less metadata, each with notes about what is missing."""
+    yield source, ()
+    if not isinstance(source, bytes):
+        if source.stat().st_size > _LARGEST_REPAIR:
+            return
+        source = source.read_bytes()
+    ended = _with_end_marker(source)
+    if ended:
+        source = ended
+        yield source, (_NO_END,)
+    seen, content = {hash(source)}, source
+    for keep, notes in _LESS_METADATA.items():
+        content = stripped(source, keep)
+        if hash(content) not in seen:
+            yield content, notes
+        seen.add(hash(content))
+    if not ended and (ended := _with_end_marker(content)):
+        yield ended, (*notes, _NO_END)
+
+
+def _with_end_marker(content: bytes) -> bytes | None:
+    """Return a JPEG that lacks only the marker at its end with this marker, or None if pixels are missing, too.
+
+    libjpeg makes missing pixels up from the bytes that follow. So pixels are missing if other bytes give other pixels.
+    """
+    if not content.startswith(START) or content.find(END, content.rfind(SCAN)) >= 0:
+        return None
+    content = content.removesuffix(END[:1])
+    pictures = []
+    for filler in _FILLERS:
+        try:
+            with _opened(content + filler + END) as image:
+                # A progressive JPEG may lack the scans with the details of all pixels.
+                if image.info.get("progressive") or image.width * image.height > _MOST_PIXELS_REPAIR:
+                    return None
+                pictures.append(hash(image.tobytes()))
+        except _BROKEN:
+            return None
+    return content + END if len(set(pictures)) == 1 else None
+
+
+@contextmanager
+def _opened(source: bytes | Path) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        # Pillow warns about large images, whose size this module checks itself, and about unusual metadata.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=readable()) as image:
+            yield image
+
+
+def _decode(source: bytes | Path, notes: tuple[str, ...], max_megapixels: float,
+            draft_px: int | None) -> Decoded:
+    """Decode one version of a file, unless the file is refused."""
+    with _opened(source) as image:
+        # A progressive JPEG is always decoded at full size. HEIC would be replaced by a preview of lower quality.
+        if draft_px and image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
+            image.draft(image.mode, (draft_px, draft_px))
+        megapixels = image.width * image.height / 1e6
+        if megapixels > max_megapixels:
+            raise TooManyPixelsError(f"{megapixels:.1f} megapixels, at most {max_megapixels:g} allowed; reduce the "
+                                     "size of the image")
+        tags = getattr(image, "tag_v2", {})
+        if _DNG_VERSION in tags or tags.get(_SUBFILE_TYPE, 0) & 1:
+            raise UnsupportedImageError("the first picture in this TIFF file is only a preview, as in raw photographs "
+                                        "(DNG, NEF, ARW); save the photograph as JPEG or PNG")
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        image.load()
+        mode = image.mode
+        if tags and getattr(image, "is_animated", False):
+            notes += ("only the first of several pages is used",)
+        orientation = _orientation(image)
+        if orientation is None:
+            notes += ("EXIF cannot be read, so the orientation is unknown",)
+        profile = image.info.get("icc_profile", b"")  # None if Pillow could not read it
+        image = _eight_bits(image, 2**bits - 1)
+        try:
+            rgb = _rgb(image, profile)
+        except ProfileError as error:
+            notes += (f"{error}, so the colors are taken as sRGB",)
+            rgb = _rgb(image, b"")
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+        rgb.info = {}  # Pillow would save a color profile again, which the pixels no longer have.
+        return Decoded(rgb, mode, notes)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return the orientation that EXIF states, 1 (upright) if it states none, or None if EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        Image.Exif().load(image.info.get("exif", b""))  # When Pillow opens a JPEG, it hides errors in EXIF.
+    except _BROKEN:
+        return None
+    return orientation if orientation in _TURNS else 1
+
+
+def _eight_bits(image: Image.Image, largest: int) -> Image.Image:
+    """Return an image with 8 bits per value. `largest` is the value of white in an image of 16 bits.
+
+    Raises UnsupportedImageError for pixel values without a known range.
+    """
     if image.mode == "F":
-        raise ValueError("float pixel values have no standard range; save the image with 8 or 16 bits")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        raise UnsupportedImageError("float pixel values have no standard range; save the image with 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "I":
+        largest = 65535
+    if values.min(initial=0) < 0 or values.max(initial=0) > largest:
+        raise UnsupportedImageError("32-bit grey values have no standard range; save the image with 8 or 16 bits")
+    # Pillow's own conversion would clip values at 255 instead of scaling them.
+    return Image.fromarray(((values.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8))
+
+
+def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an image with 8 bits per value to RGB in sRGB.
+
+    `profile` is empty if the image has no color profile, and None if it cannot be read. Raises ProfileError if the
+    profile cannot be used.
+    """
+    rgba = image.convert("RGBA") if image.has_transparency_data else None
+    if profile != b"":
+        mode = image.mode if image.mode in ("CMYK", "LAB") else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+        rgb = to_srgb((rgba or image).convert(mode), profile or b"")
+    elif image.mode == "LAB":
+        rgb = lab_to_srgb(image)
+    else:
+        rgb = image if image.mode == "RGB" and not rgba else (rgba or image).convert("RGB")
+    if rgba:
+        rgb.putalpha(rgba.getchannel("A"))
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb

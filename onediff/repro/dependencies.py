@@ -73,7 +73,7 @@ PACKAGES_WITHOUT_RESULT = {
     "tqdm": "shows progress",
 }
 # DISTRIBUTIONS maps modules to their packages, for modules that the metadata of the installed packages does not list.
-DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "ruamel": "ruamel-yaml"}
+DISTRIBUTIONS = {"bmesh": "bpy", "mathutils": "bpy", "pillow_heif": "pillow-heif", "ruamel": "ruamel-yaml"}
 # USED_BY_PACKAGES maps a package that OneDiff imports to other packages that compute parts of its results.
 USED_BY_PACKAGES = {
     "scikit-image": ["scipy"],

@@ -1,6 +1,5 @@
 """The MLflow run of an evaluation: the headline scores as metrics; score files, report and pictures as artifacts."""
 
-import io
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -60,6 +59,7 @@ def _draw_samples(data: Path, folder: Path) -> None:
     from PIL import Image, ImageDraw
 
     from onediff.data.record import read_records
+    from onediff.inputs.images import open_image
 
     num_drawn: Counter[str] = Counter()
     predictions = {row["pair_id"]: row["prediction"] for path in sorted((data / "captions/test").glob("*.jsonl"))
@@ -69,7 +69,7 @@ def _draw_samples(data: Path, folder: Path) -> None:
             continue
         page = Image.new("RGB", (800, 450), "white")
         for column, image in enumerate((record.before, record.after)):
-            page.paste(Image.open(io.BytesIO(image)).convert("RGB").resize((395, 395)), (column * 405, 0))
+            page.paste(open_image(image).resize((395, 395)), (column * 405, 0))
         ImageDraw.Draw(page).text((8, 402), f"reference: {record.references[0]}\n"
                                   f"prediction: {predictions.get(record.pair_id, '-')}", fill="black", font_size=16)
         page.save(folder / f"{record.source}-{num_drawn[record.source]}.png")

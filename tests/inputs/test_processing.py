@@ -94,7 +94,7 @@ def test_each_row_has_one_placeholder_for_each_visual_token(reading: str, expect
     prompts = [pair_prompt("plain", "a"), single_prompt("plain", "b"), text_prompt("plain", "c")]
     batch = processor.questions(prompts)
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == expected
-    assert (batch["input_ids"] == processor.delta_token_id).sum(1).tolist() == [19, 0, 0]  # 8 + 11 of Fusion
+    assert (batch["input_ids"] == processor.delta_token_id).sum(1).tolist() == [16, 0, 0]  # 8 + 8 of Fusion
     assert batch["image_counts"].tolist() == [2, 1, 0]
 
 

@@ -68,6 +68,15 @@ def test_paths_base64_and_data_uris_give_equal_captions(model: PairCaptioner, tm
     assert model.predict(rows) == ["(255, 0, 0) (0, 255, 0) What changed between the two images?"] * 3
 
 
+def test_a_path_is_found_although_its_accents_are_encoded_in_another_way(model: PairCaptioner, tmp_path: Path) -> None:
+    Image.new("RGB", (11, 7), RED).save(tmp_path / "images/cafe\u0301.png")
+    (caption,) = model.predict([{"before": "caf\xe9.png", "after": "cafe\u0301.png"}])
+    assert caption.startswith("(255, 0, 0) (255, 0, 0)")
+    Image.new("RGB", (11, 7), RED).save(tmp_path / "cafe\u0301.png")
+    with pytest.raises(MlflowException, match="no readable file below"):
+        model.predict([{"before": "../caf\xe9.png", "after": "caf\xe9.png"}])
+
+
 def test_captions_keep_the_order_of_rows_with_mixed_instructions(model: PairCaptioner) -> None:
     rows = pd.DataFrame([{"before": encoded(RED), "after": encoded(GREEN), "instruction": "edit?"},
                          {"before": encoded(GREEN), "after": encoded(GREEN)},

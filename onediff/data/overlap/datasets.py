@@ -4,7 +4,6 @@ Three formats are supported: a folder of DiffCap shards; the folder of a publish
 and a JSON or JSON Lines file of LLaVA conversations with any number of images each, such as M4-Instruct.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from onediff.data.sources.entries import identity, part
 from onediff.data.sources.published import split_of
 from onediff.data.sources.read import open_source, reader_of
 from onediff.data.sources.readers.folder import TABLES
+from onediff.files import find_file
 from onediff.inputs.prompt import IMAGE
 from onediff.text_files import expect, read_lines, read_list
 
@@ -131,7 +131,7 @@ def _conversations(path: Path, images: Path) -> Iterator[Example]:
             yield Example(
                 identity(entry, "id", place) if "id" in entry else place, path.stem,
                 tuple(part(turn, "value", str, f"{place}, conversations").replace(IMAGE, " ") for turn in turns),
-                tuple((name, images / name if os.path.isfile(images / name) else None)
+                tuple((name, find_file(images / name))
                       for name in (expect(name, str, f"{place}, image") for name in names)))
     except ValueError as error:
         raise ValueError(f"{error}; the file must be a list of LLaVA conversations: {_FORM}") from None

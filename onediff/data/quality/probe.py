@@ -6,7 +6,6 @@ The probe does not judge the pairs; checks.py applies the validation rules to th
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import json
 import re
@@ -25,7 +24,7 @@ from onediff.data.parallel import spread
 from onediff.data.record import SCHEMA as RECORD_SCHEMA
 from onediff.data.record import Record, digest, open_shard, read_row_group, shards
 from onediff.files import new_file
-from onediff.inputs.images import FORMATS, open_image
+from onediff.inputs.images import Decoded, decode
 
 if TYPE_CHECKING:
     from onediff.data.embedding import Embedder
@@ -36,7 +35,7 @@ SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_NAMES, "listed_as", "official_split", "name_before", "name_after")]
     + [("num_images", pa.int64()), ("decodes", pa.bool_()), ("num_missing_images", pa.int64()), ("error", pa.string())]
     + [(name, pa.int64()) for name in ("width_before", "height_before", "width_after", "height_after")]
-    + [(name, pa.string()) for name in ("mode", "hash_before", "hash_after")]
+    + [(name, pa.string()) for name in ("mode", "notes", "hash_before", "hash_after")]
     + [("phash_before", pa.uint64()), ("phash_after", pa.uint64())]
     + [("distance", pa.float64()), ("clip_distance", pa.float64())]
     + [(name, pa.int64()) for name in ("num_references", "min_words", "max_words", "num_empty_references")]
@@ -57,15 +56,16 @@ _EMBEDDED = 16  # number of pairs whose images CLIP embeds in one batch
 _AS_BYTES = {field.name: pa.binary() for field in RECORD_SCHEMA if field.type == pa.string()} \
     | {"references": pa.list_(pa.binary())}
 
-Images = dict[str, Image.Image]
+Images = dict[str, Decoded]
 
 
 def probe_record(record: Record, *, max_megapixels: float, listed_as: str = "") -> dict[str, Any]:
     """Return the row of the probe table for one record.
 
     Image sizes are in pixels and 0 for images that are missing or cannot be decoded; `distance` is in grey levels and
-    None unless there are two images. `listed_as` is the name of the source in params.yaml, which may differ from
-    record.source: for example, records with the source `scenes_far` are generated for the listed source `scenes`.
+    None unless there are two images; `notes` says which metadata of the images could not be used, for example an
+    orientation. `listed_as` is the name of the source in params.yaml, which may differ from record.source: for example,
+    records with the source `scenes_far` are generated for the listed source `scenes`.
     """
     return _row(record, *_open_images(record, max_megapixels), listed_as)
 
@@ -133,7 +133,7 @@ class _Prober:
         """Add `clip_distance` to the given rows: 1 - cosine of the two image embeddings (0: equal, 2: opposite)."""
         if self.embedder is None or not waiting:
             return
-        vectors = self.embedder.images([images[side] for _, images in waiting for side in SIDES])
+        vectors = self.embedder.images([images[side].image for _, images in waiting for side in SIDES])
         for (row, _), before, after in zip(waiting, vectors[::2], vectors[1::2], strict=True):
             row["clip_distance"] = round(1 - float(before @ after), 5)
 
@@ -202,12 +202,13 @@ def _row(record: Record, images: Images, errors: list[str], listed_as: str) -> d
             "name_before": before, "name_after": after,
             "num_images": record.num_images, "decodes": not errors, "error": "; ".join(errors),
             "num_missing_images": sum(error.endswith(_MISSING) for error in errors)}
-    modes = {Image.open(io.BytesIO(getattr(record, side)), formats=FORMATS).mode for side in images}
-    row["mode"] = "|".join(sorted(modes))
-    greys = {side: image.convert("L") for side, image in images.items()}
+    row["mode"] = "|".join(sorted({decoded.mode for decoded in images.values()}))
+    row["notes"] = "; ".join(f"{side}: {note}" for side, decoded in images.items() for note in decoded.notes)
+    greys = {side: decoded.image.convert("L") for side, decoded in images.items()}
     for side in SIDES:
         row |= {f"width_{side}": 0, f"height_{side}": 0, f"hash_{side}": "", f"phash_{side}": 0}
-    for side, image in images.items():
+    for side, decoded in images.items():
+        image = decoded.image
         size = f"{image.width}x{image.height}:".encode()
         row |= {f"width_{side}": image.width, f"height_{side}": image.height,
                 f"hash_{side}": digest(size + image.tobytes()), f"phash_{side}": difference_hash(greys[side])}
@@ -227,7 +228,7 @@ def _open_images(record: Record, max_megapixels: float) -> tuple[Images, list[st
             errors.append(f"{side}: {names[number] if named else ' or '.join(missing)}{_MISSING}")
             continue
         try:
-            images[side] = open_image(content, max_megapixels=max_megapixels)
+            images[side] = decode(content, max_megapixels=max_megapixels)
         except ValueError as error:
             errors.append(f"{side} {error}")
     return images, errors

@@ -18,6 +18,7 @@ from onediff.data.record import digest
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_FILES = 5_000_000
 _CHUNK = 1 << 20
+_UTF8 = 0x800  # the bit of a zip archive that marks a file name in UTF-8
 _PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 # An archive member as (name, function that opens the file, whether the member is a link or a device).
@@ -100,6 +101,17 @@ def _write(archive: Path, target: Path, *, max_bytes: int, max_files: int) -> li
     return names
 
 
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the path of a file in a zip archive.
+
+    macOS writes names in UTF-8 without the mark for UTF-8, so zipfile reads them as code page 437.
+    """
+    if not info.flag_bits & _UTF8:
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode("utf-8")
+    return info.filename
+
+
 def _members(archive: Path) -> Generator[Member, None, None]:
     """Yield each member of the archive in order. Raises ValueError if the file is not a supported archive."""
     name = archive.name.lower()
@@ -110,7 +122,7 @@ def _members(archive: Path) -> Generator[Member, None, None]:
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 special = stat.S_IFMT(info.external_attr >> 16) not in _PLAIN
-                yield info.filename, None if info.is_dir() else functools.partial(packed.open, info), special
+                yield _zip_name(info), None if info.is_dir() else functools.partial(packed.open, info), special
         return
     with tarfile.open(archive, "r|*") as stream:  # The mode "r|*" reads the archive only once, as a stream.
         for member in stream:

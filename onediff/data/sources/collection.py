@@ -10,7 +10,7 @@ If an image has several captions, only the first is used.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onediff.data.sources.entries import identity, is_address, one_line, part
+from onediff.files import find_file, nfc
 from onediff.text_files import read_json, read_lines, read_table
 
 TABLES = ("captions.csv", "captions.jsonl")
@@ -72,11 +73,12 @@ def list_collection(folder: Path) -> list[Entry]:
     if not entries:
         raise ValueError(f"{folder}: contains no image with a caption; add {' or '.join(TABLES)}, a JSON file in the "
                          "format of COCO, or Parquet files (data/README.md, Collections)")
-    missing = [entry.name for entry in entries.values() if not entry.path.is_file()]
+    found = {name: find_file(entry.path) for name, entry in entries.items()}
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         raise FileNotFoundError(f"{folder}: {len(missing)} of {len(entries)} images do not exist (first: "
                                 f"{', '.join(missing[:SHOWN])}); add them, or remove them from the caption file")
-    return list(entries.values())
+    return [replace(entries[name], path=path) for name, path in found.items() if path]
 
 
 def load(entries: Iterable[Entry]) -> Iterator[CaptionedImage]:
@@ -111,15 +113,15 @@ def _of_coco(folder: Path, path: Path) -> Iterator[Entry]:
     if not is_coco or not any("caption" in row for row in content["annotations"][:1]):
         return  # COCO also publishes JSON files without captions, for example with object boxes.
     names = {identity(image, "id", str(path)): part(image, "file_name", str, str(path)) for image in content["images"]}
-    listed = set(names.values())
-    files = {file.name: file for file in folder.rglob("*") if file.name in listed}
+    listed = set(map(nfc, names.values()))
+    files = {nfc(file.name): file for file in folder.rglob("*") if nfc(file.name) in listed}
     for number, annotation in enumerate(content["annotations"], 1):
         place = f"{path} annotation {number}"
         name = names.get(identity(annotation, "image_id", place))
         if name is None:
             raise ValueError(f"{place}: image_id {annotation['image_id']} is not in the file's list of images; "
                              "download the published file again")
-        yield Entry(name, one_line(part(annotation, "caption", str, place)), files.get(name, folder / name))
+        yield Entry(name, one_line(part(annotation, "caption", str, place)), files.get(nfc(name), folder / name))
 
 
 def _of_parquet(folder: Path, path: Path) -> Iterator[Entry]:

@@ -8,31 +8,36 @@ from tqdm import tqdm
 from onediff.config import load_runtime
 from onediff.data.parallel import spread
 from onediff.data.sources.read import open_source, reader_of
-from onediff.inputs.images import open_image
+from onediff.inputs.images import decode
 
 
-def broken_images(source: str, folder: Path, *, scratch: Path | None = None) -> list[str]:
-    """Decode every image of a source in parallel, and return one error message for each image that cannot be decoded.
+def check_images(source: str, folder: Path, *, scratch: Path | None = None) -> dict[str, list[str]]:
+    """Decode every image of a source in parallel, and return messages about images in the order of the pairs.
 
-    The messages are in the order of the pairs. runtime.yaml sets the number of workers. Archives in `folder` are
-    unpacked once below `scratch` (default: the folder `scratch` of runtime.yaml). Raises ValueError or
+    The messages under "broken" are about images that cannot be decoded. Those under "noted" are about images with
+    metadata that cannot be used, for example the orientation. runtime.yaml sets the number of workers. Archives in
+    `folder` are unpacked once below `scratch` (default: the folder `scratch` of runtime.yaml). Raises ValueError or
     FileNotFoundError if the annotation files of the source cannot be read.
     """
     runtime = load_runtime()
     files = open_source(source, folder, scratch or Path(runtime.scratch))
     paths = dict.fromkeys(path for pair in reader_of(source, files)(files) for path in pair.locate(files) if path)
+    found: dict[str, list[str]] = {"broken": [], "noted": []}
     messages = spread(_decoder, paths, runtime, chunk=8)
-    return [message for message in tqdm(messages, "decode", len(paths), unit="image", disable=None) if message]
+    for kind, message in tqdm(messages, "decode", len(paths), unit="image", disable=None):
+        if message:
+            found[kind].append(message)
+    return found
 
 
-def _decoder() -> Callable[[Path], str]:
-    return _decoding_problem
+def _decoder() -> Callable[[Path], tuple[str, str]]:
+    return _checked
 
 
-def _decoding_problem(path: Path) -> str:
-    """Return the reason why the image file cannot be decoded, or an empty string if it can be decoded."""
+def _checked(path: Path) -> tuple[str, str]:
+    """Return a message about the image file and its kind, "broken" or "noted"; the message is empty for a good file."""
     try:
-        open_image(path)
+        notes = decode(path).notes
     except (ValueError, OSError) as error:
-        return str(error)
-    return ""
+        return "broken", str(error)
+    return "noted", f"{path}: {', '.join(notes)}" if notes else ""

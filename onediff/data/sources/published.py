@@ -12,11 +12,12 @@ from typing import Any
 from onediff.data.record import SPLITS, Record, digest
 from onediff.data.sources.archives import ENDINGS as ARCHIVE_ENDINGS
 from onediff.data.sources.archives import unpack_once
+from onediff.files import nfc
+from onediff.inputs.formats import IMAGE_ENDINGS
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
 
 NO_TYPE = "unlabelled"
 OFFICIAL_SPLITS = ("train", "val", "test")
-IMAGE_ENDINGS = (".png", ".jpeg", ".jpg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
 _Place = tuple[int, str]  # the index of a root folder in the list of roots, and a file path below this root
 
@@ -25,8 +26,9 @@ class Files:
     """An index of all files in several root folders, by file name.
 
     A root is the folder of a data set, or the folder of an unpacked archive. Each root has a prefix, the folder in
-    which its files seem to be: for an unpacked archive, this is the folder that contains the archive. The index needs
-    about 200 bytes of memory per file.
+    which its files seem to be: for an unpacked archive, this is the folder that contains the archive. Names count as
+    equal if they differ only in how accents are encoded (Unicode forms NFC and NFD). The index needs about 200 bytes of
+    memory per file.
     """
 
     def __init__(self, roots: list[tuple[str, Path]]) -> None:
@@ -37,7 +39,7 @@ class Files:
             for path in _walk(root):
                 name = PurePosixPath(path)
                 is_image = name.suffix.lower() in IMAGE_ENDINGS
-                places = self._images[_unpadded(name.stem)] if is_image else self._others[name.name]
+                places = self._images[_key(name.stem)] if is_image else self._others[nfc(name.name)]
                 places.append((number, path))
 
     def find(self, *names: str) -> Path | None:
@@ -49,12 +51,12 @@ class Files:
         content match equally well.
         """
         for name in names:
-            published = PurePosixPath(name.replace("\\", "/"))
+            published = PurePosixPath(nfc(name).replace("\\", "/"))
             stem = published.stem if published.suffix.lower() in IMAGE_ENDINGS else published.name
             folders = published.parts[:-1]
             ranked: dict[int, list[Path]] = defaultdict(list)
-            for place in self._images.get(_unpadded(stem), []):
-                parents = PurePosixPath(self._roots[place[0]][0], place[1]).parts[:-1]
+            for place in self._images.get(_key(stem), []):
+                parents = PurePosixPath(nfc(self._roots[place[0]][0]), nfc(place[1])).parts[:-1]
                 if folders == parents[len(parents) - len(folders):]:
                     ranked[_unlikeness(published, self._path(place))].append(self._path(place))
             if ranked:
@@ -67,17 +69,20 @@ class Files:
         Raises ValueError if several files with different content have this name.
         """
         exact = next((root / name for _, root in self._roots if (root / name).is_file()), None)
-        if exact or len(PurePosixPath(name).parts) > 1:
-            return exact
-        paths = map(self._path, self._images.get(_unpadded(PurePosixPath(name).stem), []))
-        return _only([path for path in paths if path.name == name], name)
+        wanted, places = nfc(name), self._images.get(_key(PurePosixPath(name).stem), [])
+        paths = [self._path(place) for place in places if nfc(place[1]) == wanted]
+        if exact:
+            paths = [exact, *(path for path in paths if path != exact and nfc(str(path)) == nfc(str(exact)))]
+        elif len(PurePosixPath(name).parts) == 1:
+            paths = [self._path(place) for place in places if nfc(PurePosixPath(place[1]).name) == wanted]
+        return _only(paths, name)
 
     def named(self, *names: str) -> Path | None:
         """Return the annotation file with the first of `names` that exists, or None if none of them exists.
 
         Raises ValueError if several files have this name but different content.
         """
-        return next((_only(self.all_named(name), name) for name in names if name in self._others), None)
+        return next((_only(self.all_named(name), name) for name in names if nfc(name) in self._others), None)
 
     def require(self, *names: str) -> Path:
         """Return the annotation file with the first of `names` that exists. Raises FileNotFoundError if none exists."""
@@ -99,7 +104,7 @@ class Files:
 
     def all_named(self, name: str) -> list[Path]:
         """Return all files, except images, that have this name, in any folder."""
-        return [self._path(place) for place in self._others.get(name, [])]
+        return [self._path(place) for place in self._others.get(nfc(name), [])]
 
     def ending(self, ending: str) -> list[Path]:
         """Return all files, except images, whose name ends with `ending`, such as ".tsv"."""
@@ -146,8 +151,8 @@ def _walk(root: Path) -> Iterator[str]:
                 yield name if relative == "." else f"{relative}/{name}"
 
 
-def _unpadded(stem: str) -> str:
-    return _LEADING_ZEROS.sub("", stem)
+def _key(stem: str) -> str:
+    return _LEADING_ZEROS.sub("", nfc(stem))
 
 
 def _unlikeness(published: PurePosixPath, path: Path) -> int:
@@ -155,12 +160,21 @@ def _unlikeness(published: PurePosixPath, path: Path) -> int:
 
     0: equal names; 1: another ending; 2: other leading zeros; 3: another ending and other leading zeros.
     """
-    ending = published.suffix.lower() != path.suffix.lower()
-    return 0 if path.name == published.name else ending + 2 * (path.stem not in (published.stem, published.name))
+    name = PurePosixPath(nfc(path.name))
+    ending = published.suffix.lower() != name.suffix.lower()
+    return 0 if name.name == published.name else ending + 2 * (name.stem not in (published.stem, published.name))
 
 
 def _only(paths: list[Path], name: str) -> Path | None:
-    """Return the first of the paths, or None if there is none. Raises ValueError if the files differ in content."""
+    """Return the first of the paths, or None if there is none.
+
+    Raises ValueError if the files differ in content, or if two paths differ only in how accents are encoded.
+    """
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if (other := seen.setdefault(nfc(str(path)), path)) != path:
+            raise ValueError(f"{name}: the names of two files differ only in how accents are encoded: "
+                             f"{str(other)!a} and {str(path)!a}; rename or remove one of them")
     for other in paths[1:]:
         if not filecmp.cmp(paths[0], other, shallow=False):
             raise ValueError(f"{name}: {paths[0]} and {other} both match this name but have different content: keep "
@@ -200,7 +214,7 @@ class PublishedPair:
         paths = [files.find(*names) for names in self.sought or [(name,) for name in self.names]]
         if not self.sought and len(paths) == 2 and paths[0] == paths[1] and self.names[0] != self.names[1]:
             # If a.png does not exist, the pair (a.png, a.jpg) would match a.jpg twice: keep only the exact match.
-            return [path if path and path.name == Path(name).name else None
+            return [path if path and nfc(path.name) == nfc(Path(name).name) else None
                     for path, name in zip(paths, self.names, strict=True)]
         return paths
 

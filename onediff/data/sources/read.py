@@ -107,9 +107,10 @@ def as_text(summary: dict[str, Any]) -> str:
         total = sum(counts["missing_images"] for counts in summary["splits"].values())
         more = f" and more ({total:,} in total)" if total > len(summary["missing"]) else ""
         lines.append(f"missing: {', '.join(summary['missing'])}{more}")
-    if broken := summary.get("broken"):
-        more = f"; and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
-        lines.append(f"broken: {'; '.join(broken[:SHOWN])}{more}")
+    for kind in ("broken", "noted"):
+        messages = summary.get(kind, [])
+        more = f"; and {len(messages) - SHOWN:,} more" if len(messages) > SHOWN else ""
+        lines += [f"{kind}: {'; '.join(messages[:SHOWN])}{more}"] if messages else []
     return "\n".join([*lines, *summary["notes"]])
 
 

@@ -8,10 +8,10 @@ from onediff.config import Config
 from onediff.data.folders import sources_of
 from onediff.data.sources.archives import ENDINGS
 from onediff.data.sources.catalog import CATALOG, CatalogEntry
-from onediff.data.sources.published import IMAGE_ENDINGS
 from onediff.data.sources.readers.folder import TABLES
 from onediff.data.sources.tables import aligned
 from onediff.files import read_json
+from onediff.inputs.formats import IMAGE_ENDINGS
 from onediff.paths import PAIRS, RAW, READ_REPORTS
 
 _MAX_ENTRIES = 20_000  # largest number of directory entries that are listed per source

@@ -12,10 +12,11 @@ from onediff.data.record import Record
 from onediff.eval.evaluation import checks
 from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import PairRow
+from onediff.inputs.formats import HEAD, format_of
 from onediff.inputs.images import open_image
 
 MAX_PX = 480  # largest width or height of an image on the page, in pixels
-_MAGIC = {b"\xff\xd8": "jpeg", b"GI": "gif", b"RI": "webp"}
+_BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "AVIF")  # the formats that every browser shows
 _HEAT = ((0.0, (20, 10, 90)), (0.5, (215, 45, 80)), (1.0, (255, 230, 90)))  # colours: least to most attention
 
 Box = list[float]  # a box as (left, top, width, height) in percent of the image
@@ -157,18 +158,18 @@ def example(record: Record, prediction: str, *, scores: Mapping[str, float] | No
 
 def data_uri(image: bytes) -> str:
     """Return the encoded image as a data URI. The first bytes decide the media type; PNG if they are unknown."""
-    kind = _MAGIC.get(image[:2], "png")
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    kind = format_of(image[:HEAD]) or "PNG"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(image).decode()}"
 
 
 def shrunk(image: bytes) -> bytes:
-    """Return the image file unchanged if its longer side is at most MAX_PX, otherwise as a smaller JPEG file."""
+    """Return the image file unchanged if browsers show it and its longer side is at most MAX_PX, else as JPEG file."""
     opened = open_image(image)
-    if max(opened.size) <= MAX_PX:
+    if max(opened.size) <= MAX_PX and format_of(image[:HEAD]) in _BROWSERS:
         return image
     opened.thumbnail((MAX_PX, MAX_PX))
     buffer = io.BytesIO()
-    opened.convert("RGB").save(buffer, "JPEG", quality=85)
+    opened.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 

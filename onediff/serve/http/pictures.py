@@ -5,21 +5,19 @@ Only bytes are decoded. No text from a client is ever opened as a path or fetche
 
 import base64
 import binascii
-import io
 import string
-import warnings
 
 from PIL import Image
 
 from onediff.config import Serve
-from onediff.inputs.images import BROKEN, FORMATS, TooManyPixelsError, open_image
+from onediff.inputs.images import TooManyPixelsError, num_pixels, open_image
+from onediff.inputs.metadata import END, SCAN, START, jpeg_segments
 from onediff.serve.http.errors import ApiError
 
 LARGE_MEGAPIXELS = 2.0  # An image with more pixels takes more than about 50 ms to decode.
 MOST_SCANS = 100  # A JPEG with thousands of scans is a few kilobytes long, but takes minutes to decode.
 _WHITESPACE = string.whitespace.encode()
 _ESCAPED = ("%2B", "+"), ("%2b", "+"), ("%2F", "/"), ("%2f", "/"), ("%3D", "="), ("%3d", "=")
-_JPEG, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 
 
 def image_bytes(text: str, param: str) -> bytes:
@@ -68,13 +66,7 @@ def open_picture(content: bytes, limits: Serve, param: str) -> Image.Image:
 
 def is_large(content: bytes) -> bool:
     """Return whether an image has many pixels, according to its header. A file that is not an image is not large."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
-    except (*BROKEN, Image.DecompressionBombError):
-        return False
-    return width * height > LARGE_MEGAPIXELS * 1e6
+    return num_pixels(content) > LARGE_MEGAPIXELS * 1e6
 
 
 def num_scans(content: bytes) -> int:
@@ -82,10 +74,8 @@ def num_scans(content: bytes) -> int:
 
     An embedded preview does not count.
     """
-    place = len(_JPEG)
-    while content.startswith(_JPEG) and content[place : place + 1] == b"\xff":
-        if content[place : place + 2] == _SCAN:
-            end = content.find(_END, place)
-            return content.count(_SCAN, place, end if end >= 0 else len(content))
-        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    for marker, start, _ in jpeg_segments(content) if content.startswith(START) else ():
+        if marker == SCAN:
+            end = content.find(END, start)
+            return content.count(SCAN, start, end if end >= 0 else len(content))
     return 0

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damaged_images import chunk, inserted
 from PIL import Image
 from tiny_diffusion import save_clip
 
@@ -100,6 +101,15 @@ def test_general_instruction_data_with_one_image_or_none_has_no_fault(number: in
     assert (row["width_before"], row["width_after"], row["hash_after"]) == (53 * number, 0, "")
     assert row["distance"] is None
     assert probe_record(replace(general, instruction="a\x07"), max_megapixels=64)["has_bad_text"]
+
+
+def test_metadata_that_cannot_be_read_is_no_error_but_is_noted() -> None:
+    broken = inserted(png(6), chunk(b"eXIf", b"no EXIF at all"))
+    row = probe_record(replace(record(3), after=broken), max_megapixels=64)
+    assert (row["decodes"], row["error"], row["mode"]) == (True, "", "RGB")
+    assert row["notes"] == "after: EXIF cannot be read, so the orientation is unknown"
+    assert row["hash_before"] == row["hash_after"]
+    assert probe_record(record(3), max_megapixels=64)["notes"] == ""
 
 
 def test_the_row_of_a_pair_contains_the_name_of_a_missing_image() -> None:

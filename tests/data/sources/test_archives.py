@@ -120,3 +120,12 @@ def test_an_archive_is_unpacked_again_only_after_it_has_changed(tmp_path: Path) 
     assert unpack_once(tmp_path / "x.zip", tmp_path / "out") == first
     (tmp_path / "x.zip").unlink()
     assert unpack_once(zipped(tmp_path / "x.zip", {"a": b"other"}), tmp_path / "out") != first
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("fu\u0308r/1.txt", "utf-8"), ("f\xfcr/1.txt", "cp437")])
+def test_names_in_a_zip_without_the_mark_for_utf_8_may_be_utf_8_as_macos_writes_them(name: str, encoding: str,
+                                                                                    tmp_path: Path) -> None:
+    raw = name.encode(encoding)
+    archive = zipped(tmp_path / "x.zip", {"x" * len(raw): b"one"})
+    archive.write_bytes(archive.read_bytes().replace(b"x" * len(raw), raw))
+    assert unpack(archive, tmp_path / "out", **LIMITS) == [tmp_path / "out" / name]

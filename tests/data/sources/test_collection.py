@@ -92,3 +92,14 @@ def test_bad_parquet_and_missing_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"a\.parquet: not a complete Parquet file .*download it again"):
         list(load(list_collection(tmp_path)))
+
+
+def test_images_with_accents_are_found_although_the_table_encodes_them_in_another_way(tmp_path: Path) -> None:
+    (tmp_path / "cafe\u0301.jpg").write_bytes(b"content")
+    write_csv(tmp_path, ["caf\xe9.jpg,a cup"])
+    expected = [CaptionedImage("caf\xe9.jpg", b"content", "a cup")]
+    assert list(load(list_collection(tmp_path))) == expected
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "caf\xe9.jpg"}],
+                                                        "annotations": [{"image_id": 1, "caption": "a cup"}]}))
+    assert list(load(list_collection(tmp_path))) == expected

@@ -79,3 +79,21 @@ def test_links_to_folders_are_followed_and_a_link_loop_ends(tmp_path: Path) -> N
     (tmp_path / "raw/images").symlink_to(tmp_path / "far")
     (tmp_path / "far/loop").symlink_to(tmp_path / "far")
     assert Files([("", tmp_path / "raw")]).find("1.png") == tmp_path / "raw/images/1.png"
+
+
+def test_names_are_equal_if_only_their_accents_are_encoded_in_another_way(tmp_path: Path) -> None:
+    files = index(tmp_path, "fu\u0308r/cafe\u0301.png", "na\xefve.json")
+    found = tmp_path / "fu\u0308r/cafe\u0301.png"
+    for name in ("f\xfcr/caf\xe9.png", "caf\xe9.png", "cafe\u0301.png", "fu\u0308r/cafe\u0301.png"):
+        assert files.at(name) == files.find(name) == found
+    assert files.find("caf\xe9.jpg") == found
+    assert files.at("caf\xe9.jpg") is None and files.at("other/caf\xe9.png") is None
+    assert files.named("nai\u0308ve.json") == tmp_path / "na\xefve.json"
+
+
+def test_two_files_whose_names_look_alike_are_refused_and_both_are_shown(tmp_path: Path) -> None:
+    files = index(tmp_path, "a/caf\xe9.png", "a/cafe\u0301.png")
+    for find in (files.at, files.find):
+        for name in ("caf\xe9.png", "a/cafe\u0301.png"):
+            with pytest.raises(ValueError, match=r"accents are encoded: .*cafe\\u0301\.png' and .*caf\\xe9\.png'; ren"):
+                find(name)

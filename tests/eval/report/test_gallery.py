@@ -37,6 +37,15 @@ def test_large_images_are_resized_and_small_images_stay() -> None:
     assert opened(before.image).size == (MAX_PX, MAX_PX // 2) and opened(after.image).size == (40, 20)
 
 
+def test_an_image_that_browsers_do_not_show_becomes_a_jpeg() -> None:
+    for kind, shown in (("TIFF", "JPEG"), ("PPM", "JPEG"), ("AVIF", "AVIF"), ("GIF", "GIF"), ("BMP", "BMP")):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 20), "red").save(file, kind)
+        before, _ = example(replace(record(), before=file.getvalue()), "").sides
+        assert opened(before.image).format == shown
+        assert before.image.startswith(f"data:image/{shown.lower()};")
+
+
 def test_regions_are_given_in_percent_of_the_image_size() -> None:
     shown = example(record(), "a red cube was added")
     assert [side.region for side in shown.sides] == [None, [25.0, 25.0, 50.0, 50.0]] and shown.right

@@ -5,6 +5,7 @@ import tracemalloc
 from urllib.parse import quote
 
 import pytest
+from damaged_images import chunk, inserted
 from PIL import Image
 from serving import base64_text, image_file
 
@@ -111,6 +112,17 @@ def test_a_jpeg_with_thousands_of_scans_is_refused() -> None:
     scan = content[start:-2]
     with pytest.raises(ApiError, match=f"at most {MOST_SCANS} scans, got 3000"):
         open_picture(content[:start] + scan * 3000 + b"\xff\xd9", LIMITS, "before")
+
+
+def test_an_image_with_broken_metadata_is_opened_like_everywhere() -> None:
+    broken = inserted(image_file(), chunk(b"zTXt", b"a\0\7") + chunk(b"eXIf", b"no EXIF at all"))
+    assert open_picture(broken, LIMITS, "before").tobytes() == open_image(image_file()).tobytes()
+    assert is_large(inserted(one_bit_png(2000, 1500), chunk(b"zTXt", b"a\0\7")))
+
+
+def test_bytes_before_a_marker_do_not_hide_the_scans_of_a_jpeg() -> None:
+    content = jpeg((64, 64))
+    assert num_scans(content[:2] + b"\xff" * 9 + content[2:]) == num_scans(content) == 1
 
 
 def test_only_images_with_many_pixels_are_large() -> None:

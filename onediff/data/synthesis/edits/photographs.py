@@ -10,7 +10,9 @@ from numpy.random import Generator
 from PIL import Image
 
 from onediff.data.synthesis.edits.pictures import Picture, Pixels, Size, to_pixels
+from onediff.inputs.formats import IMAGE_ENDINGS
 from onediff.inputs.images import open_image
+from onediff.inputs.metadata import EXIF, stripped
 
 _SKIMAGE, _SKLEARN, _MATPLOTLIB = ("skimage", "data"), ("sklearn", "datasets/images"), ("matplotlib",
                                                                                        "mpl-data/sample_data")
@@ -32,7 +34,6 @@ PHOTOS: dict[str, dict[str, tuple[str, str, str]]] = {
 }
 # The two images of a stereo camera show one scene, so pairs made from them belong to one group.
 SCENE_OF = {"motorcycle_left": "motorcycle", "motorcycle_right": "motorcycle"}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SHORT_SIDE = 384  # Photographs are reduced until their shorter side has this many pixels.
 
 
@@ -49,7 +50,7 @@ def photo_paths(split: str, folder: str | None) -> dict[str, Path]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"data.edits.photos: the folder {folder} does not exist; create it, or use null for "
                                 "the photographs that Python packages contain")
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
     chosen = {path.name: path for path in files if split_of(path.name) == split}
     if not chosen:
         raise ValueError(
@@ -76,8 +77,12 @@ def _packaged(package: str, folder: str, file: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _photo(path: Path) -> Image.Image:
-    """Read a photograph, reduced so that the shorter side has at most SHORT_SIDE pixels."""
-    image = open_image(path)
+    """Read a photograph, reduced so that the shorter side has at most SHORT_SIDE pixels.
+
+    A color profile is ignored, because both images of a pair come from one photograph, and because with their profiles
+    the photographs `page` and `rocket` would be other pictures than those of earlier data and models.
+    """
+    image = open_image(stripped(path.read_bytes(), keep=(EXIF,)), name=str(path))
     scale = min(1, SHORT_SIDE / min(image.size))
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from profiles import ADOBE_RGB, rgb_profile
 
 from onediff.data.record import SPLITS
 from onediff.data.synthesis.edits.photographs import PHOTOS, SCENE_OF, augment, draw_window, photo_paths, split_of
@@ -60,3 +61,14 @@ def test_a_missing_folder_and_a_split_without_photographs_are_errors(tmp_path: P
         photo_paths("train", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"none of the 0 photographs in .* falls into split 'val'"):
         photo_paths("val", str(tmp_path))
+
+
+def test_a_color_profile_does_not_change_the_pixels_that_are_drawn(tmp_path: Path) -> None:
+    windows = []
+    for folder, profile in ((tmp_path / "with", rgb_profile(ADOBE_RGB, 2.2)), (tmp_path / "without", None)):
+        folder.mkdir()
+        for name, path in photo_paths("val", None).items():
+            Image.open(path).convert("RGB").save(folder / f"{name}.png", icc_profile=profile)
+        split = split_of("rocket.png")
+        windows.append(draw_window(np.random.default_rng(3), split, str(folder), size=(96, 64)).pixels)
+    assert np.array_equal(*windows)
