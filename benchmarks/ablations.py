@@ -96,7 +96,7 @@ def wordless(words: AttributeTokens, attributes: Sequence[Tensor], embedding: An
 
 
 def unregistered(registration: Registration, images: Tensor) -> Tensor:
-    """Return that nothing is known about the camera; it replaces Registration.forward."""
+    """Return zeros instead of the numbers about the camera motion; it replaces Registration.forward."""
     return images.new_zeros(len(images), 2, READ)
 
 

@@ -50,6 +50,17 @@ def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untrained(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of the micro preset with random weights. Do not change it."""
+    from onediff.model.assemble import build
+
+    folder = tmp_path_factory.mktemp("untrained")
+    for part in build(micro.model, seed=5):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def scene_pairs(micro: Config) -> list[Record]:
     """Training pairs of five base scenes."""
     from onediff.data.synthesis.scenes.records import scene_records

@@ -5,8 +5,10 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from published_sets import BIRD_COLUMNS, bird_row, bird_table, put
@@ -85,9 +87,10 @@ def test_another_encoding_is_refused_and_the_command_in_the_message_converts_the
     text = 'before,after\na.png,b.png\n"caf\u00e9 \u201cx\u201d",c.png\n'
     path = tmp_path / "my pairs.csv"
     path.write_bytes(text.encode(encoding))
-    for read in (read_table, read_lines, read_list):
+    readers: tuple[Callable[[Path], Iterable[Any]], ...] = (read_table, read_lines, read_list)
+    for read in readers:
         with pytest.raises(ValueError, match=message) as raised:
-            list(read(path))  # type: ignore[operator]
+            list(read(path))
     command = str(raised.value).partition("convert it with: ")[2].partition("; otherwise")[0]
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
     assert read_text(path) == text

@@ -177,9 +177,9 @@ def score_files(predictions: Sequence[Path], references: Path, *, key: str | Non
     training seeds: then the scores are means over the files, "spread" has the standard deviation between the files, and
     "num_runs" is the number of files.
 
-    `caption_files` describes the formats of predictions, and `read_benchmark` those of references. `key` is a
-    key of PROTOCOLS. Raises ValueError with file and line for a wrong line, and with file and pair_ids if predictions
-    and references are not of the same pairs.
+    `caption_files` describes the formats of predictions, and `read_benchmark` those of references. `key` is a key of
+    PROTOCOLS. Raises ValueError with file and line for a wrong line, and with file and pair_ids if predictions and
+    references are not of the same pairs.
     """
     runs, groups, facts = _score_all(predictions, references, key, metrics)
     if len(runs) == 1:

@@ -3,6 +3,8 @@
 COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 MATERIALS = ("matte", "shiny")
 
+OF_THE_OBJECT = ("color", "shape", "size", "material")
+
 # Attribute -> its classes. config.json of a model keeps the classes with which the model was trained. `result` is the
 # new color or material of an object, the color of a tint, the direction of a move or a turn, or the place of an edit.
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -11,3 +13,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
                     "less_contrast", "color_cast", "black_and_white", "blur", "crop", "rotate", "remove", "paste",
                     "remove_cast", "colorize", "sharpen", "zoom_out", "restore"),
     "result": (*COLORS, *MATERIALS, "left", "right", "front", "back", "top", "bottom", "center")}
+
+
+def result_of(new: str) -> str:
+    """Return the class of `result` for the value `new` of a provenance, such as "left" for "to the left"."""
+    return new.removeprefix("to the ")
+
+
+def words_of(option: str) -> str:
+    """Return a class as text, such as "more contrast" for "more_contrast"."""
+    return option.replace("_", " ")

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from onediff import config as params
-from onediff.inputs.attributes import CLASSES
+from onediff.inputs.attributes import CLASSES, words_of
 from onediff.inputs.processing import OneDiffProcessor, load_image_processor
 from onediff.inputs.prompt import IMAGE
 from onediff.model.configuration import OneDiffConfig
@@ -46,7 +46,7 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
         template=model.template, tokens_per_image=configuration.tokens_per_image,
         delta_tokens=configuration.delta_tokens_read, images_joined=model.reading == "C", max_length=model.max_length)
     configuration.delta_classes = {
-        name: {option: processor.tokenizer(option.replace("_", " "), add_special_tokens=False).input_ids
+        name: {option: processor.tokenizer(words_of(option), add_special_tokens=False).input_ids
                for option in options} for name, options in configuration.delta_classes.items()}
     configuration.image_token_id, configuration.delta_token_id = processor.image_token_id, processor.delta_token_id
     llava_config = read_config(model.language, where=LANGUAGE)

@@ -53,11 +53,11 @@ class AttributeTokens(nn.Module):
 class ChangedObject(nn.Module):
     """Read the features of both images where the change is, and describe the changed object.
 
-    `to_squares` (Q, SQUARES * SQUARES + 2) adds up the places in each square of the image, and gives the middle (x, y)
+    `to_position` (Q, SQUARES * SQUARES + 2) adds up the places in each square of the image, and gives the middle (x, y)
     of all places, from -1 to 1.
     """
 
-    to_squares: Tensor
+    to_position: Tensor
 
     def __init__(self, features: int, joined: int, width: int, *, side: int,
                  classes: Mapping[str, Collection[str]]) -> None:
@@ -68,13 +68,13 @@ class ChangedObject(nn.Module):
         self.describe = perceptron(inputs, 2 * width, width)
         self.changed = nn.Linear(2 * joined, 1)
         self.camera = nn.Linear(2 * READ, width)
-        # Each attribute has a perceptron of its own, because a shared one forgets the attributes that few pairs have.
+        # Each attribute has a perceptron of its own, because a shared one hardly learned attributes of few pairs.
         self.attributes = nn.ModuleList([perceptron(inputs, width, len(options) + 1) for options in classes.values()])
         self.marks = nn.Parameter(0.3 * torch.randn(2, width))
         number = torch.arange(side) * SQUARES // side
         square = (SQUARES * number[:, None] + number).flatten()
         squares = functional.one_hot(square, SQUARES**2).float()
-        self.register_buffer("to_squares", torch.cat([squares, middles(side)], 1))
+        self.register_buffer("to_position", torch.cat([squares, middles(side)], 1))
 
     def forward(self, features: Tensor, joined: Tensor, places: Tensor,
                 camera: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -86,7 +86,7 @@ class ChangedObject(nn.Module):
         (P, 2, Q), and `camera` (P, 2 * READ) the numbers of Registration.
         """
         mask = places.softmax(-1)  # (P, 2, Q)
-        where, strength = mask @ self.to_squares.to(mask.dtype), places.amax(-1, keepdim=True)
+        where, strength = mask @ self.to_position.to(mask.dtype), places.amax(-1, keepdim=True)
         summary = torch.cat([joined.mean(1), joined.amax(1)], -1)  # (P, 2W)
         sides = torch.cat([features, mask @ joined, where, strength], -1).flatten(1)
         changed = self.changed(summary)  # (P, 1)

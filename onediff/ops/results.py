@@ -21,9 +21,8 @@ def score_table() -> str:
 
     If the checked-out git commit contains scores that were produced with equal parameters, brackets compare with it:
     they show the lowest and the highest score of several seeds if docs/seeds.json has them, as in the README, and
-    otherwise the committed score. The table is at most 100 characters wide, and a line for each source
-    without a score follows it. Raises FileNotFoundError if
-    data/metrics.json does not exist.
+    otherwise the committed score. The table is at most 100 characters wide, and a line for each source without a score
+    follows it. Raises FileNotFoundError if data/metrics.json does not exist.
     """
     present = read_json(METRICS, "run 'dvc repro score' to create it")
     earlier = _committed_scores()

@@ -124,7 +124,9 @@ class PairCaptioner:
                            f"variable {IMAGE_ROOT} of the server names the folder of the images")
         try:
             # `realpath` follows links, so a link that leaves the folder is refused, too.
-            path = Path(os.path.realpath(find_file(self._image_root / text) or self._image_root / text))
+            path = Path(os.path.realpath(self._image_root / text))
+            if path.is_relative_to(self._image_root):  # Names are compared only in folders below this one.
+                path = Path(os.path.realpath(find_file(path) or path))
             if path.is_relative_to(self._image_root) and path.is_file():
                 if path.stat().st_size > self._limits.body_mb * 1e6:
                     raise ApiError(413, f"{place}: the file must have at most {self._limits.body_mb:g} MB",

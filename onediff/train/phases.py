@@ -14,6 +14,7 @@ from onediff.data.batches.loader import Batch, FeatureStore, Pixels, collate, de
 from onediff.data.batches.sampling import Sampling, coupled_rows, single_rows, tune_entries, tune_rows
 from onediff.data.batches.targets import targets_of
 from onediff.files import key_of
+from onediff.inputs.attributes import CLASSES
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.assemble import build
 from onediff.model.captioner import pick_device
@@ -39,7 +40,7 @@ def run_folder(name: str, config: Config, runtime: Runtime) -> Path:
     starts = ([str(ALIGNED)] if name == "tune"
               else [config.model.vision.path, config.model.language, config.model.delta.init])
     key = key_of([
-        config.seed, config.model.model_dump(), phase.model_dump() if phase else None,
+        config.seed, config.model.model_dump(), CLASSES, phase.model_dump() if phase else None,
         {source: task.model_dump() for source, task in config.tasks.items()}, CARD.read_text(encoding="utf-8"),
         [weights_digest(Path(path)) if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) else path
          for path in starts]])

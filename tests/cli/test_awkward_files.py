@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
+from commands import run_cli
 from damaged_images import chunk, inserted
 from PIL import Image
 from profiles import ADOBE_RGB, rgb_profile
 
-from onediff.cli import main as cli
-from onediff.config import Config
-from onediff.model.assemble import build
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(ROOT / "presets/paper.yaml", tmp_path / "params.yaml")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def model(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    for part in build(micro.model, seed=5):
-        part.save_pretrained(folder)
-    return folder
-
-
-def onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """Run the command line in this process and return the exit code, or the error message."""
-    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def picture(color: str = "red") -> Image.Image:
@@ -78,7 +51,7 @@ def test_names_of_macos_are_found_although_people_type_them_in_another_form(
             packed_files = packed_files.replace(str(number).encode() * len(name), name)
         Path("mine/pictures.zip").write_bytes(packed_files)
     write_table("Fotos für später/café_vor.png", "Fotos für später/café_nach.png")
-    assert onediff(monkeypatch, "data", "read", "mine", "mine") == 0
+    assert run_cli(monkeypatch, "data", "read", "mine", "mine") == 0
     assert "no image missing" in capsys.readouterr().out
 
 
@@ -88,7 +61,7 @@ def test_two_names_that_look_alike_are_an_error_that_shows_both(project: Path,
     for name in ("café.png", nfd("café.png"), "b.png"):
         picture().save(Path("mine", name))
     write_table("café.png", "b.png")
-    message = str(onediff(monkeypatch, "data", "read", "mine", "mine"))
+    message = str(run_cli(monkeypatch, "data", "read", "mine", "mine"))
     assert r"caf\xe9.png" in message and r"cafe\u0301.png" in message and "rename or remove one of them" in message
 
 
@@ -100,12 +73,12 @@ def test_every_ending_of_a_format_that_can_be_read_is_an_image(
     picture().save(f"mine/in/x.{ending}", kind)
     picture("blue").save(f"mine/in/y.{ending}", kind)
     write_table(f"x.{ending}", f"y.{ending}")
-    assert onediff(monkeypatch, "data", "read", "mine", "mine") == 0
+    assert run_cli(monkeypatch, "data", "read", "mine", "mine") == 0
     assert "no image missing" in capsys.readouterr().out
 
 
 def test_images_with_broken_metadata_get_the_caption_of_the_intact_image(
-        model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        untrained: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = io.BytesIO()
     picture().save(file, "PNG")
     good = file.getvalue()
@@ -119,14 +92,14 @@ def test_images_with_broken_metadata_get_the_caption_of_the_intact_image(
         Path(f"{name}.png").write_bytes(content)
     captions = set()
     for before, after in (("good", "good"), ("exif", "workflow"), ("raw", "profile")):
-        assert onediff(monkeypatch, "caption", f"{before}.png", f"{after}.png", "--model", str(model)) == 0
+        assert run_cli(monkeypatch, "caption", f"{before}.png", f"{after}.png", "--model", str(untrained)) == 0
         captions.add(capsys.readouterr().out)
     assert len(captions) == 1
 
 
 def test_the_caption_command_finds_a_name_of_macos_and_reads_avif(
-        model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        untrained: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     picture().save(nfd("café.avif"))
     Path("runtime.yaml").write_text("usage_log: usage\n")
-    assert onediff(monkeypatch, "caption", "café.avif", "café.avif", "--model", str(model)) == 0
+    assert run_cli(monkeypatch, "caption", "café.avif", "café.avif", "--model", str(untrained)) == 0
     assert len(list(Path("usage").glob("*.jsonl"))) == 1

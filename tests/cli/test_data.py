@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_cli
 from PIL import Image
 
-from onediff.cli import main as cli
 from onediff.data.record import Record, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(ROOT / "presets/paper.yaml", tmp_path / "params.yaml")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def _data(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """Run `onediff data` in this process and return the exit code, or the error message."""
-    monkeypatch.setattr(sys, "argv", ["onediff", "data", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
+    return run_cli(monkeypatch, "data", *arguments)
 
 
 def test_status_lists_every_source_with_its_next_step(

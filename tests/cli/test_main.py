@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from chat_server import serving
+from commands import run_cli
 from PIL import Image
 
-from onediff.cli import main as cli
 from onediff.cli.output import error_message
 from onediff.ops import doctor
 
@@ -29,14 +29,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "presets" / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """Run the command line in this process and return the exit code, or the error message."""
-    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def test_help_starts_in_under_a_second() -> None:
@@ -65,7 +57,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     ("predict scenes -o p --split foo", "'--split': must be one of 'train', 'val', 'gate', 'test', got 'foo'")])
 def test_a_wrong_option_is_refused_with_the_rule_and_the_value(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, message: str) -> None:
-    assert _onediff(monkeypatch, *command.split()) == 2
+    assert run_cli(monkeypatch, *command.split()) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"Error: Invalid value for {message}"
 
 
@@ -73,7 +65,7 @@ def test_a_wrong_option_is_refused_with_the_rule_and_the_value(
 def test_a_container_image_must_have_a_name_without_spaces(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                            image: str) -> None:
     (project / "dvc.yaml").touch()
-    message = str(_onediff(monkeypatch, "manifest", "tune", "--image", image))
+    message = str(run_cli(monkeypatch, "manifest", "tune", "--image", image))
     assert message.startswith("onediff: --image must be") and message.endswith(f"got '{image}'")
 
 
@@ -84,37 +76,37 @@ def test_an_error_of_the_operating_system_names_the_path_and_a_cure() -> None:
 
 def test_a_preset_is_copied_with_its_comments_and_its_runtime_file(project: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _onediff(monkeypatch, "preset", "paper") == 0
+    assert run_cli(monkeypatch, "preset", "paper") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/paper.yaml").read_bytes()
     assert Path("runtime.yaml").read_bytes() == Path("presets/paper.runtime.yaml").read_bytes()
 
 
 def test_a_preset_does_not_overwrite_runtime_yaml(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("runtime.yaml").write_text("workers: 3\n")
-    assert _onediff(monkeypatch, "preset", "paper") == 0
+    assert run_cli(monkeypatch, "preset", "paper") == 0
     assert Path("runtime.yaml").read_text() == "workers: 3\n"
 
 
 def test_a_preset_replaces_another_preset_but_not_edited_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _onediff(monkeypatch, "preset", "micro") == _onediff(monkeypatch, "preset", "tiny") == 0
+    assert run_cli(monkeypatch, "preset", "micro") == run_cli(monkeypatch, "preset", "tiny") == 0
     edited = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
     Path("params.yaml").write_text(edited)
-    assert "values that you edited" in str(_onediff(monkeypatch, "preset", "micro"))
+    assert "values that you edited" in str(run_cli(monkeypatch, "preset", "micro"))
     assert Path("params.yaml").read_text() == edited
-    assert _onediff(monkeypatch, "preset", "micro", "--force") == 0
+    assert run_cli(monkeypatch, "preset", "micro", "--force") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
 
 
 def test_an_unknown_preset_lists_the_existing_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in (("preset", "huge"), ("plan", "--preset", "huge")):
-        message = str(_onediff(monkeypatch, *command))
+        message = str(run_cli(monkeypatch, *command))
         assert message.endswith("does not exist; the presets are: llava_pair, micro, paper, pilot, tiny")
     assert not Path("params.yaml").exists()
 
 
 def test_preset_without_a_name_lists_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    assert _onediff(monkeypatch, "preset") == 0
+    assert run_cli(monkeypatch, "preset") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["llava_pair", "micro", "paper", "pilot", "tiny"]
     assert all(len(line.split()) > 3 for line in lines) and not Path("params.yaml").exists()
@@ -127,7 +119,7 @@ def test_scores_of_two_files_are_printed_as_json(project: Path, monkeypatch: pyt
                            '{"pair_id": "b", "prediction": "no change"}\n')
     truth.write_text('{"pair_id": "a", "references": ["the red cube moved"]}\n'
                      '{"pair_id": "b", "references": ["no change"]}\n')
-    assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--json") == 0
+    assert run_cli(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["num_pairs"] == 2 and scores["ROUGE-L"] == pytest.approx(1)
 
@@ -136,13 +128,13 @@ def test_one_run_has_intervals_and_several_runs_have_a_spread(project: Path, mon
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     Path("p.jsonl").write_text("".join(f'{{"pair_id": "{k}", "prediction": "car {k} exit_"}}\n' for k in range(3)))
     Path("r.jsonl").write_text("".join(f'{{"pair_id": "{k}", "references": ["car {k} exit_"]}}\n' for k in range(3)))
-    assert _onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl") == 0
+    assert run_cli(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "BLEU-1     1.0000  [1.0000, 1.0000]" and lines[-1] == "3 pairs in 3 groups, coco-caption/v1"
     twice = ("--predictions", "p.jsonl") * 2
-    assert _onediff(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
+    assert run_cli(monkeypatch, "score", *twice, "--references", "r.jsonl") == 0
     assert capsys.readouterr().out.splitlines()[0] == "BLEU-1     1.0000  +- 0.0000, 2 runs"
-    message = str(_onediff(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
+    message = str(run_cli(monkeypatch, "score", *twice, "--references", "r.jsonl", "--protocol", "clevr_change/total"))
     assert message == ("onediff: clevr_change/total/v1 scores the official test split with 7,970 pairs, got 3; "
                        "give the complete test split, or score without --protocol")
 
@@ -153,7 +145,7 @@ def test_if_spice_cannot_be_downloaded_the_message_has_address_and_cure(project:
     Path("r.jsonl").write_text('{"pair_id": "a", "references": ["no change"]}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # No program listens on this port.
-    message = str(_onediff(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
+    message = str(run_cli(monkeypatch, "score", "--predictions", "p.jsonl", "--references", "r.jsonl", "--spice"))
     assert "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip could not be downloaded" in message
     assert str(project / "cache/onediff/spice") in message and message.endswith("or score without SPICE")
 
@@ -167,25 +159,25 @@ def test_two_systems_are_compared_on_the_same_pairs(project: Path, monkeypatch: 
     for name, texts in captions.items():
         Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"pair_id": f"p{i}", "prediction": text})
                                                    for i, text in enumerate(texts)))
-    assert _onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
+    assert run_cli(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "8 pairs in 4 groups, 10000 resamples of them, coco-caption/v1"
     assert lines[7].split()[0] == "CIDEr" and lines[7].split()[3].startswith("+")
     Path("bad.jsonl").write_text(Path("bad.jsonl").read_text().replace("p7", "p9"))
-    message = str(_onediff(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))
+    message = str(run_cli(monkeypatch, "compare", "good.jsonl", "bad.jsonl", "--references", "r.jsonl"))
     assert "1 (p7) are missing from the predictions and 1 (p9) are not among the references" in message
 
 
 def test_a_folder_without_a_model_is_refused_with_a_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (17, 13)).save("a.png")
-    message = str(_onediff(monkeypatch, "caption", "a.png", "a.png", "--model", "data/models/tune"))
+    message = str(run_cli(monkeypatch, "caption", "a.png", "a.png", "--model", "data/models/tune"))
     assert message.startswith("onediff: data/models/tune is not a model folder (it has no config.json): 'make run' ")
     assert "such as data/models/tune" not in message  # The message must not suggest the folder that is missing.
 
 
 def test_a_file_that_is_not_an_image_is_reported_by_name(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.png").write_text("not an image")
-    assert "a.png" in str(_onediff(monkeypatch, "caption", "a.png", "a.png"))
+    assert "a.png" in str(run_cli(monkeypatch, "caption", "a.png", "a.png"))
 
 
 def test_the_doctor_lists_packages_that_differ_from_the_lock(project: Path) -> None:
@@ -227,7 +219,7 @@ def test_outside_of_a_project_a_command_fails_with_the_cure_and_creates_nothing(
         command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    message = str(_onediff(monkeypatch, *command))
+    message = str(run_cli(monkeypatch, *command))
     assert message.startswith(f"onediff: {tmp_path}/") and "\n" not in message
     assert "run this command in the folder of the project" in message or "in the project's folder" in message
     assert not list(tmp_path.iterdir())
@@ -250,26 +242,26 @@ def test_an_audit_prints_a_table_and_a_verdict_and_fails_with_the_option_fail(
     rows = [{"id": "a", "image": ["copy.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "a disc"}]}]
     Path("rows.json").write_text(json.dumps(rows))
     command = ("audit", "rows.json", str(ROOT / "examples/folder"), "--out", "findings.jsonl")
-    assert _onediff(monkeypatch, *command) == 0
+    assert run_cli(monkeypatch, *command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["folder", "1", "0", "1", "0", "0", "0", "0", "1"]
     assert lines[-1] == ("1 of 1 pairs leak; but 1 of 2 images of the training set could not be read and were not "
                          "compared")
     findings = [json.loads(line) for line in Path("findings.jsonl").read_text().splitlines()]
     assert {(row["train_image"], row["pair_id"]) for row in findings} == {("copy.jpg", "folder-test-000005")}
-    assert _onediff(monkeypatch, *command, "--fail", "--json") == 1
+    assert run_cli(monkeypatch, *command, "--fail", "--json") == 1
     assert json.loads(capsys.readouterr().out)["leaks"] == 1
-    assert "no pair in split 'val'" in str(_onediff(monkeypatch, *command, "--split", "val"))
+    assert "no pair in split 'val'" in str(run_cli(monkeypatch, *command, "--split", "val"))
 
 
 def test_a_judge_without_a_model_or_references_asks_for_the_option(project: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.jsonl").write_text('{"pair_id": "a", "prediction": "x"}\n')
-    message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
+    message = str(run_cli(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "p.jsonl"))
     assert message.startswith("onediff: params.yaml: judge: is not set") and "--model" in message
     assert "\n" not in message
     Path("params.yaml").write_bytes(Path("presets/paper.yaml").read_bytes())  # It has a section `judge`.
-    message = str(_onediff(monkeypatch, "judge", "--predictions", "p.jsonl"))
+    message = str(run_cli(monkeypatch, "judge", "--predictions", "p.jsonl"))
     assert message.startswith("onediff: --references is needed")
     assert not Path("data").exists()
 
@@ -283,7 +275,7 @@ def test_verdicts_of_a_judge_are_printed_as_a_table(project: Path, monkeypatch: 
     Path("r.jsonl").write_text('{"pair_id": "a", "references": ["the cube is gone"]}\n'
                                '{"pair_id": "b", "references": ["nothing changed"]}\n')
     with serving() as server:
-        assert _onediff(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "r.jsonl", "--model", "tiny",
+        assert run_cli(monkeypatch, "judge", "--predictions", "p.jsonl", "--references", "r.jsonl", "--model", "tiny",
                         "--base-url", server.url) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:7] == ["states", "the", "change:", "yes", "1", "50.0", "%"]
@@ -299,8 +291,8 @@ def test_the_doctor_reports_a_damaged_database_and_other_commands_name_it_in_one
     assert finding is not None and finding.needed and not finding.ok and "file is not a database" in finding.message
     assert finding.cure.startswith("restore the file from a backup, or move it away")
     for command in (("registry", "list"), ("caption", "a.png", "a.png"), ("registry", "trail")):
-        message = str(_onediff(monkeypatch, *command))
+        message = str(run_cli(monkeypatch, *command))
         assert message == f"onediff: {finding.message}: {finding.cure}" and "\n" not in message
     Path("params.yaml").write_bytes(Path("presets/tiny.yaml").read_bytes())
     Path("runtime.yaml").write_text("usage_log: usage\n")
-    assert _onediff(monkeypatch, "drift") == 2 and "file is not a database" in capsys.readouterr().err
+    assert run_cli(monkeypatch, "drift") == 2 and "file is not a database" in capsys.readouterr().err

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_cli
 from published_sets import picture, put
 
-from onediff.cli import main as cli
 from onediff.config import Config
 from onediff.data.batches.corpus import Corpus
 from onediff.data.batches.loader import collate, decode
@@ -38,10 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def onediff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run `onediff` with these arguments, and return what it prints, or the error message."""
-    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return capsys.readouterr().out if exit_.value.code == 0 else str(exit_.value.code)
+    code = run_cli(monkeypatch, *arguments)
+    return capsys.readouterr().out if code == 0 else str(code)
 
 
 def lines(rows: list[Any]) -> str:

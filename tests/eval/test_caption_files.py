@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onediff.eval.caption_files import read_predictions, read_references, write_predictions, write_references
+from onediff.eval.caption_files import Form, read_predictions, read_references, write_predictions, write_references
 from onediff.eval.protocols import score_files
 
 PREDICTIONS = {"0": "the red cube is gone", "1": "no difference", "2": "the man moved", "3": "a car left"}
@@ -62,10 +62,11 @@ def test_files_of_coco_have_the_scores_of_json_lines(tmp_path: Path) -> None:
 def test_written_files_of_both_formats_are_read_back(tmp_path: Path) -> None:
     rows = [{"pair_id": f"scenes-{key}", "references": texts, "group_id": f"g{key}", "change_type": "move"}
             for key, texts in REFERENCES.items()]
-    for form in ("jsonl", "coco"):
-        assert write_references(tmp_path / "r", iter(rows), form) == 4  # type: ignore[arg-type]
+    forms: tuple[Form, ...] = ("jsonl", "coco")
+    for form in forms:
+        assert write_references(tmp_path / "r", iter(rows), form) == 4
         assert read_references(tmp_path / "r") == rows
-        assert write_predictions(tmp_path / "p", iter(PREDICTIONS.items()), form) == 4  # type: ignore[arg-type]
+        assert write_predictions(tmp_path / "p", iter(PREDICTIONS.items()), form) == 4
         assert read_predictions(tmp_path / "p") == PREDICTIONS
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_cli
 from registered import register, write_lock, write_results, write_rules
 from ruamel.yaml import YAML
 
 from onediff import registry
-from onediff.cli import main as cli
 from onediff.config import Config, Drift
 from onediff.data.record import Record, write_shards
 from onediff.data.synthesis.phrases import EDIT_TEMPLATES, SCENE_TEMPLATES
@@ -198,11 +198,7 @@ def test_a_missing_log_or_profile_is_an_error_with_a_cure(project: Path, tmp_pat
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """Run `onediff drift` in this process and return the exit code."""
-    monkeypatch.setattr(sys, "argv", ["onediff", "drift", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
+    return run_cli(monkeypatch, "drift", *arguments)
 
 
 def test_exit_codes_tell_steady_from_drifted_from_not_measurable(project: Path, tmp_path: Path,

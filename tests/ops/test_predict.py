@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_checkpoints import qwen2_vl
+from commands import run_cli
 
 from onediff.baselines.siamese_cnn import Architecture, SiameseCaptioner, SiameseCNN, Vocabulary
-from onediff.cli import main as cli
 from onediff.config import Config
 from onediff.data.record import Record, write_shards
 from onediff.eval.caption_files import EXTRAS, read_predictions, read_references
@@ -41,23 +40,16 @@ def cnn(project: Path) -> Path:
     return project / "cnn"
 
 
-def _onediff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    monkeypatch.setattr(sys, "argv", ["onediff", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
-
-
 def test_predictions_and_references_are_readable_by_score_and_compare(
         project: Path, cnn: Path, scene_pairs: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "out/p.jsonl") == 0
-    assert _onediff(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
+    assert run_cli(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "out/p.jsonl") == 0
+    assert run_cli(monkeypatch, "references", "scenes", "--out", "r.jsonl") == 0
     predictions, truth = read_predictions(Path("out/p.jsonl")), read_references(Path("r.jsonl"))
     assert list(predictions) == [record.pair_id for record in scene_pairs[:5]]
     assert truth == [{name: getattr(record, name) for name in ("pair_id", "references", *EXTRAS)}
                      for record in scene_pairs[:5]]
-    assert _onediff(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "p.json", "--format", "coco") == 0
-    assert _onediff(monkeypatch, "references", "scenes", "--out", "r.json", "--format", "coco") == 0
+    assert run_cli(monkeypatch, "predict", "scenes", "--cnn", str(cnn), "--out", "p.json", "--format", "coco") == 0
+    assert run_cli(monkeypatch, "references", "scenes", "--out", "r.json", "--format", "coco") == 0
     assert json.loads(Path("p.json").read_text())[0] == {
         "image_id": scene_pairs[0].pair_id, "caption": predictions[scene_pairs[0].pair_id]}
     assert read_predictions(Path("p.json")) == predictions and read_references(Path("r.json")) == truth
@@ -72,7 +64,7 @@ def test_a_chat_model_gets_the_instruction_of_each_pair_and_the_prompt_is_printe
     folder = project / "chat"
     folder.mkdir()
     prompt = "{question} In few words."
-    assert _onediff(monkeypatch, "predict", "mine", "--chat", qwen2_vl(folder), "--prompt", prompt, "--out",
+    assert run_cli(monkeypatch, "predict", "mine", "--chat", qwen2_vl(folder), "--prompt", prompt, "--out",
                     "p.jsonl", "--batch-size", "2") == 0
     assert f"prompt, after both images: {prompt}\n" in capsys.readouterr().out
     captioner = ChatCaptioner.load(str(folder), prompt=prompt)
@@ -98,8 +90,8 @@ def test_a_system_that_is_interrupted_keeps_the_old_file(project: Path) -> None:
 def test_an_unknown_benchmark_lists_the_existing_benchmarks_and_loads_no_model(project: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     message = "onediff: data/diffcap: split test has no benchmark 'scene'; its benchmarks are scenes, mine"
-    assert _onediff(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == message
-    assert _onediff(monkeypatch, "references", "scene", "--out", "r.jsonl") == message
+    assert run_cli(monkeypatch, "predict", "scene", "--chat", "nobody/nothing", "--out", "p.jsonl") == message
+    assert run_cli(monkeypatch, "references", "scene", "--out", "r.jsonl") == message
     assert not Path("p.jsonl").exists() and not Path("r.jsonl").exists()
 
 
@@ -112,7 +104,7 @@ def test_an_unknown_benchmark_lists_the_existing_benchmarks_and_loads_no_model(p
 ])
 def test_contradictory_or_missing_options_are_refused(options: list[str], message: str, project: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    assert message in str(_onediff(monkeypatch, "predict", "scenes", *options, "--out", "p.jsonl"))
+    assert message in str(run_cli(monkeypatch, "predict", "scenes", *options, "--out", "p.jsonl"))
     assert not Path("p.jsonl").exists()
 
 
@@ -125,12 +117,12 @@ def test_a_wrong_output_path_is_refused_before_the_model_loads(out: str, message
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "onediff", lambda _: pytest.fail("the model was loaded"))
     for command in (("predict", "scenes", "--model", "m"), ("references", "scenes")):
-        assert str(_onediff(monkeypatch, *command, "--out", out)).startswith(message)
+        assert str(run_cli(monkeypatch, *command, "--out", out)).startswith(message)
 
 
 def test_a_folder_without_a_model_is_not_suggested_as_the_cure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / predict.TRAINED).mkdir(parents=True)
-    message = str(_onediff(monkeypatch, "predict", "scenes", "--model", str(predict.TRAINED), "--out", "p.jsonl"))
+    message = str(run_cli(monkeypatch, "predict", "scenes", "--model", str(predict.TRAINED), "--out", "p.jsonl"))
     assert "'make run' trains one in" in message and "give another model" not in message
 
 
@@ -143,6 +135,6 @@ def test_a_onediff_model_gives_the_captions_of_the_stage_caption(
     model, processor = build(micro.model, seed=3)
     for part in (model, processor):
         part.save_pretrained("model")
-    assert _onediff(monkeypatch, "predict", "scenes", "--model", "model", "--out", "p.jsonl") == 0
+    assert run_cli(monkeypatch, "predict", "scenes", "--model", "model", "--out", "p.jsonl") == 0
     expected = caption_records(Captioner.load(Path("model")), scene_pairs[:5], micro.caption, micro.tasks)
     assert list(read_predictions(Path("p.jsonl")).values()) == [text for _, text in expected]

@@ -16,12 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from onediff.cli.main import app
-from onediff.config import Config, Runtime
+from onediff.config import Runtime
 from onediff.data.quality.probe import probe_record
 from onediff.data.record import Record
 from onediff.inputs.images import open_image
 from onediff.inputs.prompt import DEFAULT_INSTRUCTION
-from onediff.model.assemble import build
 from onediff.model.captioner import Captioner
 from onediff.model.digest import weights_digest
 from onediff.serve.usage_log import SIDES, UsageLog, Use, append, caption_and_log, pair_facts, read_usage, usage_log
@@ -155,17 +154,10 @@ def test_without_the_setting_usage_log_no_log_is_written(tmp_path: Path) -> None
     assert usage_log(Runtime(), "m", tmp_path) is None
 
 
-@pytest.fixture(scope="module")
-def model(micro: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    for part in build(micro.model, seed=5):
-        part.save_pretrained(folder)
-    return folder
-
-
-def test_logged_captions_equal_those_of_the_captioner(model: Path, scene_pairs: list[Record], tmp_path: Path) -> None:
-    captioner = Captioner.load(model, device="cpu")
-    log = usage_log(Runtime(usage_log=str(tmp_path / "usage")), "m", model)
+def test_logged_captions_equal_those_of_the_captioner(
+        untrained: Path, scene_pairs: list[Record], tmp_path: Path) -> None:
+    captioner = Captioner.load(untrained, device="cpu")
+    log = usage_log(Runtime(usage_log=str(tmp_path / "usage")), "m", untrained)
     files = [(record.before, record.after) for record in scene_pairs[:3]]
     pairs = [(open_image(before), open_image(after)) for before, after in files]
     instructions = [DEFAULT_INSTRUCTION, "Say it.", "How was the image edited?"]
@@ -174,19 +166,19 @@ def test_logged_captions_equal_those_of_the_captioner(model: Path, scene_pairs: 
     assert captions == captioner.caption(pairs, instructions=instructions)
     rows, _ = read_usage(tmp_path / "usage", LONG_AGO)
     assert [(row["caption"], row["instruction"]) for row in rows] == list(zip(captions, instructions, strict=True))
-    assert {row["weights"] for row in rows} == {weights_digest(model)}
+    assert {row["weights"] for row in rows} == {weights_digest(untrained)}
     assert all(0 < row["confidence"] <= 1 for row in rows)
 
 
 def test_the_command_logs_the_caption_in_the_folder_of_the_environment_variable(
-        model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for side, colour in zip(SIDES, ("red", "blue"), strict=True):
         Path(f"{side}.png").write_bytes(png(colour))
 
     def captioned() -> str:
         """Run the command in this process, because a new process would load torch again, which takes seconds."""
-        completed = CliRunner().invoke(app, ["caption", "before.png", "after.png", "--model", str(model)])
+        completed = CliRunner().invoke(app, ["caption", "before.png", "after.png", "--model", str(untrained)])
         assert completed.exit_code == 0, completed.output
         return completed.stdout
 
@@ -196,5 +188,5 @@ def test_the_command_logs_the_caption_in_the_folder_of_the_environment_variable(
     monkeypatch.setenv("ONEDIFF_USAGE_IMAGES", "true")
     logged = captioned()
     [row], _ = read_usage(tmp_path / "usage", LONG_AGO)
-    assert logged == plain == row["caption"] + "\n" and row["model"] == str(model)
+    assert logged == plain == row["caption"] + "\n" and row["model"] == str(untrained)
     assert (tmp_path / "usage" / row["file_before"]).read_bytes() == png("red")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from onediff.data.record import Record
+from onediff.inputs.attributes import OF_THE_OBJECT, result_of
 from onediff.inputs.boxes import coverage, on_the_grid
 from onediff.inputs.images import image_size
 from onediff.inputs.processing import IGNORED
@@ -21,7 +22,6 @@ from onediff.inputs.processing import IGNORED
 SIDES = ("before", "after")
 # These edits move or replace the whole picture, so their regions are no changed places.
 WHOLE = ("crop", "rotate", "zoom_out")
-OF_THE_OBJECT = ("color", "shape", "size", "material")
 
 Facts = dict[str, Any]
 Classes = Mapping[str, Collection[str]]
@@ -40,7 +40,7 @@ def facts_of(record: Record) -> Facts:
     if "object" in provenance:
         attributes |= {name: (provenance["object"] or {}).get(name) for name in OF_THE_OBJECT}
     if "new" in provenance:
-        attributes["result"] = provenance["new"] and provenance["new"].removeprefix("to the ")
+        attributes["result"] = provenance["new"] and result_of(provenance["new"])
     return {"changed": None if kind in ("", "unlabelled") else kind != "none", "boxes": _boxes(record),
             "attributes": attributes}
 
@@ -68,9 +68,9 @@ def targets_of(facts: Sequence[Facts], classes: Classes, *, places: int) -> dict
         for side, box in enumerate(fact["boxes"] or ()):
             shares[row, side] = coverage([value * places for value in box], side=places).ravel() if box else 0
         for column, (name, options) in enumerate(classes.items()):
-            attributes, names = fact["attributes"], [*options, None]
-            if name in attributes and attributes[name] in names:
-                numbers[row, column] = names.index(attributes[name])
+            names = [*options, None]
+            if (value := fact["attributes"].get(name, IGNORED)) in names:
+                numbers[row, column] = names.index(value)
     changed = [IGNORED if fact["changed"] is None else float(fact["changed"]) for fact in facts]
     return {"place_targets": torch.from_numpy(shares), "changed_targets": torch.tensor(changed, dtype=torch.float32),
             "object_targets": numbers}

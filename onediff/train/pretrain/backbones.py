@@ -73,7 +73,7 @@ class Run:
 
 
 def main(steps: Annotated[int, typer.Option(help="Number of training steps of the vision tower.")] = 10_000,
-         chat_steps: Annotated[int, typer.Option(help="Number of steps of the training on chats.")] = 2000,
+         chat_steps: Annotated[int, typer.Option(help="Number of steps of the training on chats.")] = 7500,
          images: Annotated[int, typer.Option(help="Number of images, a multiple of 1,000.")] = NUM_IMAGES,
          folder: Annotated[Path, typer.Option(help="The folder of the trained models.")] = FOLDER,
          work: Annotated[Path, typer.Option(help="The folder of images and states; remove it to start again.")] = WORK,

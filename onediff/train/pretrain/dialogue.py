@@ -20,7 +20,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerF
 from onediff.data.synthesis.edits.operations import CASTS, TURNS
 from onediff.data.synthesis.edits.pictures import PLACES
 from onediff.data.synthesis.phrases import DIRECTIONS, EDIT_TEMPLATES, INSTRUCTIONS, SCENE_TEMPLATES, pick, say
-from onediff.inputs.attributes import CLASSES, COLORS, MATERIALS
+from onediff.inputs.attributes import CLASSES, COLORS, MATERIALS, OF_THE_OBJECT, result_of, words_of
 from onediff.inputs.processing import IGNORED
 from onediff.inputs.prompt import (
     DEFAULT_INSTRUCTION,
@@ -41,13 +41,13 @@ _NEW = {"color_cast": tuple(CASTS), "remove_cast": tuple(CASTS), "rotate": tuple
 def sentence(rng: Generator) -> tuple[str, str]:
     """Return a question and a random change caption as answer; no image belongs to them.
 
-    Half of the questions are the default question, and the others are instructions of the source of the caption. Before
-    most questions stand the attributes of the change, as words in the order in which AttributeTokens puts
-    them before the question about a pair. So the language model learns to write a sentence from words.
+    Half of the questions are the default question, and the others are instructions of the source of the caption. Most
+    questions follow the attributes of the change, as words in the order in which AttributeTokens puts them before the
+    question about a pair. So the language model learns to write a sentence from words.
     """
     source, attributes, caption = _change_caption(rng)
     question = DEFAULT_INSTRUCTION if rng.random() < 0.5 else pick(rng, INSTRUCTIONS[source])
-    words = [attributes[name].replace("_", " ") for name in sorted(CLASSES) if attributes.get(name)]
+    words = [words_of(attributes[name]) for name in sorted(CLASSES) if attributes.get(name)]
     return f"{' '.join(words)}\n{question}" if rng.random() < STATED else question, caption
 
 
@@ -62,16 +62,16 @@ def _change_caption(rng: Generator) -> tuple[str, dict[str, str], str]:
                 pick(rng, SCENE_TEMPLATES[kind]).format(**words))
     kind = pick(rng, tuple(EDIT_TEMPLATES))
     template = pick(rng, EDIT_TEMPLATES[kind])
-    # The sentence about a removed object names the object as little as the one about a part of a photograph does.
+    # A sentence about a removed object never names it. The object is known on a canvas, but not in a photograph.
     thing = _draw_thing(rng) if kind == "paste" or (kind == "remove" and rng.random() < 0.5) else {}
     result = pick(rng, _NEW.get(kind, tuple(PLACES))) if "{new}" in template else ""
     words = {"old": thing and f"{thing['color']} {say(rng, thing['shape'])}", "new": result}
-    return ("edits", {"change_type": kind, "result": result.removeprefix("to the "), **thing}, template.format(**words))
+    return ("edits", {"change_type": kind, "result": result_of(result), **thing}, template.format(**words))
 
 
 def _draw_thing(rng: Generator) -> dict[str, str]:
     """Draw the attributes of an object."""
-    return {name: pick(rng, CLASSES[name]) for name in ("color", "shape", "size", "material")}
+    return {name: pick(rng, CLASSES[name]) for name in OF_THE_OBJECT}
 
 
 def noun(rng: Generator, thing: Mapping[str, str]) -> str:
