@@ -8,7 +8,8 @@ interrupted run continues with the same command, because DVC keeps finished stag
 After a new commit, the same command runs only the stages that this commit made stale.
 
 `table` writes docs/seeds.json (mean, lowest and highest value of each figure), the tables in README.md and
-docs/results.md, and the largest share of false alarms that mlflow/promotion.yaml accepts: that of the worst seed.
+docs/results.md, and the largest share of false alarms that mlflow/promotion.yaml accepts: the upper end of the 95 %
+interval of the worst seed.
 """
 
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from scipy.stats import binomtest
 
 from benchmarks import script, seed_tables
 from onediff.files import new_folder, read_json, refusing_lock, write_json, write_text
@@ -31,7 +33,7 @@ from onediff.paths import GATE, METRICS, PARAMS, SEEDS, STRESS, TRAINED
 HOME, FIRST_SEED = Path(".onediff/seeds"), 7
 PRESET, PAGES, PROMOTION = "tiny", (Path("README.md"), Path("docs/results.md")), Path("mlflow/promotion.yaml")
 SCORES = {"": METRICS, "gate.": GATE, "stress.": STRESS}  # the prefix of the names of the figures in each file
-ALARMS = "scenes.false_alarm_rate"
+ALARMS, UNCHANGED = "scenes.false_alarm_rate", "gate.scenes.by_change_type.none.num_pairs"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -68,7 +70,7 @@ def table() -> None:
         for name, lines in seed_tables.BLOCKS[page.name].items():
             script.write_block(page, name, lines(figures))
     if f"gate.{ALARMS}" in figures:
-        allow_alarms(PROMOTION, figures[f"gate.{ALARMS}"]["high"])
+        allow_alarms(PROMOTION, figures[f"gate.{ALARMS}"]["high"], round(figures[UNCHANGED]["mean"]))
     print(f"{SEEDS}: {len(figures)} figures of the seeds {', '.join(map(str, seeds))}")
 
 
@@ -150,9 +152,13 @@ def summary(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
             for name, each in sorted(values.items())}
 
 
-def allow_alarms(rules: Path, worst: float) -> None:
-    """Let the promotion rules accept the share of false alarms of the worst seed, rounded up to whole percents."""
-    limit = math.ceil(round(100 * worst, 6)) / 100
+def allow_alarms(rules: Path, worst: float, num_pairs: int) -> None:
+    """Let the promotion rules accept as many false alarms as the worst seed can have by chance.
+
+    This is the upper end of the exact 95 % interval of its share among `num_pairs` unchanged pairs, rounded up to whole
+    percents.
+    """
+    limit = math.ceil(100 * binomtest(round(worst * num_pairs), num_pairs).proportion_ci().high) / 100
     text, count = re.subn(rf"^(\s+{re.escape(ALARMS)}:) \S+$", rf"\g<1> {limit:g}", rules.read_text(encoding="utf-8"),
                           flags=re.MULTILINE)
     if count != 1:

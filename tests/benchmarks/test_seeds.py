@@ -27,6 +27,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_result(seed: int, commit: str, **changes: float) -> None:
     figures = {"scenes.CIDEr": 2.0, "scenes.num_pairs": 1000, "scenes.floor.constant.CIDEr": 0.93,
                "scenes.false_alarm_rate": 0.03, "gate.scenes.false_alarm_rate": 0.04,
+               "gate.scenes.by_change_type.none.num_pairs": 300,
                "edits.operation_accuracy_by_operation.blur": 0.9,
                "edits.swapped_accuracy_by_operation.blur.num_pairs": 7,
                "scenes.own_question.false_alarm_rate": 0.05, "scenes.paraphrases.false_alarm_rate.mean": 0.07,
@@ -42,7 +43,7 @@ def cells(page: Path, label: str) -> list[str]:
 
 
 def test_the_tables_show_the_mean_and_the_range_of_all_seeds(project: Path) -> None:
-    for seed, cider, alarms in ((7, 2.0, 0.041), (8, 2.3, 0.02), (9, 2.6, 0.0)):
+    for seed, cider, alarms in ((7, 2.0, 0.03), (8, 2.3, 0.02), (9, 2.6, 0.0)):
         write_result(seed, "abc", **{"scenes.CIDEr": cider, "gate.scenes.false_alarm_rate": alarms})
     seeds.table()
     written = json.loads(Path("docs/seeds.json").read_text())
@@ -55,7 +56,7 @@ def test_the_tables_show_the_mean_and_the_range_of_all_seeds(project: Path) -> N
     assert cells(results, "*blur*") == ["90.0", "", "", "7"]
     text = results.read_text()
     assert text.index("noise none") < text.index("noise 5") < text.index("noise 20")
-    assert "  scenes.false_alarm_rate: 0.05\n" in seeds.PROMOTION.read_text()
+    assert "  scenes.false_alarm_rate: 0.06\n" in seeds.PROMOTION.read_text()
     before = results.read_text()
     seeds.table()
     assert results.read_text() == before

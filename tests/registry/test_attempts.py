@@ -457,7 +457,7 @@ def scores_replaced_by_a_tag_and_a_file() -> Any:
     return registry.promote()
 
 
-@attempt("scenes.false_alarm_rate is -1.0, which is outside the range of this score, must be at most 0.2")
+@attempt("scenes.false_alarm_rate is -1.0, which is outside the range of this score, must be at most 0.06")
 def scores_in_the_tag_of_earlier_code_that_were_not_read_strictly() -> Any:
     path = in_store("scores/gate.json")
     scores = tracking.flatten(json.loads(path.read_text()))

@@ -40,7 +40,7 @@ def test_wrong_rules_are_refused(text: str, message: str) -> None:
 def test_the_rules_in_the_repository_are_valid_and_contain_known_metrics() -> None:
     rules = load_rules(REPO / "mlflow/promotion.yaml")
     check_metrics(rules, {})
-    assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] == 0.2
+    assert rules.minima["scenes.change_type_accuracy"] == 0.7 and rules.maxima["scenes.false_alarm_rate"] <= 0.1
     assert rules.require == ["data_validated", "leak_audit", "clean_lineage"]
 
 
