@@ -31,7 +31,7 @@ NUM_FINALISTS = 3  # number of best captions on a sample of pairs that are then 
 MAX_LEFT_OUT = 3  # largest number of references of a pair that `leave_one_out` uses as predictions
 SAMPLE = 100  # number of test pairs in the sample on which captions are tried as the best constant sentence
 SIDE = 8  # width and height in pixels to which `coarse_pixels` reduces each image
-MAX_TRAIN_PAIRS = 10_000  # largest number of training pairs among which `nearest_rows` searches
+MAX_TRAIN_PAIRS = 10_000  # largest number of training pairs among which NearestPairs searches
 
 
 def floor_captions(train: Sequence[PairRow], references: References, *, nearest: Mapping[str, PairRow] | None = None,
@@ -85,25 +85,36 @@ def random_captions(train: Sequence[str], keys: Iterable[str], *, seed: int = 0)
     return {key: train[i] for key, i in zip(names, drawn, strict=True)}
 
 
-def nearest_rows(train: Sequence[PairRow], train_records: Iterable[Record], records: Iterable[Record],
-                 *, seed: int = 0) -> dict[str, PairRow]:
-    """Return the training row with the most similar images for each record, as {pair_id of the record: training row}.
+class NearestPairs:
+    """Finds the training pair with the most similar images.
 
-    The distance of two pairs is the Euclidean distance of their vectors from `coarse_pixels`. The captions of the
-    returned rows are the trivial baseline `nearest_train`. `train_records` contains the images of the rows in `train`.
-    Raises OSError for an image that cannot be read.
+    The distance of two pairs is the Euclidean distance of their vectors from `coarse_pixels`.
     """
-    import faiss
 
-    drawn = np.random.default_rng(seed).permutation(len(train))[:MAX_TRAIN_PAIRS]
-    candidates = {train[place]["pair_id"]: train[place] for place in sorted(drawn)}
-    names, vectors = _coarse_records(record for record in train_records if record.pair_id in candidates)
-    keys, queries = _coarse_records(records)
-    faiss.omp_set_num_threads(1)  # On a busy machine, several faiss threads slow each other down.
-    index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(vectors)
-    places = index.search(queries, 1)[1][:, 0]
-    return {key: candidates[names[place]] for key, place in zip(keys, places, strict=True)}
+    def __init__(self, train: Sequence[PairRow], records: Iterable[Record], *, seed: int = 0) -> None:
+        """Index up to MAX_TRAIN_PAIRS random rows of `train`; `records` contains the images of these rows.
+
+        Raises OSError for an image that cannot be read.
+        """
+        import faiss
+
+        drawn = np.random.default_rng(seed).permutation(len(train))[:MAX_TRAIN_PAIRS]
+        candidates = {train[place]["pair_id"]: train[place] for place in sorted(drawn)}
+        names, vectors = _coarse_records(record for record in records if record.pair_id in candidates)
+        self.rows = [candidates[name] for name in names]
+        faiss.omp_set_num_threads(1)  # On a busy machine, several faiss threads slow each other down.
+        self.index = faiss.IndexFlatL2(vectors.shape[1])
+        self.index.add(vectors)
+
+    def __call__(self, records: Iterable[Record]) -> dict[str, PairRow]:
+        """Return the nearest training row for each record, as {pair_id of the record: training row}.
+
+        The captions of these rows are the trivial baseline `nearest_train`. Raises OSError for an image that cannot be
+        read.
+        """
+        keys, queries = _coarse_records(records)
+        places = self.index.search(queries, 1)[1][:, 0]
+        return {key: self.rows[place] for key, place in zip(keys, places, strict=True)}
 
 
 def _coarse_records(records: Iterable[Record]) -> tuple[list[str], NDArray[np.float32]]:

@@ -5,7 +5,8 @@ scores of each pair.
 """
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.wording import own_question_scores, paraphrase_spread
 from onediff.eval.caption_files import read_predictions
 from onediff.eval.evaluation import evaluate
-from onediff.eval.floors import nearest_rows
+from onediff.eval.floors import NearestPairs
 from onediff.eval.metrics.catalog import BEHAVIOUR, METRICS
 from onediff.eval.metrics.compute import start
 from onediff.eval.metrics.words import Predictions
@@ -37,10 +38,16 @@ def score() -> None:
     card = read_json(CARD)
     auc, incomplete = card.get("pixel_difference_auc", {}), card.get("incomplete", {})
     scores, pairs = {}, {}
+
+    @cache
+    def nearest_of(source: str) -> NearestPairs | None:
+        chosen = [row for row in train if row["source"] == source]
+        return NearestPairs(chosen, _records("train", source)) if chosen else None
+
     for split, output in OUTPUTS.items():
         rows = read_table(DIFFCAP, f"{split}-*.parquet")
         sources = {row["source"] for row in rows}
-        results = _score_split(split, rows, train=train,
+        results = _score_split(split, rows, train=train, nearest_of=nearest_of,
                                official=sources - incomplete.keys() if split == "test" else ())
         for name, result in results.items():
             source = name.split("/")[0]
@@ -61,10 +68,11 @@ def score() -> None:
 
 
 def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str, Any]],
-                 official: Container[str]) -> dict[str, Any]:
+                 nearest_of: Callable[[str], NearestPairs | None], official: Container[str]) -> dict[str, Any]:
     """Return a dict from the name of each benchmark of a split to its scores.
 
-    `official` holds the sources that must have exactly the pairs of their published test split.
+    `nearest_of` returns the search among the training pairs of a source, or None if there are none. `official` holds
+    the sources that must have exactly the pairs of their published test split.
     """
     results: dict[str, Any] = {}
     for source in dict.fromkeys(row["source"] for row in rows):
@@ -73,10 +81,9 @@ def _score_split(split: str, rows: list[dict[str, Any]], *, train: list[dict[str
         for protocol in protocols_of(source).values() if source in official else ():
             check_counts(protocol, chosen)
         floor_source = protocol_of(source).train_source
-        train_rows = [row for row in train if row["source"] == floor_source]
-        nearest = (nearest_rows(train_rows, _records("train", floor_source), _records(split, source))
-                   if train_rows else None)
-        tables = evaluate(source, predictions, chosen, train=train_rows, nearest=nearest)
+        train_rows, find = [row for row in train if row["source"] == floor_source], nearest_of(floor_source)
+        tables = evaluate(source, predictions, chosen, train=train_rows,
+                          nearest=find(_records(split, source)) if find else None)
         question = read_jsonl(CAPTIONS / f"{split}/{source}.jsonl")[0]["question"]
         extra = _other_questions(source, predictions, chosen) if split == "test" and source in GENERATED else {}
         results |= {name: {**table, "question": question, **extra} for name, table in tables.items()}

@@ -8,11 +8,11 @@ from PIL import Image
 
 from onediff.data.record import Record
 from onediff.eval.floors import (
+    NearestPairs,
     best_constant,
     coarse_pixels,
     floor_captions,
     leave_one_out,
-    nearest_rows,
     oracle,
     random_captions,
 )
@@ -96,7 +96,7 @@ def record(split: str, number: int, *, noise: int = 0) -> Record:
 def test_the_nearest_training_pair_of_a_noisy_copy_is_the_copied_pair() -> None:
     train, test = [record("train", k) for k in range(11)], [record("test", k, noise=40) for k in (7, 2, 5)]
     rows = [{"pair_id": item.pair_id, "references": item.references} for item in train]
-    nearest = nearest_rows(rows, train, test)
+    nearest = NearestPairs(rows, train)(test)
     assert {key: row["pair_id"] for key, row in nearest.items()} == {f"test-{k}": f"train-{k}" for k in (7, 2, 5)}
 
 
