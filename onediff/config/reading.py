@@ -16,6 +16,8 @@ from onediff.text_files import read_text
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 T = TypeVar("T", bound="Section")
 
 
