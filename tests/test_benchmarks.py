@@ -67,7 +67,7 @@ def test_llava_and_onediff_without_delta_tokens_have_equal_losses_on_equal_rows(
 def test_padded_rows_have_the_loss_of_packed_rows(bench: Bench) -> None:
     ours, processor = models.onediff(bench.config, "cpu")
     batch = collate(bench.batches[0], processor, decode(bench.corpus, processor))
-    expected = ours(**batch, num_answer_tokens=torch.tensor(1000)).loss
+    expected = ours(**batch, total_weight=torch.tensor(1000)).loss
     assert padded_rows(ours, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 

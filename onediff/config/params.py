@@ -43,6 +43,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_inherited_weights(self) -> Self:
+        for name, phase in (("align", self.align), ("tune", self.tune)):
+            if phase and phase.lr_inherited is not None and self.model.delta.init == "random":
+                raise ValueError(f"{name}.lr_inherited: this is the rate of weights from BERT, but model.delta.init is "
+                                 "random; set lr_inherited to null, or model.delta.init to a BERT")
+        return self
+
+    @model_validator(mode="after")
     def _check_names_of_sources(self) -> Self:
         """Raise ValueError if a section names an unknown source. The message has one line for each wrong name."""
         sources = source_names(self.data)

@@ -128,13 +128,25 @@ class Lora(Section):
     alpha: Count
 
 
+class WeightDecay(Section):
+    """The weight decay of each part of the model. It applies to matrices, but not to biases and normalizations."""
+
+    vision: Rate
+    delta: Rate
+    projector: Rate
+    language: Rate
+
+
 class Phase(Section):
     """The settings of a training phase. A learning rate of 0 freezes the part of the model that it belongs to.
 
-    `mixture` maps sources to sampling weights. Exactly one of `steps` and `epochs` is set. `warmup` is the share of the
-    steps in which the learning rate rises. `mask_patches` is the share of training rows whose patch tokens are hidden
-    from the language model. Every `validate_every` steps the model is scored on `num_val` pairs of the `val` split;
-    null disables these scores.
+    `mixture` maps sources to the rows that an epoch has, in thousands. Exactly one of `steps` and `epochs` is set; with
+    `steps`, only the ratios of the mixture matter. `lr_inherited` is the rate of the weights of the delta module that
+    come from BERT; with null, they have the rate `lr_delta` of the other weights of this module. `warmup` is the share
+    of the steps in which the learning rate rises. `loss` says which unit counts equally in the loss of a step: every
+    answer token, or every sample, whose loss is then the mean over its answer tokens. `mask_patches` is the share of
+    training rows whose patch tokens are hidden from the language model. Every `validate_every` steps the model is
+    scored on `num_val` pairs of the `val` split; null disables these scores.
     """
 
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -143,12 +155,14 @@ class Phase(Section):
     batch_size: Count
     lr_vision: Rate
     lr_delta: Rate
+    lr_inherited: Rate | None
     lr_projector: Rate
     lr_language: Rate
     lora: Lora | None
     warmup: Share
-    weight_decay: Rate
+    weight_decay: WeightDecay
     clip_norm: Annotated[float, Field(gt=0)]
+    loss: Literal["tokens", "samples"]
     mask_patches: Share
     validate_every: Count | None
     num_val: Count
@@ -159,6 +173,9 @@ class Phase(Section):
             raise ValueError("set exactly one of the keys steps and epochs to a number, and the other key to null")
         if not any((self.lr_vision, self.lr_delta, self.lr_projector, self.lr_language)):
             raise ValueError("at least one learning rate must be above 0, because 0 freezes a part of the model")
+        if self.lr_inherited is not None and not self.lr_delta:
+            raise ValueError("lr_inherited must be null if lr_delta is 0, because then the complete delta module is "
+                             f"frozen, got {self.lr_inherited:g}; set lr_delta above 0, or lr_inherited to null")
         if self.lora and not self.lr_language:
             raise ValueError("lora trains the language model, so lr_language must be above 0, got 0; set lr_language "
                              "above 0, or set lora to null")
@@ -169,10 +186,12 @@ class Align(Phase):
     """The settings of the first training phase, in which the model learns from captions of single images.
 
     If `samples` is "coupled" (Coupled Sample Training), a training row has two unrelated images and both captions. If
-    it is "single", a row has one image and one caption.
+    it is "single", a row has one image and one caption. If `replacement` is true, each row draws from all images of its
+    source; otherwise every image occurs once before any image occurs again.
     """
 
     samples: Literal["coupled", "single"]
+    replacement: bool
 
 
 class Auxiliary(Section):
