@@ -89,7 +89,8 @@ class OneDiffProcessor(ProcessorMixin):
     def squares(self, images: list[Image.Image]) -> NDArray[np.uint8]:
         """Resize images of any size and pad them to squares, (M images, height, width, 3)."""
         side, settings = self.image_px, self.image_processor
-        color = tuple(round(value / settings.rescale_factor) for value in settings.image_mean)
+        # LLaVA rounds the mean colour down, too: (122, 116, 104) for CLIP.
+        color = tuple(int(value / settings.rescale_factor) for value in settings.image_mean)
         batch = np.empty((len(images), side, side, 3), dtype=np.uint8)
         for image, pixels in zip(images, batch, strict=True):
             pixels[:] = np.asarray(_squared(image, side, settings.resample, color=color))

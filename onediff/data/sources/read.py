@@ -11,6 +11,7 @@ from onediff.data.record import SPLITS, Record
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.published import Files, PublishedPair, open_files, split_of, to_record
 from onediff.data.sources.readers import folder as own
+from onediff.data.sources.readers import llava
 from onediff.data.sources.tables import aligned
 
 SHOWN = 20  # largest number of missing or broken images that are printed
@@ -21,17 +22,21 @@ COUNTS = ("records", "pairs", "references", "empty", "missing_images")
 def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[PublishedPair]]:
     """Return the function that yields the pairs of a source.
 
-    A published data set has a reader of its own; every other source needs a table of users' own pairs. Raises
-    ValueError if the source is not a published data set and `files` contains no such table.
+    A published data set has a reader of its own; every other source needs a table of users' own pairs, or one JSON file
+    with conversations in the format of LLaVA. Raises ValueError if the source is not a published data set and `files`
+    contains neither.
     """
     if source in CATALOG:
         return CATALOG[source].read
     if any(map(files.named, own.TABLES)):
         return own.read
+    if llava.only_json(files):
+        return llava.read_665k
     near = difflib.get_close_matches(source, CATALOG, 1)
     hint = f"did you mean '{near[0]}'?" if near else f"the published sets are {', '.join(CATALOG)}"
     raise ValueError(f"source '{source}' is not a published set ({hint}), and the folder does not contain "
-                     f"{' or '.join(own.TABLES)}: data/README.md shows how to write such a file")
+                     f"{' or '.join(own.TABLES)}, or one JSON file of LLaVA conversations: data/README.md shows how to "
+                     "write such a file")
 
 
 def open_source(source: str, folder: Path, scratch: Path) -> Files:
