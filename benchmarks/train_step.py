@@ -263,12 +263,13 @@ def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
                                     reduction="sum") / 1000
 
 
-def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, *,
-                  alike: float) -> Tensor:
+def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, window: int,
+                  *, alike: float) -> Tensor:
     """Compute causal attention of packed rows like `packing._by_row`, with one call for each group of similar length.
 
     The rows of a group are padded to the longest row. No row is shorter than `alike` times the longest row.
     """
+    assert window >= max(lengths), "the measured decoders have no sliding window"
     positions, shapes = layout(tuple(lengths), alike)
     size = sum(rows * longest for rows, longest in shapes)
 
