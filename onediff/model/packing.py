@@ -62,8 +62,9 @@ def _accepted(language: nn.Module, **options: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in options.items() if accepts_all or name in parameters}
 
 
-DESCRIPTIONS = {packed_logits: "packed into one sequence", padded_logits: "padded to equal length",
-                single_logits: "read one after the other"}
+DESCRIPTIONS: dict[RowLogits, str] = {
+    packed_logits: "packed into one sequence", padded_logits: "padded to equal length",
+    single_logits: "read one after the other"}
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
