@@ -30,7 +30,7 @@ def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[Published
         return CATALOG[source].read
     if any(map(files.named, own.TABLES)):
         return own.read
-    if llava.only_json(files):
+    if llava.only_json(files.ending(".json")):
         return llava.read_665k
     near = difflib.get_close_matches(source, CATALOG, 1)
     hint = f"did you mean '{near[0]}'?" if near else f"the published sets are {', '.join(CATALOG)}"
@@ -80,7 +80,8 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
     names: dict[str, set[int]] = defaultdict(set)  # split -> hashes of image names, which need less memory than names
     missing: dict[str, dict[str, None]] = defaultdict(dict)
     num_pairs: Counter[str] = Counter()
-    for pair in reader_of(source, files)(files):
+    read = reader_of(source, files)
+    for pair in read(files):
         split = pair.official_split
         num_pairs[split_of(source, pair)] += 1
         types[split][pair.change_type] += 1
@@ -98,7 +99,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
     shared = {f"{one}-{other}": len(names[one] & names[other]) for one, other in SHARED}
     every = list(dict.fromkeys(name for split in splits for name in missing[split]))
     return {"source": source, "splits": splits, "shared": shared, "missing": every,
-            "notes": [*_notes(source, splits), *_own_notes(source, tally, num_pairs)]}, num_pairs
+            "notes": [*_notes(source, splits), *(_own_notes(tally, num_pairs) if read is own.read else ())]}, num_pairs
 
 
 def as_text(summary: dict[str, Any]) -> str:
@@ -155,10 +156,8 @@ def _verdict(counts: dict[str, Any]) -> str:
     return f"published: {', '.join(wrong)}" if wrong else "images missing"
 
 
-def _own_notes(source: str, tally: dict[str, Counter[str]], num_pairs: Counter[str]) -> Iterator[str]:
-    """Yield what users should know about a source of their own: merged rows, and why it has no score."""
-    if source in CATALOG:
-        return
+def _own_notes(tally: dict[str, Counter[str]], num_pairs: Counter[str]) -> Iterator[str]:
+    """Yield what users should know about a table of their own pairs: merged rows, and why it has no score."""
     for split in SPLITS:
         merged = tally[split]["records"] - num_pairs[split] if split in tally else 0
         if merged:

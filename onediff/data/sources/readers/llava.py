@@ -6,7 +6,7 @@ llava_v1_5_mix665k.json (conversations, for phase `tune`). Both have the form
 Rows about two images have a list, "image": ["before.png", "after.png"], and two `<image>` in the texts of the human.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,38 +48,38 @@ def _read(files: Files, annotations: str) -> Iterator[tuple[PublishedPair, Turns
     Raises ValueError if the file is broken or a row is not a conversation, and FileNotFoundError if the file does not
     exist.
     """
-    path = files.named(annotations) or only_json(files) or files.require(annotations)
+    path = files.named(annotations) or only_json(files.ending(".json")) or files.require(annotations)
     # Count how often each id has occurred, because ids repeat. The keys are hashes of the ids, to save memory.
     seen: dict[int, int] = {}
     for place, entry in read_list(path):
         name = identity(entry, "id", place)
         times = seen[hash(name)] = seen.get(hash(name), 0) + 1
         name = name if times == 1 else f"{name}-{times}"
-        images = _images(entry, place)
         turns = _turns(entry, place)
+        images = _images(entry, place)
         question, answer = map(one_line, turns[0]) if turns else ("", "")
         # What changed between two images is unknown, because the conversation may be about anything.
         yield PublishedPair(name, "train", images, [answer] if answer else [], name,
                             NO_TYPE if len(images) == 2 else GENERAL, question, num_empty=int(not answer)), turns
 
 
-def only_json(files: Files) -> Path | None:
-    """Return the JSON file of a folder that has only one, besides files with metadata of images, and otherwise None."""
-    paths = [path for path in files.ending(".json") if not path.stem.endswith("_meta")]
-    return paths[0] if len(paths) == 1 else None
+def only_json(paths: Iterable[Path]) -> Path | None:
+    """Return the JSON file if there is exactly one, besides files with metadata of images, and otherwise None."""
+    files = [path for path in paths if path.suffix.lower() == ".json" and not path.stem.endswith("_meta")]
+    return files[0] if len(files) == 1 else None
 
 
 def _images(entry: dict[str, Any], place: str) -> tuple[str, ...]:
-    """Return the names of the images of an entry.
+    """Return the names of the images of an entry whose conversation is valid.
 
-    Raises ValueError if there are more than two images, or two images without two placeholders in the texts.
+    Raises ValueError if there are more than two images, or two images without two placeholders in the questions.
     """
     value = entry.get("image") or []
     names = [value] if isinstance(value, str) else expect(value, list, f"{place}, image")
     if len(names) > 2:
         raise ValueError(f"{place}: a conversation must have at most two images, got {len(names)}; remove the row, or "
                          "split it into pairs of images")
-    num_marks = str(entry.get("conversations")).count(IMAGE)
+    num_marks = sum(turn["value"].count(IMAGE) for turn in entry["conversations"] if not _SPEAKERS[turn["from"]])
     if len(names) == 2 and num_marks != 2:
         raise ValueError(f"{place}: a conversation about two images must have two {IMAGE}, got {num_marks}; write both "
                          "into the first question")

@@ -265,6 +265,8 @@ def test_a_json_file_of_conversations_about_two_images_is_a_source(tmp_path: Pat
     assert (pair.images, pair.change_type) == ((before.read_bytes(), after.read_bytes()), "unlabelled")
     assert pair.provenance["conversation"] == [["What is new?", "a tree"], ["Where?", "left"]]
     assert single.images == (before.read_bytes(),)
+    put(table, [entry(["a.png", "b.png"], "<image>\n<image>\nWhat?", "Which tag?", "the tag <image>")])
+    assert summarize("my_pairs", tmp_path)["notes"] == []  # The notes are about the columns of a table.
     for images, question, message in ((["a.png", "b.png"], "<image> What?", "must have two <image>, got 1; write both"),
                                       (["a.png", "b.png", "a.png"], "What?", "must have at most two images, got 3")):
         put(table, [entry(images, question)])
