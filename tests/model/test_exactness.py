@@ -31,7 +31,6 @@ from onediff.model.packing import RowLogits, packed_logits, padded_logits, singl
 
 PACKED = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "smollm3", "olmo3", "ministral3", "granite",
           "deepseek_v3", "mixtral")
-# Other layers than attention mix tokens, or the attention has a part that packed attention lacks.
 # The default configurations of these models are incomplete, or belong to models that are no language models.
 WITHOUT_DEFAULT = ("cohere_compass_text", "dbrx", "dots1", "emu3", "gemma4_assistant", "gemma4_unified_assistant",
                    "hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2_moe", "ministral", "mllama", "musicgen",
@@ -40,6 +39,7 @@ WITHOUT_DEFAULT = ("cohere_compass_text", "dbrx", "dots1", "emu3", "gemma4_assis
 ENCODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
             "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta",
             "xlm-roberta-xl", "xlnet")
+# Other layers than attention mix tokens, or the attention has a part that packed attention lacks.
 PADDED = (Lfm2Config(layer_types=["conv", "full_attention"] * 16), FalconH1Config(mamba_d_ssm=1536, mamba_n_heads=24),
           GraniteMoeHybridConfig(), Qwen3_5TextConfig(), MambaConfig(), Gemma2Config(), GptOssConfig())
 
