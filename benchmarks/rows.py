@@ -85,7 +85,7 @@ class Bench:
                      folder: Path) -> TrainingRun:
         """Return a training run that trains the model on the batches of this case and writes into `folder`."""
         return TrainingRun(self.name, self.phase, runtime_of(self.case), folder, model, processor, self.corpus,
-                           shuffled(self.batches), num_samples=1)
+                           shuffled(self.batches))
 
     def train(self, model: OneDiffForConditionalGeneration, processor: OneDiffProcessor, folder: Path,
               log: Log) -> None:

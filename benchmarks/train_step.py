@@ -164,7 +164,7 @@ def trainer_arguments(bench: Bench, folder: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder, max_steps=FOREVER, per_device_train_batch_size=bench.case["batch"],
         train_sampling_strategy="sequential", optim="adamw_torch_fused",
-        learning_rate=max(learning_rates(phase).values()), weight_decay=phase.weight_decay,
+        learning_rate=max(learning_rates(phase).values()), weight_decay=phase.weight_decay.language,
         max_grad_norm=phase.clip_norm, lr_scheduler_type="cosine", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, use_cpu=not gpu, dataloader_num_workers=4 if gpu else 0,
         dataloader_pin_memory=gpu, remove_unused_columns=False)
@@ -238,7 +238,7 @@ def attention(bench: Bench, turn: Turn, model: OneDiffForConditionalGeneration, 
     for batches in cycle(ready):
         for batch in batches:
             loss = (padded_rows(model, batch) if kind.startswith("padded rows") else
-                    model(**batch, num_answer_tokens=torch.tensor(1000)).loss)
+                    model(**batch, total_weight=torch.tensor(1000)).loss)
             loss.backward()
         model.zero_grad()
         turn()
@@ -263,12 +263,13 @@ def padded_rows(model: OneDiffForConditionalGeneration, batch: Batch) -> Tensor:
                                     reduction="sum") / 1000
 
 
-def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, *,
-                  alike: float) -> Tensor:
+def padded_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None, window: int,
+                  *, alike: float) -> Tensor:
     """Compute causal attention of packed rows like `packing._by_row`, with one call for each group of similar length.
 
     The rows of a group are padded to the longest row. No row is shorter than `alike` times the longest row.
     """
+    assert window >= max(lengths), "the measured decoders have no sliding window"
     positions, shapes = layout(tuple(lengths), alike)
     size = sum(rows * longest for rows, longest in shapes)
 

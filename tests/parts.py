@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from onediff.config import Auxiliary, Phase, Tune
+from onediff.config import Auxiliary, Phase, Tune, WeightDecay
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
@@ -23,17 +23,20 @@ FUSION: dict[str, Any] = {
 
 
 def small(**changes: Any) -> OneDiffForConditionalGeneration:
-    """Return a small model with fixed random weights; `changes` replace keys of its OneDiffConfig."""
+    """Return a small model with fixed random weights; `changes` replace keys of its OneDiffConfig.
+
+    The key `text_config` replaces the configuration of the language model, a Llama.
+    """
     vision = CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=19, num_hidden_layers=5, num_attention_heads=1,
                               image_size=12, patch_size=4)
-    text = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2,
-                       num_attention_heads=17, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-                       eos_token_id=2)
+    llama = LlamaConfig(vocab_size=VOCAB, hidden_size=LANGUAGE, intermediate_size=23, num_hidden_layers=2,
+                        num_attention_heads=17, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+                        eos_token_id=2)
     settings = {"reading": "A", "patch_level": -2, "patch_pool": 1, "delta_num_tokens": TOKENS, "delta_width": WIDTH,
                 "delta_heads": 1, "delta_levels": [1, 3, 5], "delta_inputs": "pair", "image_token_id": IMAGE_ID,
-                "delta_token_id": DELTA_ID} | changes
+                "delta_token_id": DELTA_ID, "text_config": llama} | changes
     torch.manual_seed(0)
-    return OneDiffForConditionalGeneration(OneDiffConfig(vision_config=vision, text_config=text, **settings)).eval()
+    return OneDiffForConditionalGeneration(OneDiffConfig(vision_config=vision, **settings)).eval()
 
 
 def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[str, torch.Tensor]:
@@ -51,6 +54,8 @@ def batch_of(model: OneDiffForConditionalGeneration, counts: list[int]) -> dict[
             "image_counts": torch.tensor(counts), "images": torch.randn(sum(counts), 3, 12, 12, generator=generator)}
 
 
+PLAIN = {"weight_decay": WeightDecay(vision=0, delta=0, projector=0, language=0), "lr_inherited": None,
+         "loss": "tokens"}
 RATES = {"lr_vision": 0.0, "lr_delta": 3e-3, "lr_projector": 2e-3, "lr_language": 1e-3}
 
 
@@ -59,7 +64,7 @@ def phase(**changes: Any) -> Phase:
 
     With the key `auxiliary`, which holds the weights of the auxiliary losses, it is the phase `tune`.
     """
-    settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "weight_decay": 0.0, "clip_norm": 0.5,
+    settings = {"steps": 30, "epochs": None, "batch_size": 12, "warmup": 0.2, "clip_norm": 0.5, **PLAIN,
                 "mask_patches": 0.0, "validate_every": None, "num_val": 1, "mixture": {"scenes": 1.0}, "lora": None}
     if weights := changes.pop("auxiliary", None):
         return Tune(**settings | RATES | changes, default_question=1.0, auxiliary=Auxiliary(**weights))

@@ -67,7 +67,7 @@ def test_llava_and_onediff_without_delta_tokens_have_equal_losses_on_equal_rows(
 def test_padded_rows_have_the_loss_of_packed_rows(bench: Bench) -> None:
     ours, processor = models.onediff(bench.config, "cpu")
     batch = collate(bench.batches[0], processor, decode(bench.corpus, processor))
-    expected = ours(**batch, num_answer_tokens=torch.tensor(1000)).loss
+    expected = ours(**batch, total_weight=torch.tensor(1000)).loss
     assert padded_rows(ours, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_attention_in_groups_of_similar_rows_equals_attention_row_by_row(alike: 
     weights = torch.randn(1, sum(lengths), heads, width)
     outputs = []
     for mixed in (packing._by_row, lambda *x: padded_inside(*x, alike=alike)):
-        result = mixed(*(x.transpose(1, 2) for x in inputs), lengths, None)
+        result = mixed(*(x.transpose(1, 2) for x in inputs), lengths, None, max(lengths))
         outputs.append([result, *torch.autograd.grad((result * weights).sum(), inputs)])
     for ours, expected in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, expected)

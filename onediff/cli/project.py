@@ -29,7 +29,10 @@ CANNOT_BE_MEASURED = 2  # exit code of 'onediff drift'; diff and grep also exit 
 
 def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the command lists the presets.")] = None,
            force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite a params.yaml that you "
-                                               "edited.")] = False) -> None:
+                                               "edited.")] = False,
+           changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, for "
+                                                             "example align.lr_delta=3e-4. Repeatable.")] = None
+           ) -> None:
     """Copy a preset, one of the files in presets/, to params.yaml.
 
     If the preset also has a file NAME.runtime.yaml and the project has no runtime.yaml, this file is copied to
@@ -37,18 +40,23 @@ def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the 
 
     Example: onediff preset tiny
     """
-    from onediff.config import load_params, load_runtime
+    from onediff.config import Config, load_runtime
+    from onediff.config.reading import checked, parse_yaml, with_values
+    from onediff.files import new_file
+    from onediff.text_files import read_text
 
     if name is None:
         print_text("\n".join(f"{name:<12} {_first_sentence(path)}" for name, path in _presets().items()))
         return
     path = _preset_file(name)
-    load_params(path)
     if PARAMS.exists() and not force and PARAMS.read_bytes() not in [path.read_bytes() for path in _presets().values()]:
         raise ValueError(f"{PARAMS} differs from every preset, so it contains values that you edited: keep a copy, "
                          f"then run 'onediff preset {name} --force'")
-    shutil.copyfile(path, PARAMS)
-    print_text(f"{PARAMS}: {name}")
+    text = with_values(path, changes) if changes else read_text(path, "a preset")
+    checked(Config, parse_yaml(text, str(PARAMS)), PARAMS)
+    with new_file(PARAMS) as part:
+        part.write_text(text, encoding="utf-8")
+    print_text(f"{PARAMS}: {', '.join([name, *(changes or [])])}")
     runtime = path.with_suffix(".runtime.yaml")
     if runtime.exists() and not RUNTIME.exists():
         load_runtime(runtime)

@@ -4,6 +4,7 @@ The line says where the value is, which rule it breaks, what was got, and how to
 """
 
 import difflib
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -16,6 +17,8 @@ from onediff.text_files import read_text
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SourceName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 T = TypeVar("T", bound="Section")
 
 
@@ -54,6 +57,30 @@ def parse_yaml(text: str, place: str) -> Any:
         problem = " ".join(str(getattr(error, "problem", error)).split())
         raise ValueError(f"{place}{line}: not valid YAML: {problem}; check the brackets, quotes and indentation of "
                          "this line and of the lines before it") from None
+
+
+def with_values(path: Path, changes: Iterable[str]) -> str:
+    """Return the text of a YAML file with other values; the comments are kept.
+
+    Each change is KEY=VALUE, for example align.lr_delta=3e-4. Raises ValueError if it has another form, or if a section
+    in the key does not exist.
+    """
+    yaml, text = YAML(), io.StringIO()
+    yaml.width = 4096  # Break no line.
+    document = yaml.load(read_text(path, "a YAML file"))
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise ValueError(f"--set must be KEY=VALUE, got {change}; write for example align.lr_delta=3e-4")
+        *names, last = key.split(".")
+        section = document
+        for name in names:
+            section = section.get(name)
+            if not isinstance(section, dict):
+                raise ValueError(f"--set {change}: '{name}' is not a section of params.yaml; see {path} for the keys")
+        section[last] = parse_yaml(value, f"--set {change}")
+    yaml.dump(document, text)
+    return text.getvalue()
 
 
 def checked(kind: type[T], values: dict[str, Any], path: Path) -> T:

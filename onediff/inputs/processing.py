@@ -5,7 +5,8 @@ Shapes:  B rows, M images in the batch, S sequence length.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from onediff.inputs.prompt import (
 from onediff.inputs.tokenization import TextTokenizer
 
 IGNORED = -100  # label of tokens that do not count in the loss; this value is the default of PyTorch's cross_entropy
+FILTER_PX = 4  # the resampling filters of Pillow read at most 3 pixels on each side; 4 because of fractions of a pixel
+Number = TypeVar("Number", int, float)
 
 
 class OneDiffProcessor(ProcessorMixin):
     """A transformers processor that prepares images and prompts for OneDiff, for training and for inference.
 
-    Every image is resized, padded to a square with the mean colour and normalized. Images are never flipped or cropped.
+    Every image is padded to a square with the mean colour, resized and normalized. Images are never flipped or cropped.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 1,
@@ -80,16 +83,17 @@ class OneDiffProcessor(ProcessorMixin):
                             | {"images": self.pixels([image for pair in pairs for image in pair])})
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Resize, pad and normalize images of any size, and return a tensor (M images, 3, height, width).
+        """Pad, resize and normalize images of any size, and return a tensor (M images, 3, height, width).
 
         The result equals that of the image processor of transformers, but is computed faster.
         """
         return self.normalized(self.squares(images))
 
     def squares(self, images: list[Image.Image]) -> NDArray[np.uint8]:
-        """Resize images of any size and pad them to squares, (M images, height, width, 3)."""
+        """Pad images of any size to squares and resize them, (M images, height, width, 3)."""
         side, settings = self.image_px, self.image_processor
-        color = tuple(round(value / settings.rescale_factor) for value in settings.image_mean)
+        # LLaVA rounds the mean colour down, too: (122, 116, 104) for CLIP.
+        color = tuple(int(value / settings.rescale_factor) for value in settings.image_mean)
         batch = np.empty((len(images), side, side, 3), dtype=np.uint8)
         for image, pixels in zip(images, batch, strict=True):
             pixels[:] = np.asarray(_squared(image, side, settings.resample, color=color))
@@ -171,15 +175,39 @@ class OneDiffProcessor(ProcessorMixin):
 
 
 def _squared(image: Image.Image, side: int, resample: int, *, color: tuple[int, ...]) -> Image.Image:
-    """Resize an image so that the longer side is `side` pixels, and pad it to a centred square with `color`."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    resized = image.resize(size, Image.Resampling(resample))
-    if size == (side, side):
-        return resized
+    """Pad an image to a centred square with `color`, and resize the square to `side` pixels, as LLaVA does.
+
+    Of the padding, only the margin that the resampling filter mixes with the image is resized, because the square of a
+    long image would need much memory.
+    """
+    longest, shortest, is_wide = max(image.size), min(image.size), image.width > image.height
+    if longest == shortest:
+        return image.resize((side, side), Image.Resampling(resample))
+    # Rows are counted along the shorter side of the image, so they are columns of a high image.
+    scale, offset = longest / side, (longest - shortest) // 2  # `offset`: rows of the square before the image
+    margin = math.ceil(FILTER_PX * max(1, 1 / scale))
+    first = max(0, math.floor(offset / scale) - margin)
+    last = min(side, math.ceil((offset + shortest) / scale) + margin)
+    # The result has these rows of the image; they begin and end in the padding, so the image gets some rows of it.
+    start, end = first * scale - offset, last * scale - offset
+    before = min(offset, math.ceil(max(-start, 0)) + FILTER_PX)
+    after = min(longest - shortest - offset, math.ceil(max(end - shortest, 0)) + FILTER_PX)
+    padded = Image.new("RGB", _ordered(longest, before + shortest + after, is_wide), color)
+    padded.paste(image, _ordered(0, before, is_wide))
+    left, top = _ordered(0, before + start, is_wide)
+    right, bottom = _ordered(longest, min(before + end, padded.size[is_wide]), is_wide)
+    width, height = _ordered(side, last - first, is_wide)
+    # Width before height, as for a square: Pillow begins with the height of a narrow image, and rounds in between.
+    part = padded.resize((width, padded.height), Image.Resampling(resample), box=(left, 0, right, padded.height))
+    part = part.resize((width, height), Image.Resampling(resample), box=(0, top, width, bottom))
     square = Image.new("RGB", (side, side), color)
-    square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
+    square.paste(part, _ordered(0, first, is_wide))
     return square
+
+
+def _ordered(along: Number, across: Number, is_wide: bool) -> tuple[Number, Number]:
+    """Return x and y of a point, from its coordinates along and across the longer side of an image."""
+    return (along, across) if is_wide else (across, along)
 
 
 def load_image_processor(folder: Any) -> Any:

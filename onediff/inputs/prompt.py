@@ -63,9 +63,9 @@ def text_prompt(template: str, instruction: str, answer: str | None = None) -> P
 def conversation_prompt(template: str, turns: list[tuple[str, str]], *, num_images: int) -> Prompt:
     """Build a prompt from the (question, answer) turns of a conversation, as in LLaVA's instruction data.
 
-    If the conversation has an image, the image placeholder comes before the first question.
+    If the conversation has images, their placeholders come before the first question.
     """
-    first = {0: text_prompt, 1: single_prompt}[num_images](template, *turns[0])
+    first = {0: text_prompt, 1: single_prompt, 2: pair_prompt}[num_images](template, *turns[0])
     return replace(first, later=tuple((f"USER: {plain(question)} ASSISTANT:", plain(answer))
                                       for question, answer in turns[1:]))
 

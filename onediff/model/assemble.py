@@ -25,6 +25,7 @@ from onediff.inputs.attributes import CLASSES, words_of
 from onediff.inputs.processing import OneDiffProcessor, load_image_processor
 from onediff.inputs.prompt import IMAGE
 from onediff.model.configuration import OneDiffConfig
+from onediff.model.exactness import row_logits
 from onediff.model.onediff import OneDiffForConditionalGeneration, Projector
 from onediff.model.weights import check_placeholders, check_vocabulary, load_strictly, read_config
 
@@ -53,8 +54,11 @@ def build(model: params.Model, *, seed: int) -> tuple[OneDiffForConditionalGener
     is_llava, where = isinstance(llava_config, LlavaConfig), f"{LANGUAGE}: {model.language}"
     check_vocabulary(processor.tokenizer, configuration.text_config.vocab_size, where=where)
     check_placeholders(processor.tokenizer, where=where, saved={IMAGE: llava_config.image_token_id} if is_llava else {})
-    llava = load_strictly(LlavaForConditionalGeneration, model.language, where=LANGUAGE) if is_llava else None
-    language = decoder_of(llava) if llava else load_strictly(AutoModelForCausalLM, model.language, where=LANGUAGE)
+    loaded = load_strictly(LlavaForConditionalGeneration if is_llava else AutoModelForCausalLM, model.language,
+                           where=LANGUAGE)
+    llava = loaded if is_llava else None
+    # For some vision-language models, transformers loads the complete model, and for others only the text part.
+    language = loaded if type(loaded.config) is type(configuration.text_config) else decoder_of(loaded)
     tower = (llava.model.vision_tower if llava and model.vision.path == model.language else
              load_strictly(AutoModel, model.vision.path, where=VISION, ignored=BESIDE_TOWER))
     torch.manual_seed(seed)
@@ -91,9 +95,10 @@ def configure(model: params.Model) -> OneDiffConfig:
     check_vision(model.vision, vision)
     if isinstance(language, LlavaConfig):
         check_llava(model, vision, language)
-        language = language.text_config
+    text = text_part(language)
+    row_logits(text)  # Raises ValueError if the language model is no decoder.
     return OneDiffConfig(
-        vision_config=vision, text_config=language, reading=model.reading, patch_level=model.patch_level,
+        vision_config=vision, text_config=text, reading=model.reading, patch_level=model.patch_level,
         patch_pool=model.patch_pool, delta_num_tokens=model.delta.num_tokens, delta_width=model.delta.width,
         delta_heads=model.delta.heads, delta_levels=list(model.delta.levels),
         delta_cross_attention_every=model.delta.cross_attention_every, delta_inputs=model.delta.inputs,
@@ -104,11 +109,20 @@ def configure(model: params.Model) -> OneDiffConfig:
         template=model.template)
 
 
+def text_part(language: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the decoder: a part of the configuration if it is that of a vision-language model."""
+    return getattr(language, "text_config", language)
+
+
 def check_language(model: params.Model, vision: PreTrainedConfig, language: PreTrainedConfig) -> None:
-    """Raise ValueError unless the language model is a decoder, or a LLaVA that can use the chosen vision tower."""
-    if not isinstance(language, LlavaConfig) and type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{LANGUAGE} must be a decoder-only language model or a LLaVA, but {model.language} is a "
-                         f"'{language.model_type}'; use for example a Llama, Vicuna or Qwen model")
+    """Raise ValueError unless the language model is or contains a decoder that can be used without its other parts."""
+    text = text_part(language)
+    if not isinstance(language, LlavaConfig) and (
+            type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
+            or not hasattr(text, "vocab_size")):
+        raise ValueError(f"{LANGUAGE} must be a decoder-only language model, a LLaVA, or another vision-language model "
+                         f"whose text part is such a decoder, but {model.language} is a '{language.model_type}'; use "
+                         "for example a Llama, Vicuna or Qwen model")
     if isinstance(vision, LlavaConfig) and model.vision.path != model.language:
         raise ValueError(f"{VISION}: the vision tower of LLaVA {model.vision.path} can only be used together with the "
                          f"language model of this LLaVA, but model.language is {model.language}; set both keys to the "
@@ -151,21 +165,24 @@ def check_llava(model: params.Model, vision: PreTrainedConfig, llava: LlavaConfi
                          f"width {llava.vision_config.hidden_size}")
 
 
-def decoder_of(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
-    """Return the language model inside a LLaVA as a causal language model, such as a LlamaForCausalLM.
+def decoder_of(whole: PreTrainedModel) -> PreTrainedModel:
+    """Return the language model inside a vision-language model as a causal language model, such as a LlamaForCausalLM.
 
-    The result shares all tensors with the LLaVA, so no weights are copied. Raises ValueError if the LLaVA lacks some
-    weights of the language model.
+    The result shares all tensors with the complete model, so no weights are copied. Raises ValueError if the complete
+    model lacks some weights of the language model, or does not keep them in one module.
     """
     with torch.device("meta"):
-        language: Any = AutoModelForCausalLM.from_config(llava.config.text_config)
-    setattr(language, language.base_model_prefix, llava.model.language_model)
-    language.set_output_embeddings(llava.lm_head)
-    language.generation_config = llava.generation_config
+        language: Any = AutoModelForCausalLM.from_config(whole.config.text_config)
+    decoder = getattr(whole.base_model, "language_model", None)
+    if decoder is not None:
+        setattr(language, language.base_model_prefix, decoder)
+        language.set_output_embeddings(whole.get_output_embeddings())
+    language.generation_config = whole.generation_config
     missing = [name for name, weight in language.named_parameters() if weight.is_meta]
     if missing:
-        raise ValueError(f"{LANGUAGE}: the LLaVA must contain all weights of a {type(language).__name__}, but "
-                         f"{', '.join(missing[:3])} are missing; use a LLaVA of the Llama or Qwen family")
+        raise ValueError(f"{LANGUAGE}: the {type(whole).__name__} must contain all weights of a "
+                         f"{type(language).__name__}, but {', '.join(missing[:3])} are missing; use a model of the "
+                         "Llama or Qwen family")
     return language
 
 

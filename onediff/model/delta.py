@@ -194,6 +194,12 @@ class VisualDeltaModule(nn.Module):
                 target.load_state_dict({key: state[key] for key in target.state_dict()})
 
 
+def is_inherited(name: str) -> bool:
+    """Return whether `copy_bert` sets the parameter of OneDiff with this name, such as delta.layers.0.up.weight."""
+    words = name.split(".", 3)  # delta, layers, the index of the layer, the name inside the layer
+    return words[:2] == ["delta", "layers"] and words[3].rpartition(".")[0] in BERT_NAMES
+
+
 class Enhance(nn.Module):
     """The cross-attention of token layout B, in which the image patches of a pair attend to its delta tokens."""
 

@@ -27,8 +27,9 @@ from onediff.inputs.processing import IGNORED
 from onediff.model.changed_object import AttributeTokens, changed_loss, object_loss, place_loss
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.delta import Enhance, VisualDeltaModule
+from onediff.model.exactness import row_logits
 from onediff.model.fusion import Fused, Fusion
-from onediff.model.packing import no_mask, use_packing
+from onediff.model.packing import packed_logits, use_packing
 from onediff.model.siamese import SiameseEncoder
 
 PARTS = ("vision", "delta", "projector", "language")
@@ -83,7 +84,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         self.delta = VisualDeltaModule(config) if config.delta_num_tokens else None
         self.fusion = Fusion(config) if config.delta_fusion else None
         self.language = pretrained or AutoModelForCausalLM.from_config(config.text_config)
-        use_packing(self.language)
+        self.row_logits = row_logits(config.text_config)
+        if self.row_logits is packed_logits:
+            use_packing(self.language)
         if config.delta_fusion:
             self.attribute_tokens = AttributeTokens(config.delta_classes, language_width)
         fused_width = config.delta_fusion["width"] if config.delta_fusion else 0
@@ -100,10 +103,10 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         """Do nothing, so that all layers keep PyTorch's initialization, whose scale depends on the layer width."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_counts: Tensor, images: Tensor | None = None,
-                states: Tensor | None = None, labels: Tensor | None = None, num_answer_tokens: Tensor | None = None,
-                patch_mask: Tensor | None = None, place_targets: Tensor | None = None,
-                changed_targets: Tensor | None = None, object_targets: Tensor | None = None,
-                num_rows: Tensor | None = None) -> OneDiffOutput:
+                states: Tensor | None = None, labels: Tensor | None = None, total_weight: Tensor | None = None,
+                row_weights: Tensor | None = None, patch_mask: Tensor | None = None,
+                place_targets: Tensor | None = None, changed_targets: Tensor | None = None,
+                object_targets: Tensor | None = None, num_rows: Tensor | None = None) -> OneDiffOutput:
         """Return the loss if `labels` are given, and otherwise the logits (B, S, vocabulary).
 
         input_ids, attention_mask and labels are (B rows, S tokens), and image_counts is (B,).
@@ -114,8 +117,9 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         place_targets (P, 2 images, G * G), changed_targets (P,) and object_targets (P, A) are the targets of the
         auxiliary losses, which the functions of changed_object.py explain. They are given together or not at all.
 
-        The loss is the sum over answer tokens, divided by `num_answer_tokens`, or by the number of answer tokens of
-        this batch if it is None. If all ranks and micro-batches of a training step pass the total number of the step,
+        The loss is the weighted mean over answer tokens: their weighted sum, divided by `total_weight`, or by the sum
+        of the weights in this batch if it is None. row_weights (B,) are the weights of the answer tokens of each row;
+        None: every weight is 1. If all ranks and micro-batches of a training step pass the total weight of the step,
         their losses add up to the exact mean. At least one row must have an answer token, and no answer token may
         directly follow a masked placeholder. The auxiliary losses are divided by `num_rows` in the same way.
         """
@@ -129,11 +133,15 @@ class OneDiffForConditionalGeneration(PreTrainedModel):
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)[is_kept]
         is_answer = (targets != IGNORED).nonzero().flatten()  # only these tokens need logits
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        logits = self.language(inputs_embeds=embeds[is_kept][None], position_ids=positions[is_kept][None],
-                               attention_mask=no_mask(embeds), lengths=is_kept.sum(1).tolist(),
-                               logits_to_keep=is_answer, use_cache=False).logits[0]
-        total = functional.cross_entropy(logits.float(), targets[is_answer], reduction="sum")
-        output = OneDiffOutput(loss=total / (len(is_answer) if num_answer_tokens is None else num_answer_tokens))
+        logits = self.row_logits(self.language, embeds[is_kept], positions[is_kept], is_kept.sum(1).tolist(), is_answer)
+        if row_weights is None:
+            total = functional.cross_entropy(logits.float(), targets[is_answer], reduction="sum")
+            in_batch: Tensor | int = len(is_answer)
+        else:
+            weights = row_weights[:, None].expand_as(input_ids)[is_kept][is_answer]
+            total = functional.cross_entropy(logits.float(), targets[is_answer], reduction="none") @ weights
+            in_batch = weights.sum()
+        output = OneDiffOutput(loss=total / (in_batch if total_weight is None else total_weight))
         if place_targets is not None and changed_targets is not None and object_targets is not None:
             assert fused is not None, "targets of the auxiliary losses need a model with Fusion"
             rows, pairs = len(input_ids) if num_rows is None else num_rows, len(changed_targets)

@@ -82,6 +82,12 @@ def newest(folder: Path) -> Path | None:
                  if json.loads((path / "complete.json").read_text())["sizes"] == _sizes(path)), None)
 
 
+def best_steps(folder: Path) -> set[int]:
+    """Return the steps whose weights were the best ones when a checkpoint was written; a run may resume from each."""
+    stored = [json.loads((path / "complete.json").read_text()).get("best_step") for path in complete(folder)]
+    return {step for step in stored if step is not None}
+
+
 def resume(engine: Engine, folder: Path) -> dict[str, Any]:
     """Load the newest complete checkpoint into the engine and return the dict stored with it, which contains the step.
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onediff.config import Phase, Runtime, Tune
+from onediff.inputs.processing import IGNORED
+from onediff.model.delta import is_inherited
 from onediff.model.onediff import PARTS, OneDiffForConditionalGeneration
 from onediff.train import lora
 
@@ -62,21 +64,25 @@ def auxiliary_weights(phase: Phase) -> dict[str, float]:
 
 
 def trainable(model: OneDiffForConditionalGeneration, phase: Phase) -> list[dict[str, Any]]:
-    """Freeze the parts with learning rate 0 and return one optimizer parameter group for each other part.
+    """Freeze the parts with learning rate 0 and return optimizer parameter groups for the other parts.
 
-    A group stores the learning rate of the part as `peak`. If `phase.lora` is set, LoRA adapters are added first, and
-    they are the only trainable parameters of the language model.
+    A group stores its learning rate as `peak`, and its weight decay, which is 0 for biases and normalizations. If
+    `phase.lora` is set, LoRA adapters are added first, and they are the only trainable parameters of the language
+    model.
     """
     if phase.lora:
         lora.add(model.language, phase.lora)
-    groups = []
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for part, rate in learning_rates(phase).items():
-        named = [(name, p) for name, p in model.named_parameters() if model.part_of(name) == part]
-        for name, parameter in named:
-            parameter.requires_grad_(rate > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))
-        if learning := [p for _, p in named if p.requires_grad]:
-            groups.append({"params": learning, "lr": 0.0, "peak": rate, "part": part})
-    return groups
+        for name, parameter in model.named_parameters():
+            if model.part_of(name) == part:
+                peak = rate if phase.lr_inherited is None or not is_inherited(name) else phase.lr_inherited
+                parameter.requires_grad_(peak > 0 and (part != "language" or not phase.lora or lora.is_adapter(name)))
+                if parameter.requires_grad:
+                    decay = getattr(phase.weight_decay, part) if parameter.dim() > 1 else 0.0
+                    groups.setdefault((part, peak, decay), []).append(parameter)
+    return [{"params": parameters, "lr": 0.0, "peak": peak, "weight_decay": decay, "part": part}
+            for (part, peak, decay), parameters in groups.items()]
 
 
 def num_micro(phase: Phase, runtime: Runtime) -> int:
@@ -104,7 +110,10 @@ def _deepspeed_config(phase: Phase, runtime: Runtime, *, bfloat16: bool) -> dict
 
 
 class Engine:
-    """A DeepSpeed engine whose loss is exact: the mean over all answer tokens of a step, on all ranks together."""
+    """A DeepSpeed engine whose loss is exact: the mean over all answer tokens of a step, on all ranks together.
+
+    If the setting `loss` of the phase is "samples", it is the mean over all rows of the means over their answer tokens.
+    """
 
     def __init__(self, model: OneDiffForConditionalGeneration, phase: Phase, runtime: Runtime) -> None:
         start_process_group()
@@ -116,8 +125,8 @@ class Engine:
                              f"{runtime.num_ranks} and {self.world} processes were started; correct nodes or gpus")
         self.model, self.num_micro, self.zero_level = model, num_micro(phase, runtime), runtime.zero_level
         self.weights = auxiliary_weights(phase)
-        self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, weight_decay=phase.weight_decay,
-                                           fused=runtime.offload == "none")
+        self.weighs_samples = phase.loss == "samples"
+        self.optimizer = torch.optim.AdamW(trainable(model, phase), betas=BETAS, fused=runtime.offload == "none")
         if runtime.checkpoint_activations:
             checkpoint_activations(model, phase, zero_level=runtime.zero_level)
         if runtime.compile:
@@ -151,18 +160,21 @@ class Engine:
         """Return for each flag whether at least one rank has set it, so that all ranks can take equal decisions."""
         return [total > 0 for total in self.sums(list(flags)).tolist()]
 
-    def backward(self, batch: dict[str, Tensor], num_answer_tokens: Tensor, num_rows: Tensor) -> Tensor:
+    def backward(self, batch: dict[str, Tensor], total_weight: Tensor, num_rows: Tensor) -> Tensor:
         """Run the forward and the backward pass on one micro-batch, and return what it adds to the losses of the step.
 
         The result holds the loss of the caption and then the auxiliary losses in the order of `self.weights`, without
-        their weights. The counts are those of the step, on all ranks together.
+        their weights. `total_weight` is the number of answer tokens, or of rows with an answer if every row counts
+        equally. Both numbers are those of the step, on all ranks together.
         """
         if self._pending:
             # DeepSpeed counts micro-batches by calls of step(); the call after the last micro-batch updates weights.
             self._engine.step()
         self._pending = True
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        output = self._engine(**on_device, num_answer_tokens=num_answer_tokens, num_rows=num_rows)
+        if self.weighs_samples:
+            on_device["row_weights"] = 1 / (on_device["labels"][:, 1:] != IGNORED).sum(1).clamp(min=1)
+        output = self._engine(**on_device, total_weight=total_weight, num_rows=num_rows)
         losses = torch.stack([output.loss, *(output[name] for name in self.weights)])
         loss = losses @ losses.new_tensor([1.0, *self.weights.values()])
         # DeepSpeed averages gradients over ranks and micro-batches. The two factors turn this average into a sum.

@@ -30,6 +30,8 @@ from onediff.train.engine import Engine
 from onediff.train.speed import COUNTED, Meter, counts_of
 from onediff.train.status import write_status
 
+LOSS_UNITS = {"tokens": "answer_tokens", "samples": "answered_rows"}  # what counts equally, by the setting `loss`
+
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -63,12 +65,11 @@ class TrainingRun:
     processor: OneDiffProcessor
     corpus: Corpus
     rows: RowSampler
-    num_samples: int
     validation: Validation | None = None
 
     @property
     def num_steps(self) -> int:
-        return steps_of(self.phase, self.num_samples)
+        return steps_of(self.phase)
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
             micro_batches = next(batch_iterator)
             loader_wait_s = time.monotonic() - load_start
 
-            # Each loss is divided by the answer tokens of all ranks, so the number of GPUs does not change the result.
+            # Each loss is divided by the numbers of all ranks, so the number of GPUs does not change the result.
             counts = engine.sums(counts_of(micro_batches))
-            num_answer_tokens, num_rows = (counts[COUNTED.index(name)] for name in ("answer_tokens", "rows"))
+            total_weight, num_rows = (counts[COUNTED.index(name)] for name in (LOSS_UNITS[run.phase.loss], "rows"))
             lr_factor = rate_factor(step, run.num_steps, run.phase.warmup)
             engine.set_rate(lr_factor)
             rank_losses = torch.zeros(1 + len(engine.weights), device=engine.device)
             with explain_out_of_memory(run.name, run.phase, run.runtime):
                 for batch in micro_batches:
-                    rank_losses += engine.backward(batch, num_answer_tokens, num_rows)
+                    rank_losses += engine.backward(batch, total_weight, num_rows)
             losses = dict(zip(("loss", *engine.weights), engine.sums(rank_losses.tolist()).tolist(), strict=True))
             if not math.isfinite(sum(losses.values())):
                 raise diverged(run, step, sum(losses.values()))
@@ -133,12 +134,14 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
                 if best_score is None or score > best_score:
                     save_best(engine, best_file(run.folder, num_done))
                     best_score, best_step = score, num_done
+                    remove_superseded(engine, run.folder, best_step)
 
             # All ranks must save at the same step, because each rank writes a part of the checkpoint.
             is_due = time.monotonic() - last_checkpoint > run.runtime.checkpoint_every_s
             is_stopped, is_due = engine.any_rank(bool(stop.reason), is_due)
             if is_stopped or is_due:
                 checkpoint.save(engine, run.folder, num_done, {"best": best_score, "best_step": best_step})
+                remove_superseded(engine, run.folder, best_step)
                 write_status(run.folder, "running", num_done)
                 last_checkpoint = time.monotonic()
             if is_stopped:
@@ -149,11 +152,12 @@ def fit(run: TrainingRun, batches: Callable[[int, int], Iterator[list[Batch]]], 
     return Trained(summary | meter.summary(), weights)
 
 
-def steps_of(phase: Phase, num_samples: int) -> int:
-    """Return the number of optimizer steps of a phase; a number of epochs is converted to steps with `num_samples`."""
+def steps_of(phase: Phase) -> int:
+    """Return the number of optimizer steps of a phase. The mixture states the rows of one epoch, in thousands."""
     if phase.steps is not None:
         return phase.steps
-    return max(1, math.ceil((phase.epochs or 0) * num_samples / phase.batch_size))
+    # A small tolerance, because 1000 * 279.064 can be a little above the integer that is meant.
+    return max(1, math.ceil((phase.epochs or 0) * 1000 * sum(phase.mixture.values()) / phase.batch_size - 1e-6))
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -246,6 +250,17 @@ def save_best(engine: Engine, path: Path) -> None:
     if weights is not None:
         with new_file(path) as part:
             save_file({name: value.contiguous() for name, value in weights.items()}, part)
+
+
+def remove_superseded(engine: Engine, folder: Path, best_step: int | None) -> None:
+    """Remove all best weights except those of `best_step` and those to which a checkpoint refers. Only rank 0 removes.
+
+    If a run resumes from this checkpoint and no later step is better, it needs the weights that were the best then.
+    """
+    if engine.rank == 0:
+        kept = {best_file(folder, step) for step in checkpoint.best_steps(folder) | {best_step} if step is not None}
+        for path in {*(folder / "best").glob("*.safetensors")} - kept:
+            path.unlink()
 
 
 def export(engine: Engine, run: TrainingRun, best_step: int | None) -> dict[str, Tensor] | None:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import local_torch_dtype
 from onediff.config import Phase
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.onediff import OneDiffForConditionalGeneration
-from onediff.model.packing import no_mask
+from onediff.model.packing import packed_logits
 from onediff.train.cost import Size
 from onediff.train.engine import trainable
 
@@ -181,13 +181,15 @@ def _loss_of(model: OneDiffForConditionalGeneration, batch: MicroBatch, *, cache
               if cached_tower else model.vision(images))
     views = _views(model, images, states, torch.arange(0, 2 * pairs, 2))
     lengths = [batch.row_tokens] * pairs
-    embeds = torch.empty(1, sum(lengths), config.text_config.hidden_size)  # (1, T, D)
+    embeds = torch.empty(sum(lengths), config.text_config.hidden_size)  # (T, D)
     if any(view.requires_grad for view in views) or model.language.get_input_embeddings().weight.requires_grad:
         embeds.requires_grad_()
     answers = torch.empty(pairs * batch.row_answer_tokens, dtype=torch.long)  # (A,)
-    positions = torch.empty(1, sum(lengths), dtype=torch.long)
-    logits = model.language(inputs_embeds=embeds, position_ids=positions, attention_mask=no_mask(embeds),
-                            lengths=lengths, logits_to_keep=answers, use_cache=False).logits[0]
+    if model.row_logits is packed_logits:
+        logits = packed_logits(model.language, embeds, torch.empty(sum(lengths), dtype=torch.long), lengths, answers)
+    else:  # All rows have equal lengths here, so they need no padding.
+        logits = model.language(inputs_embeds=embeds.unflatten(0, (pairs, -1)), use_cache=False,
+                                logits_to_keep=batch.row_answer_tokens).logits.flatten(0, 1)
     return functional.cross_entropy(logits.float(), torch.empty_like(answers), reduction="sum")
 
 

@@ -21,6 +21,7 @@ from onediff.model.captioner import pick_device
 from onediff.model.configuration import OneDiffConfig
 from onediff.model.digest import weights_digest
 from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.model.packing import DESCRIPTIONS, packed_logits
 from onediff.model.weights import load_trained
 from onediff.paths import ALIGNED, CARD
 from onediff.train.cost import Flops, peak_tflops
@@ -63,7 +64,7 @@ def align(config: Config, runtime: Runtime, *, data: Path, folder: Path) -> Trai
     corpus = Corpus.read(data, "train", phase.mixture, store=folder / "corpus")
     rows_of = coupled_rows if phase.samples == "coupled" else single_rows
     return TrainingRun("align", phase, runtime, folder, model, processor, corpus,
-                       rows_of(corpus, Sampling.of(config, phase)), len(corpus.samples))
+                       rows_of(corpus, Sampling.of(config, phase)))
 
 
 def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: Path) -> TrainingRun:
@@ -72,9 +73,8 @@ def tune(config: Config, runtime: Runtime, *, data: Path, start: Path, folder: P
     phase = config.tune
     corpus = Corpus.read(data, "train", phase.mixture, store=folder / "corpus")
     sampling = Sampling.of(config, phase)
-    entries = tune_entries(corpus, sampling)
-    return TrainingRun("tune", phase, runtime, folder, model, processor, corpus, tune_rows(entries, sampling),
-                       len(entries))
+    return TrainingRun("tune", phase, runtime, folder, model, processor, corpus,
+                       tune_rows(tune_entries(corpus, sampling), sampling))
 
 
 def train(run: TrainingRun, log: Log) -> None:
@@ -82,6 +82,9 @@ def train(run: TrainingRun, log: Log) -> None:
     write_status(run.folder, "running", 0)
     runtime, device = run.runtime, pick_device(run.runtime.device)
     run.model.to(device)
+    if run.model.row_logits is not packed_logits and os.environ.get("RANK", "0") == "0":
+        print(f"{run.name}: rows are {DESCRIPTIONS[run.model.row_logits]}, because packed rows are not known to be "
+              f"exact for this language model ({run.model.config.text_config.model_type})")
     workers, peak = runtime.loader_workers, runtime.peak_tflops
     if device.type == "cpu":
         run.model.float()  # On a CPU, bfloat16 is much slower than float32.

@@ -7,15 +7,16 @@ the memory of a GPU, and the hours of training.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import get_args
 
 from onediff.config import Align, Config, Model, Phase, Runtime
+from onediff.data.batches.sampling import Turns
 from onediff.data.sources.catalog import CATALOG
 from onediff.files import read_json
 from onediff.inputs.prompt import COUPLED_INSTRUCTION, DEFAULT_INSTRUCTION, IMAGE_MARK, pair_prompt, text_prompt
 from onediff.model.assemble import configure
 from onediff.model.configuration import OneDiffConfig
+from onediff.model.packing import DESCRIPTIONS
 from onediff.paths import CARD
 from onediff.train.cost import Flops, Gpu, Size, sizes
 from onediff.train.loop import steps_of
@@ -68,18 +69,32 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class PhasePlan:
-    """The plan of one training phase.
+class PlannedSource:
+    """What a phase trains on from one source.
 
-    `num_samples` maps each source to the number of samples and a text that says where this number is from.
+    `num_samples` is the number of samples of the source (of images in phase `align`), and `origin` says where this
+    number is from. `visits` is how often the phase shows each sample on average. `row_share` is the share of the rows
+    that come from the source, and `answer_share` that of the answer tokens, on which the model is trained.
     """
+
+    num_samples: int
+    origin: str
+    visits: float
+    row_share: float
+    answer_share: float
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """The plan of one training phase. `rows` says how the language model reads the rows of a batch."""
 
     name: str
     sizes: dict[str, Size]
     sample: MeanSample
-    num_samples: dict[str, tuple[int, str]]
+    sources: dict[str, PlannedSource]
     steps: int
     batch_size: int
+    rows: str
     cached_tower: bool
     flops_per_step: float
     hours: float
@@ -131,13 +146,13 @@ def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime
     if phase.batch_size % planned.num_gpus:
         raise ValueError(f"params.yaml: {name}.batch_size {phase.batch_size} must be a multiple of the "
                          f"{planned.num_gpus} GPUs; change batch_size or the number of GPUs")
-    samples = {source: count_samples(source, config, phase) for source in phase.mixture}
-    sample, total = mean_sample(config, model, phase), sum(number for number, _ in samples.values())
+    sources = planned_sources(config, model, phase)
+    sample, total = mean_sample(config, model, phase), sum(source.num_samples for source in sources.values())
     num_images = total if name == "align" else total * sample.images
     cached = not phase.lr_vision and feature_gb(model, num_images) <= runtime.feature_cache_gb
     empty, bfloat16 = hollow(model, phase), config.model.precision == "bfloat16"
     counts = {key: getattr(sample, key) * phase.batch_size for key in ("images", "pairs", "tokens", "answer_tokens")}
-    flops, steps = Flops.of(empty, phase, cached_tower=cached)(counts), steps_of(phase, total)
+    flops, steps = Flops.of(empty, phase, cached_tower=cached)(counts), steps_of(phase)
     # If features are cached, the frozen vision tower encodes every image once, before training.
     once = Flops.of(empty, phase, cached_tower=False).image * num_images if cached else 0.0
     seconds = (steps * flops + once) / (planned.num_gpus * planned.gpu.tflops * 1e12 * planned.utilisation)
@@ -147,8 +162,22 @@ def plan_phase(name: str, config: Config, model: OneDiffConfig, runtime: Runtime
     one, two = (saved(model, phase, MicroBatch(pairs, sample.longest_tokens, max(1, round(sample.answer_tokens))),
                       bfloat16=bfloat16, cached_tower=cached) for pairs in (1, 2))
     choices = list(layouts(held, one, two, num_rows=phase.batch_size // planned.num_gpus, gpu=planned.gpu))
-    return PhasePlan(name, parts, sample, samples, steps, phase.batch_size, cached, flops, seconds / 3600, choices,
-                     choose(choices, sample))
+    return PhasePlan(name, parts, sample, sources, steps, phase.batch_size, DESCRIPTIONS[empty.row_logits],
+                     cached, flops, seconds / 3600, choices, choose(choices, sample))
+
+
+def planned_sources(config: Config, model: OneDiffConfig, phase: Phase) -> dict[str, PlannedSource]:
+    """Return what a phase trains on from each source of its mixture."""
+    turns, num_rows = Turns(phase.mixture).num_turns, steps_of(phase) * phase.batch_size
+    answers = {source: turns[source] * _sample_of(source, config, model, phase).answer_tokens
+               for source in phase.mixture}
+    is_coupled = isinstance(phase, Align) and phase.samples == "coupled"
+    sources = {}
+    for source in phase.mixture:
+        (number, origin), row_share = count_samples(source, config, phase), turns[source] / turns.total()
+        visits = row_share * num_rows * (2 if is_coupled else 1) / number
+        sources[source] = PlannedSource(number, origin, visits, row_share, answers[source] / sum(answers.values()))
+    return sources
 
 
 def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
@@ -165,8 +194,7 @@ def count_samples(source: str, config: Config, phase: Phase) -> tuple[int, str]:
             return round(sum(kinds.values()) * times), str(CARD)
     if number := _expected_pairs(source, config):
         return round(number * times), "params.yaml" if source in config.data.generated else "official count"
-    ratios = [known / weight for other, weight in phase.mixture.items() if (known := _expected_pairs(other, config))]
-    return round(phase.mixture[source] * (median(ratios) if ratios else 1000.0)), "guess from its weight"
+    return max(1, round(1000 * phase.mixture[source])), "guess from its weight"
 
 
 def _expected_pairs(source: str, config: Config) -> int | None:
@@ -285,10 +313,12 @@ def _phase_text(phase: PhasePlan, planned: Plan) -> Iterator[str]:
     yield f"\n{phase.name}\n  parameters {'learning':>12} {'frozen':>12}"
     for part, size in phase.sizes.items():
         yield f"  {part:<10} {_millions(size.learning):>12} {_millions(size.frozen):>12}"
-    width = max(map(len, phase.num_samples))
-    for title, (source, (number, origin)) in zip(["samples", *[""] * len(phase.num_samples)],
-                                                 phase.num_samples.items(), strict=False):
-        yield f"  {title:<10} {number:>12,}  {source:<{width}}  {origin}"
+    width = max(map(len, phase.sources))
+    yield f"  {'source':<{width}} {'samples':>11}  visits of each    rows  answer tokens  number of samples"
+    for name, source in phase.sources.items():
+        yield (f"  {name:<{width}} {source.num_samples:>11,} {source.visits:>15.2f} {source.row_share:>7.1%} "
+               f"{source.answer_share:>14.1%}  {source.origin}")
+    yield f"  rows       {phase.rows}"
     yield (f"  steps      {phase.steps:>12,}  of {phase.batch_size} samples; a sample has on average "
            f"{sample.images:.2g} images and {sample.tokens:,.0f} tokens, {sample.answer_tokens:.0f} of them in answers")
     tower = ("frozen; the features are computed once" if phase.cached_tower else

@@ -11,21 +11,22 @@ from torch import Tensor
 from onediff.inputs.processing import IGNORED
 
 WINDOW_S = 30.0
-COUNTED = ("rows", "images", "pairs", "tokens", "padded_tokens", "answer_tokens")
+COUNTED = ("rows", "images", "pairs", "tokens", "padded_tokens", "answer_tokens", "answered_rows")
 
 
 def counts_of(batches: list[dict[str, Tensor]]) -> list[float]:
     """Count rows, images, pairs and tokens in the micro-batches of one rank, in the order of COUNTED.
 
     `pairs` counts the rows with two images, `tokens` the tokens without padding, and `padded_tokens` the tokens of
-    rows that are padded to equal length.
+    rows that are padded to equal length. `answered_rows` counts the rows with at least one answer token; a row has none
+    if its answer does not fit into model.max_length.
     """
     totals: Counter[str] = Counter()
     for batch in batches:
-        counts, mask = batch["image_counts"], batch["attention_mask"]
+        counts, mask, is_answer = batch["image_counts"], batch["attention_mask"], batch["labels"][:, 1:] != IGNORED
         totals.update(rows=len(counts), images=int(counts.sum()), pairs=int((counts == 2).sum()),
                       tokens=int(mask.sum()), padded_tokens=mask.numel(),
-                      answer_tokens=int((batch["labels"][:, 1:] != IGNORED).sum()))
+                      answer_tokens=int(is_answer.sum()), answered_rows=int(is_answer.any(1).sum()))
     return [float(totals[name]) for name in COUNTED]
 
 

@@ -16,6 +16,7 @@ from commands import run_cli
 from PIL import Image
 
 from onediff.cli.output import error_message
+from onediff.config import load_params
 from onediff.ops import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,22 @@ def test_a_preset_replaces_another_preset_but_not_edited_values(project: Path, m
     assert Path("params.yaml").read_text() == edited
     assert run_cli(monkeypatch, "preset", "micro", "--force") == 0
     assert Path("params.yaml").read_bytes() == Path("presets/micro.yaml").read_bytes()
+
+
+def test_a_preset_is_written_with_other_values(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate in ("1e-4", "3e-4"):
+        assert run_cli(monkeypatch, "preset", "pilot", "--set", f"align.lr_delta={rate}", "--set", "seed=11",
+                        "--force") == 0
+        written, pilot = load_params(), load_params(Path("presets/pilot.yaml"))
+        assert pilot.align and written == pilot.model_copy(update={
+            "seed": 11, "align": pilot.align.model_copy(update={"lr_delta": float(rate)})})
+    assert "# of delta: as in BLIP-2" in Path("params.yaml").read_text()
+    for change, message in (("align.lr_dleta=1", "align.lr_dleta: unknown key; did you mean 'lr_delta'"),
+                            ("algn.lr_delta=1", "--set algn.lr_delta=1: 'algn' is not a section of params.yaml"),
+                            ("align.lr_delta", "--set must be KEY=VALUE, got align.lr_delta")):
+        before = Path("params.yaml").read_text()
+        assert message in str(run_cli(monkeypatch, "preset", "pilot", "--force", "--set", change))
+        assert Path("params.yaml").read_text() == before
 
 
 def test_an_unknown_preset_lists_the_existing_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoints, settings
+from checkpoints import DECODER, TOWER, checkpoints, settings
 from PIL import Image
-from transformers import BertConfig, BertModel, CLIPModel, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    MllamaConfig,
+    PreTrainedConfig,
+    Qwen2VLConfig,
+)
 
 from onediff.config import Config
-from onediff.model.assemble import build
+from onediff.model.assemble import build, configure
 from onediff.model.captioner import Captioner, pick_device
 from onediff.model.digest import weights_digest
+from onediff.model.weights import load_trained
 
 
 @pytest.mark.parametrize(("tower", "decoder"), [("clip", "llama"), ("siglip", "qwen2")])
@@ -45,6 +56,37 @@ def test_the_delta_module_can_start_with_the_weights_of_bert(micro: Config, tmp_
     delta = {"init": str(tmp_path / "bert")}
     model, _ = build(settings(micro, *checkpoints(tmp_path, "clip", "llama"), delta=delta), seed=3)
     assert torch.equal(model.delta.layers[1].up.weight, bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_the_text_part_of_a_vision_language_model_becomes_the_language_model(micro: Config, tmp_path: Path) -> None:
+    vision, language = checkpoints(tmp_path, "clip", "llama")
+    text = {**DECODER, "head_dim": 2, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+            "pad_token_id": 1}
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=TOWER, mm_tokens_per_image=9))
+    whole.save_pretrained(language)
+    model, processor = build(settings(micro, vision, language), seed=3)
+    assert type(model.language).__name__ == "Gemma3ForCausalLM"
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.language(input_ids=ids).logits, whole(input_ids=ids).logits)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    assert torch.equal(load_trained(tmp_path / "out")[0].language.lm_head.weight, whole.lm_head.weight)
+
+
+@pytest.mark.parametrize("configuration", [MllamaConfig(), Qwen2VLConfig()], ids=lambda config: config.model_type)
+def test_a_vision_language_model_whose_text_part_is_no_decoder_is_refused(configuration: PreTrainedConfig,
+                                                                          micro: Config, tmp_path: Path) -> None:
+    configuration.save_pretrained(tmp_path)
+    message = rf"model.language must be a decoder-only .*, but .* is a '{configuration.model_type}'; use for example"
+    with pytest.raises(ValueError, match=message):
+        configure(micro.model.model_copy(update={"language": str(tmp_path)}))
+
+
+def test_a_model_whose_tokens_read_later_tokens_is_refused(micro: Config, tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"decoder in which no token reads a later token, but a 'bert' is not"):
+        configure(micro.model.model_copy(update={"language": str(tmp_path)}))
 
 
 def test_a_vision_tower_of_another_image_size_is_refused(micro: Config) -> None:

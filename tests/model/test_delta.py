@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from onediff.model.delta import Attention, PatchMatch
+from onediff.model.delta import Attention, PatchMatch, is_inherited
 
 B, N, C, K, W = 5, SIDE**2, CHANNELS, TOKENS, WIDTH
 
@@ -92,6 +92,17 @@ def test_bert_weights_are_copied_except_to_the_cross_attention(tmp_path: Path) -
     assert torch.equal(delta.layers[2].self_attention.value.weight, source[2].attention.self.value.weight)
     assert torch.equal(delta.layers[1].down.bias, source[1].output.dense.bias)
     assert torch.equal(delta.layers[2].cross_attention.query.weight, random_weight)
+
+
+def test_exactly_the_weights_that_come_from_bert_are_inherited() -> None:
+    model = small()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.delta.copy_bert(bert(width=W))
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    inherited = {name for name in before if is_inherited(name)}
+    # The biases and normalizations of a new BERT have constant values, which a new delta module may have too.
+    assert changed and changed <= inherited
+    assert {name for name in inherited if name.endswith("weight") and "norm" not in name} <= changed
 
 
 def test_a_bert_of_another_width_is_refused() -> None:

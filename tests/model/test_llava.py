@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import DECODER, IMAGE_ID, PATCHES, TOWER, llava_checkpoint, save_image_processor, settings
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
@@ -20,6 +24,7 @@ from transformers import (
 )
 
 from onediff.config import Config, Model
+from onediff.inputs.processing import OneDiffProcessor
 from onediff.model.assemble import build
 from onediff.model.onediff import OneDiffForConditionalGeneration
 
@@ -191,3 +196,18 @@ def test_a_llava_as_vision_tower_of_another_language_model_is_refused(llava: str
     mixed = settings_of(micro, llava).model_copy(update={"language": micro.model.language})
     with pytest.raises(ValueError, match=r"model.vision.path: the vision tower of LLaVA .*; set both keys to"):
         build(mixed, seed=3)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 641), (1024, 887), (97, 96), (5, 4), (50, 1), (3, 500), (12, 5),
+                                  (336, 336)])
+def test_pixels_equal_those_of_an_image_that_is_padded_before_it_is_resized(size: tuple[int, int],
+                                                                                llava: str) -> None:
+    """LLaVA pads an image with int(255 * mean), to a square, and then lets the image processor of CLIP resize it."""
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    color = (122, 116, 104)
+    noise = np.random.default_rng(5).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image, square = Image.fromarray(noise), Image.new("RGB", (max(size), max(size)), color)
+    square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    expected = np.asarray(square.resize((336, 336), Image.Resampling.BICUBIC)).astype(int)
+    processor = OneDiffProcessor(clip, AutoTokenizer.from_pretrained(llava))
+    assert np.abs(processor.squares([image])[0] - expected).max() <= 1

@@ -81,7 +81,7 @@ def run(case: dict[str, Any]) -> None:
             raise KeyboardInterrupt
 
     training = TrainingRun("case", phase(**case.get("phase", {})), runtime, folder, model, processor=None, corpus=None,
-                           rows=lambda step: [], num_samples=ROWS)
+                           rows=lambda step: [])
     try:
         trained = fit(training, batches, log, Meter(lambda counts: 0.0, None))
     except KeyboardInterrupt:

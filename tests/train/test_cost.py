@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import CHANNELS, FUSION, LANGUAGE, SIDE, TOKENS, VOCAB, WIDTH, small
+from parts import CHANNELS, FUSION, LANGUAGE, PLAIN, SIDE, TOKENS, VOCAB, WIDTH, small
 from torch import nn
 
 from onediff.config import Lora, Phase
@@ -21,7 +21,7 @@ PATCHES = SIDE * SIDE
 
 def phase(**changes: Any) -> Phase:
     settings = {"mixture": {"scenes": 1.0}, "steps": 5, "epochs": None, "batch_size": 6, "lora": None, "warmup": 0.0,
-                "weight_decay": 0.0, "clip_norm": 1.0, "mask_patches": 0.0, "validate_every": None, "num_val": 1}
+                "clip_norm": 1.0, "mask_patches": 0.0, "validate_every": None, "num_val": 1, **PLAIN}
     return Phase(**(settings | TUNE | changes))
 
 

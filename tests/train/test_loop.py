@@ -69,7 +69,7 @@ def train(folder: Path, *, num_micro: int = 1, log: Callable[[int, dict[str, flo
     validation = score and Validation(3, 1, lambda numbers: [str(score(model))], lambda texts: float(texts[0]))
     training = TrainingRun(
         "test", settings or phase(), Runtime(checkpoint_every_s=every_s, micro_batch_size=6 // num_micro), folder,
-        model, processor=None, corpus=None, num_samples=6, validation=validation,
+        model, processor=None, corpus=None, validation=validation,
         rows=lambda step: [BatchRow((), text_prompt("plain", ""), name=f"scenes/{step}-{row}") for row in range(6)])
     trained = fit(training, lambda first, rank: (split(batch(model, step), num_micro)
                                                  for step in itertools.count(first)), log, Meter(lambda _: 0.0, None))
@@ -177,6 +177,18 @@ def test_the_result_has_the_weights_of_the_step_with_the_best_validation_score(t
     model, fitted = train(tmp_path, score=score)
     assert (fitted.summary["best"], fitted.summary["best_step"]) == (3.0, 6)
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("every_s", "most"), [(1e9, 1), (0.0001, 1 + checkpoint.KEEP)])
+def test_only_the_best_weights_and_those_of_a_checkpoint_are_kept(every_s: float, most: int, tmp_path: Path) -> None:
+    scores = map(float, itertools.count())  # Every step is better than all earlier steps.
+    num_files: list[int] = []
+    train(tmp_path, score=lambda model: next(scores), settings=phase(steps=18), every_s=every_s,
+          log=lambda step, values: num_files.append(len([*tmp_path.glob("best/*")])))
+    assert max(num_files) <= most and len([*tmp_path.glob("best/*")]) <= most
+    assert (tmp_path / "best/step-0000018.safetensors").exists()
+    assert {f"step-{step:07d}.safetensors" for step in checkpoint.best_steps(tmp_path)} <= {
+        path.name for path in tmp_path.glob("best/*")}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_lists_the_rows(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import small
+from parts import PLAIN, small
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -24,7 +24,7 @@ PAIRS, TEXT, ANSWER = 3, 41, 17
 
 def phase(**changes: Any) -> Phase:
     settings = {"mixture": {"scenes": 1.0}, "steps": 5, "epochs": None, "batch_size": 6, "lora": None, "warmup": 0.0,
-                "weight_decay": 0.0, "clip_norm": 1.0, "mask_patches": 0.0, "validate_every": None, "num_val": 1}
+                "clip_norm": 1.0, "mask_patches": 0.0, "validate_every": None, "num_val": 1, **PLAIN}
     return Phase(**(settings | TUNE | changes))
 
 

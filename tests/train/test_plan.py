@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -66,11 +67,32 @@ def test_planned_parameter_counts_equal_the_published_parameter_counts(paper: Pl
 
 def test_the_number_of_steps_is_computed_from_official_sample_counts(paper: Plan) -> None:
     align, tune = paper.phases
-    assert align.num_samples == {"llava_558k": (558128, "official count")}
+    assert list(align.sources) == ["llava_558k"]
+    assert (align.sources["llava_558k"].num_samples, align.sources["llava_558k"].origin) == (558128, "official count")
     assert align.steps == 2181  # LLaVA-1.5 reports this number of steps for these data and this batch size.
-    assert tune.num_samples["spot_the_diff"] == (17676, "official count")  # Every reference is one sample.
-    assert tune.num_samples["image_editing_request"] == (3061, "official count")
-    assert tune.num_samples["birds_to_words"][1] == "guess from its weight"
+    assert tune.sources["spot_the_diff"].num_samples == 17676  # Every reference is one sample.
+    assert tune.sources["image_editing_request"].num_samples == 3061
+    assert tune.sources["birds_to_words"].origin == "guess from its weight"
+
+
+def test_an_epoch_has_the_rows_that_the_mixture_states(paper: Plan) -> None:
+    align, tune = paper.phases
+    assert align.sources["llava_558k"].visits == pytest.approx(2, abs=0.001)  # Two epochs show each image twice.
+    assert tune.steps == math.ceil(1020.1e3 / 128)
+    visits = {name: source.visits for name, source in tune.sources.items()}
+    assert visits["spot_the_diff"] == pytest.approx(1, abs=0.03)
+    assert visits["instruct_pix2pix"] == pytest.approx(200 / 313.01, abs=0.01)
+    assert visits["llava_665k"] == pytest.approx(1, abs=0.01)
+
+
+def test_the_plan_states_the_share_of_each_source_in_the_answer_tokens(paper: Plan) -> None:
+    sources = paper.phases[1].sources.values()
+    assert sum(source.row_share for source in sources) == pytest.approx(1)
+    assert sum(source.answer_share for source in sources) == pytest.approx(1)
+    conversations = paper.phases[1].sources["llava_665k"]
+    assert 1 - conversations.row_share == pytest.approx(0.348, abs=0.002)
+    assert 1 - conversations.answer_share == pytest.approx(0.035, abs=0.002)
+    assert re.search(r"llava_665k +665,298 +1\.00 +65\.2% +96\.5%  official count", text(paper))
 
 
 def test_the_counts_of_the_diffcap_card_have_priority_over_official_counts() -> None:

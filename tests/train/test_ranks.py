@@ -64,15 +64,20 @@ ONE_PROCESS = [{"folder": "float32", "runtime": {}}, {"folder": "lora", "runtime
                {"folder": "bfloat16", "runtime": {}, "precision": "bfloat16"}]
 FUSED = {"model": FUSION, "phase": {"auxiliary": {"place": 2.0, "changed": 0.1, "object": 0.6}}}
 ONE_PROCESS += [FUSED | {"folder": "fused", "runtime": {}}]
+SAMPLES = {"phase": {"loss": "samples", "weight_decay": {"vision": 0.0, "delta": 0.05, "projector": 0.0,
+                                                         "language": 0.01}}}
+ONE_PROCESS += [SAMPLES | {"folder": "samples", "runtime": {}}]
 TWO_PROCESSES = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((2, 1), (3, 2))] + [
     FUSED | {"folder": f"fused{level}", "runtime": {"zero_level": level}, "num_micro": 2, "expected": "fused"}
-    for level in (2, 3)]
+    for level in (2, 3)] + [
+    SAMPLES | {"folder": "samples2", "runtime": {"zero_level": 2}, "num_micro": 2, "expected": "samples"}]
 TWO_PROCESSES_SLOW = [
     {"folder": f"zero{level}x{num}", "runtime": {"zero_level": level}, "num_micro": num, "expected": "float32"}
     for level, num in ((0, 2), (1, 1), (1, 2), (2, 2), (3, 1))]
 TWO_PROCESSES_SLOW += [
+    SAMPLES | {"folder": "samples3", "runtime": {"zero_level": 3}, "expected": "samples"},
     {"folder": "lora3", "runtime": {"zero_level": 3}, "phase": LORA, "expected": "lora"},
     {"folder": "checkpointed3", "runtime": {"zero_level": 3, "checkpoint_activations": True}, "expected": "float32"},
     {"folder": "offloaded2", "runtime": {"zero_level": 2, "offload": "optimizer"}, "expected": "float32"},

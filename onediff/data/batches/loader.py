@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -119,16 +120,19 @@ class FeatureStore:
                 scratch: Path, with_pixels: bool = False) -> FeatureStore:
         """Open the feature file of each source below `scratch`; first compute the files that do not exist yet.
 
-        The name of a feature file contains a hash of `tower_digest` and of the image digests, so a vision tower with
-        changed weights gets new files. If `with_pixels` is true, a second file of each source holds the pixels.
+        The name of a feature file contains a hash of `tower_digest`, of the pixels that the processor makes of an image
+        that is not square, and of the image digests. So there are new files if the weights of the vision tower or the
+        padding of images have changed. If `with_pixels` is true, a second file of each source holds the pixels.
         """
+        wide = Image.linear_gradient("L").convert("RGB").crop((0, 0, 256, 97))
+        prepared = key_of(processor.squares([wide]).tolist())
         digests_of: dict[str, list[str]] = defaultdict(list)
         for digest, source in sorted(corpus.source_of.items()):
             digests_of[source].append(digest)
         arrays: dict[str, NDArray[np.float32]] = {}
         squares: dict[str, NDArray[np.uint8]] = {}
         for source, digests in digests_of.items():
-            path = scratch / "features" / f"{source}-{key_of([tower_digest, digests])[:16]}.npy"
+            path = scratch / "features" / f"{source}-{key_of([tower_digest, prepared, digests])[:16]}.npy"
             pixels = path.with_suffix(".pixels.npy") if with_pixels else None
             with waiting_lock(path.with_suffix(".lock")):
                 if not path.exists() or (pixels and not pixels.exists()):

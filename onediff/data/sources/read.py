@@ -11,6 +11,7 @@ from onediff.data.record import SPLITS, Record
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.published import Files, PublishedPair, open_files, split_of, to_record
 from onediff.data.sources.readers import folder as own
+from onediff.data.sources.readers import llava
 from onediff.data.sources.tables import aligned
 
 SHOWN = 20  # largest number of missing or broken images that are printed
@@ -21,17 +22,21 @@ COUNTS = ("records", "pairs", "references", "empty", "missing_images")
 def reader_of(source: str, files: Files) -> Callable[[Files], Iterator[PublishedPair]]:
     """Return the function that yields the pairs of a source.
 
-    A published data set has a reader of its own; every other source needs a table of users' own pairs. Raises
-    ValueError if the source is not a published data set and `files` contains no such table.
+    A published data set has a reader of its own; every other source needs a table of users' own pairs, or one JSON file
+    with conversations in the format of LLaVA. Raises ValueError if the source is not a published data set and `files`
+    contains neither.
     """
     if source in CATALOG:
         return CATALOG[source].read
     if any(map(files.named, own.TABLES)):
         return own.read
+    if llava.only_json(files.ending(".json")):
+        return llava.read_665k
     near = difflib.get_close_matches(source, CATALOG, 1)
     hint = f"did you mean '{near[0]}'?" if near else f"the published sets are {', '.join(CATALOG)}"
     raise ValueError(f"source '{source}' is not a published set ({hint}), and the folder does not contain "
-                     f"{' or '.join(own.TABLES)}: data/README.md shows how to write such a file")
+                     f"{' or '.join(own.TABLES)}, or one JSON file of LLaVA conversations: data/README.md shows how to "
+                     "write such a file")
 
 
 def open_source(source: str, folder: Path, scratch: Path) -> Files:
@@ -75,7 +80,8 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
     names: dict[str, set[int]] = defaultdict(set)  # split -> hashes of image names, which need less memory than names
     missing: dict[str, dict[str, None]] = defaultdict(dict)
     num_pairs: Counter[str] = Counter()
-    for pair in reader_of(source, files)(files):
+    read = reader_of(source, files)
+    for pair in read(files):
         split = pair.official_split
         num_pairs[split_of(source, pair)] += 1
         types[split][pair.change_type] += 1
@@ -93,7 +99,7 @@ def survey(source: str, files: Files) -> tuple[dict[str, Any], Counter[str]]:
     shared = {f"{one}-{other}": len(names[one] & names[other]) for one, other in SHARED}
     every = list(dict.fromkeys(name for split in splits for name in missing[split]))
     return {"source": source, "splits": splits, "shared": shared, "missing": every,
-            "notes": [*_notes(source, splits), *_own_notes(source, tally, num_pairs)]}, num_pairs
+            "notes": [*_notes(source, splits), *(_own_notes(tally, num_pairs) if read is own.read else ())]}, num_pairs
 
 
 def as_text(summary: dict[str, Any]) -> str:
@@ -150,10 +156,8 @@ def _verdict(counts: dict[str, Any]) -> str:
     return f"published: {', '.join(wrong)}" if wrong else "images missing"
 
 
-def _own_notes(source: str, tally: dict[str, Counter[str]], num_pairs: Counter[str]) -> Iterator[str]:
-    """Yield what users should know about a source of their own: merged rows, and why it has no score."""
-    if source in CATALOG:
-        return
+def _own_notes(tally: dict[str, Counter[str]], num_pairs: Counter[str]) -> Iterator[str]:
+    """Yield what users should know about a table of their own pairs: merged rows, and why it has no score."""
     for split in SPLITS:
         merged = tally[split]["records"] - num_pairs[split] if split in tally else 0
         if merged:

@@ -9,6 +9,7 @@ from onediff.data.folders import sources_of
 from onediff.data.sources.archives import ENDINGS
 from onediff.data.sources.catalog import CATALOG, CatalogEntry
 from onediff.data.sources.readers.folder import TABLES
+from onediff.data.sources.readers.llava import only_json
 from onediff.data.sources.tables import aligned
 from onediff.files import read_json
 from onediff.inputs.formats import IMAGE_ENDINGS
@@ -16,7 +17,8 @@ from onediff.paths import PAIRS, RAW, READ_REPORTS
 
 _MAX_ENTRIES = 20_000  # largest number of directory entries that are listed per source
 _OWN = CatalogEntry(what="pairs of your own", licence="yours", home="", size="", annotations=TABLES,
-                    manual="pairs.csv or pairs.jsonl and its images (data/README.md)")
+                    manual="pairs.csv, pairs.jsonl or one JSON file of LLaVA conversations, and its images "
+                    "(data/README.md)")
 _COLLECTION = CatalogEntry(what="captioned images of your own", licence="yours", home="", size="", annotations=(),
                            manual="images with their captions (data/README.md)")
 
@@ -49,6 +51,8 @@ def _row(source: str, entry: CatalogEntry) -> dict[str, Any]:
     folder = RAW / source
     names, archives, has_images = _listing(folder)
     annotated = [name for name in entry.annotations if name in names]
+    if entry is _OWN and not annotated and (conversations := only_json(map(Path, names))):
+        annotated = [conversations.name]
     needs_all = entry is not _OWN and source != "instruct_pix2pix"
     missing = []
     if not archives:  # If there are archives, they may contain the files that are not in the folder.

@@ -48,6 +48,18 @@ def test_stored_features_equal_the_output_of_the_vision_tower(corpus: Corpus, pr
     assert again.arrays["scenes"].shape == store.arrays["scenes"].shape
 
 
+def test_features_are_computed_again_if_images_are_padded_in_another_way(
+        corpus: Corpus, processor: OneDiffProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_files() -> int:
+        FeatureStore.prepare(corpus, processor, lambda images: images, tower_digest="x", scratch=tmp_path)
+        return len([*tmp_path.glob("features/*.npy")])
+
+    once = num_files()
+    assert num_files() == once
+    monkeypatch.setattr(processor.image_processor, "image_mean", [0.5, 0.5, 0.5])
+    assert num_files() == 2 * once
+
+
 def test_stored_pixels_equal_decoded_images_and_the_pairs_have_targets(corpus: Corpus, processor: OneDiffProcessor,
                                                                       micro: Config, tmp_path: Path) -> None:
     tower = build(micro.model, seed=0)[0].eval().vision

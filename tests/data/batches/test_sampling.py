@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +80,42 @@ def test_conversations_keep_their_questions(general: Corpus) -> None:
         row.prompt.question for row in tuned_rows(general, sampling)(0)]
 
 
+def test_a_conversation_about_two_images_keeps_its_turns_and_its_facts(corpus: Corpus) -> None:
+    turns = (("Which differs?", "the left one"), ("Why?", "it is red"))
+    sample = replace(corpus.samples[0], turns=turns)
+    sampling = Sampling({"scenes": 1}, "plain", seed=1, batch_size=3, mask_patches=1.0, default_question=1.0)
+    for row in tune_rows([(sample, None)], sampling)(0):
+        assert row.images == sample.images and row.facts == sample.facts and row.prompt.num_images == 2
+        assert "Which differs?" in row.prompt.question and row.prompt.answer == "the left one"
+        assert row.prompt.later == (("USER: Why? ASSISTANT:", "it is red"),)
+
+
 def test_coupled_rows_join_two_images_with_both_captions_in_order(corpus: Corpus) -> None:
     for row in coupled_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=8))(0):
         first, second = (corpus.captions["scenes"][name] for name in row.images)
         assert row.prompt.answer == f"First image: {first}. Second image: {second}."
+
+
+@pytest.mark.parametrize("make", [coupled_rows, single_rows])
+def test_without_replacement_an_epoch_has_every_image_once(make: Any, corpus: Corpus) -> None:
+    rows = make(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=7, replacement=False))
+    images = [name for step in range(60) for row in rows(step) for name in row.images]
+    everything = set(corpus.captions["scenes"])
+    size = len(everything) if make is single_rows else len(everything) // 2 * 2  # An odd image is omitted.
+    epochs = [images[start : start + size] for start in range(0, len(images) - size, size)]
+    assert len(epochs) > 2 and all(len(set(epoch)) == size for epoch in epochs)
+    assert set().union(*epochs) == everything and epochs[0] != epochs[1]
+
+
+def test_without_replacement_coupled_images_are_less_similar_than_neighbours_in_the_order(corpus: Corpus) -> None:
+    captions = corpus.captions["scenes"]
+    rows = coupled_rows(corpus, Sampling({"scenes": 1}, "plain", seed=1, batch_size=300, replacement=False))(0)
+
+    def overlap(a: str, b: str) -> int:
+        return len(set(captions[a].split()) & set(captions[b].split()))
+
+    random = [overlap(a.images[0], b.images[0]) for a, b in itertools.pairwise(rows)]
+    assert np.mean([overlap(*row.images) for row in rows]) < np.mean(random)
 
 
 def test_coupled_images_are_less_similar_than_random_images(corpus: Corpus) -> None:

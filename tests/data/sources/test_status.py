@@ -48,6 +48,17 @@ def test_the_status_lists_present_files_and_the_number_of_images_that_the_stage_
     assert row["missing"] == "1,234 images by name (data/pairs/spot_the_diff/report.json)"
 
 
+def test_a_json_file_of_conversations_is_the_table_of_a_source_of_your_own(config: Config, tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = config.model_copy(update={"data": config.data.model_copy(update={"raw": ["mine"]})})
+    picture(tmp_path / "data/raw/mine/a.png", 1)
+    assert {row["source"]: row for row in status(own)}["mine"]["missing"] == "pairs.csv, pairs.jsonl"
+    put(tmp_path / "data/raw/mine/differences.json", [])
+    row = {row["source"]: row for row in status(own)}["mine"]
+    assert (row["present"], row["missing"]) == ("differences.json, images", "")
+
+
 def test_no_file_counts_as_missing_if_the_folder_contains_an_archive(config: Config, tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -248,3 +248,27 @@ def test_llava_665k_gives_conversations_with_one_image_or_without_an_image(tmp_p
     put(tmp_path / "llava_v1_5_mix665k.json", [{"id": "1", "conversations": [turn("system", "x")]}])
     with pytest.raises(ValueError, match="a turn must be from human or gpt, got 'system'"):
         summarize("llava_665k", tmp_path)
+
+
+def test_a_json_file_of_conversations_about_two_images_is_a_source(tmp_path: Path) -> None:
+    """The entries have the form of M4-Instruct and of other data for models that read several images."""
+    def entry(images: object, question: str, *others: str) -> dict[str, object]:
+        texts = zip(["human", "gpt"] * 2, [question, "a tree", *others], strict=False)
+        return {"id": 7, "image": images, "conversations": [{"from": name, "value": text} for name, text in texts]}
+
+    before, after = picture(tmp_path / "images/a.png", 1), picture(tmp_path / "images/b.png", 2)
+    table = tmp_path / "differences.json"
+    put(table, [entry(["a.png", "b.png"], "<image>\n<image>\nWhat is new?", "Where?", "left"),
+                entry("a.png", "<image>\nWhat is it?")])
+    records = read("my_pairs", tmp_path)
+    pair, single = records["my_pairs-train-7"], records["my_pairs-train-7-2"]
+    assert (pair.images, pair.change_type) == ((before.read_bytes(), after.read_bytes()), "unlabelled")
+    assert pair.provenance["conversation"] == [["What is new?", "a tree"], ["Where?", "left"]]
+    assert single.images == (before.read_bytes(),)
+    put(table, [entry(["a.png", "b.png"], "<image>\n<image>\nWhat?", "Which tag?", "the tag <image>")])
+    assert summarize("my_pairs", tmp_path)["notes"] == []  # The notes are about the columns of a table.
+    for images, question, message in ((["a.png", "b.png"], "<image> What?", "must have two <image>, got 1; write both"),
+                                      (["a.png", "b.png", "a.png"], "What?", "must have at most two images, got 3")):
+        put(table, [entry(images, question)])
+        with pytest.raises(ValueError, match=rf"differences.json entry 1 \(line \d+\): a conversation .*{message}"):
+            summarize("my_pairs", tmp_path)
