@@ -167,6 +167,15 @@ def test_requirements_lock_contains_every_direct_dependency() -> None:
     assert names <= locked
 
 
+def test_requirements_lock_leaves_out_the_extra_heic_because_its_wheel_contains_gpl_code() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [item.split(">=")[0] for item in extras["heic"]] == ["pillow-heif"]
+    assert "heif" not in (ROOT / "requirements.lock").read_text()
+    assert "--extra heic" not in (ROOT / "Makefile").read_text()
+
+
 def test_pyproject_toml_declares_every_imported_package() -> None:
     import tomllib
 
