@@ -15,7 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from onediff.files import find_file
+from onediff.inputs import color_space
 from onediff.inputs.color import ProfileError, lab_to_srgb, to_srgb
+from onediff.inputs.color_space import color_profile
 from onediff.inputs.formats import FORMATS, HEAD, format_of, refusal
 from onediff.inputs.metadata import END, EXIF, PROFILE, SCAN, START, stripped
 
@@ -71,8 +73,8 @@ def decode(source: bytes | str | Path, *, name: str = "", max_megapixels: float 
            draft_px: int | None = None) -> Decoded:
     """Decode an image, given as file content or path, to RGB.
 
-    The first frame of an animation and the first page of a document are used, the EXIF orientation is applied, a color
-    profile is converted to sRGB, transparency is composited on white, and values of more than 8 bits are scaled to 8
+    The first frame of an animation and the first page of a document are used, the EXIF orientation is applied, colors
+    are converted to sRGB, transparency is composited on white, and values of more than 8 bits are scaled to 8
     bits. Metadata that cannot be read is ignored. An image of more than `max_megapixels` is refused before any pixel is
     decoded. If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its
     shorter side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
@@ -143,11 +145,11 @@ def readable() -> tuple[str, ...]:
     return tuple(FORMATS)
 
 
-def _head(source: bytes | Path) -> bytes:
+def _head(source: bytes | Path, size: int = HEAD) -> bytes:
     if isinstance(source, bytes):
-        return source[:HEAD]
+        return source[:size]
     with source.open("rb") as file:
-        return file.read(HEAD)
+        return file.read(size)
 
 
 def _problem(error: Exception, source: bytes | Path) -> str:
@@ -257,10 +259,9 @@ def _decode(source: bytes | Path, notes: tuple[str, ...], max_megapixels: float,
         orientation = _orientation(image)
         if orientation is None:
             notes += ("EXIF cannot be read, so the orientation is unknown",)
-        profile = image.info.get("icc_profile", b"")  # None if Pillow could not read it
-        image = _eight_bits(image, 2**bits - 1)
+        opened, image = image, _eight_bits(image, 2**bits - 1)
         try:
-            rgb = _rgb(image, profile)
+            rgb = _rgb(image, color_profile(opened, _head(source, color_space.HEAD)))
         except ProfileError as error:
             notes += (f"{error}, so the colors are taken as sRGB",)
             rgb = _rgb(image, b"")
