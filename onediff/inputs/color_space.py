@@ -10,8 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from onediff.inputs.color import ProfileError
+from onediff.inputs.repair import BROKEN
 
-HEAD = 1 << 16  # number of bytes at the start of a file in which cICP or nclx is searched
+SEARCHED = 1 << 16  # number of bytes at the start of a file in which cICP or nclx is searched
 # x and y of white, red, green and blue. The white of all of them is D65.
 _SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 _ADOBE_RGB = (*_SRGB[:4], 0.21, 0.71, *_SRGB[6:])
@@ -37,7 +38,7 @@ _UNCALIBRATED = 65535
 def color_profile(image: Image.Image, head: bytes) -> bytes | None:
     """Return the profile of an opened image: b"" for sRGB, also if the file states nothing, or None for a broken one.
 
-    `head` are the first HEAD bytes of the file. Raises ProfileError, which says what the file states, if this color
+    `head` are the first SEARCHED bytes of the file. Raises ProfileError, which says what the file states, if this color
     space cannot be converted.
     """
     profile: bytes | None = image.info.get("icc_profile", b"")  # None if Pillow could not read it
@@ -75,7 +76,7 @@ def _of_exif(image: Image.Image) -> bytes:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) if space else None
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError, struct.error):
+    except BROKEN:
         return b""  # Another note says that EXIF cannot be read.
     if space not in (_UNCALIBRATED, 2):
         return b""

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from onediff.inputs.formats import FORMATS, IMAGE_ENDINGS, format_of, refusal
-from onediff.inputs.images import UnsupportedImageError, open_image, readable
+from onediff.inputs.images import open_image
+from onediff.inputs.repair import UnsupportedImageError, readable
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "HEIF"])
