@@ -56,7 +56,7 @@ def test_only_the_owner_of_a_tool_imports_it(package: str) -> None:
 
 def test_only_one_module_opens_images_of_users() -> None:
     users = {str(path.relative_to(ROOT)) for path in _sources() if "Image.open(" in path.read_text(encoding="utf-8")}
-    generators = {f"onediff/data/synthesis/{name}.py" for name in ("edits/records", "nuisance", "scenes/blender")}
+    generators = {f"onediff/data/synthesis/{name}.py" for name in ("edits/records", "scenes/blender")}
     assert users == {"onediff/inputs/repair.py", *generators}, "the generators open only images that they have made"
 
 

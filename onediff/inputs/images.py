@@ -1,4 +1,4 @@
-"""Decodes image files of common formats to RGB, refuses unreadable ones with a one-line error, and encodes PNG."""
+"""Decodes image files of common formats to RGB, refuses unreadable ones with a one-line error, and encodes images."""
 
 import io
 from dataclasses import dataclass
@@ -100,6 +100,13 @@ def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
     """Encode an image as PNG and return the content of the file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """Encode an image as JPEG and return the content of the file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
