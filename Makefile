@@ -43,7 +43,7 @@ NO_CACHE = $(shell folder="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/uv
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv $(NO_CACHE) pip
 INTO := --python $(BIN)/python
 
-.PHONY: help rebuild setup run test blender test-all lint services services-status services-stop deploy worker drills backup \
+.PHONY: help rebuild setup run test blender heic test-all lint services services-status services-stop deploy worker drills backup \
 	restore upgrade gc lock deps backbones report ui clean
 
 help:  ## print this list
@@ -93,7 +93,10 @@ blender: setup  ## install Blender for data.scenes.renderer (bpy, 360 MB)
 	@# --no-deps, because bpy 5 requires NumPy 1 but also works with NumPy 2.
 	@$(UV) install $(INTO) --quiet --no-deps "bpy==$$(sed -n 's/^bpy: "\(.*\)"$$/\1/p' packages.yaml)"
 
-test-all: setup blender  ## run every test, including the slow ones
+heic: setup  ## install the reader of HEIC photographs (pillow-heif, whose wheel contains x265 under the GPL)
+	@$(UV) install $(INTO) --quiet "pillow-heif==$$(sed -n 's/^pillow-heif: "\(.*\)"$$/\1/p' packages.yaml)"
+
+test-all: setup blender heic  ## run every test, including the slow ones
 	@HF_HUB_OFFLINE=1 python -m pytest -m ""
 
 lint: setup  ## check style (ruff), types (mypy) and the direction of imports
@@ -102,7 +105,7 @@ lint: setup  ## check style (ruff), types (mypy) and the direction of imports
 	@lint-imports
 
 lock: setup  ## write requirements.lock again from pyproject.toml; pins that still fit are kept
-	@$(UV) compile $(INTO) --quiet --no-header --no-annotate --extra full --extra dev --extra ray --extra heic -o requirements.lock pyproject.toml
+	@$(UV) compile $(INTO) --quiet --no-header --no-annotate --extra full --extra dev --extra ray -o requirements.lock pyproject.toml
 	@# Only the CUDA build of torch needs these packages, and installs them itself.
 	@sed -E -i.old -e '/^(nvidia-|cuda-|triton)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' requirements.lock
 	@printf '%s\n' $(LOCK_HEAD) | cat - requirements.lock > requirements.lock.old && mv requirements.lock.old requirements.lock

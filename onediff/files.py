@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onediff.text_files import json_lines, parse_json, read_text
+from onediff.encoding import read_text
+from onediff.text_files import json_lines, parse_json
 
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file is larger than the limit on file sizes (ulimit -f)"}

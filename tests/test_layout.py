@@ -56,8 +56,8 @@ def test_only_the_owner_of_a_tool_imports_it(package: str) -> None:
 
 def test_only_one_module_opens_images_of_users() -> None:
     users = {str(path.relative_to(ROOT)) for path in _sources() if "Image.open(" in path.read_text(encoding="utf-8")}
-    generators = {f"onediff/data/synthesis/{name}.py" for name in ("edits/records", "nuisance", "scenes/blender")}
-    assert users == {"onediff/inputs/images.py", *generators}, "the generators open only images that they have made"
+    generators = {f"onediff/data/synthesis/{name}.py" for name in ("edits/records", "scenes/blender")}
+    assert users == {"onediff/inputs/repair.py", *generators}, "the generators open only images that they have made"
 
 
 def test_the_folder_mlflow_contains_no_python_file() -> None:
@@ -165,6 +165,15 @@ def test_requirements_lock_contains_every_direct_dependency() -> None:
     names = {re.split(r"[<>=!~ ]", item, maxsplit=1)[0].lower().replace("_", "-").replace(".", "-") for item in wanted}
     locked = {line.split("==")[0].replace(".", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert names <= locked
+
+
+def test_requirements_lock_leaves_out_the_extra_heic_because_its_wheel_contains_gpl_code() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [item.split(">=")[0] for item in extras["heic"]] == ["pillow-heif"]
+    assert "heif" not in (ROOT / "requirements.lock").read_text()
+    assert "--extra heic" not in (ROOT / "Makefile").read_text()
 
 
 def test_pyproject_toml_declares_every_imported_package() -> None:

@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onediff.inputs.prompt import plain
+from onediff.inputs.tokenization import TextTokenizer
+
 Vectors = NDArray[np.float32]
 BATCH = 64
 
@@ -28,7 +31,8 @@ class Embedder:
         self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._longest = self.model.config.text_config.max_position_embeddings
-        self._padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
+        is_siglip = self.model.config.model_type.startswith("siglip")
+        self._padding = {"padding": "max_length", "max_length": self._longest} if is_siglip else {"padding": True}
 
     def images(self, images: list[Image.Image]) -> Vectors:
         """Return one embedding per RGB image, as an array (images, dimensions); each embedding has length 1."""
@@ -38,11 +42,15 @@ class Embedder:
     def texts(self, texts: list[str]) -> Vectors:
         """Return one embedding per text, as an array (texts, dimensions); each embedding has length 1.
 
-        Texts that are too long for the model are truncated.
+        Texts that are too long for the model are truncated. Control tokens in a text, such as "<|endoftext|>", are
+        only letters. Raises ValueError if the model does not have a fast tokenizer.
         """
-        return self._batched(texts, lambda part: self.model.get_text_features(**self.tokenizer(
-            part, padding=self._padding, truncation=True, max_length=self._longest,
-            return_tensors="pt").to(self.model.device)))
+        tokenizer, backend = TextTokenizer(self.tokenizer, {}), self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(self._longest)
+        rows = [backend.post_process(tokenizer.encoding(plain(text))).ids for text in texts]
+        return self._batched(rows, lambda part: self.model.get_text_features(**self.tokenizer.pad(
+            {"input_ids": part}, **self._padding, return_tensors="pt").to(self.model.device)))
 
     @property
     def identity(self) -> str:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from onediff.encoding import read_text
 from onediff.eval.metrics.words import Predictions
 from onediff.files import write_json, write_jsonl
-from onediff.text_files import parse_json, parse_lines, read_text
+from onediff.text_files import expect, parse_json, parse_lines
 
 Form = Literal["jsonl", "coco"]
 EXTRAS = ("group_id", "change_type")
@@ -119,7 +120,8 @@ def _read_coco(value: Any, path: Path, field: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: must contain predictions, but contains annotations of COCO, which are references; "
                          'give a list of {"image_id", "caption"}')
     else:
-        rows, captions, what = _images(value, path), _list(value["annotations"], f"{path}, annotations"), "annotation"
+        rows, what = _images(value, path), "annotation"
+        captions = expect(value["annotations"], list, f"{path}, annotations")
     listed = set(rows)
     for number, entry in enumerate(captions, 1):
         place = f"{path} {what} {number}"
@@ -141,17 +143,11 @@ def _read_coco(value: Any, path: Path, field: str) -> dict[str, dict[str, Any]]:
 def _images(value: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """Return a row without references for each image that a file of COCO annotations lists."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, image in enumerate(_list(value.get("images", []), f"{path}, images"), 1):
+    for number, image in enumerate(expect(value.get("images", []), list, f"{path}, images"), 1):
         pair_id = _pair_id(image, "id", "id", f"{path} image {number}")
         extras = {key: image[key] for key in EXTRAS if key in image}
         rows[pair_id] = {"pair_id": pair_id, "references": [], **extras}
     return rows
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: must be a list, got {_shown(value)}; correct the file")
-    return value
 
 
 def _pair_id(entry: Any, key: str, field: str, place: str) -> str:

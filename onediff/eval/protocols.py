@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onediff.encoding import read_text
 from onediff.eval.caption_files import check_texts, is_coco, read_predictions, read_references
 from onediff.eval.metrics.catalog import METRICS
 from onediff.eval.metrics.compute import Scores, score
 from onediff.eval.metrics.words import References, check_keys
 from onediff.eval.resample import RESAMPLES, compare, intervals, restricted
 from onediff.files import key_of
-from onediff.text_files import parse_json, read_text
+from onediff.text_files import parse_json
 
 PairRow = Mapping[str, Any]  # one pair: pair_id, references; optional: group_id, change_type, provenance
 

@@ -1,48 +1,22 @@
-"""Decodes image files of common formats to RGB, refuses unreadable ones with a one-line error, and encodes PNG."""
+"""Decodes image files of common formats to RGB, refuses unreadable ones with a one-line error, and encodes images."""
 
-import functools
 import io
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from onediff.files import find_file
 from onediff.inputs.color import ProfileError, lab_to_srgb, to_srgb
-from onediff.inputs.formats import FORMATS, HEAD, format_of, refusal
-from onediff.inputs.metadata import END, EXIF, PROFILE, SCAN, START, stripped
+from onediff.inputs.color_space import SEARCHED, color_profile
+from onediff.inputs.formats import HEAD, format_of, refusal
+from onediff.inputs.repair import BROKEN, UnsupportedImageError, opened, readable, retried
 
-# The errors that Pillow raises for broken files. The decoder of AVIF raises RuntimeError.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
-           struct.error, zlib.error)
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # the orientation that EXIF states -> how to show the picture upright
-_LARGEST_REPAIR = 1 << 28  # A larger file is not read into memory, in order to be read without its metadata.
-_MOST_PIXELS_REPAIR = 32_000_000  # The end of a JPEG with more pixels is not repaired, because this needs much memory.
-# Bytes with other bits, and without a marker. They replace missing pixels, so that the picture shows that pixels miss.
-_FILLERS = (b"", b"\x55" * 4096, b"\xaa" * 4096)
 _BITS_PER_SAMPLE, _SUBFILE_TYPE, _DNG_VERSION = 258, 254, 50706  # tags of TIFF
-# Which metadata is kept if the file cannot be read as it is -> notes about the loss
-_LESS_METADATA = {
-    (EXIF, PROFILE): ("damaged metadata was ignored, which may have stated an orientation or a color profile",),
-    (EXIF,): ("the color profile cannot be read, so the colors are taken as sRGB",),
-    (PROFILE,): ("EXIF cannot be read, so the orientation is unknown",),
-    (): ("EXIF and the color profile cannot be read, so the orientation is unknown, and the colors are taken as sRGB",),
-}
-_NO_END = "the end of the file is missing, but no pixel"
-Result = TypeVar("Result")
-
-
-class UnsupportedImageError(ValueError):
-    """An image that is not broken is refused."""
 
 
 class TooManyPixelsError(UnsupportedImageError):
@@ -71,8 +45,8 @@ def decode(source: bytes | str | Path, *, name: str = "", max_megapixels: float 
            draft_px: int | None = None) -> Decoded:
     """Decode an image, given as file content or path, to RGB.
 
-    The first frame of an animation and the first page of a document are used, the EXIF orientation is applied, a color
-    profile is converted to sRGB, transparency is composited on white, and values of more than 8 bits are scaled to 8
+    The first frame of an animation and the first page of a document are used, the EXIF orientation is applied, colors
+    are converted to sRGB, transparency is composited on white, and values of more than 8 bits are scaled to 8
     bits. Metadata that cannot be read is ignored. An image of more than `max_megapixels` is refused before any pixel is
     decoded. If `draft_px` is given, a large JPEG is decoded at a half, a quarter or an eighth of its size, so that its
     shorter side has at least `draft_px` pixels; `max_megapixels` then limits the pixels that are decoded.
@@ -89,36 +63,36 @@ def decode(source: bytes | str | Path, *, name: str = "", max_megapixels: float 
     try:
         if reason := refusal(_head(source), readable()):
             raise UnsupportedImageError(reason)
-        return _retried(source, lambda content, notes: _decode(content, notes, max_megapixels, draft_px))
+        return retried(source, lambda content, notes: _decode(content, notes, max_megapixels, draft_px))
     except UnsupportedImageError as error:
         raise type(error)(f"{name}: {error}") from None
     except Image.DecompressionBombError:  # Pillow itself refuses images above 178 megapixels.
         raise TooManyPixelsError(f"{name}: more than 178 megapixels, at most {max_megapixels:g} allowed; reduce the "
                                  "size of the image") from None
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"{name}: {_problem(error, source)}") from None
 
 
 def image_size(content: bytes) -> tuple[int, int]:
     """Return width and height of an image that `open_image` can decode, without decoding its pixels."""
     def read(content: bytes | Path, _: tuple[str, ...]) -> tuple[int, int]:
-        with _opened(content) as image:
+        with opened(content) as image:
             # Pillow states the size of a TIFF as its orientation demands.
             is_lying = image.format != "TIFF" and (_orientation(image) or 1) >= 5  # rotated by a quarter turn
             return (image.height, image.width) if is_lying else image.size
 
-    return _retried(content, read)
+    return retried(content, read)
 
 
 def num_pixels(content: bytes) -> int:
     """Return the number of pixels that the header of an image states, or 0 for a file that is no image."""
     def read(content: bytes | Path, _: tuple[str, ...]) -> int:
-        with _opened(content) as image:
+        with opened(content) as image:
             return image.width * image.height
 
     try:
-        return _retried(content, read)
-    except (*_BROKEN, Image.DecompressionBombError):
+        return retried(content, read)
+    except (*BROKEN, Image.DecompressionBombError):
         return 0
 
 
@@ -129,25 +103,18 @@ def png(image: Image.Image, *, compress_level: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-@functools.cache
-def readable() -> tuple[str, ...]:
-    """Return the formats that can be read here: HEIC needs the optional package pillow-heif.
-
-    The first call registers pillow-heif in Pillow, if it is installed.
-    """
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return tuple(name for name in FORMATS if name != "HEIF")
-    register_heif_opener()
-    return tuple(FORMATS)
+def jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """Encode an image as JPEG and return the content of the file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
-def _head(source: bytes | Path) -> bytes:
+def _head(source: bytes | Path, size: int = HEAD) -> bytes:
     if isinstance(source, bytes):
-        return source[:HEAD]
+        return source[:size]
     with source.open("rb") as file:
-        return file.read(HEAD)
+        return file.read(size)
 
 
 def _problem(error: Exception, source: bytes | Path) -> str:
@@ -165,79 +132,10 @@ def _problem(error: Exception, source: bytes | Path) -> str:
     return f"corrupt or truncated image (the header of a {kind} file is broken); replace the file"
 
 
-def _retried(source: bytes | Path, read: Callable[[bytes | Path, tuple[str, ...]], Result]) -> Result:
-    """Return what `read` returns for the first version of the file that it can read.
-
-    The versions are the file, and then the file with less and less metadata. `read` also gets notes about what is
-    missing. Raises the error about the file itself if `read` fails for every version.
-    """
-    problem: Exception | None = None
-    for content, notes in _versions(source):
-        try:
-            return read(content, notes)
-        except UnsupportedImageError:
-            raise
-        except _BROKEN as error:
-            problem = problem or error
-    assert problem is not None, "there is at least one version"
-    raise problem
-
-
-def _versions(source: bytes | Path) -> Iterator[tuple[bytes | Path, tuple[str, ...]]]:
-    """Yield the file, and versions of it with less metadata, each with notes about what is missing."""
-    yield source, ()
-    if not isinstance(source, bytes):
-        if source.stat().st_size > _LARGEST_REPAIR:
-            return
-        source = source.read_bytes()
-    ended = _with_end_marker(source)
-    if ended:
-        source = ended
-        yield source, (_NO_END,)
-    seen, content = {hash(source)}, source
-    for keep, notes in _LESS_METADATA.items():
-        content = stripped(source, keep)
-        if hash(content) not in seen:
-            yield content, notes
-        seen.add(hash(content))
-    if not ended and (ended := _with_end_marker(content)):
-        yield ended, (*notes, _NO_END)
-
-
-def _with_end_marker(content: bytes) -> bytes | None:
-    """Return a JPEG that lacks only the marker at its end with this marker, or None if pixels are missing, too.
-
-    libjpeg makes missing pixels up from the bytes that follow. So pixels are missing if other bytes give other pixels.
-    """
-    if not content.startswith(START) or content.find(END, content.rfind(SCAN)) >= 0:
-        return None
-    content = content.removesuffix(END[:1])
-    pictures = []
-    for filler in _FILLERS:
-        try:
-            with _opened(content + filler + END) as image:
-                # A progressive JPEG may lack the scans with the details of all pixels.
-                if image.info.get("progressive") or image.width * image.height > _MOST_PIXELS_REPAIR:
-                    return None
-                pictures.append(hash(image.tobytes()))
-        except _BROKEN:
-            return None
-    return content + END if len(set(pictures)) == 1 else None
-
-
-@contextmanager
-def _opened(source: bytes | Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        # Pillow warns about large images, whose size this module checks itself, and about unusual metadata.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=readable()) as image:
-            yield image
-
-
 def _decode(source: bytes | Path, notes: tuple[str, ...], max_megapixels: float,
             draft_px: int | None) -> Decoded:
     """Decode one version of a file, unless the file is refused."""
-    with _opened(source) as image:
+    with opened(source) as image:
         # A progressive JPEG is always decoded at full size. HEIC would be replaced by a preview of lower quality.
         if draft_px and image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
             image.draft(image.mode, (draft_px, draft_px))
@@ -257,13 +155,12 @@ def _decode(source: bytes | Path, notes: tuple[str, ...], max_megapixels: float,
         orientation = _orientation(image)
         if orientation is None:
             notes += ("EXIF cannot be read, so the orientation is unknown",)
-        profile = image.info.get("icc_profile", b"")  # None if Pillow could not read it
-        image = _eight_bits(image, 2**bits - 1)
+        pixels = _eight_bits(image, 2**bits - 1)
         try:
-            rgb = _rgb(image, profile)
+            rgb = _rgb(pixels, color_profile(image, _head(source, SEARCHED)))
         except ProfileError as error:
             notes += (f"{error}, so the colors are taken as sRGB",)
-            rgb = _rgb(image, b"")
+            rgb = _rgb(pixels, b"")
         if orientation in _TURNS:
             rgb = rgb.transpose(_TURNS[orientation])
         rgb.info = {}  # Pillow would save a color profile again, which the pixels no longer have.
@@ -275,7 +172,7 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         Image.Exif().load(image.info.get("exif", b""))  # When Pillow opens a JPEG, it hides errors in EXIF.
-    except _BROKEN:
+    except BROKEN:
         return None
     return orientation if orientation in _TURNS else 1
 

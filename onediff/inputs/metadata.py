@@ -16,7 +16,7 @@ START, END, SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"  # markers of JPEG
 
 _JPEG_MARKER = re.compile(rb"(\xff[\x02-\xcf\xda-\xfe])")  # a marker that a length follows
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
-_PNG_METADATA = {EXIF: (b"eXIf",), PROFILE: (b"iCCP",)}
+_PNG_METADATA = {EXIF: (b"eXIf",), PROFILE: (b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM")}
 _PNG_NEXT = re.compile(b"PLTE|tRNS|IDAT|IEND")
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 _WEBP_METADATA = {EXIF: (b"EXIF", 0x08), PROFILE: (b"ICCP", 0x20)}  # chunk, and its bit in the header

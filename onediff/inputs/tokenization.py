@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from onediff.inputs.prompt import FENCE
 
@@ -32,7 +32,7 @@ class TextTokenizer:
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must be a fast one with a tokenizer.json, "
                              f"because only these can treat '</s>' in a caption as text, got "
-                             f"{type(tokenizer).__name__}; use a language model with a tokenizer.json")
+                             f"{type(tokenizer).__name__}; use a model with a tokenizer.json")
         state = json.loads(backend.to_str())
         added = [token for token in state["added_tokens"] if len(token["content"]) > 1 and token["content"].strip()]
         names = {token["content"]: marks.get(token["content"]) or f"{FENCE}{token['id']}{FENCE}" for token in added}
@@ -49,9 +49,14 @@ class TextTokenizer:
 
         The text must come from `prompt.plain` or from a prompt, so that it contains no marks except those of a prompt.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        assert self._control.isdisjoint(ids), f"a control token came out of the text {text[:200]!r}"
+        ids: list[int] = self.encoding(text).ids
         return ids
+
+    def encoding(self, text: str) -> Encoding:
+        """Return what `encode` returns as an object, to which the original tokenizer can add tokens at both ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        assert self._control.isdisjoint(encoding.ids), f"a control token came out of the text {text[:200]!r}"
+        return encoding
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from onediff import config
 from onediff.data.record import Record, read_records, read_table
 from onediff.eval.analysis.grammar import read_scene
-from onediff.eval.analysis.stress import choose, jpeg
+from onediff.eval.analysis.stress import choose
 from onediff.files import write_json
-from onediff.inputs.images import open_image
+from onediff.inputs.images import jpeg, open_image
 from onediff.library_logs import silence_libraries
 from onediff.ops.predict import folder_of
 from onediff.paths import CHAMPION, DIFFCAP
@@ -153,7 +153,7 @@ def false_alarms(captioner: Captioner, images: Sequence[bytes]) -> dict[str, Rat
     alarms = dict.fromkeys(_ALARMS, 0)
     for start in range(0, len(images), _BATCH_SIZE):
         originals = [open_image(content) for content in images[start:start + _BATCH_SIZE]]
-        jpeg_copies = [open_image(jpeg(image, COPY_JPEG_QUALITY, np.random.default_rng(0))) for image in originals]
+        jpeg_copies = [open_image(jpeg(image, quality=COPY_JPEG_QUALITY)) for image in originals]
         for name, copies in zip(_ALARMS, (originals, jpeg_copies), strict=True):
             captions = captioner.caption(list(zip(originals, copies, strict=True)))
             alarms[name] += sum(not says_no_change(caption) for caption in captions)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onediff.config import Runtime, load_runtime
+from onediff.encoding import read_text
 from onediff.eval.analysis.behaviour import GRAMMARS
 from onediff.library_logs import silence_libraries
 from onediff.model.digest import checked_digests
@@ -17,7 +18,6 @@ from onediff.ops.predict import folder_of
 from onediff.registry import NAME, version_tags
 from onediff.serve.http.port import address, listener
 from onediff.serve.usage_log import usage_log
-from onediff.text_files import read_text
 
 if TYPE_CHECKING:
     from onediff.serve.http.captioning import Version

@@ -14,6 +14,7 @@ from onediff.config.reading import read_yaml
 from onediff.paths import DVC_YAML, PARAMS
 
 PACKAGES = "packages.yaml"
+OPTIONAL = {"bpy": "make blender", "pillow-heif": "make heic"}  # optional packages -> the commands that install them
 # Keys of params.yaml that may name a local folder, each with the folder tracked by DVC that must contain it.
 FOLDERS = {
     "model.vision.path": "presets/backbones",
@@ -50,11 +51,11 @@ def _other_versions(names: list[str]) -> Iterator[str]:
     for name in names:
         try:
             installed = version(name).split("+")[0]
-        except PackageNotFoundError:  # The package bpy is optional. If another package is missing, the stage fails.
+        except PackageNotFoundError:  # It is optional, or the stage fails when it imports the package.
             continue
         if installed != versions[name]:
             yield (f"{PACKAGES}: {name} must be {versions[name]}, the version that DVC records in dvc.lock, but "
-                   f"{installed} is installed; 'make setup' installs the version of requirements.lock, or write "
+                   f"{installed} is installed; '{OPTIONAL.get(name, 'make setup')}' installs that version, or write "
                    f"\"{installed}\" into {PACKAGES}")
 
 

@@ -21,10 +21,11 @@ from onediff.config import Phase, Runtime
 from onediff.data.batches.corpus import Corpus
 from onediff.data.batches.loader import Batch
 from onediff.data.batches.sampling import RowSampler
-from onediff.files import new_file, write_json
+from onediff.files import new_file, write_json, write_jsonl
 from onediff.inputs.processing import OneDiffProcessor
 from onediff.interrupts import Stop, postponed
 from onediff.model.onediff import OneDiffForConditionalGeneration
+from onediff.text_files import parse_lines
 from onediff.train import checkpoint, lora
 from onediff.train.engine import Engine
 from onediff.train.speed import COUNTED, Meter, counts_of
@@ -174,14 +175,17 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 class CurveWriter:
     """Writes the values of each training step as one line of curve.jsonl and passes them to `log`; only on rank 0.
 
-    When training resumes, lines of curve.jsonl at or after the step of the checkpoint are dropped.
+    When training resumes, lines of curve.jsonl at or after the step of the checkpoint are dropped, and so is an
+    incomplete last line of a killed process. Raises ValueError if another line is not valid JSON.
     """
 
     def __init__(self, folder: Path, log: Log, *, first_step: int) -> None:
         self.path, self.log = folder / "curve.jsonl", log
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if line.endswith("}")
-                                     and json.loads(line)["step"] < first_step), encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        *lines, last = text.removesuffix("\n").split("\n")
+        lines += [last] if last.endswith("}") else []
+        rows = parse_lines(lines, self.path, f"remove the folder {folder}, then training starts from its first step")
+        write_jsonl(self.path, [row for _, row in rows if row["step"] < first_step])
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

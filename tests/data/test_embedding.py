@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_diffusion import save_clip
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from onediff.data import embedding
 from onediff.data.embedding import Embedder
@@ -36,6 +36,24 @@ def test_text_vectors_have_length_one_and_differ_between_texts(clip: str) -> Non
     vectors = Embedder(clip, "cpu").texts(["a red car", "a dog", "word " * 300])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
     assert vectors[0] @ vectors[1] < 0.9999
+
+
+def test_text_vectors_equal_the_normalized_embeddings_of_the_clip_model(clip: str) -> None:
+    texts = ["a red car", "A  dog's\nhouse!", "", "word " * 300]
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
+    longest = model.config.text_config.max_position_embeddings
+    for text, vector in zip(texts, Embedder(clip, "cpu").texts(texts), strict=True):
+        with torch.no_grad():
+            inputs = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+            expected = torch.nn.functional.normalize(
+                model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
+        assert vector == pytest.approx(expected[0].numpy(), abs=1e-6)
+
+
+def test_a_control_token_in_a_text_is_only_letters(clip: str) -> None:
+    """CLIP takes the embedding at the first end token, so the words after it would not count."""
+    red, blue = Embedder(clip, "cpu").texts(["a <|endoftext|> red", "a <|endoftext|> blue"])
+    assert red @ blue < 0.9999
 
 
 def test_image_vectors_do_not_depend_on_the_batch_size(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_written_files_of_both_formats_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"annotations": 3}, "annotations: must be a list, got 3"),
+    ({"annotations": 3}, "annotations: a list expected, got 3"),
     ({"images": [{"id": 0}]}, "annotation 3: image_id '1' must be the id of one of the images, but is not"),
     ({"annotations": [{"image_id": None, "caption": "a"}]}, "annotation 1: 'image_id' must be a string or a whole"),
     ({"images": [{"file_name": "a.png"}]}, r"image 1: must have 'id', but lacks \['id'\]"),

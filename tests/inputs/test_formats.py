@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from onediff.inputs.formats import FORMATS, IMAGE_ENDINGS, format_of, refusal
-from onediff.inputs.images import open_image, readable
+from onediff.inputs.images import open_image
+from onediff.inputs.repair import UnsupportedImageError, readable
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "HEIF"])
@@ -40,11 +42,21 @@ def test_a_file_of_another_kind_is_refused_by_name(head: bytes, name: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_heic_is_read_with_the_extra_and_refused_by_name_without_it() -> None:
-    if "HEIF" not in readable():
-        with pytest.raises(ValueError, match=r"image: a HEIC image.*pip install 'onediff-idc\[heic\]'"):
-            open_image(b"\0\0\0\x1cftypheic" + bytes(200))
-        return
+def test_heic_is_refused_without_the_extra_and_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # so that the import fails although the package is installed
+    readable.cache_clear()
+    # These bytes are the start of a real file.
+    start = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf\0\0\1|meta\0\0\0\0\0\0\0!hdlr\0\0\0\0\0\0\0\0pict"
+    try:
+        assert "HEIF" not in readable()
+        with pytest.raises(UnsupportedImageError, match=r"image: a HEIC image.*pip install 'onediff-idc\[heic\]'"):
+            open_image(start + bytes(400))
+    finally:
+        readable.cache_clear()
+
+
+def test_heic_is_read_with_the_extra() -> None:
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: the extra 'heic'")
     picture = Image.effect_mandelbrot((160, 96), (-2, -1, 1, 1), 20).convert("RGB")
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from onediff.inputs.images import UnsupportedImageError, decode, image_size, num_pixels, open_image
+from onediff.inputs.images import decode, image_size, num_pixels, open_image
+from onediff.inputs.repair import UnsupportedImageError
 
 H, W = 37, 53
 

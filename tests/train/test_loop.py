@@ -21,7 +21,7 @@ from onediff.inputs.prompt import text_prompt
 from onediff.interrupts import SIGNALS
 from onediff.model.onediff import OneDiffForConditionalGeneration
 from onediff.train import checkpoint
-from onediff.train.loop import Trained, TrainingRun, Validation, fit, rate_factor
+from onediff.train.loop import CurveWriter, Trained, TrainingRun, Validation, fit, rate_factor
 from onediff.train.speed import Meter
 
 STEPS = 9
@@ -151,6 +151,20 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(interrupted
     lines = [[{key: value for key, value in json.loads(line).items() if key in compared} for line in
               (tmp_path / run / "curve.jsonl").read_text().splitlines()] for run in "ab"]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 3, "lo', '{"step": 3, "loss": 0.5}', '{"step": 3, "loss": 0.5}\n'])
+def test_the_curve_continues_at_the_step_of_the_checkpoint_however_the_file_ends(tmp_path: Path, end: str) -> None:
+    path, kept = tmp_path / "curve.jsonl", '{"step": 0, "loss": 2.25}\n{"step": 1, "loss": NaN}\n'
+    path.write_text(kept + '{"step": 2, "loss": 1.0}\n' + end)
+    CurveWriter(tmp_path, lambda step, values: None, first_step=2).write(2, {"loss": 0.25})
+    assert path.read_text() == kept + '{"step": 2, "loss": 0.25}\n'
+
+
+def test_a_curve_with_a_broken_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "curve.jsonl").write_text('{"step": 0\n{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"curve\.jsonl line 1: not valid JSON .*remove the folder"):
+        CurveWriter(tmp_path, lambda step, values: None, first_step=2)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

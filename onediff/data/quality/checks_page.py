@@ -1,7 +1,6 @@
 """Renders the validation page: one HTML file with the number of bad pairs of each rule and images of some of them."""
 
 import base64
-import io
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from onediff.data.quality.probe import read_group, row_groups_with
-from onediff.inputs.images import open_image
+from onediff.inputs.images import jpeg, open_image
 
 THUMBNAIL_PX = 160
 SHOWN = 200  # largest number of characters shown of the captions of a bad pair
@@ -81,6 +80,4 @@ def thumbnail(content: bytes, size_px: int, *, quality: int, resample: Image.Res
     except ValueError as error:
         return str(error) if content else absent
     image.thumbnail((size_px, size_px), resample)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(image, quality=quality)).decode()}"

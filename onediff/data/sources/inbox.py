@@ -23,10 +23,11 @@ from onediff.data.sources import tracked
 from onediff.data.sources.catalog import CATALOG
 from onediff.data.sources.published import Files, PublishedPair, open_files
 from onediff.data.sources.readers import folder as own
+from onediff.encoding import read_text
 from onediff.files import new_file, new_folder, sha256_of
 from onediff.inputs.images import open_image
 from onediff.paths import RAW
-from onediff.text_files import read_table, read_text
+from onediff.text_files import read_table
 
 CLAIMED, DONE = ".taking.", ".done."  # folder name prefixes of a batch whose import has begun, and of an imported batch
 

@@ -4,7 +4,6 @@ The caption of a pair stays true when its images are disturbed, because the sect
 each disturbance: what is weaker than the limit is nothing, and what is stronger than the limits of an edit is an edit.
 """
 
-import io
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from onediff.config import Nuisance
+from onediff.inputs.images import jpeg, open_image
 
 Pixels = NDArray[np.uint8]
 # The probability of each kind in a disturbed image; noise and compression are the most frequent ones in practice.
@@ -94,9 +94,7 @@ def apply(rng: Generator, pixels: Pixels, disturbance: Disturbance) -> Pixels:
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(_rounded(values + disturbance.noise * rng.standard_normal(values.shape)))
     if disturbance.jpeg_quality is not None:
-        lossy = io.BytesIO()
-        image.save(lossy, "JPEG", quality=disturbance.jpeg_quality)
-        image = Image.open(lossy)
+        image = open_image(jpeg(image, quality=disturbance.jpeg_quality))
     return np.array(image)
 
 

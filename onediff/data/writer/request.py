@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 from onediff.config import Runtime, Writer
 from onediff.data.record import digest
-from onediff.inputs.images import open_image
+from onediff.inputs.images import jpeg, open_image
 
 Form = Literal["differences", "edit", "judgement"]
 # Images are reduced to this longest side, so that each image costs one tile of 512 x 512 pixels.
@@ -93,9 +92,7 @@ def _data_uri(name: str, image: bytes) -> str:
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
     picture.thumbnail((IMAGE_PX, IMAGE_PX))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(picture, quality=JPEG_QUALITY)).decode()
 
 
 def differences_from_captions(name: str, writer: Writer, *, before: str, after: str, edit: str) -> Request:

@@ -5,7 +5,6 @@ Each way to alter the pairs is a trial with a name. The trials are: `plain` (una
 `<perturbation>/<strength>` (noise, JPEG compression and other changes that a caption should not mention).
 """
 
-import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +17,14 @@ from PIL import Image
 
 from onediff.config import Stress
 from onediff.data.record import Record
+from onediff.data.synthesis.nuisance import Disturbance, apply
 from onediff.eval.analysis.behaviour import GRAMMARS, Grammar, claims_change, rates, rates_by
 from onediff.eval.analysis.grammar import Change, truth
 from onediff.eval.metrics.compute import score
 from onediff.eval.metrics.words import Predictions, tokenize
 from onediff.eval.protocols import PairRow, protocol_of
 from onediff.eval.resample import intervals
-from onediff.inputs.images import open_image, png
+from onediff.inputs.images import jpeg, open_image, png
 
 PLAIN, UNRELATED, SWAPPED = "plain", "unrelated", "swapped"
 IDENTICAL = {"before": "identical/before", "after": "identical/after"}
@@ -119,11 +119,9 @@ def disturbed(record: Record, nuisance: str, strength: float, *, seed: int) -> R
     return replace(record, before=before, after=disturb(open_image(record.after), strength, rng))
 
 
-def jpeg(image: Image.Image, quality: float, rng: Generator) -> bytes:
+def compressed(image: Image.Image, quality: float, rng: Generator) -> bytes:
     """Return the image as a JPEG file of the given quality."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=round(quality))
-    return buffer.getvalue()
+    return jpeg(image, quality=round(quality))
 
 
 def noise(image: Image.Image, grey_levels: float, rng: Generator) -> bytes:
@@ -131,8 +129,7 @@ def noise(image: Image.Image, grey_levels: float, rng: Generator) -> bytes:
 
     `grey_levels` is the standard deviation of the noise.
     """
-    pixels = np.asarray(image, dtype=np.float64)
-    return _png(pixels + grey_levels * rng.standard_normal(pixels.shape))
+    return png(Image.fromarray(apply(rng, np.asarray(image), Disturbance(noise=grey_levels))))
 
 
 def shift(image: Image.Image, percent: float, rng: Generator) -> bytes:
@@ -172,7 +169,7 @@ def _png(values: NDArray[Any]) -> bytes:
 
 
 # The perturbations in WEAR are applied to both images, all other perturbations only to the image `after`.
-WEAR = {"jpeg_quality": jpeg, "noise": noise}
+WEAR = {"jpeg_quality": compressed, "noise": noise}
 NUISANCES = {**WEAR, "shift_percent": shift, "scale_percent": scale, "brightness_percent": brightness}
 
 

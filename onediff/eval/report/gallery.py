@@ -13,7 +13,7 @@ from onediff.eval.evaluation import checks
 from onediff.eval.metrics.words import Predictions
 from onediff.eval.protocols import PairRow
 from onediff.inputs.formats import HEAD, format_of
-from onediff.inputs.images import open_image
+from onediff.inputs.images import jpeg, open_image
 
 MAX_PX = 480  # largest width or height of an image on the page, in pixels
 _BROWSERS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "AVIF")  # the formats that every browser shows
@@ -168,9 +168,7 @@ def shrunk(image: bytes) -> bytes:
     if max(opened.size) <= MAX_PX and format_of(image[:HEAD]) in _BROWSERS:
         return image
     opened.thumbnail((MAX_PX, MAX_PX))
-    buffer = io.BytesIO()
-    opened.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    return jpeg(opened, quality=85)
 
 
 def heat_map(grid: Grid, peak: float) -> str:

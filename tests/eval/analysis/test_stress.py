@@ -18,17 +18,19 @@ from onediff.eval.analysis.stress import (
     NUISANCES,
     WEAR,
     choose,
+    compressed,
     curve_points,
     disturbed,
     figures,
     is_stressed,
+    noise,
     num_trials,
     trials,
     unrelated,
 )
 from onediff.eval.floors import oracle
 from onediff.eval.metrics.compute import score
-from onediff.inputs.images import open_image
+from onediff.inputs.images import open_image, png
 
 SEED = 7
 
@@ -97,6 +99,17 @@ def test_strength_0_changes_no_pixel_and_higher_strengths_change_more(scenes: li
     errors = [np.abs(pixels(disturbed(record, perturbation, strength, seed=SEED).after) - pixels(record.after)).mean()
               for strength in (2, 10, 30)]
     assert 0 < errors[0] < errors[1] < errors[2]
+
+
+def test_noise_and_jpeg_give_the_bytes_of_a_plain_implementation(scenes: list[Record]) -> None:
+    image = open_image(scenes[0].before)
+    values = np.asarray(image, np.float64)
+    values = values + 10 * np.random.default_rng(SEED).standard_normal(values.shape)
+    expected = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    assert noise(image, 10, np.random.default_rng(SEED)) == png(expected)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=20)
+    assert compressed(image, 20, np.random.default_rng(SEED)) == file.getvalue()
 
 
 def test_a_lower_jpeg_quality_changes_the_image_more(scenes: list[Record]) -> None:
