@@ -120,8 +120,9 @@ def throughput(bench: Bench) -> str:
           servers.running("benchmarks.servers", "plain", str(bench.folder)) as plain):
         for name, server in (("ours", ours), ("plain", plain)) * 3:
             begin = time.perf_counter()
-            asyncio.run(load.closed_loop(server.port, messages, CLIENTS))
+            replies = asyncio.run(load.closed_loop(server.port, messages, CLIENTS))
             rates[name].append(len(messages) / (time.perf_counter() - begin))
+            bench.check([(position % NUM_PAIRS, reply) for position, reply in enumerate(replies)])
     bench.peak = median(rates["ours"])
     ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates["plain"], strict=True)]
     return f"{median(ratios):.2f} times: {bench.peak:.1f} and {median(rates['plain']):.1f} pairs/s (medians of 3)"
@@ -150,7 +151,9 @@ def memory(bench: Bench) -> str:
     with servers.running("onediff", "serve", "--model", bench.model) as server:
         sizes = []
         for requests in (early, late - early):
-            asyncio.run(load.closed_loop(server.port, list(islice(cycle(bench.messages), requests)), CLIENTS))
+            messages = list(islice(cycle(bench.messages), requests))
+            replies = asyncio.run(load.closed_loop(server.port, messages, CLIENTS))
+            bench.check([(position % NUM_PAIRS, reply) for position, reply in enumerate(replies)])
             sizes.append(server.memory_mb())
     return (f"{100 * (sizes[1] / sizes[0] - 1):+.1f} %: {sizes[0]:.0f} MB after {early:,}, {sizes[1]:.0f} MB after "
             f"{late:,}")

@@ -115,6 +115,11 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def use_default_actions() -> None:
+    """Let a stop signal end this process as the operating system does it: at once, without a stack trace."""
+    _handle(signal.SIG_DFL)
+
+
 def end_while_importing() -> None:
     """End the process with a one-line message if a stop signal arrives while `python -m MODULE` imports packages.
 
@@ -161,7 +166,7 @@ def _wait_for_hangup() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-def _handle(handler: Handler) -> dict[signal.Signals, signal._HANDLER]:
+def _handle(handler: Handler | signal.Handlers) -> dict[signal.Signals, signal._HANDLER]:
     """Set the handler for all stop signals that are not ignored. Return a dict from signal to previous handler."""
     return {number: signal.signal(number, handler) for number in SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN}

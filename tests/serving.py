@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,8 +18,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from onediff.config import Config, Serve
-from onediff.model.assemble import build
+from onediff.config import Serve
 from onediff.model.captioner import Captioner
 from onediff.ops.serving import claims_change
 from onediff.serve.http.app import create_app
@@ -25,6 +26,19 @@ from onediff.serve.http.captioning import Version
 from onediff.serve.http.port import listener
 from onediff.serve.http.server import Server, server_of
 from onediff.serve.http.service import Service
+
+
+class HeldCaptioner(Captioner):
+    """A captioner that waits before each batch until the test releases it, and counts its pairs."""
+
+    def __init__(self, original: Captioner) -> None:
+        super().__init__(original.model, original.processor)
+        self.may_start, self.batches = threading.Event(), list[int]()
+
+    def caption_with_confidence(self, pairs: list, **options: Any) -> list[tuple[str, float]]:
+        self.batches.append(len(pairs))
+        assert self.may_start.wait(30)
+        return super().caption_with_confidence(pairs, **options)
 
 
 @dataclass(frozen=True)
@@ -76,9 +90,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @pytest.fixture(scope="session")
-def served_captioner(micro: Config) -> Captioner:
+def served_captioner(untrained: Path) -> Captioner:
     """A captioner with random weights between the committed backbones, whose captions have at least one word."""
-    captioner = Captioner(*build(micro.model, seed=5))
+    captioner = Captioner.load(untrained, device="cpu")
     end = captioner.processor.tokenizer.eos_token_id
     captioner.model.language.generation_config.begin_suppress_tokens = [end]
     return captioner

@@ -87,6 +87,15 @@ def test_a_command_without_own_handlers_uses_the_default_handlers_of_python() ->
     assert process.communicate(timeout=30) == ("cleaned up\n", "")
 
 
+def test_a_signal_during_the_exit_of_python_can_end_a_process_without_a_stack_trace() -> None:
+    process = start("import atexit, time; from onediff import interrupts\n"
+                    "atexit.register(lambda: (print('up', flush=True), time.sleep(60)))\n"
+                    "atexit.register(interrupts.use_default_actions)")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
 def test_a_process_continues_after_its_output_was_closed(tmp_path: Path) -> None:
     process = start("import sys, time; from pathlib import Path; from onediff import interrupts; "
                     "interrupts.survive_closed_output(); print('up', flush=True)\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import threading
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onediff import interrupts, tracking
 from onediff.config import Runtime, load_runtime
 from onediff.encoding import read_text
 from onediff.eval.analysis.behaviour import GRAMMARS
@@ -33,7 +36,9 @@ def serve(model: str, *, host: str, port: int, api_key: str | None, report: Call
     `Captioner.load` and of the registry, and OSError if the port cannot be opened.
     """
     runtime = load_runtime()
-    if not model.startswith("models:/"):
+    if model.startswith("models:/"):
+        tracking.check()  # A server that does not answer is reported at once, before torch is imported.
+    else:
         folder_of(model)
     with listener(host, port) as opened:
         threading.Thread(target=_import_model, daemon=True).start()
@@ -45,6 +50,16 @@ def serve(model: str, *, host: str, port: int, api_key: str | None, report: Call
         service = Service(runtime.serve, current=lambda: current_version(model),
                           load=lambda name: load_version(model, name, runtime))
         run(service, create_app(service, api_key=api_key), opened)
+    atexit.register(_end_quickly)
+
+
+def _end_quickly() -> None:
+    """Let Python end without a last garbage collection, which takes seconds on a busy machine.
+
+    A second Ctrl-C then ends the process at once: Python would print the stack trace of a clean-up function of torch.
+    """
+    gc.freeze()
+    interrupts.use_default_actions()
 
 
 def _import_model() -> None:

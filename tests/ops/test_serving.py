@@ -1,25 +1,22 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 from registered import register, write_lock, write_results
-from serving import served_captioner  # noqa: F401  # pytest registers the fixture through this import.
 
 from onediff import registry
 from onediff.config import Runtime
-from onediff.model.captioner import Captioner
-from onediff.ops.serving import claims_change, current_version, load_version, read_key
+from onediff.ops.serving import claims_change, current_version, load_version, read_key, serve
 from onediff.paths import CHAMPION
 
 
 @pytest.fixture
-def model(served_captioner: Captioner, tmp_path: Path) -> Path:  # noqa: F811
-    folder = tmp_path / "models/first"
-    served_captioner.model.save_pretrained(folder)
-    served_captioner.processor.save_pretrained(folder)
-    return folder
+def model(untrained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(untrained, tmp_path / "models/first")
 
 
 def promoted(folder: Path, cider: float) -> str:
@@ -61,6 +58,17 @@ def test_a_change_of_the_files_does_not_change_the_loaded_version(model: Path) -
     with (model / "model.safetensors").open("r+b") as file:
         file.write(bytes((model / "model.safetensors").stat().st_size))
     assert all(value.equal(weights[name]) for name, value in loaded.captioner.model.state_dict().items())
+
+
+def test_a_registry_that_does_not_answer_is_reported_before_torch_is_imported(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread.name} was started"))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with pytest.raises(ValueError, match=rf"MLflow at http://127.0.0.1:{port} cannot be reached .*: start the server"):
+        serve(CHAMPION, host="127.0.0.1", port=0, api_key=None, report=pytest.fail)
 
 
 @pytest.mark.parametrize(("caption", "changed"), [

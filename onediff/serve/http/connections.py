@@ -10,7 +10,7 @@ from asyncio import Transport
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-LAST_S = 5  # seconds that slow clients get for the rest of a request or an answer when the server stops
+LAST_S = 2  # seconds that slow clients get for the rest of a request or an answer when the server stops
 
 
 class Connection(H11Protocol):
@@ -41,6 +41,11 @@ class Connection(H11Protocol):
         self.loop.call_later(LAST_S, self._abort_if_client_is_slow)
 
     def _abort_if_client_is_slow(self) -> None:
-        """Abort the connection if the client still sends its request, or still reads its answer."""
+        """Abort the connection if the client still sends its request, or still reads its answer.
+
+        If the server has not answered yet, look again later, because the client may then not read the answer.
+        """
         if self.cycle is None or self.cycle.more_body or self.cycle.response_started:
             self.transport.abort()
+        else:
+            self.loop.call_later(LAST_S, self._abort_if_client_is_slow)

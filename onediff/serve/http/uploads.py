@@ -2,11 +2,13 @@
 
 import asyncio
 import codecs
+import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -18,6 +20,7 @@ from onediff.serve.http.schemas import PairRequest
 
 _FIELDS = {"before", "after", "instruction", "heat_map"}
 _MOST_VALUES = 20_000  # values in a JSON body
+_EXTENDED_NAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 _LIST = TypeAdapter(list[PairRequest])
 _TRUTH = {"true": True, "false": False}
 
@@ -117,9 +120,24 @@ def check_number(pairs: int, limits: Serve) -> None:
                        code="too_many_pairs")
 
 
+class _Parser(MultiPartParser):
+    """Starlette's parser of multipart bodies, for which a part that has only a `filename*` is also a file.
+
+    Some clients, such as old versions of the package requests, send `filename*` for a file name that is not ASCII,
+    although RFC 7578 forbids it. For Starlette, such a part is text. The file name is not used.
+    """
+
+    def on_headers_finished(self) -> None:
+        """Add an empty `filename` to the header of such a part."""
+        disposition = self._current_part.content_disposition or b""
+        if _EXTENDED_NAME.search(disposition) and b"filename" not in parse_options_header(disposition)[1]:
+            self._current_part.content_disposition = disposition + b'; filename=""'
+        super().on_headers_finished()
+
+
 async def form_question(body: Body, limits: Serve) -> Question:
     """Return the pair in a multipart body with the files `before` and `after`. Raises ApiError for an invalid body."""
-    parser = MultiPartParser(body.headers, body.pieces(), max_files=2, max_fields=2, max_part_size=8192)
+    parser = _Parser(body.headers, body.pieces(), max_files=4, max_fields=2, max_part_size=8192)
     parser.spool_max_size = int(limits.body_mb * 1e6)  # Nothing is written to the disk.
     try:
         form = await parser.parse()

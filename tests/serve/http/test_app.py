@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -74,7 +75,7 @@ def test_a_wrong_value_is_named_in_one_shape(client: httpx.Client, body: object,
 
 
 @pytest.mark.parametrize(("files", "data", "param"), [
-    ({"before": image_file()}, {}, "after"), ({"before": image_file(), "after": image_file(), "c": b""}, {}, None),
+    ({"before": image_file()}, {}, "after"), ({"before": image_file(), "after": image_file(), "c": b""}, {}, "c"),
     ({"before": image_file(), "after": image_file()}, {"heat_map": "perhaps"}, "heat_map"),
     ({"before": image_file(), "after": image_file()}, {"question": "what?"}, "question"),
     ({"before": image_file()}, {"after": "text"}, "after"),
@@ -84,6 +85,29 @@ def test_a_wrong_form_is_refused(client: httpx.Client, files: dict, data: dict, 
     answer = client.post("/v1/captions", files=files, data=data)
     assert answer.status_code == 422
     assert answer.json()["error"]["param"] == param
+
+
+def form(*parts: tuple[str, bytes]) -> dict[str, Any]:
+    """Return the content and the headers of a multipart body, from the header and the content of each part."""
+    lines = [b"--x\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (header.encode(), content)
+             for header, content in parts]
+    return {"content": b"".join([*lines, b"--x--\r\n"]), "headers": {"content-type": "multipart/form-data; boundary=x"}}
+
+
+@pytest.mark.parametrize("name", ['filename="日é.png"', "filename*=UTF-8''%E6%97%A5.png", 'filename=""',
+                                  "filename=\"a.png\"; filename*=UTF-8''%E6%97%A5.png"])
+def test_every_form_of_a_file_name_is_taken(client: httpx.Client, name: str) -> None:
+    """A part with only `filename*` was refused as text."""
+    answer = client.post("/v1/captions", **form((f'name="before"; {name}', image_file(3)),
+                                                (f'name="after"; {name}', image_file(5))))
+    assert answer.json()["caption"] == client.post("/v1/captions", json=pair_body(3, 5)).json()["caption"]
+
+
+def test_two_files_with_one_field_name_are_refused(client: httpx.Client) -> None:
+    files = [("before", image_file(3)), ("before", image_file(5)), ("after", image_file(7))]
+    answer = client.post("/v1/captions", files=files)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "before")
+    assert answer.json()["error"]["message"] == "before: must be sent once, got 2 values"
 
 
 @pytest.mark.parametrize(("method", "address", "status", "code", "message"), [

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 from serving import RunningServer, base64_text, image_file, pair_body, running_server
 
 from onediff.config import Serve
 from onediff.model.captioner import Captioner
+
+if TYPE_CHECKING:
+    from openai import OpenAI  # The import takes seconds, and `make test` imports every test file in every process.
 
 QUESTION = "How was the image edited?"
 
@@ -24,8 +26,10 @@ def user(*parts: dict[str, Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def chats(server: RunningServer) -> Iterator[openai.OpenAI]:
+def chats(server: RunningServer) -> Iterator[OpenAI]:
     """OpenAI's own client."""
+    import openai
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0,
                        http_client=httpx.Client(trust_env=False)) as client:
         yield client
@@ -38,7 +42,7 @@ def caption(client: httpx.Client) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key != "milliseconds"}
 
 
-def test_a_chat_completion_has_the_caption_of_the_pair(chats: openai.OpenAI, caption: dict[str, Any]) -> None:
+def test_a_chat_completion_has_the_caption_of_the_pair(chats: OpenAI, caption: dict[str, Any]) -> None:
     completion = chats.chat.completions.create(model="onediff", temperature=0.7, max_tokens=3, messages=user(
         image(3), {"type": "text", "text": QUESTION}, image(5)))
     (choice,) = completion.choices
@@ -48,7 +52,7 @@ def test_a_chat_completion_has_the_caption_of_the_pair(chats: openai.OpenAI, cap
     assert completion.model_extra == {"warnings": []}
 
 
-def test_a_stream_has_the_same_caption_and_the_warnings(chats: openai.OpenAI, caption: dict[str, Any]) -> None:
+def test_a_stream_has_the_same_caption_and_the_warnings(chats: OpenAI, caption: dict[str, Any]) -> None:
     chunks = list(chats.chat.completions.create(model="onediff", stream=True, messages=user(
         image(3), image(7), image(5), {"type": "text", "text": QUESTION})))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == caption["caption"]
@@ -57,7 +61,7 @@ def test_a_stream_has_the_same_caption_and_the_warnings(chats: openai.OpenAI, ca
     assert chunks[0].model_extra == {"warnings": ["of 3 images, only the first and the last were compared"]}
 
 
-def test_a_json_object_has_the_fields_of_a_caption(chats: openai.OpenAI, caption: dict[str, Any]) -> None:
+def test_a_json_object_has_the_fields_of_a_caption(chats: OpenAI, caption: dict[str, Any]) -> None:
     completion = chats.chat.completions.create(
         model="onediff", response_format={"type": "json_object"},
         messages=user(image(3), image(5), {"type": "text", "text": QUESTION}))
@@ -67,7 +71,9 @@ def test_a_json_object_has_the_fields_of_a_caption(chats: openai.OpenAI, caption
     assert fields == caption
 
 
-def test_the_list_of_models_has_the_name_that_a_completion_accepts(chats: openai.OpenAI) -> None:
+def test_the_list_of_models_has_the_name_that_a_completion_accepts(chats: OpenAI) -> None:
+    import openai
+
     assert [model.id for model in chats.models.list()] == ["onediff"]
     assert chats.models.retrieve("onediff").id == "onediff"
     with pytest.raises(openai.NotFoundError) as failure:
@@ -85,15 +91,19 @@ def test_the_list_of_models_has_the_name_that_a_completion_accepts(chats: openai
      "address_refused", "messages.0.content.1.image_url.url"),
     ({"messages": user(image(3), {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWE="}})}, 422,
      "corrupt_image", "after")])
-def test_openais_client_understands_every_refusal(chats: openai.OpenAI, wrong: dict[str, Any], status: int, code: str,
+def test_openais_client_understands_every_refusal(chats: OpenAI, wrong: dict[str, Any], status: int, code: str,
                                                   param: str) -> None:
+    import openai
+
     with pytest.raises(openai.APIStatusError) as failure:
         chats.chat.completions.create(**{"model": "onediff", "messages": user(image(3), image(5)), **wrong})
     assert (failure.value.status_code, failure.value.code, failure.value.param) == (status, code, param)
     assert failure.value.type == "invalid_request_error"
 
 
-def test_a_very_long_text_is_refused_before_the_tokenizer_reads_it(chats: openai.OpenAI) -> None:
+def test_a_very_long_text_is_refused_before_the_tokenizer_reads_it(chats: OpenAI) -> None:
+    import openai
+
     text = {"type": "text", "text": "word " * 1000}
     with pytest.raises(openai.UnprocessableEntityError, match="instruction: must have at most 2000 characters"):
         chats.chat.completions.create(model="onediff", messages=user(image(3), image(5), text))
@@ -107,6 +117,8 @@ def test_a_body_that_is_not_json_is_refused(client: httpx.Client) -> None:
 
 
 def test_with_a_key_the_addresses_of_the_protocol_need_it(served_captioner: Captioner) -> None:
+    import openai
+
     with running_server(served_captioner, Serve(), api_key="secret") as server:
         for key, allowed in (("secret", True), ("wrong", False)):
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,6 @@ from serving import RunningServer, image_file
 
 from onediff.config import Serve
 from onediff.inputs.images import open_image
-from onediff.model.captioner import Captioner
 from onediff.serve.http.app import REFUSALS
 
 PAGE = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
@@ -63,18 +63,17 @@ def test_an_example_prints_the_caption(server: RunningServer, client: httpx.Clie
 
 
 def test_the_example_without_a_server_prints_the_caption(
-        served_captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+        untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    served_captioner.model.save_pretrained("data/models/tune")
-    served_captioner.processor.save_pretrained("data/models/tune")
+    shutil.copytree(untrained, "data/models/tune")
     Path("before.png").write_bytes(image_file(3))
     Path("after.png").write_bytes(image_file(5))
     (code,) = re.findall(r"^```python\n(.*?)^```$", section("In Python"), re.MULTILINE | re.DOTALL)
-    exec(compile(code, "docs/serving.md", "exec"), {})  # A new process would load torch again, which takes seconds.
-    # The captioner of the server has other addresses in memory, so its sums can be rounded in another way.
-    loaded = Captioner.load(Path("data/models/tune"))
-    assert capsys.readouterr().out.strip() == str(loaded.caption([(open_image("before.png"), open_image("after.png"))]))
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/serving.md", "exec"), names)  # A new process would load torch again, which takes seconds.
+    # A captioner that is loaded again has other addresses in memory, so its sums can be rounded in another way.
+    caption = names["captioner"].caption([(open_image("before.png"), open_image("after.png"))])
+    assert capsys.readouterr().out.strip() == str(caption)
 
 
 def test_the_table_of_limits_has_each_setting_with_its_default() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import pair_body, wait_until
+from serving import HeldCaptioner, pair_body, version, wait_until
 from typer.testing import CliRunner
 
 from onediff.cli.main import app
@@ -29,14 +29,6 @@ from onediff.serve.http.service import Service
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def model(served_captioner: Captioner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "model"
-    served_captioner.model.save_pretrained(folder)
-    served_captioner.processor.save_pretrained(folder)
-    return folder
-
-
 @contextmanager
 def started(model: Path | str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "onediff", "serve", "--port", "0", "--model", str(model)]
@@ -49,8 +41,8 @@ def started(model: Path | str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow  # The new process imports torch.
-def test_the_process_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
-    with started(model) as process:
+def test_the_process_captions_and_ends_cleanly_at_ctrl_c(untrained: Path) -> None:
+    with started(untrained) as process:
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
             assert client.get("/healthz").status_code == 200
@@ -58,11 +50,11 @@ def test_the_process_captions_and_ends_cleanly_at_ctrl_c(model: Path) -> None:
             assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
             assert client.get("/readyz").json()["ready"] is False
             wait_until(lambda: client.get("/readyz").status_code == 200, 120)
-            assert client.post("/v1/captions", json=pair_body()).json()["model"]["version"] == "model"
+            assert client.post("/v1/captions", json=pair_body()).json()["model"]["version"] == untrained.name
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "")
-    assert re.fullmatch(r"\S+ \S+ INFO ready: version model, digest \w{12}\n", errors)
+    assert re.fullmatch(rf"\S+ \S+ INFO ready: version {untrained.name}, digest \w{{12}}\n", errors)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
@@ -75,8 +67,29 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
         run(service, create_app(service), opened)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_the_command_serves_until_a_stop_signal(model: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_ends_the_server_after_the_requests_in_progress(served_captioner: Captioner,
+                                                                      number: signal.Signals) -> None:
+    held = HeldCaptioner(served_captioner)
+    service = Service(Serve(), current=lambda: "1", load=lambda name: version(held, name))
+    with listener("127.0.0.1", 0) as opened, ThreadPoolExecutor() as clients:
+        url = "http://127.0.0.1:{1}".format(*opened.getsockname())
+
+        def stop() -> None:
+            wait_until(lambda: bool(held.batches))
+            os.kill(os.getpid(), number)
+            held.may_start.set()
+
+        def use() -> int:
+            wait_until(lambda: service.is_ready)
+            return httpx.post(f"{url}/v1/captions", json=pair_body(), trust_env=False, timeout=30).status_code
+
+        status, stopping = clients.submit(use), clients.submit(stop)
+        run(service, create_app(service), opened)
+        assert (status.result(), stopping.result()) == (200, None)
+
+
+def test_the_command_serves_until_ctrl_c(untrained: Path) -> None:
     with listener("127.0.0.1", 0) as opened:
         port = opened.getsockname()[1]
 
@@ -84,14 +97,14 @@ def test_the_command_serves_until_a_stop_signal(model: Path, number: signal.Sign
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
             wait_until(lambda: is_ready(client))
             status = client.post("/v1/captions", json=pair_body()).status_code
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
             return status
 
     with ThreadPoolExecutor() as clients:
         status = clients.submit(use)
-        result = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", str(model)])
+        result = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", str(untrained)])
         assert (status.result(), result.exit_code) == (200, 0)
-    assert result.stdout == f"OneDiff serves {model} at http://127.0.0.1:{port}; Ctrl-C stops it\n"
+    assert result.stdout == f"OneDiff serves {untrained} at http://127.0.0.1:{port}; Ctrl-C stops it\n"
 
 
 def is_ready(client: httpx.Client) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import RunningServer, image_file, pair_body, running_server, version, wait_until
+from serving import HeldCaptioner, RunningServer, image_file, pair_body, running_server, version, wait_until
 
 from onediff.config import Serve
 from onediff.model.captioner import Captioner
@@ -21,19 +21,6 @@ from onediff.serve.http.captioning import Version
 from onediff.serve.usage_log import UsageLog
 
 POISON_PX = 61  # An image of this width makes a PickyCaptioner fail.
-
-
-class HeldCaptioner(Captioner):
-    """A captioner that waits before each batch until the test releases it, and counts its pairs."""
-
-    def __init__(self, original: Captioner) -> None:
-        super().__init__(original.model, original.processor)
-        self.may_start, self.batches = threading.Event(), list[int]()
-
-    def caption_with_confidence(self, pairs: list, **options: Any) -> list[tuple[str, float]]:
-        self.batches.append(len(pairs))
-        assert self.may_start.wait(30)
-        return super().caption_with_confidence(pairs, **options)
 
 
 class PickyCaptioner(Captioner):
@@ -171,6 +158,30 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving(
         names[0] = "1"
         wait_until(lambda: problem() is None)
         assert "the problem is over: version 1 should serve, and serves" in caplog.text
+
+
+def test_a_registry_that_goes_away_is_logged_once_and_the_server_follows_it_again_later(
+        served_captioner: Captioner, caplog: pytest.LogCaptureFixture) -> None:
+    names, asked = ["1"], list[str]()
+
+    def current() -> str:
+        asked.extend(names)
+        if not names:
+            asked.append("nothing")
+            raise ConnectionError("the registry does not answer")
+        return names[0]
+
+    caplog.set_level("INFO", "onediff.serve")
+    with running_server(served_captioner, Serve(poll_s=0.02), current=current) as server:
+        names.clear()
+        wait_until(lambda: asked.count("nothing") == 3)
+        assert post(server, pair_body()).json()["model"]["version"] == "1"
+        assert server.service.is_ready
+        names.append("2")
+        wait_until(lambda: server.service.version is not None and server.service.version.name == "2")
+        assert server.service.problem is None
+    assert caplog.text.count("cannot find out which version should serve, so version 1 continues to serve: "
+                             "the registry does not answer") == caplog.text.count("continues to serve") == 1
 
 
 def test_captions_are_written_to_the_usage_log(served_captioner: Captioner, tmp_path: Path) -> None:
