@@ -42,8 +42,8 @@ def preset(name: Annotated[str | None, typer.Argument(help="Without a name, the 
     """
     from onediff.config import Config, load_runtime
     from onediff.config.reading import checked, parse_yaml, with_values
+    from onediff.encoding import read_text
     from onediff.files import new_file
-    from onediff.text_files import read_text
 
     if name is None:
         print_text("\n".join(f"{name:<12} {_first_sentence(path)}" for name, path in _presets().items()))
