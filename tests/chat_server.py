@@ -35,7 +35,8 @@ class ChatServer(ThreadingHTTPServer):
     """A server that answers requests for differences, edits and judgements, each after `seconds`.
 
     `faults` lists how the next requests fail, one entry per request, such as "429", "html" or "hang up"; "" means no
-    failure. When the list is empty, the share `failing` of the requests fails at random. `paid` counts the billed
+    failure. When the list is empty, the share `failing` of the requests fails at random. No request is answered before
+    `together` requests were in flight at the same time, or 60 seconds have passed. `paid` counts the billed
     answers by Idempotency-Key. If `honours_keys` is true, a repeated key is billed only once.
     """
 
@@ -53,6 +54,7 @@ class ChatServer(ThreadingHTTPServer):
         self.seen: list[dict[str, Any]] = []  # all requests
         self.times: list[float] = []  # when the requests arrived
         self.failures = self.flying = self.most_flying = 0
+        self.together = 0
         self.lock = threading.Lock()
         self._random = random.Random(seed)
 
@@ -139,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             error = {"error": {"message": text or "failed", "code": text}}
             self._reply(int(code), json.dumps(error).encode(), headers=headers)
         else:
+            deadline = time.monotonic() + 60
+            while server.most_flying < server.together and time.monotonic() < deadline:
+                time.sleep(0.01)
             content = server.pay(key, body)  # Bill first: a client that disconnects before the reply must pay too.
             time.sleep(server.seconds)
             self._reply(200, content)

@@ -136,7 +136,7 @@ def on_terminal(**environment: str) -> str:
 def test_colours_appear_on_a_terminal_and_not_in_a_pipe_or_with_no_color() -> None:
     assert ESCAPE in on_terminal()
     assert ESCAPE not in on_terminal(NO_COLOR="1")
-    for arguments in (["--help"], ["data", "--help"], ["doctor"]):
+    for arguments in (["--help"], ["data", "--help"], ["data", "status"]):
         completed = subprocess.run([sys.executable, "-m", "onediff", *arguments], cwd=ROOT, text=True,
                                    capture_output=True, check=False)
         assert ESCAPE not in completed.stdout + completed.stderr and completed.stdout

@@ -225,5 +225,5 @@ def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
     class Slow:
         name_or_path = "old/model"
 
-    with pytest.raises(ValueError, match=r"old/model: the tokenizer must be a fast one .*, got Slow; use a language"):
+    with pytest.raises(ValueError, match=r"old/model: the tokenizer must be a fast one .*, got Slow; use a model"):
         TextTokenizer(Slow(), {})
