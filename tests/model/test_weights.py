@@ -269,7 +269,7 @@ def test_a_vision_tower_whose_last_layer_is_missing_is_refused(micro: Config, tm
 
 def test_a_vision_tower_as_decoder_and_a_decoder_as_vision_tower_are_refused(micro: Config, tmp_path: Path) -> None:
     vision, language = checkpoints(tmp_path, "clip", "llama")
-    with pytest.raises(ValueError, match=r"model.language must be a decoder-only .* or a LLaVA, but .* is a 'clip'"):
+    with pytest.raises(ValueError, match=r"model.language must be a decoder-only .*, a LLaVA, .*, but .* is a 'clip'"):
         build(settings(micro, vision, vision), seed=3)
     with pytest.raises(ValueError, match=r"model.vision.path must be a CLIP or SigLIP vision tower, but .* 'llama'"):
         build(settings(micro, language, language), seed=3)
