@@ -8,6 +8,7 @@ Each way to alter the pairs is a trial with a name. The trials are: `plain` (una
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,17 @@ def trials(benchmark: str, records: Sequence[Record], settings: Stress, *,
     """
     yield PLAIN, iter(records)
     for side, name in IDENTICAL.items():
-        yield name, (replace(record, before=getattr(record, side), after=getattr(record, side)) for record in records)
+        yield name, map(partial(_identical, side=side), records)
     if others := unrelated(records, seed=seed):
         yield UNRELATED, iter(others)
     yield SWAPPED, (replace(record, before=record.after, after=record.before) for record in records)
     for nuisance, strength in curve_points(benchmark, settings):
-        yield f"{nuisance}/{strength:g}", (disturbed(record, nuisance, strength, seed=seed) for record in records)
+        alter = partial(disturbed, nuisance=nuisance, strength=strength, seed=seed)
+        yield f"{nuisance}/{strength:g}", map(alter, records)
+
+
+def _identical(record: Record, *, side: str) -> Record:
+    return replace(record, before=getattr(record, side), after=getattr(record, side))
 
 
 def num_trials(benchmark: str, settings: Stress) -> int:
