@@ -153,10 +153,10 @@ def summary(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 
 
 def allow_alarms(rules: Path, worst: float, num_pairs: int) -> None:
-    """Let the promotion rules accept as many false alarms as the worst seed can have by chance.
+    """Write the largest accepted share of false alarms into the promotion rules.
 
-    This is the upper end of the exact 95 % interval of its share among `num_pairs` unchanged pairs, rounded up to whole
-    percents.
+    It is the upper end of the exact 95 % interval of `worst`, the share of the worst seed among `num_pairs` unchanged
+    pairs, rounded up to whole percents.
     """
     limit = math.ceil(100 * binomtest(round(worst * num_pairs), num_pairs).proportion_ci().high) / 100
     text, count = re.subn(rf"^(\s+{re.escape(ALARMS)}:) \S+$", rf"\g<1> {limit:g}", rules.read_text(encoding="utf-8"),
